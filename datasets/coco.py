@@ -1,0 +1,232 @@
+"""
+Any data set in COCO form, as DETR reads it (arXiv:2005.12872): crowd regions are dropped, boxes clamped to the picture.
+
+Keypoints are not read: no model here uses them. Annotations are kept in a few arrays, which the workers of a loader
+share, instead of millions of Python objects, which every worker would copy.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datasets.class_map import ClassMap
+from datasets.coco_json import (
+    Annotations,
+    check_annotations,
+    check_pictures,
+    check_segmentations,
+    read_annotations,
+)
+from datasets.pictures import read_picture
+from datasets.transforms import make_transforms
+from util.seeding import local_seed
+
+Target = dict[str, Tensor]
+
+
+class CocoDetection(Dataset):
+    """Item: (uint8 picture [3, H, W], target).
+
+    Target, in this order: boxes [T, 4] float32 xyxy in pixels (cxcywh in [0, 1] after the transforms), labels [T],
+    masks [T, H, W] if asked for, image_id [1], area [T] float32, iscrowd [T], orig_size and size [2] (height, width).
+    Random augmentation depends on (seed, epoch, index) only, whatever the number of workers.
+    """
+
+    def __init__(
+        self,
+        image_dir: str | os.PathLike[str],
+        annotation_file: str | os.PathLike[str],
+        transforms: Callable | None = None,
+        class_map: ClassMap | None = None,
+        return_masks: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.image_dir, self.annotation_file = Path(image_dir), Path(annotation_file)
+        self.transforms, self.return_masks, self.seed = transforms, return_masks, seed
+        data = read_annotations(annotation_file)
+        check_annotations(data, annotation_file, class_map)
+        check_pictures(data['images'], image_dir, annotation_file)
+        self.class_map = class_map or ClassMap.from_categories(data['categories'])
+        images = sorted(data['images'], key=lambda image: image['id'])
+        self.ids: list[int] = [image['id'] for image in images]
+        self._file_names = PackedList([image['file_name'] for image in images])
+        self._json_sizes = np.array([[image.get('height') or 0, image.get('width') or 0] for image in images])
+        objects, self._starts = objects_by_picture(data['annotations'], self.ids)
+        self._boxes_xywh = torch.tensor([a['bbox'] for a in objects], dtype=torch.float32).reshape(-1, 4)
+        self._labels = torch.tensor(
+            [self.class_map.label_of[a['category_id']] for a in objects], dtype=torch.int64
+        )
+        self._areas = torch.tensor([object_area(a) for a in objects], dtype=torch.float32)
+        self._segmentations = None
+        if return_masks:
+            check_segmentations(objects, annotation_file)
+            self._segmentations = PackedList([a['segmentation'] for a in objects])
+        # In shared memory, so that workers that outlive an epoch see the next number too.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._ground_truth: Annotations | None = None
+
+    @property
+    def ground_truth(self) -> Annotations:
+        """The annotation file's content, read when it is first asked for: training never does."""
+        if self._ground_truth is None:
+            self._ground_truth = read_annotations(self.annotation_file)
+        return self._ground_truth
+
+    def __getstate__(self) -> dict:
+        """Workers that are spawned have no use for the ground truth."""
+        return {**self.__dict__, '_ground_truth': None}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the random numbers of an epoch; reaches running workers too."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, idx: int) -> tuple[Tensor, Target]:
+        idx = range(len(self))[idx]
+        picture = self._picture(idx)
+        target = self._target(idx, *picture.shape[1:])
+        if self.transforms is None:
+            return picture, target
+        with local_seed(self.seed, int(self._epoch), idx):
+            return self.transforms(picture, target)
+
+    def _picture(self, idx: int) -> Tensor:
+        path = self.image_dir / self._file_names[idx]
+        picture = read_picture(path)
+        height, width = (int(side) for side in self._json_sizes[idx])
+        found = tuple(picture.shape[1:])
+        if height > 0 and width > 0 and found != (height, width):
+            raise ValueError(
+                f'{path} is {found[1]} x {found[0]} (width x height), but {self.annotation_file} says {width} x {height}: '
+                'the boxes would be wrong; fetch the right picture, or store it without EXIF rotation'
+            )
+        return picture
+
+    def _target(self, idx: int, height: int, width: int) -> Target:
+        """The objects that have a box of positive size inside the picture."""
+        objects = slice(self._starts[idx], self._starts[idx + 1])
+        boxes_xyxy = self._boxes_xywh[objects].clone()
+        boxes_xyxy[:, 2:] += boxes_xyxy[:, :2]
+        boxes_xyxy[:, 0::2].clamp_(0, width)
+        boxes_xyxy[:, 1::2].clamp_(0, height)
+        keep = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(dim=1)
+        target = {'boxes': boxes_xyxy[keep], 'labels': self._labels[objects][keep]}
+        if self._segmentations is not None:
+            target['masks'] = self._masks(objects, height, width)[keep]
+        target['image_id'] = torch.tensor([self.ids[idx]])
+        target['area'] = self._areas[objects][keep]
+        # The official code has an empty float tensor here for a picture without annotations.
+        target['iscrowd'] = torch.zeros(
+            len(target['boxes']), dtype=torch.int64 if len(keep) else torch.float32
+        )
+        target['orig_size'] = torch.tensor([height, width])
+        target['size'] = torch.tensor([height, width])
+        return target
+
+    def _masks(self, objects: slice, height: int, width: int) -> Tensor:
+        """uint8 [T, height, width] of zeros and ones."""
+        masks = torch.zeros(objects.stop - objects.start, height, width, dtype=torch.uint8)
+        for mask, object_idx in zip(masks, range(objects.start, objects.stop), strict=True):
+            mask |= rasterize(self._segmentations[object_idx], height, width)
+        return masks
+
+
+class PackedList:
+    """A list of JSON values in one block of bytes: reading it writes to no shared memory page, as counting references
+    of ordinary Python objects does, so that forked workers go on sharing it.
+    """
+
+    def __init__(self, values: list) -> None:
+        rows = [json.dumps(value).encode() for value in values]
+        self.starts = np.cumsum([0] + [len(row) for row in rows])
+        self.data = np.frombuffer(b''.join(rows), dtype=np.uint8)
+
+    def __getitem__(self, idx: int) -> object:
+        return json.loads(self.data[self.starts[idx] : self.starts[idx + 1]].tobytes())
+
+
+def objects_by_picture(annotations: list[dict], image_ids: list[int]) -> tuple[list[dict], np.ndarray]:
+    """Annotations without crowd regions, in the order of image_ids and then of the file.
+
+    Also the bounds [len(image_ids) + 1]: picture i has the objects bounds[i] to bounds[i + 1].
+    """
+    position = {image_id: idx for idx, image_id in enumerate(image_ids)}
+    objects = [annotation for annotation in annotations if not annotation.get('iscrowd')]
+    objects.sort(key=lambda annotation: position[annotation['image_id']])
+    counts = np.zeros(len(image_ids) + 1, dtype=np.int64)
+    for annotation in objects:
+        counts[position[annotation['image_id']] + 1] += 1
+    return objects, counts.cumsum()
+
+
+def object_area(annotation: dict) -> float:
+    """The file's own area (for COCO that of the segment), else that of the box."""
+    _, _, width, height = annotation['bbox']
+    return annotation.get('area', width * height)
+
+
+def rasterize(segmentation: list | dict, height: int, width: int) -> Tensor:
+    """uint8 [height, width]: union of polygons, or a run-length mask, compressed or not."""
+    if isinstance(segmentation, dict):
+        if list(segmentation['size']) != [height, width]:
+            raise ValueError(
+                f'a run-length mask of {segmentation["size"]} in a picture of {[height, width]} pixels'
+            )
+        if isinstance(segmentation['counts'], list):
+            segmentation = coco_mask.frPyObjects(segmentation, height, width)
+        return torch.from_numpy(coco_mask.decode(segmentation))
+    polygons = [
+        polygon for polygon in segmentation if len(polygon) >= 6
+    ]  # fewer than three corners cover nothing
+    if not polygons:
+        return torch.zeros(height, width, dtype=torch.uint8)
+    parts = coco_mask.decode(coco_mask.frPyObjects(polygons, height, width))  # [height, width, parts]
+    return torch.from_numpy(parts.max(axis=2))
+
+
+def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> CocoDetection:
+    """The 'train' or 'val' part named by the arguments; see `find_files` for where it is looked for."""
+    image_dir, annotation_file = find_files(image_set, args)
+    transforms = make_transforms(image_set, args.img_size, args.max_size, args.aug)
+    return CocoDetection(image_dir, annotation_file, transforms, class_map, seed=args.seed)
+
+
+def find_files(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:
+    """Picture folder and annotation file: explicit paths, else the first of the usual places under --coco_path."""
+    if image_set not in ('train', 'val'):
+        raise ValueError(f'image_set {image_set!r} is not known: choose train or val')
+    names = (f'{image_set}2017', image_set)
+    folders = [folder for name in names for folder in (name, f'images/{name}')]
+    files = [f'annotations/instances_{name}.json' for name in names]
+    image_dir = find_place(
+        args.coco_path, getattr(args, f'{image_set}_images'), folders, f'--{image_set}_images'
+    )
+    annotation_file = find_place(
+        args.coco_path, getattr(args, f'{image_set}_ann'), files, f'--{image_set}_ann'
+    )
+    return image_dir, annotation_file
+
+
+def find_place(root: str | None, explicit: str | None, usual: list[str], option: str) -> Path:
+    if explicit is not None:
+        if not Path(explicit).exists():
+            raise FileNotFoundError(f'{option} {explicit} does not exist: check the path')
+        return Path(explicit)
+    if root is None:
+        raise ValueError(f'where is the data? Give --coco_path (a folder in a usual layout) or {option}')
+    places = [Path(root) / place for place in usual]
+    for place in places:
+        if place.exists():
+            return place
+    tried = ', '.join(map(str, places))
+    raise FileNotFoundError(f'none of {tried} exists: check --coco_path, or give {option}')

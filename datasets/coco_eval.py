@@ -1,0 +1,278 @@
+"""
+COCO's twelve numbers, and AP by class, for boxes and masks (pycocotools' definitions; hotcoco gives the same, faster).
+
+Only pictures that were handed in are evaluated, each once, whatever the batches, their order and the processes.
+"""
+
+import contextlib
+import importlib.util
+import io
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from pycocotools import mask as coco_mask
+from torch import Tensor
+
+from datasets.class_map import ClassMap
+from util.dist import all_gather_object
+
+STAT_NAMES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
+BACKENDS = ('auto', 'hotcoco', 'pycocotools')
+ALL_AREAS, MOST_DETECTIONS, IOU_50, IOU_75 = 0, 2, 0, 5  # indices into the evaluators' arrays
+
+
+@dataclass
+class Summary:
+    """stats: twelve numbers in [0, 1] in the order of STAT_NAMES, -1 where there was no object to find.
+
+    per_class: a dict a category with name, AP, AP50, AP75, AR100 (-1 without objects) and the number of its objects,
+    crowd regions left out.
+    """
+
+    stats: list[float]
+    per_class: list[dict]
+
+    def table(self) -> str:
+        """Readable text: a line for every class, and one for all."""
+        names = [str(row['name']) for row in self.per_class]
+        wide = max([len(name) for name in [*names, 'class', 'all']])
+        columns = ('AP', 'AP50', 'AP75', 'AR100')
+        lines = [f'{"class":<{wide}}' + ''.join(f'{column:>8}' for column in columns) + f'{"objects":>9}']
+        total = dict(zip(STAT_NAMES, self.stats, strict=True))
+        total |= {'name': 'all', 'objects': sum(row['objects'] for row in self.per_class)}
+        for row in [*self.per_class, total]:
+            cells = ''.join(f'{format_percent(row[column]):>8}' for column in columns)
+            lines.append(f'{row["name"]:<{wide}}{cells}{row["objects"]:>9}')
+        return '\n'.join(lines)
+
+
+def format_percent(value: float) -> str:
+    return '-' if value < 0 else f'{100 * value:.1f}'
+
+
+class CocoEvaluator:
+    """Collects predictions, then evaluates them all at once; labels become category ids by the class map."""
+
+    def __init__(
+        self,
+        ground_truth: dict,
+        class_map: ClassMap,
+        iou_types: tuple[str, ...] = ('bbox',),
+        backend: str = 'auto',
+    ) -> None:
+        unknown = set(iou_types) - {'bbox', 'segm'}
+        if unknown:
+            raise ValueError(f'iou_types {sorted(unknown)} are not known: choose from bbox and segm')
+        self.ground_truth, self.class_map, self.iou_types = ground_truth, class_map, tuple(iou_types)
+        self.backend = choose_backend(backend)
+        self.image_ids = {image['id'] for image in ground_truth['images']}
+        self.detections: dict[int, Detections] = {}
+
+    def update(self, predictions: dict[int, dict]) -> None:
+        """predictions: image id to {'scores' [N], 'labels' [N], 'boxes' [N, 4] xyxy in pixels}, for masks also
+        'masks' [N, 1, H, W] (above 0.5 is object) or 'segmentation', a list of N run-length masks.
+
+        Only the first prediction for a picture counts.
+        """
+        for image_id, prediction in predictions.items():
+            image_id = int(image_id)
+            if image_id not in self.image_ids:
+                raise ValueError(
+                    f'picture {image_id} is not among the {len(self.image_ids)} of the ground truth'
+                )
+            if image_id not in self.detections:
+                self.detections[image_id] = read_prediction(
+                    prediction, self.class_map, 'segm' in self.iou_types
+                )
+
+    def synchronize_between_processes(self) -> None:
+        """Afterwards every process has the predictions of all, each picture once: the copy of the lowest rank."""
+        merged: dict[int, Detections] = {}
+        for detections in all_gather_object(self.detections):
+            merged = {**detections, **merged}
+        self.detections = merged
+
+    def summarize(self) -> dict[str, Summary]:
+        """The result for every iou type, of the pictures that were handed in."""
+        results = {}
+        for iou_type in self.iou_types:
+            truth = prepare_ground_truth(self.ground_truth, set(self.detections), iou_type)
+            rows = result_rows(self.detections, iou_type)
+            results[iou_type] = summarize_arrays(truth, *evaluate(truth, rows, iou_type, self.backend))
+        return results
+
+
+@dataclass
+class Detections:
+    """What one picture's prediction says, N detections with a category each.
+
+    rows: [N, 6] float64 of x, y, width, height, score, category id; masks: run lengths, if masks are evaluated.
+    """
+
+    rows: np.ndarray
+    masks: list[dict] | None = None
+
+
+def choose_backend(backend: str) -> str:
+    """'auto' is hotcoco where it is installed, else pycocotools."""
+    if backend not in BACKENDS:
+        raise ValueError(f'evaluation backend {backend!r} is not known: choose one of {", ".join(BACKENDS)}')
+    if backend == 'auto':
+        return 'pycocotools' if importlib.util.find_spec('hotcoco') is None else 'hotcoco'
+    return backend
+
+
+def read_prediction(prediction: dict, class_map: ClassMap, with_masks: bool) -> Detections:
+    """Detections of real categories; class indices that no category uses are dropped."""
+    if not prediction:
+        return Detections(np.zeros((0, 6)), [] if with_masks else None)
+    labels = prediction['labels'].tolist()
+    if labels and not 0 <= min(labels) <= max(labels) < class_map.num_classes:
+        raise ValueError(
+            f'predicted labels run from {min(labels)} to {max(labels)}, but the data has {class_map.num_classes} '
+            'classes: evaluate the model with the class map that it was trained with'
+        )
+    keep = [idx for idx, label in enumerate(labels) if class_map.names[label] is not None]
+    boxes_xywh = prediction['boxes'].detach().clone()
+    boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
+    rows = np.zeros((len(labels), 6))
+    rows[:, :4] = boxes_xywh.cpu().numpy()
+    rows[:, 4] = prediction['scores'].detach().cpu().numpy()
+    rows[:, 5] = [class_map.category_ids[label] for label in labels]
+    masks = None
+    if with_masks:
+        encoded = prediction.get('segmentation')
+        encoded = encode_masks(prediction['masks']) if encoded is None else encoded
+        masks = [encoded[idx] for idx in keep]
+    return Detections(rows[keep], masks)
+
+
+def encode_masks(masks: Tensor) -> list[dict]:
+    """[N, 1, H, W] to COCO's compressed run lengths."""
+    binary = (masks[:, 0] > 0.5).cpu().numpy().astype(np.uint8)
+    encoded = [coco_mask.encode(np.asfortranarray(mask)) for mask in binary]
+    return [{'size': rle['size'], 'counts': rle['counts'].decode()} for rle in encoded]
+
+
+def prepare_ground_truth(ground_truth: dict, image_ids: set[int], iou_type: str) -> dict:
+    """Copy of the chosen pictures' part, with what the evaluators insist on.
+
+    Ids are counted anew from 1, since they take an object of id 0 for no match at all. Without iscrowd an object is
+    none; without area it is the box's.
+    """
+    annotations = []
+    for annotation in ground_truth['annotations']:
+        if annotation['image_id'] not in image_ids:
+            continue
+        entry = {key: annotation[key] for key in ('image_id', 'category_id', 'bbox')}
+        entry['id'] = len(annotations) + 1
+        entry['area'] = annotation.get('area', entry['bbox'][2] * entry['bbox'][3])
+        entry['iscrowd'] = int(annotation.get('iscrowd') or 0)
+        if iou_type == 'segm':
+            entry['segmentation'] = require_segmentation(annotation)
+        annotations.append(entry)
+    images = [{**image, 'file_name': ''} for image in ground_truth['images'] if image['id'] in image_ids]
+    categories = [
+        {'id': category['id'], 'name': str(category.get('name') or category['id'])}
+        for category in sorted(ground_truth['categories'], key=lambda category: category['id'])
+    ]
+    return {'info': {}, 'images': images, 'annotations': annotations, 'categories': categories}
+
+
+def require_segmentation(annotation: dict) -> list | dict:
+    if not annotation.get('segmentation'):
+        raise ValueError(
+            f'annotation {annotation.get("id")} (picture {annotation["image_id"]}) has no segmentation: '
+            'masks cannot be evaluated on this data, boxes can'
+        )
+    return annotation['segmentation']
+
+
+def result_rows(detections: dict[int, Detections], iou_type: str) -> np.ndarray | list[dict]:
+    """Boxes: [N, 7] of image id, x, y, width, height, score, category id. Masks: COCO's result dicts."""
+    if iou_type == 'bbox':
+        parts = [np.insert(one.rows, 0, image_id, axis=1) for image_id, one in sorted(detections.items())]
+        return np.concatenate([np.zeros((0, 7)), *parts])
+    return [
+        {'image_id': image_id, 'category_id': int(row[5]), 'segmentation': mask, 'score': float(row[4])}
+        for image_id, one in sorted(detections.items())
+        for row, mask in zip(one.rows, one.masks, strict=True)
+    ]
+
+
+def evaluate(
+    truth: dict, rows: np.ndarray | list[dict], iou_type: str, backend: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Precision [10 IoU, 101 recall, K, 4 areas, 3 maxima] and recall [10, K, 4, 3]; -1 where there is no object.
+
+    K: the categories in ascending order of id. Nothing is printed.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        if backend == 'hotcoco':
+            evaluator = hotcoco_evaluator(truth, rows, iou_type)
+        else:
+            evaluator = pycocotools_evaluator(truth, rows, iou_type)
+        evaluator.evaluate()
+        evaluator.accumulate()
+    return np.asarray(evaluator.eval['precision']), np.asarray(evaluator.eval['recall'])
+
+
+def hotcoco_evaluator(truth: dict, rows: np.ndarray | list[dict], iou_type: str) -> object:
+    import hotcoco
+
+    coco = hotcoco.COCO(truth)
+    return hotcoco.COCOeval(coco, coco.load_res(rows), iou_type)
+
+
+def pycocotools_evaluator(truth: dict, rows: np.ndarray | list[dict], iou_type: str) -> object:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    coco, results = COCO(), COCO()
+    coco.dataset = truth
+    coco.createIndex()
+    if len(rows):
+        results = coco.loadRes(rows)
+    else:  # loadRes fails on an empty list
+        results.dataset = {**truth, 'annotations': []}
+        results.createIndex()
+    return COCOeval(coco, results, iou_type)
+
+
+def summarize_arrays(truth: dict, precision: np.ndarray, recall: np.ndarray) -> Summary:
+    """The official averages over what is defined, -1 where nothing is."""
+    stats = [
+        mean_defined(precision[..., ALL_AREAS, MOST_DETECTIONS]),
+        mean_defined(precision[IOU_50, ..., ALL_AREAS, MOST_DETECTIONS]),
+        mean_defined(precision[IOU_75, ..., ALL_AREAS, MOST_DETECTIONS]),
+        *(mean_defined(precision[..., area, MOST_DETECTIONS]) for area in (1, 2, 3)),
+        *(mean_defined(recall[..., ALL_AREAS, most]) for most in (0, 1, 2)),
+        *(mean_defined(recall[..., area, MOST_DETECTIONS]) for area in (1, 2, 3)),
+    ]
+    objects = Counter(a['category_id'] for a in truth['annotations'] if not a['iscrowd'])
+    per_class = [
+        {
+            **class_summary(precision[:, :, idx], recall[:, idx]),
+            'name': category['name'],
+            'objects': objects[category['id']],
+        }
+        for idx, category in enumerate(truth['categories'])
+    ]
+    return Summary(stats, per_class)
+
+
+def class_summary(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
+    """precision [10, 101, 4, 3] and recall [10, 4, 3] of one category."""
+    precision = precision[..., ALL_AREAS, MOST_DETECTIONS]
+    return {
+        'AP': mean_defined(precision),
+        'AP50': mean_defined(precision[IOU_50]),
+        'AP75': mean_defined(precision[IOU_75]),
+        'AR100': mean_defined(recall[..., ALL_AREAS, MOST_DETECTIONS]),
+    }
+
+
+def mean_defined(values: np.ndarray) -> float:
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else -1.0

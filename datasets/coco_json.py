@@ -1,0 +1,126 @@
+"""
+Reading and checking annotation files in COCO form: one clear error at the start instead of a strange one in epoch three.
+
+Legal, as in the official pipeline: boxes of no size, boxes that leave the picture, pictures without objects.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from datasets.class_map import ClassMap, names_by_id
+
+Annotations = dict[str, list[dict]]
+
+
+def read_annotations(file: str | os.PathLike[str]) -> Annotations:
+    """The file's content, with its three lists present; nothing else is checked."""
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f'annotation file {file} does not exist: check the path')
+    try:
+        data = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f'{file} is not JSON ({error}): write it again, or fetch it again') from error
+    for key in ('images', 'annotations', 'categories'):
+        if not isinstance(data, dict) or not isinstance(data.get(key), list):
+            raise ValueError(
+                f'{file} has no list "{key}": COCO-form annotations need images, annotations, categories'
+            )
+    return data
+
+
+def check_annotations(
+    data: Annotations, file: str | os.PathLike[str], class_map: ClassMap | None = None
+) -> None:
+    """Raise ValueError, naming the file, for the first thing that cannot be trained on or evaluated."""
+    try:
+        categories = names_by_id(data['categories'])
+        known = categories.keys() if class_map is None else class_map.label_of.keys()
+        image_ids = check_images(data['images'])
+        for annotation in data['annotations']:
+            problem = annotation_problem(annotation, image_ids, known)
+            if problem:
+                name = f'annotation {annotation.get("id")} (picture {annotation.get("image_id")})'
+                raise ValueError(f'{name} {problem}')
+    except ValueError as error:
+        raise ValueError(f'{file}: {error}') from error
+
+
+def check_images(images: list[dict]) -> set[int]:
+    """The ids of the pictures."""
+    ids: set[int] = set()
+    for image in images:
+        image_id = image.get('id')
+        if isinstance(image_id, bool) or not isinstance(image_id, int):
+            raise ValueError(f'picture {image} needs an integer id')
+        if image_id in ids:
+            raise ValueError(f'picture id {image_id} occurs twice: give every picture an id of its own')
+        if not isinstance(image.get('file_name'), str):
+            raise ValueError(f'picture {image_id} needs a file_name')
+        ids.add(image_id)
+    return ids
+
+
+def annotation_problem(annotation: dict, image_ids: set[int], category_ids: Iterable[int]) -> str | None:
+    """What is wrong with it and what to do, or None."""
+    if annotation.get('image_id') not in image_ids:
+        return 'belongs to a picture that "images" does not list: add the picture or remove the annotation'
+    category_id = annotation.get('category_id')
+    if category_id not in category_ids:
+        return f'has category {category_id}, but the categories are {shorten(category_ids)}: add it or correct the id'
+    bbox = annotation.get('bbox')
+    if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(is_finite, bbox)) and min(bbox[2:]) >= 0):
+        return (
+            f'has bbox {bbox}: it must be four finite numbers x, y, width, height (not negative), in pixels'
+        )
+    area = annotation.get('area', 0)
+    if not is_finite(area):
+        return (
+            f'has area {area}: it must be a finite number of pixels; without it, width times height is taken'
+        )
+    return None
+
+
+def is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def shorten(ids: Iterable[int], most: int = 10) -> str:
+    ids = sorted(ids)
+    return ', '.join(map(str, ids[:most])) + (', ...' if len(ids) > most else '')
+
+
+def check_segmentations(annotations: list[dict], file: str | os.PathLike[str]) -> None:
+    """Every object needs polygons or run lengths; raise ValueError otherwise."""
+    for annotation in annotations:
+        if not annotation.get('segmentation'):
+            raise ValueError(
+                f'{file}: annotation {annotation.get("id")} (picture {annotation["image_id"]}) has no segmentation, '
+                'which masks are made of: add polygons or run-length masks, or train without --masks'
+            )
+
+
+def check_pictures(
+    images: list[dict], image_dir: str | os.PathLike[str], file: str | os.PathLike[str]
+) -> None:
+    """Raise FileNotFoundError when a picture of the file is not in the folder; each folder is listed once."""
+    image_dir = Path(image_dir)
+    if not image_dir.is_dir():
+        raise FileNotFoundError(f'picture folder {image_dir} does not exist: check the path')
+    present: dict[str, set[str]] = {}
+    missing = []
+    for image in images:
+        folder, name = os.path.split(image['file_name'])
+        if folder not in present:
+            path = image_dir / folder
+            present[folder] = set(os.listdir(path)) if path.is_dir() else set()
+        if name not in present[folder]:
+            missing.append(image['file_name'])
+    if missing:
+        raise FileNotFoundError(
+            f'{len(missing)} of {len(images)} pictures of {file} are not in {image_dir}, the first is {missing[0]}: '
+            'fetch them, give the right folder, or remove them from the file'
+        )

@@ -1,0 +1,53 @@
+"""Picture files to uint8 RGB tensors. EXIF rotation is ignored, because COCO's boxes are drawn on the stored pixels."""
+
+import io
+import os
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+JPEG_START = b'\xff\xd8\xff'
+
+
+def read_picture(path: str | os.PathLike[str]) -> Tensor:
+    """uint8 [3, H, W]; every mode that Pillow knows becomes RGB, 16-bit grey by its upper byte.
+
+    The three values of a pixel lie side by side in memory (the strides of a permuted [H, W, 3]).
+    Raises ValueError with the file's name when it is no whole picture.
+    """
+    with open(path, 'rb') as file:
+        data = file.read()
+    try:
+        return decode(data)
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(
+            f'{path} is not a readable picture ({error}): fetch it again, or remove it'
+        ) from error
+
+
+def decode(data: bytes) -> Tensor:
+    """JPEG through torchvision (the same pixels, faster); everything else, and what it refuses, through Pillow."""
+    if data.startswith(JPEG_START):
+        try:
+            picture = decode_jpeg(
+                torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED
+            )
+        except RuntimeError:
+            return decode_with_pillow(data)
+        if picture.shape[0] == 3:
+            return picture
+        if picture.shape[0] == 1:
+            return picture[0, :, :, None].expand(-1, -1, 3).contiguous().permute(2, 0, 1)
+    return decode_with_pillow(data)
+
+
+def decode_with_pillow(data: bytes) -> Tensor:
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        if image.mode.startswith('I'):  # Pillow's own conversion would cut 16 bits off at 255
+            grey = (np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)
+            image = PIL.Image.fromarray(grey)
+        pixels = np.array(image.convert('RGB'))
+    return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -1,0 +1,173 @@
+"""
+A detection data set without files: textured shapes, drawn when asked for (datasets/shape_scenes.py).
+
+Every run on every machine sees the same pictures: training, validation and test each have their own stream,
+and the n-th picture of a split does not depend on how many there are. Eight classes, none to twenty objects a
+picture, boxes and masks of the visible part as in COCO. Source: ours.
+
+As plain files in COCO's layout, for `--coco_path DIR`, for other programs, or for a look:
+
+    python -m datasets.shapes --out DIR --count 50 --split val
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datasets.class_map import ClassMap
+from datasets.shape_scenes import KINDS, SPLITS, Scene, draw_scene
+from datasets.transforms import make_transforms
+from util.seeding import local_seed
+
+PICTURE_SEED = 17  # a constant: all runs share the data, whatever their --seed
+# Ids in the order of KINDS, so that the class index of a category is its number there.
+CATEGORIES = [{'id': number, 'name': kind.__name__} for number, kind in enumerate(KINDS, start=1)]
+
+
+class ShapesDetection(Dataset):
+    """Drawn pictures with their objects.
+
+    An item is (picture, target): [3, H, W] uint8 and the dict that `target_of` describes, after `transforms`,
+    whose random choices depend on (seed, epoch, index) alone. `seed` does not change what is drawn.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        split: str = 'train',
+        seed: int = 0,
+        picture_size: int = 160,
+        transforms: Callable | None = None,
+        return_masks: bool = False,
+    ) -> None:
+        if split not in SPLITS:
+            raise ValueError(f'split {split!r}: choose one of {", ".join(SPLITS)}')
+        self.split, self.seed, self.picture_size = split, seed, picture_size
+        self.transforms, self.return_masks = transforms, return_masks
+        self.class_map = ClassMap.from_categories(CATEGORIES)
+        self.ids = list(range(num_images))
+        # In shared memory, so that workers that outlive an epoch see the next number too.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __getstate__(self) -> dict:
+        """Workers that are spawned have no use for the ground truth."""
+        return {name: value for name, value in self.__dict__.items() if name != 'ground_truth'}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        index = range(len(self))[index]
+        scene = self.draw(index)
+        picture, target = torch.from_numpy(scene.picture), self.target_of(scene, index)
+        if self.transforms is None:
+            return picture, target
+        with local_seed(self.seed, int(self._epoch), index):
+            return self.transforms(picture, target)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the random numbers of an epoch; reaches running workers too."""
+        self._epoch.fill_(epoch)
+
+    def draw(self, index: int) -> Scene:
+        return draw_scene(PICTURE_SEED, self.split, index, self.picture_size)
+
+    def target_of(self, scene: Scene, index: int) -> dict[str, Tensor]:
+        """What COCO says of a picture with N objects: boxes [N, 4] xyxy in pixels, labels [N], masks
+        [N, H, W] uint8 if asked for, area [N] of the masks in pixels; orig_size and size are (height, width).
+        """
+        target = {
+            'boxes': torch.from_numpy(scene.boxes_xyxy).float(),
+            'labels': torch.from_numpy(scene.kinds),
+        }
+        if self.return_masks:
+            target['masks'] = torch.from_numpy(scene.masks.astype(np.uint8))
+        target['image_id'] = torch.tensor([self.ids[index]])
+        target['area'] = torch.from_numpy(scene.areas).float()
+        target['iscrowd'] = torch.zeros(len(scene.kinds), dtype=torch.int64)
+        target['orig_size'] = torch.tensor(scene.picture.shape[1:])
+        target['size'] = torch.tensor(scene.picture.shape[1:])
+        return target
+
+    @cached_property
+    def ground_truth(self) -> dict[str, list[dict]]:
+        """The split as COCO's json would hold it, for COCO's evaluation; objects in the targets' order."""
+        images, annotations = [], []
+        for index, image_id in enumerate(self.ids):
+            scene = self.draw(index)
+            height, width = scene.picture.shape[1:]
+            name = f'{image_id:012d}.png'
+            images.append({'id': image_id, 'width': width, 'height': height, 'file_name': name})
+            annotations += annotations_of(scene, image_id, first_id=len(annotations) + 1)
+        return {'images': images, 'annotations': annotations, 'categories': CATEGORIES}
+
+
+def annotations_of(scene: Scene, image_id: int, first_id: int) -> list[dict]:
+    """COCO annotations of a scene: boxes xywh in pixels, masks as compressed run lengths.
+
+    Ids must count from 1, since pycocotools takes id 0 for 'no match'.
+    """
+    from pycocotools import mask as coco_mask
+
+    runs = coco_mask.encode(np.asfortranarray(scene.masks.transpose(1, 2, 0).astype(np.uint8)))
+    return [
+        {
+            'id': first_id + number,
+            'image_id': image_id,
+            'category_id': CATEGORIES[kind]['id'],
+            'bbox': [x1, y1, x2 - x1, y2 - y1],
+            'area': area,
+            'iscrowd': 0,
+            'segmentation': {'size': list(run['size']), 'counts': run['counts'].decode('ascii')},
+        }
+        for number, (kind, (x1, y1, x2, y2), area, run) in enumerate(
+            zip(scene.kinds, scene.boxes_xyxy.tolist(), scene.areas.tolist(), runs, strict=True)
+        )
+    ]
+
+
+def build(image_set: str, args: argparse.Namespace) -> ShapesDetection:
+    """The split `image_set` ('train' or 'val') as the command line wants it."""
+    return ShapesDetection(
+        num_images=args.shapes_train if image_set == 'train' else args.shapes_val,
+        split=image_set,
+        seed=args.seed,
+        picture_size=args.shapes_size,
+        transforms=make_transforms(image_set, args.img_size, args.max_size, args.aug),
+    )
+
+
+def export(folder: Path, dataset: ShapesDetection) -> None:
+    """Writes {split}2017/*.png and annotations/instances_{split}2017.json, as COCO lies on disk."""
+    from PIL import Image
+
+    pictures, annotations = folder / f'{dataset.split}2017', folder / 'annotations'
+    pictures.mkdir(parents=True, exist_ok=True)
+    annotations.mkdir(exist_ok=True)
+    for index, image in enumerate(dataset.ground_truth['images']):
+        picture = dataset.draw(index).picture.transpose(1, 2, 0)
+        Image.fromarray(np.ascontiguousarray(picture)).save(pictures / image['file_name'])
+    path = annotations / f'instances_{dataset.split}2017.json'
+    path.write_text(json.dumps(dataset.ground_truth), encoding='utf-8')
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser('datasets.shapes', description='Write the built-in pictures as files.')
+    parser.add_argument('--out', type=Path, required=True, help='folder for the files; made if need be')
+    parser.add_argument('--count', type=int, default=50, help='how many pictures')
+    parser.add_argument('--split', choices=list(SPLITS), default='val')
+    parser.add_argument('--size', type=int, default=160, help='longer side in pixels')
+    args = parser.parse_args(argv)
+    export(args.out, ShapesDetection(args.count, args.split, picture_size=args.size))
+    print(f'{args.count} pictures of the {args.split} split lie in {args.out}')
+
+
+if __name__ == '__main__':
+    main()

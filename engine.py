@@ -1,0 +1,134 @@
+"""
+One epoch of training, and one evaluation: plain loops that know no scheme by name.
+
+The only synchronisation inside a training step is the criterion's copy of the matching costs.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from datasets.coco_eval import CocoEvaluator, Summary
+from models.training.criterion import weighted_sum
+from util.box_ops import box_cxcywh_to_xyxy
+from util.logger import Meter, Progress
+from util.nested_tensor import collate_fn
+from util.visualize import contact_sheet
+
+
+def build_optimizer(
+    model: nn.Module, lr: float, lr_backbone: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW with the official groups: everything but the backbone at `lr`, the backbone at `lr_backbone`."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {'params': [p for name, p in named if 'backbone' not in name], 'lr': lr},
+        {'params': [p for name, p in named if 'backbone' in name], 'lr': lr_backbone},
+    ]
+    fused = all(p.device.type in ('cpu', 'cuda', 'mps') for _, p in named)
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=fused)
+
+
+def train_one_epoch(
+    model: nn.Module,
+    criterion: nn.Module,
+    data_loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    title: str = 'train',
+    max_norm: float = 0.0,
+    accum_steps: int = 1,
+    print_freq: int = 10,
+) -> dict[str, float]:
+    """Train on every batch once.
+
+    accum_steps: batches whose gradients make one optimizer step; the gradient is that of one batch of all their pictures.
+    max_norm: gradients are clipped to this total norm; 0 = not at all. print_freq: optimizer steps between two readings.
+
+    Returns averages over epoch and processes: `loss`, and every unweighted term. FloatingPointError: predictions or losses
+    are not finite.
+    """
+    model.train()
+    criterion.train()
+    device = next(model.parameters()).device
+    meter, progress = Meter(), Progress(title, len(data_loader) // accum_steps, print_freq)
+    for batches in grouped(data_loader, accum_steps):
+        step_targets = [targets_to(targets, device) for _, targets in batches]
+        optimizer.zero_grad(set_to_none=True)
+        for (samples, _), targets in zip(batches, step_targets, strict=True):
+            outputs = model(samples.to(device, non_blocking=True), targets)
+            losses = criterion(outputs, targets, step_targets)
+            loss = weighted_sum(losses, criterion.weight_dict)
+            (loss / len(batches)).backward()
+            meter.update({'loss': loss} | losses)
+        if max_norm > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        progress.step(sum(len(targets) for targets in step_targets), meter)
+    progress.close()
+    return meter.averages()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    postprocessors: dict[str, nn.Module],
+    data_loader: DataLoader,
+    evaluator: CocoEvaluator,
+    title: str = 'evaluate',
+) -> dict[str, Summary]:
+    """COCO metrics of a model on a data set; no losses, no targets go in."""
+    model.eval()
+    device = next(model.parameters()).device
+    progress = Progress(title, len(data_loader), every=max(len(data_loader) // 4, 1))
+    for samples, targets in data_loader:
+        outputs = model(samples.to(device, non_blocking=True))
+        sizes = torch.stack([target['orig_size'] for target in targets]).to(device, non_blocking=True)
+        results = postprocessors['bbox'](outputs, sizes)
+        evaluator.update(
+            {int(t['image_id']): to_cpu(result) for t, result in zip(targets, results, strict=True)}
+        )
+        progress.step(len(targets))
+    progress.close()
+    evaluator.synchronize_between_processes()
+    return evaluator.summarize()
+
+
+@torch.no_grad()
+def draw_predictions(
+    model: nn.Module, postprocessors: dict[str, nn.Module], dataset: Dataset, path: Path, count: int = 6
+) -> None:
+    """A contact sheet of the first pictures of a data set: ground truth beside predictions."""
+    model.eval()
+    device = next(model.parameters()).device
+    rows = []
+    for index in range(min(count, len(dataset))):
+        picture, target = dataset[index]
+        samples, _ = collate_fn([(picture, target)])
+        results = postprocessors['bbox'](model(samples.to(device)), target['size'][None].to(device))
+        height, width = target['size'].tolist()
+        boxes = box_cxcywh_to_xyxy(target['boxes']) * torch.tensor([width, height, width, height])
+        rows.append((picture, to_cpu(results[0]), {'labels': target['labels'], 'boxes': boxes}))
+    contact_sheet(path, rows, dataset.class_map.names)
+
+
+def grouped(batches: Iterable, size: int) -> Iterator[list]:
+    """Runs of `size` batches; what is left at the end is dropped, like an incomplete batch."""
+    iterator = iter(batches)
+    while len(run := list(islice(iterator, size))) == size:
+        yield run
+
+
+def targets_to(targets: list[dict[str, Tensor]], device: torch.device) -> list[dict[str, Tensor]]:
+    """What losses and query sources read, on the device; the rest stays on the host."""
+    return [
+        target | {key: target[key].to(device, non_blocking=True) for key in ('labels', 'boxes')}
+        for target in targets
+    ]
+
+
+def to_cpu(result: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.cpu() for key, value in result.items()}

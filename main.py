@@ -1,0 +1,410 @@
+"""
+Train and evaluate detectors.
+
+  python main.py --dataset_file shapes --output_dir output/first     built-in pictures, no download of data
+  python main.py --coco_path DATA --conditional --output_dir OUT     any data in COCO form
+  python main.py --coco_path DATA --eval --resume FILE               evaluate a checkpoint
+"""
+
+import argparse
+import random
+import sys
+import time
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from datasets import DATASETS, build_dataset
+from datasets.class_map import ClassMap
+from datasets.coco_eval import STAT_NAMES, CocoEvaluator, Summary
+from engine import build_optimizer, draw_predictions, evaluate, train_one_epoch
+from models import add_model_args, build_model, family_default, resolve_args
+from util.checkpoint import get_rng_state, load_checkpoint, read_checkpoint, save_checkpoint, set_rng_state
+from util.dist import get_rank, get_world_size, init_distributed, is_main_process
+from util.logger import RunLog, format_time, tensorboard_writer
+from util.nested_tensor import collate_fn
+from util.plan import print_plan
+from util.visualize import plot_curves
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """All flags: data, training, evaluation and files here, the model's from `models.add_model_args`."""
+    parser = argparse.ArgumentParser(
+        'main.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    data = parser.add_argument_group('data')
+    data.add_argument('--dataset_file', default='coco', choices=DATASETS,
+                      help='coco: any data in COCO form; shapes: built-in pictures, drawn as they are needed '
+                           '(default: %(default)s)')  # fmt: skip
+    data.add_argument('--coco_path', metavar='DIR',
+                      help='folder with annotations/instances_{train,val}2017.json and {train,val}2017/ or '
+                           'images/{train,val}2017/ (2017 may be missing)')  # fmt: skip
+    for split in ('train', 'val'):
+        data.add_argument(
+            f'--{split}_images', metavar='DIR', help=f'{split} pictures, instead of --coco_path'
+        )
+        data.add_argument(
+            f'--{split}_ann', metavar='FILE', help=f'{split} annotations, instead of --coco_path'
+        )
+    data.add_argument('--img_size', default=800, type=int,
+                      help='shorter side of a picture, pixels, at evaluation; the scales of training shrink and grow with '
+                           'it (default: %(default)s)')  # fmt: skip
+    data.add_argument('--max_size', type=int,
+                      help='longest side of a picture, pixels (default: 1333, in proportion to --img_size)')  # fmt: skip
+    data.add_argument('--aug', default='detr', choices=('detr', 'none'),
+                      help='training pictures: flipped, scaled and cropped as in DETR, or as at evaluation '
+                           '(default: %(default)s)')  # fmt: skip
+    data.add_argument(
+        '--shapes_train', default=4000, type=int, help='built-in training pictures (default: %(default)s)'
+    )
+    data.add_argument(
+        '--shapes_val', default=200, type=int, help='built-in validation pictures (default: %(default)s)'
+    )
+    data.add_argument('--shapes_size', default=160, type=int,
+                      help='longer side of a built-in picture, pixels (default: %(default)s)')  # fmt: skip
+    data.add_argument(
+        '--num_workers', default=2, type=int, help='loader processes a process (default: %(default)s)'
+    )
+
+    train = parser.add_argument_group('training')
+    train.add_argument('--lr', default=1e-4, type=float, help='learning rate of AdamW (default: %(default)s)')
+    train.add_argument('--lr_backbone', default=1e-5, type=float,
+                       help='learning rate of the backbone; 0 freezes it (default: %(default)s)')  # fmt: skip
+    train.add_argument(
+        '--batch_size', default=2, type=int, help='pictures a process at a time (default: %(default)s)'
+    )
+    train.add_argument('--accum_steps', default=1, type=int,
+                       help='batches whose gradients make one optimizer step (default: %(default)s)')  # fmt: skip
+    train.add_argument('--total_batch_size', type=int,
+                       help='pictures an optimizer step, all processes together; sets --accum_steps')  # fmt: skip
+    train.add_argument('--weight_decay', default=1e-4, type=float, help='of AdamW (default: %(default)s)')
+    train.add_argument('--epochs', type=int, help=f'(default: {family_default("epochs")})')
+    train.add_argument('--lr_drop', type=int,
+                       help=f'epochs after which the learning rate is divided by 10 (default: {family_default("lr_drop")})')  # fmt: skip
+    train.add_argument('--clip_max_norm', default=0.1, type=float,
+                       help='largest norm of the gradient, 0 = any (default: %(default)s)')  # fmt: skip
+
+    evaluation = parser.add_argument_group('evaluation')
+    evaluation.add_argument(
+        '--eval', action='store_true', help='evaluate --resume or --pretrained, then stop'
+    )
+    evaluation.add_argument('--eval_every', default=1, type=int,
+                            help='epochs between evaluations; the last is always evaluated (default: %(default)s)')  # fmt: skip
+    evaluation.add_argument('--coco_eval', default='auto', choices=('auto', 'hotcoco', 'pycocotools'),
+                            help='who computes COCO metrics; auto: hotcoco if it is there (default: %(default)s)')  # fmt: skip
+
+    run = parser.add_argument_group('run')
+    run.add_argument('--output_dir', default='', metavar='DIR',
+                     help='checkpoints, metrics.csv, log.jsonl and pictures; nothing is written without it')  # fmt: skip
+    run.add_argument('--resume', default='', metavar='FILE',
+                     help='go on with this checkpoint (path or address): weights, optimizer, schedule, random numbers; '
+                          'auto = the one in --output_dir, if any')  # fmt: skip
+    run.add_argument('--pretrained', default='', metavar='FILE',
+                     help='start from these weights (path or address); heads of another number of classes start anew')  # fmt: skip
+    run.add_argument('--save_every', type=int,
+                     help=f'epochs between checkpoints that are kept (default: {family_default("save_every")})')  # fmt: skip
+    run.add_argument(
+        '--device',
+        default='auto',
+        help='cuda, mps, cpu; auto takes the first there is (default: %(default)s)',
+    )
+    run.add_argument('--seed', default=42, type=int, help='of all random numbers (default: %(default)s)')
+    run.add_argument(
+        '--print_freq', default=10, type=int, help='steps between two progress lines (default: %(default)s)'
+    )
+    run.add_argument('--tensorboard', action='store_true', help='write TensorBoard events into --output_dir')
+    run.add_argument('--dist_url', default='env://', help='where processes meet (default: %(default)s)')
+
+    add_model_args(parser)
+    return parser
+
+
+@dataclass
+class Run:
+    """What the epoch loop works with."""
+
+    args: Namespace
+    model: nn.Module  # possibly wrapped for several processes
+    criterion: nn.Module
+    postprocessors: dict[str, nn.Module]
+    datasets: dict[str, Dataset]
+    loaders: dict[str, DataLoader]
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+
+    @property
+    def bare_model(self) -> nn.Module:
+        return getattr(self.model, 'module', self.model)
+
+
+def main(args: Namespace) -> None:
+    args = resolve_args(args)
+    local_rank = init_distributed(args.dist_url)
+    device = choose_device(args.device, local_rank)
+    check_run_args(args)
+    checkpoint = find_checkpoint(args)
+    seed_everything(args.seed + get_rank())
+
+    class_map = ClassMap.from_dict(checkpoint['class_map']) if 'class_map' in checkpoint else None
+    datasets = build_datasets(args, class_map)
+    args.num_classes = datasets['val'].class_map.num_classes
+    if checkpoint:
+        args.backbone_weights = 'none'  # the checkpoint holds the backbone
+    model, criterion, postprocessors = build_model(args)
+    if checkpoint:
+        report = load_checkpoint(model, checkpoint, resize=not args.resume)
+        print(f'{args.resume or args.pretrained}: {report}')
+    model.to(device)
+    loaders = {split: build_loader(dataset, split, args) for split, dataset in datasets.items()}
+    optimizer = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
+    if is_main_process():
+        print_plan(args, model, datasets, loaders)
+    if get_world_size() > 1:
+        model = nn.parallel.DistributedDataParallel(
+            model, device_ids=[local_rank] if device.type == 'cuda' else None
+        )
+    run = Run(args, model, criterion, postprocessors, datasets, loaders, optimizer, scheduler)
+    if args.eval:
+        evaluate_once(run)
+    else:
+        train(run, checkpoint if args.resume else {})
+
+
+def train(run: Run, checkpoint: dict) -> None:
+    """The epoch loop. checkpoint: what is resumed, {} for a fresh start."""
+    args, folder = run.args, Path(run.args.output_dir) if run.args.output_dir else None
+    first_epoch = restore(run, checkpoint)
+    log = RunLog(folder, first_epoch - 1) if folder else None
+    board = tensorboard_writer(folder) if args.tensorboard and is_main_process() else None
+    if log and first_epoch > 0 and not log.has_epoch(first_epoch - 1):
+        # The run stopped between saving this epoch and logging it.
+        finish_epoch(run, first_epoch - 1, checkpoint['metrics'], log, board)
+    if first_epoch >= args.epochs:
+        print(f'all {args.epochs} epochs are done; raise --epochs to train longer')
+    for epoch in range(first_epoch, args.epochs):
+        start = time.perf_counter()
+        run.loaders['train'].sampler.set_epoch(epoch)
+        run.datasets['train'].set_epoch(epoch)
+        lr, lr_backbone = (group['lr'] for group in run.optimizer.param_groups)
+        averages = train_one_epoch(
+            run.model,
+            run.criterion,
+            run.loaders['train'],
+            run.optimizer,
+            title=f'epoch {epoch + 1}/{args.epochs}',
+            max_norm=args.clip_max_norm,
+            accum_steps=args.accum_steps,
+            print_freq=args.print_freq,
+        )
+        run.scheduler.step()
+        metrics = {'epoch': epoch, 'lr': lr, 'lr_backbone': lr_backbone}
+        metrics |= {f'train_{name}': value for name, value in averages.items()}
+        if folder and is_main_process():
+            save(run, folder, epoch, metrics)
+        finish_epoch(run, epoch, metrics, log, board, time.perf_counter() - start)
+
+
+def restore(run: Run, checkpoint: dict) -> int:
+    """Optimizer, schedule and random numbers of a checkpoint. Returns the epoch to go on with.
+
+    Files that hold weights only (official ones) start at epoch 0.
+    """
+    if 'optimizer' not in checkpoint:
+        return 0
+    run.optimizer.load_state_dict(checkpoint['optimizer'])
+    run.scheduler.load_state_dict(checkpoint['lr_scheduler'])
+    if 'rng' in checkpoint:
+        set_rng_state(checkpoint['rng'])
+    return checkpoint['epoch'] + 1
+
+
+def save(run: Run, folder: Path, epoch: int, metrics: dict) -> None:
+    """`checkpoint.pth`, and a copy that stays at learning-rate drops and every --save_every epochs."""
+    args = run.args
+    checkpoint = {
+        'model': run.bare_model.state_dict(),
+        'optimizer': run.optimizer.state_dict(),
+        'lr_scheduler': run.scheduler.state_dict(),
+        'epoch': epoch,
+        'args': vars(args),
+        'class_map': run.datasets['train'].class_map.to_dict(),
+        'rng': get_rng_state(),
+        'metrics': metrics,
+    }
+    save_checkpoint(folder / 'checkpoint.pth', checkpoint)
+    if (epoch + 1) % args.lr_drop == 0 or (epoch + 1) % args.save_every == 0:
+        save_checkpoint(folder / f'checkpoint{epoch:04}.pth', checkpoint)
+
+
+def finish_epoch(
+    run: Run, epoch: int, metrics: dict, log: RunLog | None, board: object | None, seconds: float = 0.0
+) -> None:
+    """Evaluate if it is time, and write what is known about the epoch."""
+    args, row, record = run.args, dict(metrics), dict(metrics)
+    evaluated = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
+    summary = evaluate_once(run, f'epoch {epoch + 1}/{args.epochs} evaluate') if evaluated else None
+    row |= {f'test_{name}': summary.stats[i] if summary else None for i, name in enumerate(STAT_NAMES)}
+    if summary:
+        record |= {'test_coco_eval_bbox': summary.stats, 'per_class': summary.per_class}
+    record |= {
+        'pictures': len(run.loaders['train'].sampler) * get_world_size(),
+        'train_seconds': round(seconds, 2),
+    }
+    if log:
+        log.append(row, record)
+        if is_main_process():
+            plot_curves(log.csv_path.with_name('curves.png'), log.csv_path)
+    if board:
+        for name, value in row.items():
+            if value is not None:
+                board.add_scalar(name, value, epoch)
+        board.flush()
+    if is_main_process():
+        ap = f'  AP {summary.stats[0]:.3f}  AP50 {summary.stats[1]:.3f}' if summary else ''
+        print(
+            f'epoch {epoch + 1}/{args.epochs}: loss {row["train_loss"]:.4g}{ap}  {format_time(seconds)}',
+            flush=True,
+        )
+
+
+def evaluate_once(run: Run, title: str = 'evaluate') -> Summary:
+    """Metrics of the validation pictures, printed; drawn predictions and the precision table go to the output folder."""
+    dataset = run.datasets['val']
+    evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map, backend=run.args.coco_eval)
+    summary = evaluate(run.model, run.postprocessors, run.loaders['val'], evaluator, title)['bbox']
+    if is_main_process():
+        print(summary.table(), flush=True)
+        if run.args.output_dir:
+            draw_predictions(
+                run.bare_model, run.postprocessors, dataset, Path(run.args.output_dir) / 'predictions.png'
+            )
+    return summary
+
+
+def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Dataset]:
+    """Training and validation pictures, with the same class indices; validation only for --eval.
+
+    class_map: that of the checkpoint in use. ValueError: --resume of a checkpoint with other classes.
+    """
+    if args.eval:
+        datasets = {'val': build_dataset('val', args)}
+    else:
+        train = build_dataset('train', args)
+        datasets = {'train': train, 'val': build_dataset('val', args, train.class_map)}
+    found = datasets['val'].class_map
+    if args.resume and class_map is not None and class_map != found:
+        raise ValueError(
+            f'{args.resume} was trained on {describe(class_map)}, the data has {describe(found)}: evaluate it on its own '
+            'data, or fine-tune it on this data with --pretrained'
+        )
+    return datasets
+
+
+def describe(class_map: ClassMap) -> str:
+    names = [name for name in class_map.names if name is not None]
+    return f'{len(names)} classes ({", ".join(names[:5])}{", ..." if len(names) > 5 else ""})'
+
+
+def build_loader(dataset: Dataset, split: str, args: Namespace) -> DataLoader:
+    """Batches of a data set; this process's share of them."""
+    train = split == 'train'
+    sampler = DistributedSampler(
+        dataset,
+        get_world_size(),
+        get_rank(),
+        shuffle=train,
+        seed=args.seed,
+        drop_last=train and get_world_size() > 1,
+    )
+    loader = DataLoader(
+        dataset,
+        args.batch_size,
+        sampler=sampler,
+        drop_last=train,
+        num_workers=args.num_workers,
+        collate_fn=collate_fn,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own, so that loading draws nothing from the run's random numbers
+    )
+    if train and len(loader) < args.accum_steps:
+        pictures = args.batch_size * args.accum_steps * get_world_size()
+        raise ValueError(
+            f'{len(dataset)} training pictures do not fill one step of {pictures}: lower --batch_size, --accum_steps '
+            'or --total_batch_size'
+        )
+    return loader
+
+
+def check_run_args(args: Namespace) -> None:
+    """Refuse impossible combinations, and settle --accum_steps."""
+    if args.eval and not (args.resume or args.pretrained):
+        raise ValueError('--eval needs weights: add --resume FILE (or --pretrained FILE)')
+    if args.resume and args.pretrained and args.resume != 'auto':
+        raise ValueError('--resume goes on with a run, --pretrained starts one: give one of them')
+    if args.resume == 'auto' and not args.output_dir:
+        raise ValueError('--resume auto looks into --output_dir: give it')
+    if args.tensorboard and not args.output_dir:
+        raise ValueError('--tensorboard writes into --output_dir: give it')
+    for flag in ('batch_size', 'accum_steps', 'epochs', 'lr_drop', 'eval_every', 'save_every', 'img_size'):
+        if getattr(args, flag) < 1:
+            raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
+    if args.total_batch_size is not None:
+        at_a_time = args.batch_size * get_world_size()
+        if args.total_batch_size < 1 or args.total_batch_size % at_a_time:
+            raise ValueError(
+                f'--total_batch_size {args.total_batch_size} is not a multiple of --batch_size {args.batch_size} x '
+                f'{get_world_size()} processes'
+            )
+        args.accum_steps = args.total_batch_size // at_a_time
+
+
+def find_checkpoint(args: Namespace) -> dict:
+    """The checkpoint named by --resume or --pretrained, {} if none; creates the output folder.
+
+    ValueError: the output folder holds another run, which would be overwritten.
+    """
+    if args.output_dir:
+        existing = Path(args.output_dir) / 'checkpoint.pth'
+        if args.resume == 'auto':
+            args.resume = str(existing) if existing.is_file() else ''
+        elif (
+            existing.is_file()
+            and not args.eval
+            and not (args.resume and Path(args.resume).resolve() == existing.resolve())
+        ):
+            raise ValueError(
+                f'{args.output_dir} holds the checkpoint of a run: add --resume auto to go on with it, or choose another '
+                '--output_dir'
+            )
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    source = args.resume or args.pretrained
+    return read_checkpoint(source) if source else {}
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if name == 'cuda':
+        if not torch.cuda.is_available():
+            raise ValueError('--device cuda: no usable NVIDIA GPU here; use --device auto')
+        name = f'cuda:{local_rank}'
+    return torch.device(name)
+
+
+def seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+if __name__ == '__main__':
+    try:
+        main(get_args_parser().parse_args())
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f'error: {error}')

@@ -1,0 +1,207 @@
+"""
+Convolutional backbones: torchvision's ResNet and MobileNetV2, and any feature network of timm as `timm/NAME`.
+
+The backbone owns the statistics that its weights were trained with: uint8 pictures are normalised here, on the device;
+floating-point pictures are taken as normalised already. Parameter names are torchvision's under `backbone.0.body`.
+"""
+
+import urllib.error
+from functools import partial
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from util.dist import is_main_process
+from util.nested_tensor import NestedTensor, resize_mask
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RESNETS = ('resnet18', 'resnet34', 'resnet50', 'resnet101')
+# Last module of each stage of mobilenet_v2().features: strides 4, 8, 16, 32 (as layer1..layer4 of a ResNet).
+MOBILENET_STAGES = ('3', '6', '13', '18')
+NORM_LAYERS = {'frozen': FrozenBatchNorm2d, 'batch': nn.BatchNorm2d, 'group': partial(nn.GroupNorm, 32)}
+
+
+class Backbone(nn.Module):
+    """Feature maps of a picture batch, with padding masks at their size.
+
+    body: module from [B, 3, H, W] to a dictionary of feature maps, coarsest last. num_channels: of each map.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        num_channels: list[int],
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.num_channels = num_channels
+        # In units of uint8 pixels. Not saved: they follow from the backbone's name.
+        self.register_buffer('pixel_mean', 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer('pixel_std', 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def normalize(self, samples: NestedTensor) -> NestedTensor:
+        """uint8 pixels to normalised floats with padding 0, as if padded after normalising (official order)."""
+        if samples.tensors.is_floating_point():
+            return samples
+        tensors = (samples.tensors - self.pixel_mean) / self.pixel_std
+        return NestedTensor(tensors.masked_fill_(samples.mask[:, None], 0), samples.mask)
+
+    def forward(self, samples: NestedTensor) -> list[NestedTensor]:
+        samples = self.normalize(samples)
+        features = self.body(samples.tensors)
+        return [NestedTensor(x, resize_mask(samples.mask, x.shape[-2:])) for x in features.values()]
+
+
+class Joiner(nn.Sequential):
+    """Backbone and position encoding side by side (official names `backbone.0`, `backbone.1`)."""
+
+    def __init__(self, backbone: Backbone, position_embedding: nn.Module) -> None:
+        super().__init__(backbone, position_embedding)
+
+    @property
+    def num_channels(self) -> list[int]:
+        return self[0].num_channels
+
+    def forward(self, samples: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
+        """Returns feature maps [B, C, h, w] and their encodings [B, hidden_dim, h, w], coarsest last."""
+        features = self[0](samples)
+        return features, [self[1](x.mask).to(x.tensors.dtype) for x in features]
+
+
+class TimmBody(nn.Module):
+    """A timm feature network as a dictionary of maps; batch norms frozen unless they are to be trained."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {str(index): feature for index, feature in enumerate(self.network(x))}
+
+
+def build_backbone(
+    name: str, weights: str, dilation: bool, norm: str, num_stages: int, train: bool
+) -> Backbone:
+    """The backbone of a detector that reads its last map.
+
+    weights: `imagenet`, `none` or a file of a state dict under torchvision's or timm's names. norm: `frozen`, `batch` or
+    `group`. num_stages: stages used, 4 = stride 32 (16 with dilation), 3 = stride 16. train: False freezes everything; the
+    stem and the first stage are always frozen when their norms are (official rule), and never when they train from scratch.
+
+    ValueError: unknown name, or a combination that the network does not have.
+    """
+    if name.startswith('timm/'):
+        backbone = build_timm(name.removeprefix('timm/'), weights, dilation, norm, num_stages)
+    else:
+        backbone = build_torchvision(name, weights, dilation, norm, num_stages)
+    trainable = () if not train else trainable_stages(name, norm)
+    for parameter_name, parameter in backbone.body.named_parameters():
+        if trainable is not None and not parameter_name.startswith(trainable):
+            parameter.requires_grad_(False)
+    return backbone
+
+
+def trainable_stages(name: str, norm: str) -> tuple[str, ...] | None:
+    """Prefixes of the parameters that train; None = all of them."""
+    if norm != 'frozen' or name.startswith('timm/'):
+        return None
+    if name.startswith('resnet'):
+        return ('layer2', 'layer3', 'layer4')
+    return tuple(f'{index}.' for index in range(int(MOBILENET_STAGES[0]) + 1, int(MOBILENET_STAGES[-1]) + 1))
+
+
+def build_torchvision(name: str, weights: str, dilation: bool, norm: str, num_stages: int) -> Backbone:
+    if name not in (*RESNETS, 'mobilenet_v2'):
+        raise ValueError(f"unknown backbone '{name}': choose {', '.join(RESNETS)}, mobilenet_v2 or timm/NAME")
+    if dilation and name not in ('resnet50', 'resnet101'):
+        raise ValueError(f'--dilation (DC5) needs resnet50 or resnet101: {name} has no dilated last stage')
+    options = {'replace_stride_with_dilation': [False, False, True]} if dilation else {}
+    network = torchvision_network(name, weights, norm_layer=NORM_LAYERS[norm], **options)
+    if name == 'mobilenet_v2':
+        stage = MOBILENET_STAGES[num_stages - 1]
+        body = IntermediateLayerGetter(network.features, {stage: '0'})
+    else:
+        body = IntermediateLayerGetter(network, {f'layer{num_stages}': '0'})
+    with torch.no_grad():
+        num_channels = [x.shape[1] for x in body.eval()(torch.zeros(1, 3, 64, 64)).values()]
+    return Backbone(body.train(), num_channels)
+
+
+def torchvision_network(name: str, weights: str, **options: object) -> nn.Module:
+    """A torchvision classifier with the asked weights; ImageNet's are fetched by the main process only."""
+    if weights == 'imagenet':
+        pretrained = 'IMAGENET1K_V1' if is_main_process() else None
+        try:
+            return torchvision.models.get_model(name, weights=pretrained, **options)
+        except (urllib.error.URLError, OSError) as error:
+            raise RuntimeError(no_download(name, error)) from error
+    network = torchvision.models.get_model(name, weights=None, **options)
+    if weights != 'none':
+        load_backbone_file(network, weights)
+    return network
+
+
+def no_download(name: str, error: Exception) -> str:
+    return (
+        f'the ImageNet weights of {name} could not be fetched ({error}): put the file into '
+        f'{torch.hub.get_dir()}/checkpoints, or pass --backbone_weights FILE, or none to start from random numbers'
+    )
+
+
+def load_backbone_file(network: nn.Module, path: str) -> None:
+    """Fill a torchvision network from a state dict; only the classifier may be absent.
+
+    ValueError: the file is missing, or lacks or adds anything else.
+    """
+    if not Path(path).is_file():
+        raise ValueError(
+            f'--backbone_weights {path}: no such file (imagenet, none or a file of a state dict)'
+        )
+    state = torch.load(path, map_location='cpu', weights_only=True)
+    state = state.get('model', state.get('state_dict', state))
+    head = ('fc.', 'classifier.')
+    state = {key: value for key, value in state.items() if not key.startswith(head)}
+    missing, unexpected = network.load_state_dict(state, strict=False)
+    missing = [key for key in missing if not key.startswith(head) and not key.endswith('num_batches_tracked')]
+    unexpected = [key for key in unexpected if not key.endswith('num_batches_tracked')]
+    if missing or unexpected:
+        raise ValueError(
+            f'--backbone_weights {path} does not fit {type(network).__name__}: it lacks {len(missing)} entries '
+            f'{missing[:3]} and has {len(unexpected)} others {unexpected[:3]}'
+        )
+
+
+def build_timm(name: str, weights: str, dilation: bool, norm: str, num_stages: int) -> Backbone:
+    try:
+        import timm
+        from timm.layers import freeze_batch_norm_2d
+    except ImportError as error:
+        raise ImportError(f"--backbone timm/{name} needs timm: pip install 'timm'") from error
+    if norm == 'group':
+        raise ValueError(
+            '--backbone_norm group is for torchvision backbones; timm networks keep their own norms'
+        )
+    options = {'output_stride': 16} if dilation else {}
+    if weights not in ('imagenet', 'none'):
+        if not Path(weights).is_file():
+            raise ValueError(f'--backbone_weights {weights}: no such file')
+        options['pretrained_cfg_overlay'] = {'file': weights}
+    try:
+        network = timm.create_model(
+            name, pretrained=weights != 'none', features_only=True, out_indices=(num_stages,), **options
+        )
+    except (urllib.error.URLError, OSError) as error:
+        raise RuntimeError(no_download(f'timm/{name}', error)) from error
+    except RuntimeError as error:
+        raise ValueError(f'--backbone timm/{name}: {error}') from error
+    body = TimmBody(network)
+    if norm == 'frozen':
+        body = freeze_batch_norm_2d(body)
+    config = network.pretrained_cfg
+    return Backbone(body, network.feature_info.channels(), config['mean'], config['std'])

@@ -1,0 +1,132 @@
+"""
+The decoder of Conditional DETR (arXiv:2108.06152, Sec. 3.3): cross-attention compares content with content and place with
+place, side by side in each head. The rest of the detector is DETR's.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .heads import MLP, inverse_sigmoid
+from .position_encoding import sine_embedding
+from .structures import LayerOutput, Memory, QueryGroup, attention_blocks
+from .transformer import Blocks, clones
+
+
+class Attention(nn.Module):
+    """Multi-head attention without input projections: softmax(q k / sqrt(width of q a head)) v, then `out_proj`.
+
+    The widths of q and k may differ from that of v.
+    """
+
+    def __init__(self, d_model: int, nhead: int, dropout: float) -> None:
+        super().__init__()
+        self.nhead = nhead
+        self.dropout = dropout
+        self.out_proj = nn.Linear(d_model, d_model)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, N, C] to heads [B, M, N, C / M]."""
+        return x.unflatten(-1, (self.nhead, -1)).transpose(1, 2)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """q, k, v: [B, M, N, width] heads; hidden: bool, broadcast to [B, M, Q, K], True = may not attend."""
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if hidden is None else ~hidden,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class ConditionalDecoderLayer(nn.Module):
+    """Official names: sa_* project the self-attention, ca_* the cross-attention; content and position apart.
+
+    Only the first layer of a decoder has `ca_qpos_proj`: there the learned query position joins the content.
+    """
+
+    def __init__(self, d_model: int, nhead: int, dim_feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.sa_qcontent_proj = nn.Linear(d_model, d_model)
+        self.sa_qpos_proj = nn.Linear(d_model, d_model)
+        self.sa_kcontent_proj = nn.Linear(d_model, d_model)
+        self.sa_kpos_proj = nn.Linear(d_model, d_model)
+        self.sa_v_proj = nn.Linear(d_model, d_model)
+        self.self_attn = Attention(d_model, nhead, dropout)
+        self.ca_qcontent_proj = nn.Linear(d_model, d_model)
+        self.ca_qpos_proj = nn.Linear(d_model, d_model)
+        self.ca_kcontent_proj = nn.Linear(d_model, d_model)
+        self.ca_kpos_proj = nn.Linear(d_model, d_model)
+        self.ca_v_proj = nn.Linear(d_model, d_model)
+        self.ca_qpos_sine_proj = nn.Linear(d_model, d_model)
+        self.cross_attn = Attention(d_model, nhead, dropout)
+        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(dim_feedforward, d_model)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.norm3 = nn.LayerNorm(d_model)
+        self.dropout1 = nn.Dropout(dropout)
+        self.dropout2 = nn.Dropout(dropout)
+        self.dropout3 = nn.Dropout(dropout)
+
+    def forward(
+        self, tgt: Tensor, query_pos: Tensor, query_sine: Tensor, memory: Memory, blocks: Blocks
+    ) -> Tensor:
+        """tgt, query_pos, query_sine: [B, Q, C]; blocks: who attends to whom."""
+        tgt = self.norm1(tgt + self.dropout1(self.compare_queries(tgt, query_pos, blocks)))
+        tgt = self.norm2(tgt + self.dropout2(self.read_memory(tgt, query_pos, query_sine, memory)))
+        return self.norm3(tgt + self.dropout3(self.linear2(self.dropout(F.relu(self.linear1(tgt))))))
+
+    def compare_queries(self, tgt: Tensor, query_pos: Tensor, blocks: Blocks) -> Tensor:
+        q = self.self_attn.split(self.sa_qcontent_proj(tgt) + self.sa_qpos_proj(query_pos))
+        k = self.self_attn.split(self.sa_kcontent_proj(tgt) + self.sa_kpos_proj(query_pos))
+        v = self.self_attn.split(self.sa_v_proj(tgt))
+        attended = [
+            self.self_attn(q[:, :, run], k[:, :, run], v[:, :, run], hidden) for run, hidden in blocks
+        ]
+        return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
+
+    def read_memory(self, tgt: Tensor, query_pos: Tensor, query_sine: Tensor, memory: Memory) -> Tensor:
+        split = self.cross_attn.split
+        q, k = self.ca_qcontent_proj(tgt), self.ca_kcontent_proj(memory.tokens)
+        k_pos = self.ca_kpos_proj(memory.pos)
+        if self.ca_qpos_proj is not None:
+            q, k = q + self.ca_qpos_proj(query_pos), k + k_pos
+        q = torch.cat([split(q), split(self.ca_qpos_sine_proj(query_sine))], dim=-1)  # [B, M, Q, 2 C / M]
+        k = torch.cat([split(k), split(k_pos)], dim=-1)
+        return self.cross_attn(q, k, split(self.ca_v_proj(memory.tokens)), memory.padding_mask[:, None, None])
+
+
+class ConditionalDecoder(nn.Module):
+    """Decoder layers that share one reference point a query, taken from its learned position.
+
+    The sine code of the reference is scaled by a function of the state from the second layer on (official code; the paper
+    scales it in every layer). The reference never changes and nothing is detached.
+    """
+
+    def __init__(self, layer: ConditionalDecoderLayer, num_layers: int, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        d_model = norm.normalized_shape[0]
+        self.layers = clones(layer, num_layers)
+        for later in self.layers[1:]:
+            later.ca_qpos_proj = None
+        self.norm = norm
+        self.query_scale = MLP(d_model, d_model, d_model, num_layers=2)
+        self.ref_point_head = MLP(d_model, d_model, 2, num_layers=2)
+
+    def forward(self, groups: list[QueryGroup], memory: Memory) -> list[LayerOutput]:
+        tgt = torch.cat([group.tgt for group in groups], dim=1)  # [B, Q, C]
+        query_pos = torch.cat([group.query_pos for group in groups], dim=1)
+        points = self.ref_point_head(query_pos).sigmoid()  # [B, Q, 2] x, y
+        sine = sine_embedding(points.flip(-1), tgt.shape[-1] // 2).to(tgt.dtype)  # [B, Q, C], y first
+        blocks, states = attention_blocks(groups), []
+        for index, layer in enumerate(self.layers):
+            query_sine = sine if index == 0 else sine * self.query_scale(tgt)
+            tgt = layer(tgt, query_pos, query_sine, memory, blocks)
+            states.append(tgt)
+        reference = inverse_sigmoid(points)
+        return [LayerOutput(hs, reference) for hs in self.norm(torch.stack(states))]

@@ -1,0 +1,88 @@
+"""
+DETR (arXiv:2005.12872): a backbone, a transformer, and two heads that read every query. Also hosts Conditional DETR, whose
+decoder and heads differ but whose forward does not.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+
+from .heads import add_reference
+from .structures import LayerOutput, Prediction, QueryGroup, learned_groups
+from .transformer import Transformer
+
+
+class DETR(nn.Module):
+    """A set of boxes from a batch of pictures.
+
+    num_queries: learned queries of each group, the inference group first. query_sources: modules that add query groups (and
+    losses) from memory and targets while training. aux_loss: predictions of every decoder layer, while training.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        transformer: Transformer,
+        heads: tuple[nn.Module, nn.Module],
+        num_queries: dict[str, int],
+        aux_loss: bool = True,
+        query_sources: nn.ModuleDict | None = None,
+    ) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.class_embed, self.bbox_embed = heads
+        hidden_dim = self.class_embed.in_features
+        self.query_embed = nn.Embedding(sum(num_queries.values()), hidden_dim)
+        self.input_proj = nn.Conv2d(backbone.num_channels[-1], hidden_dim, kernel_size=1)
+        self.backbone = backbone
+        self.query_sources = query_sources if query_sources is not None else nn.ModuleDict()
+        self.num_queries = num_queries
+        self.aux_loss = aux_loss
+
+    def forward(
+        self, samples: NestedTensor | list[Tensor] | Tensor, targets: list[dict] | None = None
+    ) -> dict:
+        """Pictures to class logits and boxes.
+
+        samples: padded batch, list of [3, H, W] or [B, 3, H, W]; uint8, or float and normalised.
+        targets: read by query sources only, while training.
+
+        Returns `pred_logits` [B, Q, K] and `pred_boxes` [B, Q, 4] (cxcywh in [0, 1]) of the last layer; while training also
+        `predictions`, the flat list of all, and `losses`, the terms that query sources computed themselves.
+        """
+        if not isinstance(samples, NestedTensor):
+            samples = nested_tensor_from_tensor_list(samples)
+        features, pos = self.backbone(samples)
+        src, mask = features[-1].decompose()
+        memory = self.transformer.encode(self.input_proj(src), mask, pos[-1])
+        groups = learned_groups(self.num_queries, self.query_embed.weight, len(src), self.training)
+        losses: dict[str, Tensor] = {}
+        if self.training:
+            for source in self.query_sources.values():
+                more_groups, more_losses = source(memory, targets)
+                groups += more_groups
+                losses |= more_losses
+        layers = self.transformer.decode(groups, memory)
+        predictions = self.read(layers if self.training and self.aux_loss else layers[-1:], groups)
+        last = next(p for p in predictions if p.kind == groups[0].name and p.layer is None)
+        outputs = {'pred_logits': last.logits, 'pred_boxes': last.boxes}
+        return outputs | {'predictions': predictions, 'losses': losses} if self.training else outputs
+
+    def read(self, layers: list[LayerOutput], groups: list[QueryGroup]) -> list[Prediction]:
+        """Class logits and boxes of every layer and group; the heads are shared by all layers."""
+        hs = torch.stack([layer.hs for layer in layers])  # [L, B, Q, C]
+        logits = self.class_embed(hs)
+        boxes = add_reference(self.bbox_embed(hs), layers[-1].reference)
+        sizes = [group.tgt.shape[1] for group in groups]
+        parts = zip(groups, logits.split(sizes, dim=2), boxes.split(sizes, dim=2), strict=True)
+        return [
+            Prediction(
+                *one_layer,
+                group.name,
+                index if index < len(layers) - 1 else None,
+                assignment=group.assignment,
+            )
+            for group, *both in parts
+            for index, one_layer in enumerate(zip(*both, strict=True))
+        ]

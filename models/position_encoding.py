@@ -1,0 +1,88 @@
+"""Positional encodings: of the cells of a feature map, and of points and boxes."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def frequencies(num_feats: int, temperature: float, device: torch.device) -> Tensor:
+    """[num_feats] divisors, pairs of equal ones; float32 whatever the model's precision, as the official code."""
+    index = torch.arange(num_feats, dtype=torch.float32, device=device)
+    return temperature ** (2 * torch.div(index, 2, rounding_mode='floor') / num_feats)
+
+
+def sine_waves(angle: Tensor, num_feats: int, temperature: float = 10000) -> Tensor:
+    """[...] angles to [..., num_feats]: sine at even places, cosine at odd ones."""
+    phase = angle[..., None] / frequencies(num_feats, temperature, angle.device)
+    return torch.stack((phase[..., 0::2].sin(), phase[..., 1::2].cos()), dim=-1).flatten(-2)
+
+
+def sine_embedding(coordinates: Tensor, num_feats: int, temperature: float = 10000) -> Tensor:
+    """Sine codes of points or boxes: [..., n] numbers in [0, 1] to [..., n * num_feats], in the given order.
+
+    Conditional DETR (Sec. 3.3) puts y before x: pass `points.flip(-1)`.
+    """
+    return sine_waves(coordinates * (2 * math.pi), num_feats, temperature).flatten(-2)
+
+
+class PositionEmbeddingSine(nn.Module):
+    """Sine encoding of a padded feature map, normalised by each picture's own size (DETR Sec. A.4).
+
+    Everything is float32 inside. `offset` is added to the running counts: 0 in DETR, -0.5 in Deformable DETR.
+    """
+
+    def __init__(
+        self, num_pos_feats: int, temperature: float = 10000, normalize: bool = True, offset: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.num_pos_feats = num_pos_feats
+        self.temperature = temperature
+        self.normalize = normalize
+        self.offset = offset
+
+    def forward(self, mask: Tensor) -> Tensor:
+        """Padding mask [B, H, W], True = padding, to [B, 2 * num_pos_feats, H, W], y before x, float32."""
+        valid = ~mask
+        y = valid.cumsum(1, dtype=torch.float32)
+        x = valid.cumsum(2, dtype=torch.float32)
+        if self.normalize:
+            y = (y + self.offset) / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
+            x = (x + self.offset) / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
+        waves = [sine_waves(axis, self.num_pos_feats, self.temperature) for axis in (y, x)]
+        return torch.cat(waves, dim=-1).permute(0, 3, 1, 2)
+
+
+class PositionEmbeddingLearned(nn.Module):
+    """A learned vector for each of 50 columns and 50 rows; the mask is ignored (official `--position_embedding learned`)."""
+
+    cells = 50
+
+    def __init__(self, num_pos_feats: int) -> None:
+        super().__init__()
+        self.row_embed = nn.Embedding(self.cells, num_pos_feats)
+        self.col_embed = nn.Embedding(self.cells, num_pos_feats)
+        nn.init.uniform_(self.row_embed.weight)
+        nn.init.uniform_(self.col_embed.weight)
+
+    def forward(self, mask: Tensor) -> Tensor:
+        """Padding mask [B, H, W] to [B, 2 * num_pos_feats, H, W], x before y.
+
+        ValueError: a side has more than 50 cells.
+        """
+        batch, height, width = mask.shape
+        if max(height, width) > self.cells:
+            raise ValueError(
+                f'learned position encodings cover {self.cells} x {self.cells} cells, this feature map has '
+                f'{height} x {width}: use --position_embedding sine, or smaller pictures (--img_size, --max_size)'
+            )
+        columns = self.col_embed.weight[:width].expand(height, -1, -1)
+        rows = self.row_embed.weight[:height, None].expand(-1, width, -1)
+        return torch.cat([columns, rows], dim=-1).permute(2, 0, 1).expand(batch, -1, -1, -1)
+
+
+def build_position_encoding(name: str, hidden_dim: int) -> nn.Module:
+    """`sine` (alias v2) or `learned` (alias v3), half of the channels for each axis."""
+    if name in ('sine', 'v2'):
+        return PositionEmbeddingSine(hidden_dim // 2)
+    return PositionEmbeddingLearned(hidden_dim // 2)

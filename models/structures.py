@@ -1,0 +1,138 @@
+"""
+The vocabulary: what travels between backbone, transformer, heads and criterion.
+
+Every detector here emits a flat list of predictions. Each carries the name of its kind; one table says how each kind is
+supervised. Letters in shapes: B images, Q queries, S memory tokens, L levels, C channels, K classes, M matched pairs,
+T objects of the batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Memory:
+    """What the encoder leaves."""
+
+    tokens: Tensor  # [B, S, C], levels one after the other, row by row
+    padding_mask: Tensor  # [B, S], True = padding
+    shapes: list[tuple[int, int]]  # (H, W) of each level, plain integers: no layer has to ask the device
+    pos: Tensor | None = None  # [B, S, C] positional encoding
+    valid_ratios: Tensor | None = None  # [B, L, 2] valid part of width and height; deformable attention
+
+
+@dataclass
+class Assignment:
+    """Pairs (query, object), and the count that the losses of this prediction are divided by."""
+
+    batch: Tensor  # [M]
+    query: Tensor  # [M]
+    target: Tensor  # [M], counts through the objects of the batch
+    count: float  # of this process; averaged over processes, at least 1 in all
+
+
+@dataclass
+class QueryGroup:
+    """Decoder queries born together; `name` is the kind of their predictions ('one2one': inference)."""
+
+    name: str
+    tgt: Tensor  # [B, Q, C] content
+    query_pos: Tensor | None = None  # [B, Q, C]; None: the decoder derives it from the boxes
+    reference_points: Tensor | None = (
+        None  # [B, Q, 2 or 4] in [0, 1]; None: no reference, or derived in the decoder
+    )
+    sees: tuple[str, ...] = ()  # other groups that it may attend to
+    block: int = 0  # > 0: only queries of the same block of this size see each other
+    assignment: Assignment | None = None  # known in advance
+
+
+@dataclass
+class LayerOutput:
+    """What one decoder layer leaves, over all groups."""
+
+    hs: Tensor  # [B, Q, C]
+    reference: Tensor | None = None  # [B, Q, 2 or 4], what the box head's output is added to, in logit space
+    hs_o2m: Tensor | None = None  # [B, Q, C], after cross-attention and before self-attention; training only
+
+
+@dataclass
+class Prediction:
+    """Class logits and boxes read at one place."""
+
+    logits: Tensor  # [B, Q, K]
+    boxes: Tensor  # [B, Q, 4] cxcywh in [0, 1]
+    kind: str = 'one2one'  # row of the supervision table
+    layer: int | None = None  # None = last
+    anchors: Tensor | None = None  # [B, Q, 4] encoder proposals before refinement
+    masks: Tensor | None = None  # [B, Q, h, w] logits
+    assignment: Assignment | None = None
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """How one kind of prediction is supervised: a row of the table."""
+
+    matcher: Callable[[Prediction, list[dict]], Assignment]
+    coef: dict[str, float]  # {'ce': 2, 'bbox': 5, 'giou': 2}
+    class_loss: Callable  # models.training.losses: FocalLoss, SoftmaxLoss
+    class_agnostic: bool = False  # every object is class 0
+
+
+def visibility(groups: list[QueryGroup]) -> Tensor | None:
+    """Self-attention mask between query groups (H-DETR Sec. 3.2, DINO Sec. 3.3).
+
+    A group sees itself (only the own block where `block` is set) and the groups named in `sees`; the inference group names
+    none, so training queries cannot change its result.
+
+    Returns [Q, Q] bool over the concatenated groups, True = may not attend; None for a single plain group, so that inference
+    runs without a mask.
+    """
+    if len(groups) == 1 and not groups[0].block:
+        return None
+    device = groups[0].tgt.device
+    sizes = [group.tgt.shape[1] for group in groups]
+    rows = []
+    for viewer, num_rows in zip(groups, sizes, strict=True):
+        row = [torch.ones(num_rows, num, dtype=torch.bool, device=device) for num in sizes]
+        for index, seen in enumerate(groups):
+            if seen is viewer and viewer.block:
+                block = torch.arange(num_rows, device=device) // viewer.block
+                row[index] = block[:, None] != block[None]
+            elif seen is viewer or seen.name in viewer.sees:
+                row[index] = torch.zeros_like(row[index])
+        rows.append(torch.cat(row, dim=1))
+    return torch.cat(rows)
+
+
+def attention_blocks(groups: list[QueryGroup]) -> list[tuple[slice, Tensor | None]]:
+    """Runs of queries that attend among themselves, each with the mask that it needs.
+
+    Groups that see only themselves attend apart and without a mask: the numbers are those of one masked attention over all,
+    at a cost of sum(n^2) instead of (sum n)^2. If any group names others or attends by block, those runs are joined.
+    """
+    if any(group.sees for group in groups):
+        return [(slice(0, sum(group.tgt.shape[1] for group in groups)), visibility(groups))]
+    blocks, start = [], 0
+    for group in groups:
+        stop = start + group.tgt.shape[1]
+        blocks.append((slice(start, stop), visibility([group])))
+        start = stop
+    return blocks
+
+
+def learned_groups(
+    num_queries: dict[str, int], query_embed: Tensor, batch_size: int, training: bool
+) -> list[QueryGroup]:
+    """Learned object queries as groups: content zero, position learned (DETR Sec. 3.2).
+
+    query_embed: [sum of num_queries, C], rows in the order of `num_queries`. Outside training only the first group exists.
+    """
+    names = list(num_queries) if training else list(num_queries)[:1]
+    embeds = query_embed.split(list(num_queries.values()))
+    positions = {
+        name: embed.expand(batch_size, -1, -1) for name, embed in zip(num_queries, embeds, strict=True)
+    }
+    return [QueryGroup(name, torch.zeros_like(positions[name]), positions[name]) for name in names]

@@ -1,0 +1,110 @@
+"""
+Loss terms of one kind of prediction, for all its decoder layers at once.
+
+Each function takes a `Stack` and returns a sum (or a statistic) for every layer, [L]; the criterion divides. Class losses are
+objects with a `denominator`: what their sum is divided by, known from the targets alone.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
+
+from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
+
+
+@dataclass
+class Stack:
+    """Predictions of one kind stacked over their layers, with the N pairs (query, object) of all of them.
+
+    `num_pairs` counts the pairs of each layer; they lie one layer after the other.
+    """
+
+    logits: Tensor  # [L, B, Q, K]
+    boxes: Tensor  # [L, B, Q, 4]
+    index: tuple[Tensor, Tensor, Tensor]  # layer, batch, query of each pair, [N] each
+    labels: Tensor  # [N] class of the pair's object
+    target_boxes: Tensor  # [N, 4]
+    num_pairs: list[int]
+    num_objects: list[int]  # objects of each picture
+
+    def per_layer(self, values: Tensor) -> Tensor:
+        """Sums of one value a pair, [N] to [L]."""
+        if len(set(self.num_pairs)) == 1:
+            return values.view(len(self.num_pairs), -1).sum(1)
+        return torch.stack([part.sum() for part in values.split(self.num_pairs)])
+
+    def target_classes(self, unmatched: int) -> Tensor:
+        """[L, B, Q] class of every query, `unmatched` where no object was assigned."""
+        classes = self.index[0].new_full(self.logits.shape[:3], unmatched)
+        classes[self.index] = self.labels
+        return classes
+
+
+class FocalLoss:
+    """Sigmoid focal loss over all queries and classes (RetinaNet Sec. 3), divided by the number of objects."""
+
+    def __init__(self, alpha: float = 0.25, gamma: float = 2.0) -> None:
+        self.alpha = alpha
+        self.gamma = gamma
+
+    def __call__(self, stack: Stack) -> Tensor:
+        num_classes = stack.logits.shape[-1]
+        classes = stack.target_classes(unmatched=num_classes)
+        onehot = classes[..., None] == torch.arange(num_classes, device=classes.device)  # [L, B, Q, K]
+        loss = sigmoid_focal_loss(stack.logits, onehot.to(stack.logits.dtype), self.alpha, self.gamma)
+        return loss.flatten(1).sum(1)
+
+    def denominator(self, count: float, num_pairs: int, num_queries: int) -> float:
+        return count
+
+
+class SoftmaxLoss:
+    """Cross-entropy over all queries, the last class being 'no object' with weight `eos_coef` (DETR Sec. 3.1).
+
+    It is a weighted mean: divided by the sum of the weights, not by the number of objects.
+    """
+
+    def __init__(self, eos_coef: float = 0.1) -> None:
+        self.eos_coef = eos_coef
+
+    def __call__(self, stack: Stack) -> Tensor:
+        no_object = stack.logits.shape[-1] - 1
+        classes = stack.target_classes(unmatched=no_object)
+        weight = stack.logits.new_ones(no_object + 1)
+        weight[-1] = self.eos_coef
+        loss = F.cross_entropy(stack.logits.flatten(0, 2), classes.flatten(), weight, reduction='none')
+        return loss.view(len(stack.logits), -1).sum(1)
+
+    def denominator(self, count: float, num_pairs: int, num_queries: int) -> float:
+        return num_pairs + self.eos_coef * (num_queries - num_pairs)
+
+
+def box_losses(stack: Stack) -> dict[str, Tensor]:
+    """L1 distance (cxcywh) and 1 - GIoU of the pairs (DETR Sec. 3.1); [L] each."""
+    boxes = stack.boxes[stack.index]  # [N, 4]
+    giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(stack.target_boxes))
+    return {
+        'loss_bbox': stack.per_layer((boxes - stack.target_boxes).abs().sum(-1)),
+        'loss_giou': stack.per_layer(1 - giou),
+    }
+
+
+@torch.no_grad()
+def cardinality_error(stack: Stack) -> Tensor:
+    """[L] mean over pictures of |queries whose best class is not the last - objects|; a log entry of the official code.
+
+    With focal losses the last class is a real one, so the number says nothing there. It is kept as it was for comparing logs.
+    """
+    not_last = (stack.logits.argmax(-1) != stack.logits.shape[-1] - 1).sum(-1)  # [L, B]
+    num_objects = torch.tensor(stack.num_objects, device=not_last.device)
+    return (not_last - num_objects).abs().float().mean(-1)
+
+
+@torch.no_grad()
+def class_error(stack: Stack) -> Tensor:
+    """[L] share of pairs, in per cent, whose best class is wrong; 100 without objects. A log entry."""
+    right = stack.logits[stack.index].argmax(-1) == stack.labels
+    return 100 - stack.per_layer(right.float()) * (100 / max(stack.num_pairs[0], 1))

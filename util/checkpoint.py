@@ -1,0 +1,166 @@
+"""
+Checkpoints: written whole or not at all, plain tensors and dictionaries that `torch.load(weights_only=True)` reads.
+
+`load_checkpoint` recognises official files and those of other projects by keys that only they have (`util/foreign_names.py`),
+fits them strictly, and says what is left.
+"""
+
+import argparse
+import io
+import pickle
+import random
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from util.foreign_names import to_official
+from util.logger import atomic_write
+
+RESIZABLE = ('class_embed', 'query_embed')  # what --pretrained may take from a model of another size
+
+
+@dataclass
+class Report:
+    """What a checkpoint filled. `reinitialised`: entries of another shape, left as they were (or filled in part)."""
+
+    layout: str
+    loaded: int
+    reinitialised: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        text = f'{self.loaded} entries loaded ({self.layout} names)'
+        return text + (f', re-initialised: {", ".join(self.reinitialised)}' if self.reinitialised else '')
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Atomically; readers never see half a file."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    atomic_write(path, buffer.getvalue())
+
+
+def read_checkpoint(source: str | Path) -> dict:
+    """A checkpoint file, or the file behind an http(s) address (kept in torch.hub's folder).
+
+    ValueError: there is no such file, or it is no checkpoint.
+    """
+    path = download(str(source)) if str(source).startswith(('http://', 'https://')) else Path(source)
+    if not path.is_file():
+        raise ValueError(f'no checkpoint at {path}: check the path')
+    try:
+        # Official files hold the flags of their run as a Namespace, which is as plain as a dictionary.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f'{path} is not a readable checkpoint ({str(error).splitlines()[0]})') from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f'{path} holds a {type(checkpoint).__name__}, not a dictionary of weights')
+    return checkpoint
+
+
+def download(url: str) -> Path:
+    """Fetch a file once; eight hex digits at the end of its name are checked against its SHA-256."""
+    name = Path(urlparse(url).path).name
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / name
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digits = re.search(r'-([0-9a-f]{8,})\.', name)
+        try:
+            torch.hub.download_url_to_file(url, str(path), digits and digits[1], progress=True)
+        except OSError as error:
+            raise ValueError(
+                f'{url} could not be fetched ({error}): fetch it by hand and pass its path'
+            ) from error
+    return path
+
+
+def load_checkpoint(model: nn.Module, source: str | Path | dict, resize: bool = False) -> Report:
+    """Fill a model from a path, an address, a checkpoint or a state dict, whatever project's names it uses.
+
+    resize: class heads and queries of another number are re-initialised (queries: filled as far as they go) and listed.
+
+    ValueError: an entry is missing, left over or of another shape; the message lists them. The model is untouched then.
+    """
+    checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
+    state = checkpoint.get('model', checkpoint.get('state_dict', checkpoint))
+    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    layout, state = to_official(state)
+    ours = model.state_dict()
+    state = {name: value for name, value in state.items() if not is_dropped(name, ours)}
+    wrong_shape = [name for name in state if name in ours and state[name].shape != ours[name].shape]
+    refused = [name for name in wrong_shape if not (resize and name.startswith(RESIZABLE))]
+    missing = [name for name in ours if name not in state and not name.startswith('query_sources.')]
+    unexpected = [name for name in state if name not in ours]
+    if missing or unexpected or refused:
+        raise ValueError(mismatch_text(layout, state, ours, missing, unexpected, refused))
+    for name in wrong_shape:
+        state[name] = fit_rows(state[name], ours[name]) if name.startswith('query_embed') else ours[name]
+    model.load_state_dict(ours | state)
+    return Report(layout, len(state) - len(wrong_shape), wrong_shape)
+
+
+def is_dropped(name: str, ours: dict[str, Tensor]) -> bool:
+    """Entries that a model does not need: counters of frozen norms, and our training-only modules."""
+    return name not in ours and (name.endswith('num_batches_tracked') or name.startswith('query_sources.'))
+
+
+def fit_rows(theirs: Tensor, ours: Tensor) -> Tensor:
+    """Rows of `theirs` as far as they go, `ours` beyond; `ours` if the width differs."""
+    if theirs.shape[1:] != ours.shape[1:]:
+        return ours
+    rows = min(len(theirs), len(ours))
+    return torch.cat([theirs[:rows].to(ours), ours[rows:]])
+
+
+def mismatch_text(
+    layout: str,
+    state: dict[str, Tensor],
+    ours: dict[str, Tensor],
+    missing: list[str],
+    unexpected: list[str],
+    refused: list[str],
+) -> str:
+    lines = [
+        f'the checkpoint ({layout} names, {len(state)} entries) does not fit this model ({len(ours)} entries):'
+    ]
+    for what, names in (('missing', missing), ('left over', unexpected)):
+        if names:
+            lines.append(f'  {what}: {len(names)}, such as {", ".join(names[:4])}')
+    lines += [
+        f'  {name}: {tuple(state[name].shape)} there, {tuple(ours[name].shape)} here' for name in refused[:4]
+    ]
+    if any(name.startswith(RESIZABLE) for name in refused):
+        lines.append('another number of classes or queries: use --pretrained, which re-initialises these')
+    else:
+        lines.append(
+            'check the flags of the model: --backbone, --conditional, --dec_layers, --hidden_dim ...'
+        )
+    return '\n'.join(lines)
+
+
+def get_rng_state() -> dict:
+    """States of all random number generators, as plain values and tensors."""
+    name, keys, *rest = np.random.get_state()
+    state = {
+        'python': random.getstate(),
+        'numpy': [name, keys.tolist(), *rest],
+        'torch': torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state['cuda'] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    version, numbers, gauss = state['python']
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state['numpy']
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state['torch'])
+    if 'cuda' in state and torch.cuda.device_count() == len(state['cuda']):
+        torch.cuda.set_rng_state_all(state['cuda'])

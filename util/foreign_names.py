@@ -1,0 +1,108 @@
+"""
+Names of other projects' checkpoints, turned into the official ones: one table a source, chosen by keys that only it has.
+
+A rule is a pattern and its replacement; the first that matches a whole name wins.
+"""
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+Rules = list[tuple[str, str]]
+
+# transformers' DETR and Conditional DETR: names of saved files (all versions) and of live modules since version 5.
+# `@` stands for the layer prefix, `#` for weight or bias.
+TRANSFORMERS: Rules = [
+    (r'model\.backbone\.(?:conv_encoder\.)?model\.embedder\.embedder\.convolution\.(.*)', r'backbone.0.body.conv1.\1'),
+    (r'model\.backbone\.(?:conv_encoder\.)?model\.embedder\.embedder\.normalization\.(.*)', r'backbone.0.body.bn1.\1'),
+    (r'model\.backbone\.(?:conv_encoder\.)?model\.encoder\.stages\.(\d)\.layers\.(\d+)\.layer\.(\d)\.convolution\.(.*)',
+     r'backbone.0.body.layer<\1>.\2.conv<\3>.\4'),
+    (r'model\.backbone\.(?:conv_encoder\.)?model\.encoder\.stages\.(\d)\.layers\.(\d+)\.layer\.(\d)\.normalization\.(.*)',
+     r'backbone.0.body.layer<\1>.\2.bn<\3>.\4'),
+    (r'model\.backbone\.(?:conv_encoder\.)?model\.encoder\.stages\.(\d)\.layers\.(\d+)\.shortcut\.convolution\.(.*)',
+     r'backbone.0.body.layer<\1>.\2.downsample.0.\3'),
+    (r'model\.backbone\.(?:conv_encoder\.)?model\.encoder\.stages\.(\d)\.layers\.(\d+)\.shortcut\.normalization\.(.*)',
+     r'backbone.0.body.layer<\1>.\2.downsample.1.\3'),
+    (r'model\.backbone\.(?:conv_encoder\.)?model\.(.*)', r'backbone.0.body.\1'),
+    (r'model\.(?:backbone\.)?position_embedding\.row_embeddings\.(.*)', r'backbone.1.row_embed.\1'),
+    (r'model\.(?:backbone\.)?position_embedding\.column_embeddings\.(.*)', r'backbone.1.col_embed.\1'),
+    (r'model\.input_projection\.(.*)', r'input_proj.\1'),
+    (r'model\.query_position_embeddings\.(.*)', r'query_embed.\1'),
+    (r'class_labels_classifier\.(.*)', r'class_embed.\1'),
+    (r'bbox_predictor\.(.*)', r'bbox_embed.\1'),
+    (r'model\.encoder\.layernorm\.(.*)', r'transformer.encoder.norm.\1'),
+    (r'model\.decoder\.layernorm\.(.*)', r'transformer.decoder.norm.\1'),
+    (r'model\.decoder\.(query_scale|ref_point_head)\.(.*)', r'transformer.decoder.\1.\2'),
+    (r'model\.(@)\.(?:mlp\.)?fc([12])\.(#)', r'transformer.\1.linear\2.\3'),
+    (r'model\.(@)\.self_attn_layer_norm\.(#)', r'transformer.\1.norm1.\2'),
+    (r'model\.(encoder@)\.final_layer_norm\.(#)', r'transformer.\1.norm2.\2'),
+    (r'model\.(decoder@)\.encoder_attn_layer_norm\.(#)', r'transformer.\1.norm2.\2'),
+    (r'model\.(decoder@)\.final_layer_norm\.(#)', r'transformer.\1.norm3.\2'),
+    (r'model\.(@)\.self_attn\.([qkv])_proj\.(#)', r'transformer.\1.self_attn.\2_proj.\3'),
+    (r'model\.(@)\.self_attn\.(?:o_proj|out_proj)\.(#)', r'transformer.\1.self_attn.out_proj.\2'),
+    (r'model\.(decoder@)\.encoder_attn\.([qkv])_proj\.(#)', r'transformer.\1.multihead_attn.\2_proj.\3'),
+    (r'model\.(decoder@)\.encoder_attn\.(?:o_proj|out_proj)\.(#)', r'transformer.\1.multihead_attn.out_proj.\2'),
+]  # fmt: skip
+# Conditional DETR's decoder differs: its projections are apart already.
+TRANSFORMERS_CONDITIONAL: Rules = [
+    (r'model\.(decoder@)\.(sa_\w+|ca_\w+)\.(#)', r'transformer.\1.\2.\3'),
+    (r'model\.(decoder@)\.self_attn\.([qk])_(content|pos)_proj\.(#)', r'transformer.\1.sa_\2\3_proj.\4'),
+    (r'model\.(decoder@)\.self_attn\.v_proj\.(#)', r'transformer.\1.sa_v_proj.\2'),
+    (r'model\.(decoder@)\.encoder_attn\.([qk])_(content|pos)_proj\.(#)', r'transformer.\1.ca_\2\3_proj.\4'),
+    (r'model\.(decoder@)\.encoder_attn\.q_pos_sine_proj\.(#)', r'transformer.\1.ca_qpos_sine_proj.\2'),
+    (r'model\.(decoder@)\.encoder_attn\.v_proj\.(#)', r'transformer.\1.ca_v_proj.\2'),
+    (r'model\.(decoder@)\.encoder_attn\.(?:o_proj|out_proj)\.(#)', r'transformer.\1.cross_attn.out_proj.\2'),
+    *TRANSFORMERS,
+]
+
+
+def rename(name: str, rules: Rules) -> str:
+    """The official name; the name itself where no rule fits, so that it shows up as left over."""
+    for pattern, replacement in rules:
+        pattern = pattern.replace('(encoder@)', r'(encoder\.layers\.\d+)').replace(
+            '(decoder@)', r'(decoder\.layers\.\d+)'
+        )
+        pattern = pattern.replace('(@)', r'((?:encoder|decoder)\.layers\.\d+)').replace(
+            '(#)', '(weight|bias)'
+        )
+        match = re.fullmatch(pattern, name)
+        if match:
+            # Stages and convolutions are numbered from 0 there and from 1 here.
+            return re.sub(r'<(\d)>', lambda number: str(int(number[1]) + 1), match.expand(replacement))
+    return name
+
+
+def merge_in_proj(state: State) -> State:
+    """q, k and v projections apart to the rows of one `in_proj`, as nn.MultiheadAttention keeps them."""
+    merged = {}
+    for name, value in state.items():
+        match = re.fullmatch(r'(.*\.(?:self_attn|multihead_attn)\.)([qkv])_proj\.(weight|bias)', name)
+        if not match:
+            merged[name] = value
+        elif match[2] == 'q':
+            parts = [state[f'{match[1]}{part}_proj.{match[3]}'] for part in 'qkv']
+            merged[f'{match[1]}in_proj_{match[3]}'] = torch.cat(parts)
+    return merged
+
+
+def from_transformers(state: State) -> State:
+    conditional = any('ref_point_head' in name for name in state)
+    rules = TRANSFORMERS_CONDITIONAL if conditional else TRANSFORMERS
+    return merge_in_proj({rename(name, rules): value for name, value in state.items()})
+
+
+# Layout -> a key that only it has, and its converter. The first that fits wins.
+LAYOUTS: dict[str, tuple[str, Callable[[State], State]]] = {
+    'transformers': ('model.input_projection.weight', from_transformers),
+}
+
+
+def to_official(state: State) -> tuple[str, State]:
+    """Name of the layout and the state dict under official names; official ones come back as they are."""
+    for layout, (key, convert) in LAYOUTS.items():
+        if key in state:
+            return layout, convert(state)
+    return 'official', state

@@ -1,0 +1,178 @@
+"""
+What a run tells its user: progress on the terminal, `metrics.csv` and `log.jsonl` on disk.
+
+Loss terms stay on the device until they are shown: reading them is a synchronisation, so it happens once a window, in one copy.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from util.dist import all_reduce_sum, get_world_size, is_main_process
+
+
+class Meter:
+    """Means of named scalars over an epoch, accumulated on the device and read a window at a time."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.pending: Tensor | None = None
+        self.num_pending = 0
+        self.totals: dict[str, float] = {}
+        self.count = 0
+
+    def update(self, values: dict[str, Tensor]) -> None:
+        """values: scalars, the same names each time; no synchronisation."""
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        self.names = list(values)
+        self.pending = stacked if self.pending is None else self.pending + stacked
+        self.num_pending += 1
+
+    def read_window(self) -> dict[str, float]:
+        """Means since the last reading; one copy from the device.
+
+        FloatingPointError: one of them is not finite.
+        """
+        if self.pending is None:
+            return {}
+        sums = dict(zip(self.names, self.pending.tolist(), strict=True))
+        window = {name: value / self.num_pending for name, value in sums.items()}
+        for name, value in sums.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value
+        self.count += self.num_pending
+        self.pending, self.num_pending = None, 0
+        broken = [name for name, value in window.items() if not math.isfinite(value)]
+        if broken:
+            raise FloatingPointError(
+                f'loss is not finite, stopping training: {", ".join(broken)}. The last checkpoint is untouched; a lower '
+                '--lr or --clip_max_norm 0.1 usually helps'
+            )
+        return window
+
+    def averages(self) -> dict[str, float]:
+        """Means of the epoch, over all processes too."""
+        self.read_window()
+        totals = torch.tensor([self.totals[name] for name in self.names] + [self.count], dtype=torch.float64)
+        if get_world_size() > 1:
+            totals = all_reduce_sum(totals.cuda() if torch.cuda.is_available() else totals).cpu()
+        *sums, count = totals.tolist()
+        return {name: value / max(count, 1) for name, value in zip(self.names, sums, strict=True)}
+
+
+class Progress:
+    """A tqdm bar on a terminal, plain lines elsewhere, nothing off the main process.
+
+    every: steps between two readings of the numbers shown.
+    """
+
+    def __init__(self, title: str, total: int, every: int = 10) -> None:
+        self.title, self.total, self.every = title, total, max(every, 1)
+        self.done, self.num_pictures, self.start = 0, 0, time.perf_counter()
+        self.active = is_main_process()
+        on_terminal = self.active and sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=title, dynamic_ncols=True, leave=False) if on_terminal else None
+
+    def step(self, num_pictures: int, meter: Meter | None = None) -> None:
+        """One more step of `num_pictures`; reads the meter when it is time to show it."""
+        self.done += 1
+        self.num_pictures += num_pictures
+        if self.bar is not None:
+            self.bar.update()
+        if self.done % self.every == 0 or self.done == self.total:
+            self.show(meter.read_window() if meter else {})
+
+    def show(self, values: dict[str, float]) -> None:
+        shown = {
+            name: values[name] for name in ('loss', 'loss_ce', 'loss_bbox', 'loss_giou') if name in values
+        }
+        text = '  '.join(f'{name.removeprefix("loss_")} {value:.4g}' for name, value in shown.items())
+        if self.bar is not None:
+            self.bar.set_postfix_str(f'{text}  {self.speed():.3g} img/s')
+        elif self.active:
+            left = (time.perf_counter() - self.start) / self.done * (self.total - self.done)
+            fields = [f'{self.title}  {self.done:{len(str(self.total))}}/{self.total}', text]
+            fields += [f'{self.speed():.3g} img/s', f'{format_time(left)} left', memory_text()]
+            print('  '.join(field for field in fields if field), flush=True)
+
+    def speed(self) -> float:
+        """Pictures a second, all processes together."""
+        return self.num_pictures * get_world_size() / (time.perf_counter() - self.start)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def memory_text() -> str:
+    return f'{torch.cuda.max_memory_allocated() / 2**20:.0f} MB' if torch.cuda.is_available() else ''
+
+
+def format_time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}:{minutes:02}:{seconds:02}'
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+class RunLog:
+    """`metrics.csv` (numbers only, equal for equal runs) and `log.jsonl` (everything, times too), one row an epoch.
+
+    resume_epoch: rows of later epochs are dropped, since those epochs will run again. Files are written by the main process.
+    """
+
+    def __init__(self, folder: Path, resume_epoch: int = -1) -> None:
+        self.csv_path, self.jsonl_path = folder / 'metrics.csv', folder / 'log.jsonl'
+        self.rows = [row for row in self.read_csv() if int(row['epoch']) <= resume_epoch]
+        self.records = [record for record in self.read_jsonl() if record['epoch'] <= resume_epoch]
+
+    def read_csv(self) -> list[dict]:
+        if not self.csv_path.is_file():
+            return []
+        with self.csv_path.open(newline='') as file:
+            return list(csv.DictReader(file))
+
+    def read_jsonl(self) -> list[dict]:
+        if not self.jsonl_path.is_file():
+            return []
+        return [json.loads(line) for line in self.jsonl_path.read_text().splitlines() if line.strip()]
+
+    def has_epoch(self, epoch: int) -> bool:
+        return any(int(row['epoch']) == epoch for row in self.rows)
+
+    def append(self, row: dict[str, float | int | None], record: dict) -> None:
+        """Add an epoch. row: numbers, None where nothing was measured; record: JSON values. Both hold `epoch`."""
+        self.rows.append({name: '' if value is None else value for name, value in row.items()})
+        self.records.append(record)
+        if not is_main_process():
+            return
+        columns = list(dict.fromkeys(name for each in self.rows for name in each))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(self.rows)
+        atomic_write(self.csv_path, text.getvalue().encode())
+        atomic_write(self.jsonl_path, ''.join(json.dumps(each) + '\n' for each in self.records).encode())
+
+
+def tensorboard_writer(folder: Path) -> object:
+    """TensorBoard's writer; ImportError names what to install."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError('--tensorboard needs the package tensorboard: pip install tensorboard') from error
+    return SummaryWriter(folder)

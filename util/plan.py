@@ -1,0 +1,70 @@
+"""What a run is about to do, printed once before it starts."""
+
+import copy
+from argparse import Namespace
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from util.dist import get_world_size
+from util.nested_tensor import NestedTensor
+
+FROM_SCRATCH_NEEDS = 10_000  # pictures; DETR's authors' advice
+
+
+def print_plan(
+    args: Namespace, model: nn.Module, datasets: dict[str, Dataset], loaders: dict[str, DataLoader]
+) -> None:
+    """Data, classes, effective batch, learning rates, size of the model, steps."""
+    names = [name for name in datasets['val'].class_map.names if name is not None]
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    height, width = datasets['val'][0][0].shape[-2:]
+    rows = {
+        'data': f'{args.dataset_file}, '
+        + ', '.join(f'{len(data)} {split}' for split, data in datasets.items()),
+        'classes': f'{len(names)}: {", ".join(names[:8])}{", ..." if len(names) > 8 else ""}',
+        'model': f'{args.family}, {args.backbone}, {args.num_queries} queries, '
+        f'{args.enc_layers}+{args.dec_layers} layers of {args.hidden_dim}',
+        'parameters': f'{total:,}, {trainable:,} trainable',
+        'FLOPs': f'{count_flops(model, height, width) / 1e9:.3g} G for a picture of {width} x {height}',
+        'device': f'{next(model.parameters()).device}, {get_world_size()} process(es), torch {torch.__version__}',
+    }
+    if not args.eval:
+        batch = args.batch_size * args.accum_steps * get_world_size()
+        steps = len(loaders['train']) // args.accum_steps
+        rows |= {
+            'batch': f'{batch} pictures a step ({args.batch_size} x {args.accum_steps} accumulated x '
+            f'{get_world_size()} processes)',
+            'learning rate': f'{args.lr:g}, backbone {args.lr_backbone:g}, divided by 10 every {args.lr_drop} epochs',
+            'steps': f'{steps} an epoch, {steps * args.epochs} in {args.epochs} epochs',
+            'output': args.output_dir or 'nothing is written (no --output_dir)',
+        }
+    print('\n'.join(f'{name:>14}  {text}' for name, text in rows.items()), flush=True)
+    scratch = args.backbone_weights == 'none' and not (args.resume or args.pretrained)
+    if scratch and not args.eval and args.backbone_norm == 'frozen':
+        print(
+            'warning: the backbone starts from random numbers with its norms frozen: add --backbone_norm batch'
+        )
+    if (
+        scratch
+        and not args.eval
+        and args.dataset_file != 'shapes'
+        and len(datasets['train']) < FROM_SCRATCH_NEEDS
+    ):
+        print(
+            f'warning: {len(datasets["train"])} pictures are few to train from random numbers; --backbone_weights imagenet '
+            'or --pretrained learn much faster'
+        )
+
+
+def count_flops(model: nn.Module, height: int, width: int) -> int:
+    """Multiplications and additions of one picture's forward pass, without running it (two a multiply-accumulate)."""
+    shadow = copy.deepcopy(model).to('meta').eval()
+    picture = torch.zeros(1, 3, height, width, device='meta')
+    samples = NestedTensor(picture, torch.zeros(1, height, width, dtype=torch.bool, device='meta'))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        shadow(samples)
+    return counter.get_total_flops()

@@ -1,0 +1,284 @@
+"""
+Pictures for people: boxes drawn into a picture, truth beside predictions, curves of a run.
+
+Pillow and matplotlib are imported where they draw, so that training does not need them. Files appear whole or
+not at all: each is written beside its place and then moved there. Source: ours.
+"""
+
+import colorsys
+import csv
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL.ImageDraw import ImageDraw
+
+Colour = tuple[int, int, int]
+Names = Sequence[str | None] | dict[int, str]
+
+MIN_SIDE = 480  # pictures whose longer side is shorter are enlarged, so that labels can be read
+LOSS_TERMS_SHOWN = 10
+PRECISIONS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')
+PER_OBJECT = ('scores', 'labels', 'boxes', 'masks')
+COLOURS = (
+    (235, 45, 55),  # red
+    (45, 120, 255),  # blue
+    (255, 215, 0),  # yellow
+    (35, 195, 75),  # green
+    (245, 65, 225),  # magenta
+    (0, 225, 235),  # cyan
+    (255, 135, 0),  # orange
+    (140, 75, 215),  # violet
+    (190, 245, 90),  # lime
+    (165, 100, 45),  # brown
+)
+
+
+def class_colour(label: int) -> Colour:
+    """A fixed colour per class: a few that nobody confuses, then hues a golden angle apart in two shades."""
+    if label < len(COLOURS):
+        return COLOURS[label]
+    saturation, value = (0.6, 1.0) if label % 2 else (0.95, 0.8)
+    red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def class_name(names: Names, label: int) -> str:
+    """Name of a label; its number where `names` (a sequence or a dict) has none."""
+    try:
+        name = names[label]
+    except (KeyError, IndexError):
+        name = None
+    return str(label if name is None else name)
+
+
+def enlarged(picture: Tensor) -> tuple[Tensor, int]:
+    """The picture [3, H, W], repeated to a longer side of at least MIN_SIDE, and the whole factor."""
+    factor = max(1, math.ceil(MIN_SIDE / max(picture.shape[-2:])))
+    return picture.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1), factor
+
+
+def paint_masks(picture: Tensor, masks: Tensor, labels: list[int]) -> Tensor:
+    """The picture [3, H, W] uint8 with masks [N, (1,) h, w], in any resolution, > 0.5 = object, washed in."""
+    painted = picture.float()
+    masks = masks.reshape(1, -1, *masks.shape[-2:]).float()
+    masks = interpolate(masks, size=picture.shape[-2:], mode='nearest')[0] > 0.5
+    for mask, label in zip(masks, labels, strict=True):
+        colour = painted.new_tensor(class_colour(label))[:, None, None]
+        painted = torch.where(mask, 0.55 * painted + 0.45 * colour, painted)
+    return painted.round().to(torch.uint8)
+
+
+def draw_boxes(
+    picture: Tensor,
+    boxes_xyxy: Tensor,
+    labels: Tensor,
+    names: Names,
+    scores: Tensor | None = None,
+    masks: Tensor | None = None,
+) -> Tensor:
+    """The picture with its boxes and class names drawn in, enlarged by a whole factor when it is small.
+
+    picture: [3, H, W] uint8; boxes_xyxy: [N, 4] in pixels of the picture, may reach outside; labels, scores:
+    [N]; masks: [N, (1,) H, W] bool or probabilities. Better scores are drawn over worse ones.
+    Returns [3, fH, fW] uint8 on the CPU.
+    """
+    from PIL import Image, ImageDraw
+
+    canvas, factor = enlarged(picture.cpu())
+    if masks is not None and len(masks):
+        canvas = paint_masks(canvas, masks.cpu(), labels.tolist())
+    image = Image.fromarray(canvas.permute(1, 2, 0).contiguous().numpy())
+    draw = ImageDraw.Draw(image)
+    boxes = [clipped(box, image.size) for box in (boxes_xyxy.detach().float().cpu() * factor).tolist()]
+    texts = texts_of(labels, names, scores)
+    colours = [class_colour(label) for label in labels.tolist()]
+    order = list(range(len(boxes)) if scores is None else scores.argsort().tolist())
+    for number in order:
+        draw_box(draw, boxes[number], colours[number])
+    for number in order:
+        draw_text(draw, boxes[number], texts[number], colours[number])
+    drawn = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return drawn.view(image.height, image.width, 3).permute(2, 0, 1)
+
+
+def texts_of(labels: Tensor, names: Names, scores: Tensor | None) -> list[str]:
+    """Class names, with the score in percent where there is one."""
+    texts = [class_name(names, label) for label in labels.tolist()]
+    if scores is None:
+        return texts
+    return [f'{text} {100 * score:.0f}' for text, score in zip(texts, scores.tolist(), strict=True)]
+
+
+def clipped(box: list[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Corner pixels x1, y1, x2 >= x1, y2 >= y1 of a box cut to a picture of `size` (width, height)."""
+    edges = [edge if math.isfinite(edge) else 0.0 for edge in box]
+    x1, y1 = min(max(edges[0], 0), size[0] - 1), min(max(edges[1], 0), size[1] - 1)
+    return x1, y1, min(max(edges[2] - 1, x1), size[0] - 1), min(max(edges[3] - 1, y1), size[1] - 1)
+
+
+def draw_box(draw: 'ImageDraw', box: tuple[float, float, float, float], colour: Colour) -> None:
+    """The outline of a box, edged with black so that it is seen on any ground."""
+    x1, y1, x2, y2 = box
+    thickness = max(3, max(draw.im.size) // 240)
+    draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=(0, 0, 0), width=thickness + 1)
+    draw.rectangle(box, outline=colour, width=thickness)
+
+
+def draw_text(draw: 'ImageDraw', box: tuple[float, float, float, float], text: str, colour: Colour) -> None:
+    """A label above the box, or inside where there is no room."""
+    from PIL import ImageFont
+
+    width, height = draw.im.size
+    font = ImageFont.load_default(max(11, max(width, height) // 40))
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    text_width, text_height = right - left + 4, bottom - top + 4
+    x, y = max(0, min(box[0], width - text_width)), box[1] - text_height
+    if y < 0:
+        y = max(0, min(box[1], height - text_height))
+    draw.rectangle((x, y, x + text_width, y + text_height), fill=colour)
+    dark_text = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
+    draw.text((x + 2 - left, y + 2 - top), text, font=font, fill=(0, 0, 0) if dark_text else (255, 255, 255))
+
+
+def save_atomically(path: str | os.PathLike, save: Callable[[Path], None]) -> None:
+    """Calls `save` with a name beside `path`, of the same suffix, then moves the file to `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
+    try:
+        save(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def contact_sheet(
+    path: str | os.PathLike,
+    rows: list[tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]],
+    names: Names,
+    score_threshold: float = 0.5,
+) -> None:
+    """Truth and, right of it, predictions of a few pictures, two pictures a line.
+
+    rows: (picture [3, H, W] uint8, prediction {'scores', 'labels', 'boxes'}, target {'labels', 'boxes'}),
+    boxes xyxy in pixels of the picture; `masks` [N, H, W] are drawn where present. Predictions with a score
+    under `score_threshold` are left out.
+    """
+    if not rows:
+        raise ValueError('a contact sheet needs at least one picture')
+    lines, columns = (1, 2) if len(rows) == 1 else (math.ceil(len(rows) / 2), 4)
+    figure = new_figure(3.5 * columns, 3.6 * lines)
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for panel in axes:
+        panel.axis('off')
+    for number, (picture, prediction, target) in enumerate(rows):
+        truth, found = axes[2 * number], axes[2 * number + 1]
+        drawn = draw_boxes(picture, target['boxes'], target['labels'], names, masks=target.get('masks'))
+        truth.imshow(drawn.permute(1, 2, 0).numpy())
+        truth.set_title(f'truth: {len(target["boxes"])}', fontsize=9)
+        chosen = prediction['scores'] >= score_threshold
+        kept = {name: values[chosen] for name, values in prediction.items() if name in PER_OBJECT}
+        drawn = draw_boxes(picture, kept['boxes'], kept['labels'], names, kept['scores'], kept.get('masks'))
+        found.imshow(drawn.permute(1, 2, 0).numpy())
+        found.set_title(f'found with score {score_threshold:g} or more: {len(kept["boxes"])}', fontsize=9)
+    save_atomically(path, lambda partial: figure.savefig(partial, dpi=110))
+
+
+def new_figure(width: float, height: float) -> 'Figure':
+    """A matplotlib figure in inches that needs no display and no global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout='constrained')
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def read_metrics(metrics_csv: str | os.PathLike) -> dict[str, list[float]]:
+    """Columns of a metrics.csv with one row an epoch; cells that are empty or no number become nan."""
+    with open(metrics_csv, newline='', encoding='utf-8') as file:
+        reader = csv.DictReader(file)
+        names, rows = reader.fieldnames or [], list(reader)
+    return {name: [to_number(row[name]) for row in rows] for name in names}
+
+
+def to_number(cell: str | None) -> float:
+    try:
+        return float(cell or 'nan')
+    except ValueError:
+        return math.nan
+
+
+def plot_curves(path: str | os.PathLike, metrics_csv: str | os.PathLike) -> None:
+    """Four panels of a run: loss, its terms, AP, learning rate, over `epoch`. Unknown columns are ignored."""
+    columns = read_metrics(metrics_csv)
+    terms = [name for name in columns if name.startswith('train_loss_')]
+    panels = (
+        ('loss', ['train_loss', 'test_loss'], 'linear'),
+        ('loss terms', terms_shown(terms), 'log'),
+        ('average precision', [f'test_{name}' for name in PRECISIONS], 'linear'),
+        ('learning rate', [name for name in columns if name == 'lr' or name.startswith('lr_')], 'linear'),
+    )
+    figure = new_figure(11, 7)
+    for panel, (title, names, scale) in zip(figure.subplots(2, 2, sharex=True).ravel(), panels, strict=True):
+        epochs = columns.get('epoch') or list(range(len(next(iter(columns.values()), []))))
+        for name in names:
+            plot_column(
+                panel,
+                epochs,
+                columns.get(name, []),
+                label=name.split('_', 1)[-1] if '_' in name and not name.startswith('lr') else name,
+            )
+        finish_panel(panel, title, scale)
+    save_atomically(path, lambda partial: figure.savefig(partial, dpi=110))
+
+
+def terms_shown(terms: list[str]) -> list[str]:
+    """The terms of the last decoder layer and of other kinds; those of intermediate layers are left out."""
+    final = [name for name in terms if not any(part.isdigit() for part in name.split('_'))]
+    return final[:LOSS_TERMS_SHOWN]
+
+
+def plot_column(panel: 'Axes', epochs: list[float], values: list[float], label: str) -> None:
+    """A line through the epochs that have a value; AP75 and the AP by size are drawn thin.
+
+    COCO's evaluation gives an AP of -1 where there was nothing to find; it counts as no value.
+    """
+    pairs = zip(epochs, values, strict=False)
+    points = [(x, y) for x, y in pairs if math.isfinite(x + y) and not (y < 0 and label in PRECISIONS)]
+    if not points:
+        return
+    x, y = zip(*points, strict=True)
+    width, marker = 0.9 if label in PRECISIONS[2:] else 1.8, 'o' if len(x) < 30 else None
+    panel.plot(x, y, label=label, linewidth=width, marker=marker, markersize=3)
+
+
+def finish_panel(panel: 'Axes', title: str, scale: str) -> None:
+    panel.set_title(title, loc='left', fontsize=11)
+    panel.set_xlabel('epoch', fontsize=9)
+    panel.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    panel.tick_params(labelbottom=True)
+    panel.grid(alpha=0.25)
+    panel.spines[['top', 'right']].set_visible(False)
+    if not panel.lines:
+        panel.annotate(
+            'nothing recorded yet', (0.5, 0.5), xycoords='axes fraction', ha='center', color='grey'
+        )
+        return
+    if scale == 'log' and all((line.get_ydata() > 0).all() for line in panel.lines):
+        panel.set_yscale('log')
+    else:
+        panel.ticklabel_format(axis='y', scilimits=(-2, 4))
+        panel.update_datalim([(panel.lines[0].get_xdata()[0], 0)])  # zero is always in sight
+        panel.autoscale_view()
+    panel.legend(fontsize=8, edgecolor='none')
