@@ -133,18 +133,7 @@ def cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.maximum(np.minimum(u, v) - 0.28, np.maximum(u, v) - 0.95)
 
 
-def crescent(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.maximum(length(u, v) - 1, 0.8 - length(u - 0.5, v))
-
-
-def heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """A square with half discs on two of its sides, standing on its corner."""
-    u, v, side = u + 0.16, v + 0.16, 0.55
-    lobes = np.minimum(length(u - side, v), length(u, v - side))
-    return np.minimum(np.maximum(np.abs(u), np.abs(v)), lobes) - side
-
-
-KINDS = (disc, ring, square, triangle, star, cross, crescent, heart)
+KINDS = (disc, ring, square, triangle, star, cross)
 
 
 # Textures: how much of the second colour, [h, w] in [0, 1]; u, v in pixels from the shape's centre.
@@ -229,9 +218,9 @@ def background(dice: Dice, height: int, width: int) -> np.ndarray:
         edge, sharpness = dice.real(0.4, 0.7), dice.real(1.5, 12)
         colour = np.clip(base + dice.colour(-0.35, 0.35), 0, 1)
         blend(canvas, colour, np.clip((noise - edge) * sharpness, 0, 1) * dice.real(0.3, 0.9))
-    for _ in range(dice.integer(0, 5)):
+    for _ in range(dice.integer(0, 4)):
         paint_blob(dice, canvas)
-    for _ in range(dice.integer(0, 9)):
+    for _ in range(dice.integer(0, 5)):
         paint_segment(dice, canvas)
     return canvas
 
@@ -260,13 +249,16 @@ def paint_segment(dice: Dice, canvas: np.ndarray) -> None:
 def arrange(dice: Dice, height: int, width: int) -> list[Pose]:
     """Poses in painting order, large ones rather first: none in one picture of 25, at most MAX_OBJECTS."""
     many = dice.real()
-    count = 0 if dice.chance(0.04) else 1 + int(many * (0.2 + 0.8 * many) * MAX_OBJECTS)
+    crowd = (
+        many * many * many
+    )  # half of the pictures hold one to three objects, one in twelve holds fifteen or more
+    count = 0 if dice.chance(0.04) else 1 + int((0.1 * many + 0.9 * crowd * crowd) * MAX_OBJECTS)
     size, poses = max(height, width), []
-    largest = size * (0.4 if count < 5 else 0.28 if count < 10 else 0.18)
-    smallest = max(0.048 * size, 5)
+    largest = size * (0.36 if count < 5 else 0.26 if count < 10 else 0.18)
+    smallest = max(0.065 * size, 5)
     for _ in range(count):
         share = dice.real()
-        radius = smallest + (largest - smallest) * share * share
+        radius = smallest + (largest - smallest) * share
         x, y = free_place(dice, poses, radius, height, width)
         poses.append(Pose(x, y, radius, dice.real(0.7, 1), *dice.rotation()))
     return sorted(poses, key=lambda pose: -pose.radius * dice.real(0.4, 1))
@@ -333,7 +325,7 @@ def box_of(mask: np.ndarray) -> list[int]:
     return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
 
 
-def draw_scene(seed: int, split: str, index: int, size: int = 160) -> Scene:
+def draw_scene(seed: int, split: str, index: int, size: int = 128) -> Scene:
     """The scene of this number, whose longer side has `size` pixels."""
     dice = Dice(seed, SPLITS[split], index)
     height, width = picture_shape(dice, size)

@@ -99,7 +99,7 @@ def resized_size(
     width, height = picture_wh
     short, long = min(width, height), max(width, height)
     if max_size is not None and long / short * size > max_size:
-        size = max(1, int(round(max_size * short / long)))
+        size = max(1, round(max_size * short / long))
     if short == size:
         return width, height
     if width < height:
@@ -150,7 +150,7 @@ def pad(picture: Picture, target: Target | None, padding: tuple[int, int]) -> Sa
 def center_crop(picture: Picture, target: Target | None, size: tuple[int, int]) -> Sample:
     """Cut (height, width) out of the middle."""
     (picture_h, picture_w), (height, width) = picture_size(picture), size
-    top, left = int(round((picture_h - height) / 2)), int(round((picture_w - width) / 2))
+    top, left = round((picture_h - height) / 2), round((picture_w - width) / 2)
     return crop(picture, target, (top, left, height, width))
 
 

@@ -53,7 +53,7 @@ def add_model_args(parser: ArgumentParser) -> None:
 
     backbone = parser.add_argument_group('backbone')
     backbone.add_argument('--backbone', default='resnet50', metavar='NAME',
-                          help='resnet18, resnet34, resnet50, resnet101, mobilenet_v2, or timm/NAME for any feature '
+                          help='resnet10 to resnet101, mobilenet_v2, or timm/NAME for any feature '
                                'network of timm (default: %(default)s)')  # fmt: skip
     backbone.add_argument('--backbone_weights', default='imagenet', metavar='SOURCE',
                           help='imagenet (downloaded), none (random), or a file of a state dict under the names of '

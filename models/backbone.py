@@ -13,13 +13,14 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from util.dist import is_main_process
 from util.nested_tensor import NestedTensor, resize_mask
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-RESNETS = ('resnet18', 'resnet34', 'resnet50', 'resnet101')
+RESNETS = ('resnet10', 'resnet18', 'resnet34', 'resnet50', 'resnet101')
 # Last module of each stage of mobilenet_v2().features: strides 4, 8, 16, 32 (as layer1..layer4 of a ResNet).
 MOBILENET_STAGES = ('3', '6', '13', '18')
 NORM_LAYERS = {'frozen': FrozenBatchNorm2d, 'batch': nn.BatchNorm2d, 'group': partial(nn.GroupNorm, 32)}
@@ -135,6 +136,11 @@ def build_torchvision(name: str, weights: str, dilation: bool, norm: str, num_st
 
 def torchvision_network(name: str, weights: str, **options: object) -> nn.Module:
     """A torchvision classifier with the asked weights; ImageNet's are fetched by the main process only."""
+    if name == 'resnet10':  # one block a stage; torchvision has the class, but neither the name nor weights
+        if weights == 'imagenet':
+            raise ValueError('resnet10 has no ImageNet weights: give --backbone_weights none or FILE')
+        network = ResNet(BasicBlock, [1, 1, 1, 1], **options)
+        return network if weights == 'none' else load_backbone_file(network, weights)
     if weights == 'imagenet':
         pretrained = 'IMAGENET1K_V1' if is_main_process() else None
         try:
@@ -142,9 +148,7 @@ def torchvision_network(name: str, weights: str, **options: object) -> nn.Module
         except (urllib.error.URLError, OSError) as error:
             raise RuntimeError(no_download(name, error)) from error
     network = torchvision.models.get_model(name, weights=None, **options)
-    if weights != 'none':
-        load_backbone_file(network, weights)
-    return network
+    return network if weights == 'none' else load_backbone_file(network, weights)
 
 
 def no_download(name: str, error: Exception) -> str:
@@ -154,8 +158,8 @@ def no_download(name: str, error: Exception) -> str:
     )
 
 
-def load_backbone_file(network: nn.Module, path: str) -> None:
-    """Fill a torchvision network from a state dict; only the classifier may be absent.
+def load_backbone_file(network: nn.Module, path: str) -> nn.Module:
+    """A torchvision network filled from a state dict; only the classifier may be absent.
 
     ValueError: the file is missing, or lacks or adds anything else.
     """
@@ -175,6 +179,7 @@ def load_backbone_file(network: nn.Module, path: str) -> None:
             f'--backbone_weights {path} does not fit {type(network).__name__}: it lacks {len(missing)} entries '
             f'{missing[:3]} and has {len(unexpected)} others {unexpected[:3]}'
         )
+    return network
 
 
 def build_timm(name: str, weights: str, dilation: bool, norm: str, num_stages: int) -> Backbone:

@@ -114,7 +114,9 @@ def load_with_pillow(path: Path, target: Target, transforms: Compose) -> tuple[T
     *geometry, normalize_boxes = transforms.transforms
     picture, target = Compose(geometry)(picture, target)
     normalized = classic.normalize(classic.to_tensor(picture), MEAN, STD)
-    _, target = normalize_boxes(picture, target)
+    _, target = normalize_boxes(
+        torch.empty(normalized.shape, dtype=torch.uint8), target
+    )  # only its size counts
     return normalized, target
 
 

@@ -10,6 +10,7 @@ import io
 import pickle
 import random
 import re
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlparse
@@ -66,10 +67,14 @@ def read_checkpoint(source: str | Path) -> dict:
 def download(url: str) -> Path:
     """Fetch a file once; eight hex digits at the end of its name are checked against its SHA-256."""
     name = Path(urlparse(url).path).name
+    digits = re.search(r'-([0-9a-f]{8,})\.', name)
+    if (
+        not digits
+    ):  # a name that says nothing (pytorch_model.bin) must not be taken for that of another address
+        name = f'{zlib.crc32(url.encode()):08x}_{name}'
     path = Path(torch.hub.get_dir()) / 'checkpoints' / name
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        digits = re.search(r'-([0-9a-f]{8,})\.', name)
         try:
             torch.hub.download_url_to_file(url, str(path), digits and digits[1], progress=True)
         except OSError as error:

@@ -227,18 +227,13 @@ def plot_curves(path: str | os.PathLike, metrics_csv: str | os.PathLike) -> None
         ('loss', ['train_loss', 'test_loss'], 'linear'),
         ('loss terms', terms_shown(terms), 'log'),
         ('average precision', [f'test_{name}' for name in PRECISIONS], 'linear'),
-        ('learning rate', [name for name in columns if name == 'lr' or name.startswith('lr_')], 'linear'),
+        ('learning rate', [name for name in columns if short_name(name).split('_')[0] == 'lr'], 'linear'),
     )
     figure = new_figure(11, 7)
     for panel, (title, names, scale) in zip(figure.subplots(2, 2, sharex=True).ravel(), panels, strict=True):
         epochs = columns.get('epoch') or list(range(len(next(iter(columns.values()), []))))
         for name in names:
-            plot_column(
-                panel,
-                epochs,
-                columns.get(name, []),
-                label=name.split('_', 1)[-1] if '_' in name and not name.startswith('lr') else name,
-            )
+            plot_column(panel, epochs, columns.get(name, []), short_name(name))
         finish_panel(panel, title, scale)
     save_atomically(path, lambda partial: figure.savefig(partial, dpi=110))
 
@@ -247,6 +242,11 @@ def terms_shown(terms: list[str]) -> list[str]:
     """The terms of the last decoder layer and of other kinds; those of intermediate layers are left out."""
     final = [name for name in terms if not any(part.isdigit() for part in name.split('_'))]
     return final[:LOSS_TERMS_SHOWN]
+
+
+def short_name(column: str) -> str:
+    """train_loss_ce -> loss_ce, test_AP -> AP; the loss of the test set keeps its full name."""
+    return column if column == 'test_loss' else column.removeprefix('train_').removeprefix('test_')
 
 
 def plot_column(panel: 'Axes', epochs: list[float], values: list[float], label: str) -> None:

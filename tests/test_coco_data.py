@@ -1,0 +1,406 @@
+"""COCO-form data: official targets, files of every kind, errors that name the culprit, randomness without surprises."""
+
+import copy
+import io
+import json
+import pickle
+import random
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from datasets import build_dataset
+from datasets.class_map import COCO_IDS, ClassMap
+from datasets.coco import CocoDetection, find_files
+from datasets.pictures import read_picture
+from datasets.transforms import make_transforms
+from tests.shared_data import (
+    SHARED,
+    assert_target_equals,
+    needs_shared,
+    read_shared,
+    recorded_fields,
+    rule_picture,
+)
+from util.seeding import local_seed
+
+RECORDED = read_shared('parity/transforms/coco_pipeline.json')
+
+
+def write_data(root: Path, data: dict, name: str = 'val2017') -> Path:
+    """A folder in COCO's layout, with the deterministic pictures of the recording as PNG."""
+    (root / 'annotations').mkdir(parents=True, exist_ok=True)
+    (root / name).mkdir(parents=True, exist_ok=True)
+    (root / 'annotations' / f'instances_{name}.json').write_text(json.dumps(data))
+    for image in data['images']:
+        picture = rule_picture(f'coco/{image["id"]}', image['height'], image['width'])
+        PIL.Image.fromarray(picture).save(root / name / image['file_name'])
+    return root
+
+
+def small_data() -> dict:
+    """Two pictures and the second one empty; category ids with gaps and not in order."""
+    return {
+        'images': [
+            {'id': 12, 'file_name': 'b.png', 'height': 40, 'width': 50},
+            {'id': 5, 'file_name': 'a.png', 'height': 30, 'width': 20},
+        ],
+        'annotations': [
+            {'id': 1, 'image_id': 12, 'category_id': 250, 'bbox': [1, 2, 10, 20], 'area': 150, 'iscrowd': 0},
+            {'id': 2, 'image_id': 12, 'category_id': 3, 'bbox': [-5, 30, 60, 20]},
+            {'id': 3, 'image_id': 12, 'category_id': 7, 'bbox': [1, 1, 9, 9], 'area': 81, 'iscrowd': 1},
+        ],
+        'categories': [{'id': 7, 'name': 'cat'}, {'id': 3, 'name': 'dog'}, {'id': 250}],
+    }
+
+
+def load(root: Path, **options: object) -> CocoDetection:
+    return CocoDetection(root / 'val2017', root / 'annotations' / 'instances_val2017.json', **options)
+
+
+@pytest.fixture(scope='module')
+def recorded_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp('recorded'), RECORDED['coco_json'])
+
+
+@needs_shared
+@pytest.mark.parametrize('kind', ['items_without_transform', 'items_without_transform_with_masks'])
+def test_items_equal_official(recorded_root: Path, kind: str) -> None:
+    class_map = ClassMap.identity(RECORDED['coco_json']['categories'])
+    dataset = load(recorded_root, class_map=class_map, return_masks=kind.endswith('masks'))
+    assert dataset.ids == RECORDED['ids_order']
+    assert len(dataset) == RECORDED['dataset_length']
+    for (picture, target), recorded in zip(dataset, RECORDED[kind], strict=True):
+        assert_target_equals(target, recorded)
+        assert list(target) == recorded_fields(recorded)
+        expected = rule_picture(f'coco/{int(target["image_id"])}', *target['size'].tolist())
+        assert np.array_equal(picture.permute(1, 2, 0).numpy(), expected)
+
+
+@needs_shared
+def test_evaluation_items_equal_official(recorded_root: Path) -> None:
+    class_map = ClassMap.identity(RECORDED['coco_json']['categories'])
+    dataset = load(recorded_root, class_map=class_map, transforms=make_transforms('val'))
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    for (picture, target), recorded in zip(dataset, RECORDED['items_val_transform'], strict=True):
+        assert_target_equals(target, recorded['target'])
+        assert list(picture.shape) == recorded['picture_shape']
+        normalized = (picture / 255 - mean) / std
+        assert abs(float(normalized.mean()) - recorded['picture_mean']) < 1e-4
+        assert abs(float(normalized.norm()) - recorded['picture_l2']) < 1e-4 * recorded['picture_l2']
+
+
+@needs_shared
+@pytest.mark.parametrize('name', ['train', 'val'])
+def test_true_coco_pictures_load(name: str) -> None:
+    root = SHARED / 'data/coco_mini'
+    folder, file = find_files(name, arguments(coco_path=str(root)))
+    dataset = CocoDetection(folder, file, make_transforms(name, 100), return_masks=True)
+    assert dataset.class_map.num_classes == 91
+    objects = 0
+    for idx in range(0, len(dataset), 4):
+        picture, target = dataset[idx]
+        assert picture.shape[0] == 3
+        assert picture.dtype == torch.uint8
+        assert target['masks'].shape[1:] == picture.shape[1:]
+        objects += len(target['labels'])
+    assert objects > 0
+
+
+def arguments(**options: object) -> Namespace:
+    names = ('coco_path', 'train_images', 'train_ann', 'val_images', 'val_ann', 'max_size')
+    defaults = dict.fromkeys(names) | {'img_size': 800, 'aug': 'detr', 'seed': 0}
+    return Namespace(**(defaults | {'dataset_file': 'coco'} | options))
+
+
+def test_foreign_ids_become_contiguous_labels(tmp_path: Path) -> None:
+    dataset = load(write_data(tmp_path, small_data()))
+    assert dataset.class_map.category_ids == (3, 7, 250)
+    assert dataset.class_map.names == ('dog', 'cat', '250')
+    assert dataset.ids == [5, 12]
+    _, target = dataset[1]
+    assert target['labels'].tolist() == [2, 0]
+    assert target['boxes'].tolist() == [[1, 2, 11, 22], [0, 30, 50, 40]]
+    assert target['area'].tolist() == [150, 1200]  # without an area it is the box's
+    assert dataset.ground_truth['categories'][2] == {'id': 250}
+
+
+def test_negative_index_and_end_of_iteration(tmp_path: Path) -> None:
+    dataset = load(write_data(tmp_path, small_data()))
+    assert dataset[-1][1]['image_id'].tolist() == [12]
+    assert len(list(dataset)) == 2
+
+
+def test_coco_keeps_its_ids_and_gaps() -> None:
+    class_map = ClassMap.from_categories([{'id': i, 'name': f'c{i}'} for i in COCO_IDS])
+    assert class_map.num_classes == 91
+    assert len(class_map.label_of) == 80
+    assert class_map.label_of[90] == 90
+    assert class_map.names[0] is None
+    assert class_map.names[12] is None
+
+
+def test_class_map_survives_a_weights_only_checkpoint(tmp_path: Path) -> None:
+    class_map = ClassMap.identity([{'id': 2, 'name': 'a'}, {'id': 5}])
+    torch.save(class_map.to_dict(), tmp_path / 'map.pth')
+    assert ClassMap.from_dict(torch.load(tmp_path / 'map.pth', weights_only=True)) == class_map
+
+
+@pytest.mark.parametrize(
+    ('categories', 'message'),
+    [
+        ([], 'no categories'),
+        ([{'id': 1}, {'id': 1}], 'category id 1 occurs twice'),
+        ([{'name': 'x'}], 'integer id'),
+    ],
+)
+def test_bad_categories_are_refused(categories: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClassMap.from_categories(categories)
+
+
+BAD_ANNOTATIONS = [
+    ({'bbox': [1, 2, 3]}, r'annotation 1 \(picture 12\) has bbox \[1, 2, 3\]'),
+    ({'bbox': [1, 2, 3, float('nan')]}, 'four finite numbers'),
+    ({'bbox': [1, 2, -3, 4]}, 'not negative'),
+    ({'bbox': None}, 'has bbox None'),
+    ({'bbox': ['1', 2, 3, 4]}, 'four finite numbers'),
+    ({'image_id': 99}, r'annotation 1 \(picture 99\) belongs to a picture'),
+    ({'category_id': 4}, 'has category 4, but the categories are 3, 7, 250'),
+    ({'area': None}, 'has area None'),
+]
+
+
+@pytest.mark.parametrize(('change', 'message'), BAD_ANNOTATIONS, ids=lambda value: str(value)[:30])
+def test_bad_annotations_are_named(tmp_path: Path, change: dict, message: str) -> None:
+    data = small_data()
+    write_data(tmp_path, data)
+    data['annotations'][0].update(change)
+    (tmp_path / 'annotations/instances_val2017.json').write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=message) as error:
+        load(tmp_path)
+    assert 'instances_val2017.json' in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('{"images": [', 'is not JSON'),
+        ('[]', 'no list "images"'),
+        ('{"images": [], "annotations": []}', 'no list "categories"'),
+        ('{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": [], '
+         '"categories": [{"id": 1}]}', 'picture id 1 occurs twice'),
+    ],
+)  # fmt: skip
+def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    write_data(tmp_path, small_data())
+    (tmp_path / 'annotations/instances_val2017.json').write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    write_data(tmp_path, small_data())
+    (tmp_path / 'val2017/a.png').unlink()
+    with pytest.raises(FileNotFoundError, match=r'1 of 2 pictures .* the first is a\.png'):
+        load(tmp_path)
+    with pytest.raises(FileNotFoundError, match='does not exist'):
+        CocoDetection(tmp_path / 'val2017', tmp_path / 'nothing.json')
+    with pytest.raises(FileNotFoundError, match='picture folder'):
+        CocoDetection(tmp_path / 'nothing', tmp_path / 'annotations/instances_val2017.json')
+
+
+def test_masks_need_segmentations(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'annotation 1 .* has no segmentation.*without --masks'):
+        load(write_data(tmp_path, small_data()), return_masks=True)
+
+
+def test_a_picture_of_another_size_is_refused(tmp_path: Path) -> None:
+    data = small_data()
+    write_data(tmp_path, data)
+    data['images'][1]['width'] = 21
+    (tmp_path / 'annotations/instances_val2017.json').write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r'a\.png is 20 x 30 .* says 21 x 30'):
+        load(tmp_path)[0]
+    data['images'][1]['width'] = 0
+    (tmp_path / 'annotations/instances_val2017.json').write_text(json.dumps(data))
+    assert load(tmp_path)[0][0].shape == (3, 30, 20)
+
+
+def test_file_names_may_have_folders(tmp_path: Path) -> None:
+    data = small_data()
+    write_data(tmp_path, data)
+    (tmp_path / 'val2017/sub').mkdir()
+    (tmp_path / 'val2017/a.png').rename(tmp_path / 'val2017/sub/ä.png')
+    data['images'][1]['file_name'] = 'sub/ä.png'
+    (tmp_path / 'annotations/instances_val2017.json').write_text(json.dumps(data))
+    assert load(tmp_path)[0][0].shape == (3, 30, 20)
+
+
+GREY = rule_picture('grey', 24, 36)[:, :, 0]
+RGB = rule_picture('colour', 24, 36)
+
+
+def encoded(image: PIL.Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def rotated_exif() -> PIL.Image.Exif:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+ODD_PICTURES = {
+    'grey.jpg': lambda: encoded(PIL.Image.fromarray(GREY), 'JPEG'),
+    'colour.jpg': lambda: encoded(PIL.Image.fromarray(RGB), 'JPEG', quality=90),
+    'progressive.jpg': lambda: encoded(PIL.Image.fromarray(RGB), 'JPEG', progressive=True),
+    'exif.jpg': lambda: encoded(PIL.Image.fromarray(RGB), 'JPEG', exif=rotated_exif()),
+    'cmyk.jpg': lambda: encoded(PIL.Image.fromarray(RGB).convert('CMYK'), 'JPEG'),
+    'grey.png': lambda: encoded(PIL.Image.fromarray(GREY), 'PNG'),
+    'palette.png': lambda: encoded(PIL.Image.fromarray(RGB).convert('P'), 'PNG'),
+    'alpha.png': lambda: encoded(PIL.Image.fromarray(RGB).convert('RGBA'), 'PNG'),
+    'one_bit.png': lambda: encoded(PIL.Image.fromarray(GREY).convert('1'), 'PNG'),
+    'colour.bmp': lambda: encoded(PIL.Image.fromarray(RGB), 'BMP'),
+    'colour.tiff': lambda: encoded(PIL.Image.fromarray(RGB), 'TIFF'),
+    'colour.webp': lambda: encoded(PIL.Image.fromarray(RGB), 'WEBP'),
+    'jpeg_called.png': lambda: encoded(PIL.Image.fromarray(RGB), 'JPEG'),
+}
+
+
+@pytest.mark.parametrize('name', ODD_PICTURES)
+def test_pictures_of_every_kind_decode_as_pillow_does(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(ODD_PICTURES[name]())
+    picture = read_picture(path)
+    with PIL.Image.open(path) as image:
+        expected = torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1)
+    assert picture.dtype == torch.uint8
+    assert picture.shape == (3, 24, 36)
+    assert (picture.int() - expected.int()).abs().max() <= 1
+
+
+def test_sixteen_bits_become_eight_and_not_white(tmp_path: Path) -> None:
+    PIL.Image.fromarray(GREY.astype(np.uint16) * 256 + 77).save(tmp_path / 'deep.png')
+    picture = read_picture(tmp_path / 'deep.png')
+    assert np.array_equal(picture.numpy(), np.stack([GREY] * 3))
+
+
+@pytest.mark.parametrize('name', ['colour.jpg', 'grey.png', 'colour.tiff'])
+def test_broken_pictures_are_named(tmp_path: Path, name: str) -> None:
+    data = ODD_PICTURES[name]()
+    for content in (data[: len(data) // 2], b'', b'no picture at all'):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f'{name} is not a readable picture'):
+            read_picture(tmp_path / name)
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_only(tmp_path: Path) -> None:
+    root = write_data(tmp_path, small_data())
+    dataset = load(root, transforms=make_transforms('train', img_size=64), seed=1)
+    epochs = []
+    for epoch in range(4):
+        dataset.set_epoch(epoch)
+        random.seed(epoch)
+        epochs.append([dataset[0][0], dataset[1][0]])
+    assert len({tuple(picture.shape) for pictures in epochs for picture in pictures}) > 2
+    dataset.set_epoch(2)
+    assert torch.equal(dataset[1][0], epochs[2][1])
+    other = load(root, transforms=make_transforms('train', img_size=64), seed=2)
+    pictures = []
+    for epoch in range(4):
+        other.set_epoch(epoch)
+        pictures.append(other[1][0])
+    assert any(mine.shape != theirs[1].shape for mine, theirs in zip(pictures, epochs, strict=True))
+
+
+def test_number_of_workers_does_not_change_pictures(tmp_path: Path) -> None:
+    """Also over epochs with workers that stay alive."""
+    dataset = load(write_data(tmp_path, small_data()), transforms=make_transforms('train', img_size=64))
+    alone = DataLoader(dataset, batch_size=None)
+    workers = DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=True)
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        for (picture, target), (expected, expected_target) in zip(workers, alone, strict=True):
+            assert torch.equal(picture, expected)
+            assert torch.equal(target['boxes'], expected_target['boxes'])
+
+
+@pytest.mark.slow
+def test_spawned_workers_work(tmp_path: Path) -> None:
+    dataset = load(write_data(tmp_path, small_data()), transforms=make_transforms('train', img_size=64))
+    loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context='spawn')
+    for (picture, _), (expected, _) in zip(loader, dataset, strict=True):
+        assert torch.equal(picture, expected)
+
+
+def test_workers_get_no_ground_truth(tmp_path: Path) -> None:
+    dataset = load(write_data(tmp_path, small_data()))
+    assert len(dataset.ground_truth['annotations']) == 3
+    received = pickle.loads(pickle.dumps(dataset))
+    assert received._ground_truth is None
+    assert torch.equal(received[1][1]['boxes'], dataset[1][1]['boxes'])
+
+
+def test_local_seed_restores_both_generators() -> None:
+    random.seed(3)
+    torch.manual_seed(3)
+    expected = random.random(), torch.rand(2).tolist()
+    random.seed(3)
+    torch.manual_seed(3)
+    with pytest.raises(KeyError), local_seed(1, 2, 3):
+        inside = random.random(), torch.rand(2).tolist()
+        raise KeyError
+    assert (random.random(), torch.rand(2).tolist()) == expected
+    with local_seed(1, 2, 3):
+        assert (random.random(), torch.rand(2).tolist()) == inside
+    with local_seed(1, 23):
+        assert random.random() != inside[0]
+
+
+@pytest.mark.parametrize(
+    ('folder', 'name'), [('', 'val2017'), ('images', 'val2017'), ('', 'val'), ('images', 'val')]
+)
+def test_usual_layouts_are_found(tmp_path: Path, folder: str, name: str) -> None:
+    write_data(tmp_path, small_data(), name)
+    if folder:
+        (tmp_path / folder).mkdir()
+        (tmp_path / name).rename(tmp_path / folder / name)
+    assert len(build_dataset('val', arguments(coco_path=str(tmp_path)))) == 2
+
+
+def test_explicit_paths_win_and_need_no_coco_path(tmp_path: Path) -> None:
+    root = write_data(tmp_path, small_data())
+    paths = {'val_images': str(root / 'val2017'), 'val_ann': str(root / 'annotations/instances_val2017.json')}
+    assert len(build_dataset('val', arguments(**paths))) == 2
+    with pytest.raises(FileNotFoundError, match='--val_ann'):
+        build_dataset('val', arguments(coco_path=str(root), val_ann='nowhere.json'))
+    with pytest.raises(FileNotFoundError, match=r'train2017.*images/train2017.*--train_images'):
+        build_dataset('train', arguments(coco_path=str(root)))
+    with pytest.raises(ValueError, match='--coco_path'):
+        build_dataset('train', arguments())
+
+
+def test_validation_takes_the_class_map_of_training(tmp_path: Path) -> None:
+    root = write_data(tmp_path, small_data())
+    data = copy.deepcopy(small_data())
+    data['annotations'] = []
+    data['categories'] = [{'id': 7}]
+    training = ClassMap.from_categories(small_data()['categories'])
+    dataset = build_dataset('val', arguments(coco_path=str(root)), training)
+    assert dataset.class_map is training
+    with pytest.raises(ValueError, match='has category 250, but the categories are 7'):
+        build_dataset('val', arguments(coco_path=str(root)), ClassMap.from_categories(data['categories']))
+
+
+def test_unknown_data_set_is_refused() -> None:
+    with pytest.raises(ValueError, match='coco, shapes'):
+        build_dataset('val', arguments(dataset_file='voc'))

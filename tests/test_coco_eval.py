@@ -1,0 +1,262 @@
+"""COCO evaluation: the known answers, with either library, however the pictures arrive."""
+
+import copy
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from datasets.class_map import ClassMap
+from datasets.coco_eval import STAT_NAMES, CocoEvaluator, Summary, encode_masks
+from tests.shared_data import needs_shared, read_shared
+
+REFERENCE = 'data/coco_eval_reference'
+KNOWN = {
+    'bbox': '0.504581 0.696973 0.572982 0.585626 0.519400 0.501398 0.386813 0.593680 0.595353 0.639811 0.566421 0.564291',
+    'segm': '0.319545 0.562288 0.298927 0.387374 0.310183 0.326934 0.268230 0.415449 0.416839 0.469450 0.376759 0.381472',
+}
+RESULTS = {'bbox': 'fakebbox100_results.json', 'segm': 'fakesegm100_results.json'}
+BACKENDS = ['hotcoco', 'pycocotools']
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    pytest.importorskip(request.param)
+    return request.param
+
+
+def as_predictions(results: list[dict], ground_truth: dict, class_map: ClassMap) -> dict[int, dict]:
+    """COCO result entries as a model would give them."""
+    predictions = {}
+    for image in ground_truth['images']:
+        mine = [result for result in results if result['image_id'] == image['id']]
+        boxes = torch.tensor(
+            [result.get('bbox', [0, 0, 1, 1]) for result in mine], dtype=torch.float64
+        ).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        predictions[image['id']] = {
+            'scores': torch.tensor([result['score'] for result in mine], dtype=torch.float64),
+            'labels': torch.tensor(
+                [class_map.label_of[result['category_id']] for result in mine], dtype=torch.int64
+            ),
+            'boxes': boxes,
+            'segmentation': [result.get('segmentation') for result in mine],
+        }
+    return predictions
+
+
+@needs_shared
+@pytest.mark.parametrize('iou_type', ['bbox', 'segm'])
+@pytest.mark.parametrize('make_map', [ClassMap.identity, ClassMap.from_categories])
+def test_known_answer_of_a_hundred_coco_pictures(backend: str, iou_type: str, make_map: object) -> None:
+    ground_truth = read_shared(f'{REFERENCE}/instances_val2014_100.json')
+    results = read_shared(f'{REFERENCE}/{RESULTS[iou_type]}')
+    class_map = make_map(ground_truth['categories'])
+    evaluator = CocoEvaluator(ground_truth, class_map, (iou_type,), backend)
+    evaluator.update(as_predictions(results, ground_truth, class_map))
+    stats = evaluator.summarize()[iou_type].stats
+    np.testing.assert_allclose(stats, [float(value) for value in KNOWN[iou_type].split()], atol=1e-6)
+
+
+def recorded_predictions(recorded: dict, sizes: dict[int, tuple[int, int]]) -> dict[int, dict]:
+    predictions = {}
+    for key, entry in recorded['evaluator']['predictions'].items():
+        boxes = torch.tensor(entry['boxes']).reshape(-1, 4)
+        masks = torch.zeros(len(boxes), 1, *sizes[int(key)], dtype=torch.uint8)
+        for mask, box in zip(masks, entry['boxes'], strict=True):
+            x0, y0, x1, y1 = (max(0, round(side)) for side in box)
+            mask[0, y0:y1, x0:x1] = 1
+        scores, labels = torch.tensor(entry['scores']), torch.tensor(entry['labels'], dtype=torch.int64)
+        predictions[int(key)] = {'scores': scores, 'labels': labels, 'boxes': boxes, 'masks': masks}
+    return predictions
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    'batches', [[[1, 2], [3, 7], [9]], [[9], [7, 3, 2, 1]]], ids=['in order', 'backwards']
+)
+def test_official_evaluator_with_masks(backend: str, batches: list[list[int]]) -> None:
+    recorded = read_shared('parity/transforms/coco_pipeline.json')
+    ground_truth = recorded['coco_json']
+    sizes = {image['id']: (image['height'], image['width']) for image in ground_truth['images']}
+    predictions = recorded_predictions(recorded, sizes)
+    evaluator = CocoEvaluator(
+        ground_truth, ClassMap.identity(ground_truth['categories']), ('segm', 'bbox'), backend
+    )
+    for batch in batches:
+        evaluator.update({image_id: predictions[image_id] for image_id in batch})
+    evaluator.synchronize_between_processes()
+    summaries = evaluator.summarize()
+    assert list(summaries) == ['segm', 'bbox']
+    for iou_type, summary in summaries.items():
+        np.testing.assert_allclose(summary.stats, recorded['evaluator'][f'stats_{iou_type}'], atol=1e-9)
+
+
+CATEGORIES = [{'id': 7, 'name': 'cat'}, {'id': 3, 'name': 'dog'}, {'id': 250, 'name': 'owl'}]
+CLASS_MAP = ClassMap.from_categories(CATEGORIES)
+
+
+def tiny_ground_truth() -> dict:
+    """Three pictures: two objects (one has id 0), one object, none. No area, no iscrowd."""
+    annotations = [
+        {'id': 0, 'image_id': 1, 'category_id': 7, 'bbox': [10, 10, 50, 60]},
+        {'id': 4, 'image_id': 1, 'category_id': 250, 'bbox': [100, 20, 40, 40]},
+        {'id': 5, 'image_id': 2, 'category_id': 7, 'bbox': [5, 5, 20, 20]},
+    ]
+    images = [{'id': image_id, 'width': 200, 'height': 100, 'file_name': 'x.jpg'} for image_id in (1, 2, 3)]
+    return {'images': images, 'annotations': annotations, 'categories': CATEGORIES}
+
+
+def perfect(ground_truth: dict, image_id: int) -> dict[str, Tensor]:
+    mine = [a for a in ground_truth['annotations'] if a['image_id'] == image_id]
+    boxes = torch.tensor([a['bbox'] for a in mine], dtype=torch.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    labels = torch.tensor([CLASS_MAP.label_of[a['category_id']] for a in mine], dtype=torch.int64)
+    return {'scores': torch.full((len(mine),), 0.9), 'labels': labels, 'boxes': boxes}
+
+
+def summarize(backend: str, predictions: dict, ground_truth: dict | None = None) -> Summary:
+    evaluator = CocoEvaluator(ground_truth or tiny_ground_truth(), CLASS_MAP, backend=backend)
+    evaluator.update(predictions)
+    return evaluator.summarize()['bbox']
+
+
+def test_perfect_detections_score_one_without_area_and_iscrowd(backend: str) -> None:
+    truth = tiny_ground_truth()
+    before = copy.deepcopy(truth)
+    summary = summarize(backend, {image_id: perfect(truth, image_id) for image_id in (1, 2, 3)}, truth)
+    assert summary.stats[:2] == pytest.approx([1, 1])
+    rows = {row['name']: row for row in summary.per_class}
+    assert rows['cat']['AP'] == pytest.approx(1)
+    assert (rows['cat']['objects'], rows['dog']['objects'], rows['owl']['objects']) == (2, 0, 1)
+    assert rows['dog']['AP'] == rows['dog']['AR100'] == -1
+    assert truth == before
+
+
+def test_no_detections_score_zero(backend: str) -> None:
+    nothing = {
+        'scores': torch.zeros(0),
+        'labels': torch.zeros(0, dtype=torch.int64),
+        'boxes': torch.zeros(0, 4),
+    }
+    summary = summarize(backend, {1: nothing, 2: {}, 3: nothing})
+    assert summary.stats[STAT_NAMES.index('AP')] == 0
+    assert summary.stats[STAT_NAMES.index('AR100')] == 0
+
+
+def test_no_objects_or_no_pictures_give_minus_one(backend: str) -> None:
+    assert summarize(backend, {3: {}}).stats == [-1] * 12
+    assert summarize(backend, {}).stats == [-1] * 12
+
+
+def test_only_pictures_handed_in_count(backend: str) -> None:
+    truth = tiny_ground_truth()
+    assert summarize(backend, {2: perfect(truth, 2)}).stats[0] == pytest.approx(1)
+    missed = summarize(backend, {1: {}, 2: perfect(truth, 2)})
+    assert 0 < missed.stats[0] < 1
+    assert sum(row['objects'] for row in missed.per_class) == 3
+
+
+def test_first_prediction_of_a_picture_wins(backend: str) -> None:
+    truth = tiny_ground_truth()
+    evaluator = CocoEvaluator(truth, CLASS_MAP, backend=backend)
+    evaluator.update({2: perfect(truth, 2)})
+    evaluator.update({2: {}})
+    assert evaluator.summarize()['bbox'].stats[0] == pytest.approx(1)
+
+
+def test_indices_without_category_are_dropped(backend: str) -> None:
+    truth = tiny_ground_truth()
+    class_map = ClassMap.identity(CATEGORIES)
+    prediction = perfect(truth, 2)
+    prediction = {key: torch.cat([value, value]) for key, value in prediction.items()}
+    prediction['labels'] = torch.tensor([12, 7])
+    prediction['scores'] = torch.tensor([0.99, 0.5])
+    evaluator = CocoEvaluator(truth, class_map, backend=backend)
+    evaluator.update({2: prediction})
+    assert evaluator.summarize()['bbox'].stats[0] == pytest.approx(1)
+    assert len(evaluator.detections[2].rows) == 1
+
+
+def test_nothing_is_printed(backend: str, capfd: pytest.CaptureFixture) -> None:
+    summarize(backend, {1: perfect(tiny_ground_truth(), 1), 2: {}})
+    assert capfd.readouterr() == ('', '')
+
+
+def test_table_has_a_line_a_class_and_one_for_all() -> None:
+    truth = tiny_ground_truth()
+    lines = summarize('auto', {1: perfect(truth, 1)}).table().splitlines()
+    assert [line.split()[0] for line in lines] == ['class', 'dog', 'cat', 'owl', 'all']
+    assert lines[1].split() == ['dog', '-', '-', '-', '-', '0']
+    assert lines[-1].split() == ['all', '100.0', '100.0', '100.0', '100.0', '2']
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_both_libraries_agree_on_random_detections() -> None:
+    pytest.importorskip('hotcoco')
+    generator = torch.Generator().manual_seed(0)
+    truth = tiny_ground_truth()
+    truth['annotations'][1]['iscrowd'] = 1
+    predictions = {}
+    for image_id in (1, 2, 3):
+        corners = torch.rand(120, 2, 2, generator=generator).sort(dim=1).values * torch.tensor([200, 100])
+        predictions[image_id] = {
+            'scores': (torch.rand(120, generator=generator) * 20).round() / 20,  # with ties
+            'labels': torch.randint(0, 3, (120,), generator=generator),
+            'boxes': torch.cat([corners.flatten(1)[:100], perfect(truth, 1)['boxes'].repeat(10, 1)]),
+        }
+    one, other = (summarize(backend, predictions, truth) for backend in BACKENDS)
+    np.testing.assert_allclose(one.stats, other.stats, atol=1e-12)
+    for mine, theirs in zip(one.per_class, other.per_class, strict=True):
+        assert mine == pytest.approx(theirs)
+
+
+def test_wrong_input_is_refused() -> None:
+    truth = tiny_ground_truth()
+    with pytest.raises(ValueError, match='choose one of auto, hotcoco, pycocotools'):
+        CocoEvaluator(truth, CLASS_MAP, backend='lvis')
+    with pytest.raises(ValueError, match='bbox and segm'):
+        CocoEvaluator(truth, CLASS_MAP, iou_types=('keypoints',))
+    evaluator = CocoEvaluator(truth, CLASS_MAP)
+    with pytest.raises(ValueError, match='picture 17 is not among the 3'):
+        evaluator.update({17: {}})
+    with pytest.raises(ValueError, match='labels run from 0 to 90, but the data has 3 classes'):
+        evaluator.update({2: perfect(truth, 2) | {'labels': torch.tensor([90, 0])}})
+    masks = CocoEvaluator(truth, CLASS_MAP, iou_types=('segm',))
+    masks.update({1: {}})
+    with pytest.raises(ValueError, match=r'annotation 0 .* has no segmentation'):
+        masks.summarize()
+
+
+def test_masks_are_encoded_as_they_are() -> None:
+    from pycocotools import mask as coco_mask
+
+    masks = torch.rand(3, 1, 7, 5, generator=torch.Generator().manual_seed(0)) > 0.5
+    decoded = np.stack([coco_mask.decode(rle) for rle in encode_masks(masks)])
+    assert np.array_equal(decoded, masks[:, 0].numpy())
+
+
+def gather_in_two_processes(rank: int, folder: str) -> None:
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
+    truth = tiny_ground_truth()
+    evaluator = CocoEvaluator(truth, CLASS_MAP)
+    # Picture 2 comes twice, as a sampler that fills up gives it; the copy of rank 0 counts.
+    evaluator.update({1: perfect(truth, 1), 2: perfect(truth, 2)} if rank == 0 else {3: {}, 2: {}})
+    evaluator.synchronize_between_processes()
+    torch.save(evaluator.summarize()['bbox'].stats, f'{folder}/{rank}.pth')
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_merge_and_count_a_picture_once(tmp_path: Path) -> None:
+    mp.spawn(gather_in_two_processes, (str(tmp_path),), nprocs=2)
+    stats = [torch.load(tmp_path / f'{rank}.pth') for rank in (0, 1)]
+    alone = tiny_ground_truth()
+    expected = summarize('auto', {image_id: perfect(alone, image_id) for image_id in (1, 2, 3)})
+    for first, second in itertools.pairwise([*stats, expected.stats]):
+        assert first == pytest.approx(second)

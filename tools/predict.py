@@ -1,0 +1,144 @@
+"""
+Find objects in pictures with a trained checkpoint.
+
+  python tools/predict.py --checkpoint output/quickstart/checkpoint.pth --source PICTURE --output_dir OUT
+
+Draws every picture and writes `predictions.json` in COCO's result form. The model's flags, the classes and the picture size come
+from the checkpoint.
+"""
+
+import argparse
+import glob
+import json
+import sys
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.io import write_png
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from datasets.class_map import ClassMap
+from datasets.pictures import read_picture
+from datasets.transforms import make_transforms
+from models import build_detector, build_postprocessors, resolve_args
+from util.checkpoint import load_checkpoint, read_checkpoint
+from util.logger import atomic_write
+from util.nested_tensor import nested_tensor_from_tensor_list
+from util.visualize import draw_boxes, save_atomically
+
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        'predict.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--checkpoint', required=True, metavar='FILE', help='checkpoint of a run of main.py')
+    parser.add_argument(
+        '--source', required=True, help='a picture, a folder of pictures, or a pattern such as "*.jpg"'
+    )
+    parser.add_argument(
+        '--output_dir', default='output/predictions', metavar='DIR', help='(default: %(default)s)'
+    )
+    parser.add_argument(
+        '--score_thr', default=0.5, type=float, help='lowest score drawn (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--json_score_thr', default=0.0, type=float, help='lowest score written (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='(default: %(default)s)'
+    )
+    return parser
+
+
+def find_pictures(source: str) -> list[Path]:
+    """Picture files of a path, folder or pattern, sorted. ValueError: there is none."""
+    path = Path(source)
+    if path.is_dir():
+        pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    else:
+        pictures = [path] if path.is_file() else sorted(map(Path, glob.glob(source, recursive=True)))
+    if not pictures:
+        raise ValueError(f'--source {source}: no picture there ({", ".join(SUFFIXES)})')
+    return pictures
+
+
+def load_detector(file: str) -> tuple[nn.Module, nn.Module, ClassMap, Namespace]:
+    """Model in evaluation mode, postprocessor, classes and flags of a checkpoint.
+
+    ValueError: the file lacks flags or classes, as files of weights alone do.
+    """
+    checkpoint = read_checkpoint(file)
+    if 'args' not in checkpoint or 'class_map' not in checkpoint:
+        raise ValueError(
+            f'{file} holds weights alone, without the flags and classes of its run: load it through hubconf.py, or fine-tune '
+            'from it (main.py --pretrained) and use the checkpoint of that run'
+        )
+    args = resolve_args(Namespace(**checkpoint['args'] | {'backbone_weights': 'none'}))
+    model = build_detector(args, {'one2one': args.num_queries})
+    load_checkpoint(model, checkpoint)
+    return model.eval(), build_postprocessors(args)['bbox'], ClassMap.from_dict(checkpoint['class_map']), args
+
+
+@torch.no_grad()
+def detect(model: nn.Module, postprocess: nn.Module, picture: Tensor, args: Namespace) -> dict[str, Tensor]:
+    """Detections of one uint8 picture [3, H, W], boxes in its own pixels."""
+    resized, _ = make_transforms('val', args.img_size, args.max_size)(picture, None)
+    samples = nested_tensor_from_tensor_list([resized]).to(next(model.parameters()).device)
+    result = postprocess(model(samples), torch.tensor([picture.shape[-2:]]).to(samples.tensors.device))[0]
+    return {key: value.cpu() for key, value in result.items()}
+
+
+def coco_results(name: str, result: dict[str, Tensor], class_map: ClassMap) -> list[dict]:
+    """COCO's result form, with the file name in place of an id that only annotations could give."""
+    rows = zip(result['scores'].tolist(), result['labels'].tolist(), result['boxes'].tolist(), strict=True)
+    return [
+        {
+            'image_id': name,
+            'category_id': class_map.category_ids[label],
+            'category_name': class_map.names[label],
+            'bbox': [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],
+            'score': round(score, 5),
+        }
+        for score, label, (x0, y0, x1, y1) in rows
+        if class_map.names[label] is not None
+    ]
+
+
+def select(result: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
+    keep = result['scores'] >= threshold
+    return {key: value[keep] for key, value in result.items()}
+
+
+def main(args: Namespace) -> None:
+    pictures, folder = find_pictures(args.source), Path(args.output_dir)
+    model, postprocess, class_map, model_args = load_detector(args.checkpoint)
+    model.to(args.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for path in pictures:
+        picture = read_picture(path)
+        result = detect(model, postprocess, picture, model_args)
+        rows += coco_results(path.name, select(result, args.json_score_thr), class_map)
+        drawn = select(result, args.score_thr)
+        image = draw_boxes(picture, drawn['boxes'], drawn['labels'], class_map.names, drawn['scores'])
+        save_atomically(folder / f'{path.stem}.png', partial(write_png_file, image))
+        print(f'{path}: {len(drawn["scores"])} objects of score {args.score_thr} or more')
+    atomic_write(folder / 'predictions.json', json.dumps(rows).encode())
+    print(f'{len(pictures)} drawn pictures and predictions.json lie in {folder}')
+
+
+def write_png_file(image: Tensor, path: Path) -> None:
+    write_png(image, str(path))
+
+
+if __name__ == '__main__':
+    try:
+        main(get_args_parser().parse_args())
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f'error: {error}')
