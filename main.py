@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from datasets import DATASETS, build_dataset
 from datasets.class_map import ClassMap
 from datasets.coco_eval import STAT_NAMES, CocoEvaluator, Summary
+from datasets.transforms import AUGMENTATIONS
 from engine import build_optimizer, draw_predictions, evaluate, train_one_epoch
 from models import add_model_args, build_model, family_default, resolve_args
 from util.checkpoint import get_rng_state, load_checkpoint, read_checkpoint, save_checkpoint, set_rng_state
@@ -56,16 +57,16 @@ def get_args_parser() -> argparse.ArgumentParser:
                            'it (default: %(default)s)')  # fmt: skip
     data.add_argument('--max_size', type=int,
                       help='longest side of a picture, pixels (default: 1333, in proportion to --img_size)')  # fmt: skip
-    data.add_argument('--aug', default='detr', choices=('detr', 'none'),
-                      help='training pictures: flipped, scaled and cropped as in DETR, or as at evaluation '
-                           '(default: %(default)s)')  # fmt: skip
+    data.add_argument('--aug', default='detr', choices=AUGMENTATIONS,
+                      help='training pictures: flipped, scaled and cropped as in DETR, only flipped, or as at '
+                           'evaluation (default: %(default)s)')  # fmt: skip
     data.add_argument(
         '--shapes_train', default=4000, type=int, help='built-in training pictures (default: %(default)s)'
     )
     data.add_argument(
         '--shapes_val', default=200, type=int, help='built-in validation pictures (default: %(default)s)'
     )
-    data.add_argument('--shapes_size', default=160, type=int,
+    data.add_argument('--shapes_size', default=128, type=int,
                       help='longer side of a built-in picture, pixels (default: %(default)s)')  # fmt: skip
     data.add_argument(
         '--num_workers', default=2, type=int, help='loader processes a process (default: %(default)s)'
@@ -329,6 +330,7 @@ def build_loader(dataset: Dataset, split: str, args: Namespace) -> DataLoader:
         drop_last=train,
         num_workers=args.num_workers,
         collate_fn=collate_fn,
+        persistent_workers=args.num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, so that loading draws nothing from the run's random numbers
     )

@@ -249,18 +249,17 @@ def paint_segment(dice: Dice, canvas: np.ndarray) -> None:
 def arrange(dice: Dice, height: int, width: int) -> list[Pose]:
     """Poses in painting order, large ones rather first: none in one picture of 25, at most MAX_OBJECTS."""
     many = dice.real()
-    crowd = (
-        many * many * many
-    )  # half of the pictures hold one to three objects, one in twelve holds fifteen or more
-    count = 0 if dice.chance(0.04) else 1 + int((0.1 * many + 0.9 * crowd * crowd) * MAX_OBJECTS)
+    crowd = many * many * many * many * many  # no power: libm's is not the same everywhere
+    # One to five objects in most pictures, rarely up to MAX_OBJECTS.
+    count = 0 if dice.chance(0.04) else 1 + int(4 * many + (MAX_OBJECTS - 5) * crowd * crowd * crowd)
     size, poses = max(height, width), []
     largest = size * (0.36 if count < 5 else 0.26 if count < 10 else 0.18)
-    smallest = max(0.065 * size, 5)
+    smallest = max(0.08 * size, 5)
     for _ in range(count):
         share = dice.real()
         radius = smallest + (largest - smallest) * share
         x, y = free_place(dice, poses, radius, height, width)
-        poses.append(Pose(x, y, radius, dice.real(0.7, 1), *dice.rotation()))
+        poses.append(Pose(x, y, radius, dice.real(0.75, 1), *dice.rotation()))
     return sorted(poses, key=lambda pose: -pose.radius * dice.real(0.4, 1))
 
 

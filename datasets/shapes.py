@@ -29,6 +29,7 @@ from util.seeding import local_seed
 PICTURE_SEED = 17  # a constant: all runs share the data, whatever their --seed
 # Ids in the order of KINDS, so that the class index of a category is its number there.
 CATEGORIES = [{'id': number, 'name': kind.__name__} for number, kind in enumerate(KINDS, start=1)]
+KEPT_BYTES = 2**30  # masks are counted as nothing: they are small at such sizes
 
 
 class ShapesDetection(Dataset):
@@ -43,7 +44,7 @@ class ShapesDetection(Dataset):
         num_images: int,
         split: str = 'train',
         seed: int = 0,
-        picture_size: int = 160,
+        picture_size: int = 128,
         transforms: Callable | None = None,
         return_masks: bool = False,
     ) -> None:
@@ -53,20 +54,22 @@ class ShapesDetection(Dataset):
         self.transforms, self.return_masks = transforms, return_masks
         self.class_map = ClassMap.from_categories(CATEGORIES)
         self.ids = list(range(num_images))
+        self._kept: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+        self._bytes_in_all = num_images * 3 * picture_size**2
         # In shared memory, so that workers that outlive an epoch see the next number too.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __getstate__(self) -> dict:
-        """Workers that are spawned have no use for the ground truth."""
-        return {name: value for name, value in self.__dict__.items() if name != 'ground_truth'}
+        """Workers that are spawned have no use for the ground truth, and keep pictures of their own."""
+        state = {name: value for name, value in self.__dict__.items() if name != 'ground_truth'}
+        return state | {'_kept': {}}
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         index = range(len(self))[index]
-        scene = self.draw(index)
-        picture, target = torch.from_numpy(scene.picture), self.target_of(scene, index)
+        picture, target = self.drawn(index)
         if self.transforms is None:
             return picture, target
         with local_seed(self.seed, int(self._epoch), index):
@@ -75,6 +78,17 @@ class ShapesDetection(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Choose the random numbers of an epoch; reaches running workers too."""
         self._epoch.fill_(epoch)
+
+    def drawn(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Picture and target before the transforms; drawn once a process while all pictures fit into KEPT_BYTES."""
+        if index not in self._kept:
+            scene = self.draw(index)
+            item = torch.from_numpy(scene.picture), self.target_of(scene, index)
+            if self._bytes_in_all > KEPT_BYTES:
+                return item
+            self._kept[index] = item
+        picture, target = self._kept[index]
+        return picture.clone(), dict(target)
 
     def draw(self, index: int) -> Scene:
         return draw_scene(PICTURE_SEED, self.split, index, self.picture_size)
@@ -163,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--out', type=Path, required=True, help='folder for the files; made if need be')
     parser.add_argument('--count', type=int, default=50, help='how many pictures')
     parser.add_argument('--split', choices=list(SPLITS), default='val')
-    parser.add_argument('--size', type=int, default=160, help='longer side in pixels')
+    parser.add_argument('--size', type=int, default=128, help='longer side in pixels')
     args = parser.parse_args(argv)
     export(args.out, ShapesDetection(args.count, args.split, picture_size=args.size))
     print(f'{args.count} pictures of the {args.split} split lie in {args.out}')

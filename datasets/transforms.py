@@ -27,6 +27,7 @@ Transform = Callable[[Picture, Target | None], Sample]
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
+AUGMENTATIONS = ('detr', 'flip', 'none')
 BASE_SIZE, BASE_MAX_SIZE = 800, 1333
 BASE_SCALES = tuple(range(480, 801, 32))
 BASE_CROP_SCALES = (400, 500, 600)
@@ -272,19 +273,21 @@ def make_transforms(
 ) -> Compose:
     """The official recipe; another img_size scales every number of it by img_size / 800.
 
-    max_size: bound of the long side; by default 1333, scaled too. aug 'none' trains on the evaluation transform.
+    max_size: bound of the long side; by default 1333, scaled too. aug 'none' trains on the evaluation transform, 'flip' on
+    that after a random flip.
     """
     if image_set not in ('train', 'val'):
         raise ValueError(f'image_set {image_set!r} has no transform: choose train or val')
-    if aug not in ('detr', 'none'):
-        raise ValueError(f'--aug {aug!r} is not known: choose detr or none')
+    if aug not in AUGMENTATIONS:
+        raise ValueError(f'--aug {aug!r} is not known: choose one of {", ".join(AUGMENTATIONS)}')
     if img_size < 1:
         raise ValueError(
             f'--img_size {img_size} is not a picture size: choose a positive number, for example 800'
         )
     max_size = max_size or scaled(BASE_MAX_SIZE, img_size)
-    if image_set == 'val' or aug == 'none':
-        return Compose([RandomResize([img_size], max_size), NormalizeBoxes()])
+    if image_set == 'val' or aug != 'detr':
+        flip = [RandomHorizontalFlip()] if image_set == 'train' and aug == 'flip' else []
+        return Compose([*flip, RandomResize([img_size], max_size), NormalizeBoxes()])
     final = RandomResize([scaled(size, img_size) for size in BASE_SCALES], max_size)
     zoomed = [
         RandomResize([scaled(size, img_size) for size in BASE_CROP_SCALES]),

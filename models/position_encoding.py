@@ -81,8 +81,8 @@ class PositionEmbeddingLearned(nn.Module):
         return torch.cat([columns, rows], dim=-1).permute(2, 0, 1).expand(batch, -1, -1, -1)
 
 
-def build_position_encoding(name: str, hidden_dim: int) -> nn.Module:
+def build_position_encoding(name: str, hidden_dim: int, temperature: float = 10000) -> nn.Module:
     """`sine` (alias v2) or `learned` (alias v3), half of the channels for each axis."""
     if name in ('sine', 'v2'):
-        return PositionEmbeddingSine(hidden_dim // 2)
+        return PositionEmbeddingSine(hidden_dim // 2, temperature)
     return PositionEmbeddingLearned(hidden_dim // 2)

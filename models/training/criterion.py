@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.structures import Assignment, Prediction, Supervision
 from util.dist import all_reduce_sum, get_world_size
 
-from .losses import Stack, box_losses, cardinality_error, class_error
+from .losses import Stack, box_losses, cardinality_error, class_error, from_host
 from .matcher import Targets
 
 
@@ -104,7 +104,7 @@ class SetCriterion(nn.Module):
             ]
             totals.append([sum(classes), sum(counts)])
         logits = next(iter(stacks.values())).logits
-        totals = all_reduce_sum(torch.tensor(totals, dtype=logits.dtype, device=logits.device))
+        totals = all_reduce_sum(from_host(totals, logits))
         return totals.clamp(min=1) / (get_world_size() * len(step_sizes))
 
 
@@ -152,4 +152,4 @@ def weighted_sum(losses: dict[str, Tensor], weight_dict: dict[str, float]) -> Te
     """The number that is minimised, over the terms that have a coefficient."""
     names = [name for name in losses if name in weight_dict]
     values = torch.stack([losses[name] for name in names])
-    return values @ values.new_tensor([weight_dict[name] for name in names])
+    return values @ from_host([weight_dict[name] for name in names], values)

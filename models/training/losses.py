@@ -15,6 +15,11 @@ from torchvision.ops import sigmoid_focal_loss
 from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
 
 
+def from_host(values: list, like: Tensor) -> Tensor:
+    """Numbers of the host as a tensor beside `like`, without waiting for the device."""
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
 @dataclass
 class Stack:
     """Predictions of one kind stacked over their layers, with the N pairs (query, object) of all of them.
@@ -99,8 +104,7 @@ def cardinality_error(stack: Stack) -> Tensor:
     With focal losses the last class is a real one, so the number says nothing there. It is kept as it was for comparing logs.
     """
     not_last = (stack.logits.argmax(-1) != stack.logits.shape[-1] - 1).sum(-1)  # [L, B]
-    num_objects = torch.tensor(stack.num_objects, device=not_last.device)
-    return (not_last - num_objects).abs().float().mean(-1)
+    return (not_last - from_host(stack.num_objects, not_last)).abs().float().mean(-1)
 
 
 @torch.no_grad()

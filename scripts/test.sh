@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Lint and test, in an environment that this script makes:
+#
+#   bash scripts/test.sh                 everything
+#   bash scripts/test.sh --quick         without the slow tests
+#   bash scripts/test.sh -k matcher      more words go to pytest
+set -euo pipefail
+source "$(dirname "$0")/env.sh" requirements-dev.txt
+
+if [ "${1:-}" = --quick ]; then
+    shift
+    set -- -m 'not slow' "$@"
+fi
+ruff check .
+ruff format --check .
+python -m pytest "$@"

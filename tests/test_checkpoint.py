@@ -1,0 +1,160 @@
+"""Checkpoints of official and foreign layouts fill our models, and what does not fit is named."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hubconf
+from models import build_model
+from tests.rule import fill
+from tests.shared_data import SHARED, needs_shared
+from util.checkpoint import download, load_checkpoint, read_checkpoint, save_checkpoint
+from util.foreign_names import rename, to_official
+from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+
+FLAGS = {'detr': {}, 'conditional_detr': {'conditional': True}}
+
+
+def build(**flags: object) -> nn.Module:
+    return build_model(Namespace(backbone_weights='none', **flags))[0]
+
+
+def official_state(system: str, case: str) -> dict[str, Tensor]:
+    """A state dict of official names and shapes, all zeros."""
+    record = json.loads((SHARED / 'parity' / system / f'{case}.json').read_text())
+    return {name: torch.zeros(shape) for name, shape in record['state_dict']}
+
+
+@needs_shared
+@pytest.mark.parametrize('system', FLAGS)
+def test_official_state_dicts_fit_strictly(system: str) -> None:
+    model = build(**FLAGS[system])
+    state = official_state(system, 'r50')
+    # Published files are wrapped and may hold the counters that frozen norms do not have.
+    state['backbone.0.body.bn1.num_batches_tracked'] = torch.tensor(0)
+    report = load_checkpoint(model, {'model': state})
+    assert report.layout == 'official' and not report.reinitialised
+    assert report.loaded == len(model.state_dict())
+    assert not model.transformer.decoder.norm.weight.any()
+
+
+@needs_shared
+def test_another_family_is_refused_and_leaves_the_model_alone() -> None:
+    model = build()
+    before = model.query_embed.weight.clone()
+    with pytest.raises(ValueError, match='ref_point_head|sa_qcontent') as error:
+        load_checkpoint(model, official_state('conditional_detr', 'r50'))
+    assert 'missing' in str(error.value) and 'left over' in str(error.value)
+    assert torch.equal(before, model.query_embed.weight)
+
+
+def small(**flags: object) -> nn.Module:
+    sizes = {'hidden_dim': 32, 'nheads': 4, 'enc_layers': 1, 'dec_layers': 2, 'dim_feedforward': 64}
+    return build(**{'backbone': 'resnet18', 'num_queries': 10} | sizes | flags)
+
+
+def test_heads_of_another_size_need_pretrained() -> None:
+    torch.manual_seed(0)
+    source, model = small(num_classes=6), small(num_classes=3, num_queries=12)
+    with pytest.raises(ValueError, match='use --pretrained'):
+        load_checkpoint(model, source.state_dict())
+    head, queries = model.class_embed.weight.clone(), model.query_embed.weight.clone()
+    report = load_checkpoint(model, source.state_dict(), resize=True)
+    assert set(report.reinitialised) == {'class_embed.weight', 'class_embed.bias', 'query_embed.weight'}
+    assert torch.equal(model.class_embed.weight, head)
+    assert torch.equal(model.query_embed.weight[:10], source.query_embed.weight)
+    assert torch.equal(model.query_embed.weight[10:], queries[10:])
+    assert torch.equal(model.input_proj.weight, source.input_proj.weight)
+
+
+def test_files_with_a_namespace_of_flags_are_read(tmp_path: Path) -> None:
+    """Official training checkpoints hold their argparse flags."""
+    torch.save({'model': {'a': torch.ones(2)}, 'args': Namespace(lr=1e-4), 'epoch': 3}, tmp_path / 'official.pth')
+    assert read_checkpoint(tmp_path / 'official.pth')['args'].lr == 1e-4
+
+
+def test_addresses_are_fetched_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    save_checkpoint(tmp_path / 'weights.pth', {'model': {'a': torch.ones(2)}})
+    address = (tmp_path / 'weights.pth').as_uri()
+    path = download(address)
+    (tmp_path / 'weights.pth').unlink()
+    assert download(address) == path and torch.equal(read_checkpoint(path)['model']['a'], torch.ones(2))
+    save_checkpoint(tmp_path / 'weights-00000000.pth', {'model': {}})
+    with pytest.raises((ValueError, RuntimeError), match='hash'):
+        download((tmp_path / 'weights-00000000.pth').as_uri())
+    with pytest.raises(ValueError, match='could not be fetched'):
+        download((tmp_path / 'absent.pth').as_uri())
+
+
+def test_hub_entries_build_and_say_what_they_cannot_load() -> None:
+    monkey = pytest.MonkeyPatch()
+    seen = []
+    monkey.setattr(hubconf, 'load_checkpoint', lambda model, url: seen.append(url))
+    try:
+        for name in ('resnet50', 'resnet50_dc5', 'resnet101', 'resnet101_dc5'):
+            model, postprocess = getattr(hubconf, f'detr_{name}')(pretrained=True, return_postprocessor=True)
+            assert model.class_embed.out_features == 92
+        model = hubconf.conditional_detr_resnet50(pretrained=True)
+        assert model.class_embed.out_features == 91 and not model.aux_loss
+        with pytest.raises(ValueError, match='by hand'):
+            hubconf.conditional_detr_resnet101_dc5(pretrained=True)
+        with pytest.raises(ValueError, match='91 COCO class ids, not 5'):
+            hubconf.detr_resnet50(pretrained=True, num_classes=5)
+    finally:
+        monkey.undo()
+    assert len(seen) == 5 and seen[0].endswith('detr-r50-e632da11.pth')
+    outputs = model.eval()([torch.randn(3, 64, 64)])
+    assert postprocess(outputs, torch.tensor([[64, 64]]))[0]['boxes'].shape == (100, 4)
+
+
+def transformers_model(conditional: bool) -> nn.Module:
+    transformers = pytest.importorskip('transformers')
+    sizes = {
+        'd_model': 256,
+        'encoder_layers': 2,
+        'decoder_layers': 3,
+        'encoder_attention_heads': 8,
+        'decoder_attention_heads': 8,
+        'encoder_ffn_dim': 128,
+        'decoder_ffn_dim': 128,
+        'num_labels': 91,
+        'use_timm_backbone': False,
+        'use_pretrained_backbone': False,
+        'backbone_config': transformers.ResNetConfig(out_features=['stage4']),
+    }
+    kind = 'ConditionalDetr' if conditional else 'Detr'
+    config = getattr(transformers, f'{kind}Config')(**sizes)
+    return fill(getattr(transformers, f'{kind}ForObjectDetection')(config)).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('conditional', [False, True], ids=['DetrForObjectDetection', 'ConditionalDetrForObjectDetection'])
+@pytest.mark.parametrize('saved', [False, True], ids=['live names', 'file names'])
+def test_transformers_models_give_the_same_detections(conditional: bool, saved: bool, tmp_path: Path) -> None:
+    theirs = transformers_model(conditional)
+    state = theirs.state_dict()
+    if saved:
+        safetensors = pytest.importorskip('safetensors.torch')
+        theirs.save_pretrained(tmp_path)
+        state = safetensors.load_file(tmp_path / 'model.safetensors')
+    num_queries = theirs.config.num_queries
+    ours = build(
+        conditional=conditional, enc_layers=2, dec_layers=3, dim_feedforward=128, num_queries=num_queries
+    ).eval()
+    assert load_checkpoint(ours, state).layout == 'transformers'
+    batch = nested_tensor_from_tensor_list([torch.randn(3, 96, 128), torch.randn(3, 128, 64)])
+    with torch.no_grad():
+        expected = theirs(pixel_values=batch.tensors, pixel_mask=(~batch.mask).long())
+        outputs = ours(NestedTensor(batch.tensors, batch.mask))
+    torch.testing.assert_close(outputs['pred_logits'], expected.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs['pred_boxes'], expected.pred_boxes, rtol=1e-4, atol=1e-4)
+
+
+def test_names_without_a_rule_show_up_as_left_over() -> None:
+    assert rename('model.something.new', []) == 'model.something.new'
+    assert to_official({'a': torch.ones(1)})[0] == 'official'

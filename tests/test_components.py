@@ -1,0 +1,179 @@
+"""Small shared pieces equal the official ones: encodings, boxes, focal loss, matching, masks at feature resolution."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models.heads import add_reference, inverse_sigmoid
+from models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
+from models.structures import Prediction
+from models.training.losses import FocalLoss, Stack
+from models.training.matcher import HungarianMatcher, focal_cost, softmax_cost
+from tests import rule
+from tests.shared_data import needs_shared, read_shared
+from util.box_ops import box_cxcywh_to_xyxy, box_iou, box_xyxy_to_cxcywh, generalized_box_iou
+from util.nested_tensor import nested_tensor_from_tensor_list, resize_mask
+
+RECORDED = read_shared('parity/detr/components.json')
+
+
+def u(name: str, *shape: int) -> Tensor:
+    return torch.from_numpy(rule.uniform(name, shape))
+
+
+def boxes(name: str, *shape: int) -> Tensor:
+    return torch.cat([(u(f'{name}c', *shape, 2) + 1) / 2, (u(f'{name}s', *shape, 2) + 1) / 4 + 0.01], dim=-1)
+
+
+def padded_mask() -> Tensor:
+    """Pictures of 5 x 7 and 6 x 4 cells."""
+    return nested_tensor_from_tensor_list([torch.zeros(3, 5, 7), torch.zeros(3, 6, 4)]).mask
+
+
+@needs_shared
+def test_sine_encoding_equals_official() -> None:
+    recorded = RECORDED['position_sine']
+    encoding = PositionEmbeddingSine(128)(padded_mask())
+    assert list(encoding.shape) == recorded['shape']
+    assert encoding.double().sum().item() == pytest.approx(recorded['sum'], rel=1e-6)
+    for place, value in recorded['values_[b,c,y,x]'].items():
+        assert encoding[tuple(map(int, place.split(',')))].item() == pytest.approx(value, abs=1e-6)
+    plain = PositionEmbeddingSine(8, temperature=20, normalize=False)(padded_mask())
+    recorded = RECORDED['position_sine_plain']
+    np.testing.assert_allclose(plain[1, :, 3, 2], recorded['values_at_[1,:,3,2]'], atol=1e-6)
+    assert plain.double().sum().item() == pytest.approx(recorded['sum'], rel=1e-6)
+
+
+@needs_shared
+def test_learned_encoding_equals_official() -> None:
+    encoding = rule.fill(PositionEmbeddingLearned(8).double())(padded_mask())
+    np.testing.assert_allclose(
+        encoding[0, :, 2, 5].detach(), RECORDED['position_learned']['values_at_[0,:,2,5]']
+    )
+
+
+def test_learned_encoding_says_when_the_map_is_too_large() -> None:
+    with pytest.raises(ValueError, match='50 x 50'):
+        PositionEmbeddingLearned(8)(torch.zeros(1, 51, 10, dtype=torch.bool))
+
+
+@needs_shared
+def test_box_functions_equal_official() -> None:
+    recorded = RECORDED['boxes']
+    first, second = (box_cxcywh_to_xyxy(boxes(name, num)) for name, num in (('b1', 6), ('b2', 4)))
+    np.testing.assert_allclose(first, recorded['b1_xyxy'], atol=1e-12)
+    iou, union = box_iou(first[:, None], second[None])
+    np.testing.assert_allclose(iou, recorded['iou'], atol=1e-12)
+    np.testing.assert_allclose(union, recorded['union'], atol=1e-12)
+    np.testing.assert_allclose(
+        generalized_box_iou(first[:, None], second[None]), recorded['giou'], atol=1e-12
+    )
+
+
+def test_box_formats_round_trip() -> None:
+    given = torch.rand(50, 4) * 0.5 + 0.1
+    torch.testing.assert_close(box_xyxy_to_cxcywh(box_cxcywh_to_xyxy(given)), given)
+
+
+@needs_shared
+def test_focal_loss_equals_official() -> None:
+    """With one class, every one of 5 x 40 logits is a query; official: mean over queries, sum over the rest."""
+    logits = 3 * u('fl/logits', 5, 40)
+    positive = (u('fl/targets', 5, 40) > 0.3).nonzero(as_tuple=True)
+    num = len(positive[0])
+    stack = Stack(
+        logits[None, ..., None],
+        torch.zeros(1, 5, 40, 4),
+        (torch.zeros(num, dtype=torch.int64), *positive),
+        torch.zeros(num, dtype=torch.int64),
+        torch.zeros(num, 4),
+        [num],
+        [num],
+    )
+    recorded = RECORDED['sigmoid_focal_loss']
+    for alpha, gamma, key in (
+        (0.25, 2, 'alpha_.25_gamma_2'),
+        (0.4, 1, 'alpha_.4_gamma_1'),
+        (-1, 2, 'alpha_-1'),
+    ):
+        loss = FocalLoss(alpha, gamma)(stack) / 40 / 4
+        assert loss.item() == pytest.approx(recorded[key], rel=1e-9)
+
+
+def matcher_targets() -> dict[str, list[dict[str, Tensor]]]:
+    b1, b2 = boxes('b1', 6), boxes('b2', 4)
+    first = {'labels': torch.tensor([0, 3, 3]), 'boxes': b2[:3]}
+    second = {'labels': torch.tensor([1, 2, 4, 0]), 'boxes': b2[[1, 0, 3, 2]]}
+    empty = {'labels': torch.zeros(0, dtype=torch.int64), 'boxes': torch.zeros(0, 4, dtype=torch.float64)}
+    many = {
+        'labels': torch.tensor([0, 1, 2, 3, 4] * 3),
+        'boxes': torch.cat([b1, 0.9 * b1.flip(0), 0.5 * b1[:3]]),
+    }
+    return {'A': [first, second], 'B': [first, empty], 'C': [many, second]}
+
+
+@needs_shared
+@pytest.mark.parametrize('name', ['detr_softmax_cost_1_5_2', 'conditional_detr_focal_cost_2_5_2'])
+@pytest.mark.parametrize('case', ['A', 'B', 'C'])
+def test_matcher_equals_official(name: str, case: str) -> None:
+    costs = (1, 5, 2, softmax_cost) if name.startswith('detr') else (2, 5, 2, focal_cost)
+    prediction = Prediction(2 * u('m/logits', 2, 12, 6), boxes('m/', 2, 12))
+    targets = matcher_targets()[case]
+    pairs = HungarianMatcher(*costs)(prediction, targets)
+    offsets = [0, len(targets[0]['labels'])]
+    for picture, (query, target) in enumerate(RECORDED['matcher'][name][case]):
+        here = pairs.batch == picture
+        assert pairs.query[here].tolist() == query
+        assert (pairs.target[here] - offsets[picture]).tolist() == target
+
+
+def test_one_picture_is_matched_as_in_a_batch() -> None:
+    prediction = Prediction(torch.randn(2, 12, 6), torch.rand(2, 12, 4) * 0.4 + 0.2)
+    targets = [
+        {'labels': torch.randint(0, 6, (num,)), 'boxes': torch.rand(num, 4) * 0.4 + 0.2} for num in (2, 9)
+    ]
+    together = HungarianMatcher(2, 5, 2)(prediction, targets)
+    for picture, first_target in ((0, 0), (1, 2)):
+        alone = HungarianMatcher(2, 5, 2)(
+            Prediction(prediction.logits[picture, None], prediction.boxes[picture, None]), [targets[picture]]
+        )
+        here = together.batch == picture
+        assert alone.query.tolist() == together.query[here].tolist()
+        assert alone.target.tolist() == (together.target[here] - first_target).tolist()
+
+
+def test_pictures_without_objects_give_no_pairs() -> None:
+    prediction = Prediction(torch.randn(2, 12, 6), torch.rand(2, 12, 4))
+    empty = {'labels': torch.zeros(0, dtype=torch.int64), 'boxes': torch.zeros(0, 4)}
+    pairs = HungarianMatcher(1, 5, 2)(prediction, [empty, empty])
+    assert len(pairs.query) == 0 and pairs.count == 0
+
+
+def test_predictions_that_are_not_finite_are_named() -> None:
+    prediction = Prediction(torch.randn(2, 12, 6), torch.rand(2, 12, 4))
+    prediction.boxes[1, 3, 2] = float('nan')
+    target = {'labels': torch.tensor([1]), 'boxes': torch.full((1, 4), 0.3)}
+    with pytest.raises(FloatingPointError, match='picture 1'):
+        HungarianMatcher(1, 5, 2)(prediction, [target, target])
+
+
+@needs_shared
+def test_batches_are_padded_as_official() -> None:
+    recorded = read_shared('parity/transforms/transforms.json')['nested_tensor']
+    pictures = [rule.picture(p['name'], *p['hw']) for p in recorded['pictures']]
+    batch = nested_tensor_from_tensor_list(pictures)
+    assert list(batch.tensors.shape) == recorded['tensor_shape']
+    assert batch.mask.flatten(1).sum(1).tolist() == recorded['mask_true_count']
+    for size, masks in recorded['feature_masks_nearest_true_is_padding'].items():
+        height, width = map(int, size.split('x'))
+        assert resize_mask(batch.mask, (height, width)).int().tolist() == masks
+
+
+def test_reference_points_are_added_in_logit_space() -> None:
+    delta, point = torch.randn(5, 4), torch.rand(5, 2)
+    expected = delta.clone()
+    expected[:, :2] += inverse_sigmoid(point)
+    torch.testing.assert_close(add_reference(delta, inverse_sigmoid(point)), expected.sigmoid())
+    torch.testing.assert_close(add_reference(delta, None), delta.sigmoid())
+    assert inverse_sigmoid(torch.tensor([0.0, 1.0, 2.0])).isfinite().all()

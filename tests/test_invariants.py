@@ -1,0 +1,320 @@
+"""What must hold for any weights and pictures, whatever the official code does."""
+
+import ast
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine import train_one_epoch
+from main import get_args_parser
+from models import build_model
+from models.position_encoding import PositionEmbeddingSine
+from models.structures import QueryGroup, attention_blocks, visibility
+from models.training.criterion import weighted_sum
+from tests.parity import float64
+from util.nested_tensor import NestedTensor, collate_fn, nested_tensor_from_tensor_list
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {
+    'backbone': 'resnet18',
+    'backbone_weights': 'none',
+    'hidden_dim': 32,
+    'nheads': 4,
+    'enc_layers': 2,
+    'dec_layers': 3,
+    'dim_feedforward': 64,
+    'num_queries': 12,
+    'num_classes': 6,
+}
+FAMILIES = [{}, {'conditional': True}]
+family = pytest.mark.parametrize('flags', FAMILIES, ids=['detr', 'conditional'])
+
+
+def build(flags: dict) -> tuple[nn.Module, nn.Module, dict]:
+    torch.manual_seed(0)
+    return build_model(Namespace(**SMALL | flags))
+
+
+def random_targets(*num_objects: int) -> list[dict[str, Tensor]]:
+    dtype = torch.get_default_dtype()
+    return [
+        {'labels': torch.randint(0, 6, (num,)), 'boxes': torch.rand(num, 4, dtype=dtype) * 0.4 + 0.2}
+        for num in num_objects
+    ]
+
+
+class GivenFeatures(nn.Module):
+    """In place of a backbone: the samples are feature maps."""
+
+    def __init__(self, num_channels: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.num_channels = [num_channels]
+        self.encoding = PositionEmbeddingSine(hidden_dim // 2)
+
+    def forward(self, samples: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
+        return [samples], [self.encoding(samples.mask).to(samples.tensors.dtype)]
+
+
+@pytest.mark.parametrize('cells', [[(7, 5), (4, 6)], [(14, 10), (9, 13)]], ids=['stride 32', 'DC5'])
+@family
+def test_padding_does_not_reach_the_transformer(flags: dict, cells: list[tuple[int, int]]) -> None:
+    """A padded batch equals single runs without padding, whatever stands in the padded cells of the feature map.
+
+    (The convolutions in front of it see zeros beyond a picture's edge, and what their biases make of them behind the padding:
+    that part of the official model depends on the batch, slightly.)
+    """
+    with float64():
+        model, _, _ = build(flags)
+        model.backbone = GivenFeatures(512, 32)
+        model.eval()
+        features = [torch.randn(512, *size) for size in cells]
+        batch = nested_tensor_from_tensor_list(features)
+        batch.tensors.masked_fill_(batch.mask[:, None], 50.0)
+        with torch.no_grad():
+            together = model(batch)
+            for index, feature in enumerate(features):
+                alone = model([feature])
+                for key in ('pred_logits', 'pred_boxes'):
+                    torch.testing.assert_close(together[key][index], alone[key][0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('dilation', [False, True], ids=['stride 32', 'DC5'])
+@family
+def test_a_batch_of_two_equals_two_single_runs(flags: dict, dilation: bool) -> None:
+    """From pixels on: pictures padded to the same size, together and one at a time."""
+    with float64():
+        model, _, _ = build(flags | {'dilation': dilation, 'backbone': 'resnet50'})
+        model.eval()
+        batch = nested_tensor_from_tensor_list([torch.randn(3, 96, 64), torch.randn(3, 64, 128)])
+        with torch.no_grad():
+            together = model(batch)
+            for index in range(2):
+                alone = model(NestedTensor(batch.tensors[index, None], batch.mask[index, None]))
+                for key in ('pred_logits', 'pred_boxes'):
+                    torch.testing.assert_close(together[key][index], alone[key][0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('num_objects', [(3, 5, 1, 2), (0, 4, 0, 3), (0, 0, 0, 1)])
+@family
+def test_accumulation_2x2_equals_a_batch_of_4(flags: dict, num_objects: tuple[int, ...]) -> None:
+    with float64():
+        items = list(zip(torch.randn(4, 3, 64, 64), random_targets(*num_objects), strict=True))
+        gradients = []
+        for size in (4, 2):
+            model, criterion, _ = build(flags | {'dropout': 0.0})
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            batches = [collate_fn(items[i : i + size]) for i in range(0, 4, size)]
+            optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+            train_one_epoch(model, criterion, batches, optimizer, accum_steps=len(batches))
+            gradients.append({name: before[name] - p.detach() for name, p in model.named_parameters()})
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize('num_objects', [(3, 2), (0, 4), (0, 0)])
+@family
+def test_every_trainable_parameter_gets_a_finite_gradient(flags: dict, num_objects: tuple[int, int]) -> None:
+    model, criterion, _ = build(flags)
+    targets = random_targets(*num_objects)
+    losses = criterion(model.train()([torch.randn(3, 64, 64), torch.randn(3, 64, 96)], targets), targets)
+    weighted_sum(losses, criterion.weight_dict).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+
+
+@family
+def test_order_of_objects_does_not_change_the_loss(flags: dict) -> None:
+    with float64():
+        model, criterion, _ = build(flags | {'dropout': 0.0})
+        (target,) = random_targets(6)
+        outputs = model.train()([torch.randn(3, 64, 64)], [target])
+        order = torch.randperm(6)
+        shuffled = {key: value[order] for key, value in target.items()}
+        losses, others = criterion(outputs, [target]), criterion(outputs, [shuffled])
+        for name, value in losses.items():
+            torch.testing.assert_close(others[name], value, msg=name)
+
+
+@family
+def test_more_objects_than_queries_leave_some_unanswered(flags: dict) -> None:
+    model, criterion, _ = build(flags)
+    targets = random_targets(20, 1)
+    losses = criterion(model.train()(torch.randn(2, 3, 64, 64), targets), targets)
+    assert all(value.isfinite() for value in losses.values())
+
+
+@family
+def test_uint8_pictures_are_normalised_by_the_model(flags: dict) -> None:
+    model, _, _ = build(flags)
+    model.eval()
+    picture = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    normalised = (picture / 255 - mean[:, None, None]) / std[:, None, None]
+    small = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = model([normalised, (small / 255 - mean[:, None, None]) / std[:, None, None]])
+        torch.testing.assert_close(
+            model([picture, small])['pred_logits'], expected['pred_logits'], rtol=1e-4, atol=1e-4
+        )
+
+
+class CountSyncs(TorchDispatchMode):
+    """Counts operators that make a GPU's host wait: reading a scalar, and shapes that depend on values."""
+
+    names = (
+        'aten._local_scalar_dense',
+        'aten.nonzero',
+        'aten.masked_select',
+        'aten.unique',
+        'aten.is_nonzero',
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        if str(func).startswith(self.names):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@family
+def test_a_training_step_does_not_synchronise(flags: dict) -> None:
+    """No scalar is read and no shape depends on values; the copy of the matching costs is the only one (see `to_host`)."""
+    model, criterion, _ = build(flags)
+    targets = random_targets(3, 0)
+    with CountSyncs() as syncs:
+        losses = criterion(model.train()([torch.randn(3, 64, 64), torch.randn(3, 64, 96)], targets), targets)
+        weighted_sum(losses, criterion.weight_dict).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    assert syncs.found == []
+
+
+def test_costs_of_all_layers_cross_to_the_host_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from models.training import criterion as module
+
+    model, criterion, _ = build({'conditional': True})
+    calls = count()
+    original = module.to_host
+    monkeypatch.setattr(module, 'to_host', lambda tensors: (next(calls), original(tensors))[1])
+    monkeypatch.setattr(Tensor, 'cpu', counted_cpu := CountedCalls(Tensor.cpu))
+    targets = random_targets(3, 5)
+    criterion(model.train()(torch.randn(2, 3, 64, 64), targets), targets)
+    assert next(calls) == 1
+    assert counted_cpu.number == 1
+
+
+class CountedCalls:
+    def __init__(self, function: object) -> None:
+        self.function, self.number = function, 0
+
+    def __get__(self, instance: object, owner: type) -> object:
+        def call(*args: object) -> object:
+            self.number += 1
+            return self.function(instance, *args)
+
+        return call
+
+
+def group(name: str, num: int, **fields: object) -> QueryGroup:
+    return QueryGroup(name, torch.zeros(1, num, 4), **fields)
+
+
+def test_groups_see_themselves_and_whom_they_name() -> None:
+    groups = [group('one2one', 2), group('dn', 4, sees=('one2one',), block=2)]
+    hidden = visibility(groups).int().tolist()
+    assert hidden == [
+        [0, 0, 1, 1, 1, 1],
+        [0, 0, 1, 1, 1, 1],
+        [0, 0, 0, 0, 1, 1],
+        [0, 0, 0, 0, 1, 1],
+        [0, 0, 1, 1, 0, 0],
+        [0, 0, 1, 1, 0, 0],
+    ]
+    assert visibility([group('one2one', 2)]) is None
+    assert [run for run, _ in attention_blocks(groups)] == [slice(0, 6)]
+
+
+@family
+def test_groups_apart_attend_as_under_one_mask(flags: dict) -> None:
+    from models import build_transformer, resolve_args
+
+    with float64():
+        transformer = build_transformer(resolve_args(Namespace(**SMALL | flags))).eval()
+        memory = transformer.encode(
+            torch.randn(2, 32, 3, 4), torch.zeros(2, 3, 4, dtype=torch.bool), torch.randn(2, 32, 3, 4)
+        )
+        one, many = (
+            QueryGroup(name, torch.randn(2, num, 32), torch.randn(2, num, 32))
+            for name, num in (('one2one', 5), ('one2many', 9))
+        )
+        apart = transformer.decode([one, many], memory)
+        many.sees = ('nobody',)  # forces the joint attention with its mask
+        joined = transformer.decode([one, many], memory)
+        alone = transformer.decode([one], memory)
+        for layer in range(3):
+            torch.testing.assert_close(apart[layer].hs, joined[layer].hs)
+            torch.testing.assert_close(apart[layer].hs[:, :5], alone[layer].hs)
+
+
+def module_level_imports(path: Path) -> Iterator[str]:
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield '.' * node.level + (node.module or '')
+            yield from ('.' * node.level + f'{node.module or ""}.{alias.name}' for alias in node.names)
+
+
+def test_inference_never_imports_training() -> None:
+    for path in (ROOT / 'models').glob('*.py'):
+        assert not [name for name in module_level_imports(path) if 'training' in name], path
+    code = 'import sys, hubconf; sys.exit(any(name.startswith("models.training") for name in sys.modules))'
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_util_knows_neither_models_nor_datasets() -> None:
+    for path in (ROOT / 'util').glob('*.py'):
+        assert not [
+            name for name in module_level_imports(path) if name.startswith(('models', 'datasets', 'engine'))
+        ], path
+
+
+def test_every_flag_is_read() -> None:
+    """Somewhere outside its declaration the code reads it: `args.name`, or its name or a part of it as a string."""
+    sources = [
+        path.read_text()
+        for folder in ('.', 'datasets', 'models', 'util')
+        for path in (ROOT / folder).glob('*.py')
+    ]
+    code = '\n'.join(re.sub(r'add_argument\((?:[^()]|\([^()]*\))*\)', '', text) for text in sources)
+    for action in get_args_parser()._actions:
+        by_split = re.sub('^(train|val)_', '{image_set}_', action.dest)
+        read = re.search(
+            rf"args\.{action.dest}\b|get\('{action.dest}'\)|getattr\(args, '{action.dest}'", code
+        )
+        assert read or by_split in code or action.dest == 'help', f'--{action.dest} is declared and not read'
+
+
+def test_help_is_grouped_and_explains_every_flag() -> None:
+    parser = get_args_parser()
+    text = parser.format_help()
+    assert all(f'--{name}' in text for name in ('coco_path', 'conditional', 'total_batch_size'))
+    for action in parser._actions:
+        assert action.help, action.dest
+        if action.default not in (None, False, True, '') and action.dest != 'help':
+            assert 'default' in action.help, action.dest

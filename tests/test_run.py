@@ -1,0 +1,277 @@
+"""Whole runs of main.py on the built-in pictures: repeatable, resumable, able to learn, clear about what is wrong."""
+
+import csv
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine
+import main
+from datasets.class_map import ClassMap
+from datasets.shapes import ShapesDetection, export
+from tools import predict
+
+TINY = """--dataset_file shapes --shapes_train 12 --shapes_val 4 --shapes_size 64 --img_size 64 --max_size 64
+    --backbone resnet10 --backbone_weights none --backbone_norm batch --backbone_stages 3 --hidden_dim 32 --nheads 4
+    --enc_layers 1 --dec_layers 2 --dim_feedforward 64 --num_queries 10 --conditional --batch_size 4 --num_workers 0
+    --epochs 3 --lr_drop 2 --device cpu --lr 1e-3 --lr_backbone 1e-3"""
+
+
+def run(folder: Path | str, *more: str) -> None:
+    main.main(parse(folder, *more))
+
+
+def parse(folder: Path | str, *more: str) -> Namespace:
+    return main.get_args_parser().parse_args([*TINY.split(), '--output_dir', str(folder), *more])
+
+
+def load(folder: Path) -> dict:
+    return torch.load(folder / 'checkpoint.pth', weights_only=True)
+
+
+def assert_same(ours: object, theirs: object, where: str = 'checkpoint') -> None:
+    """Equal to the last bit, all the way down; the folder of a run may differ."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in set(ours) - {'output_dir', 'resume', 'num_workers'}:
+            assert_same(ours[key], theirs[key], f'{where}.{key}')
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs), where
+        for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(one, other, f'{where}[{index}]')
+    else:
+        assert ours == theirs, where
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, optimizer, schedule, random numbers and rows, although the run stops in the middle of an epoch."""
+    run(tmp_path / 'whole')
+    steps = [0]
+    original = engine.weighted_sum
+
+    def stop_in_third_epoch(*args: object) -> torch.Tensor:
+        steps[0] += 1
+        if steps[0] == 8:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(engine, 'weighted_sum', stop_in_third_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / 'stopped')
+    monkeypatch.setattr(engine, 'weighted_sum', original)
+    run(tmp_path / 'stopped', '--resume', 'auto')
+    assert_same(load(tmp_path / 'whole'), load(tmp_path / 'stopped'))
+    texts = [(tmp_path / name / 'metrics.csv').read_text() for name in ('whole', 'stopped')]
+    assert texts[0] == texts[1]
+    assert len(texts[0].splitlines()) == 4
+
+
+def test_a_run_stopped_before_its_evaluation_makes_up_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / 'whole')
+    monkeypatch.setattr(main, 'finish_epoch', lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / 'stopped')
+    monkeypatch.undo()
+    run(tmp_path / 'stopped', '--resume', 'auto')
+    assert_same(load(tmp_path / 'whole'), load(tmp_path / 'stopped'))
+    assert (tmp_path / 'whole/metrics.csv').read_text() == (tmp_path / 'stopped/metrics.csv').read_text()
+
+
+def test_same_seed_same_run_whatever_the_workers(tmp_path: Path) -> None:
+    run(tmp_path / 'a', '--epochs', '1')
+    run(tmp_path / 'b', '--epochs', '1', '--num_workers', '2')
+    run(tmp_path / 'c', '--epochs', '1', '--seed', '1')
+    assert_same(load(tmp_path / 'a'), load(tmp_path / 'b'))
+    name = 'query_embed.weight'
+    assert not torch.equal(load(tmp_path / 'a')['model'][name], load(tmp_path / 'c')['model'][name])
+
+
+def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
+    run(tmp_path, '--epochs', '2', '--eval_every', '2', '--save_every', '1', '--tensorboard')
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {'checkpoint.pth', 'checkpoint0000.pth', 'checkpoint0001.pth', 'metrics.csv', 'log.jsonl', 'curves.png',
+            'predictions.png'} <= names  # fmt: skip
+    assert any(name.startswith('events.out') for name in names)
+    assert not [name for name in names if name.startswith('.')]
+    with (tmp_path / 'metrics.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row['epoch'] for row in rows] == ['0', '1']
+    assert rows[0]['test_AP'] == '' and 0 <= float(rows[1]['test_AP']) <= 1
+    records = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
+    assert len(records[1]['test_coco_eval_bbox']) == 12
+    assert records[1]['per_class'][0]['name'] == 'disc'
+    checkpoint = load(tmp_path)
+    assert ClassMap.from_dict(checkpoint['class_map']).names[0] == 'disc'
+    assert checkpoint['epoch'] == 1 and checkpoint['args']['num_queries'] == 10
+
+
+def test_a_run_that_is_complete_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run(tmp_path, '--epochs', '1')
+    before = (tmp_path / 'checkpoint.pth').read_bytes()
+    run(tmp_path, '--epochs', '1', '--resume', 'auto')
+    assert 'all 1 epochs are done' in capsys.readouterr().out
+    assert (tmp_path / 'checkpoint.pth').read_bytes() == before
+
+
+def test_evaluation_alone_gives_the_number_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run(tmp_path / 'run', '--epochs', '1')
+    with (tmp_path / 'run/metrics.csv').open() as file:
+        ap = float(next(csv.DictReader(file))['test_AP'])
+    capsys.readouterr()
+    run('', '--eval', '--resume', str(tmp_path / 'run/checkpoint.pth'))
+    assert f'{100 * ap:.1f}' in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
+    run(tmp_path, '--epochs', '1')
+    with pytest.raises(ValueError, match='--resume auto'):
+        run(tmp_path, '--epochs', '1')
+
+
+def test_pretrained_weights_fit_another_number_of_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run(tmp_path / 'six', '--epochs', '1')
+    annotations = make_coco(tmp_path / 'data', ids=(7, 3, 250))
+    capsys.readouterr()
+    more = ['--dataset_file', 'coco', '--coco_path', str(annotations), '--num_queries', '14', '--epochs', '1']
+    checkpoint = str(tmp_path / 'six/checkpoint.pth')
+    run(tmp_path / 'three', *more, '--pretrained', checkpoint)
+    text = capsys.readouterr().out
+    assert 're-initialised: class_embed.weight, class_embed.bias, query_embed.weight' in text
+    assert load(tmp_path / 'three')['class_map']['category_ids'] == [3, 7, 250]
+    with pytest.raises(ValueError, match=r'6 classes .* the data has 3 classes'):
+        run(tmp_path / 'other', *more, '--resume', checkpoint)
+
+
+def make_coco(folder: Path, ids: tuple[int, ...]) -> Path:
+    """A small data set in COCO form: two pictures a split, one of them without objects, a crowd and a box of no size."""
+    from torchvision.io import write_png
+
+    (folder / 'annotations').mkdir(parents=True)
+    for split in ('train', 'val'):
+        (folder / split).mkdir()
+        images = [{'id': i, 'file_name': f'{i}.png', 'width': 48, 'height': 40} for i in (1, 2, 3, 4)]
+        for image in images:
+            write_png(
+                torch.randint(0, 256, (3, 40, 48), dtype=torch.uint8),
+                str(folder / split / image['file_name']),
+            )
+        boxes = [[5, 5, 20, 20], [30, 10, 30, 10], [8, 8, 0, 4], [0, 0, 40, 30]]
+        annotations = [
+            {
+                'id': i + 1,
+                'image_id': 1 + i % 3,
+                'category_id': ids[i % 3],
+                'bbox': box,
+                'area': 1.0,
+                'iscrowd': int(i == 3),
+            }
+            for i, box in enumerate(boxes)
+        ]
+        data = {
+            'images': images,
+            'annotations': annotations,
+            'categories': [{'id': i, 'name': f'c{i}'} for i in ids],
+        }
+        (folder / f'annotations/instances_{split}.json').write_text(json.dumps(data))
+    return folder
+
+
+def test_predict_draws_and_writes_results(tmp_path: Path) -> None:
+    run(tmp_path / 'run', '--epochs', '1')
+    data = make_coco(tmp_path / 'data', ids=(1, 2, 3))
+    args = ['--checkpoint', str(tmp_path / 'run/checkpoint.pth'), '--source', str(data / 'val')]
+    out = tmp_path / 'out'
+    predict.main(predict.get_args_parser().parse_args([*args, '--output_dir', str(out), '--device', 'cpu']))
+    rows = json.loads((out / 'predictions.json').read_text())
+    assert {row['image_id'] for row in rows} == {'1.png', '2.png', '3.png', '4.png'}
+    assert all(
+        1 <= row['category_id'] <= 6 and 0 <= row['score'] <= 1 and len(row['bbox']) == 4 for row in rows
+    )
+    assert len(list(out.glob('*.png'))) == 4
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ('--eval', '--eval needs weights'),
+        ('--resume no/such.pth', 'no checkpoint at no/such.pth'),
+        ('--resume a.pth --pretrained b.pth', 'give one of them'),
+        ('--pre_norm', '--pre_norm exists for DETR only'),
+        ('--hidden_dim 30', '--hidden_dim 30'),
+        ('--dilation', '--dilation'),
+        ('--backbone resnet7', "unknown backbone 'resnet7'"),
+        ('--total_batch_size 6', '--total_batch_size 6 is not a multiple'),
+        ('--batch_size 16', 'do not fill one step of 16'),
+        ('--dataset_file coco', '--coco_path'),
+        ('--dataset_file coco --coco_path no/where', 'no/where'),
+        ('--device cuda', 'no usable NVIDIA GPU'),
+        ('--backbone_weights no/file.pth', 'no such file'),
+        ('--set_cost_class 0 --set_cost_bbox 0 --set_cost_giou 0', 'all matching costs are 0'),
+    ],
+)
+def test_impossible_flags_get_one_clear_error(tmp_path: Path, flags: str, message: str) -> None:
+    if flags == '--device cuda' and torch.cuda.is_available():
+        pytest.skip('this machine has a GPU')
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(tmp_path, *flags.split())
+    assert not (tmp_path / 'checkpoint.pth').exists()
+
+
+def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / 'broken.pth').write_bytes(b'no checkpoint')
+    with pytest.raises(ValueError, match=r'broken\.pth is not a readable checkpoint'):
+        run(tmp_path / 'out', '--resume', str(tmp_path / 'broken.pth'))
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    run(tmp_path, '--epochs', '1')
+    before = (tmp_path / 'checkpoint.pth').read_bytes()
+    checkpoint = load(tmp_path)
+    checkpoint['model']['bbox_embed.layers.2.bias'][0] = float('nan')
+    torch.save(checkpoint, tmp_path / 'broken.pth')
+    with pytest.raises(FloatingPointError, match='not finite'):
+        run(
+            tmp_path,
+            '--pretrained',
+            str(tmp_path / 'broken.pth'),
+            '--resume',
+            '',
+            '--output_dir',
+            str(tmp_path / 'new'),
+        )
+    assert (tmp_path / 'checkpoint.pth').read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('family', ['--conditional', ''], ids=['conditional', 'detr'])
+def test_overfits_8_pictures(tmp_path: Path, family: str) -> None:
+    """AP > 0.9 on the 8 pictures that it was trained on, exported and read back as COCO data."""
+    export(tmp_path / 'data', ShapesDetection(8, picture_size=64))
+    pictures, annotations = (
+        tmp_path / 'data/train2017',
+        tmp_path / 'data/annotations/instances_train2017.json',
+    )
+    data = [f'--{split}_{what}={path}' for split in ('train', 'val') for what, path in
+            (('images', pictures), ('ann', annotations))]  # fmt: skip
+    flags = """--dataset_file coco --aug none --epochs 400 --lr_drop 320 --eval_every 400 --save_every 400 --batch_size 8
+        --dropout 0 --hidden_dim 64 --num_queries 20 --print_freq 100"""
+    text = TINY.replace('--conditional', family)
+    main.main(
+        main.get_args_parser().parse_args(
+            [*text.split(), *flags.split(), *data, '--output_dir', str(tmp_path)]
+        )
+    )
+    with (tmp_path / 'metrics.csv').open() as file:
+        assert float(list(csv.DictReader(file))[-1]['test_AP']) > 0.9
