@@ -19,6 +19,8 @@ from util.logger import Meter, Progress
 from util.nested_tensor import collate_fn
 from util.visualize import contact_sheet
 
+DRAWN_SCORE = 0.3  # focal losses keep scores low
+
 
 def build_optimizer(
     model: nn.Module, lr: float, lr_backbone: float, weight_decay: float
@@ -112,7 +114,7 @@ def draw_predictions(
         height, width = target['size'].tolist()
         boxes = box_cxcywh_to_xyxy(target['boxes']) * torch.tensor([width, height, width, height])
         rows.append((picture, to_cpu(results[0]), {'labels': target['labels'], 'boxes': boxes}))
-    contact_sheet(path, rows, dataset.class_map.names)
+    contact_sheet(path, rows, dataset.class_map.names, score_threshold=DRAWN_SCORE)
 
 
 def grouped(batches: Iterable, size: int) -> Iterator[list]:

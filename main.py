@@ -259,7 +259,7 @@ def finish_epoch(
     }
     if log:
         log.append(row, record)
-        if is_main_process():
+        if summary and is_main_process():
             plot_curves(log.csv_path.with_name('curves.png'), log.csv_path)
     if board:
         for name, value in row.items():

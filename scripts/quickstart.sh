@@ -9,7 +9,12 @@ source "$(dirname "$0")/env.sh" requirements.txt
 
 out=output/quickstart
 python main.py --output_dir "$out" --resume auto \
-    --dataset_file shapes --conditional "$@"
+    --dataset_file shapes --shapes_train 6000 --img_size 64 --max_size 64 --aug flip --num_workers 0 \
+    --conditional --local_init 12 --num_queries 50 --hidden_dim 64 --nheads 4 --enc_layers 1 --dec_layers 3 \
+    --dim_feedforward 256 --dropout 0 --pe_temperature 20 \
+    --backbone resnet10 --backbone_weights none --backbone_norm batch --backbone_stages 2 \
+    --batch_size 16 --lr 1e-3 --lr_backbone 1e-3 --clip_max_norm 1 --epochs 12 --lr_drop 10 \
+    --eval_every 3 --print_freq 125 "$@"
 
 echo
 echo "The results lie in $out:"

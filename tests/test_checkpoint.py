@@ -46,7 +46,7 @@ def test_official_state_dicts_fit_strictly(system: str) -> None:
 def test_another_family_is_refused_and_leaves_the_model_alone() -> None:
     model = build()
     before = model.query_embed.weight.clone()
-    with pytest.raises(ValueError, match='ref_point_head|sa_qcontent') as error:
+    with pytest.raises(ValueError, match=r'ref_point_head|sa_qcontent') as error:
         load_checkpoint(model, official_state('conditional_detr', 'r50'))
     assert 'missing' in str(error.value) and 'left over' in str(error.value)
     assert torch.equal(before, model.query_embed.weight)
@@ -73,7 +73,9 @@ def test_heads_of_another_size_need_pretrained() -> None:
 
 def test_files_with_a_namespace_of_flags_are_read(tmp_path: Path) -> None:
     """Official training checkpoints hold their argparse flags."""
-    torch.save({'model': {'a': torch.ones(2)}, 'args': Namespace(lr=1e-4), 'epoch': 3}, tmp_path / 'official.pth')
+    torch.save(
+        {'model': {'a': torch.ones(2)}, 'args': Namespace(lr=1e-4), 'epoch': 3}, tmp_path / 'official.pth'
+    )
     assert read_checkpoint(tmp_path / 'official.pth')['args'].lr == 1e-4
 
 
@@ -99,7 +101,7 @@ def test_hub_entries_build_and_say_what_they_cannot_load() -> None:
         for name in ('resnet50', 'resnet50_dc5', 'resnet101', 'resnet101_dc5'):
             model, postprocess = getattr(hubconf, f'detr_{name}')(pretrained=True, return_postprocessor=True)
             assert model.class_embed.out_features == 92
-        model = hubconf.conditional_detr_resnet50(pretrained=True)
+        model, postprocess = hubconf.conditional_detr_resnet50(pretrained=True, return_postprocessor=True)
         assert model.class_embed.out_features == 91 and not model.aux_loss
         with pytest.raises(ValueError, match='by hand'):
             hubconf.conditional_detr_resnet101_dc5(pretrained=True)
@@ -133,7 +135,9 @@ def transformers_model(conditional: bool) -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('conditional', [False, True], ids=['DetrForObjectDetection', 'ConditionalDetrForObjectDetection'])
+@pytest.mark.parametrize(
+    'conditional', [False, True], ids=['DetrForObjectDetection', 'ConditionalDetrForObjectDetection']
+)
 @pytest.mark.parametrize('saved', [False, True], ids=['live names', 'file names'])
 def test_transformers_models_give_the_same_detections(conditional: bool, saved: bool, tmp_path: Path) -> None:
     theirs = transformers_model(conditional)

@@ -45,7 +45,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         '--output_dir', default='output/predictions', metavar='DIR', help='(default: %(default)s)'
     )
     parser.add_argument(
-        '--score_thr', default=0.5, type=float, help='lowest score drawn (default: %(default)s)'
+        '--score_thr', default=0.3, type=float, help='lowest score drawn (default: %(default)s)'
     )
     parser.add_argument(
         '--json_score_thr', default=0.0, type=float, help='lowest score written (default: %(default)s)'
