@@ -5,6 +5,7 @@ The only synchronisation inside a training step is the criterion's copy of the m
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -60,11 +61,12 @@ def train_one_epoch(
     for batches in grouped(data_loader, accum_steps):
         step_targets = [targets_to(targets, device) for _, targets in batches]
         optimizer.zero_grad(set_to_none=True)
-        for (samples, _), targets in zip(batches, step_targets, strict=True):
-            outputs = model(samples.to(device, non_blocking=True), targets)
-            losses = criterion(outputs, targets, step_targets)
-            loss = weighted_sum(losses, criterion.weight_dict)
-            (loss / len(batches)).backward()
+        for index, ((samples, _), targets) in enumerate(zip(batches, step_targets, strict=True)):
+            with local_gradients(model) if index + 1 < len(batches) else nullcontext():
+                outputs = model(samples.to(device, non_blocking=True), targets)
+                losses = criterion(outputs, targets, step_targets)
+                loss = weighted_sum(losses, criterion.weight_dict)
+                (loss / len(batches)).backward()
             meter.update({'loss': loss} | losses)
         if max_norm > 0:
             nn.utils.clip_grad_norm_(model.parameters(), max_norm)
@@ -124,12 +126,15 @@ def grouped(batches: Iterable, size: int) -> Iterator[list]:
         yield run
 
 
+def local_gradients(model: nn.Module) -> AbstractContextManager:
+    """Backward passes inside do not exchange gradients between processes: the last one of a step does."""
+    return model.no_sync() if hasattr(model, 'no_sync') else nullcontext()
+
+
 def targets_to(targets: list[dict[str, Tensor]], device: torch.device) -> list[dict[str, Tensor]]:
-    """What losses and query sources read, on the device; the rest stays on the host."""
-    return [
-        target | {key: target[key].to(device, non_blocking=True) for key in ('labels', 'boxes')}
-        for target in targets
-    ]
+    """What losses and query sources read, on the device."""
+    keys = ('labels', 'boxes')
+    return [{key: target[key].to(device, non_blocking=True) for key in keys} for target in targets]
 
 
 def to_cpu(result: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from argparse import Namespace
 from models import build_detector, build_postprocessors, resolve_args
 from util.checkpoint import load_checkpoint
 
-dependencies = ['torch', 'torchvision', 'scipy']
+dependencies = ['torch', 'torchvision', 'numpy']
 
 DETR_FILES = 'https://dl.fbaipublicfiles.com/detr/'
 # The authors' weights under the names of transformers; util.checkpoint knows them.

@@ -7,6 +7,7 @@ Train and evaluate detectors.
 """
 
 import argparse
+import json
 import random
 import sys
 import time
@@ -26,8 +27,17 @@ from datasets.transforms import AUGMENTATIONS
 from engine import build_optimizer, draw_predictions, evaluate, train_one_epoch
 from models import add_model_args, build_model, family_default, resolve_args
 from util.checkpoint import get_rng_state, load_checkpoint, read_checkpoint, save_checkpoint, set_rng_state
-from util.dist import get_rank, get_world_size, init_distributed, is_main_process
-from util.logger import RunLog, format_time, tensorboard_writer
+from util.dist import (
+    all_gather_object,
+    choose_device,
+    get_rank,
+    get_world_size,
+    init_distributed,
+    is_main_process,
+    leave_distributed,
+)
+from util.files import save_atomically
+from util.logger import RunLog, format_time, import_summary_writer, say
 from util.nested_tensor import collate_fn
 from util.plan import print_plan
 from util.visualize import plot_curves
@@ -145,8 +155,8 @@ class Run:
 
 def main(args: Namespace) -> None:
     args = resolve_args(args)
-    local_rank = init_distributed(args.dist_url)
-    device = choose_device(args.device, local_rank)
+    device = choose_device(args.device)
+    init_distributed(device, args.dist_url)
     check_run_args(args)
     checkpoint = find_checkpoint(args)
     seed_everything(args.seed + get_rank())
@@ -158,36 +168,35 @@ def main(args: Namespace) -> None:
         args.backbone_weights = 'none'  # the checkpoint holds the backbone
     model, criterion, postprocessors = build_model(args)
     if checkpoint:
-        report = load_checkpoint(model, checkpoint, resize=not args.resume)
-        print(f'{args.resume or args.pretrained}: {report}')
+        report = load_checkpoint(model, checkpoint, resize=not (args.resume or args.eval))
+        say(f'{args.resume or args.pretrained}: {report}')
     model.to(device)
     loaders = {split: build_loader(dataset, split, args) for split, dataset in datasets.items()}
     optimizer = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
-    if is_main_process():
-        print_plan(args, model, datasets, loaders)
     if get_world_size() > 1:
-        model = nn.parallel.DistributedDataParallel(
-            model, device_ids=[local_rank] if device.type == 'cuda' else None
-        )
+        model = nn.parallel.DistributedDataParallel(model)
     run = Run(args, model, criterion, postprocessors, datasets, loaders, optimizer, scheduler)
+    first_epoch = restore(run, checkpoint) if args.resume and not args.eval else 0
+    if is_main_process():
+        print_plan(args, run.bare_model, datasets, loaders, optimizer, scheduler)
     if args.eval:
-        evaluate_once(run)
+        evaluate_alone(run)
     else:
-        train(run, checkpoint if args.resume else {})
+        train(run, first_epoch, checkpoint)
+    leave_distributed()
 
 
-def train(run: Run, checkpoint: dict) -> None:
-    """The epoch loop. checkpoint: what is resumed, {} for a fresh start."""
+def train(run: Run, first_epoch: int, checkpoint: dict) -> None:
+    """The epoch loop. checkpoint: what is resumed, if first_epoch is not 0."""
     args, folder = run.args, Path(run.args.output_dir) if run.args.output_dir else None
-    first_epoch = restore(run, checkpoint)
     log = RunLog(folder, first_epoch - 1) if folder else None
-    board = tensorboard_writer(folder) if args.tensorboard and is_main_process() else None
-    if log and first_epoch > 0 and not log.has_epoch(first_epoch - 1):
+    board = import_summary_writer()(folder) if args.tensorboard and is_main_process() else None
+    if log and first_epoch > 0 and 'metrics' in checkpoint and not log.has_epoch(first_epoch - 1):
         # The run stopped between saving this epoch and logging it.
         finish_epoch(run, first_epoch - 1, checkpoint['metrics'], log, board)
     if first_epoch >= args.epochs:
-        print(f'all {args.epochs} epochs are done; raise --epochs to train longer')
+        say(f'all {args.epochs} epochs are done; raise --epochs to train longer')
     for epoch in range(first_epoch, args.epochs):
         start = time.perf_counter()
         run.loaders['train'].sampler.set_epoch(epoch)
@@ -206,7 +215,7 @@ def train(run: Run, checkpoint: dict) -> None:
         run.scheduler.step()
         metrics = {'epoch': epoch, 'lr': lr, 'lr_backbone': lr_backbone}
         metrics |= {f'train_{name}': value for name, value in averages.items()}
-        if folder and is_main_process():
+        if folder:
             save(run, folder, epoch, metrics)
         finish_epoch(run, epoch, metrics, log, board, time.perf_counter() - start)
 
@@ -220,14 +229,19 @@ def restore(run: Run, checkpoint: dict) -> int:
         return 0
     run.optimizer.load_state_dict(checkpoint['optimizer'])
     run.scheduler.load_state_dict(checkpoint['lr_scheduler'])
-    if 'rng' in checkpoint:
-        set_rng_state(checkpoint['rng'])
+    states = checkpoint.get('rng', [])
+    if len(states) == get_world_size():
+        set_rng_state(states[get_rank()])
+    else:  # another number of processes, or an official file: repeatable, though not as if undisturbed
+        seed_everything(run.args.seed + get_rank() + 1000 * (checkpoint['epoch'] + 1))
     return checkpoint['epoch'] + 1
 
 
 def save(run: Run, folder: Path, epoch: int, metrics: dict) -> None:
     """`checkpoint.pth`, and a copy that stays at learning-rate drops and every --save_every epochs."""
-    args = run.args
+    args, rng = run.args, all_gather_object(get_rng_state())
+    if not is_main_process():
+        return
     checkpoint = {
         'model': run.bare_model.state_dict(),
         'optimizer': run.optimizer.state_dict(),
@@ -235,7 +249,7 @@ def save(run: Run, folder: Path, epoch: int, metrics: dict) -> None:
         'epoch': epoch,
         'args': vars(args),
         'class_map': run.datasets['train'].class_map.to_dict(),
-        'rng': get_rng_state(),
+        'rng': rng,
         'metrics': metrics,
     }
     save_checkpoint(folder / 'checkpoint.pth', checkpoint)
@@ -266,16 +280,12 @@ def finish_epoch(
             if value is not None:
                 board.add_scalar(name, value, epoch)
         board.flush()
-    if is_main_process():
-        ap = f'  AP {summary.stats[0]:.3f}  AP50 {summary.stats[1]:.3f}' if summary else ''
-        print(
-            f'epoch {epoch + 1}/{args.epochs}: loss {row["train_loss"]:.4g}{ap}  {format_time(seconds)}',
-            flush=True,
-        )
+    ap = f'  AP {summary.stats[0]:.3f}  AP50 {summary.stats[1]:.3f}' if summary else ''
+    say(f'epoch {epoch + 1}/{args.epochs}: loss {row["train_loss"]:.4g}{ap}  {format_time(seconds)}')
 
 
 def evaluate_once(run: Run, title: str = 'evaluate') -> Summary:
-    """Metrics of the validation pictures, printed; drawn predictions and the precision table go to the output folder."""
+    """Metrics of the validation pictures, printed; drawn predictions go to the output folder."""
     dataset = run.datasets['val']
     evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map, backend=run.args.coco_eval)
     summary = evaluate(run.model, run.postprocessors, run.loaders['val'], evaluator, title)['bbox']
@@ -288,20 +298,29 @@ def evaluate_once(run: Run, title: str = 'evaluate') -> Summary:
     return summary
 
 
+def evaluate_alone(run: Run) -> None:
+    """--eval: the metrics also go to `eval.json`."""
+    summary = evaluate_once(run)
+    if run.args.output_dir and is_main_process():
+        record = {'test_coco_eval_bbox': summary.stats, 'per_class': summary.per_class}
+        text = json.dumps(record, indent=1)
+        save_atomically(Path(run.args.output_dir) / 'eval.json', lambda path: path.write_text(text))
+
+
 def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Dataset]:
     """Training and validation pictures, with the same class indices; validation only for --eval.
 
-    class_map: that of the checkpoint in use. ValueError: --resume of a checkpoint with other classes.
+    class_map: that of the checkpoint in use, None if it has none. ValueError: --resume of a checkpoint with other classes.
     """
     if args.eval:
-        datasets = {'val': build_dataset('val', args)}
+        datasets = {'val': build_dataset('val', args, class_map)}
     else:
         train = build_dataset('train', args)
         datasets = {'train': train, 'val': build_dataset('val', args, train.class_map)}
     found = datasets['val'].class_map
-    if args.resume and class_map is not None and class_map != found:
+    if (args.resume or args.eval) and class_map is not None and class_map != found:
         raise ValueError(
-            f'{args.resume} was trained on {describe(class_map)}, the data has {describe(found)}: evaluate it on its own '
+            f'{args.resume or args.pretrained} was trained on {describe(class_map)}, the data has {describe(found)}: evaluate it on its own '
             'data, or fine-tune it on this data with --pretrained'
         )
     return datasets
@@ -345,6 +364,8 @@ def build_loader(dataset: Dataset, split: str, args: Namespace) -> DataLoader:
 
 def check_run_args(args: Namespace) -> None:
     """Refuse impossible combinations, and settle --accum_steps."""
+    if args.tensorboard:
+        import_summary_writer()
     if args.eval and not (args.resume or args.pretrained):
         raise ValueError('--eval needs weights: add --resume FILE (or --pretrained FILE)')
     if args.resume and args.pretrained and args.resume != 'auto':
@@ -353,7 +374,8 @@ def check_run_args(args: Namespace) -> None:
         raise ValueError('--resume auto looks into --output_dir: give it')
     if args.tensorboard and not args.output_dir:
         raise ValueError('--tensorboard writes into --output_dir: give it')
-    for flag in ('batch_size', 'accum_steps', 'epochs', 'lr_drop', 'eval_every', 'save_every', 'img_size'):
+    positive = ('batch_size', 'accum_steps', 'epochs', 'lr_drop', 'eval_every', 'save_every', 'img_size')
+    for flag in (*positive, 'shapes_train', 'shapes_val', 'shapes_size'):
         if getattr(args, flag) < 1:
             raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
     if args.total_batch_size is not None:
@@ -375,6 +397,8 @@ def find_checkpoint(args: Namespace) -> dict:
         existing = Path(args.output_dir) / 'checkpoint.pth'
         if args.resume == 'auto':
             args.resume = str(existing) if existing.is_file() else ''
+            if args.eval and not args.resume:
+                raise ValueError(f'there is no checkpoint at {existing} to evaluate')
         elif (
             existing.is_file()
             and not args.eval
@@ -387,16 +411,6 @@ def find_checkpoint(args: Namespace) -> dict:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     source = args.resume or args.pretrained
     return read_checkpoint(source) if source else {}
-
-
-def choose_device(name: str, local_rank: int) -> torch.device:
-    if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    if name == 'cuda':
-        if not torch.cuda.is_available():
-            raise ValueError('--device cuda: no usable NVIDIA GPU here; use --device auto')
-        name = f'cuda:{local_rank}'
-    return torch.device(name)
 
 
 def seed_everything(seed: int) -> None:

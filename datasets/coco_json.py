@@ -38,10 +38,11 @@ def check_annotations(
     """Raise ValueError, naming the file, for the first thing that cannot be trained on or evaluated."""
     try:
         categories = names_by_id(data['categories'])
-        known = categories.keys() if class_map is None else class_map.label_of.keys()
+        if class_map is not None:
+            check_categories(categories, class_map)
         image_ids = check_images(data['images'])
         for annotation in data['annotations']:
-            problem = annotation_problem(annotation, image_ids, known)
+            problem = annotation_problem(annotation, image_ids, categories)
             if problem:
                 name = f'annotation {annotation.get("id")} (picture {annotation.get("image_id")})'
                 raise ValueError(f'{name} {problem}')
@@ -49,8 +50,22 @@ def check_annotations(
         raise ValueError(f'{file}: {error}') from error
 
 
+def check_categories(categories: dict[int, str], class_map: ClassMap) -> None:
+    """Every category must be one of the class map (of the training part, or of a checkpoint), by id and by name."""
+    for category_id, name in categories.items():
+        label = class_map.label_of.get(category_id)
+        settled = None if label is None else class_map.names[label]
+        if settled != name:
+            raise ValueError(
+                f'category {category_id} is "{name}" here, and {f"{settled!r}" if settled else "unknown"} to the training '
+                'data or checkpoint in use: their classes must agree (--pretrained fine-tunes on other classes)'
+            )
+
+
 def check_images(images: list[dict]) -> set[int]:
     """The ids of the pictures."""
+    if not images:
+        raise ValueError('"images" is empty: there is nothing to train on or to evaluate')
     ids: set[int] = set()
     for image in images:
         image_id = image.get('id')

@@ -2,7 +2,7 @@
 A detection data set without files: textured shapes, drawn when asked for (datasets/shape_scenes.py).
 
 Every run on every machine sees the same pictures: training, validation and test each have their own stream,
-and the n-th picture of a split does not depend on how many there are. Eight classes, none to twenty objects a
+and the n-th picture of a split does not depend on how many there are. Six classes, none to twenty objects a
 picture, boxes and masks of the visible part as in COCO. Source: ours.
 
 As plain files in COCO's layout, for `--coco_path DIR`, for other programs, or for a look:

@@ -83,7 +83,10 @@ class TimmBody(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {str(index): feature for index, feature in enumerate(self.network(x))}
+        features = self.network(x)
+        if getattr(self.network, 'output_fmt', 'NCHW') == 'NHWC':
+            features = [feature.permute(0, 3, 1, 2) for feature in features]
+        return {str(index): feature for index, feature in enumerate(features)}
 
 
 def build_backbone(
@@ -92,8 +95,8 @@ def build_backbone(
     """The backbone of a detector that reads its last map.
 
     weights: `imagenet`, `none` or a file of a state dict under torchvision's or timm's names. norm: `frozen`, `batch` or
-    `group`. num_stages: stages used, 4 = stride 32 (16 with dilation), 3 = stride 16. train: False freezes everything; the
-    stem and the first stage are always frozen when their norms are (official rule), and never when they train from scratch.
+    `group`. num_stages: stages used, 4 = stride 32 (16 with dilation), 3 = stride 16. train: False freezes all
+    parameters. Stem and first stage of torchvision's networks are frozen when their norms are (official rule).
 
     ValueError: unknown name, or a combination that the network does not have.
     """
@@ -122,6 +125,11 @@ def build_torchvision(name: str, weights: str, dilation: bool, norm: str, num_st
         raise ValueError(f"unknown backbone '{name}': choose {', '.join(RESNETS)}, mobilenet_v2 or timm/NAME")
     if dilation and name not in ('resnet50', 'resnet101'):
         raise ValueError(f'--dilation (DC5) needs resnet50 or resnet101: {name} has no dilated last stage')
+    if norm == 'group' and (weights == 'imagenet' or name == 'mobilenet_v2'):
+        raise ValueError(
+            '--backbone_norm group is for ResNets that start from random numbers or a file (--backbone_weights none or '
+            f'FILE): the weights of {name} have batch norms'
+        )
     options = {'replace_stride_with_dilation': [False, False, True]} if dilation else {}
     network = torchvision_network(name, weights, norm_layer=NORM_LAYERS[norm], **options)
     if name == 'mobilenet_v2':
@@ -146,7 +154,7 @@ def torchvision_network(name: str, weights: str, **options: object) -> nn.Module
         try:
             return torchvision.models.get_model(name, weights=pretrained, **options)
         except (urllib.error.URLError, OSError) as error:
-            raise RuntimeError(no_download(name, error)) from error
+            raise ValueError(no_download(name, error)) from error
     network = torchvision.models.get_model(name, weights=None, **options)
     return network if weights == 'none' else load_backbone_file(network, weights)
 
@@ -187,7 +195,7 @@ def build_timm(name: str, weights: str, dilation: bool, norm: str, num_stages: i
         import timm
         from timm.layers import freeze_batch_norm_2d
     except ImportError as error:
-        raise ImportError(f"--backbone timm/{name} needs timm: pip install 'timm'") from error
+        raise ValueError(f'--backbone timm/{name} needs timm: pip install timm') from error
     if norm == 'group':
         raise ValueError(
             '--backbone_norm group is for torchvision backbones; timm networks keep their own norms'
@@ -199,12 +207,12 @@ def build_timm(name: str, weights: str, dilation: bool, norm: str, num_stages: i
         options['pretrained_cfg_overlay'] = {'file': weights}
     try:
         network = timm.create_model(
-            name, pretrained=weights != 'none', features_only=True, out_indices=(num_stages,), **options
+            name, pretrained=weights != 'none', features_only=True, out_indices=(num_stages - 5,), **options
         )
     except (urllib.error.URLError, OSError) as error:
-        raise RuntimeError(no_download(f'timm/{name}', error)) from error
-    except RuntimeError as error:
-        raise ValueError(f'--backbone timm/{name}: {error}') from error
+        raise ValueError(no_download(f'timm/{name}', error)) from error
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f'--backbone timm/{name} --backbone_stages {num_stages}: {error}') from error
     body = TimmBody(network)
     if norm == 'frozen':
         body = freeze_batch_norm_2d(body)

@@ -118,7 +118,8 @@ class ConditionalDecoder(nn.Module):
         for later in self.layers[1:]:
             later.ca_qpos_proj = None
         self.norm = norm
-        self.query_scale = MLP(d_model, d_model, d_model, num_layers=2)
+        # Read from the second layer on; a parameter that is never used would stop distributed training.
+        self.query_scale = MLP(d_model, d_model, d_model, num_layers=2) if num_layers > 1 else None
         self.ref_point_head = MLP(d_model, d_model, 2, num_layers=2)
 
     @torch.no_grad()
@@ -130,8 +131,9 @@ class ConditionalDecoder(nn.Module):
         """
         for layer in self.layers:
             layer.ca_qpos_sine_proj.weight.copy_(gain * layer.ca_kpos_proj.weight)
-        nn.init.zeros_(self.query_scale.layers[-1].weight)
-        nn.init.ones_(self.query_scale.layers[-1].bias)
+        if self.query_scale is not None:
+            nn.init.zeros_(self.query_scale.layers[-1].weight)
+            nn.init.ones_(self.query_scale.layers[-1].bias)
 
     def forward(self, groups: list[QueryGroup], memory: Memory) -> list[LayerOutput]:
         tgt = torch.cat([group.tgt for group in groups], dim=1)  # [B, Q, C]

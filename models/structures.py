@@ -8,9 +8,15 @@ T objects of the batch.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+    from models.training.matcher import Targets
 
 
 @dataclass
@@ -71,11 +77,25 @@ class Prediction:
     assignment: Assignment | None = None
 
 
+class Matcher(Protocol):
+    """Which query answers for which object, in two halves: costs on the device, pairs on the host.
+
+    `stacked` is a prediction whose tensors have the layers in front: logits [L, B, Q, K], boxes and anchors [L, B, Q, 4].
+    """
+
+    def cost(self, stacked: Prediction, targets: 'Targets') -> Tensor: ...
+
+    def solve(self, cost: 'ndarray', sizes: list[int]) -> list[Assignment]: ...
+
+    def count(self, sizes: list[int]) -> float:
+        """`Assignment.count`, from the numbers of objects alone."""
+
+
 @dataclass(frozen=True)
 class Supervision:
     """How one kind of prediction is supervised: a row of the table."""
 
-    matcher: Callable[[Prediction, list[dict]], Assignment]
+    matcher: Matcher | None  # None: the predictions bring their assignments
     coef: dict[str, float]  # {'ce': 2, 'bbox': 5, 'giou': 2}
     class_loss: Callable  # models.training.losses: FocalLoss, SoftmaxLoss
     class_agnostic: bool = False  # every object is class 0

@@ -60,7 +60,7 @@ def small(**flags: object) -> nn.Module:
 def test_heads_of_another_size_need_pretrained() -> None:
     torch.manual_seed(0)
     source, model = small(num_classes=6), small(num_classes=3, num_queries=12)
-    with pytest.raises(ValueError, match='use --pretrained'):
+    with pytest.raises(ValueError, match='train with --pretrained'):
         load_checkpoint(model, source.state_dict())
     head, queries = model.class_embed.weight.clone(), model.query_embed.weight.clone()
     report = load_checkpoint(model, source.state_dict(), resize=True)

@@ -393,11 +393,11 @@ def test_validation_takes_the_class_map_of_training(tmp_path: Path) -> None:
     root = write_data(tmp_path, small_data())
     data = copy.deepcopy(small_data())
     data['annotations'] = []
-    data['categories'] = [{'id': 7}]
+    data['categories'] = [{'id': 7, 'name': 'cat'}]
     training = ClassMap.from_categories(small_data()['categories'])
     dataset = build_dataset('val', arguments(coco_path=str(root)), training)
     assert dataset.class_map is training
-    with pytest.raises(ValueError, match='has category 250, but the categories are 7'):
+    with pytest.raises(ValueError, match='unknown to the training data'):
         build_dataset('val', arguments(coco_path=str(root)), ClassMap.from_categories(data['categories']))
 
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from engine import train_one_epoch
+from engine import build_optimizer, train_one_epoch
 from main import get_args_parser
 from models import build_model
 from models.position_encoding import PositionEmbeddingSine
-from models.structures import QueryGroup, attention_blocks, visibility
+from models.structures import Assignment, Prediction, QueryGroup, Supervision, attention_blocks, visibility
 from models.training.criterion import weighted_sum
 from tests.parity import float64
 from util.nested_tensor import NestedTensor, collate_fn, nested_tensor_from_tensor_list
@@ -94,7 +95,7 @@ def test_a_batch_of_two_equals_two_single_runs(flags: dict, dilation: bool) -> N
     with float64():
         model, _, _ = build(flags | {'dilation': dilation, 'backbone': 'resnet50'})
         model.eval()
-        batch = nested_tensor_from_tensor_list([torch.randn(3, 96, 64), torch.randn(3, 64, 128)])
+        batch = nested_tensor_from_tensor_list([torch.randn(3, 64, 32), torch.randn(3, 32, 96)])
         with torch.no_grad():
             together = model(batch)
             for index in range(2):
@@ -170,13 +171,13 @@ def test_uint8_pictures_are_normalised_by_the_model(flags: dict) -> None:
 
 
 class CountSyncs(TorchDispatchMode):
-    """Counts operators that make a GPU's host wait: reading a scalar, and shapes that depend on values."""
+    """Counts operators that make a GPU's host wait: reading a scalar, shapes that depend on values, boolean indices."""
 
     names = (
         'aten._local_scalar_dense',
         'aten.nonzero',
         'aten.masked_select',
-        'aten.unique',
+        'aten._unique',
         'aten.is_nonzero',
     )
 
@@ -187,9 +188,25 @@ class CountSyncs(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
-        if str(func).startswith(self.names):
+        by_mask = str(func).startswith('aten.index') and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool for index in tree_leaves(args[1:2])
+        )
+        if by_mask or str(func).startswith(self.names):
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def test_the_counter_sees_what_it_is_for() -> None:
+    x = torch.arange(3.0)
+    for sync in (
+        lambda: x.sum().item(),
+        lambda: x[x > 1],
+        lambda: x.nonzero(),
+        lambda: x.masked_select(x > 1),
+    ):
+        with CountSyncs() as syncs:
+            sync()
+        assert syncs.found
 
 
 @family
@@ -218,6 +235,33 @@ def test_costs_of_all_layers_cross_to_the_host_once(monkeypatch: pytest.MonkeyPa
     assert counted_cpu.number == 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
+@family
+def test_a_training_step_waits_for_the_gpu_once(flags: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    from models.training import criterion as module
+
+    def allowed(tensors: list[Tensor]) -> list:
+        torch.cuda.set_sync_debug_mode('default')
+        hosted = original(tensors)
+        torch.cuda.set_sync_debug_mode('error')
+        return hosted
+
+    original = module.to_host
+    monkeypatch.setattr(module, 'to_host', allowed)
+    model, criterion, _ = build(flags)
+    model.cuda()
+    optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4)
+    batch = collate_fn(list(zip(torch.randn(2, 3, 64, 64), random_targets(3, 0), strict=True)))
+    train_one_epoch(model, criterion, [batch], optimizer)
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        train_one_epoch(model, criterion, [batch] * 2, optimizer, max_norm=0.1, print_freq=100)
+    except RuntimeError as error:
+        assert 'tolist' in str(error) or 'item' in str(error), 'only reading the averages at the end may wait'
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
 class CountedCalls:
     def __init__(self, function: object) -> None:
         self.function, self.number = function, 0
@@ -228,6 +272,30 @@ class CountedCalls:
             return self.function(instance, *args)
 
         return call
+
+
+def test_a_row_of_known_assignments_needs_no_matcher() -> None:
+    """What denoising and collaborative heads will bring: pairs and a count of their own."""
+    with float64():
+        model, criterion, _ = build({'conditional': True, 'dropout': 0.0})
+        targets = random_targets(2, 1)
+        outputs = model.train()(torch.randn(2, 3, 64, 64), targets)
+        plain = criterion(outputs, targets)
+        row = criterion.table['one2one']
+        criterion.table['dn'] = Supervision(None, row.coef, row.class_loss)
+        pairs = Assignment(
+            torch.tensor([0, 0, 1, 1]), torch.tensor([3, 4, 5, 6]), torch.tensor([0, 1, 2, 2]), count=8
+        )
+        noised = [
+            Prediction(p.logits, p.boxes, 'dn', p.layer, assignment=pairs) for p in outputs['predictions']
+        ]
+        losses = criterion(outputs | {'predictions': outputs['predictions'] + noised}, targets)
+        for name, value in plain.items():
+            torch.testing.assert_close(losses[name], value)
+        boxes = torch.cat([target['boxes'] for target in targets])[pairs.target]
+        expected = (outputs['pred_boxes'][pairs.batch, pairs.query] - boxes).abs().sum() / 8
+        torch.testing.assert_close(losses['loss_bbox_dn'], expected)
+        assert 'loss_ce_0_dn' in losses and 'class_error_dn' in losses
 
 
 def group(name: str, num: int, **fields: object) -> QueryGroup:
@@ -294,20 +362,34 @@ def test_util_knows_neither_models_nor_datasets() -> None:
         ], path
 
 
+class FindReads(ast.NodeVisitor):
+    """Names read as `args.NAME`, and strings, outside declarations of flags."""
+
+    def __init__(self) -> None:
+        self.found: set[str] = set()
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if not (isinstance(node.func, ast.Attribute) and node.func.attr == 'add_argument'):
+            self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if isinstance(node.value, (ast.Name, ast.Attribute)) and ast.unparse(node.value).endswith('args'):
+            self.found.add(node.attr)
+        self.generic_visit(node)
+
+
 def test_every_flag_is_read() -> None:
-    """Somewhere outside its declaration the code reads it: `args.name`, or its name or a part of it as a string."""
-    sources = [
-        path.read_text()
-        for folder in ('.', 'datasets', 'models', 'util')
-        for path in (ROOT / folder).glob('*.py')
-    ]
-    code = '\n'.join(re.sub(r'add_argument\((?:[^()]|\([^()]*\))*\)', '', text) for text in sources)
-    for action in get_args_parser()._actions:
-        by_split = re.sub('^(train|val)_', '{image_set}_', action.dest)
-        read = re.search(
-            rf"args\.{action.dest}\b|get\('{action.dest}'\)|getattr\(args, '{action.dest}'", code
-        )
-        assert read or by_split in code or action.dest == 'help', f'--{action.dest} is declared and not read'
+    finder = FindReads()
+    sources = {path: path.read_text() for folder in ('.', 'datasets', 'models', 'models/training', 'util')
+               for path in (ROOT / folder).glob('*.py')}  # fmt: skip
+    for text in sources.values():
+        finder.visit(ast.parse(text))
+    by_name = set(re.findall(r"getattr\(args, '(\w+)'|given\.get\('(\w+)'\)", '\n'.join(sources.values())))
+    finder.found |= {name for names in by_name for name in names}
+    if "getattr(args, f'{image_set}_images')" in sources[ROOT / 'datasets/coco.py']:
+        finder.found |= {'train_images', 'val_images', 'train_ann', 'val_ann'}
+    unread = {action.dest for action in get_args_parser()._actions} - finder.found - {'help'}
+    assert not unread, f'declared and not read: {unread}'
 
 
 def test_help_is_grouped_and_explains_every_flag() -> None:

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from datasets.class_map import ClassMap
 from datasets.shapes import ShapesDetection, export
 from tools import predict
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = """--dataset_file shapes --shapes_train 12 --shapes_val 4 --shapes_size 64 --img_size 64 --max_size 64
     --backbone resnet10 --backbone_weights none --backbone_norm batch --backbone_stages 3 --hidden_dim 32 --nheads 4
     --enc_layers 1 --dec_layers 2 --dim_feedforward 64 --num_queries 10 --conditional --batch_size 4 --num_workers 0
@@ -218,6 +222,10 @@ def test_predict_draws_and_writes_results(tmp_path: Path) -> None:
         ('--dataset_file coco --coco_path no/where', 'no/where'),
         ('--device cuda', 'no usable NVIDIA GPU'),
         ('--backbone_weights no/file.pth', 'no such file'),
+        ('--eval --resume auto', 'there is no checkpoint at'),
+        ('--shapes_val 0', '--shapes_val must be at least 1'),
+        ('--device nonsense', '--device nonsense is not known'),
+        ('--backbone_norm group --backbone mobilenet_v2', '--backbone_norm group'),
         ('--set_cost_class 0 --set_cost_bbox 0 --set_cost_giou 0', 'all matching costs are 0'),
     ],
 )
@@ -252,6 +260,61 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
             str(tmp_path / 'new'),
         )
     assert (tmp_path / 'checkpoint.pth').read_bytes() == before
+
+
+def test_eval_uses_the_classes_of_the_checkpoint(tmp_path: Path) -> None:
+    """A validation file that lists fewer categories is fine; one that names them otherwise is not."""
+    data = make_coco(tmp_path / 'data', ids=(1, 2, 3))
+    file = data / 'annotations/instances_val.json'
+    annotations = json.loads(file.read_text())
+    annotations['categories'] = annotations['categories'][:2]
+    annotations['annotations'] = [a for a in annotations['annotations'] if a['category_id'] < 3]
+    file.write_text(json.dumps(annotations))
+    more = ['--dataset_file', 'coco', '--coco_path', str(data), '--epochs', '1']
+    run(tmp_path / 'run', *more)
+    checkpoint = str(tmp_path / 'run/checkpoint.pth')
+    run(tmp_path / 'eval', *more, '--eval', '--resume', checkpoint)
+    assert len(json.loads((tmp_path / 'eval/eval.json').read_text())['test_coco_eval_bbox']) == 12
+    annotations['categories'][0]['name'], annotations['categories'][1]['name'] = 'c2', 'c1'
+    file.write_text(json.dumps(annotations))
+    with pytest.raises(ValueError, match='category 1 is "c2" here'):
+        run(tmp_path / 'eval', *more, '--eval', '--resume', checkpoint)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
+    """Same weights after three epochs, one of the processes often without an object; and both can resume."""
+    data = make_coco(tmp_path / 'data', ids=(1, 2, 3))
+    flags = [
+        '--dataset_file',
+        'coco',
+        '--coco_path',
+        str(data),
+        '--backbone_norm',
+        'frozen',
+        '--dropout',
+        '0',
+        '--aug',
+        'flip',
+    ]
+    run(tmp_path / 'one', *flags, '--batch_size', '2')
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc_per_node',
+        '2',
+        'main.py',
+    ]
+    command += [*TINY.split(), *flags, '--batch_size', '1', '--output_dir', str(tmp_path / 'two')]
+    environment = os.environ | {'OMP_NUM_THREADS': '1'}
+    subprocess.run([*command, '--epochs', '2'], cwd=ROOT, env=environment, check=True, timeout=300)
+    subprocess.run([*command, '--resume', 'auto'], cwd=ROOT, env=environment, check=True, timeout=300)
+    one, two = load(tmp_path / 'one')['model'], load(tmp_path / 'two')['model']
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    assert len((tmp_path / 'two/metrics.csv').read_text().splitlines()) == 4
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from the checkpoint.
 import argparse
 import glob
 import json
+import os
 import sys
 from argparse import Namespace
 from functools import partial
@@ -26,9 +27,10 @@ from datasets.pictures import read_picture
 from datasets.transforms import make_transforms
 from models import build_detector, build_postprocessors, resolve_args
 from util.checkpoint import load_checkpoint, read_checkpoint
-from util.logger import atomic_write
+from util.dist import choose_device
+from util.files import save_atomically
 from util.nested_tensor import nested_tensor_from_tensor_list
-from util.visualize import draw_boxes, save_atomically
+from util.visualize import draw_boxes
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
 
@@ -50,9 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--json_score_thr', default=0.0, type=float, help='lowest score written (default: %(default)s)'
     )
-    parser.add_argument(
-        '--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='(default: %(default)s)'
-    )
+    parser.add_argument('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
     return parser
 
 
@@ -66,6 +66,19 @@ def find_pictures(source: str) -> list[Path]:
     if not pictures:
         raise ValueError(f'--source {source}: no picture there ({", ".join(SUFFIXES)})')
     return pictures
+
+
+def names_below(pictures: list[Path]) -> list[str]:
+    """Each picture's path below the folder that all have in common: no two are equal."""
+    common = Path(os.path.commonpath([path.parent for path in pictures]))
+    return [path.relative_to(common).as_posix() for path in pictures]
+
+
+def drawing_name(name: str, names: list[str]) -> str:
+    """NAME.png, or NAME.jpg.png where another picture differs in the suffix only."""
+    stem = str(Path(name).with_suffix(''))
+    alone = sum(str(Path(other).with_suffix('')) == stem for other in names) == 1
+    return f'{stem}.png' if alone else f'{name}.png'
 
 
 def load_detector(file: str) -> tuple[nn.Module, nn.Module, ClassMap, Namespace]:
@@ -118,18 +131,19 @@ def select(result: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
 def main(args: Namespace) -> None:
     pictures, folder = find_pictures(args.source), Path(args.output_dir)
     model, postprocess, class_map, model_args = load_detector(args.checkpoint)
-    model.to(args.device)
+    model.to(choose_device(args.device))
+    names = names_below(pictures)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for path in pictures:
+    for path, name in zip(pictures, names, strict=True):
         picture = read_picture(path)
         result = detect(model, postprocess, picture, model_args)
-        rows += coco_results(path.name, select(result, args.json_score_thr), class_map)
+        rows += coco_results(name, select(result, args.json_score_thr), class_map)
         drawn = select(result, args.score_thr)
         image = draw_boxes(picture, drawn['boxes'], drawn['labels'], class_map.names, drawn['scores'])
-        save_atomically(folder / f'{path.stem}.png', partial(write_png_file, image))
+        save_atomically(folder / drawing_name(name, names), partial(write_png_file, image))
         print(f'{path}: {len(drawn["scores"])} objects of score {args.score_thr} or more')
-    atomic_write(folder / 'predictions.json', json.dumps(rows).encode())
+    save_atomically(folder / 'predictions.json', lambda path: path.write_text(json.dumps(rows)))
     print(f'{len(pictures)} drawn pictures and predictions.json lie in {folder}')
 
 

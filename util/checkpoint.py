@@ -6,12 +6,12 @@ fits them strictly, and says what is left.
 """
 
 import argparse
-import io
 import pickle
 import random
 import re
 import zlib
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from util.files import save_atomically
 from util.foreign_names import to_official
-from util.logger import atomic_write
 
 RESIZABLE = ('class_embed', 'query_embed')  # what --pretrained may take from a model of another size
 
@@ -40,9 +40,7 @@ class Report:
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Atomically; readers never see half a file."""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    atomic_write(path, buffer.getvalue())
+    save_atomically(path, partial(torch.save, checkpoint))
 
 
 def read_checkpoint(source: str | Path) -> dict:
@@ -77,7 +75,7 @@ def download(url: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), digits and digits[1], progress=True)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             raise ValueError(
                 f'{url} could not be fetched ({error}): fetch it by hand and pass its path'
             ) from error
@@ -140,7 +138,9 @@ def mismatch_text(
         f'  {name}: {tuple(state[name].shape)} there, {tuple(ours[name].shape)} here' for name in refused[:4]
     ]
     if any(name.startswith(RESIZABLE) for name in refused):
-        lines.append('another number of classes or queries: use --pretrained, which re-initialises these')
+        lines.append(
+            'another number of classes or queries: train with --pretrained, which re-initialises these'
+        )
     else:
         lines.append(
             'check the flags of the model: --backbone, --conditional, --dec_layers, --hidden_dim ...'
@@ -149,7 +149,7 @@ def mismatch_text(
 
 
 def get_rng_state() -> dict:
-    """States of all random number generators, as plain values and tensors."""
+    """States of this process's random number generators, as plain values and tensors."""
     name, keys, *rest = np.random.get_state()
     state = {
         'python': random.getstate(),
@@ -157,7 +157,7 @@ def get_rng_state() -> dict:
         'torch': torch.get_rng_state(),
     }
     if torch.cuda.is_available():
-        state['cuda'] = torch.cuda.get_rng_state_all()
+        state['cuda'] = torch.cuda.get_rng_state()
     return state
 
 
@@ -167,5 +167,5 @@ def set_rng_state(state: dict) -> None:
     name, keys, *rest = state['numpy']
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state['torch'])
-    if 'cuda' in state and torch.cuda.device_count() == len(state['cuda']):
-        torch.cuda.set_rng_state_all(state['cuda'])
+    if 'cuda' in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda'])

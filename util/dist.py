@@ -23,18 +23,35 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-def init_distributed(dist_url: str = 'env://') -> int:
-    """Join the process group of torchrun (RANK, WORLD_SIZE, LOCAL_RANK), if there is one.
+def choose_device(name: str) -> torch.device:
+    """`auto` takes the first of cuda, mps, cpu; with several processes a machine each takes its own GPU.
 
-    Returns this process's number on its machine: the GPU that it uses. 0 in a single process.
+    ValueError: there is no such device.
     """
-    if 'RANK' not in os.environ or 'WORLD_SIZE' not in os.environ:
-        return 0
-    local_rank = int(os.environ.get('LOCAL_RANK', 0))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', init_method=dist_url)
-    return local_rank
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f'--device {name} is not known: choose auto, cuda, mps or cpu') from error
+    if device.type != 'cuda':
+        return device
+    if not torch.cuda.is_available():
+        raise ValueError(f'--device {name}: no usable NVIDIA GPU here; use --device auto')
+    index = device.index if device.index is not None else int(os.environ.get('LOCAL_RANK', 0))
+    torch.cuda.set_device(index)
+    return torch.device('cuda', index)
+
+
+def init_distributed(device: torch.device, dist_url: str = 'env://') -> None:
+    """Join the process group of torchrun (RANK, WORLD_SIZE), if there is one: NCCL between GPUs, else gloo."""
+    if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ and not is_distributed():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', init_method=dist_url)
+
+
+def leave_distributed() -> None:
+    if is_distributed():
+        dist.destroy_process_group()
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:

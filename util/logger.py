@@ -8,7 +8,6 @@ import csv
 import io
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from util.dist import all_reduce_sum, get_world_size, is_main_process
+from util.files import save_atomically
 
 
 class Meter:
@@ -28,12 +28,13 @@ class Meter:
         self.pending: Tensor | None = None
         self.num_pending = 0
         self.totals: dict[str, float] = {}
+        self.device = torch.device('cpu')
         self.count = 0
 
     def update(self, values: dict[str, Tensor]) -> None:
         """values: scalars, the same names each time; no synchronisation."""
         stacked = torch.stack([value.detach().float() for value in values.values()])
-        self.names = list(values)
+        self.names, self.device = list(values), stacked.device
         self.pending = stacked if self.pending is None else self.pending + stacked
         self.num_pending += 1
 
@@ -63,7 +64,7 @@ class Meter:
         self.read_window()
         totals = torch.tensor([self.totals[name] for name in self.names] + [self.count], dtype=torch.float64)
         if get_world_size() > 1:
-            totals = all_reduce_sum(totals.cuda() if torch.cuda.is_available() else totals).cpu()
+            totals = all_reduce_sum(totals.to(self.device)).cpu()
         *sums, count = totals.tolist()
         return {name: value / max(count, 1) for name, value in zip(self.names, sums, strict=True)}
 
@@ -112,6 +113,12 @@ class Progress:
             self.bar.close()
 
 
+def say(text: str) -> None:
+    """Print on the main process."""
+    if is_main_process():
+        print(text, flush=True)
+
+
 def memory_text() -> str:
     return f'{torch.cuda.max_memory_allocated() / 2**20:.0f} MB' if torch.cuda.is_available() else ''
 
@@ -120,13 +127,6 @@ def format_time(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours}:{minutes:02}:{seconds:02}'
-
-
-def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 class RunLog:
@@ -165,14 +165,15 @@ class RunLog:
         writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
         writer.writeheader()
         writer.writerows(self.rows)
-        atomic_write(self.csv_path, text.getvalue().encode())
-        atomic_write(self.jsonl_path, ''.join(json.dumps(each) + '\n' for each in self.records).encode())
+        save_atomically(self.csv_path, lambda path: path.write_text(text.getvalue()))
+        lines = ''.join(json.dumps(each) + '\n' for each in self.records)
+        save_atomically(self.jsonl_path, lambda path: path.write_text(lines))
 
 
-def tensorboard_writer(folder: Path) -> object:
-    """TensorBoard's writer; ImportError names what to install."""
+def import_summary_writer() -> type:
+    """TensorBoard's writer; ValueError names what to install."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError('--tensorboard needs the package tensorboard: pip install tensorboard') from error
-    return SummaryWriter(folder)
+        raise ValueError('--tensorboard needs the package tensorboard: pip install tensorboard') from error
+    return SummaryWriter

@@ -15,7 +15,12 @@ FROM_SCRATCH_NEEDS = 10_000  # pictures; DETR's authors' advice
 
 
 def print_plan(
-    args: Namespace, model: nn.Module, datasets: dict[str, Dataset], loaders: dict[str, DataLoader]
+    args: Namespace,
+    model: nn.Module,
+    datasets: dict[str, Dataset],
+    loaders: dict[str, DataLoader],
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.StepLR,
 ) -> None:
     """Data, classes, effective batch, learning rates, size of the model, steps."""
     names = [name for name in datasets['val'].class_map.names if name is not None]
@@ -38,7 +43,7 @@ def print_plan(
         rows |= {
             'batch': f'{batch} pictures a step ({args.batch_size} x {args.accum_steps} accumulated x '
             f'{get_world_size()} processes)',
-            'learning rate': f'{args.lr:g}, backbone {args.lr_backbone:g}, divided by 10 every {args.lr_drop} epochs',
+            'learning rate': learning_rate_text(args, optimizer, scheduler),
             'steps': f'{steps} an epoch, {steps * args.epochs} in {args.epochs} epochs',
             'output': args.output_dir or 'nothing is written (no --output_dir)',
         }
@@ -58,6 +63,21 @@ def print_plan(
             f'warning: {len(datasets["train"])} pictures are few to train from random numbers; --backbone_weights imagenet '
             'or --pretrained learn much faster'
         )
+
+
+def learning_rate_text(
+    args: Namespace, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.StepLR
+) -> str:
+    """What is in force: a resumed schedule wins over the flags."""
+    lr, lr_backbone = (group['lr'] for group in optimizer.param_groups)
+    text = f'{lr:g}, backbone {lr_backbone:g}, divided by 10 every {scheduler.step_size} epochs'
+    given = args.lr, args.lr_backbone, args.lr_drop
+    settled = *(group['initial_lr'] for group in optimizer.param_groups), scheduler.step_size
+    return (
+        text
+        if given == settled
+        else f'{text} (of the resumed checkpoint; the flags say otherwise and are not used)'
+    )
 
 
 def count_flops(model: nn.Module, height: int, width: int) -> int:

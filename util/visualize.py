@@ -9,13 +9,14 @@ import colorsys
 import csv
 import math
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+from util.files import save_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -148,18 +149,6 @@ def draw_text(draw: 'ImageDraw', box: tuple[float, float, float, float], text: s
     draw.rectangle((x, y, x + text_width, y + text_height), fill=colour)
     dark_text = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
     draw.text((x + 2 - left, y + 2 - top), text, font=font, fill=(0, 0, 0) if dark_text else (255, 255, 255))
-
-
-def save_atomically(path: str | os.PathLike, save: Callable[[Path], None]) -> None:
-    """Calls `save` with a name beside `path`, of the same suffix, then moves the file to `path`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
-    try:
-        save(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def contact_sheet(

@@ -14,7 +14,7 @@ from models.structures import Assignment, Prediction, Supervision
 from util.dist import all_reduce_sum, get_world_size
 
 from .losses import Stack, box_losses, cardinality_error, class_error, from_host
-from .matcher import Targets
+from .matcher import Targets, stack_predictions
 
 
 def loss_suffix(kind: str, layer: int | None) -> str:
@@ -68,22 +68,20 @@ class SetCriterion(nn.Module):
 
     def assign(self, kinds: dict[str, list[Prediction]], targets: list[dict]) -> dict[str, Stack]:
         """Match every kind: costs of all of them cross to the host in one copy, the pairs come back in one."""
-        logits = {kind: torch.stack([full_precision(p.logits) for p in rows]) for kind, rows in kinds.items()}
-        boxes = {kind: torch.stack([full_precision(p.boxes) for p in rows]) for kind, rows in kinds.items()}
+        stacked = {kind: stack_predictions(rows) for kind, rows in kinds.items()}
         packed = {kind: Targets.pack(targets, self.table[kind].class_agnostic) for kind in kinds}
         matched = [kind for kind, rows in kinds.items() if rows[0].assignment is None]
-        costs = [self.table[kind].matcher.cost(logits[kind], boxes[kind], packed[kind]) for kind in matched]
+        costs = [self.table[kind].matcher.cost(stacked[kind], packed[kind]) for kind in matched]
         solved = {
             kind: self.table[kind].matcher.solve(cost, packed[kind].sizes)
             for kind, cost in zip(matched, to_host(costs), strict=True)
         }
         assignments = {kind: solved.get(kind) or [p.assignment for p in rows] for kind, rows in kinds.items()}
-        device = targets[0]['boxes'].device
-        pairs = {kind: pack_pairs(rows) for kind, rows in assignments.items()}  # [4, N] each
-        on_device = torch.cat(list(pairs.values()), dim=1).to(device, non_blocking=True)
-        parts = on_device.split([part.shape[1] for part in pairs.values()], dim=1)
+        pairs = [pack_pairs(rows) for rows in assignments.values()]  # [4, N] each
+        on_device = torch.cat(pairs, dim=1).to(targets[0]['boxes'].device, non_blocking=True)
+        parts = on_device.split([part.shape[1] for part in pairs], dim=1)
         return {
-            kind: make_stack(logits[kind], boxes[kind], part, packed[kind], assignments[kind])
+            kind: make_stack(stacked[kind], part, packed[kind], assignments[kind])
             for kind, part in zip(kinds, parts, strict=True)
         }
 
@@ -91,26 +89,19 @@ class SetCriterion(nn.Module):
         """[kinds, 2]: what class and box losses of each kind are divided by, averaged over processes and batches of a step.
 
         The total over all of them is at least 1 (the official code clamps the average; the difference shows only where there is
-        less than one object a process, and this way the number of processes does not change the gradient).
+        less than one object a process, and this way the number of processes does not change the gradient). Where assignments
+        are known in advance, the other batches of a step are taken to have the counts of this one.
         """
         totals = []
         for kind, stack in stacks.items():
             row, num_queries = self.table[kind], stack.logits.shape[2]
-            counts = [row.matcher.count(sizes) for sizes in step_sizes]
-            num_pairs = [row.matcher.num_pairs(sizes, num_queries) for sizes in step_sizes]
-            classes = [
-                row.class_loss.denominator(count, pairs, num_queries * len(sizes))
-                for count, pairs, sizes in zip(counts, num_pairs, step_sizes, strict=True)
-            ]
-            totals.append([sum(classes), sum(counts)])
-        logits = next(iter(stacks.values())).logits
-        totals = all_reduce_sum(from_host(totals, logits))
+            if row.matcher is None:
+                totals.append([stack.count * len(step_sizes)] * 2)
+                continue
+            classes = [row.class_loss.denominator(row.matcher, sizes, num_queries) for sizes in step_sizes]
+            totals.append([sum(classes), sum(row.matcher.count(sizes) for sizes in step_sizes)])
+        totals = all_reduce_sum(from_host(totals, next(iter(stacks.values())).logits))
         return totals.clamp(min=1) / (get_world_size() * len(step_sizes))
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """Costs and losses are computed in float32 at least."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def to_host(tensors: list[Tensor]) -> list[np.ndarray]:
@@ -133,18 +124,17 @@ def pack_pairs(assignments: list[Assignment]) -> Tensor:
     )
 
 
-def make_stack(
-    logits: Tensor, boxes: Tensor, pairs: Tensor, packed: Targets, assignments: list[Assignment]
-) -> Stack:
+def make_stack(stacked: Prediction, pairs: Tensor, packed: Targets, assignments: list[Assignment]) -> Stack:
     layer, batch, query, target = pairs
     return Stack(
-        logits,
-        boxes,
+        stacked.logits,
+        stacked.boxes,
         (layer, batch, query),
         packed.labels[target],
         packed.boxes[target],
         [len(a.query) for a in assignments],
         packed.sizes,
+        assignments[0].count,
     )
 
 

@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
+from models.structures import Matcher
 from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
+
+from .matcher import HungarianMatcher
 
 
 def from_host(values: list, like: Tensor) -> Tensor:
@@ -34,6 +37,7 @@ class Stack:
     target_boxes: Tensor  # [N, 4]
     num_pairs: list[int]
     num_objects: list[int]  # objects of each picture
+    count: float = 0.0  # of the assignments
 
     def per_layer(self, values: Tensor) -> Tensor:
         """Sums of one value a pair, [N] to [L]."""
@@ -62,8 +66,9 @@ class FocalLoss:
         loss = sigmoid_focal_loss(stack.logits, onehot.to(stack.logits.dtype), self.alpha, self.gamma)
         return loss.flatten(1).sum(1)
 
-    def denominator(self, count: float, num_pairs: int, num_queries: int) -> float:
-        return count
+    def denominator(self, matcher: Matcher, sizes: list[int], num_queries: int) -> float:
+        """sizes: objects of each picture of a batch; num_queries: of a picture."""
+        return matcher.count(sizes)
 
 
 class SoftmaxLoss:
@@ -83,8 +88,10 @@ class SoftmaxLoss:
         loss = F.cross_entropy(stack.logits.flatten(0, 2), classes.flatten(), weight, reduction='none')
         return loss.view(len(stack.logits), -1).sum(1)
 
-    def denominator(self, count: float, num_pairs: int, num_queries: int) -> float:
-        return num_pairs + self.eos_coef * (num_queries - num_pairs)
+    def denominator(self, matcher: HungarianMatcher, sizes: list[int], num_queries: int) -> float:
+        """sizes: objects of each picture of a batch; num_queries: of a picture."""
+        num_pairs = matcher.num_pairs(sizes, num_queries)
+        return num_pairs + self.eos_coef * (num_queries * len(sizes) - num_pairs)
 
 
 def box_losses(stack: Stack) -> dict[str, Tensor]:
@@ -111,4 +118,5 @@ def cardinality_error(stack: Stack) -> Tensor:
 def class_error(stack: Stack) -> Tensor:
     """[L] share of pairs, in per cent, whose best class is wrong; 100 without objects. A log entry."""
     right = stack.logits[stack.index].argmax(-1) == stack.labels
-    return 100 - stack.per_layer(right.float()) * (100 / max(stack.num_pairs[0], 1))
+    num_pairs = from_host([max(num, 1) for num in stack.num_pairs], stack.logits)
+    return 100 - stack.per_layer(right.float()) * (100 / num_pairs).float()

@@ -45,6 +45,21 @@ class Targets:
         )
 
 
+def stack_predictions(rows: list[Prediction]) -> Prediction:
+    """The layers of one kind as one prediction with an axis [L] in front, in float32 at least."""
+    fields = {
+        name: torch.stack([full_precision(getattr(row, name)) for row in rows])
+        for name in ('logits', 'boxes', 'anchors')
+        if getattr(rows[0], name) is not None
+    }
+    return Prediction(**fields, kind=rows[0].kind)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Costs and losses are never computed in 16 bit."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def focal_cost(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
     """Class cost of sigmoid heads: what the focal loss would gain; logits [..., Q, K], labels [..., T] to [..., Q, T].
 
@@ -71,6 +86,7 @@ class HungarianMatcher:
     """One-to-one assignment of least total cost (DETR Sec. 3.1).
 
     repeats: times each object is to be answered for (hybrid matching); pairs are min(Q, repeats * T_i) a picture.
+    on: what is compared with the objects, `boxes` or `anchors` (encoder proposals before refinement).
     """
 
     def __init__(
@@ -80,6 +96,7 @@ class HungarianMatcher:
         cost_giou: float = 1,
         class_cost: Callable[[Tensor, Tensor], Tensor] = focal_cost,
         repeats: int = 1,
+        on: str = 'boxes',
     ) -> None:
         if cost_class == 0 and cost_bbox == 0 and cost_giou == 0:
             raise ValueError(
@@ -88,20 +105,22 @@ class HungarianMatcher:
         self.weights = cost_class, cost_bbox, cost_giou
         self.class_cost = class_cost
         self.repeats = repeats
+        self.on = on
 
     @torch.no_grad()
-    def cost(self, logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
+    def cost(self, stacked: Prediction, targets: Targets) -> Tensor:
         """Weighted matching costs, [L, B, Q, T_max]; columns of padding mean nothing.
 
-        logits: [L, B, Q, K]. boxes: [L, B, Q, 4] cxcywh.
+        stacked: logits [L, B, Q, K] and boxes [L, B, Q, 4] cxcywh of all layers.
         """
         cost_class, cost_bbox, cost_giou = self.weights
+        boxes = getattr(stacked, self.on)
         l1 = (boxes[..., None, :] - targets.padded_boxes[None, :, None]).abs().sum(-1)
         corners = (
             box_cxcywh_to_xyxy(boxes)[..., None, :],
             box_cxcywh_to_xyxy(targets.padded_boxes)[None, :, None],
         )
-        cost = cost_class * self.class_cost(logits, targets.padded_labels)
+        cost = cost_class * self.class_cost(stacked.logits, targets.padded_labels)
         return cost + cost_bbox * l1 - cost_giou * generalized_box_iou(*corners)
 
     def solve(self, cost: np.ndarray, sizes: list[int]) -> list[Assignment]:
@@ -138,5 +157,5 @@ class HungarianMatcher:
     def __call__(self, prediction: Prediction, targets: list[dict]) -> Assignment:
         """Match one prediction with `targets` (dictionaries of `labels` and `boxes`); indices on the host."""
         packed = Targets.pack(targets)
-        cost = self.cost(prediction.logits[None], prediction.boxes[None], packed)
+        cost = self.cost(stack_predictions([prediction]), packed)
         return self.solve(cost.cpu().numpy(), packed.sizes)[0]

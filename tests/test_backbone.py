@@ -1,0 +1,96 @@
+"""Backbones: names, weights from files, what trains, and features of any timm network."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from models.backbone import build_backbone
+from tests.shared_data import SHARED, needs_shared
+from util.nested_tensor import nested_tensor_from_tensor_list
+
+
+def features(backbone: torch.nn.Module, size: int = 64) -> torch.Tensor:
+    with torch.no_grad():
+        return backbone.eval()(nested_tensor_from_tensor_list([torch.randn(3, size, size)]))[-1].tensors
+
+
+@pytest.mark.parametrize(
+    ('name', 'dilation', 'stages', 'channels', 'cells'),
+    [
+        ('resnet18', False, 4, 512, 2),
+        ('resnet34', False, 3, 256, 4),
+        ('resnet50', True, 4, 2048, 4),
+        ('resnet10', False, 2, 128, 8),
+        ('mobilenet_v2', False, 4, 1280, 2),
+        ('mobilenet_v2', False, 3, 96, 4),
+    ],
+)
+def test_last_map(name: str, dilation: bool, stages: int, channels: int, cells: int) -> None:
+    backbone = build_backbone(name, 'none', dilation, 'frozen', stages, train=True)
+    assert features(backbone).shape == (1, channels, cells, cells)
+    assert backbone.num_channels == [channels]
+
+
+@pytest.mark.parametrize(
+    'name', ['resnet18', 'tf_efficientnet_lite0', 'convnext_atto', 'swin_tiny_patch4_window7_224']
+)
+def test_any_timm_network(name: str) -> None:
+    pytest.importorskip('timm')
+    backbone = build_backbone(f'timm/{name}', 'none', False, 'frozen', 4, train=True)
+    x = features(backbone, size=224)
+    assert x.shape == (1, backbone.num_channels[0], 7, 7)
+
+
+def test_what_trains() -> None:
+    names = {
+        name.split('.')[0]
+        for name, p in build_backbone('resnet18', 'none', False, 'frozen', 4, True).body.named_parameters()
+        if p.requires_grad
+    }
+    assert names == {'layer2', 'layer3', 'layer4'}
+    frozen = build_backbone('resnet18', 'none', False, 'frozen', 4, train=False)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    scratch = build_backbone('resnet18', 'none', False, 'batch', 4, train=True)
+    assert all(p.requires_grad for p in scratch.parameters())
+    assert not any(isinstance(module, FrozenBatchNorm2d) for module in scratch.modules())
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ('name', 'file'),
+    [
+        ('resnet50', 'resnet50_augnet_selfsup_fp16.pth'),
+        ('mobilenet_v2', 'mobilenet_v2_imagenet_features.pth'),
+        ('timm/tf_efficientnet_lite0', 'tf_efficientnet_lite0_imagenet.pth'),
+    ],
+)
+def test_weights_from_a_file(name: str, file: str) -> None:
+    if name.startswith('timm/'):
+        pytest.importorskip('timm')
+    path = SHARED / 'weights' / file
+    first = build_backbone(name, str(path), False, 'frozen', 4, train=True)
+    again = build_backbone(name, str(path), False, 'frozen', 4, train=True)
+    for (key, value), other in zip(
+        first.body.state_dict().items(), again.body.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, other), key
+    random = build_backbone(name, 'none', False, 'frozen', 4, train=True)
+    key = next(key for key, value in first.body.state_dict().items() if value.ndim == 4)
+    assert not torch.equal(first.body.state_dict()[key], random.body.state_dict()[key])
+
+
+def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
+    torch.save({'conv1.weight': torch.zeros(64, 3, 7, 7)}, tmp_path / 'other.pth')
+    with pytest.raises(ValueError, match='does not fit ResNet: it lacks'):
+        build_backbone('resnet18', str(tmp_path / 'other.pth'), False, 'frozen', 4, train=True)
+
+
+def test_no_download_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise OSError('no route to host')
+
+    monkeypatch.setattr('torchvision.models.get_model', offline)
+    with pytest.raises(ValueError, match='--backbone_weights FILE, or none'):
+        build_backbone('resnet50', 'imagenet', False, 'frozen', 4, train=True)
