@@ -46,7 +46,9 @@ from util.visualize import plot_curves
 def get_args_parser() -> argparse.ArgumentParser:
     """All flags: data, training, evaluation and files here, the model's from `models.add_model_args`."""
     parser = argparse.ArgumentParser(
-        'main.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage='python main.py [flags]',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     data = parser.add_argument_group('data')
     data.add_argument('--dataset_file', default='coco', choices=DATASETS,

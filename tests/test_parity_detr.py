@@ -1,6 +1,7 @@
 """DETR and Conditional DETR equal the official implementations: outputs, losses, assignments, gradients, optimizer steps."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +114,30 @@ def test_optimizer_steps_equal_official(case: Case) -> None:
     for name, value in recorded['param_l2_after_last_step'].items():
         assert_close(parameters[name].norm(), value, name, rtol=1e-5)
     case.fill(model)
+
+
+@pytest.mark.parametrize('system', FLAGS)
+def test_recorded_numbers_equal_official(system: str) -> None:
+    """A part of the same, from numbers that lie in this repository."""
+    with float64():
+        case = Case(Path(__file__).parent / f'recorded/{system}_r50_empty.json', FLAGS[system])
+        model, criterion, _ = case.built
+        with torch.no_grad():
+            outputs = model.eval()(case.samples)
+        for key, recorded in case.record['eval_outputs_summary'].items():
+            assert_close(
+                [outputs[key].sum(), outputs[key].abs().sum()], [recorded['sum'], recorded['abs_sum']], key
+            )
+        losses, total = case.train_losses()
+        for name, value in case.record['losses'].items():
+            assert_close(losses[name], value, name)
+        assert_close(total, case.record['total_loss'], 'total')
+        total.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        for name, value in case.record['grad_l2_norms'].items():
+            assert_close(gradients[name].norm(), value, f'gradient of {name}')
+        norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+        assert_close(norm, case.record['grad_l2_total'], 'norm of all gradients')
 
 
 def test_padding_columns_do_not_enter_the_matching() -> None:
