@@ -48,11 +48,12 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train on every batch once.
 
-    accum_steps: batches whose gradients make one optimizer step; the gradient is that of one batch of all their pictures.
-    max_norm: gradients are clipped to this total norm; 0 = not at all. print_freq: optimizer steps between two readings.
+    accum_steps: batches whose gradients make one optimizer step; the gradient is that of one batch of all
+    their pictures. max_norm: gradients are clipped to this total norm; 0 = not at all. print_freq: optimizer
+    steps between two readings.
 
-    Returns averages over epoch and processes: `loss`, and every unweighted term. FloatingPointError: predictions or losses
-    are not finite.
+    Returns averages over epoch and processes: `loss`, and every unweighted term. FloatingPointError:
+    predictions or losses are not finite.
     """
     model.train()
     criterion.train()

@@ -1,7 +1,7 @@
 """
 Detectors through torch.hub:
 
-  model, postprocess = torch.hub.load(REPO, 'conditional_detr_resnet50', pretrained=True, return_postprocessor=True)
+  model, postprocess = torch.hub.load(REPO, 'detr_resnet50', pretrained=True, return_postprocessor=True)
   detections = postprocess(model.eval()(pictures), target_sizes)
 
 An entry is a recipe's flags and the address of its official weights.
@@ -22,7 +22,8 @@ CONDITIONAL_R50 = 'https://huggingface.co/microsoft/conditional-detr-resnet-50/r
 def build(
     flags: dict, url: str | None, pretrained: bool, num_classes: int, return_postprocessor: bool
 ) -> object:
-    """A detector for inference. num_classes: class indices, 'no object' not counted; 91 for official COCO weights.
+    """A detector for inference. num_classes: class indices, 'no object' not counted; 91 for official COCO
+    weights.
 
     ValueError: `pretrained` with another number of classes, or without published weights.
     """
@@ -91,7 +92,9 @@ def conditional_detr_resnet50(
 def conditional_detr_resnet50_dc5(
     pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
 ) -> object:
-    """Conditional DETR-DC5 R50, 43.7 AP on COCO val2017 (50 epochs); weights: ConditionalDETR_r50dc5_epoch50.pth."""
+    """Conditional DETR-DC5 R50, 43.7 AP on COCO val2017 (50 epochs); weights:
+    ConditionalDETR_r50dc5_epoch50.pth.
+    """
     flags = {'conditional': True, 'dilation': True}
     return build(flags, None, pretrained, num_classes, return_postprocessor)
 
@@ -107,6 +110,8 @@ def conditional_detr_resnet101(
 def conditional_detr_resnet101_dc5(
     pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
 ) -> object:
-    """Conditional DETR-DC5 R101, 45.0 AP on COCO val2017 (50 epochs); weights: ConditionalDETR_r101dc5_epoch50.pth."""
+    """Conditional DETR-DC5 R101, 45.0 AP on COCO val2017 (50 epochs); weights:
+    ConditionalDETR_r101dc5_epoch50.pth.
+    """
     flags = {'conditional': True, 'backbone': 'resnet101', 'dilation': True}
     return build(flags, None, pretrained, num_classes, return_postprocessor)

@@ -312,7 +312,8 @@ def evaluate_alone(run: Run) -> None:
 def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Dataset]:
     """Training and validation pictures, with the same class indices; validation only for --eval.
 
-    class_map: that of the checkpoint in use, None if it has none. ValueError: --resume of a checkpoint with other classes.
+    class_map: that of the checkpoint in use, None if it has none. ValueError: --resume of a checkpoint with
+    other classes.
     """
     if args.eval:
         datasets = {'val': build_dataset('val', args, class_map)}

@@ -10,8 +10,8 @@ DATASETS = ('coco', 'shapes')
 
 
 def build_dataset(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> Dataset:
-    """The 'train' or 'val' part of --dataset_file; class_map: class indices that are already settled, for instance
-    those of the training part or of a checkpoint.
+    """The 'train' or 'val' part of --dataset_file; class_map: class indices that are already settled, for
+    instance those of the training part or of a checkpoint.
     """
     if args.dataset_file == 'coco':
         from datasets import coco

@@ -1,11 +1,14 @@
-"""Which class index of a model stands for which category of the annotations. Nothing else in the code knows it."""
+"""Which class index of a model stands for which category of the annotations. Nothing else in the code knows
+it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 
-# COCO's 80 category ids are 1..90 with ten gaps; official checkpoints use the ids as class indices, 0 and gaps included.
+# COCO's 80 category ids are 1..90 with ten gaps; official checkpoints use the ids as class indices, 0 and
+# gaps included.
 COCO_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 COCO_IDS = frozenset(range(1, 91)).difference(COCO_GAPS)
 

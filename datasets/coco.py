@@ -1,8 +1,9 @@
 """
-Any data set in COCO form, as DETR reads it (arXiv:2005.12872): crowd regions are dropped, boxes clamped to the picture.
+Any data set in COCO form, as DETR reads it (arXiv:2005.12872): crowd regions are dropped, boxes clamped to
+the picture.
 
-Keypoints are not read: no model here uses them. Annotations are kept in a few arrays, which the workers of a loader
-share, instead of millions of Python objects, which every worker would copy.
+Keypoints are not read: no model here uses them. Annotations are kept in a few arrays, which the workers of a
+loader share, instead of millions of Python objects, which every worker would copy.
 """
 
 import argparse
@@ -35,9 +36,9 @@ Target = dict[str, Tensor]
 class CocoDetection(Dataset):
     """Item: (uint8 picture [3, H, W], target).
 
-    Target, in this order: boxes [T, 4] float32 xyxy in pixels (cxcywh in [0, 1] after the transforms), labels [T],
-    masks [T, H, W] if asked for, image_id [1], area [T] float32, iscrowd [T], orig_size and size [2] (height, width).
-    Random augmentation depends on (seed, epoch, index) only, whatever the number of workers.
+    Target, in this order: boxes [T, 4] float32 xyxy in pixels (cxcywh in [0, 1] after the transforms), labels
+    [T], masks [T, H, W] if asked for, image_id [1], area [T] float32, iscrowd [T], orig_size and size [2]
+    (height, width). Random augmentation depends on (seed, epoch, index) only, whatever the number of workers.
     """
 
     def __init__(
@@ -142,8 +143,8 @@ class CocoDetection(Dataset):
 
 
 class PackedList:
-    """A list of JSON values in one block of bytes: reading it writes to no shared memory page, as counting references
-    of ordinary Python objects does, so that forked workers go on sharing it.
+    """A list of JSON values in one block of bytes: reading it writes to no shared memory page, as counting
+    references of ordinary Python objects does, so that forked workers go on sharing it.
     """
 
     def __init__(self, values: list) -> None:
@@ -202,7 +203,9 @@ def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None =
 
 
 def find_files(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:
-    """Picture folder and annotation file: explicit paths, else the first of the usual places under --coco_path."""
+    """Picture folder and annotation file: explicit paths, else the first of the usual places under
+    --coco_path.
+    """
     if image_set not in ('train', 'val'):
         raise ValueError(f'image_set {image_set!r} is not known: choose train or val')
     names = (f'{image_set}2017', image_set)

@@ -1,7 +1,9 @@
 """
-COCO's twelve numbers, and AP by class, for boxes and masks (pycocotools' definitions; hotcoco gives the same, faster).
+COCO's twelve numbers, and AP by class, for boxes and masks (pycocotools' definitions; hotcoco gives the same,
+faster).
 
-Only pictures that were handed in are evaluated, each once, whatever the batches, their order and the processes.
+Only pictures that were handed in are evaluated, each once, whatever the batches, their order and the
+processes.
 """
 
 import contextlib
@@ -26,8 +28,8 @@ ALL_AREAS, MOST_DETECTIONS, IOU_50, IOU_75 = 0, 2, 0, 5  # indices into the eval
 class Summary:
     """stats: twelve numbers in [0, 1] in the order of STAT_NAMES, -1 where there was no object to find.
 
-    per_class: a dict a category with name, AP, AP50, AP75, AR100 (-1 without objects) and the number of its objects,
-    crowd regions left out.
+    per_class: a dict a category with name, AP, AP50, AP75, AR100 (-1 without objects) and the number of its
+    objects, crowd regions left out.
     """
 
     stats: list[float]
@@ -70,8 +72,8 @@ class CocoEvaluator:
         self.detections: dict[int, Detections] = {}
 
     def update(self, predictions: dict[int, dict]) -> None:
-        """predictions: image id to {'scores' [N], 'labels' [N], 'boxes' [N, 4] xyxy in pixels}, for masks also
-        'masks' [N, 1, H, W] (above 0.5 is object) or 'segmentation', a list of N run-length masks.
+        """predictions: image id to {'scores' [N], 'labels' [N], 'boxes' [N, 4] xyxy in pixels}, for masks
+        also 'masks' [N, 1, H, W] (above 0.5 is object) or 'segmentation', a list of N run-length masks.
 
         Only the first prediction for a picture counts.
         """
@@ -87,7 +89,9 @@ class CocoEvaluator:
                 )
 
     def synchronize_between_processes(self) -> None:
-        """Afterwards every process has the predictions of all, each picture once: the copy of the lowest rank."""
+        """Afterwards every process has the predictions of all, each picture once: the copy of the lowest
+        rank.
+        """
         merged: dict[int, Detections] = {}
         for detections in all_gather_object(self.detections):
             merged = {**detections, **merged}
@@ -107,7 +111,8 @@ class CocoEvaluator:
 class Detections:
     """What one picture's prediction says, N detections with a category each.
 
-    rows: [N, 6] float64 of x, y, width, height, score, category id; masks: run lengths, if masks are evaluated.
+    rows: [N, 6] float64 of x, y, width, height, score, category id; masks: run lengths, if masks are
+    evaluated.
     """
 
     rows: np.ndarray
@@ -158,8 +163,8 @@ def encode_masks(masks: Tensor) -> list[dict]:
 def prepare_ground_truth(ground_truth: dict, image_ids: set[int], iou_type: str) -> dict:
     """Copy of the chosen pictures' part, with what the evaluators insist on.
 
-    Ids are counted anew from 1, since they take an object of id 0 for no match at all. Without iscrowd an object is
-    none; without area it is the box's.
+    Ids are counted anew from 1, since they take an object of id 0 for no match at all. Without iscrowd an
+    object is none; without area it is the box's.
     """
     annotations = []
     for annotation in ground_truth['annotations']:
@@ -204,7 +209,8 @@ def result_rows(detections: dict[int, Detections], iou_type: str) -> np.ndarray 
 def evaluate(
     truth: dict, rows: np.ndarray | list[dict], iou_type: str, backend: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Precision [10 IoU, 101 recall, K, 4 areas, 3 maxima] and recall [10, K, 4, 3]; -1 where there is no object.
+    """Precision [10 IoU, 101 recall, K, 4 areas, 3 maxima] and recall [10, K, 4, 3]; -1 where there is no
+    object.
 
     K: the categories in ascending order of id. Nothing is printed.
     """

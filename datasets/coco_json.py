@@ -1,5 +1,6 @@
 """
-Reading and checking annotation files in COCO form: one clear error at the start instead of a strange one in epoch three.
+Reading and checking annotation files in COCO form: one clear error at the start instead of a strange one in
+epoch three.
 
 Legal, as in the official pipeline: boxes of no size, boxes that leave the picture, pictures without objects.
 """
@@ -51,7 +52,9 @@ def check_annotations(
 
 
 def check_categories(categories: dict[int, str], class_map: ClassMap) -> None:
-    """Every category must be one of the class map (of the training part, or of a checkpoint), by id and by name."""
+    """Every category must be one of the class map (of the training part, or of a checkpoint), by id and by
+    name.
+    """
     for category_id, name in categories.items():
         label = class_map.label_of.get(category_id)
         settled = None if label is None else class_map.names[label]

@@ -1,4 +1,6 @@
-"""Picture files to uint8 RGB tensors. EXIF rotation is ignored, because COCO's boxes are drawn on the stored pixels."""
+"""Picture files to uint8 RGB tensors. EXIF rotation is ignored, because COCO's boxes are drawn on the stored
+pixels.
+"""
 
 import io
 import os
@@ -29,7 +31,9 @@ def read_picture(path: str | os.PathLike[str]) -> Tensor:
 
 
 def decode(data: bytes) -> Tensor:
-    """JPEG through torchvision (the same pixels, faster); everything else, and what it refuses, through Pillow."""
+    """JPEG through torchvision (the same pixels, faster); everything else, and what it refuses, through
+    Pillow.
+    """
     if data.startswith(JPEG_START):
         try:
             picture = decode_jpeg(

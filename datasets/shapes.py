@@ -80,7 +80,9 @@ class ShapesDetection(Dataset):
         self._epoch.fill_(epoch)
 
     def drawn(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Picture and target before the transforms; drawn once a process while all pictures fit into KEPT_BYTES."""
+        """Picture and target before the transforms; drawn once a process while all pictures fit into
+        KEPT_BYTES.
+        """
         if index not in self._kept:
             scene = self.draw(index)
             item = torch.from_numpy(scene.picture), self.target_of(scene, index)

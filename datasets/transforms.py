@@ -1,10 +1,12 @@
 """
-DETR's picture transforms on uint8 tensors [3, H, W] (arXiv:2005.12872, appendix; torchvision.transforms.v2 functions).
+DETR's picture transforms on uint8 tensors [3, H, W] (arXiv:2005.12872, appendix; torchvision.transforms.v2
+functions).
 
-A transform takes (picture, target) and returns both; the target dict is copied, never changed in place, and may be
-None. Boxes are xyxy in pixels until `NormalizeBoxes`. Random draws come from Python's `random` and torch's generator in
-the official order, so that a seed gives the official picture. PIL pictures pass through the same code.
-Scaling to [0, 1] and subtracting the mean is left to the model, on its device: uint8 is a quarter of the traffic.
+A transform takes (picture, target) and returns both; the target dict is copied, never changed in place, and
+may be None. Boxes are xyxy in pixels until `NormalizeBoxes`. Random draws come from Python's `random` and
+torch's generator in the official order, so that a seed gives the official picture. PIL pictures pass through
+the same code. Scaling to [0, 1] and subtracting the mean is left to the model, on its device: uint8 is a
+quarter of the traffic.
 """
 
 import math
@@ -46,8 +48,8 @@ def picture_size(picture: Picture) -> tuple[int, int]:
 def crop(picture: Picture, target: Target | None, region: Sequence[int]) -> Sample:
     """Cut out region = (top, left, height, width); what lies outside the picture is zero.
 
-    Objects keep what is left of their boxes, and `area` becomes that of the cut box. An object without a box of
-    positive size (without boxes in the target: with an empty mask) is dropped.
+    Objects keep what is left of their boxes, and `area` becomes that of the cut box. An object without a box
+    of positive size (without boxes in the target: with an empty mask) is dropped.
     """
     top, left, height, width = region
     cropped = F.crop(picture, top, left, height, width)
@@ -92,7 +94,8 @@ def resized_size(
 ) -> tuple[int, int]:
     """(width, height) after resizing the short side to `size`, or to the pair (width, height) `size` itself.
 
-    The long side is truncated, so it may miss max_size by a pixel or two; torchvision's rules give other sizes.
+    The long side is truncated, so it may miss max_size by a pixel or two; torchvision's rules give other
+    sizes.
     """
     if not isinstance(size, int):
         width, height = size
@@ -130,7 +133,9 @@ def resize(
 
 
 def pixels_together(picture: Picture) -> Picture:
-    """The same picture with the three values of a pixel side by side in memory: torch resizes that three times faster."""
+    """The same picture with the three values of a pixel side by side in memory: torch resizes that three
+    times faster.
+    """
     if not isinstance(picture, Tensor):
         return picture
     return picture.permute(1, 2, 0).contiguous().permute(2, 0, 1)
@@ -156,7 +161,9 @@ def center_crop(picture: Picture, target: Target | None, size: tuple[int, int]) 
 
 
 def random_region(picture: Picture, height: int, width: int) -> tuple[int, int, int, int]:
-    """Place for a crop: top is drawn before left, from torch; nothing is drawn when the crop is the whole picture."""
+    """Place for a crop: top is drawn before left, from torch; nothing is drawn when the crop is the whole
+    picture.
+    """
     picture_h, picture_w = picture_size(picture)
     if (height, width) == (picture_h, picture_w):
         return 0, 0, height, width
@@ -252,7 +259,9 @@ class RandomPad:
 
 
 class NormalizeBoxes:
-    """Last step: the picture as a uint8 tensor [3, H, W], boxes as cxcywh relative to it. Area and size stay in pixels."""
+    """Last step: the picture as a uint8 tensor [3, H, W], boxes as cxcywh relative to it. Area and size stay
+    in pixels.
+    """
 
     def __call__(self, picture: Picture, target: Target | None) -> tuple[Tensor, Target | None]:
         if not isinstance(picture, Tensor):
@@ -273,8 +282,8 @@ def make_transforms(
 ) -> Compose:
     """The official recipe; another img_size scales every number of it by img_size / 800.
 
-    max_size: bound of the long side; by default 1333, scaled too. aug 'none' trains on the evaluation transform, 'flip' on
-    that after a random flip.
+    max_size: bound of the long side; by default 1333, scaled too. aug 'none' trains on the evaluation
+    transform, 'flip' on that after a random flip.
     """
     if image_set not in ('train', 'val'):
         raise ValueError(f'image_set {image_set!r} has no transform: choose train or val')

@@ -128,7 +128,8 @@ def add_model_args(parser: ArgumentParser) -> None:
 
 
 def resolve_args(args: Namespace) -> Namespace:
-    """A copy of `args` with every model flag present, the family named, and its defaults where a flag was not given.
+    """A copy of `args` with every model flag present, the family named, and its defaults where a flag was not
+    given.
 
     ValueError: flags that contradict each other.
     """
@@ -185,7 +186,9 @@ def build_transformer(args: Namespace) -> Transformer:
 def build_detector(
     args: Namespace, num_queries: dict[str, int], query_sources: nn.ModuleDict | None = None
 ) -> nn.Module:
-    """The detector alone. args: resolved. num_queries: learned queries of each group, the inference group first."""
+    """The detector alone. args: resolved. num_queries: learned queries of each group, the inference group
+    first.
+    """
     backbone = Joiner(
         build_backbone(
             args.backbone,

@@ -1,8 +1,9 @@
 """
 Convolutional backbones: torchvision's ResNet and MobileNetV2, and any feature network of timm as `timm/NAME`.
 
-The backbone owns the statistics that its weights were trained with: uint8 pictures are normalised here, on the device;
-floating-point pictures are taken as normalised already. Parameter names are torchvision's under `backbone.0.body`.
+The backbone owns the statistics that its weights were trained with: uint8 pictures are normalised here, on
+the device; floating-point pictures are taken as normalised already. Parameter names are torchvision's under
+`backbone.0.body`.
 """
 
 import urllib.error
@@ -94,9 +95,10 @@ def build_backbone(
 ) -> Backbone:
     """The backbone of a detector that reads its last map.
 
-    weights: `imagenet`, `none` or a file of a state dict under torchvision's or timm's names. norm: `frozen`, `batch` or
-    `group`. num_stages: stages used, 4 = stride 32 (16 with dilation), 3 = stride 16. train: False freezes all
-    parameters. Stem and first stage of torchvision's networks are frozen when their norms are (official rule).
+    weights: `imagenet`, `none` or a file of a state dict under torchvision's or timm's names. norm: `frozen`,
+    `batch` or `group`. num_stages: stages used, 4 = stride 32 (16 with dilation), 3 = stride 16. train: False
+    freezes all parameters. Stem and first stage of torchvision's networks are frozen when their norms are
+    (official rule).
 
     ValueError: unknown name, or a combination that the network does not have.
     """

@@ -1,6 +1,6 @@
 """
-The decoder of Conditional DETR (arXiv:2108.06152, Sec. 3.3): cross-attention compares content with content and place with
-place, side by side in each head. The rest of the detector is DETR's.
+The decoder of Conditional DETR (arXiv:2108.06152, Sec. 3.3): cross-attention compares content with content
+and place with place, side by side in each head. The rest of the detector is DETR's.
 """
 
 import torch
@@ -14,7 +14,8 @@ from .transformer import Blocks, clones
 
 
 class Attention(nn.Module):
-    """Multi-head attention without input projections: softmax(q k / sqrt(width of q a head)) v, then `out_proj`.
+    """Multi-head attention without input projections: softmax(q k / sqrt(width of q a head)) v, then
+    `out_proj`.
 
     The widths of q and k may differ from that of v.
     """
@@ -104,8 +105,8 @@ class ConditionalDecoderLayer(nn.Module):
 class ConditionalDecoder(nn.Module):
     """Decoder layers that share one reference point a query, taken from its learned position.
 
-    The sine code of the reference is scaled by a function of the state from the second layer on (official code; the paper
-    scales it in every layer). The reference never changes and nothing is detached.
+    The sine code of the reference is scaled by a function of the state from the second layer on (official
+    code; the paper scales it in every layer). The reference never changes and nothing is detached.
     """
 
     def __init__(
@@ -124,10 +125,11 @@ class ConditionalDecoder(nn.Module):
 
     @torch.no_grad()
     def start_local(self, gain: float) -> None:
-        """Initial values with which every head begins by looking around the reference point (ours, not the paper's).
+        """Initial values with which every head begins by looking around the reference point (ours, not the
+        paper's).
 
-        Place is compared with place by the same projection on both sides, times `gain`; the scale of the sine code begins as 1.
-        From random numbers this halves the steps that the attention takes to become local.
+        Place is compared with place by the same projection on both sides, times `gain`; the scale of the sine
+        code begins as 1. From random numbers this halves the steps that the attention takes to become local.
         """
         for layer in self.layers:
             layer.ca_qpos_sine_proj.weight.copy_(gain * layer.ca_kpos_proj.weight)

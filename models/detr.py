@@ -1,6 +1,6 @@
 """
-DETR (arXiv:2005.12872): a backbone, a transformer, and two heads that read every query. Also hosts Conditional DETR, whose
-decoder and heads differ but whose forward does not.
+DETR (arXiv:2005.12872): a backbone, a transformer, and two heads that read every query. Also hosts
+Conditional DETR, whose decoder and heads differ but whose forward does not.
 """
 
 import torch
@@ -16,8 +16,9 @@ from .transformer import Transformer
 class DETR(nn.Module):
     """A set of boxes from a batch of pictures.
 
-    num_queries: learned queries of each group, the inference group first. query_sources: modules that add query groups (and
-    losses) from memory and targets while training. aux_loss: predictions of every decoder layer, while training.
+    num_queries: learned queries of each group, the inference group first. query_sources: modules that add
+    query groups (and losses) from memory and targets while training. aux_loss: predictions of every decoder
+    layer, while training.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class DETR(nn.Module):
         samples: padded batch, list of [3, H, W] or [B, 3, H, W]; uint8, or float and normalised.
         targets: read by query sources only, while training.
 
-        Returns `pred_logits` [B, Q, K] and `pred_boxes` [B, Q, 4] (cxcywh in [0, 1]) of the last layer; while training also
-        `predictions`, the flat list of all, and `losses`, the terms that query sources computed themselves.
+        Returns `pred_logits` [B, Q, K] and `pred_boxes` [B, Q, 4] (cxcywh in [0, 1]) of the last layer; while
+        training also `predictions`, the flat list of all, and `losses`, the terms that query sources computed
+        themselves.
         """
         if not isinstance(samples, NestedTensor):
             samples = nested_tensor_from_tensor_list(samples)

@@ -31,7 +31,9 @@ def class_head(hidden_dim: int, num_outputs: int, prior: float | None = None) ->
 
 
 def box_head(hidden_dim: int, start_at_reference: bool = False) -> MLP:
-    """Box numbers in logit space; `start_at_reference` zeroes the last layer, so that boxes begin as the reference."""
+    """Box numbers in logit space; `start_at_reference` zeroes the last layer, so that boxes begin as the
+    reference.
+    """
     head = MLP(hidden_dim, hidden_dim, 4, num_layers=3)
     if start_at_reference:
         nn.init.zeros_(head.layers[-1].weight)

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 
 def frequencies(num_feats: int, temperature: float, device: torch.device) -> Tensor:
-    """[num_feats] divisors, pairs of equal ones; float32 whatever the model's precision, as the official code."""
+    """[num_feats] divisors, pairs of equal ones; float32 whatever the model's precision, as the official
+    code.
+    """
     index = torch.arange(num_feats, dtype=torch.float32, device=device)
     return temperature ** (2 * torch.div(index, 2, rounding_mode='floor') / num_feats)
 
@@ -54,7 +56,9 @@ class PositionEmbeddingSine(nn.Module):
 
 
 class PositionEmbeddingLearned(nn.Module):
-    """A learned vector for each of 50 columns and 50 rows; the mask is ignored (official `--position_embedding learned`)."""
+    """A learned vector for each of 50 columns and 50 rows; the mask is ignored (official
+    `--position_embedding learned`).
+    """
 
     cells = 50
 

@@ -1,4 +1,6 @@
-"""From outputs to detections in pixels. A detection is a score, a class index and a box; nothing is suppressed."""
+"""From outputs to detections in pixels. A detection is a score, a class index and a box; nothing is
+suppressed.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +19,15 @@ def scale_boxes(boxes: Tensor, target_sizes: Tensor) -> Tensor:
 
 
 class SoftmaxPostProcess(nn.Module):
-    """One detection a query, in query order (DETR): the best class other than 'no object', which is the last one."""
+    """One detection a query, in query order (DETR): the best class other than 'no object', which is the last
+    one.
+    """
 
     @torch.no_grad()
     def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> Detections:
-        """target_sizes: [B, 2] height and width in pixels. Returns scores, labels [Q] and boxes [Q, 4] xyxy a picture."""
+        """target_sizes: [B, 2] height and width in pixels. Returns scores, labels [Q] and boxes [Q, 4] xyxy a
+        picture.
+        """
         scores, labels = outputs['pred_logits'].softmax(-1)[..., :-1].max(-1)
         boxes = scale_boxes(outputs['pred_boxes'], target_sizes)
         return [{'scores': s, 'labels': c, 'boxes': b} for s, c, b in zip(scores, labels, boxes, strict=True)]
@@ -36,7 +42,9 @@ class TopKPostProcess(nn.Module):
 
     @torch.no_grad()
     def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> Detections:
-        """target_sizes: [B, 2] height and width in pixels. Returns scores, labels [N] and boxes [N, 4] xyxy a picture."""
+        """target_sizes: [B, 2] height and width in pixels. Returns scores, labels [N] and boxes [N, 4] xyxy a
+        picture.
+        """
         probability = outputs['pred_logits'].sigmoid()  # [B, Q, K]
         num_classes = probability.shape[-1]
         scores, index = probability.flatten(1).topk(min(self.num_select, probability[0].numel()))  # [B, N]

@@ -1,9 +1,9 @@
 """
 The vocabulary: what travels between backbone, transformer, heads and criterion.
 
-Every detector here emits a flat list of predictions. Each carries the name of its kind; one table says how each kind is
-supervised. Letters in shapes: B images, Q queries, S memory tokens, L levels, C channels, K classes, M matched pairs,
-T objects of the batch.
+Every detector here emits a flat list of predictions. Each carries the name of its kind; one table says how
+each kind is supervised. Letters in shapes: B images, Q queries, S memory tokens, L levels, C channels, K
+classes, M matched pairs, T objects of the batch.
 """
 
 from collections.abc import Callable
@@ -80,7 +80,8 @@ class Prediction:
 class Matcher(Protocol):
     """Which query answers for which object, in two halves: costs on the device, pairs on the host.
 
-    `stacked` is a prediction whose tensors have the layers in front: logits [L, B, Q, K], boxes and anchors [L, B, Q, 4].
+    `stacked` is a prediction whose tensors have the layers in front: logits [L, B, Q, K], boxes and anchors
+    [L, B, Q, 4].
     """
 
     def cost(self, stacked: Prediction, targets: 'Targets') -> Tensor: ...
@@ -104,11 +105,11 @@ class Supervision:
 def visibility(groups: list[QueryGroup]) -> Tensor | None:
     """Self-attention mask between query groups (H-DETR Sec. 3.2, DINO Sec. 3.3).
 
-    A group sees itself (only the own block where `block` is set) and the groups named in `sees`; the inference group names
-    none, so training queries cannot change its result.
+    A group sees itself (only the own block where `block` is set) and the groups named in `sees`; the
+    inference group names none, so training queries cannot change its result.
 
-    Returns [Q, Q] bool over the concatenated groups, True = may not attend; None for a single plain group, so that inference
-    runs without a mask.
+    Returns [Q, Q] bool over the concatenated groups, True = may not attend; None for a single plain group, so
+    that inference runs without a mask.
     """
     if len(groups) == 1 and not groups[0].block:
         return None
@@ -130,8 +131,9 @@ def visibility(groups: list[QueryGroup]) -> Tensor | None:
 def attention_blocks(groups: list[QueryGroup]) -> list[tuple[slice, Tensor | None]]:
     """Runs of queries that attend among themselves, each with the mask that it needs.
 
-    Groups that see only themselves attend apart and without a mask: the numbers are those of one masked attention over all,
-    at a cost of sum(n^2) instead of (sum n)^2. If any group names others or attends by block, those runs are joined.
+    Groups that see only themselves attend apart and without a mask: the numbers are those of one masked
+    attention over all, at a cost of sum(n^2) instead of (sum n)^2. If any group names others or attends by
+    block, those runs are joined.
     """
     if any(group.sees for group in groups):
         return [(slice(0, sum(group.tgt.shape[1] for group in groups)), visibility(groups))]
@@ -148,7 +150,8 @@ def learned_groups(
 ) -> list[QueryGroup]:
     """Learned object queries as groups: content zero, position learned (DETR Sec. 3.2).
 
-    query_embed: [sum of num_queries, C], rows in the order of `num_queries`. Outside training only the first group exists.
+    query_embed: [sum of num_queries, C], rows in the order of `num_queries`. Outside training only the first
+    group exists.
     """
     names = list(num_queries) if training else list(num_queries)[:1]
     embeds = query_embed.split(list(num_queries.values()))

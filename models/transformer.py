@@ -1,8 +1,8 @@
 """
 The dense transformer of DETR (arXiv:2005.12872, Sec. A.3): attention over every cell of one feature map.
 
-Batch first throughout. Parameter names are the official ones. Position encodings are added anew to queries and keys of every
-layer, never to values.
+Batch first throughout. Parameter names are the official ones. Position encodings are added anew to queries
+and keys of every layer, never to values.
 """
 
 import copy
@@ -17,12 +17,16 @@ Blocks = list[tuple[slice, Tensor | None]]
 
 
 def clones(layer: nn.Module, num_layers: int) -> nn.ModuleList:
-    """Deep copies of one layer: what a later draw does not touch (biases) is equal in all of them, as in the official code."""
+    """Deep copies of one layer: what a later draw does not touch (biases) is equal in all of them, as in the
+    official code.
+    """
     return nn.ModuleList(copy.deepcopy(layer) for _ in range(num_layers))
 
 
 class SubLayers(nn.Module):
-    """Norms around sub-layers: behind the sum (post-norm, the default) or in front of the sub-layer (`pre_norm`)."""
+    """Norms around sub-layers: behind the sum (post-norm, the default) or in front of the sub-layer
+    (`pre_norm`).
+    """
 
     def __init__(self, pre_norm: bool) -> None:
         super().__init__()
@@ -143,7 +147,9 @@ class TransformerDecoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A feature map to `Memory`, and query groups over it to layer outputs. The decoder decides how queries read."""
+    """A feature map to `Memory`, and query groups over it to layer outputs. The decoder decides how queries
+    read.
+    """
 
     def __init__(self, encoder: TransformerEncoder, decoder: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""Recorded cases of the official implementations: rebuild one with our model and compare everything that it holds."""
+"""Recorded cases of the official implementations: rebuild one with our model and compare everything that it
+holds.
+"""
 
 import json
 from argparse import Namespace

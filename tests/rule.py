@@ -1,7 +1,7 @@
 """Deterministic weights and pictures from names alone: the same numbers on any machine.
 
-Element i of the tensor called `name` is the splitmix64 hash of crc32(name) * 2^32 + i, its top 53 bits mapped to [-1, 1). The
-recorded numbers of the official implementations were made with these weights.
+Element i of the tensor called `name` is the splitmix64 hash of crc32(name) * 2^32 + i, its top 53 bits mapped
+to [-1, 1). The recorded numbers of the official implementations were made with these weights.
 """
 
 import math

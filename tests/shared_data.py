@@ -1,4 +1,6 @@
-"""Recorded numbers and small data sets beside the checkout; tests that need them are skipped where they are absent."""
+"""Recorded numbers and small data sets beside the checkout; tests that need them are skipped where they are
+absent.
+"""
 
 import json
 from pathlib import Path
@@ -15,7 +17,9 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason='needs the folder 
 
 
 def read_shared(name: str) -> dict:
-    """A JSON file of the shared folder; an empty dict where the folder is absent, so that tests can be collected."""
+    """A JSON file of the shared folder; an empty dict where the folder is absent, so that tests can be
+    collected.
+    """
     return json.loads((SHARED / name).read_text()) if SHARED.is_dir() else {}
 
 

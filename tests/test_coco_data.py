@@ -1,4 +1,6 @@
-"""COCO-form data: official targets, files of every kind, errors that name the culprit, randomness without surprises."""
+"""COCO-form data: official targets, files of every kind, errors that name the culprit, randomness without
+surprises.
+"""
 
 import copy
 import io

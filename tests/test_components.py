@@ -1,4 +1,6 @@
-"""Small shared pieces equal the official ones: encodings, boxes, focal loss, matching, masks at feature resolution."""
+"""Small shared pieces equal the official ones: encodings, boxes, focal loss, matching, masks at feature
+resolution.
+"""
 
 import numpy as np
 import pytest

@@ -68,10 +68,11 @@ class GivenFeatures(nn.Module):
 @pytest.mark.parametrize('cells', [[(7, 5), (4, 6)], [(14, 10), (9, 13)]], ids=['stride 32', 'DC5'])
 @family
 def test_padding_does_not_reach_the_transformer(flags: dict, cells: list[tuple[int, int]]) -> None:
-    """A padded batch equals single runs without padding, whatever stands in the padded cells of the feature map.
+    """A padded batch equals single runs without padding, whatever stands in the padded cells of the feature
+    map.
 
-    (The convolutions in front of it see zeros beyond a picture's edge, and what their biases make of them behind the padding:
-    that part of the official model depends on the batch, slightly.)
+    (The convolutions in front of it see zeros beyond a picture's edge, and what their biases make of them
+    behind the padding: that part of the official model depends on the batch, slightly.)
     """
     with float64():
         model, _, _ = build(flags)
@@ -171,7 +172,9 @@ def test_uint8_pictures_are_normalised_by_the_model(flags: dict) -> None:
 
 
 class CountSyncs(TorchDispatchMode):
-    """Counts operators that make a GPU's host wait: reading a scalar, shapes that depend on values, boolean indices."""
+    """Counts operators that make a GPU's host wait: reading a scalar, shapes that depend on values, boolean
+    indices.
+    """
 
     names = (
         'aten._local_scalar_dense',
@@ -211,7 +214,9 @@ def test_the_counter_sees_what_it_is_for() -> None:
 
 @family
 def test_a_training_step_does_not_synchronise(flags: dict) -> None:
-    """No scalar is read and no shape depends on values; the copy of the matching costs is the only one (see `to_host`)."""
+    """No scalar is read and no shape depends on values; the copy of the matching costs is the only one (see
+    `to_host`).
+    """
     model, criterion, _ = build(flags)
     targets = random_targets(3, 0)
     with CountSyncs() as syncs:

@@ -1,4 +1,6 @@
-"""DETR and Conditional DETR equal the official implementations: outputs, losses, assignments, gradients, optimizer steps."""
+"""DETR and Conditional DETR equal the official implementations: outputs, losses, assignments, gradients,
+optimizer steps.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path

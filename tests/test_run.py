@@ -1,4 +1,6 @@
-"""Whole runs of main.py on the built-in pictures: repeatable, resumable, able to learn, clear about what is wrong."""
+"""Whole runs of main.py on the built-in pictures: repeatable, resumable, able to learn, clear about what is
+wrong.
+"""
 
 import csv
 import json
@@ -56,7 +58,9 @@ def assert_same(ours: object, theirs: object, where: str = 'checkpoint') -> None
 def test_interrupted_and_resumed_equals_uninterrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights, optimizer, schedule, random numbers and rows, although the run stops in the middle of an epoch."""
+    """Weights, optimizer, schedule, random numbers and rows, although the run stops in the middle of an
+    epoch.
+    """
     run(tmp_path / 'whole')
     steps = [0]
     original = engine.weighted_sum
@@ -159,7 +163,9 @@ def test_pretrained_weights_fit_another_number_of_classes(
 
 
 def make_coco(folder: Path, ids: tuple[int, ...]) -> Path:
-    """A small data set in COCO form: two pictures a split, one of them without objects, a crowd and a box of no size."""
+    """A small data set in COCO form: two pictures a split, one of them without objects, a crowd and a box of
+    no size.
+    """
     from torchvision.io import write_png
 
     (folder / 'annotations').mkdir(parents=True)
@@ -199,7 +205,7 @@ def test_predict_draws_and_writes_results(tmp_path: Path) -> None:
     out = tmp_path / 'out'
     predict.main(predict.get_args_parser().parse_args([*args, '--output_dir', str(out), '--device', 'cpu']))
     rows = json.loads((out / 'predictions.json').read_text())
-    assert {row['image_id'] for row in rows} == {'1.png', '2.png', '3.png', '4.png'}
+    assert {(row['image_id'], row['file_name']) for row in rows} == {(i, f'{i}.png') for i in (1, 2, 3, 4)}
     assert all(
         1 <= row['category_id'] <= 6 and 0 <= row['score'] <= 1 and len(row['bbox']) == 4 for row in rows
     )

@@ -1,6 +1,6 @@
 """
-How fast are the parts? All contenders of a comparison run in one process, turn about, and must first agree in what they
-compute.
+How fast are the parts? All contenders of a comparison run in one process, turn about, and must first agree in
+what they compute.
 
     python tools/benchmark.py data                          # pictures that it draws itself
     python tools/benchmark.py data --coco_path data/coco    # pictures of a data set
@@ -108,7 +108,9 @@ def make_target(path: Path) -> Target:
 
 
 def load_with_pillow(path: Path, target: Target, transforms: Compose) -> tuple[Tensor, Target]:
-    """The chain of the official code: Pillow decodes, flips, crops and resizes; float32, normalised, on the CPU."""
+    """The chain of the official code: Pillow decodes, flips, crops and resizes; float32, normalised, on the
+    CPU.
+    """
     with PIL.Image.open(path) as image:
         picture = image.convert('RGB')
     *geometry, normalize_boxes = transforms.transforms

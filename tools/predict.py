@@ -3,8 +3,8 @@ Find objects in pictures with a trained checkpoint.
 
   python tools/predict.py --checkpoint output/quickstart/checkpoint.pth --source PICTURE --output_dir OUT
 
-Draws every picture and writes `predictions.json` in COCO's result form. The model's flags, the classes and the picture size come
-from the checkpoint.
+Draws every picture and writes `predictions.json` in COCO's result form. The model's flags, the classes and
+the picture size come from the checkpoint.
 """
 
 import argparse
@@ -108,11 +108,15 @@ def detect(model: nn.Module, postprocess: nn.Module, picture: Tensor, args: Name
 
 
 def coco_results(name: str, result: dict[str, Tensor], class_map: ClassMap) -> list[dict]:
-    """COCO's result form, with the file name in place of an id that only annotations could give."""
+    """COCO's result form. The id of a picture is the number that its file is named by, as COCO's are, else
+    its name.
+    """
+    stem = Path(name).stem
     rows = zip(result['scores'].tolist(), result['labels'].tolist(), result['boxes'].tolist(), strict=True)
     return [
         {
-            'image_id': name,
+            'image_id': int(stem) if stem.isdecimal() else name,
+            'file_name': name,
             'category_id': class_map.category_ids[label],
             'category_name': class_map.names[label],
             'bbox': [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],

@@ -24,8 +24,8 @@ def box_area(boxes_xyxy: Tensor) -> Tensor:
 def box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> tuple[Tensor, Tensor]:
     """Intersection over union, and the union, of broadcast boxes: [..., 4] with [..., 4] to [...] twice.
 
-    Pairs are element by element; a matrix of all pairs comes from `boxes1[:, None]` and `boxes2[None]`. Torchvision's
-    functions only make matrices or add an epsilon, which would move the numbers.
+    Pairs are element by element; a matrix of all pairs comes from `boxes1[:, None]` and `boxes2[None]`.
+    Torchvision's functions only make matrices or add an epsilon, which would move the numbers.
     """
     top_left = torch.maximum(boxes1_xyxy[..., :2], boxes2_xyxy[..., :2])
     bottom_right = torch.minimum(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:])
@@ -37,7 +37,8 @@ def box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> tuple[Tensor, Tensor]:
 def generalized_box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
     """Generalised IoU (arXiv:1902.09630) of broadcast boxes, [..., 4] with [..., 4] to [...]; no epsilon.
 
-    Boxes of no size give NaN. Nothing is asserted about predictions here: the matcher reports numbers that are not finite.
+    Boxes of no size give NaN. Nothing is asserted about predictions here: the matcher reports numbers that
+    are not finite.
     """
     iou, union = box_iou(boxes1_xyxy, boxes2_xyxy)
     top_left = torch.minimum(boxes1_xyxy[..., :2], boxes2_xyxy[..., :2])

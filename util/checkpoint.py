@@ -1,8 +1,9 @@
 """
-Checkpoints: written whole or not at all, plain tensors and dictionaries that `torch.load(weights_only=True)` reads.
+Checkpoints: written whole or not at all, plain tensors and dictionaries that `torch.load(weights_only=True)`
+reads.
 
-`load_checkpoint` recognises official files and those of other projects by keys that only they have (`util/foreign_names.py`),
-fits them strictly, and says what is left.
+`load_checkpoint` recognises official files and those of other projects by keys that only they have
+(`util/foreign_names.py`), fits them strictly, and says what is left.
 """
 
 import argparse
@@ -27,7 +28,9 @@ RESIZABLE = ('class_embed', 'query_embed')  # what --pretrained may take from a 
 
 @dataclass
 class Report:
-    """What a checkpoint filled. `reinitialised`: entries of another shape, left as they were (or filled in part)."""
+    """What a checkpoint filled. `reinitialised`: entries of another shape, left as they were (or filled in
+    part).
+    """
 
     layout: str
     loaded: int
@@ -85,9 +88,11 @@ def download(url: str) -> Path:
 def load_checkpoint(model: nn.Module, source: str | Path | dict, resize: bool = False) -> Report:
     """Fill a model from a path, an address, a checkpoint or a state dict, whatever project's names it uses.
 
-    resize: class heads and queries of another number are re-initialised (queries: filled as far as they go) and listed.
+    resize: class heads and queries of another number are re-initialised (queries: filled as far as they go)
+    and listed.
 
-    ValueError: an entry is missing, left over or of another shape; the message lists them. The model is untouched then.
+    ValueError: an entry is missing, left over or of another shape; the message lists them. The model is
+    untouched then.
     """
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
     state = checkpoint.get('model', checkpoint.get('state_dict', checkpoint))

@@ -1,5 +1,6 @@
 """
-Names of other projects' checkpoints, turned into the official ones: one table a source, chosen by keys that only it has.
+Names of other projects' checkpoints, turned into the official ones: one table a source, chosen by keys that
+only it has.
 
 A rule is a pattern and its replacement; the first that matches a whole name wins.
 """
@@ -13,8 +14,8 @@ from torch import Tensor
 State = dict[str, Tensor]
 Rules = list[tuple[str, str]]
 
-# transformers' DETR and Conditional DETR: names of saved files (all versions) and of live modules since version 5.
-# `@` stands for the layer prefix, `#` for weight or bias.
+# transformers' DETR and Conditional DETR: names of saved files (all versions) and of live modules since
+# version 5. `@` stands for the layer prefix, `#` for weight or bias.
 TRANSFORMERS: Rules = [
     (r'model\.backbone\.(?:conv_encoder\.)?model\.embedder\.embedder\.convolution\.(.*)', r'backbone.0.body.conv1.\1'),
     (r'model\.backbone\.(?:conv_encoder\.)?model\.embedder\.embedder\.normalization\.(.*)', r'backbone.0.body.bn1.\1'),

@@ -1,7 +1,8 @@
 """
 What a run tells its user: progress on the terminal, `metrics.csv` and `log.jsonl` on disk.
 
-Loss terms stay on the device until they are shown: reading them is a synchronisation, so it happens once a window, in one copy.
+Loss terms stay on the device until they are shown: reading them is a synchronisation, so it happens once a
+window, in one copy.
 """
 
 import csv
@@ -130,9 +131,11 @@ def format_time(seconds: float) -> str:
 
 
 class RunLog:
-    """`metrics.csv` (numbers only, equal for equal runs) and `log.jsonl` (everything, times too), one row an epoch.
+    """`metrics.csv` (numbers only, equal for equal runs) and `log.jsonl` (everything, times too), one row an
+    epoch.
 
-    resume_epoch: rows of later epochs are dropped, since those epochs will run again. Files are written by the main process.
+    resume_epoch: rows of later epochs are dropped, since those epochs will run again. Files are written by
+    the main process.
     """
 
     def __init__(self, folder: Path, resume_epoch: int = -1) -> None:
@@ -155,7 +158,9 @@ class RunLog:
         return any(int(row['epoch']) == epoch for row in self.rows)
 
     def append(self, row: dict[str, float | int | None], record: dict) -> None:
-        """Add an epoch. row: numbers, None where nothing was measured; record: JSON values. Both hold `epoch`."""
+        """Add an epoch. row: numbers, None where nothing was measured; record: JSON values. Both hold
+        `epoch`.
+        """
         self.rows.append({name: '' if value is None else value for name, value in row.items()})
         self.records.append(record)
         if not is_main_process():

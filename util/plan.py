@@ -81,7 +81,9 @@ def learning_rate_text(
 
 
 def count_flops(model: nn.Module, height: int, width: int) -> int:
-    """Multiplications and additions of one picture's forward pass, without running it (two a multiply-accumulate)."""
+    """Multiplications and additions of one picture's forward pass, without running it (two a
+    multiply-accumulate).
+    """
     shadow = copy.deepcopy(model).to('meta').eval()
     picture = torch.zeros(1, 3, height, width, device='meta')
     samples = NestedTensor(picture, torch.zeros(1, height, width, dtype=torch.bool, device='meta'))

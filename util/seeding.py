@@ -10,8 +10,8 @@ import torch
 
 @contextmanager
 def local_seed(*numbers: int) -> Iterator[None]:
-    """Inside, Python's `random` and torch's CPU generator are a pure function of the numbers; afterwards both are
-    as they were before. NumPy's and the devices' generators are not touched.
+    """Inside, Python's `random` and torch's CPU generator are a pure function of the numbers; afterwards both
+    are as they were before. NumPy's and the devices' generators are not touched.
     """
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     seed = int.from_bytes(digest, 'little') >> 1

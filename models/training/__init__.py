@@ -1,5 +1,6 @@
 """
-What only training needs. Nothing in `models/` imports this package at module level; `build_model` does, inside the function.
+What only training needs. Nothing in `models/` imports this package at module level; `build_model` does,
+inside the function.
 """
 
 from argparse import Namespace
@@ -14,7 +15,9 @@ from .matcher import HungarianMatcher, focal_cost, softmax_cost
 
 
 def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn.ModuleDict]:
-    """The table of supervision, the learned queries of each group (inference group first), and the query sources."""
+    """The table of supervision, the learned queries of each group (inference group first), and the query
+    sources.
+    """
     focal = args.family != 'detr'
     cost = args.set_cost_class, args.set_cost_bbox, args.set_cost_giou
     coef = {'ce': args.cls_loss_coef, 'bbox': args.bbox_loss_coef, 'giou': args.giou_loss_coef}

@@ -25,8 +25,8 @@ def loss_suffix(kind: str, layer: int | None) -> str:
 class SetCriterion(nn.Module):
     """Set losses of a list of predictions.
 
-    table: supervision of each kind. weight_dict: coefficient of each loss by its official name; terms without one are logged
-    only. The sum of `losses[name] * weight_dict[name]` is what is trained.
+    table: supervision of each kind. weight_dict: coefficient of each loss by its official name; terms without
+    one are logged only. The sum of `losses[name] * weight_dict[name]` is what is trained.
     """
 
     def __init__(self, table: dict[str, Supervision], weight_dict: dict[str, float]) -> None:
@@ -39,10 +39,10 @@ class SetCriterion(nn.Module):
     ) -> dict[str, Tensor]:
         """Unweighted loss terms, scalars by official name.
 
-        outputs: what the model returns while training (or `pred_logits` and `pred_boxes` alone). targets: one dictionary a
-        picture with `labels` [T_i] and `boxes` [T_i, 4] cxcywh in [0, 1]. step_targets: the targets of every batch that
-        shares this optimizer step, this one among them; losses are then divided by the average of their counts, so that
-        accumulated batches give the gradient of one large batch.
+        outputs: what the model returns while training (or `pred_logits` and `pred_boxes` alone). targets: one
+        dictionary a picture with `labels` [T_i] and `boxes` [T_i, 4] cxcywh in [0, 1]. step_targets: the
+        targets of every batch that shares this optimizer step, this one among them; losses are then divided
+        by the average of their counts, so that accumulated batches give the gradient of one large batch.
         """
         predictions = outputs.get('predictions') or [
             Prediction(outputs['pred_logits'], outputs['pred_boxes'])
@@ -86,11 +86,13 @@ class SetCriterion(nn.Module):
         }
 
     def denominators(self, stacks: dict[str, Stack], step_sizes: list[list[int]]) -> Tensor:
-        """[kinds, 2]: what class and box losses of each kind are divided by, averaged over processes and batches of a step.
+        """[kinds, 2]: what class and box losses of each kind are divided by, averaged over processes and
+        batches of a step.
 
-        The total over all of them is at least 1 (the official code clamps the average; the difference shows only where there is
-        less than one object a process, and this way the number of processes does not change the gradient). Where assignments
-        are known in advance, the other batches of a step are taken to have the counts of this one.
+        The total over all of them is at least 1 (the official code clamps the average; the difference shows
+        only where there is less than one object a process, and this way the number of processes does not
+        change the gradient). Where assignments are known in advance, the other batches of a step are taken to
+        have the counts of this one.
         """
         totals = []
         for kind, stack in stacks.items():

@@ -1,8 +1,8 @@
 """
 Loss terms of one kind of prediction, for all its decoder layers at once.
 
-Each function takes a `Stack` and returns a sum (or a statistic) for every layer, [L]; the criterion divides. Class losses are
-objects with a `denominator`: what their sum is divided by, known from the targets alone.
+Each function takes a `Stack` and returns a sum (or a statistic) for every layer, [L]; the criterion divides.
+Class losses are objects with a `denominator`: what their sum is divided by, known from the targets alone.
 """
 
 from dataclasses import dataclass
@@ -72,7 +72,8 @@ class FocalLoss:
 
 
 class SoftmaxLoss:
-    """Cross-entropy over all queries, the last class being 'no object' with weight `eos_coef` (DETR Sec. 3.1).
+    """Cross-entropy over all queries, the last class being 'no object' with weight `eos_coef` (DETR Sec.
+    3.1).
 
     It is a weighted mean: divided by the sum of the weights, not by the number of objects.
     """
@@ -106,9 +107,11 @@ def box_losses(stack: Stack) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def cardinality_error(stack: Stack) -> Tensor:
-    """[L] mean over pictures of |queries whose best class is not the last - objects|; a log entry of the official code.
+    """[L] mean over pictures of |queries whose best class is not the last - objects|; a log entry of the
+    official code.
 
-    With focal losses the last class is a real one, so the number says nothing there. It is kept as it was for comparing logs.
+    With focal losses the last class is a real one, so the number says nothing there. It is kept as it was for
+    comparing logs.
     """
     not_last = (stack.logits.argmax(-1) != stack.logits.shape[-1] - 1).sum(-1)  # [L, B]
     return (not_last - from_host(stack.num_objects, not_last)).abs().float().mean(-1)

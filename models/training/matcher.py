@@ -1,8 +1,9 @@
 """
 Which query answers for which object. Training only.
 
-A matcher first builds the costs of all layers and pictures on the device (`cost`), then solves them on the host (`solve`).
-Between the two, the criterion copies the costs of every kind of prediction at once: one synchronisation a step.
+A matcher first builds the costs of all layers and pictures on the device (`cost`), then solves them on the
+host (`solve`). Between the two, the criterion copies the costs of every kind of prediction at once: one
+synchronisation a step.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,9 @@ class Targets:
 
     @classmethod
     def pack(cls, targets: list[dict], class_agnostic: bool = False) -> 'Targets':
-        """targets: dictionaries with `labels` [T_i] and `boxes` [T_i, 4]. class_agnostic: every object is class 0."""
+        """targets: dictionaries with `labels` [T_i] and `boxes` [T_i, 4]. class_agnostic: every object is
+        class 0.
+        """
         labels = [target['labels'] for target in targets]
         boxes = [target['boxes'] for target in targets]
         if class_agnostic:
@@ -61,7 +64,8 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 def focal_cost(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Class cost of sigmoid heads: what the focal loss would gain; logits [..., Q, K], labels [..., T] to [..., Q, T].
+    """Class cost of sigmoid heads: what the focal loss would gain; logits [..., Q, K], labels [..., T] to
+    [..., Q, T].
 
     alpha and gamma are fixed in the official code: `--focal_alpha` changes the loss only.
     """
@@ -85,8 +89,9 @@ def gather_classes(scores: Tensor, labels: Tensor) -> Tensor:
 class HungarianMatcher:
     """One-to-one assignment of least total cost (DETR Sec. 3.1).
 
-    repeats: times each object is to be answered for (hybrid matching); pairs are min(Q, repeats * T_i) a picture.
-    on: what is compared with the objects, `boxes` or `anchors` (encoder proposals before refinement).
+    repeats: times each object is to be answered for (hybrid matching); pairs are min(Q, repeats * T_i) a
+    picture. on: what is compared with the objects, `boxes` or `anchors` (encoder proposals before
+    refinement).
     """
 
     def __init__(
@@ -126,7 +131,8 @@ class HungarianMatcher:
     def solve(self, cost: np.ndarray, sizes: list[int]) -> list[Assignment]:
         """Costs [L, B, Q, T_max] on the host to one assignment a layer, indices on the host.
 
-        Queries ascend within a picture. FloatingPointError: a cost is not finite; the message names layer and picture.
+        Queries ascend within a picture. FloatingPointError: a cost is not finite; the message names layer and
+        picture.
         """
         offsets = list(accumulate(sizes, initial=0))
         return [self.solve_layer(layer, cost[layer], sizes, offsets) for layer in range(len(cost))]
