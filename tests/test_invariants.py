@@ -405,3 +405,20 @@ def test_help_is_grouped_and_explains_every_flag() -> None:
         assert action.help, action.dest
         if action.default not in (None, False, True, '') and action.dest != 'help':
             assert 'default' in action.help, action.dest
+
+
+def test_initial_values_are_the_official_ones() -> None:
+    model, _, _ = build({'conditional': True})
+    assert torch.allclose(model.class_embed.bias, torch.tensor(-4.59512))
+    assert not model.bbox_embed.layers[-1].weight.any() and not model.bbox_embed.layers[-1].bias.any()
+    first, second = model.transformer.decoder.layers[:2]
+    assert torch.equal(first.linear1.bias, second.linear1.bias), 'layers are copies: their biases are equal'
+    assert not torch.equal(first.linear1.weight, second.linear1.weight)
+    assert not first.self_attn.out_proj.bias.any() and first.sa_v_proj.bias.any()
+    assert second.ca_qpos_proj is None
+    bound = (6 / (32 + 32)) ** 0.5  # Xavier
+    assert 0.9 * bound < first.sa_v_proj.weight.abs().max() <= bound
+    outputs = model.eval()(torch.randn(1, 3, 64, 64))
+    torch.testing.assert_close(outputs['pred_boxes'][..., 2:], torch.full((1, 12, 2), 0.5))
+    plain, _, _ = build({})
+    assert plain.class_embed.bias.abs().max() < 1 and plain.bbox_embed.layers[-1].weight.any()
