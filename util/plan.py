@@ -27,6 +27,7 @@ def print_plan(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     height, width = datasets['val'][0][0].shape[-2:]
+    flops = count_flops(model, height, width)
     rows = {
         'data': f'{args.dataset_file}, '
         + ', '.join(f'{len(data)} {split}' for split, data in datasets.items()),
@@ -34,7 +35,7 @@ def print_plan(
         'model': f'{args.family}, {args.backbone}, {args.num_queries} queries, '
         f'{args.enc_layers}+{args.dec_layers} layers of {args.hidden_dim}',
         'parameters': f'{total:,}, {trainable:,} trainable',
-        'FLOPs': f'{count_flops(model, height, width) / 1e9:.3g} G for a picture of {width} x {height}',
+        'FLOPs': f'{flops / 1e9:.3g} G ({flops / 2e9:.3g} G multiply-adds) for a picture of {width} x {height}',
         'device': f'{next(model.parameters()).device}, {get_world_size()} process(es), torch {torch.__version__}',
     }
     if not args.eval:
