@@ -105,6 +105,7 @@ def test_same_seed_same_run_whatever_the_workers(tmp_path: Path) -> None:
 
 
 def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
+    pytest.importorskip('tensorboard')
     run(tmp_path, '--epochs', '2', '--eval_every', '2', '--save_every', '1', '--tensorboard')
     names = {path.name for path in tmp_path.iterdir()}
     assert {'checkpoint.pth', 'checkpoint0000.pth', 'checkpoint0001.pth', 'metrics.csv', 'log.jsonl', 'curves.png',
