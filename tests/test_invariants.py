@@ -135,6 +135,17 @@ def test_every_trainable_parameter_gets_a_finite_gradient(flags: dict, num_objec
             assert parameter.grad.isfinite().all(), name
 
 
+def test_softmax_loss_is_a_weighted_mean_however_few_the_queries() -> None:
+    """Its divisor is a sum of class weights, which may be below 1; only counts of objects are kept from that."""
+    with float64():
+        model, criterion, _ = build({'num_queries': 4, 'dropout': 0.0})
+        targets = random_targets(0)
+        outputs = model.train()(torch.randn(1, 3, 64, 64), targets)
+        logits = outputs['pred_logits'].flatten(0, 1)
+        mean = nn.functional.cross_entropy(logits, torch.full((4,), logits.shape[-1] - 1))
+        torch.testing.assert_close(criterion(outputs, targets)['loss_ce'], mean)
+
+
 @family
 def test_order_of_objects_does_not_change_the_loss(flags: dict) -> None:
     with float64():

@@ -89,21 +89,23 @@ class SetCriterion(nn.Module):
         """[kinds, 2]: what class and box losses of each kind are divided by, averaged over processes and
         batches of a step.
 
-        The total over all of them is at least 1 (the official code clamps the average; the difference shows
+        A total count of objects is at least 1 (the official code clamps the average; the difference shows
         only where there is less than one object a process, and this way the number of processes does not
         change the gradient). Where assignments are known in advance, the other batches of a step are taken to
         have the counts of this one.
         """
-        totals = []
+        totals, smallest = [], []
         for kind, stack in stacks.items():
             row, num_queries = self.table[kind], stack.logits.shape[2]
+            smallest.append([row.class_loss.smallest_denominator, 1.0])
             if row.matcher is None:
                 totals.append([stack.count * len(step_sizes)] * 2)
                 continue
             classes = [row.class_loss.denominator(row.matcher, sizes, num_queries) for sizes in step_sizes]
             totals.append([sum(classes), sum(row.matcher.count(sizes) for sizes in step_sizes)])
-        totals = all_reduce_sum(from_host(totals, next(iter(stacks.values())).logits))
-        return totals.clamp(min=1) / (get_world_size() * len(step_sizes))
+        like = next(iter(stacks.values())).logits
+        totals = all_reduce_sum(from_host(totals, like))
+        return torch.maximum(totals, from_host(smallest, like)) / (get_world_size() * len(step_sizes))
 
 
 def to_host(tensors: list[Tensor]) -> list[np.ndarray]:

@@ -55,6 +55,8 @@ class Stack:
 class FocalLoss:
     """Sigmoid focal loss over all queries and classes (RetinaNet Sec. 3), divided by the number of objects."""
 
+    smallest_denominator = 1.0
+
     def __init__(self, alpha: float = 0.25, gamma: float = 2.0) -> None:
         self.alpha = alpha
         self.gamma = gamma
@@ -77,6 +79,8 @@ class SoftmaxLoss:
 
     It is a weighted mean: divided by the sum of the weights, not by the number of objects.
     """
+
+    smallest_denominator = 0.0
 
     def __init__(self, eos_coef: float = 0.1) -> None:
         self.eos_coef = eos_coef
