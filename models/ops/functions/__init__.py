@@ -1,0 +1,17 @@
+from .ms_deform_attn_func import (
+    MSDeformAttnFunction,
+    available,
+    implementation,
+    ms_deform_attn,
+    ms_deform_attn_core_pytorch,
+    use_implementation,
+)
+
+__all__ = [
+    'MSDeformAttnFunction',
+    'available',
+    'implementation',
+    'ms_deform_attn',
+    'ms_deform_attn_core_pytorch',
+    'use_implementation',
+]

@@ -1,0 +1,311 @@
+"""
+Multi-scale deformable attention (arXiv:2010.04159, Eq. 3) as one registered operator, `detr::ms_deform_attn`.
+
+Behind it, the first of these that the device has and that agrees with the pure-PyTorch one on a small case:
+`cpp` (CPU) and `cuda`, built by `models/ops/setup.py`; `triton` (CUDA, nothing to build). Where none is there,
+and whenever a model is exported, `pytorch` runs: grid_sample, on any device, without the operator.
+
+Letters: N pictures, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
+"""
+
+import importlib.util
+import logging
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+Shapes = Sequence[tuple[int, int]]  # (height, width) of each level
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+LIBRARY_FILE = Path(__file__).resolve().parents[1] / (
+    f'_C_torch{torch.__version__}'.replace('.', '_').replace('+', '_')
+    + ('.pyd' if sysconfig.get_platform().startswith('win') else '.so')
+)
+logger = logging.getLogger(__name__)
+
+
+def ms_deform_attn_core_pytorch(
+    value: Tensor, spatial_shapes: Shapes, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """The operator in plain PyTorch: differentiable, exportable, on any device. Shapes: see `ms_deform_attn`."""
+    value = value.to(sampling_locations.dtype)
+    batch, _, heads, channels = value.shape
+    _, queries, _, levels, points, _ = sampling_locations.shape
+    grids = (2 * sampling_locations - 1).transpose(1, 2).flatten(0, 1)  # [N M, Q, L, P, 2]
+    parts = value.split([height * width for height, width in spatial_shapes], dim=1)
+    samples = [
+        F.grid_sample(
+            part.permute(0, 2, 3, 1).reshape(batch * heads, channels, height, width),
+            grids[:, :, level],
+            align_corners=False,
+        )
+        for level, (part, (height, width)) in enumerate(zip(parts, spatial_shapes, strict=True))
+    ]  # [N M, D, Q, P] each
+    weights = attention_weights.transpose(1, 2).reshape(batch * heads, 1, queries, levels * points)
+    output = (torch.cat(samples, dim=-1) * weights).sum(-1)  # [N M, D, Q]
+    return output.view(batch, heads * channels, queries).transpose(1, 2)
+
+
+def pairs(flat_shapes: Sequence[int]) -> list[tuple[int, int]]:
+    """[H0, W0, H1, W1 ...] to [(H0, W0), (H1, W1) ...]."""
+    return list(zip(flat_shapes[::2], flat_shapes[1::2], strict=True))
+
+
+def forward_pytorch(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
+    output = ms_deform_attn_core_pytorch(value, pairs(shapes), locations, weights)
+    return output.to(value.dtype).contiguous()
+
+
+def backward_pytorch(
+    grad_output: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor
+) -> Gradients:
+    with torch.enable_grad():
+        inputs = [tensor.detach().requires_grad_() for tensor in (value, locations, weights)]
+        output = ms_deform_attn_core_pytorch(inputs[0], pairs(shapes), *inputs[1:])
+        return torch.autograd.grad(output, inputs, grad_output.to(output.dtype))
+
+
+# The operator. Its implementation is pure PyTorch wherever nothing better is registered for a device.
+SCHEMA = 'Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights'
+library = torch.library.Library('detr', 'DEF')
+library.define(f'ms_deform_attn({SCHEMA}) -> Tensor', tags=torch.Tag.pt2_compliant_tag)
+library.define(
+    f'ms_deform_attn_backward(Tensor grad_output, {SCHEMA}) -> (Tensor, Tensor, Tensor)',
+    tags=torch.Tag.pt2_compliant_tag,
+)
+library.impl('ms_deform_attn', forward_pytorch, 'CompositeExplicitAutograd')
+library.impl('ms_deform_attn_backward', backward_pytorch, 'CompositeExplicitAutograd')
+
+
+@torch.library.register_fake('detr::ms_deform_attn', lib=library)
+def forward_fake(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
+    batch, _, heads, channels = value.shape
+    return value.new_empty(batch, locations.shape[1], heads * channels)
+
+
+@torch.library.register_fake('detr::ms_deform_attn_backward', lib=library)
+def backward_fake(
+    grad_output: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor
+) -> Gradients:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (value, locations, weights))
+
+
+def save_inputs(ctx: object, inputs: tuple, output: Tensor) -> None:
+    value, ctx.shapes, locations, weights = inputs
+    ctx.save_for_backward(value, locations, weights)
+
+
+def backward(ctx: object, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+    value, locations, weights = ctx.saved_tensors
+    grads = torch.ops.detr.ms_deform_attn_backward(grad_output, value, ctx.shapes, locations, weights)
+    return grads[0], None, grads[1], grads[2]
+
+
+torch.library.register_autograd('detr::ms_deform_attn', backward, setup_context=save_inputs, lib=library)
+
+
+def full_precision(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Locations and weights beside 16-bit values are float32: 16 bits place a point only to a third of a
+    pixel.
+    """
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    return locations.to(dtype), weights.to(dtype)
+
+
+def make_autocast(device_type: str) -> Callable:
+    """Under autocast values keep their type; locations and weights are float32."""
+
+    def autocast(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.detr.ms_deform_attn(value, shapes, *full_precision(value, locations, weights))
+
+    return autocast
+
+
+library.impl('ms_deform_attn', make_autocast('cuda'), 'AutocastCUDA')
+library.impl('ms_deform_attn', make_autocast('cpu'), 'AutocastCPU')
+
+
+@register_flop_formula(torch.ops.detr.ms_deform_attn)
+def forward_flops(value: Sequence[int], shapes: object, locations: Sequence[int], *_: object, **__: object) -> int:
+    """Four pixels a point, a multiplication and an addition a channel."""
+    batch, queries, heads, levels, points, _ = locations
+    return 8 * value[-1] * batch * queries * heads * levels * points
+
+
+@register_flop_formula(torch.ops.detr.ms_deform_attn_backward)
+def backward_flops(grad: object, value: Sequence[int], shapes: object, locations: Sequence[int], *_: object, **__: object) -> int:
+    """A product with the pixel and one onto its gradient."""
+    return 2 * forward_flops(value, shapes, locations)
+
+
+def ms_deform_attn(
+    value: Tensor, spatial_shapes: Shapes, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """Weighted bilinear samples of feature maps (Eq. 3), for every head apart.
+
+    value: [N, S, M, D], levels one after the other, row by row. spatial_shapes: (H, W) of each level, plain
+    integers. sampling_locations: [N, Q, M, L, P, 2] x, y in units of the level, 0 and 1 being its edges;
+    pixels outside count as 0. attention_weights: [N, Q, M, L, P], used as they are.
+
+    Returns [N, Q, M D]. RuntimeError: shapes that do not fit each other.
+    """
+    locations, weights = full_precision(value, sampling_locations, attention_weights)
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or implementation(value.device.type) == 'pytorch':
+        return ms_deform_attn_core_pytorch(value, spatial_shapes, locations, weights).to(value.dtype)
+    flat_shapes = [side for shape in spatial_shapes for side in shape]
+    return torch.ops.detr.ms_deform_attn(value, flat_shapes, locations, weights)
+
+
+class MSDeformAttnFunction:
+    """The call of the official extension, for code written for it."""
+
+    @staticmethod
+    def apply(
+        value: Tensor,
+        value_spatial_shapes: Tensor | Shapes,
+        value_level_start_index: Tensor | None,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int | None = None,
+    ) -> Tensor:
+        """`value_level_start_index` follows from the shapes and `im2col_step` has no effect: both are ignored."""
+        shapes = as_shapes(value_spatial_shapes)
+        return ms_deform_attn(value, shapes, sampling_locations, attention_weights)
+
+
+def as_shapes(spatial_shapes: Tensor | Shapes) -> Shapes:
+    """Plain integers; a tensor on a device is waited for."""
+    if isinstance(spatial_shapes, Tensor):
+        return [(height, width) for height, width in spatial_shapes.tolist()]
+    return spatial_shapes
+
+
+# Which implementation a device uses.
+chosen: dict[str, str] = {}
+forced: list[str] = []
+problems: dict[str, str] = {}  # implementation -> why it is not used
+
+
+@torch.compiler.assume_constant_result
+def implementation(device_type: str) -> str:
+    """Name of the implementation in use on this kind of device; chosen, checked and logged at the first
+    question.
+    """
+    if forced:
+        return forced[-1]
+    if device_type == 'meta':
+        return 'operator'  # shapes and FLOPs only
+    if device_type not in chosen:
+        chosen[device_type] = choose(device_type)
+        logger.info('%s', describe(device_type))
+    return chosen[device_type]
+
+
+def choose(device_type: str) -> str:
+    for name in CANDIDATES.get(device_type, ()):
+        if name in problems:
+            continue
+        problem = disagreement(name, device_type)
+        if problem is None:
+            return name
+        problems[name] = problem
+    return 'pytorch'
+
+
+def available(device_type: str) -> list[str]:
+    """Implementations that can run on this kind of device, the one in use first."""
+    first = implementation(device_type)
+    others = [name for name in CANDIDATES.get(device_type, ()) if name not in problems]
+    return list(dict.fromkeys([first, *others, 'pytorch']))
+
+
+def describe(device_type: str) -> str:
+    """One line: which implementation is in use, and why no better one."""
+    name = implementation(device_type)
+    better = CANDIDATES.get(device_type, ())
+    skipped = [f'{other}: {problems[other]}' for other in better[: better.index(name) if name in better else None]]
+    reason = f' ({"; ".join(skipped)})' if skipped else ''
+    return f'{name} kernels of deformable attention on {device_type}{reason}'
+
+
+@contextmanager
+def use_implementation(name: str) -> Iterator[None]:
+    """Tests and benchmarks: this implementation, whatever is best. `pytorch`, or what `available` lists."""
+    forced.append(name)
+    try:
+        yield
+    finally:
+        forced.pop()
+
+
+def disagreement(name: str, device_type: str) -> str | None:
+    """Compare with pure PyTorch on a small case with points inside, at the edge and outside; None if equal."""
+    generator = torch.Generator().manual_seed(0)
+    value, locations, weights, grad = (
+        torch.rand(shape, generator=generator).to(device_type)
+        for shape in ((1, 23, 2, 8), (1, 5, 2, 2, 3, 2), (1, 5, 2, 2, 3), (1, 5, 16))
+    )
+    arguments = value, (5, 4, 1, 3), 1.4 * locations - 0.2, weights
+    forward, backward = KERNELS[name]
+    try:
+        ours = [forward(*arguments), *backward(grad, *arguments)]
+    except Exception as error:  # whatever a driver or compiler may raise: there is a way without it
+        return f'failed ({str(error).splitlines()[0] if str(error) else type(error).__name__})'
+    expected = [forward_pytorch(*arguments), *backward_pytorch(grad, *arguments)]
+    worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, expected, strict=True))
+    return None if worst < 1e-4 else f'differs from PyTorch by {worst:.1e}'
+
+
+def load_library() -> None:
+    """Load the compiled kernels, which register themselves for CPU and CUDA."""
+    if not LIBRARY_FILE.is_file():
+        problems['cpp'] = problems['cuda'] = 'not built: bash scripts/build_ops.sh'
+        return
+    try:
+        torch.ops.load_library(str(LIBRARY_FILE))
+    except OSError as error:
+        problems['cpp'] = problems['cuda'] = f'{LIBRARY_FILE.name} does not load ({error}): bash scripts/build_ops.sh'
+        return
+    if not has_kernel('CUDA'):
+        problems['cuda'] = 'built without CUDA: bash scripts/build_ops.sh where nvcc is'
+
+
+def has_kernel(key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key('detr::ms_deform_attn', key)
+
+
+def triton_kernel(name: str) -> Callable:
+    """A function of `models.ops.triton_kernels`, imported when it is called."""
+
+    def call(*arguments: object) -> object:
+        from models.ops import triton_kernels
+
+        return getattr(triton_kernels, name)(*arguments)
+
+    return call
+
+
+def operator(name: str) -> Callable:
+    return lambda *arguments: getattr(torch.ops.detr, name)(*arguments)
+
+
+CANDIDATES = {'cpu': ('cpp',), 'cuda': ('cuda', 'triton')}  # best first; `pytorch` is behind all of them
+KERNELS: dict[str, tuple[Callable, Callable]] = {
+    'cpp': (operator('ms_deform_attn'), operator('ms_deform_attn_backward')),
+    'cuda': (operator('ms_deform_attn'), operator('ms_deform_attn_backward')),
+    'triton': (triton_kernel('forward'), triton_kernel('backward')),
+    'pytorch': (forward_pytorch, backward_pytorch),
+}
+load_library()
+if importlib.util.find_spec('triton') is None:
+    problems['triton'] = 'not installed'
+elif 'cuda' in problems:
+    library.impl('ms_deform_attn', KERNELS['triton'][0], 'CUDA')
+    library.impl('ms_deform_attn_backward', KERNELS['triton'][1], 'CUDA')

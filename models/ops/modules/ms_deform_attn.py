@@ -1,0 +1,100 @@
+"""The attention module of Deformable DETR (arXiv:2010.04159, Sec. 4.1) around the operator."""
+
+import math
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.ops.functions.ms_deform_attn_func import Shapes, as_shapes, ms_deform_attn
+
+
+def level_sizes(spatial_shapes: Shapes, like: Tensor) -> Tensor:
+    """[L, 2] width and height of each level beside `like`.
+
+    Filled, not copied from the host: nothing waits for the device, and exported programs keep the sizes
+    variable.
+    """
+    sides = [like.new_full((), side) for height, width in spatial_shapes for side in (width, height)]
+    return torch.stack(sides).view(-1, 2)
+
+
+class MSDeformAttn(nn.Module):
+    """Each query reads `n_points` places of each level and head, around its reference point or inside its
+    reference box.
+
+    ValueError: d_model is not a multiple of n_heads.
+    """
+
+    def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4) -> None:
+        super().__init__()
+        if d_model % n_heads:
+            raise ValueError(f'd_model {d_model} is not a multiple of n_heads {n_heads}')
+        if (d_model // n_heads) & (d_model // n_heads - 1):
+            warnings.warn(
+                f'{d_model // n_heads} channels a head: kernels are faster with a power of two', stacklevel=2
+            )
+        self.d_model, self.n_levels, self.n_heads, self.n_points = d_model, n_levels, n_heads, n_points
+        self.im2col_step = 64  # official name; has no effect
+        self.sampling_offsets = nn.Linear(d_model, n_heads * n_levels * n_points * 2)
+        self.attention_weights = nn.Linear(d_model, n_heads * n_levels * n_points)
+        self.value_proj = nn.Linear(d_model, d_model)
+        self.output_proj = nn.Linear(d_model, d_model)
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        """Points in as many directions as there are heads, one step further each; uniform weights."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angle = torch.arange(self.n_heads, dtype=torch.float32) * (2.0 * math.pi / self.n_heads)
+        direction = torch.stack([angle.cos(), angle.sin()], -1)
+        direction = direction / direction.abs().max(-1, keepdim=True).values  # onto the unit square
+        steps = torch.arange(1, self.n_points + 1, dtype=torch.float32)
+        offsets = direction[:, None, None] * steps[:, None]  # [M, 1, P, 2]
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.n_levels, -1, -1).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        input_flatten: Tensor,
+        input_spatial_shapes: Shapes | Tensor,
+        input_level_start_index: Tensor | None = None,
+        input_padding_mask: Tensor | None = None,
+        sizes: Tensor | None = None,
+    ) -> Tensor:
+        """query: [N, Q, C], positions added. reference_points: [N, Q, L, 2] centres or [N, Q, L, 4] boxes
+        cxcywh, in units of the padded picture. input_flatten: [N, S, C], without positions.
+        input_spatial_shapes: (H, W) of each level; a tensor is accepted, and waited for.
+        input_padding_mask: [N, S], True = padding. input_level_start_index is not needed. sizes:
+        `level_sizes` of the shapes, where the caller has them already.
+
+        Returns [N, Q, C].
+        """
+        shapes = as_shapes(input_spatial_shapes)
+        value = self.value_proj(input_flatten)
+        if input_padding_mask is not None:
+            value = value.masked_fill(input_padding_mask[..., None], 0)
+        value = value.unflatten(-1, (self.n_heads, -1))  # [N, S, M, D]
+        grid = self.n_heads, self.n_levels, self.n_points
+        offsets = self.sampling_offsets(query).unflatten(-1, (*grid, 2))  # [N, Q, M, L, P, 2]
+        weights = self.attention_weights(query).unflatten(-1, (self.n_heads, -1))
+        weights = F.softmax(weights, dim=-1).unflatten(-1, grid[1:])  # [N, Q, M, L, P], over levels and points
+        locations = self.locations(offsets, reference_points, shapes, sizes)
+        return self.output_proj(ms_deform_attn(value, shapes, locations, weights))
+
+    def locations(self, offsets: Tensor, reference_points: Tensor, shapes: Shapes, sizes: Tensor | None) -> Tensor:
+        """Where to read, [N, Q, M, L, P, 2]: offsets are pixels, or parts of half the reference box."""
+        reference = reference_points[:, :, None, :, None]  # [N, Q, 1, L, 1, 2 or 4]
+        if reference.shape[-1] == 2:
+            sizes = level_sizes(shapes, reference) if sizes is None else sizes
+            return reference + offsets / sizes[:, None]
+        if reference.shape[-1] == 4:
+            return reference[..., :2] + offsets / self.n_points * reference[..., 2:] * 0.5
+        raise ValueError(f'reference points have 2 or 4 coordinates, not {reference.shape[-1]}')

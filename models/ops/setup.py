@@ -1,0 +1,80 @@
+"""
+Build the kernels of deformable attention that this machine can build, into models/ops:
+
+    cd models/ops && python setup.py build_ext --inplace
+
+CUDA is added where nvcc is, for the visible GPUs or for TORCH_CUDA_ARCH_LIST (such as "8.0 9.0"). Without it, or
+where it does not compile, the CPU kernels are built alone. Nothing needs them: without a compiler the operator
+runs on Triton (CUDA) or plain PyTorch.
+"""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+# The file's name says which PyTorch it fits: several environments may share a checkout.
+NAME = f'_C_torch{torch.__version__}'.replace('.', '_').replace('+', '_')
+CPU_SOURCES = ['src/cpu/ms_deform_attn_cpu.cpp']
+CUDA_SOURCES = ['src/cuda/ms_deform_attn_cuda.cpp', 'src/cuda/ms_deform_attn_kernels.cu']
+# Sums may be reordered, so that loops vectorise; NaN and infinity keep their meaning.
+CXX_FLAGS = '-O3 -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math'.split()
+if platform.machine() == 'x86_64':
+    CXX_FLAGS.append('-mprefer-vector-width=512')
+LINK_FLAGS = ['-fopenmp']
+if os.name == 'nt':
+    CXX_FLAGS, LINK_FLAGS = ['/O2', '/openmp'], []
+
+
+def cpu_extension() -> Extension:
+    return CppExtension(NAME, CPU_SOURCES, extra_compile_args=CXX_FLAGS, extra_link_args=LINK_FLAGS)
+
+
+def cuda_extension() -> Extension:
+    return CUDAExtension(
+        NAME,
+        CPU_SOURCES + CUDA_SOURCES,
+        include_dirs=pip_cuda_headers(),
+        extra_compile_args={'cxx': CXX_FLAGS, 'nvcc': ['-O3', '-lineinfo']},
+        extra_link_args=LINK_FLAGS,
+    )
+
+
+
+def pip_cuda_headers() -> list[str]:
+    """Folders of the CUDA library headers that PyTorch's `nvidia-*` packages bring; a toolkit may lack them."""
+    packages = Path(torch.__file__).resolve().parents[1] / 'nvidia'
+    return [str(folder) for folder in sorted(packages.glob('*/include')) if folder.is_dir()]
+
+
+def why_no_cuda() -> str | None:
+    if torch.version.cuda is None:
+        return 'this PyTorch has no CUDA'
+    if CUDA_HOME is None:
+        return 'there is no nvcc (set CUDA_HOME to its toolkit)'
+    if not torch.cuda.is_available() and 'TORCH_CUDA_ARCH_LIST' not in os.environ:
+        return 'no GPU is visible (set TORCH_CUDA_ARCH_LIST to build for others)'
+    return None
+
+
+def build(extension: Extension) -> None:
+    command = BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=False)
+    setup(name='ms_deform_attn', ext_modules=[extension], cmdclass={'build_ext': command})
+
+
+if __name__ == '__main__':
+    os.chdir(Path(__file__).resolve().parent)
+    sys.argv[1:] = sys.argv[1:] or ['build_ext', '--inplace']
+    reason = why_no_cuda()
+    if reason is None:
+        try:
+            build(cuda_extension())
+        except (Exception, SystemExit) as error:  # whatever compilers and build tools raise
+            reason = f'it did not compile ({error})'
+    if reason is not None:
+        print(f'without CUDA kernels: {reason}', file=sys.stderr)
+        build(cpu_extension())
