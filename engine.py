@@ -4,7 +4,7 @@ One epoch of training, and one evaluation: plain loops that know no scheme by na
 The only synchronisation inside a training step is the criterion's copy of the matching costs.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -24,15 +24,42 @@ DRAWN_SCORE = 0.3  # focal losses keep scores low
 
 
 def build_optimizer(
-    model: nn.Module, lr: float, lr_backbone: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW with the official groups: everything but the backbone at `lr`, the backbone at `lr_backbone`."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {'params': [p for name, p in named if 'backbone' not in name], 'lr': lr},
-        {'params': [p for name, p in named if 'backbone' in name], 'lr': lr_backbone},
-    ]
-    fused = all(p.device.type in ('cpu', 'cuda', 'mps') for _, p in named)
+    model: nn.Module,
+    lr: float,
+    lr_backbone: float,
+    weight_decay: float,
+    backbone_names: Sequence[str] = ('backbone',),
+    slow_names: Sequence[str] = (),
+    slow_factor: float = 0.1,
+    sgd: bool = False,
+) -> torch.optim.Optimizer:
+    """AdamW (or SGD) with the official groups: the rest at `lr`, the backbone at `lr_backbone`, and what
+    `slow_names` name, if anything, at `lr * slow_factor`. A parameter belongs to a group if its name contains one
+    of the group's names.
+
+    ValueError: a parameter belongs to both.
+    """
+    params: dict[str, list[nn.Parameter]] = {'rest': [], 'backbone': [], 'slow': []}
+    for name, parameter in model.named_parameters():
+        groups = [
+            group
+            for group, parts in (('backbone', backbone_names), ('slow', slow_names))
+            if any(part in name for part in parts)
+        ]
+        if len(groups) == 2:
+            raise ValueError(
+                f'{name} fits --lr_backbone_names {" ".join(backbone_names)} and --lr_linear_proj_names '
+                f'{" ".join(slow_names)}: make the names disjoint'
+            )
+        if parameter.requires_grad:
+            params[groups[0] if groups else 'rest'].append(parameter)
+    rates = {'rest': lr, 'backbone': lr_backbone, 'slow': lr * slow_factor}
+    if not slow_names:
+        del rates['slow']
+    groups = [{'params': params[group], 'lr': rate} for group, rate in rates.items()]
+    fused = all(p.device.type in ('cpu', 'cuda', 'mps') for p in model.parameters())
+    if sgd:
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=fused)
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=fused)
 
 

@@ -85,9 +85,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
 
     train = parser.add_argument_group('training')
-    train.add_argument('--lr', default=1e-4, type=float, help='learning rate of AdamW (default: %(default)s)')
-    train.add_argument('--lr_backbone', default=1e-5, type=float,
-                       help='learning rate of the backbone; 0 freezes it (default: %(default)s)')  # fmt: skip
+    train.add_argument('--lr', type=float, help=f'learning rate (default: {family_default("lr")})')
+    train.add_argument('--lr_backbone', type=float,
+                       help=f'learning rate of the backbone; 0 freezes it (default: {family_default("lr_backbone")})')  # fmt: skip
+    train.add_argument('--lr_backbone_names', nargs='+', metavar='PART',
+                       help='parameters that count as the backbone have one of these in their names '
+                            f'(default: {family_default("lr_backbone_names")})')  # fmt: skip
+    train.add_argument('--lr_linear_proj_names', nargs='*', metavar='PART',
+                       help='parameters that learn at --lr times --lr_linear_proj_mult '
+                            f'(default: {family_default("lr_linear_proj_names")})')  # fmt: skip
+    train.add_argument(
+        '--lr_linear_proj_mult', default=0.1, type=float, help='see above (default: %(default)s)'
+    )
+    train.add_argument('--sgd', action='store_true', help='SGD with momentum 0.9 instead of AdamW')
     train.add_argument(
         '--batch_size', default=2, type=int, help='pictures a process at a time (default: %(default)s)'
     )
@@ -95,10 +105,12 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help='batches whose gradients make one optimizer step (default: %(default)s)')  # fmt: skip
     train.add_argument('--total_batch_size', type=int,
                        help='pictures an optimizer step, all processes together; sets --accum_steps')  # fmt: skip
-    train.add_argument('--weight_decay', default=1e-4, type=float, help='of AdamW (default: %(default)s)')
+    train.add_argument('--weight_decay', default=1e-4, type=float, help='(default: %(default)s)')
     train.add_argument('--epochs', type=int, help=f'(default: {family_default("epochs")})')
     train.add_argument('--lr_drop', type=int,
                        help=f'epochs after which the learning rate is divided by 10 (default: {family_default("lr_drop")})')  # fmt: skip
+    train.add_argument('--lr_drop_epochs', nargs='+', type=int, metavar='EPOCH',
+                       help='divide the learning rate by 10 after each of these, instead of every --lr_drop')  # fmt: skip
     train.add_argument('--clip_max_norm', default=0.1, type=float,
                        help='largest norm of the gradient, 0 = any (default: %(default)s)')  # fmt: skip
 
@@ -174,8 +186,17 @@ def main(args: Namespace) -> None:
         say(f'{args.resume or args.pretrained}: {report}')
     model.to(device)
     loaders = {split: build_loader(dataset, split, args) for split, dataset in datasets.items()}
-    optimizer = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
+    optimizer = build_optimizer(
+        model,
+        args.lr,
+        args.lr_backbone,
+        args.weight_decay,
+        args.lr_backbone_names,
+        args.lr_linear_proj_names,
+        args.lr_linear_proj_mult,
+        args.sgd,
+    )
+    scheduler = build_scheduler(optimizer, args)
     if get_world_size() > 1:
         model = nn.parallel.DistributedDataParallel(model)
     run = Run(args, model, criterion, postprocessors, datasets, loaders, optimizer, scheduler)
@@ -203,7 +224,7 @@ def train(run: Run, first_epoch: int, checkpoint: dict) -> None:
         start = time.perf_counter()
         run.loaders['train'].sampler.set_epoch(epoch)
         run.datasets['train'].set_epoch(epoch)
-        lr, lr_backbone = (group['lr'] for group in run.optimizer.param_groups)
+        lr, lr_backbone = (group['lr'] for group in run.optimizer.param_groups[:2])
         averages = train_one_epoch(
             run.model,
             run.criterion,
@@ -255,7 +276,8 @@ def save(run: Run, folder: Path, epoch: int, metrics: dict) -> None:
         'metrics': metrics,
     }
     save_checkpoint(folder / 'checkpoint.pth', checkpoint)
-    if (epoch + 1) % args.lr_drop == 0 or (epoch + 1) % args.save_every == 0:
+    drops = epoch + 1 in args.lr_drop_epochs if args.lr_drop_epochs else (epoch + 1) % args.lr_drop == 0
+    if drops or (epoch + 1) % args.save_every == 0:
         save_checkpoint(folder / f'checkpoint{epoch:04}.pth', checkpoint)
 
 
@@ -332,6 +354,14 @@ def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Dat
 def describe(class_map: ClassMap) -> str:
     names = [name for name in class_map.names if name is not None]
     return f'{len(names)} classes ({", ".join(names[:5])}{", ..." if len(names) > 5 else ""})'
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, args: Namespace
+) -> torch.optim.lr_scheduler.LRScheduler:
+    if args.lr_drop_epochs:
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, args.lr_drop_epochs)
+    return torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
 
 
 def build_loader(dataset: Dataset, split: str, args: Namespace) -> DataLoader:

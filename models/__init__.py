@@ -1,15 +1,26 @@
 """Flags become modules, here only: `add_model_args`, `resolve_args`, `build_detector`, `build_model`."""
 
+import copy
+import math
 from argparse import ArgumentParser, Namespace
 
 from torch import nn
 
 from .backbone import NORM_LAYERS, Joiner, build_backbone
 from .conditional_detr import ConditionalDecoder, ConditionalDecoderLayer
+from .deformable_detr import DeformableDETR
+from .deformable_transformer import (
+    DeformableDecoder,
+    DeformableDecoderLayer,
+    DeformableEncoder,
+    DeformableEncoderLayer,
+    DeformableTransformer,
+)
 from .detr import DETR
 from .heads import box_head, class_head
+from .ops.modules import MSDeformAttn
 from .position_encoding import build_position_encoding
-from .postprocess import SoftmaxPostProcess, TopKPostProcess
+from .postprocess import NMSPostProcess, SoftmaxPostProcess, TopKPostProcess
 from .transformer import (
     Transformer,
     TransformerDecoder,
@@ -22,28 +33,60 @@ from .transformer import (
 FAMILY_DEFAULTS = {
     'detr': {
         'num_queries': 100,
+        'dim_feedforward': 2048,
         'set_cost_class': 1.0,
         'cls_loss_coef': 1.0,
+        'lr': 1e-4,
+        'lr_backbone': 1e-5,
+        'lr_backbone_names': ['backbone'],
+        'lr_linear_proj_names': [],
         'epochs': 300,
         'lr_drop': 200,
         'save_every': 100,
     },
     'conditional': {
         'num_queries': 300,
+        'dim_feedforward': 2048,
         'set_cost_class': 2.0,
         'cls_loss_coef': 2.0,
+        'lr': 1e-4,
+        'lr_backbone': 1e-5,
+        'lr_backbone_names': ['backbone'],
+        'lr_linear_proj_names': [],
         'epochs': 50,
         'lr_drop': 40,
         'save_every': 10,
     },
+    'deformable': {
+        'num_queries': 300,
+        'dim_feedforward': 1024,
+        'num_feature_levels': 4,
+        'set_cost_class': 2.0,
+        'cls_loss_coef': 2.0,
+        'lr': 2e-4,
+        'lr_backbone': 2e-5,
+        'lr_backbone_names': ['backbone.0'],
+        'lr_linear_proj_names': ['reference_points', 'sampling_offsets'],
+        'epochs': 50,
+        'lr_drop': 40,
+        'save_every': 5,
+    },
 }
+# Any of these makes the model a Deformable DETR.
+DEFORMABLE_FLAGS = (
+    'deformable', 'with_box_refine', 'two_stage', 'mixed_selection', 'look_forward_twice', 'num_feature_levels',
+)  # fmt: skip
 NUM_CLASSES = 91  # of COCO, where no data set has said otherwise
 
 
 def family_default(flag: str) -> str:
     """Text for the help of a flag whose default depends on the family."""
-    values = {family: table[flag] for family, table in FAMILY_DEFAULTS.items()}
-    return ', '.join(f'{value:g} for {family}' for family, value in values.items())
+    families: dict[str, list[str]] = {}
+    for family, table in FAMILY_DEFAULTS.items():
+        value = table[flag]
+        text = f'{value:g}' if isinstance(value, int | float) else ' '.join(value) or 'none'
+        families.setdefault(text, []).append(family)
+    return ', '.join(f'{text} for {" and ".join(names)}' for text, names in families.items())
 
 
 def add_model_args(parser: ArgumentParser) -> None:
@@ -58,6 +101,32 @@ def add_model_args(parser: ArgumentParser) -> None:
         help='Conditional DETR: start with attention around the reference points, as sharp as GAIN says; helps small models that '
         'learn from random numbers, for instance 12 (default: 0, the official initial values)',
     )
+
+    deformable = parser.add_argument_group(
+        'Deformable DETR (arXiv:2010.04159; any of these flags chooses it)'
+    )
+    deformable.add_argument('--deformable', action='store_true', help='Deformable DETR without more')
+    deformable.add_argument(
+        '--with_box_refine',
+        action='store_true',
+        help='each decoder layer refines the boxes of the one before',
+    )
+    deformable.add_argument('--two_stage', action='store_true',
+                            help="the encoder's best proposals are the queries; needs --with_box_refine")  # fmt: skip
+    deformable.add_argument('--mixed_selection', action='store_true',
+                            help='two-stage queries take only their place from the proposals; their content is learned')  # fmt: skip
+    deformable.add_argument('--look_forward_twice', action='store_true',
+                            help="a layer's box loss also trains the refinement of the layer before")  # fmt: skip
+    deformable.add_argument('--num_feature_levels', type=int,
+                            help='feature maps: 1 = the last of the backbone, else all from its second stage on and '
+                                 'strided ones beyond (default: 4)')  # fmt: skip
+    for part in ('enc', 'dec'):
+        deformable.add_argument(
+            f'--{part}_n_points',
+            default=4,
+            type=int,
+            help='places that a head reads on each level (default: %(default)s)',
+        )
 
     backbone = parser.add_argument_group('backbone')
     backbone.add_argument('--backbone', default='resnet50', metavar='NAME',
@@ -82,11 +151,14 @@ def add_model_args(parser: ArgumentParser) -> None:
         help='of sine encodings; about 20 resolves places better where there are few tokens (default: %(default)s)',
     )
 
+    backbone.add_argument('--position_embedding_scale', default=2 * math.pi, type=float,
+                          help='angle of a whole side in sine encodings (default: 2 pi)')  # fmt: skip
+
     model = parser.add_argument_group('transformer')
     model.add_argument('--enc_layers', default=6, type=int, help='encoder layers (default: %(default)s)')
     model.add_argument('--dec_layers', default=6, type=int, help='decoder layers (default: %(default)s)')
-    model.add_argument('--dim_feedforward', default=2048, type=int,
-                       help='hidden width of the feed-forward blocks (default: %(default)s)')  # fmt: skip
+    model.add_argument('--dim_feedforward', type=int,
+                       help=f'hidden width of the feed-forward blocks (default: {family_default("dim_feedforward")})')  # fmt: skip
     model.add_argument(
         '--hidden_dim', default=256, type=int, help='width of tokens and queries (default: %(default)s)'
     )
@@ -97,6 +169,15 @@ def add_model_args(parser: ArgumentParser) -> None:
     model.add_argument('--num_queries', type=int,
                        help=f'object queries, the most boxes a picture can get (default: {family_default("num_queries")})')  # fmt: skip
     model.add_argument('--pre_norm', action='store_true', help='norm in front of each sub-layer (DETR only)')
+    model.add_argument('--use_checkpoint', action='store_true',
+                       help='compute activations of transformer layers again in the backward pass instead of keeping them: '
+                            'less memory, about a third more time')  # fmt: skip
+
+    detections = parser.add_argument_group('detections')
+    detections.add_argument('--topk_eval', '--topk', default=100, type=int,
+                            help='detections kept a picture (not DETR, which gives one a query; default: %(default)s)')  # fmt: skip
+    detections.add_argument('--nms_iou_threshold', type=float,
+                            help='suppress overlapping detections of a class above this IoU (not DETR; default: none are)')  # fmt: skip
 
     matching = parser.add_argument_group('matching costs')
     matching.add_argument('--set_cost_class', type=float,
@@ -137,7 +218,12 @@ def resolve_args(args: Namespace) -> Namespace:
     add_model_args(parser)
     defaults = vars(parser.parse_args([]))
     given = {name: value for name, value in vars(args).items() if value is not None}
-    family = 'conditional' if given.get('conditional') else 'detr'
+    deformable = [flag for flag in DEFORMABLE_FLAGS if given.get(flag)]
+    if deformable and given.get('conditional'):
+        raise ValueError(
+            f'--conditional and --{deformable[0]} choose different models: leave one of them out'
+        )
+    family = 'conditional' if given.get('conditional') else 'deformable' if deformable else 'detr'
     resolved = Namespace(
         **{'num_classes': NUM_CLASSES} | defaults | vars(args) | FAMILY_DEFAULTS[family] | given
     )
@@ -152,17 +238,56 @@ def check_args(args: Namespace) -> None:
         raise ValueError(
             f'--hidden_dim {args.hidden_dim} must be a multiple of --nheads {args.nheads} and of 4'
         )
-    if args.family == 'conditional' and args.pre_norm:
-        raise ValueError('--pre_norm exists for DETR only: leave it out, or leave out --conditional')
+    if args.family != 'detr' and args.pre_norm:
+        raise ValueError(
+            f'--pre_norm exists for DETR only, and the other flags choose {args.family}: leave it out'
+        )
+    if args.family == 'detr' and args.nms_iou_threshold is not None:
+        raise ValueError(
+            '--nms_iou_threshold is not for DETR, which gives one detection a query: leave it out'
+        )
+    if args.nms_iou_threshold is not None and not 0 <= args.nms_iou_threshold <= 1:
+        raise ValueError(f'--nms_iou_threshold {args.nms_iou_threshold} must be between 0 and 1')
+    if args.family == 'deformable':
+        check_deformable_args(args)
     if args.family != 'conditional' and args.local_init:
         raise ValueError('--local_init exists for Conditional DETR only: add --conditional, or leave it out')
     if args.dilation and args.backbone_stages != 4:
         raise ValueError(
             f'--dilation changes stage 4, but --backbone_stages is {args.backbone_stages}: give one of them'
         )
-    for flag in ('enc_layers', 'dec_layers', 'num_queries', 'num_classes'):
+    for flag in ('enc_layers', 'dec_layers', 'num_queries', 'num_classes', 'topk_eval'):
         if getattr(args, flag) < 1:
             raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
+
+
+def check_deformable_args(args: Namespace) -> None:
+    for flag, needed in (
+        ('two_stage', 'with_box_refine'),
+        ('look_forward_twice', 'with_box_refine'),
+        ('mixed_selection', 'two_stage'),
+    ):
+        if getattr(args, flag) and not getattr(args, needed):
+            raise ValueError(f'--{flag} needs --{needed}: add it')
+    if args.hidden_dim % 32:
+        raise ValueError(
+            f'--hidden_dim {args.hidden_dim} must be a multiple of 32 in Deformable DETR (group norm)'
+        )
+    num_maps = len(backbone_maps(args))
+    if args.num_feature_levels < num_maps:
+        raise ValueError(
+            f'--num_feature_levels {args.num_feature_levels} must be 1, or at least the {num_maps} maps of a backbone of '
+            f'--backbone_stages {args.backbone_stages}'
+        )
+    for flag in ('enc_n_points', 'dec_n_points'):
+        if getattr(args, flag) < 1:
+            raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
+
+
+def backbone_maps(args: Namespace) -> range:
+    """Stages of the backbone whose maps the detector reads: the last, or all from the second on."""
+    several = args.family == 'deformable' and args.num_feature_levels != 1
+    return range(2 if several else args.backbone_stages, args.backbone_stages + 1)
 
 
 def build_transformer(args: Namespace) -> Transformer:
@@ -171,16 +296,51 @@ def build_transformer(args: Namespace) -> Transformer:
         TransformerEncoderLayer(*sizes, args.pre_norm),
         args.enc_layers,
         nn.LayerNorm(args.hidden_dim) if args.pre_norm else None,
+        args.use_checkpoint,
     )
     norm = nn.LayerNorm(args.hidden_dim)
     if args.family == 'detr':
         layer = TransformerDecoderLayer(*sizes, args.pre_norm)
-        return Transformer(encoder, TransformerDecoder(layer, args.dec_layers, norm))
+        return Transformer(encoder, TransformerDecoder(layer, args.dec_layers, norm, args.use_checkpoint))
     layer = ConditionalDecoderLayer(*sizes)
-    transformer = Transformer(encoder, ConditionalDecoder(layer, args.dec_layers, norm, args.pe_temperature))
+    decoder = ConditionalDecoder(layer, args.dec_layers, norm, args.pe_temperature, args.use_checkpoint)
+    transformer = Transformer(encoder, decoder)
     if args.local_init:
         transformer.decoder.start_local(args.local_init)
     return transformer
+
+
+def build_deformable_transformer(args: Namespace) -> DeformableTransformer:
+    sizes = args.dim_feedforward, args.dropout
+
+    def attention(num_points: int) -> MSDeformAttn:
+        return MSDeformAttn(args.hidden_dim, args.num_feature_levels, args.nheads, num_points)
+
+    encoder_layer = DeformableEncoderLayer(attention(args.enc_n_points), *sizes)
+    encoder = DeformableEncoder(encoder_layer, args.enc_layers, args.use_checkpoint)
+    decoder_layer = DeformableDecoderLayer(attention(args.dec_n_points), *sizes)
+    decoder = DeformableDecoder(decoder_layer, args.dec_layers, args.look_forward_twice, args.use_checkpoint)
+    return DeformableTransformer(
+        encoder, decoder, args.hidden_dim, args.num_feature_levels, args.two_stage, args.pe_temperature
+    )
+
+
+def build_layer_heads(args: Namespace) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """Class and box heads of Deformable DETR: one a decoder layer with box refinement (and one for proposals in
+    two stages), else one in every place.
+    """
+    class_embed = class_head(args.hidden_dim, args.num_classes, prior=0.01)
+    bbox_embed = box_head(args.hidden_dim, start_at_reference=True)
+    if not args.with_box_refine:
+        nn.init.constant_(bbox_embed.layers[-1].bias[2:], -2.0)  # boxes begin at 0.12 of a side
+        return tuple(nn.ModuleList([head] * args.dec_layers) for head in (class_embed, bbox_embed))
+    num_heads = args.dec_layers + args.two_stage
+    heads = tuple(
+        nn.ModuleList(copy.deepcopy(head) for _ in range(num_heads)) for head in (class_embed, bbox_embed)
+    )
+    if not args.two_stage:
+        nn.init.constant_(heads[1][0].layers[-1].bias[2:], -2.0)
+    return heads
 
 
 def build_detector(
@@ -195,11 +355,30 @@ def build_detector(
             args.backbone_weights,
             args.dilation,
             args.backbone_norm,
-            args.backbone_stages,
+            backbone_maps(args),
             train=getattr(args, 'lr_backbone', 1) > 0,
         ),
-        build_position_encoding(args.position_embedding, args.hidden_dim, args.pe_temperature),
+        build_position_encoding(
+            args.position_embedding,
+            args.hidden_dim,
+            temperature=args.pe_temperature,
+            offset=-0.5 if args.family == 'deformable' else 0.0,
+            scale=args.position_embedding_scale,
+        ),
     )
+    if args.family == 'deformable':
+        transformer = build_deformable_transformer(args)
+        return DeformableDETR(
+            backbone,
+            transformer,
+            build_layer_heads(args),
+            num_queries,
+            args.with_box_refine,
+            args.two_stage,
+            args.mixed_selection,
+            args.aux_loss,
+            query_sources,
+        )
     focal = args.family != 'detr'
     heads = (
         class_head(args.hidden_dim, args.num_classes, prior=0.01)
@@ -225,4 +404,8 @@ def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, nn.Mod
 
 def build_postprocessors(args: Namespace) -> dict[str, nn.Module]:
     """`bbox`: outputs to detections in pixels."""
-    return {'bbox': SoftmaxPostProcess() if args.family == 'detr' else TopKPostProcess(num_select=100)}
+    if args.family == 'detr':
+        return {'bbox': SoftmaxPostProcess()}
+    if args.nms_iou_threshold is not None:
+        return {'bbox': NMSPostProcess(args.topk_eval, args.nms_iou_threshold)}
+    return {'bbox': TopKPostProcess(args.topk_eval)}

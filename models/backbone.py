@@ -73,7 +73,11 @@ class Joiner(nn.Sequential):
     def forward(self, samples: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
         """Returns feature maps [B, C, h, w] and their encodings [B, hidden_dim, h, w], coarsest last."""
         features = self[0](samples)
-        return features, [self[1](x.mask).to(x.tensors.dtype) for x in features]
+        return features, [self.encode_positions(x.mask).to(x.tensors.dtype) for x in features]
+
+    def encode_positions(self, mask: Tensor) -> Tensor:
+        """Encoding [B, hidden_dim, h, w] of a padding mask [B, h, w]."""
+        return self[1](mask)
 
 
 class TimmBody(nn.Module):
@@ -91,21 +95,21 @@ class TimmBody(nn.Module):
 
 
 def build_backbone(
-    name: str, weights: str, dilation: bool, norm: str, num_stages: int, train: bool
+    name: str, weights: str, dilation: bool, norm: str, stages: range, train: bool
 ) -> Backbone:
-    """The backbone of a detector that reads its last map.
+    """The backbone of a detector that reads the maps of some of its stages.
 
     weights: `imagenet`, `none` or a file of a state dict under torchvision's or timm's names. norm: `frozen`,
-    `batch` or `group`. num_stages: stages used, 4 = stride 32 (16 with dilation), 3 = stride 16. train: False
-    freezes all parameters. Stem and first stage of torchvision's networks are frozen when their norms are
-    (official rule).
+    `batch` or `group`. stages: whose maps are returned; stage 4 has stride 32 (16 with dilation), 3 has 16, 2
+    has 8. train: False freezes all parameters. Stem and first stage of torchvision's networks are frozen when
+    their norms are (official rule).
 
     ValueError: unknown name, or a combination that the network does not have.
     """
     if name.startswith('timm/'):
-        backbone = build_timm(name.removeprefix('timm/'), weights, dilation, norm, num_stages)
+        backbone = build_timm(name.removeprefix('timm/'), weights, dilation, norm, stages)
     else:
-        backbone = build_torchvision(name, weights, dilation, norm, num_stages)
+        backbone = build_torchvision(name, weights, dilation, norm, stages)
     trainable = () if not train else trainable_stages(name, norm)
     for parameter_name, parameter in backbone.body.named_parameters():
         if trainable is not None and not parameter_name.startswith(trainable):
@@ -122,7 +126,7 @@ def trainable_stages(name: str, norm: str) -> tuple[str, ...] | None:
     return tuple(f'{index}.' for index in range(int(MOBILENET_STAGES[0]) + 1, int(MOBILENET_STAGES[-1]) + 1))
 
 
-def build_torchvision(name: str, weights: str, dilation: bool, norm: str, num_stages: int) -> Backbone:
+def build_torchvision(name: str, weights: str, dilation: bool, norm: str, stages: range) -> Backbone:
     if name not in (*RESNETS, 'mobilenet_v2'):
         raise ValueError(f"unknown backbone '{name}': choose {', '.join(RESNETS)}, mobilenet_v2 or timm/NAME")
     if dilation and name not in ('resnet50', 'resnet101'):
@@ -135,10 +139,10 @@ def build_torchvision(name: str, weights: str, dilation: bool, norm: str, num_st
     options = {'replace_stride_with_dilation': [False, False, True]} if dilation else {}
     network = torchvision_network(name, weights, norm_layer=NORM_LAYERS[norm], **options)
     if name == 'mobilenet_v2':
-        stage = MOBILENET_STAGES[num_stages - 1]
-        body = IntermediateLayerGetter(network.features, {stage: '0'})
+        layers = {MOBILENET_STAGES[stage - 1]: str(stage) for stage in stages}
+        body = IntermediateLayerGetter(network.features, layers)
     else:
-        body = IntermediateLayerGetter(network, {f'layer{num_stages}': '0'})
+        body = IntermediateLayerGetter(network, {f'layer{stage}': str(stage) for stage in stages})
     with torch.no_grad():
         num_channels = [x.shape[1] for x in body.eval()(torch.zeros(1, 3, 64, 64)).values()]
     return Backbone(body.train(), num_channels)
@@ -192,7 +196,7 @@ def load_backbone_file(network: nn.Module, path: str) -> nn.Module:
     return network
 
 
-def build_timm(name: str, weights: str, dilation: bool, norm: str, num_stages: int) -> Backbone:
+def build_timm(name: str, weights: str, dilation: bool, norm: str, stages: range) -> Backbone:
     try:
         import timm
         from timm.layers import freeze_batch_norm_2d
@@ -209,12 +213,16 @@ def build_timm(name: str, weights: str, dilation: bool, norm: str, num_stages: i
         options['pretrained_cfg_overlay'] = {'file': weights}
     try:
         network = timm.create_model(
-            name, pretrained=weights != 'none', features_only=True, out_indices=(num_stages - 5,), **options
+            name,
+            pretrained=weights != 'none',
+            features_only=True,
+            out_indices=[stage - 5 for stage in stages],
+            **options,
         )
     except (urllib.error.URLError, OSError) as error:
         raise ValueError(no_download(f'timm/{name}', error)) from error
     except (RuntimeError, IndexError) as error:
-        raise ValueError(f'--backbone timm/{name} --backbone_stages {num_stages}: {error}') from error
+        raise ValueError(f'--backbone timm/{name} --backbone_stages {stages[-1]}: {error}') from error
     body = TimmBody(network)
     if norm == 'frozen':
         body = freeze_batch_norm_2d(body)

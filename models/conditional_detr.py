@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .heads import MLP, inverse_sigmoid
 from .position_encoding import sine_embedding
 from .structures import LayerOutput, Memory, QueryGroup, attention_blocks
-from .transformer import Blocks, clones
+from .transformer import Blocks, call_layer, clones
 
 
 class Attention(nn.Module):
@@ -110,9 +110,15 @@ class ConditionalDecoder(nn.Module):
     """
 
     def __init__(
-        self, layer: ConditionalDecoderLayer, num_layers: int, norm: nn.LayerNorm, temperature: float = 10000
+        self,
+        layer: ConditionalDecoderLayer,
+        num_layers: int,
+        norm: nn.LayerNorm,
+        temperature: float = 10000,
+        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
+        self.use_checkpoint = use_checkpoint
         self.temperature = temperature
         d_model = norm.normalized_shape[0]
         self.layers = clones(layer, num_layers)
@@ -147,7 +153,7 @@ class ConditionalDecoder(nn.Module):
         blocks, states = attention_blocks(groups), []
         for index, layer in enumerate(self.layers):
             query_sine = sine if index == 0 else sine * self.query_scale(tgt)
-            tgt = layer(tgt, query_pos, query_sine, memory, blocks)
+            tgt = call_layer(layer, self.use_checkpoint, tgt, query_pos, query_sine, memory, blocks)
             states.append(tgt)
         reference = inverse_sigmoid(points)
         return [LayerOutput(hs, reference) for hs in self.norm(torch.stack(states))]

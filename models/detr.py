@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
 from .heads import add_reference
-from .structures import LayerOutput, Prediction, QueryGroup, learned_groups
+from .structures import LayerOutput, Prediction, QueryGroup, learned_groups, split_predictions
 from .transformer import Transformer
 
 
@@ -76,15 +76,4 @@ class DETR(nn.Module):
         hs = torch.stack([layer.hs for layer in layers])  # [L, B, Q, C]
         logits = self.class_embed(hs)
         boxes = add_reference(self.bbox_embed(hs), layers[-1].reference)
-        sizes = [group.tgt.shape[1] for group in groups]
-        parts = zip(groups, logits.split(sizes, dim=2), boxes.split(sizes, dim=2), strict=True)
-        return [
-            Prediction(
-                *one_layer,
-                group.name,
-                index if index < len(layers) - 1 else None,
-                assignment=group.assignment,
-            )
-            for group, *both in parts
-            for index, one_layer in enumerate(zip(*both, strict=True))
-        ]
+        return split_predictions(logits, boxes, groups)

@@ -32,16 +32,23 @@ class PositionEmbeddingSine(nn.Module):
     """Sine encoding of a padded feature map, normalised by each picture's own size (DETR Sec. A.4).
 
     Everything is float32 inside. `offset` is added to the running counts: 0 in DETR, -0.5 in Deformable DETR.
+    `scale`: the angle of a whole side.
     """
 
     def __init__(
-        self, num_pos_feats: int, temperature: float = 10000, normalize: bool = True, offset: float = 0.0
+        self,
+        num_pos_feats: int,
+        temperature: float = 10000,
+        normalize: bool = True,
+        offset: float = 0.0,
+        scale: float = 2 * math.pi,
     ) -> None:
         super().__init__()
         self.num_pos_feats = num_pos_feats
         self.temperature = temperature
         self.normalize = normalize
         self.offset = offset
+        self.scale = scale
 
     def forward(self, mask: Tensor) -> Tensor:
         """Padding mask [B, H, W], True = padding, to [B, 2 * num_pos_feats, H, W], y before x, float32."""
@@ -49,8 +56,8 @@ class PositionEmbeddingSine(nn.Module):
         y = valid.cumsum(1, dtype=torch.float32)
         x = valid.cumsum(2, dtype=torch.float32)
         if self.normalize:
-            y = (y + self.offset) / (y[:, -1:, :] + 1e-6) * (2 * math.pi)
-            x = (x + self.offset) / (x[:, :, -1:] + 1e-6) * (2 * math.pi)
+            y = (y + self.offset) / (y[:, -1:, :] + 1e-6) * self.scale
+            x = (x + self.offset) / (x[:, :, -1:] + 1e-6) * self.scale
         waves = [sine_waves(axis, self.num_pos_feats, self.temperature) for axis in (y, x)]
         return torch.cat(waves, dim=-1).permute(0, 3, 1, 2)
 
@@ -85,8 +92,8 @@ class PositionEmbeddingLearned(nn.Module):
         return torch.cat([columns, rows], dim=-1).permute(2, 0, 1).expand(batch, -1, -1, -1)
 
 
-def build_position_encoding(name: str, hidden_dim: int, temperature: float = 10000) -> nn.Module:
-    """`sine` (alias v2) or `learned` (alias v3), half of the channels for each axis."""
+def build_position_encoding(name: str, hidden_dim: int, **options: float) -> nn.Module:
+    """`sine` (alias v2; options: see its class) or `learned` (alias v3), half of the channels for each axis."""
     if name in ('sine', 'v2'):
-        return PositionEmbeddingSine(hidden_dim // 2, temperature)
+        return PositionEmbeddingSine(hidden_dim // 2, **options)
     return PositionEmbeddingLearned(hidden_dim // 2)

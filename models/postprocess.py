@@ -1,9 +1,8 @@
-"""From outputs to detections in pixels. A detection is a score, a class index and a box; nothing is
-suppressed.
-"""
+"""From outputs to detections in pixels. A detection is a score, a class index and a box."""
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import batched_nms
 
 from util.box_ops import box_cxcywh_to_xyxy
 
@@ -52,3 +51,25 @@ class TopKPostProcess(nn.Module):
         boxes = scale_boxes(outputs['pred_boxes'], target_sizes).gather(1, query[..., None].expand(-1, -1, 4))
         labels = index % num_classes
         return [{'scores': s, 'labels': c, 'boxes': b} for s, c, b in zip(scores, labels, boxes, strict=True)]
+
+
+class NMSPostProcess(nn.Module):
+    """The best `num_select` pairs of query and class after suppression within each class (MS-DETR's option).
+
+    Only the best `candidates` pairs of a picture take part.
+    """
+
+    def __init__(self, num_select: int, iou_threshold: float, candidates: int = 10000) -> None:
+        super().__init__()
+        self.num_select = num_select
+        self.iou_threshold = iou_threshold
+        self.best_pairs = TopKPostProcess(candidates)
+
+    @torch.no_grad()
+    def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> Detections:
+        """As `TopKPostProcess`; pictures may keep different numbers of detections."""
+        detections = []
+        for pairs in self.best_pairs(outputs, target_sizes):
+            kept = batched_nms(pairs['boxes'], pairs['scores'], pairs['labels'], self.iou_threshold)
+            detections.append({key: value[kept[: self.num_select]] for key, value in pairs.items()})
+        return detections

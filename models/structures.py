@@ -28,6 +28,7 @@ class Memory:
     shapes: list[tuple[int, int]]  # (H, W) of each level, plain integers: no layer has to ask the device
     pos: Tensor | None = None  # [B, S, C] positional encoding
     valid_ratios: Tensor | None = None  # [B, L, 2] valid part of width and height; deformable attention
+    sizes: Tensor | None = None  # [L, 2] width and height of each level, as `shapes`; deformable attention
 
 
 @dataclass
@@ -61,6 +62,7 @@ class LayerOutput:
 
     hs: Tensor  # [B, Q, C]
     reference: Tensor | None = None  # [B, Q, 2 or 4], what the box head's output is added to, in logit space
+    delta: Tensor | None = None  # [B, Q, 4] the box head's output, where the decoder has refined with it
     hs_o2m: Tensor | None = None  # [B, Q, C], after cross-attention and before self-attention; training only
 
 
@@ -159,3 +161,21 @@ def learned_groups(
         name: embed.expand(batch_size, -1, -1) for name, embed in zip(num_queries, embeds, strict=True)
     }
     return [QueryGroup(name, torch.zeros_like(positions[name]), positions[name]) for name in names]
+
+
+def split_groups(every: QueryGroup, num_queries: dict[str, int]) -> list[QueryGroup]:
+    """Queries that were made together as the groups that they belong to, in the order of `num_queries`."""
+    sizes = list(num_queries.values())
+    parts = [x.split(sizes, dim=1) for x in (every.tgt, every.query_pos, every.reference_points)]
+    return [QueryGroup(name, *part) for name, *part in zip(num_queries, *parts, strict=True)]
+
+
+def split_predictions(logits: Tensor, boxes: Tensor, groups: list[QueryGroup]) -> list[Prediction]:
+    """One prediction a group and layer; the last layer is `None`. logits: [L, B, Q, K], boxes: [L, B, Q, 4]."""
+    sizes, last = [group.tgt.shape[1] for group in groups], len(logits) - 1
+    parts = zip(groups, logits.split(sizes, dim=2), boxes.split(sizes, dim=2), strict=True)
+    return [
+        Prediction(*one_layer, group.name, layer if layer < last else None, assignment=group.assignment)
+        for group, *both in parts
+        for layer, one_layer in enumerate(zip(*both, strict=True))
+    ]

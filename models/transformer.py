@@ -10,6 +10,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .structures import LayerOutput, Memory, QueryGroup, attention_blocks
 
@@ -21,6 +22,22 @@ def clones(layer: nn.Module, num_layers: int) -> nn.ModuleList:
     official code.
     """
     return nn.ModuleList(copy.deepcopy(layer) for _ in range(num_layers))
+
+
+def call_layer(layer: nn.Module, use_checkpoint: bool, *args: object) -> Tensor:
+    """layer(*args); with `use_checkpoint` its activations are computed again in the backward pass, not kept."""
+    if use_checkpoint and torch.is_grad_enabled():
+        return checkpoint(layer, *args, use_reentrant=False)
+    return layer(*args)
+
+
+def compare_queries(attention: nn.MultiheadAttention, q: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+    """Self-attention among queries; q (queries and keys) and v: [B, Q, C]; blocks: who attends to whom."""
+    attended = [
+        attention(q[:, run], q[:, run], v[:, run], attn_mask=mask, need_weights=False)[0]
+        for run, mask in blocks
+    ]
+    return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
 
 
 class SubLayers(nn.Module):
@@ -74,14 +91,17 @@ class TransformerEncoderLayer(SubLayers):
 class TransformerEncoder(nn.Module):
     """Encoder layers, and the final norm that exists with pre-norm only."""
 
-    def __init__(self, layer: nn.Module, num_layers: int, norm: nn.Module | None = None) -> None:
+    def __init__(
+        self, layer: nn.Module, num_layers: int, norm: nn.Module | None = None, use_checkpoint: bool = False
+    ) -> None:
         super().__init__()
         self.layers = clones(layer, num_layers)
         self.norm = norm
+        self.use_checkpoint = use_checkpoint
 
     def forward(self, src: Tensor, pos: Tensor, padding_mask: Tensor) -> Tensor:
         for layer in self.layers:
-            src = layer(src, pos, padding_mask)
+            src = call_layer(layer, self.use_checkpoint, src, pos, padding_mask)
         return src if self.norm is None else self.norm(src)
 
 
@@ -110,7 +130,8 @@ class TransformerDecoderLayer(SubLayers):
     def forward(self, tgt: Tensor, query_pos: Tensor, memory: Memory, key: Tensor, blocks: Blocks) -> Tensor:
         """tgt, query_pos: [B, Q, C]; key: [B, S, C], memory with its encoding; blocks: who attends to whom."""
         x = self.before(self.norm1, tgt)
-        tgt = self.after(self.norm1, tgt + self.dropout1(self.compare_queries(x, query_pos, blocks)))
+        attended = compare_queries(self.self_attn, x + query_pos, x, blocks)
+        tgt = self.after(self.norm1, tgt + self.dropout1(attended))
         x = self.before(self.norm2, tgt)
         attended = self.multihead_attn(
             x + query_pos, key, memory.tokens, key_padding_mask=memory.padding_mask, need_weights=False
@@ -119,29 +140,24 @@ class TransformerDecoderLayer(SubLayers):
         x = self.before(self.norm3, tgt)
         return self.after(self.norm3, tgt + self.dropout3(self.feed_forward(x)))
 
-    def compare_queries(self, x: Tensor, query_pos: Tensor, blocks: Blocks) -> Tensor:
-        q = x + query_pos
-        attended = [
-            self.self_attn(q[:, run], q[:, run], x[:, run], attn_mask=mask, need_weights=False)[0]
-            for run, mask in blocks
-        ]
-        return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
-
 
 class TransformerDecoder(nn.Module):
     """Decoder layers; every layer's output is normed for the heads, the state passed on is not."""
 
-    def __init__(self, layer: nn.Module, num_layers: int, norm: nn.Module) -> None:
+    def __init__(
+        self, layer: nn.Module, num_layers: int, norm: nn.Module, use_checkpoint: bool = False
+    ) -> None:
         super().__init__()
         self.layers = clones(layer, num_layers)
         self.norm = norm
+        self.use_checkpoint = use_checkpoint
 
     def forward(self, groups: list[QueryGroup], memory: Memory) -> list[LayerOutput]:
         tgt = torch.cat([group.tgt for group in groups], dim=1)  # [B, Q, C]
         query_pos = torch.cat([group.query_pos for group in groups], dim=1)
         key, blocks, states = memory.tokens + memory.pos, attention_blocks(groups), []
         for layer in self.layers:
-            tgt = layer(tgt, query_pos, memory, key, blocks)
+            tgt = call_layer(layer, self.use_checkpoint, tgt, query_pos, memory, key, blocks)
             states.append(tgt)
         return [LayerOutput(hs) for hs in self.norm(torch.stack(states))]
 

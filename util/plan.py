@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.ops.functions import describe
 from util.dist import get_world_size
 from util.nested_tensor import NestedTensor
 
@@ -20,7 +21,7 @@ def print_plan(
     datasets: dict[str, Dataset],
     loaders: dict[str, DataLoader],
     optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.StepLR,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> None:
     """Data, classes, effective batch, learning rates, size of the model, steps."""
     names = [name for name in datasets['val'].class_map.names if name is not None]
@@ -36,6 +37,9 @@ def print_plan(
         f'{args.enc_layers}+{args.dec_layers} layers of {args.hidden_dim}',
         'parameters': f'{total:,}, {trainable:,} trainable',
         'FLOPs': f'{flops / 1e9:.3g} G ({flops / 2e9:.3g} G multiply-adds) for a picture of {width} x {height}',
+        'attention': describe(next(model.parameters()).device.type)
+        if args.family == 'deformable'
+        else 'dense',
         'device': f'{next(model.parameters()).device}, {get_world_size()} process(es), torch {torch.__version__}',
     }
     if not args.eval:
@@ -67,13 +71,20 @@ def print_plan(
 
 
 def learning_rate_text(
-    args: Namespace, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.StepLR
+    args: Namespace, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler
 ) -> str:
     """What is in force: a resumed schedule wins over the flags."""
-    lr, lr_backbone = (group['lr'] for group in optimizer.param_groups)
-    text = f'{lr:g}, backbone {lr_backbone:g}, divided by 10 every {scheduler.step_size} epochs'
-    given = args.lr, args.lr_backbone, args.lr_drop
-    settled = *(group['initial_lr'] for group in optimizer.param_groups), scheduler.step_size
+    groups = optimizer.param_groups
+    names = ('', 'backbone ', ' and '.join(args.lr_linear_proj_names) + ' ')
+    text = ', '.join(f'{name}{group["lr"]:g}' for name, group in zip(names, groups, strict=False))
+    if args.lr_drop_epochs:
+        drops, wanted = sorted(scheduler.milestones.elements()), sorted(args.lr_drop_epochs)
+        text += f', divided by 10 after epochs {" ".join(map(str, drops))}'
+    else:
+        drops, wanted = scheduler.step_size, args.lr_drop
+        text += f', divided by 10 every {drops} epochs'
+    given = args.lr, args.lr_backbone, wanted
+    settled = *(group['initial_lr'] for group in groups[:2]), drops
     return (
         text
         if given == settled

@@ -24,19 +24,24 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
     class_loss = FocalLoss(args.focal_alpha) if focal else SoftmaxLoss(args.eos_coef)
     class_cost = focal_cost if focal else softmax_cost
 
-    table = {'one2one': Supervision(HungarianMatcher(*cost, class_cost), coef, class_loss)}
+    matcher = HungarianMatcher(*cost, class_cost)
+    table = {'one2one': Supervision(matcher, coef, class_loss)}
+    if args.family == 'deformable':
+        table['enc'] = Supervision(matcher, coef, class_loss, class_agnostic=True)
     num_queries = {'one2one': args.num_queries}
     sources = nn.ModuleDict()
 
-    layers = [None, *range(args.dec_layers - 1)] if args.aux_loss else [None]
-    return SetCriterion(table, weights(table, layers)), num_queries, sources
+    return SetCriterion(table, weights(table, args.dec_layers, args.aux_loss)), num_queries, sources
 
 
-def weights(table: dict[str, Supervision], layers: list[int | None]) -> dict[str, float]:
-    """Coefficient of every loss, by official name."""
+def weights(table: dict[str, Supervision], num_layers: int, aux_loss: bool) -> dict[str, float]:
+    """Coefficient of every loss, by official name. Encoder proposals count as an auxiliary output."""
+    layers = {kind: [None, *range(num_layers - 1)] if aux_loss else [None] for kind in table}
+    if 'enc' in table:
+        layers['enc'] = [None] if aux_loss else []
     return {
         f'loss_{term}{loss_suffix(kind, layer)}': coef
         for kind, row in table.items()
-        for layer in layers
+        for layer in layers[kind]
         for term, coef in row.coef.items()
     }

@@ -63,7 +63,8 @@ class SetCriterion(nn.Module):
                 for prediction, value in zip(kinds[kind], values.unbind(), strict=True):
                     losses[name + loss_suffix(kind, prediction.layer)] = value
             last = next(i for i, p in enumerate(kinds[kind]) if p.layer is None)
-            losses['class_error' + loss_suffix(kind, None)] = class_error(stack)[last]
+            if not self.table[kind].class_agnostic:
+                losses['class_error' + loss_suffix(kind, None)] = class_error(stack)[last]
         return losses
 
     def assign(self, kinds: dict[str, list[Prediction]], targets: list[dict]) -> dict[str, Stack]:

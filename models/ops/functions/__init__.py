@@ -1,6 +1,7 @@
 from .ms_deform_attn_func import (
     MSDeformAttnFunction,
     available,
+    describe,
     implementation,
     ms_deform_attn,
     ms_deform_attn_core_pytorch,
@@ -10,6 +11,7 @@ from .ms_deform_attn_func import (
 __all__ = [
     'MSDeformAttnFunction',
     'available',
+    'describe',
     'implementation',
     'ms_deform_attn',
     'ms_deform_attn_core_pytorch',

@@ -133,14 +133,18 @@ library.impl('ms_deform_attn', make_autocast('cpu'), 'AutocastCPU')
 
 
 @register_flop_formula(torch.ops.detr.ms_deform_attn)
-def forward_flops(value: Sequence[int], shapes: object, locations: Sequence[int], *_: object, **__: object) -> int:
+def forward_flops(
+    value: Sequence[int], shapes: object, locations: Sequence[int], *_: object, **__: object
+) -> int:
     """Four pixels a point, a multiplication and an addition a channel."""
     batch, queries, heads, levels, points, _ = locations
     return 8 * value[-1] * batch * queries * heads * levels * points
 
 
 @register_flop_formula(torch.ops.detr.ms_deform_attn_backward)
-def backward_flops(grad: object, value: Sequence[int], shapes: object, locations: Sequence[int], *_: object, **__: object) -> int:
+def backward_flops(
+    grad: object, value: Sequence[int], shapes: object, locations: Sequence[int], *_: object, **__: object
+) -> int:
     """A product with the pixel and one onto its gradient."""
     return 2 * forward_flops(value, shapes, locations)
 
@@ -157,7 +161,11 @@ def ms_deform_attn(
     Returns [N, Q, M D]. RuntimeError: shapes that do not fit each other.
     """
     locations, weights = full_precision(value, sampling_locations, attention_weights)
-    if torch.compiler.is_exporting() or torch.jit.is_tracing() or implementation(value.device.type) == 'pytorch':
+    if (
+        torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+        or implementation(value.device.type) == 'pytorch'
+    ):
         return ms_deform_attn_core_pytorch(value, spatial_shapes, locations, weights).to(value.dtype)
     flat_shapes = [side for shape in spatial_shapes for side in shape]
     return torch.ops.detr.ms_deform_attn(value, flat_shapes, locations, weights)
@@ -230,7 +238,9 @@ def describe(device_type: str) -> str:
     """One line: which implementation is in use, and why no better one."""
     name = implementation(device_type)
     better = CANDIDATES.get(device_type, ())
-    skipped = [f'{other}: {problems[other]}' for other in better[: better.index(name) if name in better else None]]
+    skipped = [
+        f'{other}: {problems[other]}' for other in better[: better.index(name) if name in better else None]
+    ]
     reason = f' ({"; ".join(skipped)})' if skipped else ''
     return f'{name} kernels of deformable attention on {device_type}{reason}'
 
@@ -271,7 +281,9 @@ def load_library() -> None:
     try:
         torch.ops.load_library(str(LIBRARY_FILE))
     except OSError as error:
-        problems['cpp'] = problems['cuda'] = f'{LIBRARY_FILE.name} does not load ({error}): bash scripts/build_ops.sh'
+        problems['cpp'] = problems['cuda'] = (
+            f'{LIBRARY_FILE.name} does not load ({error}): bash scripts/build_ops.sh'
+        )
         return
     if not has_kernel('CUDA'):
         problems['cuda'] = 'built without CUDA: bash scripts/build_ops.sh where nvcc is'

@@ -85,11 +85,15 @@ class MSDeformAttn(nn.Module):
         grid = self.n_heads, self.n_levels, self.n_points
         offsets = self.sampling_offsets(query).unflatten(-1, (*grid, 2))  # [N, Q, M, L, P, 2]
         weights = self.attention_weights(query).unflatten(-1, (self.n_heads, -1))
-        weights = F.softmax(weights, dim=-1).unflatten(-1, grid[1:])  # [N, Q, M, L, P], over levels and points
+        weights = F.softmax(weights, dim=-1).unflatten(
+            -1, grid[1:]
+        )  # [N, Q, M, L, P], over levels and points
         locations = self.locations(offsets, reference_points, shapes, sizes)
         return self.output_proj(ms_deform_attn(value, shapes, locations, weights))
 
-    def locations(self, offsets: Tensor, reference_points: Tensor, shapes: Shapes, sizes: Tensor | None) -> Tensor:
+    def locations(
+        self, offsets: Tensor, reference_points: Tensor, shapes: Shapes, sizes: Tensor | None
+    ) -> Tensor:
         """Where to read, [N, Q, M, L, P, 2]: offsets are pixels, or parts of half the reference box."""
         reference = reference_points[:, :, None, :, None]  # [N, Q, 1, L, 1, 2 or 4]
         if reference.shape[-1] == 2:

@@ -16,16 +16,41 @@
 #include "ms_deform_attn_kernels.h"
 
 #ifndef VECTOR_ATOMICS
-#define VECTOR_ATOMICS (__CUDA_ARCH__ >= 900)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define VECTOR_ATOMICS 1
+#else
+#define VECTOR_ATOMICS 0
+#endif
 #endif
 
 namespace ms_deform_attn {
 
-constexpr int kTile = 16;       // points in shared memory at a time
-constexpr int kTileWidth = 8;   // queries of a block side by side, where queries are pixels
+constexpr int kTileWidth = 8;    // queries of a block side by side, where queries are pixels
 constexpr unsigned kWarp = ~0u;  // all 32 lanes
 
 constexpr int at_most(int a, int b) { return a < b ? a : b; }
+
+struct Level {
+  int height, width, start, first_block;
+};
+
+// How the launcher lays the work out.
+struct Layout {
+  int batch, tokens, heads, channels, queries, num_levels, points;
+  float inverse_points;
+  bool tiled;  // queries are pixels
+  Level levels[kMaxLevels];
+};
+
+// How a kernel does. CHANNELS: channels of a head if the compiler is to know them, else 0.
+template <typename T, int VEC, int LANES, int CHANNELS>
+struct Config {
+  using Value = T;
+  using Math = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  static constexpr int kVec = VEC, kLanes = LANES, kChannels = CHANNELS;
+  static constexpr int kTile = at_most(2 * LANES, 16);  // points in shared memory at a time
+  static constexpr int kForwardGroups = at_most(64, 512 / LANES), kBackwardGroups = at_most(32, 256 / LANES);  // of a block
+};
 
 // N neighbours, moved at once if they fill no more than 16 bytes.
 template <typename T, int N>
@@ -38,14 +63,22 @@ __device__ Pack<T, N> load(const T* from) {
   return *reinterpret_cast<const Pack<T, N>*>(from);
 }
 
-// How lanes share the channels. CHANNELS: channels of a head if the compiler is to know them, else 0.
-template <typename T, int VEC, int LANES, int CHANNELS>
-struct Config {
-  using Value = T;
-  using Math = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  static constexpr int kVec = VEC, kLanes = LANES, kChannels = CHANNELS;
-  static constexpr int kForwardGroups = at_most(64, 512 / LANES), kBackwardGroups = at_most(32, 256 / LANES);  // a block
-};
+// Steps of N elements from `first`; in bytes, for which one multiplication makes the 64-bit address.
+template <int N, typename T>
+__device__ T* step_from(T* first, unsigned steps) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(first) + static_cast<uint64_t>(steps) * (N * sizeof(T)));
+}
+
+// A pointer into global memory whose sum is done: otherwise the compiler adds all its parts again at every use.
+template <typename T>
+__device__ T* settle(T* pointer) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }
@@ -56,140 +89,131 @@ __device__ inline void narrow(double x, double& to) { to = x; }
 __device__ inline void narrow(float x, __half& to) { to = __float2half_rn(x); }
 __device__ inline void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 
-// The address of a row `bytes` long: one 32-bit multiplication with a 64-bit sum.
-template <typename T>
-__device__ T* row_of(T* first, int row, int bytes) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(first) + static_cast<int64_t>(row) * bytes);
-}
-
 // The query of this thread's group, -1 beyond the last.
 template <int LANES>
-__device__ int find_query(const Sizes& sizes, bool tiled) {
-  const int group = threadIdx.x / LANES, groups = blockDim.x / LANES, block = blockIdx.x;
-  if (!tiled) {
-    const int query = block * groups + group;
-    return query < sizes.queries ? query : -1;
+__device__ int find_query(const Layout& layout) {
+  const unsigned group = threadIdx.x / LANES, groups = blockDim.x / LANES;
+  if (!layout.tiled) {
+    const int query = blockIdx.x * groups + group;
+    return query < layout.queries ? query : -1;
   }
   int index = 0;
-  while (index + 1 < sizes.num_levels && block >= sizes.levels[index + 1].first_tile) ++index;
-  const Level level = sizes.levels[index];
-  const int tile = block - level.first_tile, tiles_across = (level.width + kTileWidth - 1) / kTileWidth;
+  while (index + 1 < layout.num_levels && blockIdx.x >= layout.levels[index + 1].first_block) ++index;
+  const Level level = layout.levels[index];
+  const unsigned tile = blockIdx.x - level.first_block, tiles_across = (level.width - 1u) / kTileWidth + 1;
   const int x = tile % tiles_across * kTileWidth + group % kTileWidth;
   const int y = tile / tiles_across * (groups / kTileWidth) + group / kTileWidth;
   return x < level.width && y < level.height ? level.start + y * level.width + x : -1;
 }
 
-// A sampling point between its four pixels: upper left, upper right, lower left, lower right.
+// A sampling point and its four pixels: upper left, upper right, lower left, lower right. All 0 if it touches none.
 template <typename Math>
 struct Point {
-  Level level;
-  bool inside;  // touches a pixel
-  int x, y;     // of the upper left pixel, from -1
-  Math right, lower, weight;
+  unsigned present;   // bit i: pixel i is inside the level
+  int tokens[4];      // a missing pixel is replaced by one that counts: no other, which may hold NaN, is read
+  Math right, lower;  // distance from the upper left pixel
+  Math weight, weight_times_width, weight_times_height;
 
-  __device__ bool has(int corner) const {
-    const int column = x + corner % 2, row = y + corner / 2;
-    return inside && column >= 0 && column < level.width && row >= 0 && row < level.height;
-  }
-
-  // A pixel that is missing becomes its neighbour, which counts anyway: no other pixel, which may be NaN, is touched.
-  __device__ int token(int corner) const {
-    const int column = min(max(x + corner % 2, 0), level.width - 1), row = min(max(y + corner / 2, 0), level.height - 1);
-    return inside ? level.start + row * level.width + column : 0;
-  }
-
+  __device__ bool has(int corner) const { return present >> corner & 1; }
   __device__ Math bilinear(int corner) const {
     return (corner % 2 ? right : 1 - right) * (corner / 2 ? lower : 1 - lower);
   }
 };
 
-// Point `index` of the levels * points of a head; nowhere if not `wanted`.
+// Number `index` of the L P points of a head.
 template <typename Math>
-__device__ Point<Math> find_point(const Sizes& sizes, const Math* locations, const Math* weights, int index, bool wanted) {
+__device__ Point<Math> find_point(const Layout& layout, const Math* locations, const Math* weights, int index) {
   Point<Math> point = {};
-  if (!wanted) return point;
-  // A division by the number of points. Exact: the quotient is at least 0.5 / kMaxPoints away from an integer.
-  const int level_index = static_cast<int>((index + 0.5f) * (1.0f / sizes.points));
-  point.level = sizes.levels[level_index];
+  // index / points: exact, since index + 0.5 is no nearer than 0.5 / kMaxPoints to the next level.
+  const Level level = layout.levels[static_cast<int>((index + 0.5f) * layout.inverse_points)];
   const Pack<Math, 2> location = load<2>(locations + 2 * index);
-  const Math x = location.at[0] * point.level.width - Math(0.5), y = location.at[1] * point.level.height - Math(0.5);
-  point.inside = x > -1 && y > -1 && x < point.level.width && y < point.level.height;
-  if (!point.inside) return point;  // NaN and infinity too, which fit no integer
-  const Math left = floor(x), upper = floor(y);
-  point.x = static_cast<int>(left), point.y = static_cast<int>(upper);
-  point.right = x - left, point.lower = y - upper;
+  const Math x = location.at[0] * level.width - Math(0.5), y = location.at[1] * level.height - Math(0.5);
+  if (!(x > -1 && y > -1 && x < level.width && y < level.height)) return point;  // nor NaN and infinity
+  const Math column = floor(x), row = floor(y);
+  const int x0 = static_cast<int>(column), y0 = static_cast<int>(row);
+  const bool left = x0 >= 0, right = x0 + 1 < level.width, upper = y0 >= 0, lower = y0 + 1 < level.height;
+  point.present = (upper & left) | (upper & right) << 1 | (lower & left) << 2 | (lower & right) << 3;
+  const int upper_token = level.start + max(y0, 0) * level.width;
+  const int lower_token = lower ? level.start + (y0 + 1) * level.width : upper_token;
+  const int left_column = max(x0, 0), right_column = min(x0 + 1, level.width - 1);
+  point.tokens[0] = upper_token + left_column, point.tokens[1] = upper_token + right_column;
+  point.tokens[2] = lower_token + left_column, point.tokens[3] = lower_token + right_column;
+  point.right = x - column, point.lower = y - row;
   point.weight = weights[index];
+  point.weight_times_width = point.weight * level.width, point.weight_times_height = point.weight * level.height;
   return point;
 }
 
 // Points of a block, in shared memory. One column more than needed: groups of a warp read from different banks.
-template <typename Math, int GROUPS>
+template <typename Math, int GROUPS, int TILE>
 struct Corners {
-  Pack<int, 4> tokens[GROUPS][kTile + 1];
-  Pack<Math, 4> weights[GROUPS][kTile + 1];  // attention weight times bilinear weight, 0 for a missing pixel
+  Pack<unsigned, 4> steps[GROUPS][TILE + 1];  // from the first pixel, in packs of channels
+  Pack<Math, 4> weights[GROUPS][TILE + 1];    // attention weight times bilinear weight, 0 for a missing pixel
 
-  __device__ void put(int group, int slot, const Point<Math>& point) {
-    Pack<int, 4> token;
+  __device__ void put(int group, int slot, const Point<Math>& point, unsigned steps_of_token) {
+    Pack<unsigned, 4> step;
     Pack<Math, 4> weight;
 #pragma unroll
     for (int corner = 0; corner < 4; ++corner) {
-      token.at[corner] = point.token(corner);
+      step.at[corner] = point.tokens[corner] * steps_of_token;
       weight.at[corner] = point.has(corner) ? point.weight * point.bilinear(corner) : 0;
     }
-    tokens[group][slot] = token;
+    steps[group][slot] = step;
     weights[group][slot] = weight;
   }
 };
 
-// Calls run(head, slice) for the heads of this block: head of the picture, and of all pictures.
+// Calls run(picture, head) for all that this block works on.
 template <typename Run>
-__device__ void for_each_head(const Sizes& sizes, Run run) {
-  for (int64_t picture = blockIdx.z; picture < sizes.batch; picture += gridDim.z) {
-    for (int head = blockIdx.y; head < sizes.heads; head += gridDim.y) run(picture, head);
+__device__ void for_each_head(const Layout& layout, Run run) {
+  for (int picture = blockIdx.z; picture < layout.batch; picture += gridDim.z) {
+    for (int head = blockIdx.y; head < layout.heads; head += gridDim.y) run(picture, head);
   }
 }
 
 template <typename C>
-__global__ void __launch_bounds__(C::kForwardGroups * C::kLanes)
+__global__ void __launch_bounds__(C::kForwardGroups * C::kLanes, 1024 / (C::kForwardGroups * C::kLanes))
     forward_kernel(const typename C::Value* __restrict__ value, const typename C::Math* __restrict__ locations,
                    const typename C::Math* __restrict__ weights, typename C::Value* __restrict__ output,
-                   const __grid_constant__ Sizes sizes, bool tiled) {
+                   const __grid_constant__ Layout layout) {
   using Value = typename C::Value;
   using Math = typename C::Math;
-  __shared__ Corners<Math, C::kForwardGroups> corners;
+  __shared__ Corners<Math, C::kForwardGroups, C::kTile> corners;
 
   const int group = threadIdx.x / C::kLanes, lane = threadIdx.x % C::kLanes;
-  const int channels = C::kChannels ? C::kChannels : sizes.channels;
-  const int row_bytes = sizes.heads * channels * sizeof(Value), num_points = sizes.num_levels * sizes.points;
-  const int query = find_query<C::kLanes>(sizes, tiled);
+  const int channels = C::kChannels ? C::kChannels : layout.channels, num_points = layout.num_levels * layout.points;
+  const int query = find_query<C::kLanes>(layout);
 
-  for_each_head(sizes, [&](int64_t picture, int head) {
-    const int64_t slice = (picture * sizes.queries + max(query, 0)) * sizes.heads + head;
-    for (int channel = lane * C::kVec; channel - lane * C::kVec < channels; channel += C::kLanes * C::kVec) {
+  for_each_head(layout, [&](int picture, int head) {
+    const int64_t slice = (static_cast<int64_t>(picture) * layout.queries + max(query, 0)) * layout.heads + head;
+    const int64_t origin = (static_cast<int64_t>(picture) * layout.tokens * layout.heads + head) * channels;
+    for (int first_channel = 0; first_channel < channels; first_channel += C::kLanes * C::kVec) {
+      const int channel = first_channel + lane * C::kVec;
       const bool active = C::kChannels || channel < channels;
-      const Value* pixels = value + (picture * sizes.tokens * sizes.heads + head) * channels + (active ? channel : 0);
+      const Value* pixels = settle(value + origin + channel);
       Math sum[C::kVec] = {};
-      for (int first = 0; first < num_points; first += kTile) {
-        int count = 0;  // points that touch their level, of all lanes: only these are kept
+      for (int first = 0; first < num_points; first += C::kTile) {
+        int count = 0;  // points that touch their level: only these are kept
         __syncwarp();
 #pragma unroll
-        for (int slot = lane; slot - lane < kTile; slot += C::kLanes) {
-          const int index = first + slot;
-          const bool wanted = query >= 0 && slot < kTile && index < num_points;
-          const Point<Math> point = find_point(sizes, locations + 2 * slice * num_points, weights + slice * num_points, index,
-                                               wanted);
-          const unsigned found = __ballot_sync(kWarp, point.inside) >> (threadIdx.x % 32 - lane) & kWarp >> (32 - C::kLanes);
-          if (point.inside) corners.put(group, count + __popc(found & ((1u << lane) - 1)), point);
+        for (int slot = lane; slot - lane < C::kTile; slot += C::kLanes) {
+          Point<Math> point = {};
+          if (query >= 0 && slot < C::kTile && first + slot < num_points) {
+            point = find_point(layout, locations + 2 * slice * num_points, weights + slice * num_points, first + slot);
+          }
+          const unsigned found = __ballot_sync(kWarp, point.present) >> (threadIdx.x % 32 - lane) & kWarp >> (32 - C::kLanes);
+          const int earlier = __popc(found & ((1u << lane) - 1));
+          if (point.present) corners.put(group, count + earlier, point, layout.heads * channels / C::kVec);
           count += __popc(found);
         }
         __syncwarp();
-        for (int i = 0; i < count; ++i) {
-          const Pack<int, 4> token = corners.tokens[group][i];
+#pragma unroll 2
+        for (int i = 0; i < (active ? count : 0); ++i) {
+          const Pack<unsigned, 4> step = corners.steps[group][i];
           const Pack<Math, 4> weight = corners.weights[group][i];
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
-            const auto pixel = load<C::kVec>(row_of(pixels, token.at[corner], row_bytes));
+            const auto pixel = load<C::kVec>(step_from<C::kVec>(pixels, step.at[corner]));
 #pragma unroll
             for (int j = 0; j < C::kVec; ++j) sum[j] += weight.at[corner] * widen(pixel.at[j]);
           }
@@ -219,7 +243,7 @@ __device__ Math reduce_scatter(const Math (&number)[4], int lane) {
   return sum;
 }
 
-// 2^k, as large as sums up to the bound allow in 62 bits; NaN where the bound is not finite.
+// 2^k, as large as 63 bits allow for sums up to the bound; NaN where the bound is not finite.
 __device__ inline double fixed_scale(double bound) {
   if (!(bound < static_cast<double>(INFINITY))) return NAN;
   int exponent;
@@ -227,97 +251,114 @@ __device__ inline double fixed_scale(double bound) {
   return ldexp(1.0, 62 - max(exponent, -900));
 }
 
-// Adds factor * grad to sums in global memory.
-template <int N, typename Math>
-__device__ void add(Math* sums, Math factor, const Math (&grad)[N], double) {
+// Adds factor * grad to RUN neighbouring sums in global memory.
+template <int RUN, typename Math>
+__device__ void add(Math* sums, Math factor, const Math* grad, double) {
 #if VECTOR_ATOMICS
-  if constexpr (N % 4 == 0) {
-#pragma unroll
-    for (int j = 0; j < N; j += 4) {
-      atomicAdd(reinterpret_cast<float4*>(sums + j),
-                make_float4(factor * grad[j], factor * grad[j + 1], factor * grad[j + 2], factor * grad[j + 3]));
-    }
-    return;
-  }
+  if constexpr (RUN == 4) {
+    atomicAdd(reinterpret_cast<float4*>(sums),
+              make_float4(factor * grad[0], factor * grad[1], factor * grad[2], factor * grad[3]));
+  } else
 #endif
-#pragma unroll
-  for (int j = 0; j < N; ++j) atomicAdd(sums + j, factor * grad[j]);
+    atomicAdd(sums, factor * *grad);
 }
 
-template <int N, typename Math>
-__device__ void add(unsigned long long* sums, Math factor, const Math (&grad)[N], double scale) {
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    const double term = static_cast<double>(factor) * static_cast<double>(grad[j]) * scale;
-    atomicAdd(sums + j, static_cast<unsigned long long>(__double2ll_rn(term)));
-  }
+template <int RUN, typename Math>
+__device__ void add(unsigned long long* sums, Math factor, const Math* grad, double scale) {
+  const double term = static_cast<double>(factor) * static_cast<double>(*grad) * scale;
+  atomicAdd(sums, static_cast<unsigned long long>(__double2ll_rn(term)));
 }
 
 // Sum: what grad_value is summed in, Math or unsigned long long (fixed point). bound: see GradValue.
 template <typename C, typename Sum>
-__global__ void __launch_bounds__(C::kBackwardGroups * C::kLanes)
+__global__ void __launch_bounds__(C::kBackwardGroups * C::kLanes, (std::is_same_v<Sum, float> ? 768 : 512) / (C::kBackwardGroups * C::kLanes))
     backward_kernel(const typename C::Value* __restrict__ value, const typename C::Math* __restrict__ locations,
                     const typename C::Math* __restrict__ weights, const typename C::Value* __restrict__ grad_output,
                     Sum* __restrict__ grad_value, const double* __restrict__ bound,
                     typename C::Math* __restrict__ grad_locations, typename C::Math* __restrict__ grad_weights,
-                    const __grid_constant__ Sizes sizes, bool tiled) {
+                    const __grid_constant__ Layout layout) {
   using Value = typename C::Value;
   using Math = typename C::Math;
-  __shared__ Corners<Math, C::kBackwardGroups> corners;
-  __shared__ Pack<Math, 4> dots[C::kBackwardGroups][kTile + 1];  // of the output's gradient with each pixel
+  struct Shared {
+    Corners<Math, C::kBackwardGroups, C::kTile> corners;
+    Pack<Math, 4> dots[C::kBackwardGroups][C::kTile + 1];
+  };
+  __shared__ Shared shared;
+  auto& corners = shared.corners;
+  auto& dots = shared.dots;
 
   const int group = threadIdx.x / C::kLanes, lane = threadIdx.x % C::kLanes;
-  const int channels = C::kChannels ? C::kChannels : sizes.channels;
-  const int row_elements = sizes.heads * channels, num_points = sizes.num_levels * sizes.points;
-  const int query = find_query<C::kLanes>(sizes, tiled);
+  const int channels = C::kChannels ? C::kChannels : layout.channels, num_points = layout.num_levels * layout.points;
+  const int query = find_query<C::kLanes>(layout);
   if (!__any_sync(kWarp, query >= 0)) return;
+  Math* own_dots = dots[group][0].at + lane / (C::kLanes / 4);
   const double scale = std::is_same_v<Sum, Math> ? 1 : fixed_scale(*bound);
+  // Neighbouring lanes add to neighbouring runs of channels: each addition of a group fills whole sectors of memory.
+  constexpr int run = VECTOR_ATOMICS && std::is_same_v<Sum, float> && C::kVec % 4 == 0 ? 4 : 1;
 
-  const auto load_grad = [&](int64_t slice, int channel, Math(&grad)[C::kVec]) {
-    const auto packed = load<C::kVec>(grad_output + slice * channels + channel);
+  // The gradients that this lane multiplies with pixels, and those that it adds to pixels, among the next channels.
+  Math grad[C::kVec], added_grad[C::kVec];
+  const auto load_grad = [&](const Value* from, int num_left) {
+    const auto packed = load<C::kVec>(from + (lane * C::kVec < num_left ? lane * C::kVec : 0));
 #pragma unroll
     for (int j = 0; j < C::kVec; ++j) grad[j] = widen(packed.at[j]);
+#pragma unroll
+    for (int j = 0; j < C::kVec; ++j) {
+      const int channel = j / run * run * C::kLanes + lane * run + j % run;
+      added_grad[j] = widen(from[channel < num_left ? channel : 0]);
+    }
   };
 
-  for_each_head(sizes, [&](int64_t picture, int head) {
-    const int64_t slice = (picture * sizes.queries + max(query, 0)) * sizes.heads + head, first_index = slice * num_points;
-    const int64_t origin = (picture * sizes.tokens * sizes.heads + head) * channels;
-    Math grad[C::kVec];
-    if constexpr (C::kChannels) load_grad(slice, lane * C::kVec, grad);
-    for (int first = 0; first < num_points; first += kTile) {
-      Point<Math> points[(kTile + C::kLanes - 1) / C::kLanes];  // of this lane
+  for_each_head(layout, [&](int picture, int head) {
+    const int64_t slice = (static_cast<int64_t>(picture) * layout.queries + max(query, 0)) * layout.heads + head;
+    const int64_t origin = (static_cast<int64_t>(picture) * layout.tokens * layout.heads + head) * channels;
+    const Value* pixels = settle(value + origin + lane * C::kVec);
+    Sum* grad_pixels = settle(grad_value + origin + lane * run);
+    if constexpr (C::kChannels) load_grad(grad_output + slice * channels, channels);
+    for (int first = 0; first < num_points; first += C::kTile) {
+      Point<Math> points[(C::kTile + C::kLanes - 1) / C::kLanes];  // of this lane
       const auto for_each_point = [&](auto run) {
 #pragma unroll
         for (int i = 0; i < static_cast<int>(sizeof(points) / sizeof(points[0])); ++i) {
           const int slot = i * C::kLanes + lane;
-          if (slot < kTile) run(points[i], slot, query >= 0 && first + slot < num_points);
+          if (slot < C::kTile) run(points[i], slot, query >= 0 && first + slot < num_points);
         }
       };
       for_each_point([&](Point<Math>& point, int slot, bool wanted) {
-        point = find_point(sizes, locations + 2 * first_index, weights + first_index, first + slot, wanted);
-        corners.put(group, slot, point);
+        point = {};
+        if (wanted) {
+          point = find_point(layout, locations + 2 * slice * num_points, weights + slice * num_points, first + slot);
+        }
+        corners.put(group, slot, point, layout.heads * channels / C::kVec);
       });
       __syncwarp();
-      for (int i = 0; i < min(kTile, num_points - first); ++i) {
-        const Pack<int, 4> token = corners.tokens[group][i];
+      for (int i = 0; i < min(C::kTile, num_points - first); ++i) {
+        const Pack<unsigned, 4> step = corners.steps[group][i];
         const Pack<Math, 4> weight = corners.weights[group][i];
         Math dot[4] = {};
-        for (int channel = lane * C::kVec; channel < channels; channel += C::kLanes * C::kVec) {
-          if constexpr (!C::kChannels) load_grad(slice, channel, grad);
+        for (int channel = 0; channel < channels; channel += C::kLanes * C::kVec) {
+          const int num_left = channels - channel;
+          if constexpr (!C::kChannels) load_grad(grad_output + slice * channels + channel, num_left);
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
-            const auto pixel = load<C::kVec>(row_of(value + origin + channel, token.at[corner], row_elements * sizeof(Value)));
+            if (!C::kChannels && lane * C::kVec >= num_left) continue;
+            const auto pixel = load<C::kVec>(step_from<C::kVec>(pixels + channel, step.at[corner]));
 #pragma unroll
             for (int j = 0; j < C::kVec; ++j) dot[corner] += grad[j] * widen(pixel.at[j]);
           }
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
-            Sum* sums = row_of(grad_value + origin + channel, token.at[corner], row_elements * sizeof(Sum));
-            if (weight.at[corner] != 0) add(sums, weight.at[corner], grad, scale);
+            if (weight.at[corner] == 0) continue;
+            Sum* sums = step_from<C::kVec>(grad_pixels + channel, step.at[corner]);
+#pragma unroll
+            for (int j = 0; j < C::kVec; j += run) {
+              if (!C::kChannels && j * C::kLanes + lane * run >= num_left) continue;
+              add<run>(sums + j * C::kLanes, weight.at[corner], added_grad + j, scale);
+            }
           }
         }
         const Math sum = reduce_scatter<C::kLanes>(dot, lane);
-        if (lane % (C::kLanes / 4) == 0) dots[group][i].at[lane / (C::kLanes / 4)] = sum;
+        if (lane % (C::kLanes / 4) == 0) own_dots[4 * i] = sum;
       }
       __syncwarp();
       for_each_point([&](Point<Math>& point, int slot, bool wanted) {
@@ -332,10 +373,10 @@ __global__ void __launch_bounds__(C::kBackwardGroups * C::kLanes)
         const Math a = point.right, b = point.lower;
         const Math along_x = (1 - b) * (dot.at[1] - dot.at[0]) + b * (dot.at[3] - dot.at[2]);
         const Math along_y = (1 - a) * (dot.at[2] - dot.at[0]) + a * (dot.at[3] - dot.at[1]);
-        const int64_t index = first_index + first + slot;
+        const int64_t index = slice * num_points + first + slot;
         grad_weights[index] = grad_weight;
-        *reinterpret_cast<Pack<Math, 2>*>(grad_locations + 2 * index) = {point.level.width * point.weight * along_x,
-                                                                         point.level.height * point.weight * along_y};
+        *reinterpret_cast<Pack<Math, 2>*>(grad_locations + 2 * index) = {point.weight_times_width * along_x,
+                                                                         point.weight_times_height * along_y};
       });
       __syncwarp();
     }
@@ -345,9 +386,10 @@ __global__ void __launch_bounds__(C::kBackwardGroups * C::kLanes)
 template <typename T>
 __global__ void from_fixed_kernel(const unsigned long long* __restrict__ sums, const double* __restrict__ bound, int64_t count,
                                   T* __restrict__ values) {
-  const double inverse = 1 / fixed_scale(*bound);
   using Math = typename Config<T, 1, 1, 0>::Math;
-  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < count; i += int64_t(gridDim.x) * blockDim.x) {
+  const double inverse = 1 / fixed_scale(*bound);
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) {
     narrow(static_cast<Math>(static_cast<int64_t>(sums[i]) * inverse), values[i]);
   }
 }

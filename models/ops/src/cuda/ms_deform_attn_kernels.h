@@ -9,33 +9,34 @@
 
 namespace ms_deform_attn {
 
-constexpr int kMaxLevels = 32;       // levels travel by value among the kernel's arguments
-constexpr int kMaxPoints = 1 << 16;  // of one level; see `level_of` in the kernels
+constexpr int kMaxLevels = 32;       // levels travel by value among the kernels' arguments
+constexpr int kMaxPoints = 1 << 16;  // of one level; see `find_point`
 
-enum class Type { kFloat, kDouble, kHalf, kBFloat16 };  // of values; the rest is float, or double beside double
+enum class Type { kFloat, kDouble, kHalf, kBFloat16 };  // of values; locations and weights are float, beside double double
 
-struct Level {
-  int height, width;
-  int start, first_tile;  // first token, first block of queries: set by the launcher
-};
-
-// None is zero. All of it is dense and its first byte lies at a multiple of 16.
+// None may be 0, and a row of values, S M D / `vec_of`, must have no more than 2^32 - 1 steps. Every tensor is dense and
+// begins at a multiple of 16 bytes.
 struct Sizes {
-  int64_t batch;
-  int tokens, heads, channels, queries, num_levels, points;
-  Level levels[kMaxLevels];
+  int batch, tokens, heads, channels, queries, num_levels, points;
+  int heights[kMaxLevels], widths[kMaxLevels];
 };
 
-// Sums of grad_value, zero-filled by the caller, [N, S, M, D]: in `sums` as float, or double for double values; or, where
-// `fixed_sums` is given, as 64-bit fixed point, whose bits do not depend on the order of the additions.
-struct GradValue {
-  void* sums;
-  int64_t* fixed_sums;
-  const double* bound;  // on the device: no |sum| of grad_value is above it, nor any sum of parts of it
-};
+// Channels that a lane moves at once: 16 bytes, or one channel if a head has no whole number of those.
+constexpr int vec_of(Type type, int channels) {
+  const int vec = type == Type::kDouble ? 2 : type == Type::kFloat ? 4 : 8;
+  return channels % vec == 0 ? vec : 1;
+}
 
 struct Inputs {
   const void *value, *locations, *weights;
+};
+
+// Where grad_value is summed, [N, S, M, D], filled with zeros by the caller: as float (double for double values) in `sums`;
+// or, if `fixed_sums` is given, in fixed point, where the result does not depend on the order of the additions.
+struct GradValue {
+  void* sums;
+  int64_t* fixed_sums;
+  const double* bound;  // on the device: above every sum of absolute contributions to one element
 };
 
 cudaError_t launch_forward(Type type, const Sizes& sizes, const Inputs& inputs, void* output, cudaStream_t stream);
@@ -44,7 +45,7 @@ cudaError_t launch_forward(Type type, const Sizes& sizes, const Inputs& inputs, 
 cudaError_t launch_backward(Type type, const Sizes& sizes, const Inputs& inputs, const void* grad_output,
                             const GradValue& grad_value, void* grad_locations, void* grad_weights, cudaStream_t stream);
 
-// Fixed-point sums as values of `type`; NaN everywhere if the bound is not finite.
+// `count` fixed-point sums as values of `type`; NaN everywhere if the bound is not finite.
 cudaError_t launch_from_fixed(Type type, const GradValue& grad_value, int64_t count, void* values, cudaStream_t stream);
 
 }  // namespace ms_deform_attn

@@ -1,0 +1,132 @@
+"""
+Deformable DETR (arXiv:2010.04159): feature maps of several sizes, a deformable transformer, and heads that belong
+to one decoder layer each (or one for all, without box refinement).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list, resize_mask
+
+from .deformable_transformer import DeformableTransformer
+from .heads import add_reference
+from .structures import LayerOutput, Memory, Prediction, QueryGroup, split_groups, split_predictions
+
+
+class DeformableDETR(nn.Module):
+    """A set of boxes from a batch of pictures.
+
+    heads: class and box heads, one entry a decoder layer (with box refinement) or the same module in every
+    entry; one more entry of each for the encoder's proposals with `two_stage`. num_queries: queries of each
+    group, the inference group first. mixed_selection: two-stage queries with learned content. query_sources:
+    modules that add query groups (and losses) from memory and targets while training. aux_loss: predictions of
+    every decoder layer, while training.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        transformer: DeformableTransformer,
+        heads: tuple[nn.ModuleList, nn.ModuleList],
+        num_queries: dict[str, int],
+        with_box_refine: bool = False,
+        two_stage: bool = False,
+        mixed_selection: bool = False,
+        aux_loss: bool = True,
+        query_sources: nn.ModuleDict | None = None,
+    ) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.class_embed, self.bbox_embed = heads
+        num_levels, hidden_dim = transformer.level_embed.shape
+        if mixed_selection or not two_stage:  # content alone, or position and content
+            width = hidden_dim if two_stage else 2 * hidden_dim
+            self.query_embed = nn.Embedding(sum(num_queries.values()), width)
+        self.input_proj = input_projections(backbone.num_channels, hidden_dim, num_levels)
+        self.backbone = backbone
+        self.query_sources = query_sources if query_sources is not None else nn.ModuleDict()
+        self.num_queries = num_queries
+        self.with_box_refine = with_box_refine
+        self.two_stage = two_stage
+        self.mixed_selection = mixed_selection
+        self.aux_loss = aux_loss
+
+    def forward(
+        self, samples: NestedTensor | list[Tensor] | Tensor, targets: list[dict] | None = None
+    ) -> dict:
+        """Pictures to class logits and boxes; arguments and result as `models.detr.DETR.forward`."""
+        if not isinstance(samples, NestedTensor):
+            samples = nested_tensor_from_tensor_list(samples)
+        memory = self.transformer.encode(*self.levels(samples))
+        groups, predictions = self.queries(memory)
+        losses: dict[str, Tensor] = {}
+        if self.training:
+            for source in self.query_sources.values():
+                more_groups, more_losses = source(memory, targets)
+                groups += more_groups
+                losses |= more_losses
+        refine_with = self.bbox_embed if self.with_box_refine else None
+        layers = self.transformer.decode(groups, memory, refine_with)
+        predictions = self.read(layers, groups) + predictions
+        last = next(p for p in predictions if p.kind == groups[0].name and p.layer is None)
+        outputs = {'pred_logits': last.logits, 'pred_boxes': last.boxes}
+        return outputs | {'predictions': predictions, 'losses': losses} if self.training else outputs
+
+    def levels(self, samples: NestedTensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Projected feature maps [B, C, H, W], padding masks and encodings of every level, finest first."""
+        features, pos = self.backbone(samples)
+        srcs = [project(x.tensors) for project, x in zip(self.input_proj, features, strict=False)]
+        masks = [x.mask for x in features]
+        for index in range(len(features), len(self.input_proj)):
+            # The first further level is made from the last map itself, the others from the level before.
+            source = features[-1].tensors if index == len(features) else srcs[-1]
+            srcs.append(self.input_proj[index](source))
+            masks.append(resize_mask(samples.mask, srcs[-1].shape[-2:]))
+            pos.append(self.backbone.encode_positions(masks[-1]).to(srcs[-1].dtype))
+        return srcs, masks, pos
+
+    def queries(self, memory: Memory) -> tuple[list[QueryGroup], list[Prediction]]:
+        """Learned groups or the best proposals, and what the encoder predicted on the way (while training)."""
+        groups = self.num_queries if self.training else dict(list(self.num_queries.items())[:1])
+        total = sum(groups.values())
+        if not self.two_stage:
+            every = self.transformer.queries_from_embeddings(
+                self.query_embed.weight[:total], len(memory.tokens)
+            )
+            return split_groups(every, groups), []
+        heads = self.class_embed[-1], self.bbox_embed[-1]
+        boxes, everywhere = self.transformer.propose(memory, *heads, total)
+        content = self.query_embed.weight[:total] if self.mixed_selection else None
+        every = self.transformer.queries_from_proposals(boxes, content)
+        return split_groups(every, groups), [everywhere] if self.training else []
+
+    def read(self, layers: list[LayerOutput], groups: list[QueryGroup]) -> list[Prediction]:
+        """Class logits and boxes of every layer and group; outside training of the last layer only.
+
+        While training all heads take part, read or not, so that each has a gradient.
+        """
+        first = 0 if self.training else len(layers) - 1
+        logits = [self.class_embed[i](layers[i].hs) for i in range(first, len(layers))]
+        boxes = [
+            add_reference(
+                self.bbox_embed[i](layers[i].hs) if layers[i].delta is None else layers[i].delta,
+                layers[i].reference,
+            )
+            for i in range(first, len(layers))
+        ]
+        shown = slice(None) if self.aux_loss else slice(-1, None)
+        logits, boxes = torch.stack(logits)[shown], torch.stack(boxes)[shown]  # [L, B, Q, K], [L, B, Q, 4]
+        return split_predictions(logits, boxes, groups)
+
+
+def input_projections(num_channels: list[int], hidden_dim: int, num_levels: int) -> nn.ModuleList:
+    """Each backbone map to `hidden_dim` channels, and strided convolutions for the levels beyond."""
+    convolutions = [nn.Conv2d(channels, hidden_dim, kernel_size=1) for channels in num_channels]
+    channels = num_channels[-1]
+    for _ in range(len(num_channels), num_levels):
+        convolutions.append(nn.Conv2d(channels, hidden_dim, kernel_size=3, stride=2, padding=1))
+        channels = hidden_dim
+    for convolution in convolutions:
+        nn.init.xavier_uniform_(convolution.weight)
+        nn.init.zeros_(convolution.bias)
+    return nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, hidden_dim)) for conv in convolutions)

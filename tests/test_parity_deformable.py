@@ -1,0 +1,232 @@
+"""Deformable DETR equals the official implementation: outputs, losses, assignments, gradients, optimizer steps."""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine import build_optimizer
+from models import build_model, resolve_args
+from models.training.criterion import weighted_sum
+from tests import rule
+from tests.parity import assert_close, float64
+from tests.shared_data import SHARED, needs_shared, read_shared
+from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+
+FOLDER = SHARED / 'parity/deformable_detr'
+CASES = sorted(path for path in FOLDER.glob('r50*.json'))
+HEAD_ALIASES = ('transformer.decoder.bbox_embed.', 'transformer.decoder.class_embed.')
+
+
+class Case:
+    """A recorded case, and our model built and filled as its file says. Use under `float64()`."""
+
+    def __init__(self, path: Path) -> None:
+        self.record = json.loads(path.read_text())
+        with np.load(path.with_suffix('.npz')) as archive:
+            self.arrays = dict(archive)
+        # Names that the official code gives to the same tensor: ours -> the one that values are recorded under.
+        self.first_names = {name: first for name, _, first in self.record['state_dict']}
+
+    @cached_property
+    def args(self) -> Namespace:
+        return resolve_args(Namespace(**self.record['arguments'], backbone_weights='none'))
+
+    @cached_property
+    def built(self) -> tuple[nn.Module, nn.Module, dict]:
+        model, criterion, postprocessors = build_model(self.args)
+        self.fill(model)
+        return model, criterion, postprocessors
+
+    @torch.no_grad()
+    def fill(self, model: nn.Module) -> None:
+        salt = self.record['rule']['salt']
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if tensor.is_floating_point() and tensor.ndim:
+                value = rule.parameter(salt + self.first_names[name], tuple(tensor.shape))
+                tensor.copy_(torch.from_numpy(value))
+
+    @property
+    def samples(self) -> NestedTensor:
+        return nested_tensor_from_tensor_list(
+            [rule.picture(p['name'], p['height'], p['width']) for p in self.record['images']]
+        )
+
+    def targets(self, target_set: str) -> list[dict[str, Tensor]]:
+        return [
+            {
+                'labels': torch.tensor(target['labels'], dtype=torch.int64),
+                'boxes': torch.tensor(target['boxes'], dtype=torch.float64).reshape(-1, 4),
+            }
+            for target in self.record['target_sets'][target_set]['targets']
+        ]
+
+    def official_names(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return {self.first_names[name]: p for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope='module', params=CASES, ids=lambda path: path.stem)
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(request.param)
+
+
+@pytest.fixture(autouse=True)
+def precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    with float64() if 'case' in request.fixturenames else nullcontext():
+        yield
+
+
+def trained(case: Case) -> Case:
+    if 'target_sets' not in case.record:
+        pytest.skip('this case was recorded in evaluation only')
+    return case
+
+
+@needs_shared
+def test_parameters_have_official_names_shapes_and_order(case: Case) -> None:
+    model, criterion, _ = case.built
+    entries = [[name, list(tensor.shape)] for name, tensor in model.state_dict().items()]
+    assert entries == [
+        [name, shape] for name, shape, _ in case.record['state_dict'] if not name.startswith(HEAD_ALIASES)
+    ]
+    trainable = {name for name, p in case.official_names(model).items() if p.requires_grad}
+    assert trainable == set(case.record['trainable'])
+    assert sum(p.numel() for p in model.parameters()) == case.record['num_params_total']
+    if 'weight_dict' in case.record:
+        assert criterion.weight_dict == case.record['weight_dict']
+
+
+@needs_shared
+def test_evaluation_equals_official(case: Case) -> None:
+    model, _, postprocessors = case.built
+    with torch.no_grad():
+        outputs = model.eval()(case.samples)
+    assert set(outputs) == {'pred_logits', 'pred_boxes'}
+    every = case.record['npz']['pred_logits_every_kth_query']
+    assert_close(outputs['pred_logits'][:, ::every], case.arrays['pred_logits'], 'logits', rtol=1e-9)
+    assert_close(outputs['pred_boxes'], case.arrays['pred_boxes'], 'boxes', rtol=1e-9)
+    results = postprocessors['bbox'](outputs, torch.tensor(case.record['original_sizes_hw']))
+    for index, result in enumerate(results):
+        for key in ('scores', 'labels', 'boxes'):
+            assert_close(result[key], case.arrays[f'det{index}_{key}'], key, rtol=1e-8)
+
+
+@needs_shared
+def test_training_outputs_equal_official(case: Case) -> None:
+    """Dropout is 0, so that the layers of a training pass are those that were recorded in evaluation."""
+    steps = trained(case).record['npz']
+    model, _, _ = case.built
+    with torch.no_grad():
+        predictions = model.train()(case.samples)['predictions']
+    aux = [p for p in predictions if p.layer is not None]
+    logits = torch.stack([p.logits[:, :: steps['aux_pred_logits_every_kth_query']] for p in aux])
+    boxes = torch.stack([p.boxes[:, :: steps['aux_pred_boxes_every_kth_query']] for p in aux])
+    assert_close(logits, case.arrays['aux_pred_logits'], 'logits of earlier layers', rtol=1e-9)
+    assert_close(boxes, case.arrays['aux_pred_boxes'], 'boxes of earlier layers', rtol=1e-9)
+    for enc in (p for p in predictions if p.kind == 'enc'):
+        scores = enc.logits[:, :: steps['enc_class0_logit_every_kth_token'], 0]
+        assert_close(scores, case.arrays['enc_class0_logit'], 'proposal scores', rtol=1e-9)
+        boxes = enc.boxes[:, :: steps['enc_pred_boxes_every_kth_token']]
+        assert_close(boxes, case.arrays['enc_pred_boxes'], 'proposal boxes', rtol=1e-9)
+
+
+@needs_shared
+@pytest.mark.parametrize('target_set', ['normal', 'crowded', 'tiny_and_none', 'none'])
+def test_training_equals_official(case: Case, target_set: str) -> None:
+    recorded = trained(case).record['target_sets'][target_set]
+    model, criterion, _ = case.built
+    model.train().zero_grad()
+    targets = case.targets(target_set)
+    outputs = model(case.samples, targets)
+    losses = criterion(outputs, targets)
+    assert set(losses) == set(recorded['losses'])
+    for name, value in recorded['losses'].items():
+        assert_close(losses[name], value, name)
+    total = weighted_sum(losses, criterion.weight_dict)
+    assert_close(total, recorded['total'], 'total')
+    total.backward()
+    gradients = {name: p.grad for name, p in case.official_names(model).items() if p.grad is not None}
+    for name, value in recorded.get('grad_norms', {}).items():
+        assert_close(gradients[name].norm(), value, f'gradient of {name}', atol=1e-7)
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    assert_close(norm, recorded['grad_norm_total'], 'norm of all gradients')
+    missing = {name for name, p in case.official_names(model).items() if p.requires_grad} - set(gradients)
+    assert missing == set(recorded.get('parameters_without_gradient', []))
+    check_assignments(case, criterion, outputs['predictions'], targets, recorded)
+
+
+def check_assignments(
+    case: Case, criterion: nn.Module, predictions: list, targets: list[dict], recorded: dict
+) -> None:
+    """Matcher calls were recorded in this order: last layer, earlier ones, encoder."""
+    last, *rest = sorted(predictions, key=lambda p: (p.kind == 'enc', -1 if p.layer is None else p.layer))
+    offsets = np.cumsum([0] + [len(target['labels']) for target in targets])
+    for prediction, call in zip([last, *rest], recorded['matches'], strict=True):
+        row = criterion.table[prediction.kind]
+        if row.class_agnostic:
+            targets = [target | {'labels': torch.zeros_like(target['labels'])} for target in targets]
+        pairs = row.matcher(prediction, targets)
+        for picture, (query, target) in enumerate(call['indices']):
+            here = pairs.batch == picture
+            assert pairs.query[here].tolist() == query
+            assert (pairs.target[here] - offsets[picture]).tolist() == target
+
+
+@needs_shared
+def test_optimizer_steps_equal_official(case: Case) -> None:
+    recorded = trained(case).record.get('optimizer')
+    if not recorded:
+        pytest.skip('no optimizer steps were recorded for this case')
+    model, criterion, _ = case.built
+    case.fill(model)
+    args = case.args
+    names = args.lr_backbone_names, args.lr_linear_proj_names, args.lr_linear_proj_mult
+    optimizer = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay, *names)
+    groups = [
+        [len(group['params']), sum(p.numel() for p in group['params']), group['lr']]
+        for group in optimizer.param_groups
+    ]
+    np.testing.assert_allclose(groups, recorded['groups_tensors_elements_lr'])
+    before = {name: p.detach().clone() for name, p in case.official_names(model).items()}
+    targets = case.targets(recorded['on_target_set'])
+    for step, entry in enumerate(recorded['steps']):
+        losses = criterion(model.train()(case.samples, targets), targets)
+        for name, value in entry['losses'].items():
+            assert_close(losses[name], value, name, rtol=1e-5)
+        if step + 1 < len(recorded['steps']):
+            optimizer.zero_grad()
+            weighted_sum(losses, criterion.weight_dict).backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recorded['clip_max_norm'])
+            assert_close(norm, entry['grad_norm_before_clip'], 'gradient norm', rtol=1e-5)
+            optimizer.step()
+    change = {name: (p - before[name]).norm() for name, p in case.official_names(model).items()}
+    for name, value in recorded['l2_of_parameter_change_after_three_steps'].items():
+        assert_close(change[name], value, name, rtol=1e-5)
+    case.fill(model)
+
+
+INITIAL = read_shared('parity/deformable_detr/initial_values.json').get('models', {})
+
+
+@needs_shared
+@pytest.mark.parametrize('name', INITIAL)
+def test_initial_values_equal_official(name: str) -> None:
+    """Drawn in the official order from the same seed: every parameter is the same."""
+    flags = {flag.removeprefix('--'): True for flag in INITIAL[name]['command_line'].split()}
+    torch.manual_seed(42)
+    model = build_model(Namespace(**flags, deformable=True, backbone_weights='none'))[0]
+    ours = dict(model.state_dict(keep_vars=True))
+    for entry, shape, *numbers in INITIAL[name]['parameters']:
+        for alias in HEAD_ALIASES:
+            entry = entry.replace(alias, alias.split('.')[2] + '.')
+        x = ours[entry].detach().double()
+        assert list(x.shape) == shape
+        found = [x.sum(), x.norm(), x.min(), x.max(), x.flatten()[0]]
+        assert_close(torch.stack(found), numbers, entry, atol=1e-7)
