@@ -23,13 +23,17 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from datasets import DATASETS, build_dataset
 from datasets.class_map import ClassMap
 from datasets.coco_eval import STAT_NAMES, CocoEvaluator, Summary
+from datasets.samplers import ChunkSampler, NodeSampler
 from datasets.transforms import AUGMENTATIONS
 from engine import build_optimizer, draw_predictions, evaluate, train_one_epoch
 from models import add_model_args, build_model, family_default, resolve_args
+from models.ops.functions import describe as describe_kernels
 from util.checkpoint import get_rng_state, load_checkpoint, read_checkpoint, save_checkpoint, set_rng_state
 from util.dist import (
     all_gather_object,
     choose_device,
+    get_local_rank,
+    get_local_size,
     get_rank,
     get_world_size,
     init_distributed,
@@ -83,6 +87,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     data.add_argument(
         '--num_workers', default=2, type=int, help='loader processes a process (default: %(default)s)'
     )
+
+    data.add_argument('--cache_mode', action='store_true',
+                      help='keep the picture files in memory, compressed; each process of a machine its own share')  # fmt: skip
 
     train = parser.add_argument_group('training')
     train.add_argument('--lr', type=float, help=f'learning rate (default: {family_default("lr")})')
@@ -202,7 +209,8 @@ def main(args: Namespace) -> None:
     run = Run(args, model, criterion, postprocessors, datasets, loaders, optimizer, scheduler)
     first_epoch = restore(run, checkpoint) if args.resume and not args.eval else 0
     if is_main_process():
-        print_plan(args, run.bare_model, datasets, loaders, optimizer, scheduler)
+        notes = {'kernels': describe_kernels(device.type)} if args.family == 'deformable' else {}
+        print_plan(args, run.bare_model, datasets, loaders, optimizer, scheduler, notes)
     if args.eval:
         evaluate_alone(run)
     else:
@@ -367,14 +375,15 @@ def build_scheduler(
 def build_loader(dataset: Dataset, split: str, args: Namespace) -> DataLoader:
     """Batches of a data set; this process's share of them."""
     train = split == 'train'
-    sampler = DistributedSampler(
-        dataset,
-        get_world_size(),
-        get_rank(),
-        shuffle=train,
-        seed=args.seed,
-        drop_last=train and get_world_size() > 1,
-    )
+    place = get_world_size(), get_rank()
+    if args.cache_mode:
+        dataset.keep_files(get_local_rank(), get_local_size())
+        sampler = NodeSampler(dataset, *place, get_local_rank(), get_local_size(), train, args.seed)
+    elif train:
+        drop_last = get_world_size() > 1
+        sampler = DistributedSampler(dataset, *place, shuffle=True, seed=args.seed, drop_last=drop_last)
+    else:
+        sampler = ChunkSampler(dataset, *place, shuffle=False)
     loader = DataLoader(
         dataset,
         args.batch_size,
@@ -407,6 +416,8 @@ def check_run_args(args: Namespace) -> None:
         raise ValueError('--resume auto looks into --output_dir: give it')
     if args.tensorboard and not args.output_dir:
         raise ValueError('--tensorboard writes into --output_dir: give it')
+    if args.cache_mode and args.dataset_file == 'shapes':
+        raise ValueError('--cache_mode keeps picture files; built-in pictures have none: leave it out')
     positive = ('batch_size', 'accum_steps', 'epochs', 'lr_drop', 'eval_every', 'save_every', 'img_size')
     for flag in (*positive, 'shapes_train', 'shapes_val', 'shapes_size'):
         if getattr(args, flag) < 1:

@@ -26,7 +26,7 @@ from datasets.coco_json import (
     check_segmentations,
     read_annotations,
 )
-from datasets.pictures import read_picture
+from datasets.pictures import decode_file, read_picture
 from datasets.transforms import make_transforms
 from util.seeding import local_seed
 
@@ -73,6 +73,7 @@ class CocoDetection(Dataset):
         # In shared memory, so that workers that outlive an epoch see the next number too.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._ground_truth: Annotations | None = None
+        self._files: dict[Path, bytes] | None = None  # kept in memory, see keep_files
 
     @property
     def ground_truth(self) -> Annotations:
@@ -103,7 +104,7 @@ class CocoDetection(Dataset):
 
     def _picture(self, idx: int) -> Tensor:
         path = self.image_dir / self._file_names[idx]
-        picture = read_picture(path)
+        picture = read_picture(path) if self._files is None else decode_file(path, self._bytes(path))
         height, width = (int(side) for side in self._json_sizes[idx])
         found = tuple(picture.shape[1:])
         if height > 0 and width > 0 and found != (height, width):
@@ -112,6 +113,19 @@ class CocoDetection(Dataset):
                 'the boxes would be wrong; fetch the right picture, or store it without EXIF rotation'
             )
         return picture
+
+    def keep_files(self, local_rank: int, local_size: int) -> None:
+        """Read the files of this process's share of a node's pictures into memory, still compressed; others are
+        added when they are first used.
+        """
+        self._files = {}
+        for idx in range(local_rank, len(self), local_size):
+            self._bytes(self.image_dir / self._file_names[idx])
+
+    def _bytes(self, path: Path) -> bytes:
+        if path not in self._files:
+            self._files[path] = path.read_bytes()
+        return self._files[path]
 
     def _target(self, idx: int, height: int, width: int) -> Target:
         """The objects that have a box of positive size inside the picture."""

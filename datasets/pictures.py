@@ -4,6 +4,7 @@ pixels.
 
 import io
 import os
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -20,8 +21,11 @@ def read_picture(path: str | os.PathLike[str]) -> Tensor:
     The three values of a pixel lie side by side in memory (the strides of a permuted [H, W, 3]).
     Raises ValueError with the file's name when it is no whole picture.
     """
-    with open(path, 'rb') as file:
-        data = file.read()
+    return decode_file(path, Path(path).read_bytes())
+
+
+def decode_file(path: str | os.PathLike[str], data: bytes) -> Tensor:
+    """As `read_picture`, where the file's bytes are at hand."""
     try:
         return decode(data)
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:

@@ -91,7 +91,7 @@ class DeformableDETR(nn.Module):
         total = sum(groups.values())
         if not self.two_stage:
             every = self.transformer.queries_from_embeddings(
-                self.query_embed.weight[:total], len(memory.tokens)
+                self.query_embed.weight[:total], memory.tokens.shape[0]
             )
             return split_groups(every, groups), []
         heads = self.class_embed[-1], self.bbox_embed[-1]

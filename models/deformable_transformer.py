@@ -228,7 +228,7 @@ class DeformableTransformer(nn.Module):
         embedding = sine_embedding(boxes, d_model // 2, self.temperature).to(boxes.dtype)  # [B, Q, 2 C]
         query_pos, tgt = self.pos_trans_norm(self.pos_trans(embedding)).split(d_model, dim=-1)
         if content is not None:
-            tgt = content.expand(len(boxes), -1, -1)
+            tgt = content.expand(boxes.shape[0], -1, -1)
         return QueryGroup('all', tgt, query_pos, boxes)
 
     def queries_from_embeddings(self, query_embed: Tensor, batch_size: int) -> QueryGroup:

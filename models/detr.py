@@ -58,7 +58,7 @@ class DETR(nn.Module):
         features, pos = self.backbone(samples)
         src, mask = features[-1].decompose()
         memory = self.transformer.encode(self.input_proj(src), mask, pos[-1])
-        groups = learned_groups(self.num_queries, self.query_embed.weight, len(src), self.training)
+        groups = learned_groups(self.num_queries, self.query_embed.weight, src.shape[0], self.training)
         losses: dict[str, Tensor] = {}
         if self.training:
             for source in self.query_sources.values():

@@ -6,6 +6,7 @@
 # About 10 minutes on two CPU cores after the installation. Run it again and it goes on where it stopped.
 set -euo pipefail
 source "$(dirname "$0")/env.sh" requirements.txt
+bash scripts/build_ops.sh
 
 out=output/quickstart
 python main.py --output_dir "$out" --resume auto \

@@ -6,6 +6,7 @@
 #   bash scripts/test.sh -k matcher      more words go to pytest
 set -euo pipefail
 source "$(dirname "$0")/env.sh" requirements-dev.txt
+bash scripts/build_ops.sh
 
 if [ "${1:-}" = --quick ]; then
     shift

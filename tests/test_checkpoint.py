@@ -1,6 +1,7 @@
 """Checkpoints of official and foreign layouts fill our models, and what does not fit is named."""
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 import hubconf
 from models import build_model
 from tests.rule import fill
-from tests.shared_data import SHARED, needs_shared
+from tests.shared_data import SHARED, needs_shared, read_shared
 from util.checkpoint import download, load_checkpoint, read_checkpoint, save_checkpoint
-from util.foreign_names import rename, to_official
+from util.foreign_names import TRANSFORMERS_DEFORMABLE, rename, to_official
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
-FLAGS = {'detr': {}, 'conditional_detr': {'conditional': True}}
+FLAGS = {'detr': {}, 'conditional_detr': {'conditional': True}, 'deformable_detr': {'deformable': True}}
 
 
 def build(**flags: object) -> nn.Module:
@@ -26,7 +27,7 @@ def build(**flags: object) -> nn.Module:
 def official_state(system: str, case: str) -> dict[str, Tensor]:
     """A state dict of official names and shapes, all zeros."""
     record = json.loads((SHARED / 'parity' / system / f'{case}.json').read_text())
-    return {name: torch.zeros(shape) for name, shape in record['state_dict']}
+    return {name: torch.zeros(shape) for name, shape, *_ in record['state_dict']}
 
 
 @needs_shared
@@ -39,7 +40,7 @@ def test_official_state_dicts_fit_strictly(system: str) -> None:
     report = load_checkpoint(model, {'model': state})
     assert report.layout == 'official' and not report.reinitialised
     assert report.loaded == len(model.state_dict())
-    assert not model.transformer.decoder.norm.weight.any()
+    assert not any(parameter.any() for parameter in model.parameters())
 
 
 @needs_shared
@@ -157,6 +158,75 @@ def test_transformers_models_give_the_same_detections(conditional: bool, saved: 
         outputs = ours(NestedTensor(batch.tensors, batch.mask))
     torch.testing.assert_close(outputs['pred_logits'], expected.logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(outputs['pred_boxes'], expected.pred_boxes, rtol=1e-4, atol=1e-4)
+
+
+DEFORMABLE_VARIANTS = {
+    'plain': {},
+    'box refinement': {'with_box_refine': True},
+    'two stages': {'with_box_refine': True, 'two_stage': True},
+    'single scale': {'num_feature_levels': 1},
+    'single scale, DC5': {'num_feature_levels': 1, 'dilation': True},
+}
+
+
+def transformers_deformable_model(flags: dict) -> nn.Module:
+    transformers = pytest.importorskip('transformers')
+    sizes = {
+        'd_model': 256,
+        'encoder_layers': 2,
+        'decoder_layers': 3,
+        'encoder_ffn_dim': 128,
+        'decoder_ffn_dim': 128,
+        'num_queries': 50,
+        'two_stage_num_proposals': 50,
+        'num_labels': 91,
+    }
+    if flags.get('dilation'):  # only timm's backbone dilates
+        backbone = {'use_timm_backbone': True, 'use_pretrained_backbone': False, 'backbone': 'resnet50'}
+    else:
+        stages = ['stage4'] if flags.get('num_feature_levels') == 1 else ['stage2', 'stage3', 'stage4']
+        config = transformers.ResNetConfig(out_features=stages)
+        backbone = {'use_timm_backbone': False, 'use_pretrained_backbone': False, 'backbone_config': config}
+    config = transformers.DeformableDetrConfig(**sizes, **backbone, **flags)
+    return fill(transformers.DeformableDetrForObjectDetection(config)).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('variant', DEFORMABLE_VARIANTS)
+@pytest.mark.parametrize('saved', [False, True], ids=['live names', 'file names'])
+def test_transformers_deformable_models_give_the_same_detections(
+    variant: str, saved: bool, tmp_path: Path
+) -> None:
+    flags = DEFORMABLE_VARIANTS[variant]
+    theirs = transformers_deformable_model(flags)
+    state = theirs.state_dict()
+    if saved:
+        safetensors = pytest.importorskip('safetensors.torch')
+        theirs.save_pretrained(tmp_path)
+        state = safetensors.load_file(tmp_path / 'model.safetensors')
+    sizes = {'enc_layers': 2, 'dec_layers': 3, 'dim_feedforward': 128, 'num_queries': 50}
+    ours = build(deformable=True, **sizes, **flags).eval()
+    assert load_checkpoint(ours, state).layout == 'transformers, Deformable'
+    batch = nested_tensor_from_tensor_list([torch.randn(3, 96, 128), torch.randn(3, 128, 64)])
+    with torch.no_grad():
+        expected = theirs(pixel_values=batch.tensors, pixel_mask=(~batch.mask).long())
+        outputs = ours(NestedTensor(batch.tensors, batch.mask))
+    torch.testing.assert_close(outputs['pred_logits'], expected.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs['pred_boxes'], expected.pred_boxes, rtol=1e-4, atol=1e-4)
+
+
+@needs_shared
+@pytest.mark.parametrize('variant', ['two_stage_refine', 'only_in_one_stage'])
+def test_published_transformers_names_become_official(variant: str) -> None:
+    """Every recorded pair of names, q, k and v of self-attention apart."""
+    recorded = read_shared('parity/deformable_detr/transformers_names.json')
+    for official, theirs in recorded.get(variant, []):
+        ours = rename(theirs, TRANSFORMERS_DEFORMABLE)
+        if '[' in official:
+            official = re.sub(r'in_proj_(weight|bias)\[.*', r'', official)
+            assert ours.startswith(official)
+        else:
+            assert ours == official, theirs
 
 
 def test_names_without_a_rule_show_up_as_left_over() -> None:

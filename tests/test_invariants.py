@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from engine import build_optimizer, train_one_epoch
 from main import get_args_parser
-from models import build_model
+from models import DEFORMABLE_FLAGS, build_model
 from models.position_encoding import PositionEmbeddingSine
 from models.structures import Assignment, Prediction, QueryGroup, Supervision, attention_blocks, visibility
 from models.training.criterion import weighted_sum
@@ -36,8 +36,16 @@ SMALL = {
     'num_queries': 12,
     'num_classes': 6,
 }
-FAMILIES = [{}, {'conditional': True}]
-family = pytest.mark.parametrize('flags', FAMILIES, ids=['detr', 'conditional'])
+TWO_STAGE = {'with_box_refine': True, 'two_stage': True}
+DENSE = {'detr': {}, 'conditional': {'conditional': True}}
+FAMILIES = DENSE | {
+    'deformable': {'deformable': True},
+    'box refinement': {'with_box_refine': True, 'use_checkpoint': True},
+    'two stages': TWO_STAGE,
+    'two stages with tricks': TWO_STAGE | {'mixed_selection': True, 'look_forward_twice': True},
+}
+family = pytest.mark.parametrize('flags', FAMILIES.values(), ids=FAMILIES)
+dense = pytest.mark.parametrize('flags', DENSE.values(), ids=DENSE)
 
 
 def build(flags: dict) -> tuple[nn.Module, nn.Module, dict]:
@@ -56,17 +64,21 @@ def random_targets(*num_objects: int) -> list[dict[str, Tensor]]:
 class GivenFeatures(nn.Module):
     """In place of a backbone: the samples are feature maps."""
 
-    def __init__(self, num_channels: int, hidden_dim: int) -> None:
+    def __init__(self, num_channels: int, hidden_dim: int, offset: float) -> None:
         super().__init__()
         self.num_channels = [num_channels]
-        self.encoding = PositionEmbeddingSine(hidden_dim // 2)
+        self.encoding = PositionEmbeddingSine(hidden_dim // 2, offset=offset)
 
     def forward(self, samples: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
         return [samples], [self.encoding(samples.mask).to(samples.tensors.dtype)]
 
 
 @pytest.mark.parametrize('cells', [[(7, 5), (4, 6)], [(14, 10), (9, 13)]], ids=['stride 32', 'DC5'])
-@family
+@pytest.mark.parametrize(
+    'flags',
+    [*DENSE.values(), {'num_feature_levels': 1}, {'num_feature_levels': 1, 'with_box_refine': True}],
+    ids=[*DENSE, 'deformable', 'box refinement'],
+)
 def test_padding_does_not_reach_the_transformer(flags: dict, cells: list[tuple[int, int]]) -> None:
     """A padded batch equals single runs without padding, whatever stands in the padded cells of the feature
     map.
@@ -76,7 +88,10 @@ def test_padding_does_not_reach_the_transformer(flags: dict, cells: list[tuple[i
     """
     with float64():
         model, _, _ = build(flags)
-        model.backbone = GivenFeatures(512, 32)
+        deformable = 'num_feature_levels' in flags
+        model.backbone = GivenFeatures(512, 32, offset=-0.5 if deformable else 0.0)
+        if deformable:  # its group norm averages over the padding too
+            model.input_proj[0][1] = nn.Identity()
         model.eval()
         features = [torch.randn(512, *size) for size in cells]
         batch = nested_tensor_from_tensor_list(features)
@@ -85,8 +100,10 @@ def test_padding_does_not_reach_the_transformer(flags: dict, cells: list[tuple[i
             together = model(batch)
             for index, feature in enumerate(features):
                 alone = model([feature])
+                # Deformable DETR's valid ratios are float32 in any model (as in the official code).
+                close = 1e-5 if deformable else 1e-10
                 for key in ('pred_logits', 'pred_boxes'):
-                    torch.testing.assert_close(together[key][index], alone[key][0], rtol=1e-10, atol=1e-10)
+                    torch.testing.assert_close(together[key][index], alone[key][0], rtol=close, atol=close)
 
 
 @pytest.mark.parametrize('dilation', [False, True], ids=['stride 32', 'DC5'])
@@ -151,7 +168,7 @@ def test_order_of_objects_does_not_change_the_loss(flags: dict) -> None:
     with float64():
         model, criterion, _ = build(flags | {'dropout': 0.0})
         (target,) = random_targets(6)
-        outputs = model.train()([torch.randn(3, 64, 64)], [target])
+        outputs = model.train()([torch.randn(3, 128, 128)], [target])
         order = torch.randperm(6)
         shuffled = {key: value[order] for key, value in target.items()}
         losses, others = criterion(outputs, [target]), criterion(outputs, [shuffled])
@@ -333,7 +350,7 @@ def test_groups_see_themselves_and_whom_they_name() -> None:
     assert [run for run, _ in attention_blocks(groups)] == [slice(0, 6)]
 
 
-@family
+@dense
 def test_groups_apart_attend_as_under_one_mask(flags: dict) -> None:
     from models import build_transformer, resolve_args
 
@@ -404,6 +421,7 @@ def test_every_flag_is_read() -> None:
     finder.found |= {name for names in by_name for name in names}
     if "getattr(args, f'{image_set}_images')" in sources[ROOT / 'datasets/coco.py']:
         finder.found |= {'train_images', 'val_images', 'train_ann', 'val_ann'}
+    finder.found |= set(DEFORMABLE_FLAGS)  # read by their names there
     unread = {action.dest for action in get_args_parser()._actions} - finder.found - {'help'}
     assert not unread, f'declared and not read: {unread}'
 
@@ -433,3 +451,117 @@ def test_initial_values_are_the_official_ones() -> None:
     torch.testing.assert_close(outputs['pred_boxes'][..., 2:], torch.full((1, 12, 2), 0.5))
     plain, _, _ = build({})
     assert plain.class_embed.bias.abs().max() < 1 and plain.bbox_embed.layers[-1].weight.any()
+
+
+def test_decoder_groups_do_not_see_each_other() -> None:
+    """Queries of other groups leave the inference group of a deformable decoder as it is."""
+    with float64():
+        model, _, _ = build(TWO_STAGE)
+        transformer = model.eval().transformer
+        memory = transformer.encode(*model.levels(nested_tensor_from_tensor_list(torch.randn(2, 3, 64, 64))))
+        one, many = (
+            QueryGroup(
+                name, torch.randn(2, num, 32), torch.randn(2, num, 32), torch.rand(2, num, 4) * 0.5 + 0.2
+            )
+            for name, num in (('one2one', 5), ('one2many', 9))
+        )
+        together = transformer.decode([one, many], memory, model.bbox_embed)
+        alone = transformer.decode([one], memory, model.bbox_embed)
+        for ours, expected in zip(together, alone, strict=True):
+            torch.testing.assert_close(ours.hs[:, :5], expected.hs)
+            torch.testing.assert_close(ours.reference[:, :5], expected.reference)
+
+
+def test_inference_reads_only_the_chosen_proposals_and_gets_the_same() -> None:
+    """Evaluation computes boxes of the selected tokens alone; the numbers are those of a training pass."""
+    with float64():
+        model, _, _ = build(TWO_STAGE | {'dropout': 0.0})
+        pictures = torch.randn(2, 3, 64, 96)
+        with torch.no_grad():
+            training, inference = model.train()(pictures), model.eval()(pictures)
+        for key in ('pred_logits', 'pred_boxes'):
+            torch.testing.assert_close(inference[key], training[key])
+
+
+def test_looking_forward_twice_changes_gradients_only() -> None:
+    with float64():
+        totals, gradients = [], []
+        for flags in (TWO_STAGE, TWO_STAGE | {'look_forward_twice': True}):
+            model, criterion, _ = build(flags | {'dropout': 0.0})
+            torch.manual_seed(1)
+            nn.init.normal_(model.bbox_embed[0].layers[-1].weight, std=0.1)
+            targets = random_targets(4)
+            outputs = model.train()(torch.randn(1, 3, 128, 128), targets)
+            totals.append(weighted_sum(criterion(outputs, targets), criterion.weight_dict))
+            totals[-1].backward()
+            gradients.append(model.bbox_embed[0].layers[-1].weight.grad.norm())
+        torch.testing.assert_close(totals[0], totals[1])
+        assert (gradients[0] - gradients[1]).abs() > 1e-6
+
+
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    with float64():
+        gradients = []
+        for use_checkpoint in (False, True):
+            for flags in FAMILIES.values():
+                model, criterion, _ = build(flags | {'dropout': 0.0, 'use_checkpoint': use_checkpoint})
+                torch.manual_seed(1)
+                targets = random_targets(3, 1)
+                outputs = model.train()(torch.randn(2, 3, 64, 64), targets)
+                weighted_sum(criterion(outputs, targets), criterion.weight_dict).backward()
+                gradients += [p.grad for p in model.parameters() if p.grad is not None]
+        half = len(gradients) // 2
+        for first, second in zip(gradients[:half], gradients[half:], strict=True):
+            torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ({'two_stage': True}, '--two_stage needs --with_box_refine'),
+        ({'mixed_selection': True, 'with_box_refine': True}, '--mixed_selection needs --two_stage'),
+        ({'look_forward_twice': True}, '--look_forward_twice needs --with_box_refine'),
+        ({'num_feature_levels': 2}, 'must be 1, or at least the 3 maps'),
+        ({'deformable': True, 'conditional': True}, 'leave one of them out'),
+        ({'deformable': True, 'hidden_dim': 48}, 'multiple of 32'),
+        ({'deformable': True, 'pre_norm': True}, 'DETR only'),
+        ({'deformable': True, 'enc_n_points': 0}, 'at least 1'),
+        ({'nms_iou_threshold': 0.5}, 'not for DETR'),
+        ({'deformable': True, 'nms_iou_threshold': 1.5}, 'between 0 and 1'),
+    ],
+)
+def test_impossible_flags_are_refused_in_one_sentence(flags: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        build(flags)
+    assert '\n' not in str(error.value)
+
+
+def test_fewer_tokens_than_proposals_are_explained() -> None:
+    model, _, _ = build(TWO_STAGE | {'num_queries': 400})
+    with pytest.raises(ValueError, match=r'400 proposals, but the feature maps .* have 340 cells'):
+        model(torch.randn(1, 3, 128, 128))
+
+
+def test_names_of_parameter_groups_must_not_overlap() -> None:
+    model, _, _ = build({'deformable': True})
+    with pytest.raises(ValueError, match='fits --lr_backbone_names backbone and --lr_linear_proj_names body'):
+        build_optimizer(model, 1e-4, 1e-5, 1e-4, ['backbone'], ['body'])
+    sizes = [
+        len(g['params'])
+        for g in build_optimizer(model, 1e-4, 1e-5, 0, ['backbone.0'], [], sgd=True).param_groups
+    ]
+    assert len(sizes) == 2 and sum(sizes) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_overlapping_detections_of_a_class_are_suppressed() -> None:
+    """The same box three times, once with another class; a fourth box elsewhere."""
+    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.2]] * 3 + [[0.1, 0.1, 0.1, 0.1]]])
+    logits = torch.full((1, 4, 2), -9.0)
+    logits[0, [0, 1, 2, 3], [0, 0, 1, 0]] = torch.tensor([3.0, 2.0, 1.0, 0.0])
+    outputs, size = {'pred_logits': logits, 'pred_boxes': boxes}, torch.tensor([[100, 200]])
+    _, _, postprocessors = build({'deformable': True, 'topk_eval': 3, 'nms_iou_threshold': 0.7})
+    (result,) = postprocessors['bbox'](outputs, size)
+    assert result['labels'].tolist() == [0, 1, 0]
+    torch.testing.assert_close(result['scores'], torch.tensor([3.0, 1.0, 0.0]).sigmoid())
+    _, _, postprocessors = build({'deformable': True, 'topk_eval': 3})
+    assert postprocessors['bbox'](outputs, size)[0]['labels'].tolist() == [0, 0, 1]

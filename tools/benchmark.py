@@ -2,32 +2,19 @@
 How fast are the parts? All contenders of a comparison run in one process, turn about, and must first agree in
 what they compute.
 
-    python tools/benchmark.py data                          # pictures that it draws itself
-    python tools/benchmark.py data --coco_path data/coco    # pictures of a data set
+    python tools/benchmark.py data                          # loading pictures that it draws itself
+    python tools/benchmark.py data --coco_path data/coco    # loading pictures of a data set
+    python tools/benchmark.py op                            # deformable attention, forward and backward
+    python tools/benchmark.py model                         # inference of two-stage Deformable DETR
 """
 
 import argparse
-import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
-import PIL.Image
-import PIL.ImageDraw
-import torch
-from torch import Tensor
-from torchvision.transforms import functional as classic
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.pictures import read_picture
-from datasets.transforms import MEAN, STD, Compose, Target, make_transforms
-from util.seeding import local_seed
-
-Loader = Callable[[Path, Target, Compose], tuple[Tensor, Target]]
+from tools.benchmarks import data, model, op
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -35,137 +22,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    add_data_command(commands)
+    for part in (data, op, model):
+        part.add_command(commands)
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
-    args.run(args)
-
-
-def add_data_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        'data', help='from JPEG file to network input: Pillow and floats, or our loader'
-    )
-    parser.add_argument(
-        '--coco_path', default=None, help='folder searched for JPEGs; by default pictures are drawn'
-    )
-    parser.add_argument('--num_pictures', default=32, type=int, help='pictures a round')
-    parser.add_argument(
-        '--rounds', default=7, type=int, help='timed rounds of each contender, after one to warm up'
-    )
-    parser.add_argument('--seed', default=0, type=int)
-    parser.set_defaults(run=benchmark_data)
-
-
-def benchmark_data(args: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = find_pictures(args.coco_path) if args.coco_path else draw_pictures(folder, args)
-        paths = paths[: args.num_pictures]
-        print(f'{len(paths)} JPEG pictures, one thread, {args.rounds} rounds of each contender in turn')
-        for image_set, name in (('val', 'evaluation, 800/1333'), ('train', 'training, same seeds')):
-            samples = [(path, make_target(path), make_transforms(image_set)) for path in paths]
-            print(
-                f'\n{name}: largest pixel difference {check_agreement(samples, args.seed):.2f}/255, boxes equal'
-            )
-            report_speed(samples, args)
-
-
-def find_pictures(root: str) -> list[Path]:
-    paths = sorted(Path(root).rglob('*.jpg'))
-    if not paths:
-        raise ValueError(f'--coco_path {root} has no .jpg file in it or below: give the folder of a data set')
-    return paths
-
-
-def draw_pictures(folder: str, args: argparse.Namespace) -> list[Path]:
-    """JPEGs of 640 x 480, quality 90: a smooth background, some shapes, sensor noise."""
-    generator = np.random.default_rng(args.seed)
-    paths = []
-    for idx in range(args.num_pictures):
-        coarse = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-        image = PIL.Image.fromarray(coarse).resize((640, 480), PIL.Image.Resampling.BICUBIC)
-        draw = PIL.ImageDraw.Draw(image)
-        for x, y, width, height, *color in generator.integers(0, 256, (12, 7)).tolist():
-            corners = (2 * x, 1.5 * y, 2 * x + width, 1.5 * y + height)
-            (draw.ellipse if color[0] % 2 else draw.rectangle)(corners, fill=tuple(color))
-        noisy = np.asarray(image) + generator.normal(0, 6, (480, 640, 3))
-        paths.append(Path(folder) / f'{idx:04d}.jpg')
-        PIL.Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(paths[-1], quality=90)
-    return paths
-
-
-def make_target(path: Path) -> Target:
-    """Seven boxes, as many as COCO has a picture."""
-    with PIL.Image.open(path) as image:
-        width, height = image.size
-    corners = torch.rand(7, 2, 2, generator=torch.Generator().manual_seed(len(path.name))).sort(dim=1).values
-    boxes_xyxy = (corners * torch.tensor([width, height])).flatten(1)
-    size = torch.tensor([height, width])
-    labels, iscrowd = torch.arange(7), torch.zeros(7, dtype=torch.int64)
-    return {'boxes': boxes_xyxy, 'labels': labels, 'area': torch.ones(7), 'iscrowd': iscrowd, 'size': size}
-
-
-def load_with_pillow(path: Path, target: Target, transforms: Compose) -> tuple[Tensor, Target]:
-    """The chain of the official code: Pillow decodes, flips, crops and resizes; float32, normalised, on the
-    CPU.
-    """
-    with PIL.Image.open(path) as image:
-        picture = image.convert('RGB')
-    *geometry, normalize_boxes = transforms.transforms
-    picture, target = Compose(geometry)(picture, target)
-    normalized = classic.normalize(classic.to_tensor(picture), MEAN, STD)
-    _, target = normalize_boxes(
-        torch.empty(normalized.shape, dtype=torch.uint8), target
-    )  # only its size counts
-    return normalized, target
-
-
-def load_with_tensors(path: Path, target: Target, transforms: Compose) -> tuple[Tensor, Target]:
-    """Ours: uint8 from the file to the batch; the model normalises on its device."""
-    return transforms(read_picture(path), target)
-
-
-CONTENDERS: dict[str, Loader] = {'Pillow, float32': load_with_pillow, 'ours, uint8': load_with_tensors}
-
-
-def check_agreement(samples: list[tuple[Path, Target, Compose]], seed: int) -> float:
-    """Largest difference of a pixel in grey levels; raise ValueError above one, or where boxes differ."""
-    worst = 0.0
-    for idx, sample in enumerate(samples):
-        with local_seed(seed, idx):
-            reference, target_reference = load_with_pillow(*sample)
-        with local_seed(seed, idx):
-            picture, target = load_with_tensors(*sample)
-        if reference.shape != picture.shape or not torch.equal(target['boxes'], target_reference['boxes']):
-            raise ValueError(f'{sample[0]}: size or boxes differ between the contenders')
-        mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-        worst = max(worst, float(((reference * std + mean) * 255 - picture).abs().max()))
-    if worst > 1.01:
-        raise ValueError(f'pictures differ by {worst:.2f} grey levels between the contenders')
-    return worst
-
-
-def report_speed(samples: list[tuple[Path, Target, Compose]], args: argparse.Namespace) -> None:
-    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for _ in range(args.rounds + 1):
-        for name, load in CONTENDERS.items():
-            seconds[name].append(time_round(load, samples, args.seed))
-    speeds = {name: len(samples) / statistics.median(times[1:]) for name, times in seconds.items()}
-    for name, speed in speeds.items():
-        print(f'  {name:<16}{speed:8.1f} pictures/s a core {1e3 / speed:8.2f} ms')
-    slow, fast = speeds.values()
-    print(f'  ratio {fast / slow:.2f}')
-
-
-def time_round(load: Loader, samples: list[tuple[Path, Target, Compose]], seed: int) -> float:
-    start = time.perf_counter()
-    for idx, sample in enumerate(samples):
-        with local_seed(seed, idx):
-            load(*sample)
-    return time.perf_counter() - start
-
-
 if __name__ == '__main__':
-    main(get_args_parser().parse_args())
+    args = get_args_parser().parse_args()
+    try:
+        args.run(args)
+    except ValueError as error:
+        sys.exit(f'error: {error}')

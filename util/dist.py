@@ -19,6 +19,18 @@ def get_rank() -> int:
     return dist.get_rank() if is_distributed() else 0
 
 
+def get_local_rank() -> int:
+    """Place of this process on its machine, as the launcher says."""
+    return int(os.environ.get('LOCAL_RANK', 0)) if is_distributed() else 0
+
+
+def get_local_size() -> int:
+    """Processes on this machine, as the launcher says (LOCAL_WORLD_SIZE of torchrun, LOCAL_SIZE of others)."""
+    if not is_distributed():
+        return 1
+    return int(os.environ.get('LOCAL_WORLD_SIZE') or os.environ.get('LOCAL_SIZE') or 1)
+
+
 def is_main_process() -> bool:
     return get_rank() == 0
 

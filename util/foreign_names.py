@@ -59,16 +59,26 @@ TRANSFORMERS_CONDITIONAL: Rules = [
     *TRANSFORMERS,
 ]
 
+# Deformable DETR: the attention modules keep their names, the decoder's norms are numbered otherwise.
+TRANSFORMERS_DEFORMABLE: Rules = [
+    (r'model\.(input_proj\.\d+\.[01])\.(#)', r'\1.\2'),
+    (r'model\.(level_embed|(?:reference_points|enc_output|enc_output_norm|pos_trans|pos_trans_norm)\..*)', r'transformer.\1'),
+    (r'model\.(decoder\.(?:class|bbox)_embed\..*)', r'transformer.\1'),
+    (r'model\.(encoder@\.self_attn\.(?:sampling_offsets|attention_weights|value_proj|output_proj))\.(#)',
+     r'transformer.\1.\2'),
+    (r'model\.(decoder@)\.encoder_attn\.(sampling_offsets|attention_weights|value_proj|output_proj)\.(#)',
+     r'transformer.\1.cross_attn.\2.\3'),
+    (r'model\.(decoder@)\.self_attn_layer_norm\.(#)', r'transformer.\1.norm2.\2'),
+    (r'model\.(decoder@)\.encoder_attn_layer_norm\.(#)', r'transformer.\1.norm1.\2'),
+    *TRANSFORMERS,
+]  # fmt: skip
+
 
 def rename(name: str, rules: Rules) -> str:
     """The official name; the name itself where no rule fits, so that it shows up as left over."""
     for pattern, replacement in rules:
-        pattern = pattern.replace('(encoder@)', r'(encoder\.layers\.\d+)').replace(
-            '(decoder@)', r'(decoder\.layers\.\d+)'
-        )
-        pattern = pattern.replace('(@)', r'((?:encoder|decoder)\.layers\.\d+)').replace(
-            '(#)', '(weight|bias)'
-        )
+        pattern = pattern.replace('coder@', r'coder\.layers\.\d+').replace('(#)', '(weight|bias)')
+        pattern = pattern.replace('(@)', r'((?:encoder|decoder)\.layers\.\d+)')
         match = re.fullmatch(pattern, name)
         if match:
             # Stages and convolutions are numbered from 0 there and from 1 here.
@@ -95,15 +105,35 @@ def from_transformers(state: State) -> State:
     return merge_in_proj({rename(name, rules): value for name, value in state.items()})
 
 
+def from_transformers_deformable(state: State) -> State:
+    """Saved files hold a shared head once: absent ones are the first again."""
+    state = merge_in_proj({rename(name, TRANSFORMERS_DEFORMABLE): value for name, value in state.items()})
+    state = drop_head_aliases(state)
+    layers = {name.split('.')[3] for name in state if name.startswith('transformer.decoder.layers.')}
+    heads = [name for name in state if re.match(r'(class|bbox)_embed\.0\.', name)]
+    repeated = {
+        re.sub(r'_embed\.0\.', f'_embed.{layer}.', name): state[name] for layer in layers for name in heads
+    }
+    return repeated | state
+
+
+def drop_head_aliases(state: State) -> State:
+    """Official Deformable DETR lists its heads twice, some files of others in one of the places only."""
+    alias = re.compile(r'transformer\.decoder\.((?:class|bbox)_embed\..*)')
+    aliases = {match[1]: state[name] for name in state if (match := alias.fullmatch(name))}
+    return aliases | {name: value for name, value in state.items() if not alias.fullmatch(name)}
+
+
 # Layout -> a key that only it has, and its converter. The first that fits wins.
 LAYOUTS: dict[str, tuple[str, Callable[[State], State]]] = {
     'transformers': ('model.input_projection.weight', from_transformers),
+    'transformers, Deformable': ('model.input_proj.0.0.weight', from_transformers_deformable),
 }
 
 
 def to_official(state: State) -> tuple[str, State]:
-    """Name of the layout and the state dict under official names; official ones come back as they are."""
+    """Name of the layout and the state dict under official names, without aliases."""
     for layout, (key, convert) in LAYOUTS.items():
         if key in state:
             return layout, convert(state)
-    return 'official', state
+    return 'official', drop_head_aliases(state)

@@ -36,6 +36,8 @@ def nested_tensor_from_tensor_list(pictures: Sequence[Tensor] | Tensor) -> Neste
 
     A [B, 3, H, W] tensor is taken as pictures of one size. No rounding to a divisor (official DETR).
     """
+    if isinstance(pictures, Tensor) and pictures.ndim == 4:
+        return NestedTensor(pictures, pictures.new_zeros(pictures[:, 0].shape, dtype=torch.bool))
     if any(picture.ndim != 3 for picture in pictures):
         raise ValueError(f'pictures must be [3, h, w], not {[tuple(picture.shape) for picture in pictures]}')
     height, width = (max(picture.shape[side] for picture in pictures) for side in (1, 2))

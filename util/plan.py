@@ -8,7 +8,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.ops.functions import describe
 from util.dist import get_world_size
 from util.nested_tensor import NestedTensor
 
@@ -22,8 +21,9 @@ def print_plan(
     loaders: dict[str, DataLoader],
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
+    notes: dict[str, str],
 ) -> None:
-    """Data, classes, effective batch, learning rates, size of the model, steps."""
+    """Data, classes, effective batch, learning rates, size of the model, steps; notes: further rows."""
     names = [name for name in datasets['val'].class_map.names if name is not None]
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -37,10 +37,8 @@ def print_plan(
         f'{args.enc_layers}+{args.dec_layers} layers of {args.hidden_dim}',
         'parameters': f'{total:,}, {trainable:,} trainable',
         'FLOPs': f'{flops / 1e9:.3g} G ({flops / 2e9:.3g} G multiply-adds) for a picture of {width} x {height}',
-        'attention': describe(next(model.parameters()).device.type)
-        if args.family == 'deformable'
-        else 'dense',
         'device': f'{next(model.parameters()).device}, {get_world_size()} process(es), torch {torch.__version__}',
+        **notes,
     }
     if not args.eval:
         batch = args.batch_size * args.accum_steps * get_world_size()

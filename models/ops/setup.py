@@ -22,7 +22,14 @@ NAME = f'_C_torch{torch.__version__}'.replace('.', '_').replace('+', '_')
 CPU_SOURCES = ['src/cpu/ms_deform_attn_cpu.cpp']
 CUDA_SOURCES = ['src/cuda/ms_deform_attn_cuda.cpp', 'src/cuda/ms_deform_attn_kernels.cu']
 # Sums may be reordered, so that loops vectorise; NaN and infinity keep their meaning.
-CXX_FLAGS = ['-O3', '-fopenmp', '-fno-math-errno', '-fno-trapping-math', '-fno-signed-zeros', '-fassociative-math']
+CXX_FLAGS = [
+    '-O3',
+    '-fopenmp',
+    '-fno-math-errno',
+    '-fno-trapping-math',
+    '-fno-signed-zeros',
+    '-fassociative-math',
+]
 if platform.machine() == 'x86_64':
     CXX_FLAGS.append('-mprefer-vector-width=512')
 LINK_FLAGS = ['-fopenmp']

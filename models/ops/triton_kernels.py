@@ -17,9 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1024  # of a program: 32 queries of 32 channels
+# Elements of a program's block: 16 queries of 32 channels; 4 backward, where with one warp the sums over channels
+# pass from lane to lane and no warp waits for another.
+FORWARD_BLOCK = 512
+BACKWARD_BLOCK = 128
 MAX_BLOCK_QUERIES = 128
-ELEMENTS_PER_WARP = 256
+BYTES_PER_WARP = 512  # 16 a thread
+MAX_WARPS = 16
 
 
 @triton.jit
@@ -44,12 +48,24 @@ def place_points(locations, points, height, width, exists):
 
 
 @triton.jit
-def place_pixels(column, row, height, width, inside, D: tl.constexpr, STRIDE: tl.constexpr, BLOCK_D: tl.constexpr):
+def place_pixels(
+    column, row, height, width, inside, D: tl.constexpr, STRIDE: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """[BLOCK_Q, BLOCK_D] offsets from the level's first token, and a mask of those that may be read."""
     channels = tl.arange(0, BLOCK_D)
     exists = inside & (column >= 0) & (column < width) & (row >= 0) & (row < height)
     tokens = row.to(tl.int64) * width + column
     return tokens[:, None] * STRIDE + channels[None, :], exists[:, None] & (channels < D)[None, :]
+
+
+@triton.jit
+def add_share(sums, share, grad, scale, mask):
+    """Sums with a scale are in fixed point: integers, in units of 1 / scale."""
+    if scale is None:
+        terms = share * grad
+    else:
+        terms = tl.floor(share.to(tl.float64) * grad.to(tl.float64) * scale + 0.5).to(tl.int64)
+    tl.atomic_add(sums, terms, mask=mask, sem='relaxed')
 
 
 @triton.jit(do_not_specialize=['num_tokens', 'num_queries'])
@@ -82,17 +98,18 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=['num_tokens', 'num_queries'])
 def backward_kernel(
-    grad_output, value, levels, locations, weights, scale, grad_value, grad_locations, grad_weights,
+    value, levels, locations, weights, grad_output, grad_value, grad_locations, grad_weights, scale,
     num_tokens, num_queries,
     M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """`scale`: of the fixed-point numbers in which `grad_value` is summed; None if it is floating."""
     picture, head, rows, exists = place_block(num_queries, M, BLOCK_Q)
     first = picture * num_tokens * (M * D) + head * D
     channels = tl.arange(0, BLOCK_D)
     mask = exists[:, None] & (channels < D)[None, :]
     grad = tl.load(grad_output + rows[:, None] * D + channels[None, :], mask=mask, other=0.0)
     grad = grad.to(weights.dtype.element_ty)
+    if scale is not None:
+        scale = tl.load(scale)
     for level in range(L):
         height, width = tl.load(levels + 2 * level), tl.load(levels + 2 * level + 1)
         for point in tl.static_range(P):
@@ -111,10 +128,8 @@ def backward_kernel(
                     sample += along_y * along_x * product
                     slope_x += along_y * (product if right else -product)
                     slope_y += along_x * (product if down else -product)
-                    share = (weight * along_y * along_x)[:, None] * grad
-                    if scale is not None:
-                        share = tl.floor(share.to(tl.float64) * tl.load(scale) + 0.5).to(tl.int64)
-                    tl.atomic_add(grad_value + first + offsets, share, mask=mask, sem='relaxed')
+                    share = weight * along_y * along_x
+                    add_share(grad_value + first + offsets, share[:, None], grad, scale, mask)
             tl.store(grad_weights + points, tl.where(inside, sample, 0.0), mask=exists)
             grad_x = tl.where(inside, weight * slope_x * width, 0.0)
             grad_y = tl.where(inside, weight * slope_y * height, 0.0)
@@ -126,15 +141,12 @@ def backward_kernel(
 def forward(
     value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """Inputs as `ms_deform_attn`'s, but for flat shapes [H0, W0, H1, W1 ...]. Returns [N, Q, M D]."""
-    batch, _, heads, channels = value.shape
-    output = value.new_empty(batch, sampling_locations.shape[1], heads * channels)
+    """[N, Q, M D]. Inputs as of `ms_deform_attn`, but the shapes are flat: H0, W0, H1, W1 ..."""
+    inputs = value, sampling_locations, attention_weights
+    check(spatial_shapes, *inputs)
+    output = value.new_empty(output_shape(value, sampling_locations))
     if output.numel() > 0:
-        value, locations, weights = (
-            tensor.contiguous() for tensor in (value, sampling_locations, attention_weights)
-        )
-        levels = level_sizes(spatial_shapes, value.device)
-        launch(forward_kernel, value, levels, locations, weights, output, like=(value, locations))
+        launch(forward_kernel, FORWARD_BLOCK, spatial_shapes, inputs, [output])
     return output
 
 
@@ -145,9 +157,111 @@ def backward(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights. If PyTorch is to be deterministic, the first is summed in fixed
-    point, where the order does not matter, and is NaN everywhere if a factor of it is infinite or NaN.
+    """Gradients of value, locations and weights.
+
+    Where PyTorch is told to be deterministic, the first is summed in fixed point, in which the order does not
+    matter; it is NaN everywhere if grad_output or the weights hold a number that is not finite.
     """
-    ...
+    inputs = value, sampling_locations, attention_weights
+    check(spatial_shapes, *inputs)
+    if grad_output.shape != output_shape(value, sampling_locations):
+        raise RuntimeError(
+            f'ms_deform_attn: grad_output {[*grad_output.shape]} does not fit {[*value.shape]}'
+        )
+    if min(grad_output.numel(), attention_weights.numel()) == 0:
+        return tuple(value.new_zeros(tensor.shape, dtype=tensor.dtype) for tensor in inputs)
+    scale = None
+    if torch.are_deterministic_algorithms_enabled():
+        scale = fixed_point_scale(grad_output, attention_weights)
+    sums = value.new_zeros(value.shape, dtype=attention_weights.dtype if scale is None else torch.int64)
+    grads = [tensor.new_empty(tensor.shape) for tensor in inputs[1:]]
+    others = grad_output.contiguous(), sums, *grads, scale
+    launch(backward_kernel, BACKWARD_BLOCK, spatial_shapes, inputs, others)
+    grad_value = sums if scale is None else sums.double() / scale
+    return grad_value.to(value.dtype), *grads
 
 
+def output_shape(value: Tensor, locations: Tensor) -> tuple[int, int, int]:
+    batch, _, heads, channels = value.shape
+    return batch, locations.shape[1], heads * channels
+
+
+def check(shapes: Sequence[int], value: Tensor, locations: Tensor, weights: Tensor) -> None:
+    """The kernels read where these say."""
+    batch, num_tokens, heads, _ = value.shape
+    _, num_queries, _, _, num_points, _ = locations.shape
+    expected = batch, num_queries, heads, len(shapes) // 2, num_points
+    areas = [height * width for height, width in zip(shapes[::2], shapes[1::2], strict=True)]
+    if (
+        locations.shape != (*expected, 2)
+        or weights.shape != expected
+        or min(shapes, default=1) < 1
+        or sum(areas) != num_tokens
+    ):
+        raise RuntimeError(
+            f'ms_deform_attn: value {[*value.shape]}, spatial_shapes {[*shapes]}, sampling_locations '
+            f'{[*locations.shape]} and attention_weights {[*weights.shape]} do not fit each other'
+        )
+
+
+def fixed_point_scale(grad_output: Tensor, weights: Tensor) -> Tensor:
+    """With it no sum leaves 63 bits: a pixel gets at most one share of each query's points in its level. NaN if
+    there is no bound.
+    """
+    largest = [torch.linalg.vector_norm(tensor, ord=torch.inf).double() for tensor in (grad_output, weights)]
+    _, num_queries, _, _, num_points = weights.shape
+    bound = largest[0] * largest[1] * (num_queries * num_points)
+    return (2.0**62 / bound.clamp(min=1e-280)).masked_fill(~bound.isfinite(), torch.nan)
+
+
+def launch(
+    kernel: Callable,
+    block: int,
+    shapes: Sequence[int],
+    inputs: Sequence[Tensor],
+    others: Sequence[Tensor | None],
+) -> None:
+    value, locations, weights = (tensor.contiguous() for tensor in inputs)
+    _, num_tokens, _, channels = value.shape
+    batch, num_queries, heads, num_levels, num_points, _ = locations.shape
+    block_d = triton.next_power_of_2(channels)
+    block_q = min(max(block // block_d, 1), MAX_BLOCK_QUERIES)
+    num_bytes = block_q * block_d * value.element_size()
+    with torch.cuda.device_of(value):
+        kernel[(batch * heads * triton.cdiv(num_queries, block_q),)](
+            value,
+            level_sizes(tuple(shapes), value.device),
+            locations,
+            weights,
+            *others,
+            num_tokens,
+            num_queries,
+            M=heads,
+            D=channels,
+            L=num_levels,
+            P=num_points,
+            BLOCK_Q=block_q,
+            BLOCK_D=block_d,
+            num_warps=min(max(num_bytes // BYTES_PER_WARP, 1), MAX_WARPS),
+        )
+
+
+def level_sizes(shapes: tuple[int, ...], device: torch.device) -> Tensor:
+    """[2 L] int32 on the device, kept for later calls; but memory used in a CUDA graph belongs to it."""
+    if device.type != 'cuda' or torch.cuda.is_current_stream_capturing():
+        return new_level_sizes(shapes, device)
+    # One for each stream: another stream would have to wait until the numbers are there.
+    return kept_level_sizes(shapes, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+def new_level_sizes(shapes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Filled on the device: a copy from the host might wait, and could not be part of a CUDA graph."""
+    sizes = torch.empty(len(shapes), dtype=torch.int32, device=device)
+    for size, number in zip(sizes, shapes, strict=True):
+        size.fill_(number)
+    return sizes
+
+
+@lru_cache(maxsize=512)
+def kept_level_sizes(shapes: tuple[int, ...], device: torch.device, _stream: int) -> Tensor:
+    return new_level_sizes(shapes, device)

@@ -9,6 +9,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <limits>
 #include <tuple>
 
@@ -24,19 +25,21 @@ kernels::Type type_of(const at::Tensor& value) {
     case at::kDouble: return kernels::Type::kDouble;
     case at::kHalf: return kernels::Type::kHalf;
     case at::kBFloat16: return kernels::Type::kBFloat16;
-    default: TORCH_CHECK(false, "ms_deform_attn: value must be float32, float64, float16 or bfloat16, not ", value.scalar_type());
+    default:
+      TORCH_CHECK(false, "ms_deform_attn: value must be float32, float64, float16 or bfloat16, not ", value.scalar_type());
   }
 }
 
 int to_int(int64_t number, const char* what) {
-  TORCH_CHECK(number <= std::numeric_limits<int>::max(), "ms_deform_attn: ", what, " are ", number, ", more than 2^31 - 1");
+  TORCH_CHECK(number <= std::numeric_limits<int>::max(), "ms_deform_attn: ", number, " ", what, " are more than 2^31 - 1");
   return static_cast<int>(number);
 }
 
-kernels::Sizes check_sizes(const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& locations, const at::Tensor& weights) {
+kernels::Sizes check_sizes(const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& locations,
+                           const at::Tensor& weights) {
   TORCH_CHECK(value.dim() == 4, "ms_deform_attn: value must be [N, S, M, D], not ", value.sizes());
-  TORCH_CHECK(locations.dim() == 6 && locations.size(5) == 2, "ms_deform_attn: sampling_locations must be [N, Q, M, L, P, 2], not ",
-              locations.sizes());
+  TORCH_CHECK(locations.dim() == 6 && locations.size(5) == 2,
+              "ms_deform_attn: sampling_locations must be [N, Q, M, L, P, 2], not ", locations.sizes());
   TORCH_CHECK(locations.size(0) == value.size(0) && locations.size(2) == value.size(2), "ms_deform_attn: value ", value.sizes(),
               " and sampling_locations ", locations.sizes(), " differ in pictures or heads");
   TORCH_CHECK(weights.sizes() == locations.sizes().slice(0, 5), "ms_deform_attn: attention_weights must be ",
@@ -44,11 +47,15 @@ kernels::Sizes check_sizes(const at::Tensor& value, at::IntArrayRef shapes, cons
   const int64_t num_levels = locations.size(3), num_points = locations.size(4);
   TORCH_CHECK(static_cast<int64_t>(shapes.size()) == 2 * num_levels, "ms_deform_attn: sampling_locations have ", num_levels,
               " levels, spatial_shapes ", shapes, " must list a height and a width for each");
-  TORCH_CHECK(num_levels <= kernels::kMaxLevels && num_points <= kernels::kMaxPoints, "ms_deform_attn: ", num_levels, " levels of ",
-              num_points, " points are more than the CUDA kernels take (", kernels::kMaxLevels, " of ", kernels::kMaxPoints, ")");
-  kernels::Sizes sizes = {to_int(value.size(0), "pictures"), to_int(value.size(1), "tokens"),  to_int(value.size(2), "heads"),
-                          to_int(value.size(3), "channels"), to_int(locations.size(1), "queries"), static_cast<int>(num_levels),
-                          static_cast<int>(num_points),      {},                                 {}};
+  TORCH_CHECK(num_levels <= kernels::kMaxLevels && num_points <= kernels::kMaxPoints, "ms_deform_attn: ", num_levels,
+              " levels of ", num_points, " points are more than the CUDA kernels take, ", kernels::kMaxLevels, " of ",
+              kernels::kMaxPoints);
+  kernels::Sizes sizes = {};
+  sizes.batch = to_int(value.size(0), "pictures"), sizes.tokens = to_int(value.size(1), "tokens");
+  sizes.heads = to_int(value.size(2), "heads"), sizes.channels = to_int(value.size(3), "channels");
+  sizes.queries = to_int(locations.size(1), "queries");
+  sizes.num_levels = static_cast<int>(num_levels), sizes.points = static_cast<int>(num_points);
+  to_int(value.size(2) * value.size(3), "channels of all heads");
   int64_t tokens = 0;
   for (int64_t l = 0; l < num_levels; ++l) {
     const int64_t height = shapes[2 * l], width = shapes[2 * l + 1];
@@ -58,7 +65,8 @@ kernels::Sizes check_sizes(const at::Tensor& value, at::IntArrayRef shapes, cons
     sizes.heights[l] = static_cast<int>(height), sizes.widths[l] = static_cast<int>(width);
     tokens += height * width;
   }
-  TORCH_CHECK(tokens == value.size(1), "ms_deform_attn: the levels ", shapes, " have ", tokens, " tokens, value has ", value.size(1));
+  TORCH_CHECK(tokens == value.size(1), "ms_deform_attn: the levels ", shapes, " have ", tokens, " tokens, value has ",
+              value.size(1));
   return sizes;
 }
 
@@ -77,12 +85,14 @@ at::Tensor dense(const at::Tensor& tensor) {
 }
 
 void check_companion(const at::Tensor& tensor, const char* name, const at::Tensor& value, at::ScalarType dtype) {
-  TORCH_CHECK(tensor.device() == value.device(), "ms_deform_attn: ", name, " is on ", tensor.device(), ", value on ", value.device());
-  TORCH_CHECK(tensor.scalar_type() == dtype, "ms_deform_attn: ", name, " must be ", dtype, " beside values of ", value.scalar_type(),
-              ", not ", tensor.scalar_type());
+  TORCH_CHECK(tensor.device() == value.device(), "ms_deform_attn: ", name, " is on ", tensor.device(), ", value on ",
+              value.device());
+  TORCH_CHECK(tensor.scalar_type() == dtype, "ms_deform_attn: ", name, " must be ", dtype, " beside values of ",
+              value.scalar_type(), ", not ", tensor.scalar_type());
 }
 
 Call check_call(const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& locations, const at::Tensor& weights) {
+  TORCH_CHECK(value.is_cuda(), "ms_deform_attn: value is on ", value.device(), ", other tensors on a GPU");
   Call call = {type_of(value), check_sizes(value, shapes, locations, weights), {}, {}, {}, {}};
   const at::ScalarType dtype = value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   check_companion(locations, "sampling_locations", value, dtype);
@@ -96,8 +106,8 @@ Call check_call(const at::Tensor& value, at::IntArrayRef shapes, const at::Tenso
 }
 
 at::Tensor forward(const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& locations, const at::Tensor& weights) {
-  const c10::cuda::CUDAGuard guard(value.device());
   const Call call = check_call(value, shapes, locations, weights);
+  const c10::cuda::CUDAGuard guard(value.device());
   const at::Tensor output = at::empty({value.size(0), locations.size(1), value.size(2) * value.size(3)}, value.options());
   if (output.numel() == 0) return output;
   if (weights.numel() == 0) return output.zero_();
@@ -115,12 +125,12 @@ at::Tensor bound_of(const Call& call, const at::Tensor& grad_output) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_output, const at::Tensor& value,
                                                         at::IntArrayRef shapes, const at::Tensor& locations,
                                                         const at::Tensor& weights) {
-  const c10::cuda::CUDAGuard guard(value.device());
   const Call call = check_call(value, shapes, locations, weights);
   check_companion(grad_output, "grad_output", value, value.scalar_type());
   TORCH_CHECK(grad_output.numel() == value.size(0) * locations.size(1) * value.size(2) * value.size(3),
               "ms_deform_attn: the gradient ", grad_output.sizes(), " does not fit value ", value.sizes(),
               " and sampling_locations ", locations.sizes());
+  const c10::cuda::CUDAGuard guard(value.device());
   if (grad_output.numel() == 0 || weights.numel() == 0) {
     return {at::zeros(value.sizes(), value.options()), at::zeros(locations.sizes(), locations.options()),
             at::zeros(weights.sizes(), weights.options())};

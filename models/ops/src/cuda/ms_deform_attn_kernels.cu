@@ -44,7 +44,7 @@ struct Plan {
 // are small and many small blocks reach all multiprocessors.
 Plan make_plan(const Sizes& sizes, int lanes, int max_groups) {
   const bool tiled = sizes.queries == sizes.tokens;
-  const int groups = tiled ? max_groups : 128 / lanes, tile_height = groups / kTileWidth;
+  const int groups = tiled ? max_groups : std::min(max_groups, 128 / lanes), tile_height = max_groups / kTileWidth;
   Layout layout = {sizes.batch,      sizes.tokens, sizes.heads,         sizes.channels, sizes.queries,
                    sizes.num_levels, sizes.points, 1.0f / sizes.points, tiled,          {}};
   int tokens = 0, tiles = 0;
@@ -56,7 +56,8 @@ Plan make_plan(const Sizes& sizes, int lanes, int max_groups) {
   }
   const unsigned blocks = tiled ? tiles : (sizes.queries - 1) / groups + 1;
   constexpr int most = 65535;  // the kernels loop over what is beyond
-  return {layout, dim3(blocks, std::min(sizes.heads, most), std::min(sizes.batch, most)), static_cast<unsigned>(groups * lanes)};
+  const dim3 grid(blocks, std::min(sizes.heads, most), std::min(sizes.batch, most));
+  return {layout, grid, static_cast<unsigned>(groups * lanes)};
 }
 
 }  // namespace

@@ -42,7 +42,8 @@ struct Layout {
   Level levels[kMaxLevels];
 };
 
-// How a kernel does. CHANNELS: channels of a head if the compiler is to know them, else 0.
+// How a kernel does it. VEC: channels of a lane at a time; LANES: of a group, a power of 2 from 4 to 32; CHANNELS: channels of
+// a head if the compiler is to know them, else 0.
 template <typename T, int VEC, int LANES, int CHANNELS>
 struct Config {
   using Value = T;
@@ -50,6 +51,11 @@ struct Config {
   static constexpr int kVec = VEC, kLanes = LANES, kChannels = CHANNELS;
   static constexpr int kTile = at_most(2 * LANES, 16);  // points in shared memory at a time
   static constexpr int kForwardGroups = at_most(64, 512 / LANES), kBackwardGroups = at_most(32, 256 / LANES);  // of a block
+  static constexpr int kForwardThreads = kForwardGroups * LANES, kBackwardThreads = kBackwardGroups * LANES;
+  // Blocks that a multiprocessor must have room for. Leaves 64, 80 and (for sums of 8 bytes) 128 registers to a thread: none
+  // spills.
+  static constexpr int kForwardBlocks = 1024 / kForwardThreads;
+  static constexpr int kBackwardBlocks = 768 / kBackwardThreads, kWideBackwardBlocks = 512 / kBackwardThreads;
 };
 
 // N neighbours, moved at once if they fill no more than 16 bytes.
@@ -92,15 +98,15 @@ __device__ inline void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat1
 // The query of this thread's group, -1 beyond the last.
 template <int LANES>
 __device__ int find_query(const Layout& layout) {
-  const unsigned group = threadIdx.x / LANES, groups = blockDim.x / LANES;
+  const int group = threadIdx.x / LANES, groups = blockDim.x / LANES, block = blockIdx.x;
   if (!layout.tiled) {
-    const int query = blockIdx.x * groups + group;
+    const int query = block * groups + group;
     return query < layout.queries ? query : -1;
   }
   int index = 0;
-  while (index + 1 < layout.num_levels && blockIdx.x >= layout.levels[index + 1].first_block) ++index;
+  while (index + 1 < layout.num_levels && block >= layout.levels[index + 1].first_block) ++index;
   const Level level = layout.levels[index];
-  const unsigned tile = blockIdx.x - level.first_block, tiles_across = (level.width - 1u) / kTileWidth + 1;
+  const unsigned tile = block - level.first_block, tiles_across = (level.width - 1u) / kTileWidth + 1;
   const int x = tile % tiles_across * kTileWidth + group % kTileWidth;
   const int y = tile / tiles_across * (groups / kTileWidth) + group / kTileWidth;
   return x < level.width && y < level.height ? level.start + y * level.width + x : -1;
@@ -124,11 +130,11 @@ struct Point {
 template <typename Math>
 __device__ Point<Math> find_point(const Layout& layout, const Math* locations, const Math* weights, int index) {
   Point<Math> point = {};
-  // index / points: exact, since index + 0.5 is no nearer than 0.5 / kMaxPoints to the next level.
+  // The level is index / points. No rounding moves it: the product stays 0.5 / kMaxPoints away from any integer.
   const Level level = layout.levels[static_cast<int>((index + 0.5f) * layout.inverse_points)];
   const Pack<Math, 2> location = load<2>(locations + 2 * index);
   const Math x = location.at[0] * level.width - Math(0.5), y = location.at[1] * level.height - Math(0.5);
-  if (!(x > -1 && y > -1 && x < level.width && y < level.height)) return point;  // nor NaN and infinity
+  if (!(x > -1 && y > -1 && x < level.width && y < level.height)) return point;  // and for NaN and infinity
   const Math column = floor(x), row = floor(y);
   const int x0 = static_cast<int>(column), y0 = static_cast<int>(row);
   const bool left = x0 >= 0, right = x0 + 1 < level.width, upper = y0 >= 0, lower = y0 + 1 < level.height;
@@ -172,7 +178,7 @@ __device__ void for_each_head(const Layout& layout, Run run) {
 }
 
 template <typename C>
-__global__ void __launch_bounds__(C::kForwardGroups * C::kLanes, 1024 / (C::kForwardGroups * C::kLanes))
+__global__ void __launch_bounds__(C::kForwardThreads, C::kForwardBlocks)
     forward_kernel(const typename C::Value* __restrict__ value, const typename C::Math* __restrict__ locations,
                    const typename C::Math* __restrict__ weights, typename C::Value* __restrict__ output,
                    const __grid_constant__ Layout layout) {
@@ -193,7 +199,7 @@ __global__ void __launch_bounds__(C::kForwardGroups * C::kLanes, 1024 / (C::kFor
       const Value* pixels = settle(value + origin + channel);
       Math sum[C::kVec] = {};
       for (int first = 0; first < num_points; first += C::kTile) {
-        int count = 0;  // points that touch their level: only these are kept
+        int count = 0;  // points that touch a pixel: the others are left out
         __syncwarp();
 #pragma unroll
         for (int slot = lane; slot - lane < C::kTile; slot += C::kLanes) {
@@ -243,12 +249,34 @@ __device__ Math reduce_scatter(const Math (&number)[4], int lane) {
   return sum;
 }
 
+template <typename Math>
+struct PointGrad {
+  Math weight;
+  Pack<Math, 2> location;
+};
+
+// From the dot products of the output's gradient with the four pixels.
+template <typename Math>
+__device__ PointGrad<Math> grad_of(const Point<Math>& point, Pack<Math, 4> dots) {
+  PointGrad<Math> grad = {};
+#pragma unroll
+  for (int corner = 0; corner < 4; ++corner) {
+    dots.at[corner] = point.has(corner) ? dots.at[corner] : 0;
+    grad.weight += point.bilinear(corner) * dots.at[corner];
+  }
+  const Math a = point.right, b = point.lower;
+  grad.location.at[0] = (1 - b) * (dots.at[1] - dots.at[0]) + b * (dots.at[3] - dots.at[2]);
+  grad.location.at[1] = (1 - a) * (dots.at[2] - dots.at[0]) + a * (dots.at[3] - dots.at[1]);
+  grad.location.at[0] *= point.weight_times_width, grad.location.at[1] *= point.weight_times_height;
+  return grad;
+}
+
 // 2^k, as large as 63 bits allow for sums up to the bound; NaN where the bound is not finite.
 __device__ inline double fixed_scale(double bound) {
   if (!(bound < static_cast<double>(INFINITY))) return NAN;
   int exponent;
   frexp(bound, &exponent);
-  return ldexp(1.0, 62 - max(exponent, -900));
+  return ldexp(1.0, 62 - max(exponent, -960));
 }
 
 // Adds factor * grad to RUN neighbouring sums in global memory.
@@ -269,9 +297,33 @@ __device__ void add(unsigned long long* sums, Math factor, const Math* grad, dou
   atomicAdd(sums, static_cast<unsigned long long>(__double2ll_rn(term)));
 }
 
+// A lane's part of the output's gradient: of the channels that it reads from pixels, VEC neighbours among VEC * LANES; and of
+// those that it adds to pixels, runs of RUN neighbours. The runs of neighbouring lanes are neighbours, so that one addition by
+// all lanes fills whole sectors of memory.
+template <typename C, int RUN>
+struct OutputGrad {
+  typename C::Math read[C::kVec], added[C::kVec];
+
+  static __device__ int added_channel(int lane, int i) { return i * C::kLanes + lane * RUN; }
+
+  // Of the next `num_left` channels, if they are so many.
+  __device__ void load_from(const typename C::Value* first, int lane, int num_left) {
+    const auto part = load<C::kVec>(first + (lane * C::kVec < num_left ? lane * C::kVec : 0));
+#pragma unroll
+    for (int i = 0; i < C::kVec; ++i) read[i] = widen(part.at[i]);
+#pragma unroll
+    for (int i = 0; i < C::kVec; i += RUN) {
+      const int channel = added_channel(lane, i);
+      const auto part = load<RUN>(first + (channel < num_left ? channel : 0));
+#pragma unroll
+      for (int j = 0; j < RUN; ++j) added[i + j] = widen(part.at[j]);
+    }
+  }
+};
+
 // Sum: what grad_value is summed in, Math or unsigned long long (fixed point). bound: see GradValue.
 template <typename C, typename Sum>
-__global__ void __launch_bounds__(C::kBackwardGroups * C::kLanes, (std::is_same_v<Sum, float> ? 768 : 512) / (C::kBackwardGroups * C::kLanes))
+__global__ void __launch_bounds__(C::kBackwardThreads, sizeof(Sum) == 4 ? C::kBackwardBlocks : C::kWideBackwardBlocks)
     backward_kernel(const typename C::Value* __restrict__ value, const typename C::Math* __restrict__ locations,
                     const typename C::Math* __restrict__ weights, const typename C::Value* __restrict__ grad_output,
                     Sum* __restrict__ grad_value, const double* __restrict__ bound,
@@ -279,72 +331,54 @@ __global__ void __launch_bounds__(C::kBackwardGroups * C::kLanes, (std::is_same_
                     const __grid_constant__ Layout layout) {
   using Value = typename C::Value;
   using Math = typename C::Math;
+  constexpr int run = VECTOR_ATOMICS && std::is_same_v<Sum, float> && C::kVec % 4 == 0 ? 4 : 1;
+  constexpr int points_of_lane = (C::kTile + C::kLanes - 1) / C::kLanes;
   struct Shared {
     Corners<Math, C::kBackwardGroups, C::kTile> corners;
     Pack<Math, 4> dots[C::kBackwardGroups][C::kTile + 1];
   };
   __shared__ Shared shared;
-  auto& corners = shared.corners;
-  auto& dots = shared.dots;
 
   const int group = threadIdx.x / C::kLanes, lane = threadIdx.x % C::kLanes;
   const int channels = C::kChannels ? C::kChannels : layout.channels, num_points = layout.num_levels * layout.points;
   const int query = find_query<C::kLanes>(layout);
   if (!__any_sync(kWarp, query >= 0)) return;
-  Math* own_dots = dots[group][0].at + lane / (C::kLanes / 4);
+  Math* own_dots = shared.dots[group][0].at + lane / (C::kLanes / 4);
   const double scale = std::is_same_v<Sum, Math> ? 1 : fixed_scale(*bound);
-  // Neighbouring lanes add to neighbouring runs of channels: each addition of a group fills whole sectors of memory.
-  constexpr int run = VECTOR_ATOMICS && std::is_same_v<Sum, float> && C::kVec % 4 == 0 ? 4 : 1;
-
-  // The gradients that this lane multiplies with pixels, and those that it adds to pixels, among the next channels.
-  Math grad[C::kVec], added_grad[C::kVec];
-  const auto load_grad = [&](const Value* from, int num_left) {
-    const auto packed = load<C::kVec>(from + (lane * C::kVec < num_left ? lane * C::kVec : 0));
-#pragma unroll
-    for (int j = 0; j < C::kVec; ++j) grad[j] = widen(packed.at[j]);
-#pragma unroll
-    for (int j = 0; j < C::kVec; ++j) {
-      const int channel = j / run * run * C::kLanes + lane * run + j % run;
-      added_grad[j] = widen(from[channel < num_left ? channel : 0]);
-    }
-  };
 
   for_each_head(layout, [&](int picture, int head) {
     const int64_t slice = (static_cast<int64_t>(picture) * layout.queries + max(query, 0)) * layout.heads + head;
     const int64_t origin = (static_cast<int64_t>(picture) * layout.tokens * layout.heads + head) * channels;
     const Value* pixels = settle(value + origin + lane * C::kVec);
     Sum* grad_pixels = settle(grad_value + origin + lane * run);
-    if constexpr (C::kChannels) load_grad(grad_output + slice * channels, channels);
+    OutputGrad<C, run> grad;
+    if constexpr (C::kChannels) grad.load_from(grad_output + slice * channels, lane, channels);
+
     for (int first = 0; first < num_points; first += C::kTile) {
-      Point<Math> points[(C::kTile + C::kLanes - 1) / C::kLanes];  // of this lane
-      const auto for_each_point = [&](auto run) {
+      Point<Math> points[points_of_lane];
 #pragma unroll
-        for (int i = 0; i < static_cast<int>(sizeof(points) / sizeof(points[0])); ++i) {
-          const int slot = i * C::kLanes + lane;
-          if (slot < C::kTile) run(points[i], slot, query >= 0 && first + slot < num_points);
+      for (int i = 0; i < points_of_lane; ++i) {
+        const int slot = i * C::kLanes + lane;
+        points[i] = {};
+        if (query >= 0 && slot < C::kTile && first + slot < num_points) {
+          points[i] = find_point(layout, locations + 2 * slice * num_points, weights + slice * num_points, first + slot);
         }
-      };
-      for_each_point([&](Point<Math>& point, int slot, bool wanted) {
-        point = {};
-        if (wanted) {
-          point = find_point(layout, locations + 2 * slice * num_points, weights + slice * num_points, first + slot);
-        }
-        corners.put(group, slot, point, layout.heads * channels / C::kVec);
-      });
+        if (slot < C::kTile) shared.corners.put(group, slot, points[i], layout.heads * channels / C::kVec);
+      }
       __syncwarp();
       for (int i = 0; i < min(C::kTile, num_points - first); ++i) {
-        const Pack<unsigned, 4> step = corners.steps[group][i];
-        const Pack<Math, 4> weight = corners.weights[group][i];
+        const Pack<unsigned, 4> step = shared.corners.steps[group][i];
+        const Pack<Math, 4> weight = shared.corners.weights[group][i];
         Math dot[4] = {};
         for (int channel = 0; channel < channels; channel += C::kLanes * C::kVec) {
-          const int num_left = channels - channel;
-          if constexpr (!C::kChannels) load_grad(grad_output + slice * channels + channel, num_left);
+          const int num_left = C::kChannels ? C::kLanes * C::kVec : channels - channel;
+          if constexpr (!C::kChannels) grad.load_from(grad_output + slice * channels + channel, lane, num_left);
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
-            if (!C::kChannels && lane * C::kVec >= num_left) continue;
+            if (lane * C::kVec >= num_left) continue;
             const auto pixel = load<C::kVec>(step_from<C::kVec>(pixels + channel, step.at[corner]));
 #pragma unroll
-            for (int j = 0; j < C::kVec; ++j) dot[corner] += grad[j] * widen(pixel.at[j]);
+            for (int j = 0; j < C::kVec; ++j) dot[corner] += grad.read[j] * widen(pixel.at[j]);
           }
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
@@ -352,8 +386,8 @@ __global__ void __launch_bounds__(C::kBackwardGroups * C::kLanes, (std::is_same_
             Sum* sums = step_from<C::kVec>(grad_pixels + channel, step.at[corner]);
 #pragma unroll
             for (int j = 0; j < C::kVec; j += run) {
-              if (!C::kChannels && j * C::kLanes + lane * run >= num_left) continue;
-              add<run>(sums + j * C::kLanes, weight.at[corner], added_grad + j, scale);
+              if (grad.added_channel(lane, j) >= num_left) continue;
+              add<run>(sums + j * C::kLanes, weight.at[corner], grad.added + j, scale);
             }
           }
         }
@@ -361,24 +395,15 @@ __global__ void __launch_bounds__(C::kBackwardGroups * C::kLanes, (std::is_same_
         if (lane % (C::kLanes / 4) == 0) own_dots[4 * i] = sum;
       }
       __syncwarp();
-      for_each_point([&](Point<Math>& point, int slot, bool wanted) {
-        if (!wanted) return;
-        Pack<Math, 4> dot = dots[group][slot];
-        Math grad_weight = 0;
 #pragma unroll
-        for (int corner = 0; corner < 4; ++corner) {
-          dot.at[corner] = point.has(corner) ? dot.at[corner] : 0;
-          grad_weight += point.bilinear(corner) * dot.at[corner];
-        }
-        const Math a = point.right, b = point.lower;
-        const Math along_x = (1 - b) * (dot.at[1] - dot.at[0]) + b * (dot.at[3] - dot.at[2]);
-        const Math along_y = (1 - a) * (dot.at[2] - dot.at[0]) + a * (dot.at[3] - dot.at[1]);
+      for (int i = 0; i < points_of_lane; ++i) {
+        const int slot = i * C::kLanes + lane;
+        if (query < 0 || slot >= C::kTile || first + slot >= num_points) continue;
+        const PointGrad<Math> point_grad = grad_of(points[i], shared.dots[group][slot]);
         const int64_t index = slice * num_points + first + slot;
-        grad_weights[index] = grad_weight;
-        *reinterpret_cast<Pack<Math, 2>*>(grad_locations + 2 * index) = {point.weight_times_width * along_x,
-                                                                         point.weight_times_height * along_y};
-      });
-      __syncwarp();
+        grad_weights[index] = point_grad.weight;
+        *reinterpret_cast<Pack<Math, 2>*>(grad_locations + 2 * index) = point_grad.location;
+      }
     }
   });
 }

@@ -1,0 +1,189 @@
+"""
+Compare every implementation of deformable attention that this machine has with pure PyTorch in float64:
+
+    python -m models.ops.test
+
+Values, the three gradients, numerical gradients, torch.compile and torch.export. The exit status is 1 if anything
+disagrees.
+"""
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from models.ops.functions.ms_deform_attn_func import (
+    KERNELS,
+    Gradients,
+    available,
+    backward_pytorch,
+    describe,
+    forward_pytorch,
+    problems,
+    use_implementation,
+)
+from models.ops.modules import MSDeformAttn
+
+Inputs = tuple[Tensor, list[int], Tensor, Tensor]
+# Largest relative error of output and gradients.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# name -> heads, channels, queries, points, shapes
+SIZES = {
+    'official': (2, 2, 2, 2, [6, 4, 3, 2]),
+    'detector': (8, 32, 60, 4, [10, 14, 5, 7, 3, 4, 1, 1]),
+    'encoder order': (8, 32, 203, 4, [10, 14, 5, 7, 4, 7]),
+    'odd': (3, 5, 7, 3, [5, 7, 1, 2, 1, 1]),
+    'one channel': (1, 1, 5, 1, [4, 6]),
+    '71 channels': (1, 71, 3, 2, [3, 4, 2, 2]),
+    'wide heads': (2, 256, 9, 4, [7, 5]),
+    '1025 channels': (1, 1025, 3, 2, [3, 4, 2, 2]),
+    '3096 channels': (1, 3096, 3, 2, [3, 4, 2, 2]),
+}
+
+
+def make_inputs(size: str, device: str, dtype: torch.dtype, batch: int = 2) -> tuple[Tensor, Inputs]:
+    """Gradient of the output, and the operator's inputs, a third of the points outside. Points keep away from
+    the middle of pixels, where the slope jumps and rounding decides which side counts.
+    """
+    heads, channels, queries, points, shapes = SIZES[size]
+    sides = torch.tensor(shapes, dtype=torch.float64).view(-1, 2)
+    generator = torch.Generator().manual_seed(3)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    levels = len(sides)
+    value = uniform(batch, int(sides.prod(1).sum()), heads, channels) - 0.5
+    pixel = 1.4 * uniform(batch, queries, heads, levels, points, 2) - 0.2
+    pixel = pixel * sides.flip(-1)[:, None]
+    fraction = pixel - pixel.floor()
+    pixel = pixel.floor() + 0.5 + (0.02 + 0.96 * fraction)  # the middle of a pixel is at .5
+    weights = uniform(batch, queries, heads, levels * points).softmax(-1).unflatten(-1, (levels, points))
+    locations = pixel / sides.flip(-1)[:, None]
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    grad = (uniform(batch, queries, heads * channels) - 0.5).to(device, dtype)
+    inputs = value.to(device, dtype), shapes, locations.to(device, precise), weights.to(device, precise)
+    return grad, inputs
+
+
+def relative_errors(name: str, size: str, device: str, dtype: torch.dtype) -> list[float]:
+    """Of the output and the gradients of values, locations and weights."""
+    grad, (value, shapes, locations, weights) = make_inputs(size, device, dtype)
+    forward, backward = KERNELS[name]
+    ours = [
+        forward(value, shapes, locations, weights),
+        *backward(grad, value, shapes, locations, weights),
+    ]
+    exact = value.double(), shapes, locations.double(), weights.double()
+    expected = [forward_pytorch(*exact), *backward_pytorch(grad.double(), *exact)]
+    return [
+        ((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, expected, strict=True)
+    ]
+
+
+class Direct(torch.autograd.Function):
+    """One implementation, past the choice of the operator."""
+
+    @staticmethod
+    def forward(
+        ctx: object, name: str, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
+    ) -> Tensor:
+        ctx.name, ctx.shapes = name, shapes
+        ctx.save_for_backward(value, locations, weights)
+        return KERNELS[name][0](value, shapes, locations, weights)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple:
+        value, locations, weights = ctx.saved_tensors
+        grads: Gradients = KERNELS[ctx.name][1](grad, value, ctx.shapes, locations, weights)
+        return None, grads[0], None, grads[1], grads[2]
+
+
+def numerical_gradients_agree(name: str, channels: int, device: str) -> bool:
+    SIZES['gradcheck'] = (2, channels, 2, 2, [6, 4, 3, 2])
+    _, (value, shapes, locations, weights) = make_inputs('gradcheck', device, torch.float64, batch=1)
+    inputs = [x.requires_grad_() for x in (value, locations, weights)]
+    return torch.autograd.gradcheck(lambda v, x, w: Direct.apply(name, v, shapes, x, w), inputs)
+
+
+def module_inputs(device: str) -> tuple[nn.Module, tuple]:
+    torch.manual_seed(0)
+    module, shapes = MSDeformAttn(32, 2, 4, 3).to(device), [(6, 5), (3, 2)]
+    nn.init.normal_(module.sampling_offsets.weight, std=0.1)
+    query, memory = torch.randn(2, 7, 32, device=device), torch.randn(2, 36, 32, device=device)
+    return module, (query, torch.rand(2, 7, 2, 2, device=device), memory, shapes)
+
+
+def compiled_equals_eager(name: str, device: str) -> bool:
+    """torch.compile of the module in one graph, output and gradients."""
+    module, (query, *rest) = module_inputs(device)
+    torch.compiler.reset()
+    results = []
+    with use_implementation(name):
+        for call in (module, torch.compile(module, fullgraph=True, backend='aot_eager')):
+            x = query.clone().requires_grad_()
+            output = call(x, *rest)
+            output.square().sum().backward()
+            results.append((output.detach(), x.grad))
+    return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
+
+
+def exported_equals_eager(device: str) -> bool:
+    """torch.export with any number of queries; the program holds PyTorch's own operators only."""
+    module, (query, reference, *rest) = module_inputs(device)
+    queries = torch.export.Dim.DYNAMIC
+    dynamic = ({1: queries}, {1: queries}, None, [(None, None), (None, None)])
+    program = torch.export.export(module, (query, reference, *rest), dynamic_shapes=dynamic)
+    if any('detr' in str(node.target) for node in program.graph.nodes):
+        return False
+    query, reference = query.repeat(1, 3, 1), reference.repeat(1, 3, 1, 1)
+    return torch.allclose(
+        program.module()(query, reference, *rest), module(query, reference, *rest), atol=1e-5
+    )
+
+
+def implementations() -> Iterator[tuple[str, str]]:
+    """(device, implementation) of all that can run here."""
+    for device in ('cpu', 'cuda') if torch.cuda.is_available() else ('cpu',):
+        for name in available(device):
+            yield device, name
+
+
+def dtypes(name: str) -> list[torch.dtype]:
+    return [torch.float64, torch.float32] if name == 'pytorch' else list(TOLERANCES)
+
+
+def main() -> int:
+    failures = 0
+
+    def report(ok: bool, text: str) -> None:
+        nonlocal failures
+        failures += not ok
+        print(f'{"ok  " if ok else "FAIL"} {text}', flush=True)
+
+    for device in dict.fromkeys(device for device, _ in implementations()):
+        print(f'in use: {describe(device)}')
+    for name, problem in problems.items():
+        print(f'not here: {name}: {problem}')
+    print('\nlargest relative error of              output    d value    d locations  d weights')
+    for device, name in implementations():
+        for dtype in dtypes(name):
+            errors = [relative_errors(name, size, device, dtype) for size in SIZES if size != 'gradcheck']
+            worst = [max(column) for column in zip(*errors, strict=True)]
+            columns = '  '.join(f'{error:9.1e}' for error in worst)
+            label = f'{device} {name} {str(dtype).removeprefix("torch.")}'
+            report(max(worst) <= TOLERANCES[dtype], f'{label:<32}{columns}')
+    print()
+    for device, name in implementations():
+        for channels in (30, 32, 64, 71):
+            ok = numerical_gradients_agree(name, channels, device)
+            report(ok, f'{device} {name} numerical gradients, {channels} channels')
+        report(compiled_equals_eager(name, device), f'{device} {name} torch.compile in one graph')
+    for device in dict.fromkeys(device for device, _ in implementations()):
+        report(exported_equals_eager(device), f'{device} torch.export, number of queries dynamic')
+    return int(failures > 0)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
