@@ -10,12 +10,28 @@ runs on Triton (CUDA) or plain PyTorch.
 
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from setuptools import Extension, setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+
+def find_toolkit() -> None:
+    """Set CUDA_HOME to the toolkit of the nvcc in PATH, as that one names it: it may be a link or a script."""
+    if 'CUDA_HOME' in os.environ or not shutil.which('nvcc'):
+        return
+    said = subprocess.run(['nvcc', '--dryrun', 'none.cu'], capture_output=True, text=True, check=False).stderr
+    top = re.search(r'^#\$ TOP=(.*)$', said, re.MULTILINE)
+    if top:
+        os.environ['CUDA_HOME'] = str(Path(top[1]).resolve())
+
+
+find_toolkit()  # PyTorch looks at CUDA_HOME when the next line imports it
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 # The file's name says which PyTorch it fits: several environments may share a checkout.
 NAME = f'_C_torch{torch.__version__}'.replace('.', '_').replace('+', '_')
