@@ -41,7 +41,7 @@ class Backbone(nn.Module):
         std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
         super().__init__()
-        self.body = body
+        self.body = body.to(memory_format=torch.channels_last)  # convolutions and pooling are faster so
         self.num_channels = num_channels
         # In units of uint8 pixels. Not saved: they follow from the backbone's name.
         self.register_buffer('pixel_mean', 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
@@ -56,7 +56,7 @@ class Backbone(nn.Module):
 
     def forward(self, samples: NestedTensor) -> list[NestedTensor]:
         samples = self.normalize(samples)
-        features = self.body(samples.tensors)
+        features = self.body(samples.tensors.contiguous(memory_format=torch.channels_last))
         return [NestedTensor(x, resize_mask(samples.mask, x.shape[-2:])) for x in features.values()]
 
 

@@ -104,13 +104,15 @@ def test_hub_entries_build_and_say_what_they_cannot_load() -> None:
             assert model.class_embed.out_features == 92
         model, postprocess = hubconf.conditional_detr_resnet50(pretrained=True, return_postprocessor=True)
         assert model.class_embed.out_features == 91 and not model.aux_loss
+        for name in ('', '_single_scale', '_single_scale_dc5', '_box_refine', '_two_stage'):
+            assert getattr(hubconf, f'deformable_detr_resnet50{name}')(pretrained=True).num_queries
         with pytest.raises(ValueError, match='by hand'):
             hubconf.conditional_detr_resnet101_dc5(pretrained=True)
         with pytest.raises(ValueError, match='91 COCO class ids, not 5'):
             hubconf.detr_resnet50(pretrained=True, num_classes=5)
     finally:
         monkey.undo()
-    assert len(seen) == 5 and seen[0].endswith('detr-r50-e632da11.pth')
+    assert len(seen) == 10 and seen[0].endswith('detr-r50-e632da11.pth')
     outputs = model.eval()([torch.randn(3, 64, 64)])
     assert postprocess(outputs, torch.tensor([[64, 64]]))[0]['boxes'].shape == (100, 4)
 

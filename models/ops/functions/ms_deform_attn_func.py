@@ -3,7 +3,8 @@ Multi-scale deformable attention (arXiv:2010.04159, Eq. 3) as one registered ope
 
 Behind it, the first of these that the device has and that agrees with the pure-PyTorch one on a small case:
 `cpp` (CPU) and `cuda`, built by `models/ops/setup.py`; `triton` (CUDA, nothing to build). Where none is there,
-and whenever a model is exported, `pytorch` runs: grid_sample, on any device, without the operator.
+and whenever a model is exported, `pytorch` runs: grid_sample, on any device, without the operator. The choice is
+made at import for the CPU and at the first use of other devices.
 
 Letters: N pictures, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
 """
@@ -222,6 +223,9 @@ def choose(device_type: str) -> str:
             continue
         problem = disagreement(name, device_type)
         if problem is None:
+            if name == 'triton':  # compiled kernels have registered themselves
+                for operator_name, kernel in zip(OPERATORS, KERNELS[name], strict=True):
+                    library.impl(operator_name, kernel, 'CUDA', allow_override=True)
             return name
         problems[name] = problem
     return 'pytorch'
@@ -309,15 +313,14 @@ def operator(name: str) -> Callable:
 
 
 CANDIDATES = {'cpu': ('cpp',), 'cuda': ('cuda', 'triton')}  # best first; `pytorch` is behind all of them
+OPERATORS = 'ms_deform_attn', 'ms_deform_attn_backward'
 KERNELS: dict[str, tuple[Callable, Callable]] = {
-    'cpp': (operator('ms_deform_attn'), operator('ms_deform_attn_backward')),
-    'cuda': (operator('ms_deform_attn'), operator('ms_deform_attn_backward')),
+    'cpp': tuple(operator(name) for name in OPERATORS),
+    'cuda': tuple(operator(name) for name in OPERATORS),
     'triton': (triton_kernel('forward'), triton_kernel('backward')),
     'pytorch': (forward_pytorch, backward_pytorch),
 }
 load_library()
 if importlib.util.find_spec('triton') is None:
     problems['triton'] = 'not installed'
-elif 'cuda' in problems:
-    library.impl('ms_deform_attn', KERNELS['triton'][0], 'CUDA')
-    library.impl('ms_deform_attn_backward', KERNELS['triton'][1], 'CUDA')
+implementation('cpu')  # others at their first use: a GPU must not be touched by an import
