@@ -118,9 +118,6 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help=f'epochs after which the learning rate is divided by 10 (default: {family_default("lr_drop")})')  # fmt: skip
     train.add_argument('--lr_drop_epochs', nargs='+', type=int, metavar='EPOCH',
                        help='divide the learning rate by 10 after each of these, instead of every --lr_drop')  # fmt: skip
-    train.add_argument('--lr_schedule', default='step', choices=('step', 'linear'),
-                       help='step: as --lr_drop says; linear: to 0 over --epochs, which learns more in short runs '
-                            '(default: %(default)s)')  # fmt: skip
     train.add_argument('--clip_max_norm', default=0.1, type=float,
                        help='largest norm of the gradient, 0 = any (default: %(default)s)')  # fmt: skip
 
@@ -370,8 +367,6 @@ def describe(class_map: ClassMap) -> str:
 def build_scheduler(
     optimizer: torch.optim.Optimizer, args: Namespace
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    if args.lr_schedule == 'linear':
-        return torch.optim.lr_scheduler.PolynomialLR(optimizer, args.epochs)
     if args.lr_drop_epochs:
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, args.lr_drop_epochs)
     return torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
@@ -421,8 +416,6 @@ def check_run_args(args: Namespace) -> None:
         raise ValueError('--resume auto looks into --output_dir: give it')
     if args.tensorboard and not args.output_dir:
         raise ValueError('--tensorboard writes into --output_dir: give it')
-    if args.lr_schedule == 'linear' and args.lr_drop_epochs:
-        raise ValueError('--lr_schedule linear has no steps: leave out --lr_drop_epochs')
     if args.cache_mode and args.dataset_file == 'shapes':
         raise ValueError('--cache_mode keeps picture files; built-in pictures have none: leave it out')
     positive = ('batch_size', 'accum_steps', 'epochs', 'lr_drop', 'eval_every', 'save_every', 'img_size')

@@ -345,3 +345,39 @@ def test_overfits_8_pictures(tmp_path: Path, family: str) -> None:
     )
     with (tmp_path / 'metrics.csv').open() as file:
         assert float(list(csv.DictReader(file))[-1]['test_AP']) > 0.9
+
+
+@pytest.mark.parametrize(
+    ('schedule', 'rates'),
+    [
+        (['--lr_drop', '2'], [1e-3, 1e-3, 1e-4, 1e-4]),
+        (['--lr_drop_epochs', '1', '3'], [1e-3, 1e-4, 1e-4, 1e-5]),
+    ],
+    ids=['every so many', 'at these'],
+)
+def test_deformable_run_resumes_on_any_schedule(
+    schedule: list[str], rates: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after two epochs of four: the same metrics as undisturbed, and the rates that were asked for."""
+    monkeypatch.setattr(f'{__name__}.TINY', TINY.replace('--conditional', '--two_stage --with_box_refine'))
+    flags = [*schedule, '--epochs', '4', '--eval_every', '4']
+    run(tmp_path / 'whole', *flags)
+    finish, calls = main.finish_epoch, []
+
+    def stop(*args: object) -> None:
+        calls.append(args)
+        finish(*args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, 'finish_epoch', stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / 'parts', *flags)
+    run(tmp_path / 'parts', *flags, '--resume', 'auto')
+    rows = {}
+    for name in ('whole', 'parts'):
+        with (tmp_path / name / 'metrics.csv').open() as file:
+            rows[name] = list(csv.DictReader(file))
+    assert [float(row['lr']) for row in rows['whole']] == pytest.approx(rates)
+    assert rows['whole'] == rows['parts']
+    assert_same(load(tmp_path / 'whole'), load(tmp_path / 'parts'))

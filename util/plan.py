@@ -75,10 +75,7 @@ def learning_rate_text(
     groups = optimizer.param_groups
     names = ('', 'backbone ', ' and '.join(args.lr_linear_proj_names) + ' ')
     text = ', '.join(f'{name}{group["lr"]:g}' for name, group in zip(names, groups, strict=False))
-    if args.lr_schedule == 'linear':
-        drops, wanted = scheduler.total_iters, args.epochs
-        text += f', falling to 0 over {drops} epochs'
-    elif args.lr_drop_epochs:
+    if args.lr_drop_epochs:
         drops, wanted = sorted(scheduler.milestones.elements()), sorted(args.lr_drop_epochs)
         text += f', divided by 10 after epochs {" ".join(map(str, drops))}'
     else:
