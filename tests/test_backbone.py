@@ -10,6 +10,8 @@ from models.backbone import build_backbone
 from tests.shared_data import SHARED, needs_shared
 from util.nested_tensor import nested_tensor_from_tensor_list
 
+LAST = range(4, 5)  # the map of the last stage alone
+
 
 def features(backbone: torch.nn.Module, size: int = 64) -> torch.Tensor:
     with torch.no_grad():
@@ -28,7 +30,7 @@ def features(backbone: torch.nn.Module, size: int = 64) -> torch.Tensor:
     ],
 )
 def test_last_map(name: str, dilation: bool, stages: int, channels: int, cells: int) -> None:
-    backbone = build_backbone(name, 'none', dilation, 'frozen', stages, train=True)
+    backbone = build_backbone(name, 'none', dilation, 'frozen', range(stages, stages + 1), train=True)
     assert features(backbone).shape == (1, channels, cells, cells)
     assert backbone.num_channels == [channels]
 
@@ -38,21 +40,38 @@ def test_last_map(name: str, dilation: bool, stages: int, channels: int, cells: 
 )
 def test_any_timm_network(name: str) -> None:
     pytest.importorskip('timm')
-    backbone = build_backbone(f'timm/{name}', 'none', False, 'frozen', 4, train=True)
+    backbone = build_backbone(f'timm/{name}', 'none', False, 'frozen', LAST, train=True)
     x = features(backbone, size=224)
     assert x.shape == (1, backbone.num_channels[0], 7, 7)
+
+
+@pytest.mark.parametrize(
+    ('name', 'channels'),
+    [('resnet18', [128, 256, 512]), ('mobilenet_v2', [32, 96, 1280]), ('timm/resnet18', [128, 256, 512])],
+)
+def test_maps_of_several_stages(name: str, channels: list[int]) -> None:
+    if name.startswith('timm/'):
+        pytest.importorskip('timm')
+    backbone = build_backbone(name, 'none', False, 'frozen', range(2, 5), train=True).eval()
+    assert backbone.num_channels == channels
+    with torch.no_grad():
+        maps = backbone(nested_tensor_from_tensor_list([torch.randn(3, 64, 96), torch.randn(3, 64, 64)]))
+    assert [x.tensors.shape[1:] for x in maps] == [
+        (width, 64 // stride, 96 // stride) for width, stride in zip(channels, (8, 16, 32), strict=True)
+    ]
+    assert [x.mask[1, 0].sum().item() for x in maps] == [4, 2, 1], 'a third of the second picture is padding'
 
 
 def test_what_trains() -> None:
     names = {
         name.split('.')[0]
-        for name, p in build_backbone('resnet18', 'none', False, 'frozen', 4, True).body.named_parameters()
+        for name, p in build_backbone('resnet18', 'none', False, 'frozen', LAST, True).body.named_parameters()
         if p.requires_grad
     }
     assert names == {'layer2', 'layer3', 'layer4'}
-    frozen = build_backbone('resnet18', 'none', False, 'frozen', 4, train=False)
+    frozen = build_backbone('resnet18', 'none', False, 'frozen', LAST, train=False)
     assert not any(p.requires_grad for p in frozen.parameters())
-    scratch = build_backbone('resnet18', 'none', False, 'batch', 4, train=True)
+    scratch = build_backbone('resnet18', 'none', False, 'batch', LAST, train=True)
     assert all(p.requires_grad for p in scratch.parameters())
     assert not any(isinstance(module, FrozenBatchNorm2d) for module in scratch.modules())
 
@@ -70,13 +89,13 @@ def test_weights_from_a_file(name: str, file: str) -> None:
     if name.startswith('timm/'):
         pytest.importorskip('timm')
     path = SHARED / 'weights' / file
-    first = build_backbone(name, str(path), False, 'frozen', 4, train=True)
-    again = build_backbone(name, str(path), False, 'frozen', 4, train=True)
+    first = build_backbone(name, str(path), False, 'frozen', LAST, train=True)
+    again = build_backbone(name, str(path), False, 'frozen', LAST, train=True)
     for (key, value), other in zip(
         first.body.state_dict().items(), again.body.state_dict().values(), strict=True
     ):
         assert torch.equal(value, other), key
-    random = build_backbone(name, 'none', False, 'frozen', 4, train=True)
+    random = build_backbone(name, 'none', False, 'frozen', LAST, train=True)
     key = next(key for key, value in first.body.state_dict().items() if value.ndim == 4)
     assert not torch.equal(first.body.state_dict()[key], random.body.state_dict()[key])
 
@@ -84,7 +103,7 @@ def test_weights_from_a_file(name: str, file: str) -> None:
 def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
     torch.save({'conv1.weight': torch.zeros(64, 3, 7, 7)}, tmp_path / 'other.pth')
     with pytest.raises(ValueError, match='does not fit ResNet: it lacks'):
-        build_backbone('resnet18', str(tmp_path / 'other.pth'), False, 'frozen', 4, train=True)
+        build_backbone('resnet18', str(tmp_path / 'other.pth'), False, 'frozen', LAST, train=True)
 
 
 def test_no_download_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,4 +112,4 @@ def test_no_download_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr('torchvision.models.get_model', offline)
     with pytest.raises(ValueError, match='--backbone_weights FILE, or none'):
-        build_backbone('resnet50', 'imagenet', False, 'frozen', 4, train=True)
+        build_backbone('resnet50', 'imagenet', False, 'frozen', LAST, train=True)

@@ -359,7 +359,9 @@ def test_deformable_run_resumes_on_any_schedule(
     schedule: list[str], rates: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted after two epochs of four: the same metrics as undisturbed, and the rates that were asked for."""
-    monkeypatch.setattr(f'{__name__}.TINY', TINY.replace('--conditional', '--two_stage --with_box_refine'))
+    monkeypatch.setattr(
+        f'{__name__}.TINY', TINY.replace('--conditional', '--two_stage --with_box_refine --hidden_dim 64')
+    )
     flags = [*schedule, '--epochs', '4', '--eval_every', '4']
     run(tmp_path / 'whole', *flags)
     finish, calls = main.finish_epoch, []
