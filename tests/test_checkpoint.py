@@ -144,16 +144,21 @@ def transformers_model(conditional: bool) -> nn.Module:
 @pytest.mark.parametrize('saved', [False, True], ids=['live names', 'file names'])
 def test_transformers_models_give_the_same_detections(conditional: bool, saved: bool, tmp_path: Path) -> None:
     theirs = transformers_model(conditional)
+    sizes = {'dim_feedforward': 128, 'num_queries': theirs.config.num_queries}
+    check_same_detections(
+        theirs, tmp_path if saved else None, 'transformers', conditional=conditional, **sizes
+    )
+
+
+def check_same_detections(theirs: nn.Module, folder: Path | None, layout: str, **flags: object) -> None:
+    """Our model of 2 + 3 layers, loaded from theirs in memory or as saved in `folder`, gives the same boxes."""
     state = theirs.state_dict()
-    if saved:
+    if folder is not None:
         safetensors = pytest.importorskip('safetensors.torch')
-        theirs.save_pretrained(tmp_path)
-        state = safetensors.load_file(tmp_path / 'model.safetensors')
-    num_queries = theirs.config.num_queries
-    ours = build(
-        conditional=conditional, enc_layers=2, dec_layers=3, dim_feedforward=128, num_queries=num_queries
-    ).eval()
-    assert load_checkpoint(ours, state).layout == 'transformers'
+        theirs.save_pretrained(folder)
+        state = safetensors.load_file(folder / 'model.safetensors')
+    ours = build(enc_layers=2, dec_layers=3, **flags).eval()
+    assert load_checkpoint(ours, state).layout == layout
     batch = nested_tensor_from_tensor_list([torch.randn(3, 96, 128), torch.randn(3, 128, 64)])
     with torch.no_grad():
         expected = theirs(pixel_values=batch.tensors, pixel_mask=(~batch.mask).long())
@@ -201,20 +206,8 @@ def test_transformers_deformable_models_give_the_same_detections(
 ) -> None:
     flags = DEFORMABLE_VARIANTS[variant]
     theirs = transformers_deformable_model(flags)
-    state = theirs.state_dict()
-    if saved:
-        safetensors = pytest.importorskip('safetensors.torch')
-        theirs.save_pretrained(tmp_path)
-        state = safetensors.load_file(tmp_path / 'model.safetensors')
-    sizes = {'enc_layers': 2, 'dec_layers': 3, 'dim_feedforward': 128, 'num_queries': 50}
-    ours = build(deformable=True, **sizes, **flags).eval()
-    assert load_checkpoint(ours, state).layout == 'transformers, Deformable'
-    batch = nested_tensor_from_tensor_list([torch.randn(3, 96, 128), torch.randn(3, 128, 64)])
-    with torch.no_grad():
-        expected = theirs(pixel_values=batch.tensors, pixel_mask=(~batch.mask).long())
-        outputs = ours(NestedTensor(batch.tensors, batch.mask))
-    torch.testing.assert_close(outputs['pred_logits'], expected.logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(outputs['pred_boxes'], expected.pred_boxes, rtol=1e-4, atol=1e-4)
+    sizes = {'deformable': True, 'dim_feedforward': 128, 'num_queries': 50}
+    check_same_detections(theirs, tmp_path if saved else None, 'transformers, Deformable', **sizes, **flags)
 
 
 @needs_shared

@@ -1,6 +1,7 @@
 """Deformable DETR equals the official implementation: outputs, losses, assignments, gradients, optimizer steps."""
 
 import json
+import re
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -138,7 +139,13 @@ def test_training_outputs_equal_official(case: Case) -> None:
 
 
 @needs_shared
-@pytest.mark.parametrize('target_set', ['normal', 'crowded', 'tiny_and_none', 'none'])
+@pytest.mark.parametrize(
+    'target_set',
+    [
+        'normal',
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ('crowded', 'tiny_and_none', 'none')),
+    ],
+)
 def test_training_equals_official(case: Case, target_set: str) -> None:
     recorded = trained(case).record['target_sets'][target_set]
     model, criterion, _ = case.built
@@ -179,6 +186,7 @@ def check_assignments(
             assert (pairs.target[here] - offsets[picture]).tolist() == target
 
 
+@pytest.mark.slow
 @needs_shared
 def test_optimizer_steps_equal_official(case: Case) -> None:
     recorded = trained(case).record.get('optimizer')
@@ -230,3 +238,29 @@ def test_initial_values_equal_official(name: str) -> None:
         assert list(x.shape) == shape
         found = [x.sum(), x.norm(), x.min(), x.max(), x.flatten()[0]]
         assert_close(torch.stack(found), numbers, entry, atol=1e-7)
+
+
+def test_recorded_numbers_equal_official() -> None:
+    """A part of the same, from numbers that lie in this repository: losses and gradient of a training step."""
+    file = Path(__file__).parent / 'recorded/deformable_detr_r50_two_stage.json'
+    with float64():
+        case = object.__new__(Case)
+        case.record = json.loads(file.read_text())
+        case.record |= {'rule': {'salt': ''}, 'target_sets': {'recorded': case.record}}
+        flags = {'with_box_refine': True, 'two_stage': True, 'dropout': 0.0, 'backbone_weights': 'none'}
+        model, criterion, _ = build_model(Namespace(**flags))
+        case.first_names = {
+            name: re.sub(r'^(class|bbox)_embed', r'transformer.decoder.\1_embed', name)
+            for name in model.state_dict()
+        }
+        case.fill(model)
+        targets = case.targets('recorded')
+        losses = criterion(model.train()(case.samples, targets), targets)
+        assert set(losses) == set(case.record['losses'])
+        for name, value in case.record['losses'].items():
+            assert_close(losses[name], value, name)
+        total = weighted_sum(losses, criterion.weight_dict)
+        assert_close(total, case.record['total'], 'total')
+        total.backward()
+        norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+        assert_close(norm, case.record['grad_norm_total'], 'norm of all gradients')
