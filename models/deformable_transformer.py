@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .heads import add_reference, inverse_sigmoid
+from .ops.functions import exporting
 from .ops.modules import MSDeformAttn
 from .ops.modules.ms_deform_attn import level_sizes
 from .position_encoding import sine_embedding
@@ -203,7 +204,7 @@ class DeformableTransformer(nn.Module):
         ValueError: fewer tokens than proposals.
         """
         num_tokens = memory.tokens.shape[1]
-        if not torch.compiler.is_exporting() and num_tokens < num_proposals:
+        if not exporting() and num_tokens < num_proposals:
             raise ValueError(
                 f'{num_proposals} proposals, but the feature maps {memory.shapes} have {num_tokens} cells: lower '
                 '--num_queries, or use larger pictures'

@@ -147,6 +147,12 @@ def test_compiles_without_a_graph_break(name: str) -> None:
     assert ops_test.compiled_equals_eager(name, 'cpu')
 
 
+exports = pytest.mark.skipif(
+    not hasattr(torch.compiler, 'is_exporting'), reason='exporting without the operator needs PyTorch 2.7'
+)
+
+
+@exports
 def test_exports_without_the_operator() -> None:
     assert ops_test.exported_equals_eager('cpu')
 
@@ -338,6 +344,7 @@ def small_detector() -> nn.Module:
 PICTURES = [(1, 160, 192), (2, 224, 160), (2, 128, 288)]
 
 
+@exports
 @pytest.mark.slow
 def test_exported_detector_equals_eager_at_any_size(tmp_path: Path) -> None:
     """torch.export, and ONNX from it, with dynamic batch, height and width."""

@@ -29,6 +29,7 @@ LIBRARY_FILE = Path(__file__).resolve().parents[1] / (
     + ('.pyd' if sysconfig.get_platform().startswith('win') else '.so')
 )
 logger = logging.getLogger(__name__)
+is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)  # from PyTorch 2.7 on
 
 
 def ms_deform_attn_core_pytorch(
@@ -162,14 +163,15 @@ def ms_deform_attn(
     Returns [N, Q, M D]. RuntimeError: shapes that do not fit each other.
     """
     locations, weights = full_precision(value, sampling_locations, attention_weights)
-    if (
-        torch.compiler.is_exporting()
-        or torch.jit.is_tracing()
-        or implementation(value.device.type) == 'pytorch'
-    ):
+    if exporting() or implementation(value.device.type) == 'pytorch':
         return ms_deform_attn_core_pytorch(value, spatial_shapes, locations, weights).to(value.dtype)
     flat_shapes = [side for shape in spatial_shapes for side in shape]
     return torch.ops.detr.ms_deform_attn(value, flat_shapes, locations, weights)
+
+
+def exporting() -> bool:
+    """Whether a program is being made that others will run: it holds PyTorch's own operators only."""
+    return torch.jit.is_tracing() or is_exporting()
 
 
 class MSDeformAttnFunction:
@@ -224,11 +226,22 @@ def choose(device_type: str) -> str:
         problem = disagreement(name, device_type)
         if problem is None:
             if name == 'triton':  # compiled kernels have registered themselves
-                for operator_name, kernel in zip(OPERATORS, KERNELS[name], strict=True):
-                    library.impl(operator_name, kernel, 'CUDA', allow_override=True)
-            return name
+                problem = register(KERNELS[name], 'CUDA')
+            if problem is None:
+                return name
         problems[name] = problem
     return 'pytorch'
+
+
+def register(kernels: tuple[Callable, Callable], key: str) -> str | None:
+    """Put kernels behind the operator; None, or why that cannot be."""
+    options = {'allow_override': True} if has_kernel(key) else {}
+    try:
+        for name, kernel in zip(OPERATORS, kernels, strict=True):
+            library.impl(name, kernel, key, **options)
+    except TypeError:
+        return f'PyTorch {torch.__version__} cannot replace compiled kernels: remove {LIBRARY_FILE.name}'
+    return None
 
 
 def available(device_type: str) -> list[str]:
