@@ -18,6 +18,12 @@ from .deformable_transformer import (
 )
 from .detr import DETR
 from .heads import box_head, class_head
+from .ms_detr import (
+    MixedConditionalDecoderLayer,
+    MixedDecoderLayer,
+    TwiceReadConditionalDecoderLayer,
+    TwiceReadDecoderLayer,
+)
 from .ops.modules import MSDeformAttn
 from .position_encoding import build_position_encoding
 from .postprocess import NMSPostProcess, SoftmaxPostProcess, TopKPostProcess
@@ -76,6 +82,17 @@ FAMILY_DEFAULTS = {
 DEFORMABLE_FLAGS = (
     'deformable', 'with_box_refine', 'two_stage', 'mixed_selection', 'look_forward_twice', 'num_feature_levels',
 )  # fmt: skip
+# So do these, unless --conditional is there; H-DETR's flags even at 0, as in its baselines.
+HYBRID_FLAGS = ('hybrid_k', 'hybrid_queries', 'hybrid_lambda')
+SCHEME_FLAGS = ('use_ms_detr', *HYBRID_FLAGS)
+# Names of official namespaces (as in their checkpoints) -> ours.
+OFFICIAL_NAMES = {
+    'num_queries_one2one': 'num_queries',
+    'num_queries_one2many': 'hybrid_queries',
+    'k_one2many': 'hybrid_k',
+    'lambda_one2many': 'hybrid_lambda',
+    'topk': 'topk_eval',
+}
 NUM_CLASSES = 91  # of COCO, where no data set has said otherwise
 
 
@@ -166,12 +183,14 @@ def add_model_args(parser: ArgumentParser) -> None:
         '--dropout', default=0.1, type=float, help='dropout probability (default: %(default)s)'
     )
     model.add_argument('--nheads', default=8, type=int, help='attention heads (default: %(default)s)')
-    model.add_argument('--num_queries', type=int,
+    model.add_argument('--num_queries', '--num_queries_one2one', type=int,
                        help=f'object queries, the most boxes a picture can get (default: {family_default("num_queries")})')  # fmt: skip
     model.add_argument('--pre_norm', action='store_true', help='norm in front of each sub-layer (DETR only)')
     model.add_argument('--use_checkpoint', action='store_true',
                        help='compute activations of transformer layers again in the backward pass instead of keeping them: '
                             'less memory, about a third more time')  # fmt: skip
+
+    add_scheme_args(parser)
 
     detections = parser.add_argument_group('detections')
     detections.add_argument('--topk_eval', '--topk', default=100, type=int,
@@ -208,6 +227,46 @@ def add_model_args(parser: ArgumentParser) -> None:
                       help='weight of positives in the focal loss (not DETR; default: %(default)s)')  # fmt: skip
 
 
+def add_scheme_args(parser: ArgumentParser) -> None:
+    """Flags of further supervision while training. All combine, and inference stays what it is."""
+    hybrid = parser.add_argument_group(
+        'hybrid matching (H-DETR, arXiv:2207.13080; Deformable or Conditional DETR)'
+    )
+    hybrid.add_argument('--hybrid_k', '--k_one2many', type=int, metavar='K',
+                        help='a second group of queries, in which K queries answer for each object; 0 = none '
+                             '(default: 5 with --hybrid_queries, else 0)')  # fmt: skip
+    hybrid.add_argument('--hybrid_queries', '--num_queries_one2many', type=int, metavar='N',
+                        help='queries of that group (default: 1500 with --hybrid_k, else 0)')  # fmt: skip
+    hybrid.add_argument('--hybrid_lambda', '--lambda_one2many', type=float, metavar='FACTOR',
+                        help='of the losses of that group (default: 1)')  # fmt: skip
+
+    mixed = parser.add_argument_group(
+        'mixed supervision (MS-DETR, arXiv:2401.03989; Deformable or Conditional DETR)'
+    )
+    mixed.add_argument('--use_ms_detr', action='store_true',
+                       help='the queries are read a second time and supervised one-to-many')  # fmt: skip
+    mixed.add_argument('--ms_variant', default='b', choices=('a', 'b'),
+                       help='b: read after the cross-attention, which moves in front of the self-attention; a: read at the '
+                            'output of a layer, by class heads of their own (default: %(default)s)')  # fmt: skip
+    mixed.add_argument('--use_aux_ffn', action='store_true',
+                       help='a feed-forward block of its own for the second reading (variant b)')  # fmt: skip
+    mixed.add_argument('--o2m_matcher_k', default=6, type=int,
+                       help='queries an object gets at most (default: %(default)s)')  # fmt: skip
+    mixed.add_argument('--o2m_matcher_threshold', default=0.4, type=float,
+                       help='score from which a query counts for its best object (default: %(default)s)')  # fmt: skip
+    mixed.add_argument('--o2m_iou_weight', default=0.7, type=float,
+                       help='weight of the IoU in that score (default: %(default)s)')  # fmt: skip
+    mixed.add_argument('--o2m_score_weight', default=0.3, type=float,
+                       help="weight of the class's probability in that score (default: %(default)s)")  # fmt: skip
+    mixed.add_argument('--use_indices_merge', action='store_true',
+                       help='pairs of the one-to-one matching are added, for queries that have none')  # fmt: skip
+    for kind, title in (('o2m', 'second reading'), ('enc', 'proposals of two stages')):
+        for term, default in (('cls', 2), ('bbox', 5), ('giou', 2)):
+            otherwise = '' if kind == 'o2m' else f' with --use_ms_detr, else as --{term}_loss_coef'
+            mixed.add_argument(f'--{kind}_{term}_loss_coef', type=float, default=default if kind == 'o2m' else None,
+                               help=f'{title}: coefficient (default: {default}{otherwise})')  # fmt: skip
+
+
 def resolve_args(args: Namespace) -> Namespace:
     """A copy of `args` with every model flag present, the family named, and its defaults where a flag was not
     given.
@@ -217,19 +276,33 @@ def resolve_args(args: Namespace) -> Namespace:
     parser = ArgumentParser()
     add_model_args(parser)
     defaults = vars(parser.parse_args([]))
-    given = {name: value for name, value in vars(args).items() if value is not None}
+    given = {OFFICIAL_NAMES.get(k, k): value for k, value in vars(args).items() if value is not None}
     deformable = [flag for flag in DEFORMABLE_FLAGS if given.get(flag)]
     if deformable and given.get('conditional'):
         raise ValueError(
             f'--conditional and --{deformable[0]} choose different models: leave one of them out'
         )
+    hybrid = any(flag in given for flag in HYBRID_FLAGS)
+    deformable = deformable or hybrid or given.get('use_ms_detr')
     family = 'conditional' if given.get('conditional') else 'deformable' if deformable else 'detr'
-    resolved = Namespace(
-        **{'num_classes': NUM_CLASSES} | defaults | vars(args) | FAMILY_DEFAULTS[family] | given
-    )
+    family_defaults = FAMILY_DEFAULTS[family] | ({'dim_feedforward': 2048} if hybrid else {})
+    resolved = Namespace(**{'num_classes': NUM_CLASSES} | defaults | vars(args) | family_defaults | given)
     resolved.family = family
+    resolve_hybrid(resolved)
     check_args(resolved)
     return resolved
+
+
+def resolve_hybrid(args: Namespace) -> None:
+    """Numbers that were not given; all stay None where no flag of hybrid matching was given."""
+    if all(getattr(args, flag) is None for flag in HYBRID_FLAGS):
+        return
+    if args.hybrid_queries is None:
+        args.hybrid_queries = 1500 if args.hybrid_k else 0
+    if args.hybrid_k is None:
+        args.hybrid_k = 5 if args.hybrid_queries else 0
+    if args.hybrid_lambda is None:
+        args.hybrid_lambda = 1.0
 
 
 def check_args(args: Namespace) -> None:
@@ -256,9 +329,29 @@ def check_args(args: Namespace) -> None:
         raise ValueError(
             f'--dilation changes stage 4, but --backbone_stages is {args.backbone_stages}: give one of them'
         )
-    for flag in ('enc_layers', 'dec_layers', 'num_queries', 'num_classes', 'topk_eval'):
+    check_scheme_args(args)
+    for flag in ('enc_layers', 'dec_layers', 'num_queries', 'num_classes', 'topk_eval', 'o2m_matcher_k'):
         if getattr(args, flag) < 1:
             raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
+
+
+def check_scheme_args(args: Namespace) -> None:
+    if args.hybrid_queries and not args.hybrid_k:
+        raise ValueError(
+            f'--hybrid_queries {args.hybrid_queries} would be trained by nothing with --hybrid_k 0: raise --hybrid_k, or give 0 for both'
+        )
+    for flag in HYBRID_FLAGS:
+        if (getattr(args, flag) or 0) < 0:
+            raise ValueError(f'--{flag} must not be negative, as {getattr(args, flag)} is')
+    for flag in ('use_aux_ffn', 'use_indices_merge'):
+        if getattr(args, flag) and not args.use_ms_detr:
+            raise ValueError(f'--{flag} needs --use_ms_detr: add it')
+    if args.use_aux_ffn and args.ms_variant == 'a':
+        raise ValueError(
+            '--use_aux_ffn belongs to the second reading after the cross-attention: leave it out, or leave --ms_variant a out'
+        )
+    if args.ms_variant == 'a' and not args.use_ms_detr:
+        raise ValueError('--ms_variant a needs --use_ms_detr: add it')
 
 
 def check_deformable_args(args: Namespace) -> None:
@@ -302,7 +395,12 @@ def build_transformer(args: Namespace) -> Transformer:
     if args.family == 'detr':
         layer = TransformerDecoderLayer(*sizes, args.pre_norm)
         return Transformer(encoder, TransformerDecoder(layer, args.dec_layers, norm, args.use_checkpoint))
-    layer = ConditionalDecoderLayer(*sizes)
+    if not args.use_ms_detr:
+        layer = ConditionalDecoderLayer(*sizes)
+    elif args.ms_variant == 'a':
+        layer = TwiceReadConditionalDecoderLayer(*sizes)
+    else:
+        layer = MixedConditionalDecoderLayer(*sizes, args.use_aux_ffn)
     decoder = ConditionalDecoder(layer, args.dec_layers, norm, args.pe_temperature, args.use_checkpoint)
     transformer = Transformer(encoder, decoder)
     if args.local_init:
@@ -318,7 +416,12 @@ def build_deformable_transformer(args: Namespace) -> DeformableTransformer:
 
     encoder_layer = DeformableEncoderLayer(attention(args.enc_n_points), *sizes)
     encoder = DeformableEncoder(encoder_layer, args.enc_layers, args.use_checkpoint)
-    decoder_layer = DeformableDecoderLayer(attention(args.dec_n_points), *sizes)
+    if not args.use_ms_detr:
+        decoder_layer = DeformableDecoderLayer(attention(args.dec_n_points), *sizes)
+    elif args.ms_variant == 'a':
+        decoder_layer = TwiceReadDecoderLayer(attention(args.dec_n_points), *sizes)
+    else:
+        decoder_layer = MixedDecoderLayer(attention(args.dec_n_points), *sizes, args.use_aux_ffn)
     decoder = DeformableDecoder(decoder_layer, args.dec_layers, args.look_forward_twice, args.use_checkpoint)
     return DeformableTransformer(
         encoder, decoder, args.hidden_dim, args.num_feature_levels, args.two_stage, args.pe_temperature
@@ -366,18 +469,21 @@ def build_detector(
             scale=args.position_embedding_scale,
         ),
     )
+    second_heads = args.use_ms_detr and args.ms_variant == 'a'
     if args.family == 'deformable':
         transformer = build_deformable_transformer(args)
+        heads = build_layer_heads(args)
         return DeformableDETR(
             backbone,
             transformer,
-            build_layer_heads(args),
+            heads,
             num_queries,
             args.with_box_refine,
             args.two_stage,
             args.mixed_selection,
             args.aux_loss,
             query_sources,
+            copy.deepcopy(heads[0][: args.dec_layers]) if second_heads else None,
         )
     focal = args.family != 'detr'
     heads = (
@@ -386,7 +492,10 @@ def build_detector(
         else class_head(args.hidden_dim, args.num_classes + 1),
         box_head(args.hidden_dim, start_at_reference=focal),
     )
-    return DETR(backbone, build_transformer(args), heads, num_queries, args.aux_loss, query_sources)
+    class_embed_o2m = copy.deepcopy(heads[0]) if second_heads else None
+    return DETR(
+        backbone, build_transformer(args), heads, num_queries, args.aux_loss, query_sources, class_embed_o2m
+    )
 
 
 def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, nn.Module]]:

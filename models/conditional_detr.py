@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .heads import MLP, inverse_sigmoid
 from .position_encoding import sine_embedding
 from .structures import LayerOutput, Memory, QueryGroup, attention_blocks
-from .transformer import Blocks, call_layer, clones
+from .transformer import Blocks, call_layer, clones, read_twice
 
 
 class Attention(nn.Module):
@@ -76,10 +76,16 @@ class ConditionalDecoderLayer(nn.Module):
 
     def forward(
         self, tgt: Tensor, query_pos: Tensor, query_sine: Tensor, memory: Memory, blocks: Blocks
-    ) -> Tensor:
-        """tgt, query_pos, query_sine: [B, Q, C]; blocks: who attends to whom."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """tgt, query_pos, query_sine: [B, Q, C]; blocks: who attends to whom.
+
+        Returns the new state, and the one that a second reading begins with (`models.ms_detr`), if any.
+        """
         tgt = self.norm1(tgt + self.dropout1(self.compare_queries(tgt, query_pos, blocks)))
         tgt = self.norm2(tgt + self.dropout2(self.read_memory(tgt, query_pos, query_sine, memory)))
+        return self.think(tgt), None
+
+    def think(self, tgt: Tensor) -> Tensor:
         return self.norm3(tgt + self.dropout3(self.linear2(self.dropout(F.relu(self.linear1(tgt))))))
 
     def compare_queries(self, tgt: Tensor, query_pos: Tensor, blocks: Blocks) -> Tensor:
@@ -150,10 +156,15 @@ class ConditionalDecoder(nn.Module):
         sine = sine_embedding(points.flip(-1), tgt.shape[-1] // 2, self.temperature).to(
             tgt.dtype
         )  # [B, Q, C], y first
-        blocks, states = attention_blocks(groups), []
+        blocks, states, seconds = attention_blocks(groups), [], []
         for index, layer in enumerate(self.layers):
             query_sine = sine if index == 0 else sine * self.query_scale(tgt)
-            tgt = call_layer(layer, self.use_checkpoint, tgt, query_pos, query_sine, memory, blocks)
+            tgt, between = call_layer(layer, self.use_checkpoint, tgt, query_pos, query_sine, memory, blocks)
+            second = read_twice(layer, between, groups) if self.training else None
             states.append(tgt)
+            seconds.append(None if second is None else self.norm(second))
         reference = inverse_sigmoid(points)
-        return [LayerOutput(hs, reference) for hs in self.norm(torch.stack(states))]
+        return [
+            LayerOutput(hs, reference, hs_o2m=second)
+            for hs, second in zip(self.norm(torch.stack(states)), seconds, strict=True)
+        ]

@@ -20,7 +20,8 @@ class DeformableDETR(nn.Module):
     entry; one more entry of each for the encoder's proposals with `two_stage`. num_queries: queries of each
     group, the inference group first. mixed_selection: two-stage queries with learned content. query_sources:
     modules that add query groups (and losses) from memory and targets while training. aux_loss: predictions of
-    every decoder layer, while training.
+    every decoder layer, while training. class_embed_o2m: class heads of second readings (`models.ms_detr`); None:
+    those of the first.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class DeformableDETR(nn.Module):
         mixed_selection: bool = False,
         aux_loss: bool = True,
         query_sources: nn.ModuleDict | None = None,
+        class_embed_o2m: nn.ModuleList | None = None,
     ) -> None:
         super().__init__()
         self.transformer = transformer
@@ -44,6 +46,7 @@ class DeformableDETR(nn.Module):
             self.query_embed = nn.Embedding(sum(num_queries.values()), width)
         self.input_proj = input_projections(backbone.num_channels, hidden_dim, num_levels)
         self.backbone = backbone
+        self.class_embed_o2m = class_embed_o2m
         self.query_sources = query_sources if query_sources is not None else nn.ModuleDict()
         self.num_queries = num_queries
         self.with_box_refine = with_box_refine
@@ -116,7 +119,20 @@ class DeformableDETR(nn.Module):
         ]
         shown = slice(None) if self.aux_loss else slice(-1, None)
         logits, boxes = torch.stack(logits)[shown], torch.stack(boxes)[shown]  # [L, B, Q, K], [L, B, Q, 4]
-        return split_predictions(logits, boxes, groups)
+        predictions = split_predictions(logits, boxes, groups)
+        if layers[-1].hs_o2m is None:
+            return predictions
+        # The inference group once more, from the second reading, with the same references.
+        class_heads = self.class_embed if self.class_embed_o2m is None else self.class_embed_o2m
+        second = QueryGroup('o2m', layers[-1].hs_o2m)
+        logits = [head(layer.hs_o2m) for head, layer in zip(class_heads, layers, strict=False)]
+        boxes = [
+            add_reference(head(layer.hs_o2m), layer.reference[:, : second.tgt.shape[1]])
+            for head, layer in zip(self.bbox_embed, layers, strict=False)
+        ]
+        return predictions + split_predictions(
+            torch.stack(logits)[shown], torch.stack(boxes)[shown], [second]
+        )
 
 
 def input_projections(num_channels: list[int], hidden_dim: int, num_levels: int) -> nn.ModuleList:

@@ -19,7 +19,7 @@ from .ops.modules import MSDeformAttn
 from .ops.modules.ms_deform_attn import level_sizes
 from .position_encoding import sine_embedding
 from .structures import LayerOutput, Memory, Prediction, QueryGroup, attention_blocks
-from .transformer import Blocks, call_layer, clones, compare_queries
+from .transformer import Blocks, call_layer, clones, compare_queries, read_twice
 
 
 class DeformableEncoderLayer(nn.Module):
@@ -67,11 +67,17 @@ class DeformableDecoderLayer(nn.Module):
 
     def forward(
         self, tgt: Tensor, query_pos: Tensor, reference: Tensor, memory: Memory, blocks: Blocks
-    ) -> Tensor:
-        """tgt, query_pos: [B, Q, C]; reference: [B, Q, L, 2 or 4]; blocks: who attends to whom."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """tgt, query_pos: [B, Q, C]; reference: [B, Q, L, 2 or 4]; blocks: who attends to whom.
+
+        Returns the new state, and the one that a second reading begins with (`models.ms_detr`), if any.
+        """
         attended = compare_queries(self.self_attn, tgt + query_pos, tgt, blocks)
         tgt = self.norm2(tgt + self.dropout2(attended))
         tgt = self.norm1(tgt + self.dropout1(self.read_memory(tgt + query_pos, reference, memory)))
+        return self.think(tgt), None
+
+    def think(self, tgt: Tensor) -> Tensor:
         hidden = self.linear2(self.dropout3(F.relu(self.linear1(tgt))))
         return self.norm3(tgt + self.dropout4(hidden))
 
@@ -127,9 +133,10 @@ class DeformableDecoder(nn.Module):
         for index, layer in enumerate(self.layers):
             ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # [B, L, 2 or 4]
             scaled = reference[:, :, None] * ratios[:, None]  # [B, Q, L, 2 or 4]
-            tgt = call_layer(layer, self.use_checkpoint, tgt, query_pos, scaled, memory, blocks)
+            tgt, between = call_layer(layer, self.use_checkpoint, tgt, query_pos, scaled, memory, blocks)
             delta = None if refine_with is None else refine_with[index](tgt)
-            outputs.append(LayerOutput(tgt, shown, delta))
+            second = read_twice(layer, between, groups) if self.training else None
+            outputs.append(LayerOutput(tgt, shown, delta, second))
             if delta is not None and index + 1 < len(self.layers):
                 refined = add_reference(delta, logits)  # [B, Q, 4]
                 reference = refined.detach()
@@ -213,7 +220,8 @@ class DeformableTransformer(nn.Module):
         absent = anchors[..., :1].isinf()
         features = self.enc_output_norm(self.enc_output(memory.tokens.masked_fill(absent, 0)))
         if self.training:
-            everywhere = Prediction(class_head(features), (box_head(features) + anchors).sigmoid(), 'enc')
+            boxes = (box_head(features) + anchors).sigmoid()
+            everywhere = Prediction(class_head(features), boxes, 'enc', anchors=anchors.sigmoid())
             best = everywhere.logits[..., 0].topk(num_proposals, dim=1).indices
             return pick(everywhere.boxes, best).detach(), everywhere
         # At inference only the selected tokens need a box, and none of them other classes.

@@ -18,7 +18,7 @@ class DETR(nn.Module):
 
     num_queries: learned queries of each group, the inference group first. query_sources: modules that add
     query groups (and losses) from memory and targets while training. aux_loss: predictions of every decoder
-    layer, while training.
+    layer, while training. class_embed_o2m: class head of second readings (`models.ms_detr`); None: that of the first.
     """
 
     def __init__(
@@ -29,6 +29,7 @@ class DETR(nn.Module):
         num_queries: dict[str, int],
         aux_loss: bool = True,
         query_sources: nn.ModuleDict | None = None,
+        class_embed_o2m: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.transformer = transformer
@@ -37,6 +38,7 @@ class DETR(nn.Module):
         self.query_embed = nn.Embedding(sum(num_queries.values()), hidden_dim)
         self.input_proj = nn.Conv2d(backbone.num_channels[-1], hidden_dim, kernel_size=1)
         self.backbone = backbone
+        self.class_embed_o2m = class_embed_o2m
         self.query_sources = query_sources if query_sources is not None else nn.ModuleDict()
         self.num_queries = num_queries
         self.aux_loss = aux_loss
@@ -66,14 +68,22 @@ class DETR(nn.Module):
                 groups += more_groups
                 losses |= more_losses
         layers = self.transformer.decode(groups, memory)
-        predictions = self.read(layers if self.training and self.aux_loss else layers[-1:], groups)
+        predictions = self.read(layers if self.training else layers[-1:], groups)
         last = next(p for p in predictions if p.kind == groups[0].name and p.layer is None)
         outputs = {'pred_logits': last.logits, 'pred_boxes': last.boxes}
         return outputs | {'predictions': predictions, 'losses': losses} if self.training else outputs
 
     def read(self, layers: list[LayerOutput], groups: list[QueryGroup]) -> list[Prediction]:
         """Class logits and boxes of every layer and group; the heads are shared by all layers."""
-        hs = torch.stack([layer.hs for layer in layers])  # [L, B, Q, C]
+        shown = slice(None) if self.aux_loss else slice(-1, None)
+        hs = torch.stack([layer.hs for layer in layers])[shown]  # [L, B, Q, C]
         logits = self.class_embed(hs)
         boxes = add_reference(self.bbox_embed(hs), layers[-1].reference)
-        return split_predictions(logits, boxes, groups)
+        predictions = split_predictions(logits, boxes, groups)
+        if layers[-1].hs_o2m is None:
+            return predictions
+        # The inference group once more, from the second reading, with the same references.
+        hs = torch.stack([layer.hs_o2m for layer in layers])[shown]
+        class_head = self.class_embed if self.class_embed_o2m is None else self.class_embed_o2m
+        boxes = add_reference(self.bbox_embed(hs), layers[-1].reference[:, : hs.shape[2]])
+        return predictions + split_predictions(class_head(hs), boxes, [QueryGroup('o2m', hs[-1])])

@@ -39,6 +39,9 @@ class Assignment:
     query: Tensor  # [M]
     target: Tensor  # [M], counts through the objects of the batch
     count: float  # of this process; averaged over processes, at least 1 in all
+    deciding: Tensor | None = (
+        None  # [M] bool, pairs that decide the class of their query; None: all, no query has two
+    )
 
 
 @dataclass
@@ -63,7 +66,7 @@ class LayerOutput:
     hs: Tensor  # [B, Q, C]
     reference: Tensor | None = None  # [B, Q, 2 or 4], what the box head's output is added to, in logit space
     delta: Tensor | None = None  # [B, Q, 4] the box head's output, where the decoder has refined with it
-    hs_o2m: Tensor | None = None  # [B, Q, C], after cross-attention and before self-attention; training only
+    hs_o2m: Tensor | None = None  # [B, Q of the inference group, C] second reading of MS-DETR; training only
 
 
 @dataclass
@@ -102,6 +105,8 @@ class Supervision:
     coef: dict[str, float]  # {'ce': 2, 'bbox': 5, 'giou': 2}
     class_loss: Callable  # models.training.losses: FocalLoss, SoftmaxLoss
     class_agnostic: bool = False  # every object is class 0
+    scale: float = 1.0  # every term is multiplied by it
+    merge: str | None = None  # kind whose pairs are added, where this kind leaves a query free
 
 
 def visibility(groups: list[QueryGroup]) -> Tensor | None:

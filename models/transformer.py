@@ -24,7 +24,7 @@ def clones(layer: nn.Module, num_layers: int) -> nn.ModuleList:
     return nn.ModuleList(copy.deepcopy(layer) for _ in range(num_layers))
 
 
-def call_layer(layer: nn.Module, use_checkpoint: bool, *args: object) -> Tensor:
+def call_layer(layer: nn.Module, use_checkpoint: bool, *args: object) -> object:
     """layer(*args); with `use_checkpoint` its activations are computed again in the backward pass, not kept."""
     if use_checkpoint and torch.is_grad_enabled():
         return checkpoint(layer, *args, use_reentrant=False)
@@ -38,6 +38,14 @@ def compare_queries(attention: nn.MultiheadAttention, q: Tensor, v: Tensor, bloc
         for run, mask in blocks
     ]
     return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
+
+
+def read_twice(layer: nn.Module, between: Tensor | None, groups: list[QueryGroup]) -> Tensor | None:
+    """Second reading of the inference group, [B, Q, C], where a decoder layer has one.
+
+    between: the state that it begins with, of the queries of all groups.
+    """
+    return None if between is None else layer.second_reading(between[:, : groups[0].tgt.shape[1]])
 
 
 class SubLayers(nn.Module):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from util.files import save_atomically
-from util.foreign_names import to_official
+from util.foreign_names import COCO_IDS, spread_coco_classes, to_official
 
 RESIZABLE = ('class_embed', 'query_embed')  # what --pretrained may take from a model of another size
 
@@ -99,6 +99,15 @@ def load_checkpoint(model: nn.Module, source: str | Path | dict, resize: bool = 
     state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     layout, state = to_official(state)
     ours = model.state_dict()
+    trained = checkpoint.get('args', {})
+    trained = vars(trained) if isinstance(trained, argparse.Namespace) else trained
+    check_layer_order(model, trained, state)
+    rows = [len(entries.get('class_embed.0.bias', ())) for entries in (state, ours)]
+    if layout == 'detrex' and rows == [len(COCO_IDS), 91]:
+        state = spread_coco_classes(state, 91)
+    queries = trained.get('num_queries_one2one', trained.get('num_queries'))
+    if 'query_embed.weight' in state and queries == len(ours.get('query_embed.weight', ())):
+        state['query_embed.weight'] = state['query_embed.weight'][:queries]  # the inference group comes first
     state = {name: value for name, value in state.items() if not is_dropped(name, ours)}
     wrong_shape = [name for name in state if name in ours and state[name].shape != ours[name].shape]
     refused = [name for name in wrong_shape if not (resize and name.startswith(RESIZABLE))]
@@ -113,8 +122,23 @@ def load_checkpoint(model: nn.Module, source: str | Path | dict, resize: bool = 
 
 
 def is_dropped(name: str, ours: dict[str, Tensor]) -> bool:
-    """Entries that a model does not need: counters of frozen norms, and our training-only modules."""
-    return name not in ours and (name.endswith('num_batches_tracked') or name.startswith('query_sources.'))
+    """Entries that a model does not need: counters of frozen norms, and what only training needs."""
+    return name not in ours and (
+        name.endswith('num_batches_tracked') or name.startswith(('query_sources.', 'class_embed_o2m.'))
+    )
+
+
+def check_layer_order(model: nn.Module, trained: dict, state: dict[str, Tensor]) -> None:
+    """MS-DETR's layers read the memory first, which no name tells: the flags of the run do, where a file has them."""
+    if 'use_ms_detr' not in trained:
+        return
+    ours = any(getattr(module, 'reads_memory_first', False) for module in model.modules())
+    theirs = trained['use_ms_detr'] and not any(name.startswith('class_embed_o2m.') for name in state)
+    if ours != bool(theirs):
+        raise ValueError(
+            f'the checkpoint was trained {"with" if theirs else "without"} --use_ms_detr, which moves the cross-attention '
+            f'of a decoder layer in front of its self-attention: {"add it" if theirs else "leave it out"}'
+        )
 
 
 def fit_rows(theirs: Tensor, ours: Tensor) -> Tensor:

@@ -73,6 +73,47 @@ TRANSFORMERS_DEFORMABLE: Rules = [
     *TRANSFORMERS,
 ]  # fmt: skip
 
+# detrex's Deformable family: detectron2's backbone, a neck, layers made of lists.
+DETREX: Rules = [
+    (r'backbone\.stem\.conv1\.weight', r'backbone.0.body.conv1.weight'),
+    (r'backbone\.stem\.conv1\.norm\.(.*)', r'backbone.0.body.bn1.\1'),
+    *(
+        rule
+        for stage in (1, 2, 3, 4)
+        for rule in (
+            (rf'backbone\.res{stage + 1}\.(\d+)\.conv(\d)\.weight', rf'backbone.0.body.layer{stage}.\1.conv\2.weight'),
+            (rf'backbone\.res{stage + 1}\.(\d+)\.conv(\d)\.norm\.(.*)', rf'backbone.0.body.layer{stage}.\1.bn\2.\3'),
+            (rf'backbone\.res{stage + 1}\.0\.shortcut\.weight', rf'backbone.0.body.layer{stage}.0.downsample.0.weight'),
+            (rf'backbone\.res{stage + 1}\.0\.shortcut\.norm\.(.*)', rf'backbone.0.body.layer{stage}.0.downsample.1.\1'),
+        )
+    ),
+    (r'backbone\.(.*)', r'backbone.0.body.\1'),
+    (r'neck\.convs\.(\d)\.conv\.(#)', r'input_proj.\1.0.\2'),
+    (r'neck\.convs\.(\d)\.norm\.(#)', r'input_proj.\1.1.\2'),
+    *(
+        (rf'neck\.extra_convs\.{extra}\.{part}\.(#)', rf'input_proj.{3 + extra}.{index}.\1')
+        for extra in (0, 1)
+        for index, part in enumerate(('conv', 'norm'))
+    ),
+    (r'query_embedding\.weight', r'query_embed.weight'),
+    (r'transformer\.level_embeds', r'transformer.level_embed'),
+    (r'transformer\.(encoder@)\.attentions\.0\.(.*)', r'transformer.\1.self_attn.\2'),
+    (r'transformer\.(decoder@)\.attentions\.0\.attn\.(.*)', r'transformer.\1.self_attn.\2'),
+    (r'transformer\.(decoder@)\.attentions\.1\.(.*)', r'transformer.\1.cross_attn.\2'),
+    (r'transformer\.(@)\.ffns\.0\.layers\.0\.0\.(#)', r'transformer.\1.linear1.\2'),
+    (r'transformer\.(@)\.ffns\.0\.layers\.1\.(#)', r'transformer.\1.linear2.\2'),
+    (r'transformer\.(encoder@)\.norms\.0\.(#)', r'transformer.\1.norm1.\2'),
+    (r'transformer\.(encoder@)\.norms\.1\.(#)', r'transformer.\1.norm2.\2'),
+    (r'transformer\.(decoder@)\.norms\.0\.(#)', r'transformer.\1.norm2.\2'),
+    (r'transformer\.(decoder@)\.norms\.1\.(#)', r'transformer.\1.norm1.\2'),
+    (r'transformer\.(decoder@)\.norms\.2\.(#)', r'transformer.\1.norm3.\2'),
+]  # fmt: skip
+# COCO's ids of the 80 classes that some projects number without gaps.
+COCO_IDS = [
+    *range(1, 12), *range(13, 26), 27, 28, *range(31, 45), *range(46, 66), 67, 70, *range(72, 83), *range(84, 91),
+]  # fmt: skip
+NEVER = -50.0  # bias of a class that does not exist
+
 
 def rename(name: str, rules: Rules) -> str:
     """The official name; the name itself where no rule fits, so that it shows up as left over."""
@@ -117,17 +158,43 @@ def from_transformers_deformable(state: State) -> State:
     return repeated | state
 
 
+def from_detrex(state: State) -> State:
+    return drop_head_aliases({rename(name, DETREX): value for name, value in state.items()})
+
+
 def drop_head_aliases(state: State) -> State:
-    """Official Deformable DETR lists its heads twice, some files of others in one of the places only."""
+    """Official Deformable DETR lists its heads twice, some files of others in one of the places only. MS-DETR's
+    second box heads are the first.
+    """
     alias = re.compile(r'transformer\.decoder\.((?:class|bbox)_embed\..*)')
     aliases = {match[1]: state[name] for name in state if (match := alias.fullmatch(name))}
-    return aliases | {name: value for name, value in state.items() if not alias.fullmatch(name)}
+    return aliases | {
+        name: value
+        for name, value in state.items()
+        if not alias.fullmatch(name) and not name.startswith('bbox_embed_o2m.')
+    }
+
+
+def spread_coco_classes(state: State, num_rows: int) -> State:
+    """Class heads of 80 rows as heads of `num_rows`, one a COCO id. A head for proposals (one more than there are
+    decoder layers) keeps its rows, the first of which stands for 'object'.
+    """
+    layers = {name.split('.')[3] for name in state if name.startswith('transformer.decoder.layers.')}
+    spread = dict(state)
+    for name, value in state.items():
+        match = re.fullmatch(r'class_embed\.(\d+)\.(weight|bias)', name)
+        if match and len(value) == len(COCO_IDS):
+            rows = list(range(len(COCO_IDS))) if int(match[1]) == len(layers) else COCO_IDS
+            spread[name] = value.new_full((num_rows, *value.shape[1:]), NEVER if match[2] == 'bias' else 0.0)
+            spread[name][rows] = value
+    return spread
 
 
 # Layout -> a key that only it has, and its converter. The first that fits wins.
 LAYOUTS: dict[str, tuple[str, Callable[[State], State]]] = {
     'transformers': ('model.input_projection.weight', from_transformers),
     'transformers, Deformable': ('model.input_proj.0.0.weight', from_transformers_deformable),
+    'detrex': ('transformer.level_embeds', from_detrex),
 }
 
 

@@ -3,7 +3,9 @@ What only training needs. Nothing in `models/` imports this package at module le
 inside the function.
 """
 
+import re
 from argparse import Namespace
+from dataclasses import replace
 
 from torch import nn
 
@@ -11,7 +13,7 @@ from models.structures import Supervision
 
 from .criterion import SetCriterion, loss_suffix
 from .losses import FocalLoss, SoftmaxLoss
-from .matcher import HungarianMatcher, focal_cost, softmax_cost
+from .matcher import HungarianMatcher, OneToManyMatcher, focal_cost, softmax_cost
 
 
 def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn.ModuleDict]:
@@ -20,28 +22,66 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
     """
     focal = args.family != 'detr'
     cost = args.set_cost_class, args.set_cost_bbox, args.set_cost_giou
-    coef = {'ce': args.cls_loss_coef, 'bbox': args.bbox_loss_coef, 'giou': args.giou_loss_coef}
-    class_loss = FocalLoss(args.focal_alpha) if focal else SoftmaxLoss(args.eos_coef)
     class_cost = focal_cost if focal else softmax_cost
-
-    matcher = HungarianMatcher(*cost, class_cost)
-    table = {'one2one': Supervision(matcher, coef, class_loss)}
-    if args.family == 'deformable':
-        table['enc'] = Supervision(matcher, coef, class_loss, class_agnostic=True)
+    one2one = Supervision(
+        HungarianMatcher(*cost, class_cost),
+        {'ce': args.cls_loss_coef, 'bbox': args.bbox_loss_coef, 'giou': args.giou_loss_coef},
+        FocalLoss(args.focal_alpha) if focal else SoftmaxLoss(args.eos_coef),
+    )
+    table = {'one2one': one2one}
     num_queries = {'one2one': args.num_queries}
     sources = nn.ModuleDict()
 
-    return SetCriterion(table, weights(table, args.dec_layers, args.aux_loss)), num_queries, sources
+    if args.family == 'deformable':
+        table['enc'] = proposal_supervision(args, one2one)
+    if args.hybrid_queries:
+        num_queries['one2many'] = args.hybrid_queries
+        matcher = HungarianMatcher(*cost, class_cost, repeats=args.hybrid_k)
+        table['one2many'] = replace(one2one, matcher=matcher, scale=args.hybrid_lambda)
+    if args.use_ms_detr:
+        matcher = OneToManyMatcher(
+            args.o2m_matcher_k, args.o2m_matcher_threshold, args.o2m_iou_weight, args.o2m_score_weight
+        )
+        coef = {term: getattr(args, f'o2m_{flag}_loss_coef') for term, flag in TERM_FLAGS.items()}
+        merge = 'one2one' if args.use_indices_merge else None
+        table['o2m'] = replace(one2one, matcher=matcher, coef=coef, merge=merge)
+
+    return SetCriterion(table, weights(table, args)), num_queries, sources
 
 
-def weights(table: dict[str, Supervision], num_layers: int, aux_loss: bool) -> dict[str, float]:
-    """Coefficient of every loss, by official name. Encoder proposals count as an auxiliary output."""
-    layers = {kind: [None, *range(num_layers - 1)] if aux_loss else [None] for kind in table}
-    if 'enc' in table:
-        layers['enc'] = [None] if aux_loss else []
-    return {
+TERM_FLAGS = {'ce': 'cls', 'bbox': 'bbox', 'giou': 'giou'}
+
+
+def proposal_supervision(args: Namespace, one2one: Supervision) -> Supervision:
+    """Of the encoder's proposals: as the queries', or, in MS-DETR, matched by their anchors alone."""
+    given = {term: getattr(args, f'enc_{flag}_loss_coef') for term, flag in TERM_FLAGS.items()}
+    usual = {'ce': 2, 'bbox': 5, 'giou': 2} if args.use_ms_detr else one2one.coef
+    coef = {term: usual[term] if value is None else value for term, value in given.items()}
+    matcher = one2one.matcher
+    if args.use_ms_detr:
+        matcher = HungarianMatcher(0, args.set_cost_bbox, args.set_cost_giou, on='anchors')
+    return replace(one2one, matcher=matcher, coef=coef, class_agnostic=True)
+
+
+def weights(table: dict[str, Supervision], args: Namespace) -> dict[str, float]:
+    """Coefficient of every loss, by official name. Encoder proposals count as an auxiliary output, except in
+    MS-DETR.
+
+    Official dictionaries also name terms that never exist, such as `loss_ce_enc_one2many`; they are kept, so that
+    dictionaries are equal.
+    """
+    layers = {kind: [None, *range(args.dec_layers - 1)] if args.aux_loss else [None] for kind in table}
+    if 'enc' in table and not args.use_ms_detr:
+        layers['enc'] = [None] if args.aux_loss else []
+    names = {
         f'loss_{term}{loss_suffix(kind, layer)}': coef
         for kind, row in table.items()
         for layer in layers[kind]
         for term, coef in row.coef.items()
     }
+    if 'enc' in table and args.use_ms_detr:  # in the official dictionary the layer comes last
+        names = {re.sub(r'_(\d+)_enc$', r'_enc_\1', name): coef for name, coef in names.items()}
+    if args.hybrid_k is not None and args.family == 'deformable':
+        usual = [name for name in names if not name.endswith(('_one2many', '_o2m'))]
+        names = {f'{name}_one2many': names[name] for name in usual} | names
+    return names

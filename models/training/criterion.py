@@ -4,6 +4,7 @@ The losses of everything that a model predicts, by one table: kind of prediction
 The criterion has no branch on the kind. A new scheme is a new row.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from models.structures import Assignment, Prediction, Supervision
 from util.dist import all_reduce_sum, get_world_size
 
-from .losses import Stack, box_losses, cardinality_error, class_error, from_host
-from .matcher import Targets, stack_predictions
+from .losses import Pairs, Stack, box_losses, cardinality_error, class_error, from_host
+from .matcher import Targets, merge, stack_predictions
 
 
 def loss_suffix(kind: str, layer: int | None) -> str:
@@ -33,6 +34,9 @@ class SetCriterion(nn.Module):
         super().__init__()
         self.table = table
         self.weight_dict = weight_dict
+        self.tally: Counter[str] = (
+            Counter()
+        )  # pairs of each kind (mean of its layers) and objects, since the last reading
 
     def forward(
         self, outputs: dict, targets: list[dict], step_targets: Sequence[list[dict]] | None = None
@@ -59,12 +63,16 @@ class SetCriterion(nn.Module):
             terms = {'loss_ce': self.table[kind].class_loss(stack) / class_count}
             terms |= {name: loss / box_count for name, loss in box_losses(stack).items()}
             terms['cardinality_error'] = cardinality_error(stack)
+            if self.table[kind].scale != 1:
+                terms = {name: values * self.table[kind].scale for name, values in terms.items()}
             for name, values in terms.items():
                 for prediction, value in zip(kinds[kind], values.unbind(), strict=True):
                     losses[name + loss_suffix(kind, prediction.layer)] = value
             last = next(i for i, p in enumerate(kinds[kind]) if p.layer is None)
             if not self.table[kind].class_agnostic:
-                losses['class_error' + loss_suffix(kind, None)] = class_error(stack)[last]
+                losses['class_error' + loss_suffix(kind, None)] = (
+                    class_error(stack)[last] * self.table[kind].scale
+                )
         return losses
 
     def assign(self, kinds: dict[str, list[Prediction]], targets: list[dict]) -> dict[str, Stack]:
@@ -78,12 +86,24 @@ class SetCriterion(nn.Module):
             for kind, cost in zip(matched, to_host(costs), strict=True)
         }
         assignments = {kind: solved.get(kind) or [p.assignment for p in rows] for kind, rows in kinds.items()}
-        pairs = [pack_pairs(rows) for rows in assignments.values()]  # [4, N] each
-        on_device = torch.cat(pairs, dim=1).to(targets[0]['boxes'].device, non_blocking=True)
-        parts = on_device.split([part.shape[1] for part in pairs], dim=1)
+        for kind in kinds:
+            if other := self.table[kind].merge:
+                both = zip(assignments[kind], assignments[other], strict=True)
+                assignments[kind] = [merge(*layer) for layer in both]
+        for kind, rows in assignments.items():
+            self.tally[kind] += sum(len(a.query) for a in rows) / len(rows)
+        self.tally['objects'] += sum(packed[kind].sizes)
+        pairs, deciding = place_pairs(assignments, packed)
         return {
-            kind: make_stack(stacked[kind], part, packed[kind], assignments[kind])
-            for kind, part in zip(kinds, parts, strict=True)
+            kind: Stack(
+                stacked[kind].logits,
+                stacked[kind].boxes,
+                pairs[kind],
+                deciding.get(kind, pairs[kind]),
+                packed[kind].sizes,
+                assignments[kind][0].count,
+            )
+            for kind in kinds
         }
 
     def denominators(self, stacks: dict[str, Stack], step_sizes: list[list[int]]) -> Tensor:
@@ -129,18 +149,38 @@ def pack_pairs(assignments: list[Assignment]) -> Tensor:
     )
 
 
-def make_stack(stacked: Prediction, pairs: Tensor, packed: Targets, assignments: list[Assignment]) -> Stack:
-    layer, batch, query, target = pairs
-    return Stack(
-        stacked.logits,
-        stacked.boxes,
-        (layer, batch, query),
-        packed.labels[target],
-        packed.boxes[target],
-        [len(a.query) for a in assignments],
-        packed.sizes,
-        assignments[0].count,
+def place_pairs(
+    assignments: dict[str, list[Assignment]], packed: dict[str, Targets]
+) -> tuple[dict[str, Pairs], dict[str, Pairs]]:
+    """Pairs of all layers of every kind on the device, in one copy; and, of kinds in which a query may have
+    several objects, those that decide its class.
+    """
+    deciding = {
+        kind: [keep_deciding(layer) for layer in rows]
+        for kind, rows in assignments.items()
+        if rows[0].deciding is not None
+    }
+    lists = [*assignments.items(), *deciding.items()]
+    on_host = [pack_pairs(rows) for _, rows in lists]
+    device = next(iter(packed.values())).boxes.device
+    on_device = torch.cat(on_host, dim=1).to(device, non_blocking=True)
+    parts = on_device.split([part.shape[1] for part in on_host], dim=1)
+    placed = [make_pairs(part, packed[kind], rows) for (kind, rows), part in zip(lists, parts, strict=True)]
+    return dict(zip(assignments, placed, strict=False)), dict(
+        zip(deciding, placed[len(assignments) :], strict=True)
     )
+
+
+def keep_deciding(pairs: Assignment) -> Assignment:
+    kept = pairs.deciding
+    return Assignment(pairs.batch[kept], pairs.query[kept], pairs.target[kept], pairs.count)
+
+
+def make_pairs(part: Tensor, packed: Targets, rows: list[Assignment]) -> Pairs:
+    """part: [4, N] of `pack_pairs`."""
+    layer, batch, query, target = part
+    counts = [len(a.query) for a in rows]
+    return Pairs((layer, batch, query), packed.labels[target], packed.boxes[target], counts)
 
 
 def weighted_sum(losses: dict[str, Tensor], weight_dict: dict[str, float]) -> Tensor:

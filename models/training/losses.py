@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import sigmoid_focal_loss
 
 from models.structures import Matcher
 from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
@@ -25,48 +24,55 @@ def from_host(values: list, like: Tensor) -> Tensor:
 
 @dataclass
 class Stack:
-    """Predictions of one kind stacked over their layers, with the N pairs (query, object) of all of them.
-
-    `num_pairs` counts the pairs of each layer; they lie one layer after the other.
-    """
+    """Predictions of one kind stacked over their layers, and their pairs with objects."""
 
     logits: Tensor  # [L, B, Q, K]
     boxes: Tensor  # [L, B, Q, 4]
-    index: tuple[Tensor, Tensor, Tensor]  # layer, batch, query of each pair, [N] each
-    labels: Tensor  # [N] class of the pair's object
-    target_boxes: Tensor  # [N, 4]
-    num_pairs: list[int]
+    pairs: 'Pairs'
+    deciding: 'Pairs'  # those that decide the class of their query: no query has two
     num_objects: list[int]  # objects of each picture
     count: float = 0.0  # of the assignments
 
+
+@dataclass
+class Pairs:
+    """N pairs (query, object), one layer after the other."""
+
+    index: tuple[Tensor, Tensor, Tensor]  # layer, batch, query of each pair, [N] each
+    labels: Tensor  # [N] class of the pair's object
+    boxes: Tensor  # [N, 4] its box
+    counts: list[int]  # pairs of each layer
+
     def per_layer(self, values: Tensor) -> Tensor:
         """Sums of one value a pair, [N] to [L]."""
-        if len(set(self.num_pairs)) == 1:
-            return values.view(len(self.num_pairs), -1).sum(1)
-        return torch.stack([part.sum() for part in values.split(self.num_pairs)])
-
-    def target_classes(self, unmatched: int) -> Tensor:
-        """[L, B, Q] class of every query, `unmatched` where no object was assigned."""
-        classes = self.index[0].new_full(self.logits.shape[:3], unmatched)
-        classes[self.index] = self.labels
-        return classes
+        if len(set(self.counts)) == 1:
+            return values.view(len(self.counts), -1).sum(1)
+        return torch.stack([part.sum() for part in values.split(self.counts)])
 
 
 class FocalLoss:
-    """Sigmoid focal loss over all queries and classes (RetinaNet Sec. 3), divided by the number of objects."""
+    """Sigmoid focal loss over all queries and classes (RetinaNet Sec. 3), divided by the number of objects.
+
+    Every logit is taken as a negative first; then the few positives are put right. Nearly all are negatives, and
+    nothing of the size of the logits has to be built to say which are not.
+    """
 
     smallest_denominator = 1.0
 
     def __init__(self, alpha: float = 0.25, gamma: float = 2.0) -> None:
-        self.alpha = alpha
+        self.weights = (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)  # of positives and negatives
         self.gamma = gamma
 
     def __call__(self, stack: Stack) -> Tensor:
-        num_classes = stack.logits.shape[-1]
-        classes = stack.target_classes(unmatched=num_classes)
-        onehot = classes[..., None] == torch.arange(num_classes, device=classes.device)  # [L, B, Q, K]
-        loss = sigmoid_focal_loss(stack.logits, onehot.to(stack.logits.dtype), self.alpha, self.gamma)
-        return loss.flatten(1).sum(1)
+        negatives = self.negative(stack.logits).flatten(1).sum(1)
+        x = stack.logits[(*stack.deciding.index, stack.deciding.labels)]  # [N]
+        return negatives + stack.deciding.per_layer(self.positive(x) - self.negative(x))
+
+    def positive(self, x: Tensor) -> Tensor:
+        return self.weights[0] * (1 - x.sigmoid()) ** self.gamma * F.softplus(-x)
+
+    def negative(self, x: Tensor) -> Tensor:
+        return self.weights[1] * x.sigmoid() ** self.gamma * F.softplus(x)
 
     def denominator(self, matcher: Matcher, sizes: list[int], num_queries: int) -> float:
         """sizes: objects of each picture of a batch; num_queries: of a picture."""
@@ -87,7 +93,8 @@ class SoftmaxLoss:
 
     def __call__(self, stack: Stack) -> Tensor:
         no_object = stack.logits.shape[-1] - 1
-        classes = stack.target_classes(unmatched=no_object)
+        classes = stack.deciding.labels.new_full(stack.logits.shape[:3], no_object)
+        classes[stack.deciding.index] = stack.deciding.labels
         weight = stack.logits.new_ones(no_object + 1)
         weight[-1] = self.eos_coef
         loss = F.cross_entropy(stack.logits.flatten(0, 2), classes.flatten(), weight, reduction='none')
@@ -101,11 +108,12 @@ class SoftmaxLoss:
 
 def box_losses(stack: Stack) -> dict[str, Tensor]:
     """L1 distance (cxcywh) and 1 - GIoU of the pairs (DETR Sec. 3.1); [L] each."""
-    boxes = stack.boxes[stack.index]  # [N, 4]
-    giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(stack.target_boxes))
+    pairs = stack.pairs
+    boxes = stack.boxes[pairs.index]  # [N, 4]
+    giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(pairs.boxes))
     return {
-        'loss_bbox': stack.per_layer((boxes - stack.target_boxes).abs().sum(-1)),
-        'loss_giou': stack.per_layer(1 - giou),
+        'loss_bbox': pairs.per_layer((boxes - pairs.boxes).abs().sum(-1)),
+        'loss_giou': pairs.per_layer(1 - giou),
     }
 
 
@@ -124,6 +132,7 @@ def cardinality_error(stack: Stack) -> Tensor:
 @torch.no_grad()
 def class_error(stack: Stack) -> Tensor:
     """[L] share of pairs, in per cent, whose best class is wrong; 100 without objects. A log entry."""
-    right = stack.logits[stack.index].argmax(-1) == stack.labels
-    num_pairs = from_host([max(num, 1) for num in stack.num_pairs], stack.logits)
-    return 100 - stack.per_layer(right.float()) * (100 / num_pairs).float()
+    pairs = stack.pairs
+    right = stack.logits[pairs.index].argmax(-1) == pairs.labels
+    num_pairs = from_host([max(num, 1) for num in pairs.counts], stack.logits)
+    return 100 - pairs.per_layer(right.float()) * (100 / num_pairs).float()

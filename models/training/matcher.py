@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from models.structures import Assignment, Prediction
-from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
+from util.box_ops import box_cxcywh_to_xyxy, box_iou, generalized_box_iou
 
 
 @dataclass
@@ -86,7 +86,17 @@ def gather_classes(scores: Tensor, labels: Tensor) -> Tensor:
     return scores.gather(-1, labels[None, :, None].expand(num_layers, -1, num_queries, -1))
 
 
-class HungarianMatcher:
+class SingleMatch:
+    """A matcher can be called for one prediction alone."""
+
+    def __call__(self, prediction: Prediction, targets: list[dict]) -> Assignment:
+        """Match one prediction with `targets` (dictionaries of `labels` and `boxes`); indices on the host."""
+        packed = Targets.pack(targets)
+        cost = self.cost(stack_predictions([prediction]), packed)
+        return self.solve(cost.cpu().numpy(), packed.sizes)[0]
+
+
+class HungarianMatcher(SingleMatch):
     """One-to-one assignment of least total cost (DETR Sec. 3.1).
 
     repeats: times each object is to be answered for (hybrid matching); pairs are min(Q, repeats * T_i) a
@@ -112,6 +122,12 @@ class HungarianMatcher:
         self.repeats = repeats
         self.on = on
 
+    def __str__(self) -> str:
+        cost_class, cost_bbox, cost_giou = self.weights
+        times = f', every object {self.repeats} times' if self.repeats > 1 else ''
+        on = f', on {self.on}' if self.on != 'boxes' else ''
+        return f'Hungarian{times}{on}: {cost_class:g} class + {cost_bbox:g} L1 + {cost_giou:g} GIoU'
+
     @torch.no_grad()
     def cost(self, stacked: Prediction, targets: Targets) -> Tensor:
         """Weighted matching costs, [L, B, Q, T_max]; columns of padding mean nothing.
@@ -119,7 +135,7 @@ class HungarianMatcher:
         stacked: logits [L, B, Q, K] and boxes [L, B, Q, 4] cxcywh of all layers.
         """
         cost_class, cost_bbox, cost_giou = self.weights
-        boxes = getattr(stacked, self.on)
+        boxes = getattr(stacked, self.on).to(stacked.boxes.dtype)
         l1 = (boxes[..., None, :] - targets.padded_boxes[None, :, None]).abs().sum(-1)
         corners = (
             box_cxcywh_to_xyxy(boxes)[..., None, :],
@@ -141,10 +157,7 @@ class HungarianMatcher:
         pairs = [np.zeros((3, 0), dtype=np.int64)]
         for picture, (num_objects, offset) in enumerate(zip(sizes, offsets, strict=False)):
             block = np.tile(cost[picture, :, :num_objects], self.repeats)
-            if not np.isfinite(block).all():
-                raise FloatingPointError(
-                    f'predictions of decoder layer {layer} for picture {picture} of the batch are not finite'
-                )
+            check_finite(block, layer, picture)
             query, target = linear_sum_assignment(block)
             pairs.append(
                 np.stack([np.full_like(query, picture), query, offset + target % max(num_objects, 1)])
@@ -160,8 +173,116 @@ class HungarianMatcher:
         """Pairs that an assignment will have."""
         return sum(min(num_queries, self.repeats * num) for num in sizes)
 
-    def __call__(self, prediction: Prediction, targets: list[dict]) -> Assignment:
-        """Match one prediction with `targets` (dictionaries of `labels` and `boxes`); indices on the host."""
-        packed = Targets.pack(targets)
-        cost = self.cost(stack_predictions([prediction]), packed)
-        return self.solve(cost.cpu().numpy(), packed.sizes)[0]
+
+class OneToManyMatcher(SingleMatch):
+    """Several queries an object, by overlap and score (MS-DETR, arXiv:2401.03989, Sec. 3; the official code decides
+    where the paper is shorter).
+
+    A query is positive for its best object if its score there is at least `threshold`, or if it is the best query
+    of any object; more than `positive_fraction` of all queries are thinned out at random. An object with n positives
+    then gets the min(n, k) best queries of its own ranking, of all queries. A query can get several objects: the
+    one with the highest score decides its class.
+
+    The `cost` is that score: the larger the better.
+    """
+
+    def __init__(
+        self,
+        k: int = 6,
+        threshold: float = 0.4,
+        iou_weight: float = 0.7,
+        score_weight: float = 0.3,
+        positive_fraction: float = 0.25,
+    ) -> None:
+        self.k = k
+        self.threshold = threshold
+        self.iou_weight = iou_weight
+        self.score_weight = score_weight
+        self.positive_fraction = positive_fraction
+
+    def __str__(self) -> str:
+        return (
+            f'up to {self.k} queries an object: {self.iou_weight:g} IoU + {self.score_weight:g} score, '
+            f'from {self.threshold:g}'
+        )
+
+    @torch.no_grad()
+    def cost(self, stacked: Prediction, targets: Targets) -> Tensor:
+        """Scores, [L, B, Q, T_max]; columns of padding mean nothing."""
+        corners = box_cxcywh_to_xyxy(stacked.boxes), box_cxcywh_to_xyxy(targets.padded_boxes)
+        iou, _ = box_iou(corners[0][..., None, :], corners[1][None, :, None])
+        probability = gather_classes(stacked.logits, targets.padded_labels).sigmoid()
+        return self.iou_weight * iou + self.score_weight * probability
+
+    def solve(self, cost: np.ndarray, sizes: list[int]) -> list[Assignment]:
+        """Scores [L, B, Q, T_max] on the host to one assignment a layer, pairs of a picture by ascending score.
+
+        Random numbers come from torch's CPU generator: two permutations a picture, used or not; the last layer draws
+        first. FloatingPointError: a score is not finite; the message names layer and picture.
+        """
+        last = len(cost) - 1
+        solved = {layer: self.solve_layer(layer, cost[layer], sizes) for layer in (last, *range(last))}
+        return [solved[layer] for layer in range(len(cost))]
+
+    def solve_layer(self, layer: int, scores: np.ndarray, sizes: list[int]) -> Assignment:
+        parts, offset = [np.zeros((4, 0), dtype=np.int64)], 0
+        for picture, num_objects in enumerate(sizes):
+            block = scores[picture, :, :num_objects].T  # [T_i, Q]
+            check_finite(block, layer, picture)
+            query, target, deciding = self.pairs(block)
+            parts.append(np.stack([np.full_like(query, picture), query, offset + target, deciding]))
+            offset += num_objects
+        batch, query, target, deciding = torch.from_numpy(np.concatenate(parts, axis=1))
+        return Assignment(batch, query, target, self.count(sizes), deciding.bool())
+
+    def pairs(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Query, object, and whether the pair decides the query's class, of one picture; scores: [T, Q]."""
+        num_objects, num_queries = scores.shape
+        positive = np.zeros(num_queries, dtype=bool)
+        if num_objects:
+            positive = scores.max(0) >= self.threshold
+            positive[scores.argmax(1)] = True
+        candidates = positive.nonzero()[0]
+        order = torch.randperm(len(candidates)).numpy()
+        torch.randperm(num_queries - len(candidates))  # the official code draws negatives too, for nothing
+        kept = candidates[order[: int(self.positive_fraction * num_queries)]]
+        if not num_objects:
+            return (np.zeros(0, dtype=np.int64),) * 3
+        num_pairs = np.bincount(scores.argmax(0)[kept], minlength=num_objects)  # of each object
+        values, queries = torch.from_numpy(scores.copy()).topk(min(self.k, num_queries), dim=1)
+        target, rank = (np.arange(values.shape[1]) < num_pairs[:, None]).nonzero()
+        ascending = values.numpy()[target, rank].argsort(kind='stable')
+        target, query = target[ascending], queries.numpy()[target, rank][ascending]
+        best_pair = np.zeros(num_queries, dtype=np.int64)
+        best_pair[query] = np.arange(len(query))  # the last one written stays
+        return query, target, best_pair[query] == np.arange(len(query))
+
+    def count(self, sizes: list[int]) -> float:
+        """The number of objects, not of pairs."""
+        return float(sum(sizes))
+
+
+def merge(pairs: Assignment, more: Assignment) -> Assignment:
+    """`pairs`, and those of `more` whose query is free there."""
+    taken = set(zip(pairs.batch.tolist(), pairs.query.tolist(), strict=True))
+    both = zip(more.batch.tolist(), more.query.tolist(), strict=True)
+    free = torch.tensor([place not in taken for place in both], dtype=torch.bool)
+    deciding = [
+        torch.ones_like(x.query, dtype=torch.bool) if x.deciding is None else x.deciding
+        for x in (pairs, more)
+    ]
+    return Assignment(
+        *(
+            torch.cat([getattr(pairs, name), getattr(more, name)[free]])
+            for name in ('batch', 'query', 'target')
+        ),
+        pairs.count,
+        torch.cat([deciding[0], deciding[1][free]]),
+    )
+
+
+def check_finite(block: np.ndarray, layer: int, picture: int) -> None:
+    if not np.isfinite(block).all():
+        raise FloatingPointError(
+            f'predictions of decoder layer {layer} for picture {picture} of the batch are not finite'
+        )
