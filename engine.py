@@ -79,7 +79,8 @@ def train_one_epoch(
     their pictures. max_norm: gradients are clipped to this total norm; 0 = not at all. print_freq: optimizer
     steps between two readings.
 
-    Returns averages over epoch and processes: `loss`, and every unweighted term. FloatingPointError:
+    Returns averages over epoch and processes: `loss`, and every unweighted term; and for each kind of prediction
+    `positives_KIND`, queries an object, and `share_KIND`, of the loss. FloatingPointError:
     predictions or losses are not finite.
     """
     model.train()
@@ -101,7 +102,8 @@ def train_one_epoch(
         optimizer.step()
         progress.step(sum(len(targets) for targets in step_targets), meter)
     progress.close()
-    return meter.averages()
+    averages = meter.averages()
+    return averages | criterion.ledger(averages)
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from datasets.transforms import AUGMENTATIONS
 from engine import build_optimizer, draw_predictions, evaluate, train_one_epoch
 from models import add_model_args, build_model, family_default, resolve_args
 from models.ops.functions import describe as describe_kernels
+from models.training.ledger import ledger_text, supervision_table
 from util.checkpoint import get_rng_state, load_checkpoint, read_checkpoint, save_checkpoint, set_rng_state
 from util.dist import (
     all_gather_object,
@@ -210,6 +211,9 @@ def main(args: Namespace) -> None:
     first_epoch = restore(run, checkpoint) if args.resume and not args.eval else 0
     if is_main_process():
         notes = {'kernels': describe_kernels(device.type)} if args.family == 'deformable' else {}
+        if not args.eval:
+            table = supervision_table(criterion.table, run.bare_model.num_queries, criterion.weight_dict)
+            notes['supervision'] = table
         print_plan(args, run.bare_model, datasets, loaders, optimizer, scheduler, notes)
     if args.eval:
         evaluate_alone(run)
@@ -314,6 +318,8 @@ def finish_epoch(
         board.flush()
     ap = f'  AP {summary.stats[0]:.3f}  AP50 {summary.stats[1]:.3f}' if summary else ''
     say(f'epoch {epoch + 1}/{args.epochs}: loss {row["train_loss"]:.4g}{ap}  {format_time(seconds)}')
+    if text := ledger_text(metrics):
+        say(f'  {text}')
 
 
 def evaluate_once(run: Run, title: str = 'evaluate') -> Summary:

@@ -106,6 +106,7 @@ class Supervision:
     class_loss: Callable  # models.training.losses: FocalLoss, SoftmaxLoss
     class_agnostic: bool = False  # every object is class 0
     scale: float = 1.0  # every term is multiplied by it
+    source: str = ''  # where such predictions are read, if not from queries of their own
     merge: str | None = None  # kind whose pairs are added, where this kind leaves a query free
 
 

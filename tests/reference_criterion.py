@@ -33,7 +33,9 @@ def match(prediction: Prediction, targets: list[dict]) -> Pairs:
     return [(torch.as_tensor(query), torch.as_tensor(target)) for query, target in found]
 
 
-def layer_losses(prediction: Prediction, targets: list[dict], pairs: Pairs, num_boxes: float) -> dict[str, Tensor]:
+def layer_losses(
+    prediction: Prediction, targets: list[dict], pairs: Pairs, num_boxes: float
+) -> dict[str, Tensor]:
     logits = prediction.logits
     batch = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(pairs)])
     query = torch.cat([query for query, _ in pairs])

@@ -10,7 +10,7 @@ from torch import Tensor
 from models.heads import add_reference, inverse_sigmoid
 from models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from models.structures import Prediction
-from models.training.losses import FocalLoss, Pairs, Stack
+from models.training.losses import FocalLoss, Stack
 from models.training.matcher import HungarianMatcher, focal_cost, softmax_cost
 from tests import rule
 from tests.shared_data import needs_shared, read_shared
@@ -85,8 +85,8 @@ def test_focal_loss_equals_official() -> None:
     positive = (u('fl/targets', 5, 40) > 0.3).nonzero(as_tuple=True)
     num = len(positive[0])
     none = torch.zeros(num, dtype=torch.int64)
-    pairs = Pairs((none, *positive), none, torch.zeros(num, 4), [num])
-    stack = Stack(logits[None, ..., None], torch.zeros(1, 5, 40, 4), pairs, pairs, [num])
+    index, boxes = (none, *positive), torch.zeros(1, 5, 40, 4)
+    stack = Stack(logits[None, ..., None], boxes, index, none, torch.zeros(num, 4), [num], [num])
     recorded = RECORDED['sigmoid_focal_loss']
     for alpha, gamma, key in (
         (0.25, 2, 'alpha_.25_gamma_2'),

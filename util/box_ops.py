@@ -7,7 +7,8 @@ from torch import Tensor
 def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """[..., 4] centre and size to corners."""
     cx, cy, w, h = boxes.unbind(-1)
-    return torch.stack([cx - 0.5 * w, cy - 0.5 * h, cx + 0.5 * w, cy + 0.5 * h], dim=-1)
+    half_w, half_h = 0.5 * w, 0.5 * h
+    return torch.stack([cx - half_w, cy - half_h, cx + half_w, cy + half_h], dim=-1)
 
 
 def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
@@ -18,7 +19,8 @@ def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
 
 def box_area(boxes_xyxy: Tensor) -> Tensor:
     """[..., 4] to [...]."""
-    return (boxes_xyxy[..., 2] - boxes_xyxy[..., 0]) * (boxes_xyxy[..., 3] - boxes_xyxy[..., 1])
+    x0, y0, x1, y1 = boxes_xyxy.unbind(-1)
+    return (x1 - x0) * (y1 - y0)
 
 
 def box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,9 +29,12 @@ def box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> tuple[Tensor, Tensor]:
     Pairs are element by element; a matrix of all pairs comes from `boxes1[:, None]` and `boxes2[None]`.
     Torchvision's functions only make matrices or add an epsilon, which would move the numbers.
     """
-    top_left = torch.maximum(boxes1_xyxy[..., :2], boxes2_xyxy[..., :2])
-    bottom_right = torch.minimum(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:])
-    inter = (bottom_right - top_left).clamp(min=0).prod(-1)
+    # Coordinate by coordinate: elementwise work over matrices of boxes then runs along their long sides.
+    left1, top1, right1, bottom1 = boxes1_xyxy.unbind(-1)
+    left2, top2, right2, bottom2 = boxes2_xyxy.unbind(-1)
+    width = torch.minimum(right1, right2) - torch.maximum(left1, left2)
+    height = torch.minimum(bottom1, bottom2) - torch.maximum(top1, top2)
+    inter = width.clamp(min=0) * height.clamp(min=0)
     union = box_area(boxes1_xyxy) + box_area(boxes2_xyxy) - inter
     return inter / union, union
 
@@ -41,7 +46,9 @@ def generalized_box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
     are not finite.
     """
     iou, union = box_iou(boxes1_xyxy, boxes2_xyxy)
-    top_left = torch.minimum(boxes1_xyxy[..., :2], boxes2_xyxy[..., :2])
-    bottom_right = torch.maximum(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:])
-    hull = (bottom_right - top_left).clamp(min=0).prod(-1)
+    left1, top1, right1, bottom1 = boxes1_xyxy.unbind(-1)
+    left2, top2, right2, bottom2 = boxes2_xyxy.unbind(-1)
+    width = torch.maximum(right1, right2) - torch.minimum(left1, left2)
+    height = torch.maximum(bottom1, bottom2) - torch.minimum(top1, top2)
+    hull = width * height
     return iou - (hull - union) / hull

@@ -42,25 +42,32 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
         matcher = OneToManyMatcher(
             args.o2m_matcher_k, args.o2m_matcher_threshold, args.o2m_iou_weight, args.o2m_score_weight
         )
-        coef = {term: getattr(args, f'o2m_{flag}_loss_coef') for term, flag in TERM_FLAGS.items()}
+        coef = {
+            'ce': args.o2m_cls_loss_coef,
+            'bbox': args.o2m_bbox_loss_coef,
+            'giou': args.o2m_giou_loss_coef,
+        }
         merge = 'one2one' if args.use_indices_merge else None
-        table['o2m'] = replace(one2one, matcher=matcher, coef=coef, merge=merge)
+        source = 'one2one, read twice'
+        table['o2m'] = replace(one2one, matcher=matcher, coef=coef, source=source, merge=merge)
 
-    return SetCriterion(table, weights(table, args)), num_queries, sources
-
-
-TERM_FLAGS = {'ce': 'cls', 'bbox': 'bbox', 'giou': 'giou'}
+    weight_dict = weights(table, args)
+    if not args.two_stage:
+        table.pop(
+            'enc', None
+        )  # there are no proposals; the official dictionary names their losses all the same
+    return SetCriterion(table, weight_dict), num_queries, sources
 
 
 def proposal_supervision(args: Namespace, one2one: Supervision) -> Supervision:
     """Of the encoder's proposals: as the queries', or, in MS-DETR, matched by their anchors alone."""
-    given = {term: getattr(args, f'enc_{flag}_loss_coef') for term, flag in TERM_FLAGS.items()}
+    given = {'ce': args.enc_cls_loss_coef, 'bbox': args.enc_bbox_loss_coef, 'giou': args.enc_giou_loss_coef}
     usual = {'ce': 2, 'bbox': 5, 'giou': 2} if args.use_ms_detr else one2one.coef
     coef = {term: usual[term] if value is None else value for term, value in given.items()}
     matcher = one2one.matcher
     if args.use_ms_detr:
         matcher = HungarianMatcher(0, args.set_cost_bbox, args.set_cost_giou, on='anchors')
-    return replace(one2one, matcher=matcher, coef=coef, class_agnostic=True)
+    return replace(one2one, matcher=matcher, coef=coef, class_agnostic=True, source='encoder cells')
 
 
 def weights(table: dict[str, Supervision], args: Namespace) -> dict[str, float]:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from models.structures import Assignment, Prediction, Supervision
-from util.dist import all_reduce_sum, get_world_size
+from util.dist import all_gather_object, all_reduce_sum, get_world_size
 
-from .losses import Pairs, Stack, box_losses, cardinality_error, class_error, from_host
+from .ledger import epoch_ledger
+from .losses import Stack, box_losses, cardinality_error, class_error, from_host
 from .matcher import Targets, merge, stack_predictions
 
 
@@ -59,56 +60,81 @@ class SetCriterion(nn.Module):
         stacks = self.assign(kinds, targets)
         denominators = self.denominators(stacks, step_sizes)
         losses = dict(outputs.get('losses', {}))
-        for (kind, stack), (class_count, box_count) in zip(stacks.items(), denominators, strict=True):
-            terms = {'loss_ce': self.table[kind].class_loss(stack) / class_count}
-            terms |= {name: loss / box_count for name, loss in box_losses(stack).items()}
-            terms['cardinality_error'] = cardinality_error(stack)
-            if self.table[kind].scale != 1:
-                terms = {name: values * self.table[kind].scale for name, values in terms.items()}
-            for name, values in terms.items():
-                for prediction, value in zip(kinds[kind], values.unbind(), strict=True):
-                    losses[name + loss_suffix(kind, prediction.layer)] = value
-            last = next(i for i, p in enumerate(kinds[kind]) if p.layer is None)
-            if not self.table[kind].class_agnostic:
-                losses['class_error' + loss_suffix(kind, None)] = (
-                    class_error(stack)[last] * self.table[kind].scale
-                )
+        boxes = box_losses(list(stacks.values()))
+        for (kind, stack), box_terms, divisors in zip(stacks.items(), boxes, denominators, strict=True):
+            row = self.table[kind]
+            suffixes = [loss_suffix(kind, prediction.layer) for prediction in kinds[kind]]
+            terms = torch.cat([row.class_loss(stack)[None], box_terms]) / divisors[:, None]  # [3, L]
+            names = [
+                f'{term}{suffix}' for term in ('loss_ce', 'loss_bbox', 'loss_giou') for suffix in suffixes
+            ]
+            losses |= zip(names, terms.flatten().unbind(), strict=True)
+            names = [f'cardinality_error{suffix}' for suffix in suffixes]
+            losses |= zip(names, cardinality_error(stack, row.scale).unbind(), strict=True)
+            if not row.class_agnostic:
+                losses['class_error' + loss_suffix(kind, None)] = class_error(stack, row.scale)
         return losses
+
+    def ledger(self, averages: dict[str, float]) -> dict[str, float]:
+        """Pairs an object and share of the loss of each kind, since the last call and over all processes; averages: the
+        loss terms of that time.
+        """
+        tally: Counter[str] = Counter()
+        for part in all_gather_object(self.tally):
+            tally.update(part)
+        self.tally = Counter()
+        return epoch_ledger(self.table, self.weight_dict, tally, averages)
 
     def assign(self, kinds: dict[str, list[Prediction]], targets: list[dict]) -> dict[str, Stack]:
         """Match every kind: costs of all of them cross to the host in one copy, the pairs come back in one."""
+        objects = Targets.pack(targets)
+        packed = {
+            kind: objects.as_one_class() if self.table[kind].class_agnostic else objects for kind in kinds
+        }
         stacked = {kind: stack_predictions(rows) for kind, rows in kinds.items()}
-        packed = {kind: Targets.pack(targets, self.table[kind].class_agnostic) for kind in kinds}
         matched = [kind for kind, rows in kinds.items() if rows[0].assignment is None]
         costs = [self.table[kind].matcher.cost(stacked[kind], packed[kind]) for kind in matched]
-        solved = {
-            kind: self.table[kind].matcher.solve(cost, packed[kind].sizes)
+        assignments = {
+            kind: self.table[kind].matcher.solve(cost, objects.sizes)
             for kind, cost in zip(matched, to_host(costs), strict=True)
-        }
-        assignments = {kind: solved.get(kind) or [p.assignment for p in rows] for kind, rows in kinds.items()}
+        } | {kind: [p.assignment for p in rows] for kind, rows in kinds.items() if kind not in matched}
         for kind in kinds:
             if other := self.table[kind].merge:
                 both = zip(assignments[kind], assignments[other], strict=True)
                 assignments[kind] = [merge(*layer) for layer in both]
-        for kind, rows in assignments.items():
-            self.tally[kind] += sum(len(a.query) for a in rows) / len(rows)
-        self.tally['objects'] += sum(packed[kind].sizes)
-        pairs, deciding = place_pairs(assignments, packed)
+        self.tally['objects'] += sum(objects.sizes)
+        self.tally.update(
+            {kind: sum(len(a.query) for a in rows) / len(rows) for kind, rows in assignments.items()}
+        )
+        on_host = {kind: pack_pairs(assignments[kind]) for kind in kinds}
+        on_device = torch.cat(list(on_host.values()), dim=1).to(objects.boxes.device, non_blocking=True)
+        parts = on_device.split([part.shape[1] for part in on_host.values()], dim=1)
         return {
-            kind: Stack(
-                stacked[kind].logits,
-                stacked[kind].boxes,
-                pairs[kind],
-                deciding.get(kind, pairs[kind]),
-                packed[kind].sizes,
-                assignments[kind][0].count,
-            )
-            for kind in kinds
+            kind: self.make_stack(stacked[kind], part, packed[kind], assignments[kind])
+            for kind, part in zip(kinds, parts, strict=True)
         }
 
+    def make_stack(
+        self, stacked: Prediction, pairs: Tensor, packed: Targets, assignments: list[Assignment]
+    ) -> Stack:
+        """pairs: [5, N] of `pack_pairs`."""
+        layer, batch, query, target, deciding = pairs
+        matcher = self.table[stacked.kind].matcher
+        return Stack(
+            stacked.logits,
+            stacked.boxes,
+            (layer, batch, query),
+            packed.labels[target],
+            packed.boxes[target],
+            [len(a.query) for a in assignments],
+            packed.sizes if matcher is None else [matcher.count([size]) for size in packed.sizes],
+            assignments[0].count,
+            None if assignments[0].deciding is None else deciding,
+        )
+
     def denominators(self, stacks: dict[str, Stack], step_sizes: list[list[int]]) -> Tensor:
-        """[kinds, 2]: what class and box losses of each kind are divided by, averaged over processes and
-        batches of a step.
+        """[kinds, 3]: what the class loss and the two box losses of each kind are divided by, averaged over processes
+        and batches of a step.
 
         A total count of objects is at least 1 (the official code clamps the average; the difference shows
         only where there is less than one object a process, and this way the number of processes does not
@@ -118,15 +144,17 @@ class SetCriterion(nn.Module):
         totals, smallest = [], []
         for kind, stack in stacks.items():
             row, num_queries = self.table[kind], stack.logits.shape[2]
-            smallest.append([row.class_loss.smallest_denominator, 1.0])
+            smallest.append([row.class_loss.smallest_denominator, 1.0, 1.0])
             if row.matcher is None:
-                totals.append([stack.count * len(step_sizes)] * 2)
+                totals.append([stack.count * len(step_sizes)] * 3)
                 continue
             classes = [row.class_loss.denominator(row.matcher, sizes, num_queries) for sizes in step_sizes]
-            totals.append([sum(classes), sum(row.matcher.count(sizes) for sizes in step_sizes)])
+            objects = sum(row.matcher.count(sizes) for sizes in step_sizes)
+            totals.append([sum(classes), objects, objects])
         like = next(iter(stacks.values())).logits
-        totals = all_reduce_sum(from_host(totals, like))
-        return torch.maximum(totals, from_host(smallest, like)) / (get_world_size() * len(step_sizes))
+        totals = torch.maximum(all_reduce_sum(from_host(totals, like)), from_host(smallest, like))
+        parts = get_world_size() * len(step_sizes)
+        return totals / from_host([[parts * self.table[kind].scale] for kind in stacks], like)
 
 
 def to_host(tensors: list[Tensor]) -> list[np.ndarray]:
@@ -139,48 +167,17 @@ def to_host(tensors: list[Tensor]) -> list[np.ndarray]:
 
 
 def pack_pairs(assignments: list[Assignment]) -> Tensor:
-    """[4, N]: layer, batch, query and target of the pairs of all layers, one layer after the other."""
-    return torch.cat(
-        [
-            torch.stack([torch.full_like(pairs.query, layer), pairs.batch, pairs.query, pairs.target])
-            for layer, pairs in enumerate(assignments)
-        ],
-        dim=1,
-    )
-
-
-def place_pairs(
-    assignments: dict[str, list[Assignment]], packed: dict[str, Targets]
-) -> tuple[dict[str, Pairs], dict[str, Pairs]]:
-    """Pairs of all layers of every kind on the device, in one copy; and, of kinds in which a query may have
-    several objects, those that decide its class.
+    """[5, N]: layer, batch, query and target of the pairs of all layers, one layer after the other, and 1 where
+    a pair decides the class of its query.
     """
-    deciding = {
-        kind: [keep_deciding(layer) for layer in rows]
-        for kind, rows in assignments.items()
-        if rows[0].deciding is not None
-    }
-    lists = [*assignments.items(), *deciding.items()]
-    on_host = [pack_pairs(rows) for _, rows in lists]
-    device = next(iter(packed.values())).boxes.device
-    on_device = torch.cat(on_host, dim=1).to(device, non_blocking=True)
-    parts = on_device.split([part.shape[1] for part in on_host], dim=1)
-    placed = [make_pairs(part, packed[kind], rows) for (kind, rows), part in zip(lists, parts, strict=True)]
-    return dict(zip(assignments, placed, strict=False)), dict(
-        zip(deciding, placed[len(assignments) :], strict=True)
-    )
-
-
-def keep_deciding(pairs: Assignment) -> Assignment:
-    kept = pairs.deciding
-    return Assignment(pairs.batch[kept], pairs.query[kept], pairs.target[kept], pairs.count)
-
-
-def make_pairs(part: Tensor, packed: Targets, rows: list[Assignment]) -> Pairs:
-    """part: [4, N] of `pack_pairs`."""
-    layer, batch, query, target = part
-    counts = [len(a.query) for a in rows]
-    return Pairs((layer, batch, query), packed.labels[target], packed.boxes[target], counts)
+    num_pairs = torch.tensor([len(pairs.query) for pairs in assignments])
+    layer = torch.arange(len(assignments)).repeat_interleave(num_pairs)
+    if assignments[0].deciding is None:
+        deciding = torch.ones_like(layer)
+    else:
+        deciding = torch.cat([pairs.deciding for pairs in assignments]).long()
+    rows = [torch.cat([getattr(p, name) for p in assignments]) for name in ('batch', 'query', 'target')]
+    return torch.stack([layer, *rows, deciding])
 
 
 def weighted_sum(losses: dict[str, Tensor], weight_dict: dict[str, float]) -> Tensor:

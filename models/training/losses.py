@@ -1,8 +1,9 @@
 """
-Loss terms of one kind of prediction, for all its decoder layers at once.
+Loss terms of everything that a model predicts, for all decoder layers of a kind at once.
 
-Each function takes a `Stack` and returns a sum (or a statistic) for every layer, [L]; the criterion divides.
-Class losses are objects with a `denominator`: what their sum is divided by, known from the targets alone.
+A `Stack` is what is known about one kind: its predictions, and their pairs with objects. Terms are sums (or
+statistics) for every layer, [L]; the criterion divides. Class losses are objects with a `denominator`: what their
+sum is divided by, known from the targets alone.
 """
 
 from dataclasses import dataclass
@@ -24,37 +25,32 @@ def from_host(values: list, like: Tensor) -> Tensor:
 
 @dataclass
 class Stack:
-    """Predictions of one kind stacked over their layers, and their pairs with objects."""
+    """Predictions of one kind stacked over their layers, the last decoder layer at the end, and their N pairs with
+    objects, one layer after the other.
+    """
 
     logits: Tensor  # [L, B, Q, K]
     boxes: Tensor  # [L, B, Q, 4]
-    pairs: 'Pairs'
-    deciding: 'Pairs'  # those that decide the class of their query: no query has two
-    num_objects: list[int]  # objects of each picture
-    count: float = 0.0  # of the assignments
-
-
-@dataclass
-class Pairs:
-    """N pairs (query, object), one layer after the other."""
-
     index: tuple[Tensor, Tensor, Tensor]  # layer, batch, query of each pair, [N] each
     labels: Tensor  # [N] class of the pair's object
-    boxes: Tensor  # [N, 4] its box
-    counts: list[int]  # pairs of each layer
+    target_boxes: Tensor  # [N, 4]
+    num_pairs: list[int]  # of each layer
+    num_objects: list[int]  # of each picture, as often as they are to be answered for
+    count: float = 0.0  # of the assignments
+    deciding: Tensor | None = None  # [N] 1 where a pair decides the class of its query, else 0; None: all do
 
     def per_layer(self, values: Tensor) -> Tensor:
-        """Sums of one value a pair, [N] to [L]."""
-        if len(set(self.counts)) == 1:
-            return values.view(len(self.counts), -1).sum(1)
-        return torch.stack([part.sum() for part in values.split(self.counts)])
+        """Sums of values of pairs, [..., N] to [..., L]."""
+        if len(set(self.num_pairs)) == 1:
+            return values.unflatten(-1, (len(self.num_pairs), -1)).sum(-1)
+        return torch.stack([part.sum(-1) for part in values.split(self.num_pairs, dim=-1)], dim=-1)
 
 
 class FocalLoss:
     """Sigmoid focal loss over all queries and classes (RetinaNet Sec. 3), divided by the number of objects.
 
-    Every logit is taken as a negative first; then the few positives are put right. Nearly all are negatives, and
-    nothing of the size of the logits has to be built to say which are not.
+    Every logit is taken as a negative first; then the few positives are put right. Nothing of the size of the
+    logits has to be built to say which is which.
     """
 
     smallest_denominator = 1.0
@@ -64,15 +60,17 @@ class FocalLoss:
         self.gamma = gamma
 
     def __call__(self, stack: Stack) -> Tensor:
-        negatives = self.negative(stack.logits).flatten(1).sum(1)
-        x = stack.logits[(*stack.deciding.index, stack.deciding.labels)]  # [N]
-        return negatives + stack.deciding.per_layer(self.positive(x) - self.negative(x))
+        negatives = self.unweighted(stack.logits).flatten(1).sum(1)
+        x = stack.logits[(*stack.index, stack.labels)]  # [N]
+        positive, negative = self.unweighted(torch.stack([-x, x]))
+        change = torch.sub(self.weights[0] * positive, negative, alpha=self.weights[1])
+        if stack.deciding is not None:
+            change = change * stack.deciding
+        return torch.add(stack.per_layer(change), negatives, alpha=self.weights[1])
 
-    def positive(self, x: Tensor) -> Tensor:
-        return self.weights[0] * (1 - x.sigmoid()) ** self.gamma * F.softplus(-x)
-
-    def negative(self, x: Tensor) -> Tensor:
-        return self.weights[1] * x.sigmoid() ** self.gamma * F.softplus(x)
+    def unweighted(self, x: Tensor) -> Tensor:
+        """Loss of a negative with logit x, or of a positive with logit -x."""
+        return x.sigmoid() ** self.gamma * F.softplus(x)
 
     def denominator(self, matcher: Matcher, sizes: list[int], num_queries: int) -> float:
         """sizes: objects of each picture of a batch; num_queries: of a picture."""
@@ -81,7 +79,7 @@ class FocalLoss:
 
 class SoftmaxLoss:
     """Cross-entropy over all queries, the last class being 'no object' with weight `eos_coef` (DETR Sec.
-    3.1).
+    3.1). A query has one object at most.
 
     It is a weighted mean: divided by the sum of the weights, not by the number of objects.
     """
@@ -93,8 +91,8 @@ class SoftmaxLoss:
 
     def __call__(self, stack: Stack) -> Tensor:
         no_object = stack.logits.shape[-1] - 1
-        classes = stack.deciding.labels.new_full(stack.logits.shape[:3], no_object)
-        classes[stack.deciding.index] = stack.deciding.labels
+        classes = stack.labels.new_full(stack.logits.shape[:3], no_object)
+        classes[stack.index] = stack.labels
         weight = stack.logits.new_ones(no_object + 1)
         weight[-1] = self.eos_coef
         loss = F.cross_entropy(stack.logits.flatten(0, 2), classes.flatten(), weight, reduction='none')
@@ -106,33 +104,36 @@ class SoftmaxLoss:
         return num_pairs + self.eos_coef * (num_queries * len(sizes) - num_pairs)
 
 
-def box_losses(stack: Stack) -> dict[str, Tensor]:
-    """L1 distance (cxcywh) and 1 - GIoU of the pairs (DETR Sec. 3.1); [L] each."""
-    pairs = stack.pairs
-    boxes = stack.boxes[pairs.index]  # [N, 4]
-    giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(pairs.boxes))
-    return {
-        'loss_bbox': pairs.per_layer((boxes - pairs.boxes).abs().sum(-1)),
-        'loss_giou': pairs.per_layer(1 - giou),
-    }
+def box_losses(stacks: list[Stack]) -> list[Tensor]:
+    """L1 distance (cxcywh) and 1 - GIoU of the pairs (DETR Sec. 3.1), [2, L] for each stack."""
+    boxes = torch.cat([stack.boxes[stack.index] for stack in stacks])  # [N, 4]
+    target_boxes = torch.cat([stack.target_boxes for stack in stacks])
+    giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes))
+    values = torch.stack([(boxes - target_boxes).abs().sum(-1), 1 - giou])  # [2, N]
+    parts = values.split([sum(stack.num_pairs) for stack in stacks], dim=1)
+    return [stack.per_layer(part) for stack, part in zip(stacks, parts, strict=True)]
 
 
 @torch.no_grad()
-def cardinality_error(stack: Stack) -> Tensor:
-    """[L] mean over pictures of |queries whose best class is not the last - objects|; a log entry of the
+def cardinality_error(stack: Stack, scale: float = 1.0) -> Tensor:
+    """[L] `scale` times the mean over pictures of |queries whose best class is not the last - objects|; a log entry of the
     official code.
 
     With focal losses the last class is a real one, so the number says nothing there. It is kept as it was for
     comparing logs.
     """
     not_last = (stack.logits.argmax(-1) != stack.logits.shape[-1] - 1).sum(-1)  # [L, B]
-    return (not_last - from_host(stack.num_objects, not_last)).abs().float().mean(-1)
+    errors = (not_last - from_host(stack.num_objects, not_last)).abs().sum(-1)
+    return errors * (scale / not_last.shape[-1])
 
 
 @torch.no_grad()
-def class_error(stack: Stack) -> Tensor:
-    """[L] share of pairs, in per cent, whose best class is wrong; 100 without objects. A log entry."""
-    pairs = stack.pairs
-    right = stack.logits[pairs.index].argmax(-1) == pairs.labels
-    num_pairs = from_host([max(num, 1) for num in pairs.counts], stack.logits)
-    return 100 - pairs.per_layer(right.float()) * (100 / num_pairs).float()
+def class_error(stack: Stack, scale: float = 1.0) -> Tensor:
+    """`scale` times the share of the last layer's pairs, in per cent, whose best class is wrong; 100 without objects.
+    A log entry.
+    """
+    num_pairs = stack.num_pairs[-1]
+    start = sum(stack.num_pairs) - num_pairs
+    batch, query = (x[start:] for x in stack.index[1:])
+    right = stack.logits[-1, batch, query].argmax(-1) == stack.labels[start:]
+    return scale * 100 - right.sum() * (scale * 100 / max(num_pairs, 1))

@@ -7,7 +7,8 @@ synchronisation a step.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import accumulate
 
 import numpy as np
@@ -28,34 +29,44 @@ class Targets:
     boxes: Tensor  # [T, 4]
     padded_labels: Tensor  # [B, T_max]
     padded_boxes: Tensor  # [B, T_max, 4]
+    padded_corners: Tensor  # the same as xyxy
     sizes: list[int]  # objects of each picture
 
     @classmethod
-    def pack(cls, targets: list[dict], class_agnostic: bool = False) -> 'Targets':
-        """targets: dictionaries with `labels` [T_i] and `boxes` [T_i, 4]. class_agnostic: every object is
-        class 0.
-        """
+    def pack(cls, targets: list[dict]) -> 'Targets':
+        """targets: dictionaries with `labels` [T_i] and `boxes` [T_i, 4]."""
         labels = [target['labels'] for target in targets]
         boxes = [target['boxes'] for target in targets]
-        if class_agnostic:
-            labels = [torch.zeros_like(label) for label in labels]
+        padded_boxes = pad_sequence(boxes, batch_first=True)
         return cls(
             torch.cat(labels),
             torch.cat(boxes),
             pad_sequence(labels, batch_first=True),
-            pad_sequence(boxes, batch_first=True),
+            padded_boxes,
+            box_cxcywh_to_xyxy(padded_boxes),
             [len(label) for label in labels],
+        )
+
+    def as_one_class(self) -> 'Targets':
+        """The same objects, all of class 0."""
+        return replace(
+            self, labels=torch.zeros_like(self.labels), padded_labels=torch.zeros_like(self.padded_labels)
         )
 
 
 def stack_predictions(rows: list[Prediction]) -> Prediction:
     """The layers of one kind as one prediction with an axis [L] in front, in float32 at least."""
     fields = {
-        name: torch.stack([full_precision(getattr(row, name)) for row in rows])
+        name: stack_layers([full_precision(getattr(row, name)) for row in rows])
         for name in ('logits', 'boxes', 'anchors')
         if getattr(rows[0], name) is not None
     }
     return Prediction(**fields, kind=rows[0].kind)
+
+
+def stack_layers(layers: list[Tensor]) -> Tensor:
+    """A single one is not copied."""
+    return layers[0][None] if len(layers) == 1 else torch.stack(layers)
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -64,26 +75,36 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 def focal_cost(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Class cost of sigmoid heads: what the focal loss would gain; logits [..., Q, K], labels [..., T] to
-    [..., Q, T].
+    """Class cost of sigmoid heads: what the focal loss would gain; logits [L, B, Q, K], labels [B, T] to
+    [L, B, T, Q].
 
     alpha and gamma are fixed in the official code: `--focal_alpha` changes the loss only.
     """
     p = gather_classes(logits, labels).sigmoid()
-    positive = alpha * (1 - p) ** gamma * -(p + 1e-8).log()
-    negative = (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
-    return positive - negative
+    q = 1 - p
+    negative, positive = p**gamma * (q + 1e-8).log(), q**gamma * (p + 1e-8).log()  # times -1
+    return torch.sub((1 - alpha) * negative, positive, alpha=alpha)
 
 
 def softmax_cost(logits: Tensor, labels: Tensor) -> Tensor:
-    """Class cost of softmax heads: minus the probability; logits [..., Q, K], labels [..., T] to [..., Q, T]."""
+    """Class cost of softmax heads: minus the probability; logits [L, B, Q, K], labels [B, T] to [L, B, T, Q]."""
     return -gather_classes(logits.softmax(-1), labels)
 
 
 def gather_classes(scores: Tensor, labels: Tensor) -> Tensor:
-    """[L, B, Q, K] and [B, T] to [L, B, Q, T]: only the columns that a cost needs."""
+    """[L, B, Q, K] and [B, T] to [L, B, T, Q]: only the columns that a cost needs."""
     num_layers, _, num_queries, _ = scores.shape
-    return scores.gather(-1, labels[None, :, None].expand(num_layers, -1, num_queries, -1))
+    columns = scores.gather(-1, labels[None, :, None].expand(num_layers, -1, num_queries, -1))
+    return columns.transpose(-1, -2).contiguous()
+
+
+def pairwise(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Predicted boxes [L, B, Q, 4] and real ones [B, T, 4], to be broadcast: [L, B, 1, Q, 4] and [B, T, 1, 4].
+
+    In memory each coordinate lies apart: elementwise work then runs along the queries, of which there are many.
+    """
+    planes = boxes.movedim(-1, 0).contiguous().movedim(0, -1)
+    return planes[..., None, :, :], targets[..., None, :]
 
 
 class SingleMatch:
@@ -130,22 +151,23 @@ class HungarianMatcher(SingleMatch):
 
     @torch.no_grad()
     def cost(self, stacked: Prediction, targets: Targets) -> Tensor:
-        """Weighted matching costs, [L, B, Q, T_max]; columns of padding mean nothing.
+        """Weighted matching costs, [L, B, T_max, Q]; rows of padding mean nothing.
 
         stacked: logits [L, B, Q, K] and boxes [L, B, Q, 4] cxcywh of all layers.
         """
         cost_class, cost_bbox, cost_giou = self.weights
         boxes = getattr(stacked, self.on).to(stacked.boxes.dtype)
-        l1 = (boxes[..., None, :] - targets.padded_boxes[None, :, None]).abs().sum(-1)
-        corners = (
-            box_cxcywh_to_xyxy(boxes)[..., None, :],
-            box_cxcywh_to_xyxy(targets.padded_boxes)[None, :, None],
-        )
-        cost = cost_class * self.class_cost(stacked.logits, targets.padded_labels)
-        return cost + cost_bbox * l1 - cost_giou * generalized_box_iou(*corners)
+        predicted, real = pairwise(boxes, targets.padded_boxes)
+        differences = zip(predicted.unbind(-1), real.unbind(-1), strict=True)
+        l1 = reduce(torch.add, ((ours - theirs).abs() for ours, theirs in differences))
+        predicted, real = pairwise(box_cxcywh_to_xyxy(boxes), targets.padded_corners)
+        cost = torch.sub(cost_bbox * l1, generalized_box_iou(predicted, real), alpha=cost_giou)
+        if not cost_class:
+            return cost
+        return cost.add_(self.class_cost(stacked.logits, targets.padded_labels), alpha=cost_class)
 
     def solve(self, cost: np.ndarray, sizes: list[int]) -> list[Assignment]:
-        """Costs [L, B, Q, T_max] on the host to one assignment a layer, indices on the host.
+        """Costs [L, B, T_max, Q] on the host to one assignment a layer, indices on the host.
 
         Queries ascend within a picture. FloatingPointError: a cost is not finite; the message names layer and
         picture.
@@ -156,12 +178,12 @@ class HungarianMatcher(SingleMatch):
     def solve_layer(self, layer: int, cost: np.ndarray, sizes: list[int], offsets: list[int]) -> Assignment:
         pairs = [np.zeros((3, 0), dtype=np.int64)]
         for picture, (num_objects, offset) in enumerate(zip(sizes, offsets, strict=False)):
-            block = np.tile(cost[picture, :, :num_objects], self.repeats)
+            block = np.tile(cost[picture, :num_objects], (self.repeats, 1))
             check_finite(block, layer, picture)
-            query, target = linear_sum_assignment(block)
-            pairs.append(
-                np.stack([np.full_like(query, picture), query, offset + target % max(num_objects, 1)])
-            )
+            target, query = linear_sum_assignment(block)
+            order = query.argsort()
+            query, target = query[order], target[order] % max(num_objects, 1)
+            pairs.append(np.stack([np.full_like(query, picture), query, offset + target]))
         batch, query, target = torch.from_numpy(np.concatenate(pairs, axis=1))
         return Assignment(batch, query, target, self.count(sizes))
 
@@ -208,14 +230,13 @@ class OneToManyMatcher(SingleMatch):
 
     @torch.no_grad()
     def cost(self, stacked: Prediction, targets: Targets) -> Tensor:
-        """Scores, [L, B, Q, T_max]; columns of padding mean nothing."""
-        corners = box_cxcywh_to_xyxy(stacked.boxes), box_cxcywh_to_xyxy(targets.padded_boxes)
-        iou, _ = box_iou(corners[0][..., None, :], corners[1][None, :, None])
+        """Scores, [L, B, T_max, Q]; rows of padding mean nothing."""
+        iou, _ = box_iou(*pairwise(box_cxcywh_to_xyxy(stacked.boxes), targets.padded_corners))
         probability = gather_classes(stacked.logits, targets.padded_labels).sigmoid()
         return self.iou_weight * iou + self.score_weight * probability
 
     def solve(self, cost: np.ndarray, sizes: list[int]) -> list[Assignment]:
-        """Scores [L, B, Q, T_max] on the host to one assignment a layer, pairs of a picture by ascending score.
+        """Scores [L, B, T_max, Q] on the host to one assignment a layer, pairs of a picture by ascending score.
 
         Random numbers come from torch's CPU generator: two permutations a picture, used or not; the last layer draws
         first. FloatingPointError: a score is not finite; the message names layer and picture.
@@ -227,7 +248,7 @@ class OneToManyMatcher(SingleMatch):
     def solve_layer(self, layer: int, scores: np.ndarray, sizes: list[int]) -> Assignment:
         parts, offset = [np.zeros((4, 0), dtype=np.int64)], 0
         for picture, num_objects in enumerate(sizes):
-            block = scores[picture, :, :num_objects].T  # [T_i, Q]
+            block = scores[picture, :num_objects]  # [T_i, Q]
             check_finite(block, layer, picture)
             query, target, deciding = self.pairs(block)
             parts.append(np.stack([np.full_like(query, picture), query, offset + target, deciding]))
@@ -249,7 +270,7 @@ class OneToManyMatcher(SingleMatch):
         if not num_objects:
             return (np.zeros(0, dtype=np.int64),) * 3
         num_pairs = np.bincount(scores.argmax(0)[kept], minlength=num_objects)  # of each object
-        values, queries = torch.from_numpy(scores.copy()).topk(min(self.k, num_queries), dim=1)
+        values, queries = torch.from_numpy(scores).topk(min(self.k, num_queries), dim=1)
         target, rank = (np.arange(values.shape[1]) < num_pairs[:, None]).nonzero()
         ascending = values.numpy()[target, rank].argsort(kind='stable')
         target, query = target[ascending], queries.numpy()[target, rank][ascending]
