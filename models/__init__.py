@@ -260,6 +260,10 @@ def add_scheme_args(parser: ArgumentParser) -> None:
                        help="weight of the class's probability in that score (default: %(default)s)")  # fmt: skip
     mixed.add_argument('--use_indices_merge', action='store_true',
                        help='pairs of the one-to-one matching are added, for queries that have none')  # fmt: skip
+    hybrid.add_argument('--group_detr', default=1, type=int, metavar='G',
+                        help='G groups of --num_queries queries, each matched one-to-one (Group DETR, arXiv:2207.13085; '
+                             'default: %(default)s)')  # fmt: skip
+
     for kind, title in (('o2m', 'second reading'), ('enc', 'proposals of two stages')):
         for term, default in (('cls', 2), ('bbox', 5), ('giou', 2)):
             otherwise = '' if kind == 'o2m' else f' with --use_ms_detr, else as --{term}_loss_coef'
@@ -330,7 +334,15 @@ def check_args(args: Namespace) -> None:
             f'--dilation changes stage 4, but --backbone_stages is {args.backbone_stages}: give one of them'
         )
     check_scheme_args(args)
-    for flag in ('enc_layers', 'dec_layers', 'num_queries', 'num_classes', 'topk_eval', 'o2m_matcher_k'):
+    for flag in (
+        'enc_layers',
+        'dec_layers',
+        'num_queries',
+        'num_classes',
+        'topk_eval',
+        'o2m_matcher_k',
+        'group_detr',
+    ):
         if getattr(args, flag) < 1:
             raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -379,6 +380,22 @@ def module_level_imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             yield '.' * node.level + (node.module or '')
             yield from ('.' * node.level + f'{node.module or ""}.{alias.name}' for alias in node.names)
+
+
+def test_groups_of_queries_are_each_matched_alone() -> None:
+    """Group DETR: the losses are the mean over groups of what each would have alone."""
+    with float64():
+        model, criterion, _ = build({'deformable': True, 'group_detr': 3, 'dropout': 0.0})
+        targets = random_targets(3, 2)
+        outputs = model.train()([torch.randn(3, 64, 64), torch.randn(3, 64, 96)], targets)
+        losses = criterion(outputs, targets)
+        total = weighted_sum(losses, criterion.weight_dict)
+        _, plain, _ = build({'deformable': True})
+        alone = 0.0
+        for name in ('one2one', 'group1', 'group2'):
+            group = [replace(p, kind='one2one') for p in outputs['predictions'] if p.kind == name]
+            alone += weighted_sum(plain({'predictions': group}, targets), plain.weight_dict)
+        torch.testing.assert_close(total, alone / 3)
 
 
 def test_inference_never_imports_training() -> None:

@@ -50,6 +50,11 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
         merge = 'one2one' if args.use_indices_merge else None
         source = 'one2one, read twice'
         table['o2m'] = replace(one2one, matcher=matcher, coef=coef, source=source, merge=merge)
+    if args.group_detr > 1:
+        table['one2one'] = replace(one2one, scale=1 / args.group_detr)
+    for group in range(1, args.group_detr):
+        num_queries[f'group{group}'] = args.num_queries
+        table[f'group{group}'] = table['one2one']
 
     weight_dict = weights(table, args)
     if not args.two_stage:
