@@ -293,6 +293,10 @@ def resolve_args(args: Namespace) -> Namespace:
     resolved = Namespace(**{'num_classes': NUM_CLASSES} | defaults | vars(args) | family_defaults | given)
     resolved.family = family
     resolve_hybrid(resolved)
+    for term, value in (('cls', 2.0), ('bbox', 5.0), ('giou', 2.0)):
+        if getattr(resolved, f'enc_{term}_loss_coef') is None:
+            usual = value if resolved.use_ms_detr else getattr(resolved, f'{term}_loss_coef')
+            setattr(resolved, f'enc_{term}_loss_coef', usual)
     check_args(resolved)
     return resolved
 

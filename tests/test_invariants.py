@@ -38,12 +38,19 @@ SMALL = {
     'num_classes': 6,
 }
 TWO_STAGE = {'with_box_refine': True, 'two_stage': True}
+# So few queries reach this score that none are drawn at random.
+MIXED = {'use_ms_detr': True, 'num_queries': 24, 'o2m_matcher_threshold': 2.0}
 DENSE = {'detr': {}, 'conditional': {'conditional': True}}
 FAMILIES = DENSE | {
     'deformable': {'deformable': True},
     'box refinement': {'with_box_refine': True, 'use_checkpoint': True},
     'two stages': TWO_STAGE,
     'two stages with tricks': TWO_STAGE | {'mixed_selection': True, 'look_forward_twice': True},
+    'hybrid': TWO_STAGE | {'mixed_selection': True, 'hybrid_k': 3, 'hybrid_queries': 24},
+    'mixed': TWO_STAGE | MIXED | {'use_aux_ffn': True},
+    'mixed, variant a, one stage': MIXED | {'ms_variant': 'a'},
+    'all, conditional': MIXED
+    | {'conditional': True, 'hybrid_queries': 24, 'group_detr': 2, 'use_indices_merge': True},
 }
 family = pytest.mark.parametrize('flags', FAMILIES.values(), ids=FAMILIES)
 dense = pytest.mark.parametrize('flags', DENSE.values(), ids=DENSE)
@@ -544,6 +551,14 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
         ({'deformable': True, 'pre_norm': True}, 'DETR only'),
         ({'deformable': True, 'enc_n_points': 0}, 'at least 1'),
         ({'nms_iou_threshold': 0.5}, 'not for DETR'),
+        ({'hybrid_k': 0, 'hybrid_queries': 10}, 'would be trained by nothing'),
+        ({'hybrid_k': 6, 'hybrid_lambda': -1.0}, 'must not be negative'),
+        ({'use_aux_ffn': True}, '--use_aux_ffn needs --use_ms_detr'),
+        ({'use_indices_merge': True, 'conditional': True}, 'needs --use_ms_detr'),
+        ({'ms_variant': 'a'}, '--ms_variant a needs --use_ms_detr'),
+        ({'use_ms_detr': True, 'use_aux_ffn': True, 'ms_variant': 'a'}, 'leave it out'),
+        ({'use_ms_detr': True, 'o2m_matcher_k': 0}, 'at least 1'),
+        ({'group_detr': 0}, 'at least 1'),
         ({'deformable': True, 'nms_iou_threshold': 1.5}, 'between 0 and 1'),
     ],
 )

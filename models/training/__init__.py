@@ -65,10 +65,8 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
 
 
 def proposal_supervision(args: Namespace, one2one: Supervision) -> Supervision:
-    """Of the encoder's proposals: as the queries', or, in MS-DETR, matched by their anchors alone."""
-    given = {'ce': args.enc_cls_loss_coef, 'bbox': args.enc_bbox_loss_coef, 'giou': args.enc_giou_loss_coef}
-    usual = {'ce': 2, 'bbox': 5, 'giou': 2} if args.use_ms_detr else one2one.coef
-    coef = {term: usual[term] if value is None else value for term, value in given.items()}
+    """Of the encoder's proposals, which are matched as the queries are, or, in MS-DETR, by their anchors alone."""
+    coef = {'ce': args.enc_cls_loss_coef, 'bbox': args.enc_bbox_loss_coef, 'giou': args.enc_giou_loss_coef}
     matcher = one2one.matcher
     if args.use_ms_detr:
         matcher = HungarianMatcher(0, args.set_cost_bbox, args.set_cost_giou, on='anchors')

@@ -286,8 +286,8 @@ class OneToManyMatcher(SingleMatch):
 def merge(pairs: Assignment, more: Assignment) -> Assignment:
     """`pairs`, and those of `more` whose query is free there."""
     taken = set(zip(pairs.batch.tolist(), pairs.query.tolist(), strict=True))
-    both = zip(more.batch.tolist(), more.query.tolist(), strict=True)
-    free = torch.tensor([place not in taken for place in both], dtype=torch.bool)
+    places = zip(more.batch.tolist(), more.query.tolist(), strict=True)
+    free = torch.tensor([i for i, place in enumerate(places) if place not in taken], dtype=torch.int64)
     deciding = [
         torch.ones_like(x.query, dtype=torch.bool) if x.deciding is None else x.deciding
         for x in (pairs, more)

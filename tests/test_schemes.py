@@ -1,0 +1,380 @@
+"""Supervision beyond one-to-one: matchers, any combination of schemes, and what none of them may touch."""
+
+import json
+import re
+from argparse import Namespace
+from collections import Counter
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from datasets import build_dataset
+from engine import build_optimizer, train_one_epoch
+from main import get_args_parser
+from models import build_detector, build_model, resolve_args
+from models.ms_detr import SecondReading
+from models.structures import Assignment, Prediction
+from models.training import build_supervision
+from models.training.criterion import weighted_sum
+from models.training.ledger import epoch_ledger, ledger_text, supervision_table
+from models.training.matcher import OneToManyMatcher, Targets, merge, stack_predictions
+from tests.parity import float64
+from tests.reference_criterion import hybrid_batch, reference_losses
+from tests.shared_data import SHARED, needs_shared, read_shared
+from tests.test_invariants import SMALL, CountSyncs, random_targets
+from util.checkpoint import load_checkpoint
+from util.nested_tensor import collate_fn
+
+MATCHER = read_shared('parity/ms_detr/matcher_one_to_many.json').get('cases', {})
+TRICKS = {'with_box_refine': True, 'two_stage': True, 'mixed_selection': True, 'look_forward_twice': True}
+BASES = {
+    'one stage': {'deformable': True},
+    'two stages': {'with_box_refine': True, 'two_stage': True},
+    'two stages with tricks': TRICKS,
+    'conditional': {'conditional': True},
+}
+SCHEMES = {
+    'hybrid': {'hybrid_k': 3, 'hybrid_queries': 24},
+    'mixed': {'use_ms_detr': True, 'use_aux_ffn': True},
+    'groups': {'group_detr': 2},
+}
+MIXES = [*combinations(SCHEMES, 1), *combinations(SCHEMES, 2), tuple(SCHEMES)]
+
+
+def flags_of(base: str, names: tuple[str, ...]) -> dict:
+    flags = SMALL | BASES[base]
+    for name in names:
+        flags |= SCHEMES[name]
+    return flags
+
+
+def parse(text: str) -> Namespace:
+    return resolve_args(get_args_parser().parse_args([*text.split(), '--backbone_weights', 'none']))
+
+
+@needs_shared
+@pytest.mark.parametrize('name', MATCHER)
+def test_one_to_many_matcher_equals_official(name: str) -> None:
+    case = MATCHER[name]
+    with np.load(SHARED / 'parity/ms_detr/matcher_one_to_many.npz') as archive:
+        arrays = {key: torch.from_numpy(value) for key, value in archive.items()}
+    prediction = Prediction(arrays[f'{name}__pred_logits'], arrays[f'{name}__pred_boxes'])
+    targets = [
+        {
+            'labels': torch.tensor(target['labels'], dtype=torch.int64),
+            'boxes': torch.tensor(target['boxes'], dtype=torch.float64).reshape(-1, 4),
+        }
+        for target in case['targets']
+    ]
+    matcher = OneToManyMatcher(case['k'], case['threshold'])
+    scores = matcher.cost(stack_predictions([prediction]), Targets.pack(targets))[0]
+    torch.manual_seed(case['torch_manual_seed'])
+    pairs = matcher(prediction, targets)
+    assert pairs.count == sum(len(target['labels']) for target in targets)
+    offset = 0
+    for picture, recorded in enumerate(case['pictures']):
+        num_objects = len(targets[picture]['labels'])
+        expected = arrays[f'{name}__cost{picture}']
+        torch.testing.assert_close(scores[picture, :num_objects], expected, rtol=0, atol=1e-12)
+        here = pairs.batch == picture
+        assert pairs.query[here].tolist() == recorded['matched_query']
+        assert (pairs.target[here] - offset).tolist() == recorded['matched_target']
+        offset += num_objects
+
+
+def test_a_query_of_two_objects_has_the_class_of_the_better_one() -> None:
+    """Box terms count both pairs; one class is asked for, that of the pair with the highest score."""
+    with float64():
+        args = resolve_args(Namespace(**SMALL, use_ms_detr=True))
+        criterion, _, _ = build_supervision(args)
+        boxes = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.36]])
+        targets = [{'labels': torch.tensor([1, 2]), 'boxes': boxes}]
+        logits, predicted = torch.zeros(1, 16, 6), torch.full((1, 16, 4), 0.1)
+        predicted[0, 3] = boxes[0]
+        # Two queries count for the second object, whose ranking query 3 leads.
+        predicted[0, 5] = predicted[0, 6] = torch.tensor([0.5, 0.5, 0.4, 0.2])
+        o2m = Prediction(logits, predicted, 'o2m')
+        pairs = criterion.table['o2m'].matcher(o2m, targets)
+        claims = pairs.query == 3
+        assert claims.sum() == 2 and pairs.deciding[claims].tolist() == [False, True]
+        assert pairs.target[claims].tolist() == [1, 0]
+        losses = criterion({'predictions': [o2m]}, targets)
+        asked = torch.zeros(16, 6)
+        for query, target in zip(pairs.query[pairs.deciding], pairs.target[pairs.deciding], strict=True):
+            asked[query, targets[0]['labels'][target]] = 1
+        ce = nn.functional.binary_cross_entropy_with_logits(logits[0], asked, reduction='none')
+        focal = (0.25 * asked + 0.75 * (1 - asked)) * 0.5**2 * ce
+        torch.testing.assert_close(losses['loss_ce_o2m'], focal.sum() / 2)
+        l1 = (predicted[0, pairs.query] - boxes[pairs.target]).abs().sum()
+        torch.testing.assert_close(losses['loss_bbox_o2m'], l1 / 2)
+
+
+def test_merged_pairs_leave_taken_queries_alone() -> None:
+    def pairs(*rows: tuple[int, int, int]) -> Assignment:
+        return Assignment(*torch.tensor(rows).T, count=2.0)
+
+    many = replace(pairs((0, 4, 0), (0, 4, 1)), deciding=torch.tensor([False, True]))
+    both = merge(many, pairs((0, 4, 0), (0, 7, 1), (1, 4, 2)))
+    assert list(zip(both.batch.tolist(), both.query.tolist(), both.target.tolist(), strict=True)) == [
+        (0, 4, 0), (0, 4, 1), (0, 7, 1), (1, 4, 2),
+    ]  # fmt: skip
+    assert both.deciding.tolist() == [False, True, True, True]
+
+
+def test_merging_adds_the_one_to_one_pairs() -> None:
+    """No query reaches the threshold, so each object has its best query and the one that the Hungarian method
+    gives it.
+    """
+    torch.manual_seed(0)
+    targets = random_targets(4)
+    for merged in (False, True):
+        flags = {
+            'use_ms_detr': True,
+            'use_indices_merge': merged,
+            'o2m_matcher_threshold': 2.0,
+            'o2m_matcher_k': 1,
+        }
+        criterion, _, _ = build_supervision(resolve_args(Namespace(**SMALL | flags)))
+        torch.manual_seed(1)
+        logits, boxes = torch.randn(1, 60, 6), torch.rand(1, 60, 4)
+        predictions = [Prediction(logits, boxes, kind) for kind in ('one2one', 'o2m')]
+        criterion({'predictions': predictions}, targets)
+        queries = [
+            set(criterion.table[kind].matcher(predictions[0], targets).query.tolist())
+            for kind in ('one2one', 'o2m')
+        ]
+        assert criterion.tally['o2m'] == len(queries[1] | queries[0] if merged else queries[1])
+
+
+@pytest.mark.parametrize('num_objects', [(3, 2), (0, 0)], ids=['objects', 'no objects'])
+@pytest.mark.parametrize('names', MIXES, ids='+'.join)
+@pytest.mark.parametrize('base', BASES)
+def test_schemes_combine(base: str, names: tuple[str, ...], num_objects: tuple[int, int]) -> None:
+    """Every kind of prediction has finite losses, and every parameter a gradient."""
+    torch.manual_seed(0)
+    model, criterion, _ = build_model(Namespace(**flags_of(base, names)))
+    targets = random_targets(*num_objects)
+    outputs = model.train()([torch.randn(3, 64, 64), torch.randn(3, 64, 96)], targets)
+    losses = criterion(outputs, targets)
+    expected = {'hybrid': {'one2many'}, 'mixed': {'o2m'}, 'groups': {'group1'}}
+    kinds = (
+        {'one2one'} | ({'enc'} if 'two' in base else set()) | {k for name in names for k in expected[name]}
+    )
+    assert {p.kind for p in outputs['predictions']} == kinds == set(criterion.table)
+    assert all(value.isfinite() for value in losses.values())
+    assert set(losses) >= {f'loss_ce{"" if kind == "one2one" else "_" + kind}' for kind in kinds}
+    weighted_sum(losses, criterion.weight_dict).backward()
+    for name, parameter in model.named_parameters():
+        assert not parameter.requires_grad or parameter.grad is not None, name
+
+
+@pytest.mark.parametrize('names', MIXES, ids='+'.join)
+@pytest.mark.parametrize('base', BASES)
+def test_schemes_leave_inference_alone(
+    base: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same weights, the plain model (of the same order of sub-layers) has the same bits."""
+    torch.manual_seed(0)
+    model, _, _ = build_model(Namespace(**flags_of(base, names)))
+    order = {'use_ms_detr': 'mixed' in names}  # stays, its auxiliary block goes
+    plain = build_detector(resolve_args(Namespace(**SMALL | BASES[base] | order)), {'one2one': 12})
+    state = {name: value for name, value in model.state_dict().items() if name in plain.state_dict()}
+    if 'query_embed.weight' in state:
+        state['query_embed.weight'] = state['query_embed.weight'][:12]
+    plain.load_state_dict(state)
+    monkeypatch.setattr(SecondReading, 'second_reading', lambda *_: pytest.fail('training code at inference'))
+    pictures = [torch.randn(3, 64, 64), torch.randn(3, 64, 96)]
+    before = {name: value for name, value in vars(model).items() if not name.startswith('_')}
+    with torch.no_grad():
+        ours, theirs = model.eval()(pictures), plain.eval()(pictures)
+    assert set(ours) == {'pred_logits', 'pred_boxes'}
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name])
+    after = {name: value for name, value in vars(model).items() if not name.startswith('_')}
+    assert before | {'training': False} == after, 'evaluation writes nothing'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('names', [*combinations(SCHEMES, 2), tuple(SCHEMES)], ids='+'.join)
+@pytest.mark.parametrize('base', BASES)
+def test_combinations_train_30_steps(base: str, names: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    sizes = {'backbone': 'resnet10', 'backbone_norm': 'batch', 'enc_layers': 1, 'dec_layers': 2}
+    model, criterion, _ = build_model(Namespace(**flags_of(base, names) | sizes))
+    data = build_dataset(
+        'train', parse('--dataset_file shapes --shapes_train 60 --img_size 64 --max_size 64 --aug flip')
+    )
+    batches = [collate_fn([data[2 * i], data[2 * i + 1]]) for i in range(30)]
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = build_optimizer(model, 1e-3, 1e-3, 0.0)
+    averages = train_one_epoch(model, criterion, batches, optimizer, max_norm=0.1)
+    assert all(np.isfinite(value) for value in averages.values())
+    assert 0.9 < averages['positives_one2one'] <= 1, 'pictures may have more objects than queries'
+    assert sum(v for name, v in averages.items() if name.startswith('share_')) == pytest.approx(1)
+    if 'hybrid' in names:
+        assert averages['positives_one2many'] > 2
+    stuck = [name for name, p in model.named_parameters() if p.requires_grad and p.equal(before[name])]
+    # Conditional DETR's content begins as zero: nothing multiplies the weights that the first layer reads it with.
+    assert not [name for name in stuck if not re.search(r'decoder\.layers\.0\.(sa_|ca_qcontent)', name)]
+
+
+def test_the_one_to_one_group_does_not_notice_the_others_while_training() -> None:
+    torch.manual_seed(0)
+    flags = flags_of('two stages with tricks', tuple(SCHEMES)) | {'dropout': 0.0}
+    model, _, _ = build_model(Namespace(**flags))
+    pictures = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        training = model.train()(pictures)
+        evaluated = model.eval()(pictures)
+    for name in ('pred_logits', 'pred_boxes'):
+        torch.testing.assert_close(training[name], evaluated[name], rtol=1e-4, atol=1e-5)
+
+
+def test_numbers_that_are_not_given_follow_from_those_that_are() -> None:
+    plain, off = parse('--two_stage --with_box_refine'), parse('--k_one2many 0 --num_queries_one2many 0')
+    assert (plain.hybrid_queries, plain.dim_feedforward) == (None, 1024)
+    assert (off.family, off.hybrid_queries, off.dim_feedforward) == ('deformable', 0, 2048)
+    only_k, only_queries = parse('--hybrid_k 6'), parse('--hybrid_queries 1500')
+    assert (only_k.hybrid_queries, only_k.hybrid_lambda, only_queries.hybrid_k) == (1500, 1.0, 5)
+    assert parse('--conditional --hybrid_k 6').family == 'conditional'
+    official = resolve_args(Namespace(num_queries_one2one=7, k_one2many=6, num_queries_one2many=20, topk=50))
+    assert (official.num_queries, official.hybrid_k, official.hybrid_queries, official.topk_eval) == (
+        7,
+        6,
+        20,
+        50,
+    )
+
+
+@needs_shared
+@pytest.mark.parametrize('name', ['ms_detr_300', 'ms_detr_pp_300', 'ms_detr_pp_900', 'ms_detr_a_300'])
+def test_official_command_lines_of_ms_detr_mean_what_they_meant(name: str) -> None:
+    """The recorded command line becomes the recorded arguments, with which the parity tests build."""
+    record = json.loads((SHARED / f'parity/ms_detr/{name}.json').read_text())
+    args = vars(parse(record['command_line']))
+    differing = {key for key, value in record['arguments'].items() if key in args and args[key] != value}
+    assert differing <= {'lr_backbone_names', 'device', 'output_dir', 'num_workers', 'coco_path', 'dist_url'}
+
+
+def test_the_ledger_names_every_kind() -> None:
+    flags = flags_of('two stages', ('hybrid', 'mixed', 'groups')) | {'hybrid_lambda': 0.5}
+    criterion, num_queries, _ = build_supervision(resolve_args(Namespace(**flags)))
+    text = supervision_table(criterion.table, num_queries, criterion.weight_dict)
+    lines = [line.split() for line in text.splitlines()]
+    assert [line[0] for line in lines] == ['one2one', 'enc', 'one2many', 'o2m', 'group1']
+    assert '24 queries' in text and 'every object 3 times' in text and '3 x objects, all x 0.5' in text
+    assert 'on anchors' in text and 'one2one, read twice' in text and 'from 0.4' in text
+    assert text.count('3 x  ') == 4, 'decoder layers'
+    tally = Counter({'one2one': 4.0, 'o2m': 10.0, 'objects': 4})
+    averages = {'loss_ce': 1.0, 'loss_ce_0': 1.0, 'loss_ce_1_o2m': 6.0, 'class_error': 50.0}
+    found = epoch_ledger(criterion.table, criterion.weight_dict, tally, averages)
+    assert found == {
+        'positives_one2one': 1.0, 'positives_o2m': 2.5, 'share_one2one': 0.25, 'share_o2m': 0.75,
+    }  # fmt: skip
+    assert ledger_text({f'train_{k}': v for k, v in found.items()}).endswith(
+        'one2one 1.00 and 25 %, o2m 2.50 and 75 %'
+    )
+
+
+def test_checkpoints_of_more_queries_fit_the_plain_model() -> None:
+    """The inference group comes first; the flags of the run, official or ours, say how large it is."""
+    model, _, _ = build_model(Namespace(**flags_of('two stages with tricks', ('hybrid',))))
+    plain, _, _ = build_model(Namespace(**SMALL | TRICKS))
+    for args in (Namespace(num_queries_one2one=12), {'num_queries': 12}):
+        load_checkpoint(plain, {'model': model.state_dict(), 'args': args})
+        assert torch.equal(plain.query_embed.weight, model.query_embed.weight[:12])
+    with pytest.raises(ValueError, match=r'query_embed\.weight: \(36, 32\) there, \(12, 32\) here'):
+        load_checkpoint(plain, model.state_dict())
+
+
+def test_the_order_of_sub_layers_is_not_lost_in_a_checkpoint() -> None:
+    """Without the auxiliary block no name tells it."""
+    flags = SMALL | BASES['two stages']
+    mixed, plain = (build_model(Namespace(**flags, use_ms_detr=on))[0] for on in (True, False))
+    with pytest.raises(ValueError, match=r'trained with --use_ms_detr.* add it'):
+        load_checkpoint(plain, {'model': mixed.state_dict(), 'args': {'use_ms_detr': True}})
+    with pytest.raises(ValueError, match=r'trained without --use_ms_detr.* leave it out'):
+        load_checkpoint(mixed, {'model': plain.state_dict(), 'args': Namespace(use_ms_detr=False)})
+    load_checkpoint(mixed, {'model': mixed.state_dict(), 'args': {'use_ms_detr': True}})
+    second, _, _ = build_model(Namespace(**flags, use_ms_detr=True, ms_variant='a'))
+    load_checkpoint(plain, {'model': second.state_dict(), 'args': {'use_ms_detr': True}})
+
+
+class CountCalls(TorchDispatchMode):
+    """Calls of ATen operators, views too."""
+
+    number = 0
+
+    def __torch_dispatch__(
+        self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_method(name: str, copies: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = getattr(Tensor, name)
+
+    def counted(self: Tensor) -> object:
+        copies[name] += 1
+        return original(self)
+
+    monkeypatch.setattr(Tensor, name, counted)
+
+
+@pytest.mark.parametrize('num_objects', [(20, 20), (7, 0), (40, 3), (0, 0)])
+def test_stacked_losses_equal_layer_by_layer_ones(num_objects: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    flags = {'two_stage': True, 'with_box_refine': True, 'hybrid_k': 6}
+    criterion, _, _ = build_supervision(resolve_args(Namespace(**flags)))
+    predictions, targets = hybrid_batch(num_objects, num_tokens=2000, queries=(300, 600))
+    losses = criterion({'predictions': predictions}, targets)
+    expected, matches = reference_losses(predictions, targets, k=6)
+    leaves = [x for p in predictions for x in (p.logits, p.boxes)]
+    gradients = []
+    for found in (losses, expected):
+        total = weighted_sum(
+            {name: losses[name] if found is losses else found[name] for name in expected},
+            criterion.weight_dict,
+        )
+        gradients.append(torch.autograd.grad(total, leaves))
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+    for prediction in predictions:
+        layer = '' if prediction.layer is None else f'_{prediction.layer}'
+        kind = prediction.kind
+        reference = matches[layer + ('' if kind == 'one2one' else f'_{kind}')]
+        agnostic = [t | {'labels': torch.zeros_like(t['labels'])} for t in targets]
+        pairs = criterion.table[kind].matcher(prediction, agnostic if kind == 'enc' else targets)
+        offset = 0
+        for picture, (query, target) in enumerate(reference):
+            here = pairs.batch == picture
+            assert pairs.query[here].tolist() == query.tolist()
+            assert (pairs.target[here] - offset).tolist() == (target % max(num_objects[picture], 1)).tolist()
+            offset += num_objects[picture]
+
+
+def test_criterion_of_hybrid_training_is_few_calls_and_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At H-DETR's training size: calls of matching, losses and their backward pass; copies to the host."""
+    torch.manual_seed(0)
+    flags = {'two_stage': True, 'with_box_refine': True, 'hybrid_k': 6}
+    criterion, _, _ = build_supervision(resolve_args(Namespace(**flags)))
+    predictions, targets = hybrid_batch()
+    leaves = [x for p in predictions for x in (p.logits, p.boxes)]
+    copies = Counter()
+    for name in ('cpu', 'item', 'tolist'):
+        count_method(name, copies, monkeypatch)
+    with CountCalls() as calls, CountSyncs() as syncs:
+        losses = criterion({'predictions': predictions}, targets)
+        total = weighted_sum(losses, criterion.weight_dict)
+        forward = calls.number
+        torch.autograd.grad(total, leaves)
+    assert calls.number <= 900 and forward < 650, (forward, calls.number)
+    assert syncs.found == [] and copies == {'cpu': 1}

@@ -1,0 +1,245 @@
+"""
+Compare how runs of main.py converged: one picture and one Markdown table.
+
+  python tools/compare_runs.py output/compare/*/seed* --output output/compare
+
+Runs in folders NAME/seedN are repetitions of NAME: their mean is drawn, and the range between them. A run trained
+with --save_every 1 also shows, from its checkpoints and the validation pictures, how many objects change the query
+that answers for them from one epoch to the next (the instability of DN-DETR, arXiv:2203.01305, Sec. 3.2; in two
+stages a query is a rank among the proposals), and how many objects are found more than once.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from datasets import build_dataset
+from models.structures import Prediction
+from models.training import build_supervision
+from tools.predict import load_detector
+from util.box_ops import box_cxcywh_to_xyxy, box_iou
+from util.dist import choose_device
+from util.files import save_atomically
+from util.nested_tensor import collate_fn
+from util.visualize import new_figure
+
+FOUND_SCORE, FOUND_IOU = 0.3, 0.5  # a detection of an object: its class, with at least these
+
+
+@dataclass
+class Epoch:
+    """What is known after an epoch; None where nothing was measured."""
+
+    epoch: int
+    pictures: int  # seen so far
+    minutes: float  # of training so far
+    loss: float  # of the one-to-one queries' last layer, weighted
+    ap: float | None = None
+    ap50: float | None = None
+    changes: float | None = None  # share of objects whose query is not that of the epoch before
+    duplicates: float | None = None  # detections too many, an object
+
+
+@dataclass
+class Scheme:
+    name: str
+    runs: list[list[Epoch]] = field(default_factory=list)
+
+    def curve(self, x: str, y: str) -> tuple[list[float], list[float], list[float], list[float]]:
+        """Mean places, and mean, lowest and highest values of the epochs that all runs have."""
+        rows = []
+        for epochs in zip(*self.runs, strict=False):
+            values = [getattr(epoch, y) for epoch in epochs]
+            if None not in values:
+                rows.append((mean(getattr(e, x) for e in epochs), mean(values), min(values), max(values)))
+        return tuple(map(list, zip(*rows, strict=True))) if rows else ([], [], [], [])
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        'compare_runs.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('runs', nargs='+', metavar='RUN', help='output folders of main.py')
+    parser.add_argument('--output', default='.', metavar='DIR',
+                        help='where comparison.png and comparison.md go (default: %(default)s)')  # fmt: skip
+    parser.add_argument('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
+    parser.add_argument('--logs_only', action='store_true', help='leave the checkpoints alone')
+    return parser
+
+
+def scheme_name(folder: Path) -> str:
+    return folder.parent.name if re.fullmatch(r'seed\d+', folder.name) else folder.name
+
+
+def read_run(folder: Path) -> list[Epoch]:
+    """ValueError: the folder has no log of a run."""
+    log = folder / 'log.jsonl'
+    if not log.is_file():
+        raise ValueError(f'{folder} is no output folder of a run: there is no log.jsonl in it')
+    epochs, pictures, minutes = [], 0, 0.0
+    for line in log.read_text().splitlines():
+        record = json.loads(line)
+        pictures += record['pictures']
+        minutes += record['train_seconds'] / 60
+        terms = (2, 'ce'), (5, 'bbox'), (2, 'giou')
+        loss = sum(weight * record[f'train_loss_{term}'] for weight, term in terms)
+        stats = record.get('test_coco_eval_bbox', [None, None])
+        epochs.append(Epoch(record['epoch'] + 1, pictures, minutes, loss, *stats[:2]))
+    return epochs
+
+
+@torch.no_grad()
+def read_checkpoints(folder: Path, epochs: list[Epoch], device: torch.device) -> None:
+    """Fill in what only the detector of each epoch can tell, where its checkpoint was kept."""
+    before, data = None, None
+    for epoch in epochs:
+        file = folder / f'checkpoint{epoch.epoch - 1:04}.pth'
+        if not file.is_file():
+            before = None
+            continue
+        model, postprocess, class_map, args = load_detector(str(file))
+        if data is None:
+            data = build_dataset('val', args, class_map)
+            args.num_classes = class_map.num_classes
+            matcher = build_supervision(args)[0].table['one2one'].matcher
+        chosen, epoch.duplicates = examine(model.to(device), postprocess, data, matcher)
+        if before is not None:
+            epoch.changes = (chosen != before).float().mean().item()
+        before = chosen
+
+
+def examine(
+    model: nn.Module, postprocess: nn.Module, data: Dataset, matcher: Callable
+) -> tuple[Tensor, float]:
+    """The query that answers for each object of a data set (-1: none does), and detections too many an object."""
+    device = next(model.parameters()).device
+    queries, surplus, num_objects = [], 0, 0
+    for samples, targets in DataLoader(data, batch_size=8, collate_fn=collate_fn):
+        outputs = {name: x.cpu() for name, x in model(samples.to(device)).items()}
+        pairs = matcher(Prediction(outputs['pred_logits'], outputs['pred_boxes']), targets)
+        query = torch.full((sum(len(t['labels']) for t in targets),), -1)
+        query[pairs.target] = pairs.query
+        queries.append(query)
+        sizes = torch.stack([target['size'] for target in targets])
+        for target, result, size in zip(targets, postprocess(outputs, sizes), sizes, strict=True):
+            scale = size.flip(0).repeat(2)
+            surplus += num_surplus(result, target['labels'], box_cxcywh_to_xyxy(target['boxes']) * scale)
+            num_objects += len(target['labels'])
+    return torch.cat(queries), surplus / max(num_objects, 1)
+
+
+def num_surplus(result: dict[str, Tensor], labels: Tensor, boxes: Tensor) -> int:
+    """Detections of objects beyond the first of each. A detection belongs to the object of its class that it
+    overlaps most.
+    """
+    shown = result['scores'] >= FOUND_SCORE
+    if not len(labels) or not shown.any():
+        return 0
+    iou, _ = box_iou(result['boxes'][shown][:, None], boxes[None])  # [detections, objects]
+    overlap, nearest = (iou * (result['labels'][shown][:, None] == labels)).max(1)
+    found = nearest[overlap >= FOUND_IOU]
+    return len(found) - len(found.unique())
+
+
+def draw(path: Path, schemes: list[Scheme]) -> None:
+    panels = [
+        ('AP', 'ap', 'epoch'), ('AP', 'ap', 'pictures'), ('AP', 'ap', 'minutes'),
+        ('one-to-one loss', 'loss', 'epoch'), ('one-to-one loss', 'loss', 'pictures'), ('one-to-one loss', 'loss', 'minutes'),
+        ('objects whose query changed', 'changes', 'epoch'), ('detections too many, an object', 'duplicates', 'epoch'),
+    ]  # fmt: skip
+    labels = {'epoch': 'epoch', 'pictures': 'pictures seen', 'minutes': 'minutes of training'}
+    figure = new_figure(12, 10)
+    axes = figure.subplots(3, 3).ravel()
+    for panel, (title, y, x) in zip(axes, panels, strict=False):
+        for index, scheme in enumerate(schemes):
+            place, middle, low, high = scheme.curve(x, y)
+            panel.plot(place, middle, label=scheme.name, color=f'C{index}', marker='o', markersize=3)
+            panel.fill_between(place, low, high, color=f'C{index}', alpha=0.15, linewidth=0)
+        panel.set_title(title, loc='left', fontsize=11)
+        panel.set_xlabel(labels[x], fontsize=9)
+        panel.grid(alpha=0.25)
+        panel.spines[['top', 'right']].set_visible(False)
+    axes[-1].axis('off')
+    axes[-1].legend(*axes[0].get_legend_handles_labels(), loc='upper left', fontsize=10, edgecolor='none')
+    save_atomically(path, lambda partial: figure.savefig(partial, dpi=100))
+
+
+def table(schemes: list[Scheme]) -> str:
+    """Markdown. Ranges are those between repetitions; the first scheme is what the others are compared with."""
+    goal = max(
+        (epoch.ap for run in schemes[0].runs for epoch in run if epoch.ap is not None), default=math.inf
+    )
+    head = [
+        'scheme',
+        'runs',
+        'AP',
+        'AP50',
+        f'epochs to AP {goal:.3f}',
+        'minutes an epoch',
+        'queries changed',
+        'too many',
+    ]
+    lines = ['| ' + ' | '.join(head) + ' |', '|' + ' --- |' * len(head)]
+    for scheme in schemes:
+        last = [run[-1] for run in scheme.runs]
+        reached = [next((e.epoch for e in run if (e.ap or 0) >= goal), None) for run in scheme.runs]
+        minutes = mean(epoch.minutes / epoch.epoch for epoch in last)
+        cells = [
+            scheme.name,
+            str(len(last)),
+            spread([epoch.ap for epoch in last]),
+            spread([epoch.ap50 for epoch in last]),
+            ', '.join('not reached' if epoch is None else str(epoch) for epoch in reached),
+            f'{minutes:.2f}',
+            spread([epoch.changes for epoch in last]),
+            spread([epoch.duplicates for epoch in last]),
+        ]
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines) + '\n'
+
+
+def spread(values: list[float | None]) -> str:
+    """Mean, and the lowest and highest value where they differ."""
+    if None in values:
+        return '-'
+    text = f'{mean(values):.3f}'
+    return text if min(values) == max(values) else f'{text} ({min(values):.3f} to {max(values):.3f})'
+
+
+def main(args: argparse.Namespace) -> None:
+    schemes: dict[str, Scheme] = defaultdict(lambda: Scheme(''))
+    device = choose_device(args.device)
+    for folder in map(Path, args.runs):
+        epochs = read_run(folder)
+        if not args.logs_only:
+            read_checkpoints(folder, epochs, device)
+        scheme = schemes[scheme_name(folder)]
+        scheme.name = scheme_name(folder)
+        scheme.runs.append(epochs)
+        print(f'{folder}: {len(epochs)} epochs', flush=True)
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    text = table(list(schemes.values()))
+    draw(output / 'comparison.png', list(schemes.values()))
+    save_atomically(output / 'comparison.md', lambda path: path.write_text(text))
+    print(f'\n{text}\ncomparison.png and comparison.md lie in {output}')
+
+
+if __name__ == '__main__':
+    try:
+        main(get_args_parser().parse_args())
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f'error: {error}')
