@@ -3,6 +3,8 @@
 import json
 import re
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,10 @@ def test_addresses_are_fetched_once_and_checked(tmp_path: Path, monkeypatch: pyt
         download((tmp_path / 'absent.pth').as_uri())
 
 
+def no_download(resolve: Callable, args: Namespace) -> Namespace:
+    return resolve(Namespace(**vars(args) | {'backbone_weights': 'none'}))
+
+
 def test_hub_entries_build_and_say_what_they_cannot_load() -> None:
     monkey = pytest.MonkeyPatch()
     seen = []
@@ -106,8 +112,12 @@ def test_hub_entries_build_and_say_what_they_cannot_load() -> None:
         assert model.class_embed.out_features == 91 and not model.aux_loss
         for name in ('', '_single_scale', '_single_scale_dc5', '_box_refine', '_two_stage'):
             assert getattr(hubconf, f'deformable_detr_resnet50{name}')(pretrained=True).num_queries
-        with pytest.raises(ValueError, match='by hand'):
-            hubconf.conditional_detr_resnet101_dc5(pretrained=True)
+        for name in ('conditional_detr_resnet101_dc5', 'h_deformable_detr_resnet50', 'ms_detr_resnet50'):
+            with pytest.raises(ValueError, match='by hand'):
+                getattr(hubconf, name)(pretrained=True)
+        monkey.setattr(hubconf, 'resolve_args', partial(no_download, hubconf.resolve_args))
+        for name in ('h_deformable_detr_resnet50', 'ms_detr_resnet50'):
+            assert getattr(hubconf, name)(num_classes=5).query_embed.weight.shape == (300, 256)
         with pytest.raises(ValueError, match='91 COCO class ids, not 5'):
             hubconf.detr_resnet50(pretrained=True, num_classes=5)
     finally:

@@ -6,6 +6,8 @@ what they compute.
     python tools/benchmark.py data --coco_path data/coco    # loading pictures of a data set
     python tools/benchmark.py op                            # deformable attention, forward and backward
     python tools/benchmark.py model                         # inference of two-stage Deformable DETR
+    python tools/benchmark.py criterion                     # matching and losses of H-Deformable-DETR
+    python tools/benchmark.py train                         # a training step of H-Deformable-DETR
 """
 
 import argparse
@@ -14,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.benchmarks import data, model, op
+from tools.benchmarks import criterion, data, model, op, train
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -22,7 +24,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    for part in (data, op, model):
+    for part in (data, op, model, criterion, train):
         part.add_command(commands)
     return parser
 

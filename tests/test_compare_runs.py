@@ -1,0 +1,77 @@
+"""The comparison of runs: its measurements on hand-made cases, and the tool on real small runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_run import run
+from tools import compare_runs
+
+
+def test_detections_too_many_are_counted() -> None:
+    boxes = torch.tensor([[10.0, 10, 30, 30], [50, 50, 90, 90]])
+    labels = torch.tensor([1, 2])
+    found = torch.tensor(
+        [[10.0, 10, 30, 30], [11, 10, 30, 30], [12, 10, 30, 30], [50, 50, 90, 90], [0, 0, 5, 5]]
+    )
+    result = {'boxes': found, 'labels': torch.tensor([1, 1, 2, 2, 1]), 'scores': torch.full((5,), 0.5)}
+    assert compare_runs.num_surplus(result, labels, boxes) == 1, 'one of another class, one elsewhere'
+    result['scores'][1] = 0.1
+    assert compare_runs.num_surplus(result, labels, boxes) == 0, 'too low a score'
+    assert compare_runs.num_surplus(result, labels[:0], boxes[:0]) == 0
+
+
+def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Two repetitions with their checkpoints, and a run without."""
+    for seed in (0, 1):
+        run(
+            tmp_path / f'many/seed{seed}',
+            '--hybrid_k',
+            '2',
+            '--hybrid_queries',
+            '8',
+            '--save_every',
+            '1',
+            '--seed',
+            str(seed),
+        )
+    run(tmp_path / 'plain', '--epochs', '2', '--save_every', '9')
+    folders = [tmp_path / 'plain', tmp_path / 'many/seed0', tmp_path / 'many/seed1']
+    args = ['--output', str(tmp_path / 'out'), '--device', 'cpu', *map(str, folders)]
+    compare_runs.main(compare_runs.get_args_parser().parse_args(args))
+    text = (tmp_path / 'out/comparison.md').read_text()
+    assert text in capsys.readouterr().out
+    head, _, plain, many = (line.split(' | ') for line in text.splitlines())
+    assert head[-2:] == ['queries changed', 'too many |']
+    assert plain[:2] == ['| plain', '1'] and plain[-2] == '-'
+    assert many[:2] == ['| many', '2'] and 0 <= float(many[-2].split()[0]) <= 1
+    assert (tmp_path / 'out/comparison.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_curves_are_means_of_repetitions() -> None:
+    def epochs(*aps: float | None) -> list[compare_runs.Epoch]:
+        return [compare_runs.Epoch(i + 1, 10 * i, 2.0 * i, 1.0, ap) for i, ap in enumerate(aps)]
+
+    scheme = compare_runs.Scheme('x', [epochs(0.1, None, 0.3), epochs(0.2, 0.4, 0.5, 0.6)])
+    place, middle, low, high = scheme.curve('epoch', 'ap')
+    assert (
+        place == [1, 3] and middle == pytest.approx([0.15, 0.4]) and low == [0.1, 0.3] and high == [0.2, 0.5]
+    )
+
+
+def test_folders_that_are_no_runs_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'no log\.jsonl in it'):
+        compare_runs.read_run(tmp_path)
+    record = {
+        'epoch': 0,
+        'pictures': 5,
+        'train_seconds': 30,
+        'train_loss_ce': 1,
+        'train_loss_bbox': 1,
+        'train_loss_giou': 1,
+    }
+    (tmp_path / 'log.jsonl').write_text(json.dumps(record) + '\n')
+    (epoch,) = compare_runs.read_run(tmp_path)
+    assert (epoch.pictures, epoch.minutes, epoch.loss, epoch.ap) == (5, 0.5, 9, None)

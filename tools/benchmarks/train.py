@@ -1,0 +1,96 @@
+"""
+A training step of H-Deformable-DETR (R50, 300 + 1500 queries, tricks, random weights): ours, against the same model on
+grid_sample whose query groups share one masked attention.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+import models.deformable_transformer as deformable
+from engine import build_optimizer
+from models import build_model, resolve_args
+from models.ops.functions import describe, use_implementation
+from models.structures import QueryGroup, visibility
+from models.training.criterion import weighted_sum
+from models.transformer import Blocks
+from tools.benchmarks.timing import time_in_turn
+
+TRICKS = {'with_box_refine': True, 'two_stage': True, 'mixed_selection': True, 'look_forward_twice': True}
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser('train', help='a training step of H-Deformable-DETR')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--height', default=384, type=int)
+    parser.add_argument('--width', default=512, type=int)
+    parser.add_argument('--batch_size', default=2, type=int)
+    parser.add_argument(
+        '--threads', default=torch.get_num_threads(), type=int, help='CPU threads (default: all)'
+    )
+    parser.add_argument('--rounds', default=3, type=int, help='timed rounds of each contender')
+    parser.set_defaults(run=benchmark_train)
+
+
+@contextmanager
+def plain_path() -> Iterator[None]:
+    """grid_sample, and one attention over all queries with a mask between the groups."""
+
+    def one_block(groups: list[QueryGroup]) -> Blocks:
+        return [(slice(0, sum(group.tgt.shape[1] for group in groups)), visibility(groups))]
+
+    original = deformable.attention_blocks
+    deformable.attention_blocks = one_block
+    try:
+        with use_implementation('pytorch'):
+            yield
+    finally:
+        deformable.attention_blocks = original
+
+
+def benchmark_train(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    flags = argparse.Namespace(
+        **TRICKS, hybrid_queries=1500, hybrid_k=6, dropout=0.0, backbone_weights='none'
+    )
+    resolved = resolve_args(flags)
+    model, criterion, _ = build_model(resolved)
+    model.to(args.device).train()
+    optimizer = build_optimizer(model, 0.0, 0.0, 0.0)  # weights stay, so that all steps are the same
+    pictures = torch.randn(args.batch_size, 3, args.height, args.width, device=args.device)
+    targets = [
+        {
+            'labels': torch.randint(1, 91, (7,), device=args.device),
+            'boxes': torch.cat([torch.rand(7, 2), 0.05 + 0.3 * torch.rand(7, 2)], dim=1).to(args.device),
+        }
+        for _ in range(args.batch_size)
+    ]
+    totals = []
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        losses = criterion(model(pictures, targets), targets)
+        total = weighted_sum(losses, criterion.weight_dict)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        totals.append(total.detach())
+
+    def plain_step() -> None:
+        with plain_path():
+            step()
+
+    contenders: dict[str, Callable[[], object]] = {'ours': step, 'grid_sample, masked attention': plain_step}
+    print(
+        f'training step of H-Deformable-DETR, R50, {args.batch_size} x {args.height} x {args.width}, {args.device}, '
+        f'{args.threads} thread(s), median of {args.rounds} rounds in turn\n{describe(args.device)}'
+    )
+    times = time_in_turn(contenders, args.rounds, args.device)
+    torch.testing.assert_close(totals[0], totals[1], rtol=1e-3, atol=0)
+    for name, milliseconds in times.items():
+        print(
+            f'  {name:<30}{milliseconds:9.1f} ms   ours is {milliseconds / times["ours"]:.2f} times as fast'
+        )
