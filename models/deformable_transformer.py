@@ -214,7 +214,7 @@ class DeformableTransformer(nn.Module):
         if not exporting() and num_tokens < num_proposals:
             raise ValueError(
                 f'{num_proposals} proposals, but the feature maps {memory.shapes} have {num_tokens} cells: lower '
-                '--num_queries, or use larger pictures'
+                '--num_queries (or what training adds to it), or use larger pictures'
             )
         anchors = proposal_logits(memory)  # [B, S, 4], infinite where there is no proposal
         absent = anchors[..., :1].isinf()

@@ -79,8 +79,8 @@ class MixedConditionalDecoderLayer(SecondReading, ConditionalDecoderLayer):
         return self.think(y), x
 
 
-class TwiceReadDecoderLayer(DeformableDecoderLayer):
-    """The usual layer, whose output is read by two class heads (variant a)."""
+class SameReading:
+    """What variant a adds to a layer: its output is handed out twice."""
 
     def forward(self, *args: object) -> tuple[Tensor, Tensor]:
         tgt, _ = super().forward(*args)
@@ -90,12 +90,9 @@ class TwiceReadDecoderLayer(DeformableDecoderLayer):
         return x
 
 
-class TwiceReadConditionalDecoderLayer(ConditionalDecoderLayer):
+class TwiceReadDecoderLayer(SameReading, DeformableDecoderLayer):
+    """The usual layer, whose output two class heads read (variant a)."""
+
+
+class TwiceReadConditionalDecoderLayer(SameReading, ConditionalDecoderLayer):
     """The same for Conditional DETR."""
-
-    def forward(self, *args: object) -> tuple[Tensor, Tensor]:
-        tgt, _ = super().forward(*args)
-        return tgt, tgt
-
-    def second_reading(self, x: Tensor) -> Tensor:
-        return x

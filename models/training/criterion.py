@@ -35,9 +35,8 @@ class SetCriterion(nn.Module):
         super().__init__()
         self.table = table
         self.weight_dict = weight_dict
-        self.tally: Counter[str] = (
-            Counter()
-        )  # pairs of each kind (mean of its layers) and objects, since the last reading
+        # Since the last reading: pairs of each kind (mean of its layers), and objects.
+        self.tally: Counter[str] = Counter()
 
     def forward(
         self, outputs: dict, targets: list[dict], step_targets: Sequence[list[dict]] | None = None
