@@ -190,7 +190,12 @@ def main(args: Namespace) -> None:
         args.backbone_weights = 'none'  # the checkpoint holds the backbone
     model, criterion, postprocessors = build_model(args)
     if checkpoint:
-        report = load_checkpoint(model, checkpoint, resize=not (args.resume or args.eval))
+        report = load_checkpoint(
+            model,
+            checkpoint,
+            resize=not (args.resume or args.eval),
+            resume=bool(args.resume) and not args.eval,
+        )
         say(f'{args.resume or args.pretrained}: {report}')
     model.to(device)
     loaders = {split: build_loader(dataset, split, args) for split, dataset in datasets.items()}

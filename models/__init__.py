@@ -82,9 +82,8 @@ FAMILY_DEFAULTS = {
 DEFORMABLE_FLAGS = (
     'deformable', 'with_box_refine', 'two_stage', 'mixed_selection', 'look_forward_twice', 'num_feature_levels',
 )  # fmt: skip
-# So do these, unless --conditional is there; H-DETR's flags even at 0, as in its baselines.
+# So do these and --use_ms_detr, unless --conditional is there; H-DETR's even at 0, as in its baselines.
 HYBRID_FLAGS = ('hybrid_k', 'hybrid_queries', 'hybrid_lambda')
-SCHEME_FLAGS = ('use_ms_detr', *HYBRID_FLAGS)
 # Names of official namespaces (as in their checkpoints) -> ours.
 OFFICIAL_NAMES = {
     'num_queries_one2one': 'num_queries',
@@ -228,7 +227,9 @@ def add_model_args(parser: ArgumentParser) -> None:
 
 
 def add_scheme_args(parser: ArgumentParser) -> None:
-    """Flags of further supervision while training. All combine, and inference stays what it is."""
+    """Flags of further supervision while training. All combine. Inference stays what it is, but for the order of
+    sub-layers in variant b of MS-DETR.
+    """
     hybrid = parser.add_argument_group(
         'hybrid matching (H-DETR, arXiv:2207.13080; Deformable or Conditional DETR)'
     )
@@ -416,7 +417,9 @@ def build_transformer(args: Namespace) -> Transformer:
     elif args.ms_variant == 'a':
         layer = TwiceReadConditionalDecoderLayer(*sizes)
     else:
-        layer = MixedConditionalDecoderLayer(*sizes, args.use_aux_ffn)
+        layer = MixedConditionalDecoderLayer(*sizes)
+        if args.use_aux_ffn:
+            layer.add_aux_ffn(args.hidden_dim, args.dim_feedforward, args.dropout)
     decoder = ConditionalDecoder(layer, args.dec_layers, norm, args.pe_temperature, args.use_checkpoint)
     transformer = Transformer(encoder, decoder)
     if args.local_init:
@@ -437,7 +440,9 @@ def build_deformable_transformer(args: Namespace) -> DeformableTransformer:
     elif args.ms_variant == 'a':
         decoder_layer = TwiceReadDecoderLayer(attention(args.dec_n_points), *sizes)
     else:
-        decoder_layer = MixedDecoderLayer(attention(args.dec_n_points), *sizes, args.use_aux_ffn)
+        decoder_layer = MixedDecoderLayer(attention(args.dec_n_points), *sizes)
+        if args.use_aux_ffn:
+            decoder_layer.add_aux_ffn(args.hidden_dim, *sizes)
     decoder = DeformableDecoder(decoder_layer, args.dec_layers, args.look_forward_twice, args.use_checkpoint)
     return DeformableTransformer(
         encoder, decoder, args.hidden_dim, args.num_feature_levels, args.two_stage, args.pe_temperature

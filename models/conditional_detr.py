@@ -160,7 +160,7 @@ class ConditionalDecoder(nn.Module):
         for index, layer in enumerate(self.layers):
             query_sine = sine if index == 0 else sine * self.query_scale(tgt)
             tgt, between = call_layer(layer, self.use_checkpoint, tgt, query_pos, query_sine, memory, blocks)
-            second = read_twice(layer, between, groups) if self.training else None
+            second = read_twice(layer, self.use_checkpoint, between, groups) if self.training else None
             states.append(tgt)
             seconds.append(None if second is None else self.norm(second))
         reference = inverse_sigmoid(points)

@@ -123,16 +123,19 @@ class DeformableDETR(nn.Module):
         if layers[-1].hs_o2m is None:
             return predictions
         # The inference group once more, from the second reading, with the same references.
-        class_heads = self.class_embed if self.class_embed_o2m is None else self.class_embed_o2m
         second = QueryGroup('o2m', layers[-1].hs_o2m)
+        num_queries = second.tgt.shape[1]
+        class_heads = self.class_embed if self.class_embed_o2m is None else self.class_embed_o2m
         logits = [head(layer.hs_o2m) for head, layer in zip(class_heads, layers, strict=False)]
-        boxes = [
-            add_reference(head(layer.hs_o2m), layer.reference[:, : second.tgt.shape[1]])
-            for head, layer in zip(self.bbox_embed, layers, strict=False)
-        ]
-        return predictions + split_predictions(
-            torch.stack(logits)[shown], torch.stack(boxes)[shown], [second]
-        )
+        if self.class_embed_o2m is not None:  # variant a reads the same state, whose boxes are known
+            boxes = boxes[:, :, :num_queries]
+        else:
+            boxes = [
+                add_reference(head(layer.hs_o2m), layer.reference[:, :num_queries])
+                for head, layer in zip(self.bbox_embed, layers, strict=False)
+            ]
+            boxes = torch.stack(boxes)[shown]
+        return predictions + split_predictions(torch.stack(logits)[shown], boxes, [second])
 
 
 def input_projections(num_channels: list[int], hidden_dim: int, num_levels: int) -> nn.ModuleList:

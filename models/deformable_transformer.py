@@ -135,7 +135,7 @@ class DeformableDecoder(nn.Module):
             scaled = reference[:, :, None] * ratios[:, None]  # [B, Q, L, 2 or 4]
             tgt, between = call_layer(layer, self.use_checkpoint, tgt, query_pos, scaled, memory, blocks)
             delta = None if refine_with is None else refine_with[index](tgt)
-            second = read_twice(layer, between, groups) if self.training else None
+            second = read_twice(layer, self.use_checkpoint, between, groups) if self.training else None
             outputs.append(LayerOutput(tgt, shown, delta, second))
             if delta is not None and index + 1 < len(self.layers):
                 refined = add_reference(delta, logits)  # [B, Q, 4]

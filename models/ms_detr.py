@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .conditional_detr import ConditionalDecoderLayer
 from .deformable_transformer import DeformableDecoderLayer
-from .ops.modules import MSDeformAttn
 from .structures import Memory
 from .transformer import Blocks, compare_queries
 
@@ -23,6 +22,7 @@ class SecondReading:
     """
 
     reads_memory_first = True
+    norm4: nn.LayerNorm | None = None
 
     def add_aux_ffn(self, d_model: int, dim_feedforward: int, dropout: float) -> None:
         self.linear3 = nn.Linear(d_model, dim_feedforward)
@@ -33,7 +33,7 @@ class SecondReading:
 
     def second_reading(self, x: Tensor) -> Tensor:
         """What the heads read, from the state between cross-attention and self-attention; [B, Q, C]."""
-        if not hasattr(self, 'linear3'):
+        if self.norm4 is None:
             return x
         hidden = self.linear4(self.dropout5(F.relu(self.linear3(x))))
         return self.norm4(x + self.dropout6(hidden))
@@ -41,17 +41,6 @@ class SecondReading:
 
 class MixedDecoderLayer(SecondReading, DeformableDecoderLayer):
     """Queries read the memory, then compare themselves, then think (variant b)."""
-
-    def __init__(
-        self,
-        attention: MSDeformAttn,
-        dim_feedforward: int = 1024,
-        dropout: float = 0.1,
-        aux_ffn: bool = False,
-    ) -> None:
-        super().__init__(attention, dim_feedforward, dropout)
-        if aux_ffn:
-            self.add_aux_ffn(attention.d_model, dim_feedforward, dropout)
 
     def forward(
         self, tgt: Tensor, query_pos: Tensor, reference: Tensor, memory: Memory, blocks: Blocks
@@ -63,13 +52,6 @@ class MixedDecoderLayer(SecondReading, DeformableDecoderLayer):
 
 class MixedConditionalDecoderLayer(SecondReading, ConditionalDecoderLayer):
     """The same for Conditional DETR (ours; the paper has Deformable DETR only)."""
-
-    def __init__(
-        self, d_model: int, nhead: int, dim_feedforward: int, dropout: float, aux_ffn: bool = False
-    ) -> None:
-        super().__init__(d_model, nhead, dim_feedforward, dropout)
-        if aux_ffn:
-            self.add_aux_ffn(d_model, dim_feedforward, dropout)
 
     def forward(
         self, tgt: Tensor, query_pos: Tensor, query_sine: Tensor, memory: Memory, blocks: Blocks

@@ -6,6 +6,7 @@ and keys of every layer, never to values.
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ def clones(layer: nn.Module, num_layers: int) -> nn.ModuleList:
     return nn.ModuleList(copy.deepcopy(layer) for _ in range(num_layers))
 
 
-def call_layer(layer: nn.Module, use_checkpoint: bool, *args: object) -> object:
+def call_layer(layer: Callable, use_checkpoint: bool, *args: object) -> object:
     """layer(*args); with `use_checkpoint` its activations are computed again in the backward pass, not kept."""
     if use_checkpoint and torch.is_grad_enabled():
         return checkpoint(layer, *args, use_reentrant=False)
@@ -40,12 +41,16 @@ def compare_queries(attention: nn.MultiheadAttention, q: Tensor, v: Tensor, bloc
     return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
 
 
-def read_twice(layer: nn.Module, between: Tensor | None, groups: list[QueryGroup]) -> Tensor | None:
+def read_twice(
+    layer: nn.Module, use_checkpoint: bool, between: Tensor | None, groups: list[QueryGroup]
+) -> Tensor | None:
     """Second reading of the inference group, [B, Q, C], where a decoder layer has one.
 
     between: the state that it begins with, of the queries of all groups.
     """
-    return None if between is None else layer.second_reading(between[:, : groups[0].tgt.shape[1]])
+    if between is None:
+        return None
+    return call_layer(layer.second_reading, use_checkpoint, between[:, : groups[0].tgt.shape[1]])
 
 
 class SubLayers(nn.Module):

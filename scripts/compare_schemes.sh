@@ -18,8 +18,9 @@ declare -A schemes=(
     [conditional]="--conditional --local_init 12"
 )
 commands=()
+names=(plain hybrid mixed hybrid+mixed conditional)
 for seed in ${SEEDS:-0 1}; do
-    for name in plain hybrid mixed hybrid+mixed conditional; do
+    for name in "${names[@]}"; do
         folder="$out/$name/seed$seed"
         mkdir -p "$folder"
         commands+=("python -u main.py --output_dir $folder --resume auto --seed $seed ${schemes[$name]} \
@@ -33,4 +34,8 @@ done
 # Several runs of one thread each share the cores better than one run of many threads.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 printf '%s\n' "${commands[@]}" | xargs -P "${JOBS:-2}" -I '{}' bash -c '{}'
-python tools/compare_runs.py "$out"/*/seed* --output "$out"
+runs=()
+for name in "${names[@]}"; do
+    runs+=("$out/$name"/seed*)
+done
+python tools/compare_runs.py "${runs[@]}" --output "$out"

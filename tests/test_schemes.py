@@ -4,6 +4,7 @@ import json
 import re
 from argparse import Namespace
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from itertools import combinations
 
@@ -173,6 +174,21 @@ def test_schemes_combine(base: str, names: tuple[str, ...], num_objects: tuple[i
         assert not parameter.requires_grad or parameter.grad is not None, name
 
 
+@pytest.mark.parametrize('variant', [{'ms_variant': 'a', 'use_aux_ffn': False}, {'use_checkpoint': True}])
+@pytest.mark.parametrize('base', BASES)
+def test_schemes_combine_without_auxiliary_losses(base: str, variant: dict) -> None:
+    """Only the last layer is supervised, and every parameter has a gradient all the same."""
+    torch.manual_seed(0)
+    flags = flags_of(base, tuple(SCHEMES)) | variant | {'aux_loss': False}
+    model, criterion, _ = build_model(Namespace(**flags))
+    targets = random_targets(3, 2)
+    losses = criterion(model.train()([torch.randn(3, 64, 64), torch.randn(3, 64, 96)], targets), targets)
+    assert not [name for name in losses if re.search(r'_\d', name)]
+    weighted_sum(losses, criterion.weight_dict).backward()
+    for name, parameter in model.named_parameters():
+        assert not parameter.requires_grad or parameter.grad is not None, name
+
+
 @pytest.mark.parametrize('names', MIXES, ids='+'.join)
 @pytest.mark.parametrize('base', BASES)
 def test_schemes_leave_inference_alone(
@@ -189,14 +205,24 @@ def test_schemes_leave_inference_alone(
     plain.load_state_dict(state)
     monkeypatch.setattr(SecondReading, 'second_reading', lambda *_: pytest.fail('training code at inference'))
     pictures = [torch.randn(3, 64, 64), torch.randn(3, 64, 96)]
-    before = {name: value for name, value in vars(model).items() if not name.startswith('_')}
+    before = deepcopy(plain_state(model.eval()))
     with torch.no_grad():
-        ours, theirs = model.eval()(pictures), plain.eval()(pictures)
+        ours, theirs = model(pictures), plain.eval()(pictures)
     assert set(ours) == {'pred_logits', 'pred_boxes'}
     for name in ours:
         assert torch.equal(ours[name], theirs[name])
-    after = {name: value for name, value in vars(model).items() if not name.startswith('_')}
-    assert before | {'training': False} == after, 'evaluation writes nothing'
+    assert before == plain_state(model), 'evaluation writes nothing'
+
+
+def plain_state(model: nn.Module) -> dict[str, object]:
+    """Every attribute of every module that is no tensor and no module, and the sums of all tensors."""
+    attributes = {
+        f'{where}.{name}': value
+        for where, module in model.named_modules()
+        for name, value in vars(module).items()
+        if not name.startswith('_') and not isinstance(value, Tensor | nn.Module)
+    }
+    return attributes | {name: x.double().sum().item() for name, x in model.state_dict().items()}
 
 
 @pytest.mark.slow
@@ -253,12 +279,22 @@ def test_numbers_that_are_not_given_follow_from_those_that_are() -> None:
 
 @needs_shared
 @pytest.mark.parametrize('name', ['ms_detr_300', 'ms_detr_pp_300', 'ms_detr_pp_900', 'ms_detr_a_300'])
-def test_official_command_lines_of_ms_detr_mean_what_they_meant(name: str) -> None:
-    """The recorded command line becomes the recorded arguments, with which the parity tests build."""
+def test_official_command_lines_of_ms_detr_build_the_official_model(name: str) -> None:
+    """Variant a is a program of its own there, with the flags of the other: here it has to be named."""
     record = json.loads((SHARED / f'parity/ms_detr/{name}.json').read_text())
-    args = vars(parse(record['command_line']))
-    differing = {key for key, value in record['arguments'].items() if key in args and args[key] != value}
-    assert differing <= {'lr_backbone_names', 'device', 'output_dir', 'num_workers', 'coco_path', 'dist_url'}
+    args = parse(record['command_line'] + (' --ms_variant a' if '_a_' in name else ''))
+    differing = {key for key, value in record['arguments'].items() if vars(args).get(key, value) != value}
+    assert differing <= {'device', 'output_dir', 'num_workers', 'coco_path', 'dist_url'}
+    model, criterion, _ = build_model(args)
+    assert criterion.weight_dict == record['weight_dict']
+    assert sum(p.numel() for p in model.parameters()) == record['num_params_total']
+    named = {official for _, _, official in record['state_dict']}
+    assert sum(1 for _ in model.parameters()) == len(record['parameter_order'])
+    assert {n for n, _ in model.named_parameters() if not re.match('(class|bbox)_embed[.]', n)} <= named
+    names = args.lr_backbone_names, args.lr_linear_proj_names, args.lr_linear_proj_mult
+    groups = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay, *names).param_groups
+    found = [[len(g['params']), sum(p.numel() for p in g['params']), g['lr']] for g in groups]
+    np.testing.assert_allclose(found, record['optimizer']['groups_tensors_elements_lr'])
 
 
 def test_the_ledger_names_every_kind() -> None:
@@ -288,21 +324,39 @@ def test_checkpoints_of_more_queries_fit_the_plain_model() -> None:
     for args in (Namespace(num_queries_one2one=12), {'num_queries': 12}):
         load_checkpoint(plain, {'model': model.state_dict(), 'args': args})
         assert torch.equal(plain.query_embed.weight, model.query_embed.weight[:12])
-    with pytest.raises(ValueError, match=r'query_embed\.weight: \(36, 32\) there, \(12, 32\) here'):
+    refused = pytest.raises(ValueError, match=r'query_embed\.weight: \(36, 32\) there, \(12, 32\) here')
+    with refused:
         load_checkpoint(plain, model.state_dict())
+    with refused:  # the optimizer's state would not fit
+        load_checkpoint(plain, {'model': model.state_dict(), 'args': {'num_queries': 12}}, resume=True)
 
 
 def test_the_order_of_sub_layers_is_not_lost_in_a_checkpoint() -> None:
-    """Without the auxiliary block no name tells it."""
+    """Without the auxiliary block no name tells it, so the flags of the run do."""
     flags = SMALL | BASES['two stages']
     mixed, plain = (build_model(Namespace(**flags, use_ms_detr=on))[0] for on in (True, False))
-    with pytest.raises(ValueError, match=r'trained with --use_ms_detr.* add it'):
-        load_checkpoint(plain, {'model': mixed.state_dict(), 'args': {'use_ms_detr': True}})
-    with pytest.raises(ValueError, match=r'trained without --use_ms_detr.* leave it out'):
-        load_checkpoint(mixed, {'model': plain.state_dict(), 'args': Namespace(use_ms_detr=False)})
-    load_checkpoint(mixed, {'model': mixed.state_dict(), 'args': {'use_ms_detr': True}})
-    second, _, _ = build_model(Namespace(**flags, use_ms_detr=True, ms_variant='a'))
+    helped = build_model(Namespace(**flags, use_ms_detr=True, use_aux_ffn=True))[0]
+    for checkpoint in ({'model': mixed.state_dict(), 'args': {'use_ms_detr': True}}, helped.state_dict()):
+        with pytest.raises(ValueError, match=r'trained with --use_ms_detr.* add it'):
+            load_checkpoint(plain, checkpoint)
+        load_checkpoint(mixed, checkpoint)  # the auxiliary block is for training only
+    for args in (Namespace(use_ms_detr=False), {'num_queries': 12}):
+        with pytest.raises(ValueError, match=r'trained without --use_ms_detr.* leave it out'):
+            load_checkpoint(mixed, {'model': plain.state_dict(), 'args': args})
+
+
+def test_second_class_heads_come_and_go() -> None:
+    flags = SMALL | BASES['two stages']
+    plain, second = (
+        build_model(Namespace(**flags, **more))[0] for more in ({}, {'use_ms_detr': True, 'ms_variant': 'a'})
+    )
     load_checkpoint(plain, {'model': second.state_dict(), 'args': {'use_ms_detr': True}})
+    assert torch.equal(plain.class_embed[0].weight, second.class_embed[0].weight)
+    nn.init.normal_(plain.class_embed[1].weight)
+    with pytest.raises(ValueError, match='missing: 6, such as class_embed_o2m'):
+        load_checkpoint(second, plain.state_dict())
+    load_checkpoint(second, plain.state_dict(), resize=True)
+    assert torch.equal(second.class_embed_o2m[1].weight, plain.class_embed[1].weight)
 
 
 class CountCalls(TorchDispatchMode):

@@ -1,6 +1,7 @@
 """Recipes in scripts/: each builds the model that it names."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -28,6 +29,23 @@ RECIPES = {
     'r50_ms_detr_pp_900': (54_024_025, 12, 11),
     'r50_ms_detr_a_300': (47_625_595, 12, 11),
 }
+# Arguments of the official scripts behind the recipes that train with more than one-to-one supervision.
+BASE = '--with_box_refine --two_stage --dim_feedforward 2048'
+TRICKS = '--dropout 0.0 --mixed_selection --look_forward_twice'
+HYBRID = '--num_queries_one2one 300 --num_queries_one2many 1500 --k_one2many 6 --lambda_one2many 1.0'
+MIXED = (
+    '--use_ms_detr --use_aux_ffn --cls_loss_coef 1 --o2m_cls_loss_coef 2 --enc_cls_loss_coef 2 --enc_bbox_loss_coef 5 '
+    '--enc_giou_loss_coef 2'
+)
+OFFICIAL = {
+    'r50_two_stage_deformable_detr': BASE,
+    'r50_two_stage_deformable_detr_tricks': f'{BASE} {TRICKS}',
+    'r50_h_deformable_detr': f'{BASE} {TRICKS} {HYBRID}',
+    'r50_ms_detr_300': f'{BASE} {MIXED} --num_queries 300',
+    'r50_ms_detr_pp_300': f'{BASE} {TRICKS} {MIXED} --num_queries 300',
+    'r50_ms_detr_pp_900': f'{BASE} {TRICKS} {MIXED} --num_queries 900 --topk_eval 300',
+    'r50_ms_detr_a_300': f'{BASE} --use_ms_detr --cls_loss_coef 1 --o2m_cls_loss_coef 2 --num_queries 300 --ms_variant a',
+}
 
 
 def flags_of(script: Path, *more: str) -> list[str]:
@@ -54,4 +72,9 @@ def test_recipe_builds_the_official_model(path: Path) -> None:
     assert (args.lr, args.lr_backbone, args.epochs, args.lr_drop) == (2e-4, 2e-5, epochs, lr_drop)
     model = build_model(args)[0]
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    if official := OFFICIAL.get(re.sub(r'_\d+ep$', '', path.stem)):
+        schedule = ['--epochs', str(epochs), '--lr_drop', str(lr_drop), '--backbone_weights', 'none']
+        meant = resolve_args(get_args_parser().parse_args([*official.split(), *schedule]))
+        differing = {key for key, value in vars(meant).items() if vars(args)[key] != value}
+        assert differing == {'output_dir', 'coco_path'}
     assert 'AP on COCO val2017' in path.read_text().splitlines()[1], 'the head says what to expect'

@@ -1,9 +1,9 @@
 """
 Compare how runs of main.py converged: one picture and one Markdown table.
 
-  python tools/compare_runs.py output/compare/*/seed* --output output/compare
+  python tools/compare_runs.py output/compare/{plain,hybrid}/seed* --output output/compare
 
-Runs in folders NAME/seedN are repetitions of NAME: their mean is drawn, and the range between them. A run trained
+The first is what the others are compared with. Runs in folders NAME/seedN are repetitions of NAME: their mean is drawn, and the range between them. A run trained
 with --save_every 1 also shows, from its checkpoints and the validation pictures, how many objects change the query
 that answers for them from one epoch to the next (the instability of DN-DETR, arXiv:2203.01305, Sec. 3.2; in two
 stages a query is a rank among the proposals), and how many objects are found more than once.

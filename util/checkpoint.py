@@ -23,6 +23,10 @@ from torch import Tensor, nn
 from util.files import save_atomically
 from util.foreign_names import COCO_IDS, spread_coco_classes, to_official
 
+# Our query sources, and what MS-DETR reads its queries a second time with.
+TRAINING_ONLY = (
+    r'query_sources\.|class_embed_o2m\.|transformer\.decoder\.layers\.\d+\.(linear3|linear4|norm4)\.'
+)
 RESIZABLE = ('class_embed', 'query_embed')  # what --pretrained may take from a model of another size
 
 
@@ -85,11 +89,15 @@ def download(url: str) -> Path:
     return path
 
 
-def load_checkpoint(model: nn.Module, source: str | Path | dict, resize: bool = False) -> Report:
+def load_checkpoint(
+    model: nn.Module, source: str | Path | dict, resize: bool = False, resume: bool = False
+) -> Report:
     """Fill a model from a path, an address, a checkpoint or a state dict, whatever project's names it uses.
 
-    resize: class heads and queries of another number are re-initialised (queries: filled as far as they go)
-    and listed.
+    Queries that only trained beside the inference group are left out where the flags in the file tell which they
+    are, and so are heads and layers that only training reads. resize: class heads and queries of another number are
+    re-initialised (queries: filled as far as they go) and listed. resume: the state of an optimizer follows, so
+    queries must be those of the run.
 
     ValueError: an entry is missing, left over or of another shape; the message lists them. The model is
     untouched then.
@@ -101,16 +109,21 @@ def load_checkpoint(model: nn.Module, source: str | Path | dict, resize: bool = 
     ours = model.state_dict()
     trained = checkpoint.get('args', {})
     trained = vars(trained) if isinstance(trained, argparse.Namespace) else trained
-    check_layer_order(model, trained, state)
+    check_layer_order(model, layout, trained, state)
     rows = [len(entries.get('class_embed.0.bias', ())) for entries in (state, ours)]
     if layout == 'detrex' and rows == [len(COCO_IDS), 91]:
         state = spread_coco_classes(state, 91)
     queries = trained.get('num_queries_one2one', trained.get('num_queries'))
-    if 'query_embed.weight' in state and queries == len(ours.get('query_embed.weight', ())):
+    if not resume and 'query_embed.weight' in state and queries == len(ours.get('query_embed.weight', ())):
         state['query_embed.weight'] = state['query_embed.weight'][:queries]  # the inference group comes first
     state = {name: value for name, value in state.items() if not is_dropped(name, ours)}
     wrong_shape = [name for name in state if name in ours and state[name].shape != ours[name].shape]
     refused = [name for name in wrong_shape if not (resize and name.startswith(RESIZABLE))]
+    if resize:  # second class heads begin as the first
+        for name in ours:
+            first = name.replace('class_embed_o2m', 'class_embed')
+            if name not in state and first in state and state[first].shape == ours[name].shape:
+                state[name] = state[first]
     missing = [name for name in ours if name not in state and not name.startswith('query_sources.')]
     unexpected = [name for name in state if name not in ours]
     if missing or unexpected or refused:
@@ -123,18 +136,21 @@ def load_checkpoint(model: nn.Module, source: str | Path | dict, resize: bool = 
 
 def is_dropped(name: str, ours: dict[str, Tensor]) -> bool:
     """Entries that a model does not need: counters of frozen norms, and what only training needs."""
-    return name not in ours and (
-        name.endswith('num_batches_tracked') or name.startswith(('query_sources.', 'class_embed_o2m.'))
-    )
+    return name not in ours and (name.endswith('num_batches_tracked') or bool(re.match(TRAINING_ONLY, name)))
 
 
-def check_layer_order(model: nn.Module, trained: dict, state: dict[str, Tensor]) -> None:
-    """MS-DETR's layers read the memory first, which no name tells: the flags of the run do, where a file has them."""
-    if 'use_ms_detr' not in trained:
-        return
+def check_layer_order(model: nn.Module, layout: str, trained: dict, state: dict[str, Tensor]) -> None:
+    """MS-DETR's layers read the memory first. Its auxiliary block tells so; without it the flags of the run do, and
+    files without flags are taken at their word.
+    """
     ours = any(getattr(module, 'reads_memory_first', False) for module in model.modules())
-    theirs = trained['use_ms_detr'] and not any(name.startswith('class_embed_o2m.') for name in state)
-    if ours != bool(theirs):
+    if any('.linear3.' in name for name in state):
+        theirs = True
+    elif trained or layout != 'official':
+        theirs = bool(trained.get('use_ms_detr')) and not any('class_embed_o2m' in name for name in state)
+    else:
+        return
+    if ours != theirs:
         raise ValueError(
             f'the checkpoint was trained {"with" if theirs else "without"} --use_ms_detr, which moves the cross-attention '
             f'of a decoder layer in front of its self-attention: {"add it" if theirs else "leave it out"}'

@@ -51,7 +51,8 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
         source = 'one2one, read twice'
         table['o2m'] = replace(one2one, matcher=matcher, coef=coef, source=source, merge=merge)
     if args.group_detr > 1:
-        table['one2one'] = replace(one2one, scale=1 / args.group_detr)
+        coef = {term: value / args.group_detr for term, value in one2one.coef.items()}
+        table['one2one'] = replace(one2one, coef=coef)
     for group in range(1, args.group_detr):
         num_queries[f'group{group}'] = args.num_queries
         table[f'group{group}'] = table['one2one']
