@@ -22,9 +22,10 @@ class SecondReading:
     """
 
     reads_memory_first = True
-    norm4: nn.LayerNorm | None = None
+    has_aux_ffn = False
 
     def add_aux_ffn(self, d_model: int, dim_feedforward: int, dropout: float) -> None:
+        self.has_aux_ffn = True
         self.linear3 = nn.Linear(d_model, dim_feedforward)
         self.dropout5 = nn.Dropout(dropout)
         self.linear4 = nn.Linear(dim_feedforward, d_model)
@@ -33,7 +34,7 @@ class SecondReading:
 
     def second_reading(self, x: Tensor) -> Tensor:
         """What the heads read, from the state between cross-attention and self-attention; [B, Q, C]."""
-        if self.norm4 is None:
+        if not self.has_aux_ffn:
             return x
         hidden = self.linear4(self.dropout5(F.relu(self.linear3(x))))
         return self.norm4(x + self.dropout6(hidden))
