@@ -307,7 +307,7 @@ def test_the_ledger_names_every_kind() -> None:
     assert 'on anchors' in text and 'one2one, read twice' in text and 'from 0.4' in text
     assert text.count('3 x  ') == 4, 'decoder layers'
     tally = Counter({'one2one': 4.0, 'o2m': 10.0, 'objects': 4})
-    averages = {'loss_ce': 1.0, 'loss_ce_0': 1.0, 'loss_ce_1_o2m': 6.0, 'class_error': 50.0}
+    averages = {'loss_ce': 1.0, 'loss_ce_0': 1.0, 'loss_ce_1_o2m': 3.0, 'class_error': 50.0}
     found = epoch_ledger(criterion.table, criterion.weight_dict, tally, averages)
     assert found == {
         'positives_one2one': 1.0, 'positives_o2m': 2.5, 'share_one2one': 0.25, 'share_o2m': 0.75,
