@@ -52,7 +52,14 @@ FAMILIES = DENSE | {
     'all, conditional': MIXED
     | {'conditional': True, 'hybrid_queries': 24, 'group_detr': 2, 'use_indices_merge': True},
 }
-family = pytest.mark.parametrize('flags', FAMILIES.values(), ids=FAMILIES)
+SLOW_FAMILIES = ('hybrid', 'mixed, variant a, one stage')
+family = pytest.mark.parametrize(
+    'flags',
+    [
+        pytest.param(flags, id=name, marks=pytest.mark.slow if name in SLOW_FAMILIES else ())
+        for name, flags in FAMILIES.items()
+    ],
+)
 dense = pytest.mark.parametrize('flags', DENSE.values(), ids=DENSE)
 
 

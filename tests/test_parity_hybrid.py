@@ -92,7 +92,16 @@ def precision() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope='module', params=CASES, ids=lambda path: path.stem)
+QUICK = ('r50_onestage_hybrid', 'r50_hybrid_notricks_overflow')
+
+
+@pytest.fixture(
+    scope='module',
+    params=[
+        pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
+        for path in CASES
+    ],
+)
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 

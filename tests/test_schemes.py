@@ -44,7 +44,8 @@ SCHEMES = {
     'mixed': {'use_ms_detr': True, 'use_aux_ffn': True},
     'groups': {'group_detr': 2},
 }
-MIXES = [*combinations(SCHEMES, 1), *combinations(SCHEMES, 2), tuple(SCHEMES)]
+PARTS = [*combinations(SCHEMES, 1), *combinations(SCHEMES, 2)]
+MIXES = [tuple(SCHEMES), *(pytest.param(names, marks=pytest.mark.slow) for names in PARTS)]
 
 
 def flags_of(base: str, names: tuple[str, ...]) -> dict:

@@ -29,6 +29,7 @@ RECIPES = {
     'r50_ms_detr_pp_900': (54_024_025, 12, 11),
     'r50_ms_detr_a_300': (47_625_595, 12, 11),
 }
+QUICK = ('r50_deformable_detr', 'r50_h_deformable_detr_12ep', 'r50_ms_detr_pp_900')
 # Arguments of the official scripts behind the recipes that train with more than one-to-one supervision.
 BASE = '--with_box_refine --two_stage --dim_feedforward 2048'
 TRICKS = '--dropout 0.0 --mixed_selection --look_forward_twice'
@@ -63,7 +64,13 @@ def flags_of(script: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='recipes are shell scripts')
-@pytest.mark.parametrize('path', sorted(SCRIPTS.glob('r50*.sh')), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    'path',
+    [
+        pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
+        for path in sorted(SCRIPTS.glob('r50*.sh'))
+    ],
+)
 def test_recipe_builds_the_official_model(path: Path) -> None:
     flags = flags_of(path, '--coco_path', 'DATA', '--backbone_weights', 'none')
     args = resolve_args(get_args_parser().parse_args(flags))

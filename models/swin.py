@@ -1,0 +1,229 @@
+"""
+Swin Transformer (arXiv:2103.14030) as detectors use it: any picture size, a norm for each map that is read, official
+parameter names.
+
+It differs from the classifier of the same name: maps are padded before they are shifted, and the shift stays on where
+one window covers the whole map. torchvision's switches it off there, timm's shifts before it pads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from .transformer import call_layer
+
+
+@dataclass(frozen=True)
+class SwinSize:
+    embed_dim: int
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    window_size: int
+
+
+SWIN_SIZES = {
+    'swin_tiny': SwinSize(96, (2, 2, 6, 2), (3, 6, 12, 24), 7),
+    'swin_small': SwinSize(96, (2, 2, 18, 2), (3, 6, 12, 24), 7),
+    'swin_base': SwinSize(128, (2, 2, 18, 2), (4, 8, 16, 32), 7),
+    'swin_base_window12': SwinSize(128, (2, 2, 18, 2), (4, 8, 16, 32), 12),
+    'swin_large': SwinSize(192, (2, 2, 18, 2), (6, 12, 24, 48), 7),
+    'swin_large_window12': SwinSize(192, (2, 2, 18, 2), (6, 12, 24, 48), 12),
+}
+FORBIDDEN = -100.0  # added to the logits of tokens that the shift has made neighbours
+
+
+class PatchEmbed(nn.Module):
+    """4 x 4 pixels to a token, zeros beyond the right and bottom edge."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, kernel_size=4, stride=4)
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """[B, 3, H, W] to [B, ceil(H / 4), ceil(W / 4), C]."""
+        height, width = pictures.shape[-2:]
+        padded = F.pad(pictures, (0, -width % 4, 0, -height % 4))
+        return self.norm(self.proj(padded).permute(0, 2, 3, 1))
+
+
+class WindowAttention(nn.Module):
+    """Attention within windows of `window_size` squared tokens, every second block shifted by half a window."""
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, shift: int) -> None:
+        super().__init__()
+        self.num_heads, self.window_size, self.shift = num_heads, window_size, shift
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
+        place = torch.stack(torch.meshgrid(*[torch.arange(window_size)] * 2, indexing='ij'), dim=-1).flatten(
+            0, 1
+        )
+        distance = place[:, None] - place[None] + window_size - 1  # [N, N, 2] y, x
+        index = distance[..., 0] * (2 * window_size - 1) + distance[..., 1]
+        self.register_buffer('relative_position_index', index)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] to the same."""
+        height, width = x.shape[1:3]
+        size, shift = self.window_size, self.shift
+        x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
+        padded = x.shape[1:3]
+        if shift:
+            x = x.roll((-shift, -shift), dims=(1, 2))
+        x = self.merge(self.attend(self.partition(x), padded), padded)
+        if shift:
+            x = x.roll((shift, shift), dims=(1, 2))
+        return x[:, :height, :width]
+
+    def partition(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] to windows [B, windows, N, C], row by row."""
+        size = self.window_size
+        x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))  # [B, rows, size, columns, size, C]
+        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    def merge(self, windows: Tensor, padded: tuple[int, int]) -> Tensor:
+        size = self.window_size
+        x = windows.unflatten(2, (size, size)).unflatten(1, (padded[0] // size, -1))
+        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    def attend(self, windows: Tensor, padded: tuple[int, int]) -> Tensor:
+        """windows: [B, windows, N, C]."""
+        q, k, v = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # [M, N, N]
+        if self.shift:
+            bias = bias + self.mask(padded, bias)[:, None]  # [windows, M, N, N]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        return self.proj(attended.transpose(2, 3).flatten(3))
+
+    def mask(self, padded: tuple[int, int], like: Tensor) -> Tensor:
+        """[windows, N, N]: FORBIDDEN between tokens that come from different sides of the map."""
+        regions = []
+        for side in padded:
+            place = torch.arange(side, device=like.device)
+            regions.append((place >= side - self.window_size).int() + (place >= side - self.shift).int())
+        labels = 3 * regions[0][:, None] + regions[1]  # [H, W]
+        labels = self.partition(labels[None, ..., None])[0, ..., 0]  # [windows, N]
+        apart = labels[:, :, None] != labels[:, None]
+        return torch.zeros_like(apart, dtype=like.dtype).masked_fill(apart, FORBIDDEN)
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwinBlock(nn.Module):
+    def __init__(self, dim: int, num_heads: int, window_size: int, shift: int, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, num_heads, window_size, shift)
+        self.drop_path = StochasticDepth(drop_path, 'row')  # whole branches of single pictures
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] to the same."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchMerging(nn.Module):
+    """Half the height and width (rounded up, zeros beyond), twice the channels."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        parts = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        return self.reduction(self.norm(torch.cat(parts, dim=-1)))
+
+
+class SwinStage(nn.Module):
+    def __init__(
+        self, dim: int, num_heads: int, window_size: int, drop_paths: list[float], last: bool
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            SwinBlock(dim, num_heads, window_size, window_size // 2 * (index % 2), drop_path)
+            for index, drop_path in enumerate(drop_paths)
+        )
+        self.downsample = None if last else PatchMerging(dim)
+
+
+class SwinTransformer(nn.Module):
+    """Pictures to the normed maps of some stages.
+
+    stages: 1 to 4, of strides 4, 8, 16, 32. drop_path_rate: of the last block; it grows from 0 over all blocks.
+    use_checkpoint: compute activations of blocks again in the backward pass.
+    """
+
+    def __init__(
+        self, size: SwinSize, stages: range, drop_path_rate: float = 0.2, use_checkpoint: bool = False
+    ) -> None:
+        super().__init__()
+        self.stages, self.use_checkpoint = stages, use_checkpoint
+        self.num_channels = [size.embed_dim * 2 ** (stage - 1) for stage in stages]
+        self.patch_embed = PatchEmbed(size.embed_dim)
+        rates = torch.linspace(0, drop_path_rate, sum(size.depths)).split(size.depths)
+        self.layers = nn.ModuleList(
+            SwinStage(size.embed_dim * 2**i, size.num_heads[i], size.window_size, rates[i].tolist(), i == 3)
+            for i in range(4)
+        )
+        for stage, channels in zip(stages, self.num_channels, strict=True):
+            self.add_module(f'norm{stage - 1}', nn.LayerNorm(channels))
+        self.apply(initialise)
+
+    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        """[B, 3, H, W] to maps [B, C, ceil(H / stride), ceil(W / stride)] by the number of their stage."""
+        x, maps = self.patch_embed(pictures), {}
+        for stage, layer in enumerate(self.layers[: self.stages[-1]], start=1):
+            for block in layer.blocks:
+                x = call_layer(block, self.use_checkpoint, x)
+            if stage in self.stages:
+                maps[str(stage)] = getattr(self, f'norm{stage - 1}')(x).permute(0, 3, 1, 2)
+            if layer.downsample is not None:
+                x = layer.downsample(x)
+        return maps
+
+
+def initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, WindowAttention):
+        nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+
+
+def fit_pretrained(state: dict[str, Tensor], model: SwinTransformer) -> dict[str, Tensor]:
+    """Entries of an official ImageNet file that a detector's backbone has, bias tables resized to its windows."""
+    ours = model.state_dict()
+    state = {name.removeprefix('module.'): value for name, value in state.items()}
+    fitting = {}
+    for name, value in state.items():
+        if name.endswith('relative_position_bias_table') and name in ours and value.shape != ours[name].shape:
+            value = resize_table(value, len(ours[name]))
+        if name in ours and not name.endswith('relative_position_index'):
+            fitting[name] = value
+    return fitting
+
+
+def resize_table(table: Tensor, rows: int) -> Tensor:
+    """[side^2, M] of one window size to [rows, M] of another, bicubic."""
+    sides = [round(number**0.5) for number in (len(table), rows)]
+    grid = table.T.unflatten(1, (sides[0], sides[0]))[None]
+    grid = F.interpolate(grid, size=(sides[1], sides[1]), mode='bicubic', align_corners=False)
+    return grid[0].flatten(1).T.contiguous()
