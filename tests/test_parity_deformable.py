@@ -85,7 +85,16 @@ class Case:
         return {self.first_names[name]: p for name, p in model.named_parameters()}
 
 
-@pytest.fixture(scope='module', params=CASES, ids=lambda path: path.stem)
+SLOW = ('ms_detr_300', 'ms_detr_a_300', 'ms_detr_pp_900')
+
+
+@pytest.fixture(
+    scope='module',
+    params=[
+        pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in SLOW else ())
+        for path in CASES
+    ],
+)
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 
