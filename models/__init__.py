@@ -240,6 +240,9 @@ def add_scheme_args(parser: ArgumentParser) -> None:
                         help='queries of that group (default: 1500 with --hybrid_k, else 0)')  # fmt: skip
     hybrid.add_argument('--hybrid_lambda', '--lambda_one2many', type=float, metavar='FACTOR',
                         help='of the losses of that group (default: 1)')  # fmt: skip
+    groups = parser.add_argument_group('groups of queries (Group DETR, arXiv:2207.13085; any family)')
+    groups.add_argument('--group_detr', default=1, type=int, metavar='G',
+                        help='G groups of --num_queries queries, each matched one-to-one (default: %(default)s)')  # fmt: skip
 
     mixed = parser.add_argument_group(
         'mixed supervision (MS-DETR, arXiv:2401.03989; Deformable or Conditional DETR)'
@@ -261,10 +264,6 @@ def add_scheme_args(parser: ArgumentParser) -> None:
                        help="weight of the class's probability in that score (default: %(default)s)")  # fmt: skip
     mixed.add_argument('--use_indices_merge', action='store_true',
                        help='pairs of the one-to-one matching are added, for queries that have none')  # fmt: skip
-    hybrid.add_argument('--group_detr', default=1, type=int, metavar='G',
-                        help='G groups of --num_queries queries, each matched one-to-one (Group DETR, arXiv:2207.13085; '
-                             'default: %(default)s)')  # fmt: skip
-
     for kind, title in (('o2m', 'second reading'), ('enc', 'proposals of two stages')):
         for term, default in (('cls', 2), ('bbox', 5), ('giou', 2)):
             otherwise = '' if kind == 'o2m' else f' with --use_ms_detr, else as --{term}_loss_coef'
@@ -412,19 +411,29 @@ def build_transformer(args: Namespace) -> Transformer:
     if args.family == 'detr':
         layer = TransformerDecoderLayer(*sizes, args.pre_norm)
         return Transformer(encoder, TransformerDecoder(layer, args.dec_layers, norm, args.use_checkpoint))
-    if not args.use_ms_detr:
-        layer = ConditionalDecoderLayer(*sizes)
-    elif args.ms_variant == 'a':
-        layer = TwiceReadConditionalDecoderLayer(*sizes)
-    else:
-        layer = MixedConditionalDecoderLayer(*sizes)
-        if args.use_aux_ffn:
-            layer.add_aux_ffn(args.hidden_dim, args.dim_feedforward, args.dropout)
+    layer = build_decoder_layer(
+        args,
+        (ConditionalDecoderLayer, TwiceReadConditionalDecoderLayer, MixedConditionalDecoderLayer),
+        sizes,
+    )
     decoder = ConditionalDecoder(layer, args.dec_layers, norm, args.pe_temperature, args.use_checkpoint)
     transformer = Transformer(encoder, decoder)
     if args.local_init:
         transformer.decoder.start_local(args.local_init)
     return transformer
+
+
+def build_decoder_layer(args: Namespace, layers: tuple[type[nn.Module], ...], sizes: tuple) -> nn.Module:
+    """layers: the plain one, and those of MS-DETR's variants a and b; sizes: arguments of each."""
+    plain, variant_a, variant_b = layers
+    if not args.use_ms_detr:
+        return plain(*sizes)
+    if args.ms_variant == 'a':
+        return variant_a(*sizes)
+    layer = variant_b(*sizes)
+    if args.use_aux_ffn:
+        layer.add_aux_ffn(args.hidden_dim, args.dim_feedforward, args.dropout)
+    return layer
 
 
 def build_deformable_transformer(args: Namespace) -> DeformableTransformer:
@@ -435,14 +444,8 @@ def build_deformable_transformer(args: Namespace) -> DeformableTransformer:
 
     encoder_layer = DeformableEncoderLayer(attention(args.enc_n_points), *sizes)
     encoder = DeformableEncoder(encoder_layer, args.enc_layers, args.use_checkpoint)
-    if not args.use_ms_detr:
-        decoder_layer = DeformableDecoderLayer(attention(args.dec_n_points), *sizes)
-    elif args.ms_variant == 'a':
-        decoder_layer = TwiceReadDecoderLayer(attention(args.dec_n_points), *sizes)
-    else:
-        decoder_layer = MixedDecoderLayer(attention(args.dec_n_points), *sizes)
-        if args.use_aux_ffn:
-            decoder_layer.add_aux_ffn(args.hidden_dim, *sizes)
+    layers = DeformableDecoderLayer, TwiceReadDecoderLayer, MixedDecoderLayer
+    decoder_layer = build_decoder_layer(args, layers, (attention(args.dec_n_points), *sizes))
     decoder = DeformableDecoder(decoder_layer, args.dec_layers, args.look_forward_twice, args.use_checkpoint)
     return DeformableTransformer(
         encoder, decoder, args.hidden_dim, args.num_feature_levels, args.two_stage, args.pe_temperature

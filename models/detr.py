@@ -85,5 +85,8 @@ class DETR(nn.Module):
         # The inference group once more, from the second reading, with the same references.
         hs = torch.stack([layer.hs_o2m for layer in layers])[shown]
         class_head = self.class_embed if self.class_embed_o2m is None else self.class_embed_o2m
-        boxes = add_reference(self.bbox_embed(hs), layers[-1].reference[:, : hs.shape[2]])
+        if self.class_embed_o2m is not None:  # variant a reads the same state, whose boxes are known
+            boxes = boxes[:, :, : hs.shape[2]]
+        else:
+            boxes = add_reference(self.bbox_embed(hs), layers[-1].reference[:, : hs.shape[2]])
         return predictions + split_predictions(class_head(hs), boxes, [QueryGroup('o2m', hs[-1])])

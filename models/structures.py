@@ -39,9 +39,8 @@ class Assignment:
     query: Tensor  # [M]
     target: Tensor  # [M], counts through the objects of the batch
     count: float  # of this process; averaged over processes, at least 1 in all
-    deciding: Tensor | None = (
-        None  # [M] bool, pairs that decide the class of their query; None: all, no query has two
-    )
+    # [M] bool, pairs that decide the class of their query; None: all do, no query has two
+    deciding: Tensor | None = None
 
 
 @dataclass

@@ -2,7 +2,7 @@
 # How fast do the ways of supervision learn? Trains small detectors on built-in pictures, every one with the same seeds
 # and the same pictures, and compares them: output/compare/comparison.png and comparison.md.
 #
-#   bash scripts/compare_schemes.sh                       about 40 minutes on two CPU cores
+#   bash scripts/compare_schemes.sh                       about 45 minutes on two CPU cores
 #   JOBS=4 SEEDS="0 1 2" bash scripts/compare_schemes.sh --epochs 16
 set -euo pipefail
 source "$(dirname "$0")/env.sh" requirements.txt

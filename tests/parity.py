@@ -29,6 +29,16 @@ def float64() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
+def to_targets(recorded: list[dict]) -> list[dict[str, Tensor]]:
+    return [
+        {
+            'labels': torch.tensor(target['labels'], dtype=torch.int64),
+            'boxes': torch.tensor(target['boxes'], dtype=torch.float64).reshape(-1, 4),
+        }
+        for target in recorded
+    ]
+
+
 @dataclass
 class Case:
     """A recorded case, and our model built and filled as its file says. Use under `float64()`."""
@@ -67,19 +77,23 @@ class Case:
 
     @property
     def targets(self) -> list[dict[str, Tensor]]:
-        return [
-            {
-                'labels': torch.tensor(target['labels'], dtype=torch.int64),
-                'boxes': torch.tensor(target['boxes'], dtype=torch.float64).reshape(-1, 4),
-            }
-            for target in self.record['targets']
-        ]
+        return to_targets(self.record['targets'])
 
     def train_losses(self) -> tuple[dict[str, Tensor], Tensor]:
         """Loss terms and total of a training pass."""
         model, criterion, _ = self.built
         losses = criterion(model.train()(self.samples, self.targets), self.targets)
         return losses, weighted_sum(losses, criterion.weight_dict)
+
+
+def check_losses(losses: dict[str, Tensor], weight_dict: dict[str, float], recorded: dict) -> Tensor:
+    """The same terms with the same values as `recorded`, and the same total, which is returned."""
+    assert set(losses) == set(recorded['losses'])
+    for name, value in recorded['losses'].items():
+        assert_close(losses[name], value, name)
+    total = weighted_sum(losses, weight_dict)
+    assert_close(total, recorded['total'], 'total')
+    return total
 
 
 def assert_close(ours: object, official: object, what: str, rtol: float = 1e-6, atol: float = 1e-9) -> None:

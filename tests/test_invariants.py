@@ -396,15 +396,16 @@ def module_level_imports(path: Path) -> Iterator[str]:
             yield from ('.' * node.level + f'{node.module or ""}.{alias.name}' for alias in node.names)
 
 
-def test_groups_of_queries_are_each_matched_alone() -> None:
+@pytest.mark.parametrize('flags', [{'deformable': True}, {}], ids=['deformable', 'detr'])
+def test_groups_of_queries_are_each_matched_alone(flags: dict) -> None:
     """Group DETR: the losses are the mean over groups of what each would have alone."""
     with float64():
-        model, criterion, _ = build({'deformable': True, 'group_detr': 3, 'dropout': 0.0})
+        model, criterion, _ = build(flags | {'group_detr': 3, 'dropout': 0.0})
         targets = random_targets(3, 2)
         outputs = model.train()([torch.randn(3, 64, 64), torch.randn(3, 64, 96)], targets)
         losses = criterion(outputs, targets)
         total = weighted_sum(losses, criterion.weight_dict)
-        _, plain, _ = build({'deformable': True})
+        _, plain, _ = build(flags)
         alone = 0.0
         for name in ('one2one', 'group1', 'group2'):
             group = [replace(p, kind='one2one') for p in outputs['predictions'] if p.kind == name]

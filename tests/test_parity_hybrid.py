@@ -20,7 +20,7 @@ from models import build_model, resolve_args
 from models.heads import inverse_sigmoid
 from models.training.criterion import weighted_sum
 from tests import rule
-from tests.parity import assert_close, float64
+from tests.parity import assert_close, check_losses, float64, to_targets
 from tests.shared_data import SHARED, needs_shared
 from util.box_ops import box_iou
 from util.checkpoint import load_checkpoint
@@ -77,13 +77,7 @@ class Case:
 
     @property
     def targets(self) -> list[dict[str, Tensor]]:
-        return [
-            {
-                'labels': torch.tensor(target['labels'], dtype=torch.int64),
-                'boxes': torch.tensor(target['boxes'], dtype=torch.float64).reshape(-1, 4),
-            }
-            for target in self.record['targets']
-        ]
+        return to_targets(self.record['targets'])
 
 
 @pytest.fixture(autouse=True)
@@ -176,12 +170,7 @@ def test_training_equals_official(case: Case) -> None:
         boxes = last['one2many'].boxes[:, :: strides['one2many']]
         assert_close(boxes, case.arrays['train_pred_boxes_one2many'], 'one-to-many boxes', **CLOSE)
     losses = criterion(outputs, targets)
-    assert set(losses) == set(recorded['losses'])
-    for name, value in recorded['losses'].items():
-        assert_close(losses[name], value, name)
-    total = weighted_sum(losses, criterion.weight_dict)
-    assert_close(total, recorded['total'], 'total')
-    total.backward()
+    check_losses(losses, criterion.weight_dict, recorded).backward()
     gradients = {case.first_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert set(gradients) == set(case.record['grad_norms'])
     for name, value in case.record['grad_norms'].items():

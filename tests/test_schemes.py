@@ -24,7 +24,7 @@ from models.training import build_supervision
 from models.training.criterion import weighted_sum
 from models.training.ledger import epoch_ledger, ledger_text, supervision_table
 from models.training.matcher import OneToManyMatcher, Targets, merge, stack_predictions
-from tests.parity import float64
+from tests.parity import float64, to_targets
 from tests.reference_criterion import hybrid_batch, reference_losses
 from tests.shared_data import SHARED, needs_shared, read_shared
 from tests.test_invariants import SMALL, CountSyncs, random_targets
@@ -66,13 +66,7 @@ def test_one_to_many_matcher_equals_official(name: str) -> None:
     with np.load(SHARED / 'parity/ms_detr/matcher_one_to_many.npz') as archive:
         arrays = {key: torch.from_numpy(value) for key, value in archive.items()}
     prediction = Prediction(arrays[f'{name}__pred_logits'], arrays[f'{name}__pred_boxes'])
-    targets = [
-        {
-            'labels': torch.tensor(target['labels'], dtype=torch.int64),
-            'boxes': torch.tensor(target['boxes'], dtype=torch.float64).reshape(-1, 4),
-        }
-        for target in case['targets']
-    ]
+    targets = to_targets(case['targets'])
     matcher = OneToManyMatcher(case['k'], case['threshold'])
     scores = matcher.cost(stack_predictions([prediction]), Targets.pack(targets))[0]
     torch.manual_seed(case['torch_manual_seed'])

@@ -14,7 +14,6 @@ import json
 import math
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +97,8 @@ def read_run(folder: Path) -> list[Epoch]:
         loss = sum(weight * record[f'train_loss_{term}'] for weight, term in terms)
         stats = record.get('test_coco_eval_bbox', [None, None])
         epochs.append(Epoch(record['epoch'] + 1, pictures, minutes, loss, *stats[:2]))
+    if not epochs:
+        raise ValueError(f'{log} is empty: the run has finished no epoch')
     return epochs
 
 
@@ -220,15 +221,14 @@ def spread(values: list[float | None]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    schemes: dict[str, Scheme] = defaultdict(lambda: Scheme(''))
+    schemes: dict[str, Scheme] = {}
     device = choose_device(args.device)
     for folder in map(Path, args.runs):
         epochs = read_run(folder)
         if not args.logs_only:
             read_checkpoints(folder, epochs, device)
-        scheme = schemes[scheme_name(folder)]
-        scheme.name = scheme_name(folder)
-        scheme.runs.append(epochs)
+        name = scheme_name(folder)
+        schemes.setdefault(name, Scheme(name)).runs.append(epochs)
         print(f'{folder}: {len(epochs)} epochs', flush=True)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
