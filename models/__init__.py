@@ -2,7 +2,7 @@
 
 import copy
 import math
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
 from torch import nn
 
@@ -17,6 +17,7 @@ from .deformable_transformer import (
     DeformableTransformer,
 )
 from .detr import DETR
+from .dino import DinoDecoder, DinoTransformer
 from .heads import box_head, class_head
 from .ms_detr import (
     MixedConditionalDecoderLayer,
@@ -26,7 +27,13 @@ from .ms_detr import (
 )
 from .ops.modules import MSDeformAttn
 from .position_encoding import build_position_encoding
-from .postprocess import NMSPostProcess, SoftmaxPostProcess, TopKPostProcess
+from .postprocess import (
+    CandidatePostProcess,
+    NMSPostProcess,
+    SoftmaxPostProcess,
+    SoftNMSPostProcess,
+    TopKPostProcess,
+)
 from .transformer import (
     Transformer,
     TransformerDecoder,
@@ -40,6 +47,9 @@ FAMILY_DEFAULTS = {
     'detr': {
         'num_queries': 100,
         'dim_feedforward': 2048,
+        'dropout': 0.1,
+        'pe_temperature': 10000.0,
+        'topk_eval': 100,
         'set_cost_class': 1.0,
         'cls_loss_coef': 1.0,
         'lr': 1e-4,
@@ -53,6 +63,9 @@ FAMILY_DEFAULTS = {
     'conditional': {
         'num_queries': 300,
         'dim_feedforward': 2048,
+        'dropout': 0.1,
+        'pe_temperature': 10000.0,
+        'topk_eval': 100,
         'set_cost_class': 2.0,
         'cls_loss_coef': 2.0,
         'lr': 1e-4,
@@ -66,6 +79,9 @@ FAMILY_DEFAULTS = {
     'deformable': {
         'num_queries': 300,
         'dim_feedforward': 1024,
+        'dropout': 0.1,
+        'pe_temperature': 10000.0,
+        'topk_eval': 100,
         'num_feature_levels': 4,
         'set_cost_class': 2.0,
         'cls_loss_coef': 2.0,
@@ -78,10 +94,26 @@ FAMILY_DEFAULTS = {
         'save_every': 5,
     },
 }
+# Deformable DETR with DINO's decoder.
+FAMILY_DEFAULTS['dino'] = FAMILY_DEFAULTS['deformable'] | {
+    'num_queries': 900,
+    'dim_feedforward': 2048,
+    'dropout': 0.0,
+    'pe_temperature': 20.0,
+    'topk_eval': 300,
+    'cls_loss_coef': 1.0,
+    'lr_linear_proj_names': [],
+    'epochs': 12,
+    'lr_drop': 11,
+}
+# What --dino is made of.
+DINO_FLAGS = ('with_box_refine', 'two_stage', 'mixed_selection', 'look_forward_twice')
 # Any of these makes the model a Deformable DETR.
 DEFORMABLE_FLAGS = (
-    'deformable', 'with_box_refine', 'two_stage', 'mixed_selection', 'look_forward_twice', 'num_feature_levels',
+    'deformable', *DINO_FLAGS, 'num_feature_levels', 'dino', 'dn_number', 'co_aux_heads',
 )  # fmt: skip
+# IoU above which detections of an auxiliary head suppress one another.
+AUXILIARY_HEADS = {'faster_rcnn': 0.5, 'atss': 0.6}
 # So do these and --use_ms_detr, unless --conditional is there; H-DETR's even at 0, as in its baselines.
 HYBRID_FLAGS = ('hybrid_k', 'hybrid_queries', 'hybrid_lambda')
 # Names of official namespaces (as in their checkpoints) -> ours.
@@ -136,6 +168,15 @@ def add_model_args(parser: ArgumentParser) -> None:
     deformable.add_argument('--num_feature_levels', type=int,
                             help='feature maps: 1 = the last of the backbone, else all from its second stage on and '
                                  'strided ones beyond (default: 4)')  # fmt: skip
+    deformable.add_argument('--finest_stride', type=int, choices=(4, 8),
+                            help='of several feature maps: 4 adds that of the first stage of the backbone (default: 8; with '
+                                 '--dino and 5 or more levels 4)')  # fmt: skip
+    deformable.add_argument('--input_proj_bias', action=BooleanOptionalAction,
+                            help='the projections of feature maps have biases (default: as official: without with --dino '
+                                 'or --co_aux_heads)')  # fmt: skip
+    deformable.add_argument('--dino', action='store_true',
+                            help="DINO's decoder (arXiv:2203.03605): positions follow from the boxes, proposals are chosen by "
+                                 'their best class; implies two stages and all flags above that change them')  # fmt: skip
     for part in ('enc', 'dec'):
         deformable.add_argument(
             f'--{part}_n_points',
@@ -162,9 +203,9 @@ def add_model_args(parser: ArgumentParser) -> None:
                           help='positional encoding of the picture; v2 = sine, v3 = learned (default: %(default)s)')  # fmt: skip
     backbone.add_argument(
         '--pe_temperature',
-        default=10000,
         type=float,
-        help='of sine encodings; about 20 resolves places better where there are few tokens (default: %(default)s)',
+        help='of sine encodings; about 20 resolves places better where there are few tokens '
+        f'(default: {family_default("pe_temperature")})',
     )
 
     backbone.add_argument('--position_embedding_scale', default=2 * math.pi, type=float,
@@ -178,9 +219,8 @@ def add_model_args(parser: ArgumentParser) -> None:
     model.add_argument(
         '--hidden_dim', default=256, type=int, help='width of tokens and queries (default: %(default)s)'
     )
-    model.add_argument(
-        '--dropout', default=0.1, type=float, help='dropout probability (default: %(default)s)'
-    )
+    model.add_argument('--dropout', type=float,
+                       help=f'dropout probability (default: {family_default("dropout")}; 0 with --co_aux_heads)')  # fmt: skip
     model.add_argument('--nheads', default=8, type=int, help='attention heads (default: %(default)s)')
     model.add_argument('--num_queries', '--num_queries_one2one', type=int,
                        help=f'object queries, the most boxes a picture can get (default: {family_default("num_queries")})')  # fmt: skip
@@ -192,10 +232,20 @@ def add_model_args(parser: ArgumentParser) -> None:
     add_scheme_args(parser)
 
     detections = parser.add_argument_group('detections')
-    detections.add_argument('--topk_eval', '--topk', default=100, type=int,
-                            help='detections kept a picture (not DETR, which gives one a query; default: %(default)s)')  # fmt: skip
+    detections.add_argument('--topk_eval', '--topk', type=int,
+                            help='detections kept a picture (not DETR, which gives one a query; '
+                                 f'default: {family_default("topk_eval")})')  # fmt: skip
     detections.add_argument('--nms_iou_threshold', type=float,
                             help='suppress overlapping detections of a class above this IoU (not DETR; default: none are)')  # fmt: skip
+    detections.add_argument('--soft_nms_threshold', type=float,
+                            help='lower the scores of detections of a class that overlap a better one by this IoU or more '
+                                 '(Deformable DETR; 0: do not; default: 0.8 with --dino, else 0)')  # fmt: skip
+    detections.add_argument('--clamp_boxes', action=BooleanOptionalAction,
+                            help='cut detections off at the edges of the picture (default: as official: with --dino or '
+                                 '--co_aux_heads)')  # fmt: skip
+    detections.add_argument('--eval_module', default='detr', choices=('detr', *AUXILIARY_HEADS),
+                            help='who detects outside training: the decoder, or one of --co_aux_heads by itself '
+                                 '(default: %(default)s)')  # fmt: skip
 
     matching = parser.add_argument_group('matching costs')
     matching.add_argument('--set_cost_class', type=float,
@@ -222,6 +272,9 @@ def add_model_args(parser: ArgumentParser) -> None:
     )
     loss.add_argument('--eos_coef', default=0.1, type=float,
                       help="weight of the class 'no object' (DETR only; default: %(default)s)")  # fmt: skip
+    loss.add_argument('--class_loss', choices=('focal', 'quality_focal'),
+                      help='of sigmoid classes; quality_focal asks a positive for the IoU of its box (default: quality_focal '
+                           'with --dino, else focal)')  # fmt: skip
     loss.add_argument('--focal_alpha', default=0.25, type=float,
                       help='weight of positives in the focal loss (not DETR; default: %(default)s)')  # fmt: skip
 
@@ -243,6 +296,33 @@ def add_scheme_args(parser: ArgumentParser) -> None:
     groups = parser.add_argument_group('groups of queries (Group DETR, arXiv:2207.13085; any family)')
     groups.add_argument('--group_detr', default=1, type=int, metavar='G',
                         help='G groups of --num_queries queries, each matched one-to-one (default: %(default)s)')  # fmt: skip
+
+    denoising = parser.add_argument_group(
+        'contrastive denoising (DINO, arXiv:2203.03605; Deformable DETR in two stages)'
+    )
+    denoising.add_argument('--dn_number', default=0, type=int, metavar='N',
+                           help='queries that mend noised objects, about N positives and N negatives a picture; 0 = none, '
+                                'usual: 100')  # fmt: skip
+    denoising.add_argument('--dn_label_noise_ratio', default=0.5, type=float,
+                           help='half of it is the share of labels that are drawn anew (default: %(default)s)')  # fmt: skip
+    denoising.add_argument('--dn_box_noise_scale', default=1.0, type=float,
+                           help='largest move of a corner, in halves of the sides (default: %(default)s)')  # fmt: skip
+
+    collaborative = parser.add_argument_group(
+        'collaborative heads (Co-DETR, arXiv:2211.12860; Deformable DETR in two stages)'
+    )
+    collaborative.add_argument('--co_aux_heads', nargs='+', default=[], choices=AUXILIARY_HEADS, metavar='HEAD',
+                               help="detectors that train on the encoder's output, and whose positives become decoder "
+                                    'queries: faster_rcnn, atss, or both')  # fmt: skip
+    collaborative.add_argument('--lambda_1', default=1.0, type=float,
+                               help='of the losses of those queries (default: %(default)s)')  # fmt: skip
+    collaborative.add_argument('--lambda_2', default=2.0, type=float,
+                               help="of the heads' own losses, times --dec_layers (default: %(default)s)")  # fmt: skip
+    collaborative.add_argument('--max_pos_coords', default=300, type=int,
+                               help='positives of a head and picture that become queries, at most (default: %(default)s)')  # fmt: skip
+    collaborative.add_argument('--with_coord_feat', action=BooleanOptionalAction,
+                               help='the content of those queries also has the feature that the head saw (default: yes, no '
+                                    'with --dino)')  # fmt: skip
 
     mixed = parser.add_argument_group(
         'mixed supervision (MS-DETR, arXiv:2401.03989; Deformable or Conditional DETR)'
@@ -289,10 +369,15 @@ def resolve_args(args: Namespace) -> Namespace:
     hybrid = any(flag in given for flag in HYBRID_FLAGS)
     deformable = deformable or hybrid or given.get('use_ms_detr')
     family = 'conditional' if given.get('conditional') else 'deformable' if deformable else 'detr'
-    family_defaults = FAMILY_DEFAULTS[family] | ({'dim_feedforward': 2048} if hybrid else {})
+    family_defaults = FAMILY_DEFAULTS['dino' if given.get('dino') else family]
+    if hybrid or given.get('co_aux_heads'):
+        family_defaults = family_defaults | {'dim_feedforward': 2048}
+    if given.get('co_aux_heads'):
+        family_defaults = family_defaults | {'dropout': 0.0}
     resolved = Namespace(**{'num_classes': NUM_CLASSES} | defaults | vars(args) | family_defaults | given)
     resolved.family = family
     resolve_hybrid(resolved)
+    resolve_co_detr(resolved)
     for term, value in (('cls', 2.0), ('bbox', 5.0), ('giou', 2.0)):
         if getattr(resolved, f'enc_{term}_loss_coef') is None:
             usual = value if resolved.use_ms_detr else getattr(resolved, f'{term}_loss_coef')
@@ -311,6 +396,26 @@ def resolve_hybrid(args: Namespace) -> None:
         args.hybrid_k = 5 if args.hybrid_queries else 0
     if args.hybrid_lambda is None:
         args.hybrid_lambda = 1.0
+
+
+def resolve_co_detr(args: Namespace) -> None:
+    """What DINO's decoder and Co-DETR's heads change where nothing was given."""
+    if args.dino:
+        for flag in DINO_FLAGS:
+            setattr(args, flag, True)
+    co_detr = args.dino or bool(args.co_aux_heads)
+    many_levels = args.dino and args.num_feature_levels >= 5
+    defaults = {
+        'finest_stride': 4 if many_levels else 8,
+        'input_proj_bias': not co_detr,
+        'clamp_boxes': co_detr,
+        'soft_nms_threshold': 0.8 if args.dino else 0.0,
+        'class_loss': 'quality_focal' if args.dino else 'focal',
+        'with_coord_feat': not args.dino,
+    }
+    for flag, value in defaults.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
 
 
 def check_args(args: Namespace) -> None:
@@ -338,6 +443,7 @@ def check_args(args: Namespace) -> None:
             f'--dilation changes stage 4, but --backbone_stages is {args.backbone_stages}: give one of them'
         )
     check_scheme_args(args)
+    check_co_detr_args(args)
     for flag in (
         'enc_layers',
         'dec_layers',
@@ -346,6 +452,7 @@ def check_args(args: Namespace) -> None:
         'topk_eval',
         'o2m_matcher_k',
         'group_detr',
+        'max_pos_coords',
     ):
         if getattr(args, flag) < 1:
             raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
@@ -368,6 +475,41 @@ def check_scheme_args(args: Namespace) -> None:
         )
     if args.ms_variant == 'a' and not args.use_ms_detr:
         raise ValueError('--ms_variant a needs --use_ms_detr: add it')
+
+
+def check_co_detr_args(args: Namespace) -> None:
+    for flag in ('dn_number', 'co_aux_heads'):
+        if getattr(args, flag) and not args.two_stage:
+            raise ValueError(f'--{flag} needs --two_stage and --with_box_refine (or --dino): add them')
+    if len(set(args.co_aux_heads)) < len(args.co_aux_heads):
+        raise ValueError(f'--co_aux_heads {" ".join(args.co_aux_heads)} names a head twice')
+    unknown = set(args.co_aux_heads) - set(AUXILIARY_HEADS)
+    if unknown:
+        raise ValueError(
+            f'--co_aux_heads {unknown.pop()} is not known: choose of {", ".join(AUXILIARY_HEADS)}'
+        )
+    if args.eval_module not in ('detr', *args.co_aux_heads):
+        raise ValueError(
+            f'--eval_module {args.eval_module} is not among --co_aux_heads: add it there, or evaluate detr'
+        )
+    for flag in ('dn_number', 'dn_label_noise_ratio', 'dn_box_noise_scale', 'lambda_1', 'lambda_2'):
+        if getattr(args, flag) < 0:
+            raise ValueError(f'--{flag} must not be negative, as {getattr(args, flag)} is')
+    if args.dn_label_noise_ratio > 2:
+        raise ValueError(
+            f'--dn_label_noise_ratio {args.dn_label_noise_ratio}: half of it is a share, so 2 is the most'
+        )
+    if not 0 <= args.soft_nms_threshold <= 1:
+        raise ValueError(f'--soft_nms_threshold {args.soft_nms_threshold} must be between 0 and 1')
+    if args.soft_nms_threshold and args.nms_iou_threshold is not None:
+        raise ValueError(
+            '--soft_nms_threshold and --nms_iou_threshold are two ways of suppression: give one (--soft_nms_threshold 0 '
+            'turns that of --dino off)'
+        )
+    if args.family != 'deformable':
+        for flag, usual in (('soft_nms_threshold', 0), ('clamp_boxes', False), ('class_loss', 'focal')):
+            if getattr(args, flag) != usual:
+                raise ValueError(f'--{flag} is for Deformable DETR: leave it out')
 
 
 def check_deformable_args(args: Namespace) -> None:
@@ -395,8 +537,21 @@ def check_deformable_args(args: Namespace) -> None:
 
 def backbone_maps(args: Namespace) -> range:
     """Stages of the backbone whose maps the detector reads: the last, or all from the second on."""
-    several = args.family == 'deformable' and args.num_feature_levels != 1
-    return range(2 if several else args.backbone_stages, args.backbone_stages + 1)
+    if args.family != 'deformable' or args.num_feature_levels == 1:
+        first = args.backbone_stages
+    else:
+        first = 1 if args.finest_stride == 4 else 2
+    return range(first, args.backbone_stages + 1)
+
+
+def level_strides(args: Namespace) -> list[int]:
+    """Of the feature maps of Deformable DETR, finest first."""
+    strides = [2 ** (stage + 1) for stage in backbone_maps(args)]
+    if args.dilation:
+        strides[-1] //= 2
+    while len(strides) < args.num_feature_levels:
+        strides.append(2 * strides[-1])
+    return strides
 
 
 def build_transformer(args: Namespace) -> Transformer:
@@ -446,8 +601,11 @@ def build_deformable_transformer(args: Namespace) -> DeformableTransformer:
     encoder = DeformableEncoder(encoder_layer, args.enc_layers, args.use_checkpoint)
     layers = DeformableDecoderLayer, TwiceReadDecoderLayer, MixedDecoderLayer
     decoder_layer = build_decoder_layer(args, layers, (attention(args.dec_n_points), *sizes))
-    decoder = DeformableDecoder(decoder_layer, args.dec_layers, args.look_forward_twice, args.use_checkpoint)
-    return DeformableTransformer(
+    decoder_class, transformer_class = (
+        (DinoDecoder, DinoTransformer) if args.dino else (DeformableDecoder, DeformableTransformer)
+    )
+    decoder = decoder_class(decoder_layer, args.dec_layers, args.look_forward_twice, args.use_checkpoint)
+    return transformer_class(
         encoder, decoder, args.hidden_dim, args.num_feature_levels, args.two_stage, args.pe_temperature
     )
 
@@ -489,7 +647,7 @@ def build_detector(
             args.position_embedding,
             args.hidden_dim,
             temperature=args.pe_temperature,
-            offset=-0.5 if args.family == 'deformable' else 0.0,
+            offset=-0.5 if args.family == 'deformable' and not args.dino else 0.0,
             scale=args.position_embedding_scale,
         ),
     )
@@ -508,6 +666,8 @@ def build_detector(
             args.aux_loss,
             query_sources,
             copy.deepcopy(heads[0][: args.dec_layers]) if second_heads else None,
+            None if args.eval_module == 'detr' else args.eval_module,
+            args.input_proj_bias,
         )
     focal = args.family != 'detr'
     heads = (
@@ -539,6 +699,10 @@ def build_postprocessors(args: Namespace) -> dict[str, nn.Module]:
     """`bbox`: outputs to detections in pixels."""
     if args.family == 'detr':
         return {'bbox': SoftmaxPostProcess()}
+    if args.eval_module != 'detr':
+        return {'bbox': CandidatePostProcess(AUXILIARY_HEADS[args.eval_module])}
     if args.nms_iou_threshold is not None:
-        return {'bbox': NMSPostProcess(args.topk_eval, args.nms_iou_threshold)}
-    return {'bbox': TopKPostProcess(args.topk_eval)}
+        return {'bbox': NMSPostProcess(args.topk_eval, args.nms_iou_threshold, args.clamp_boxes)}
+    if args.soft_nms_threshold:
+        return {'bbox': SoftNMSPostProcess(args.topk_eval, args.soft_nms_threshold, args.num_queries)}
+    return {'bbox': TopKPostProcess(args.topk_eval, args.clamp_boxes)}

@@ -93,7 +93,8 @@ class ConditionalDecoderLayer(nn.Module):
         k = self.self_attn.split(self.sa_kcontent_proj(tgt) + self.sa_kpos_proj(query_pos))
         v = self.self_attn.split(self.sa_v_proj(tgt))
         attended = [
-            self.self_attn(q[:, :, run], k[:, :, run], v[:, :, run], hidden) for run, hidden in blocks
+            self.self_attn(q[:, :, block.queries], block.pick(k, dim=2), block.pick(v, dim=2), block.hidden)
+            for block in blocks
         ]
         return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
 

@@ -21,7 +21,8 @@ class DeformableDETR(nn.Module):
     group, the inference group first. mixed_selection: two-stage queries with learned content. query_sources:
     modules that add query groups (and losses) from memory and targets while training. aux_loss: predictions of
     every decoder layer, while training. class_embed_o2m: class heads of second readings (`models.ms_detr`); None:
-    those of the first.
+    those of the first. eval_module: the auxiliary head that finds the boxes outside training, instead of the decoder.
+    input_bias: the projections of the backbone's maps have biases.
     """
 
     def __init__(
@@ -36,6 +37,8 @@ class DeformableDETR(nn.Module):
         aux_loss: bool = True,
         query_sources: nn.ModuleDict | None = None,
         class_embed_o2m: nn.ModuleList | None = None,
+        eval_module: str | None = None,
+        input_bias: bool = True,
     ) -> None:
         super().__init__()
         self.transformer = transformer
@@ -44,7 +47,7 @@ class DeformableDETR(nn.Module):
         if mixed_selection or not two_stage:  # content alone, or position and content
             width = hidden_dim if two_stage else 2 * hidden_dim
             self.query_embed = nn.Embedding(sum(num_queries.values()), width)
-        self.input_proj = input_projections(backbone.num_channels, hidden_dim, num_levels)
+        self.input_proj = input_projections(backbone.num_channels, hidden_dim, num_levels, input_bias)
         self.backbone = backbone
         self.class_embed_o2m = class_embed_o2m
         self.query_sources = query_sources if query_sources is not None else nn.ModuleDict()
@@ -53,6 +56,7 @@ class DeformableDETR(nn.Module):
         self.two_stage = two_stage
         self.mixed_selection = mixed_selection
         self.aux_loss = aux_loss
+        self.eval_module = eval_module
 
     def forward(
         self, samples: NestedTensor | list[Tensor] | Tensor, targets: list[dict] | None = None
@@ -60,7 +64,9 @@ class DeformableDETR(nn.Module):
         """Pictures to class logits and boxes; arguments and result as `models.detr.DETR.forward`."""
         if not isinstance(samples, NestedTensor):
             samples = nested_tensor_from_tensor_list(samples)
-        memory = self.transformer.encode(*self.levels(samples))
+        memory = self.transformer.encode(*self.levels(samples), samples.mask)
+        if self.eval_module is not None and not self.training:
+            return self.query_sources['collaborative'].detect(memory, self.eval_module)
         groups, predictions = self.queries(memory)
         losses: dict[str, Tensor] = {}
         if self.training:
@@ -138,14 +144,17 @@ class DeformableDETR(nn.Module):
         return predictions + split_predictions(torch.stack(logits)[shown], boxes, [second])
 
 
-def input_projections(num_channels: list[int], hidden_dim: int, num_levels: int) -> nn.ModuleList:
+def input_projections(
+    num_channels: list[int], hidden_dim: int, num_levels: int, bias: bool = True
+) -> nn.ModuleList:
     """Each backbone map to `hidden_dim` channels, and strided convolutions for the levels beyond."""
-    convolutions = [nn.Conv2d(channels, hidden_dim, kernel_size=1) for channels in num_channels]
+    convolutions = [nn.Conv2d(channels, hidden_dim, kernel_size=1, bias=bias) for channels in num_channels]
     channels = num_channels[-1]
     for _ in range(len(num_channels), num_levels):
-        convolutions.append(nn.Conv2d(channels, hidden_dim, kernel_size=3, stride=2, padding=1))
+        convolutions.append(nn.Conv2d(channels, hidden_dim, kernel_size=3, stride=2, padding=1, bias=bias))
         channels = hidden_dim
     for convolution in convolutions:
         nn.init.xavier_uniform_(convolution.weight)
-        nn.init.zeros_(convolution.bias)
+        if bias:
+            nn.init.zeros_(convolution.bias)
     return nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, hidden_dim)) for conv in convolutions)

@@ -109,6 +109,8 @@ class DeformableDecoder(nn.Module):
     Sec. 3.5).
     """
 
+    eps = 1e-5  # of inverse sigmoids
+
     def __init__(
         self,
         layer: nn.Module,
@@ -126,23 +128,36 @@ class DeformableDecoder(nn.Module):
     ) -> list[LayerOutput]:
         """refine_with: box heads of the layers; None: the references stay."""
         tgt = torch.cat([group.tgt for group in groups], dim=1)  # [B, Q, C]
-        query_pos = torch.cat([group.query_pos for group in groups], dim=1)
         reference = torch.cat([group.reference_points for group in groups], dim=1)  # [B, Q, 2 or 4]
         blocks, outputs = attention_blocks(groups), []
-        logits = shown = inverse_sigmoid(reference)  # what is refined, and what the box loss is added to
+        logits = shown = inverse_sigmoid(reference, self.eps)  # what is refined, and what boxes are added to
         for index, layer in enumerate(self.layers):
+            last = index + 1 == len(self.layers)
             ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # [B, L, 2 or 4]
             scaled = reference[:, :, None] * ratios[:, None]  # [B, Q, L, 2 or 4]
+            query_pos = self.query_pos(groups, scaled)
             tgt, between = call_layer(layer, self.use_checkpoint, tgt, query_pos, scaled, memory, blocks)
-            delta = None if refine_with is None else refine_with[index](tgt)
+            delta = None if refine_with is None else self.refinement(refine_with[index], tgt, last)
             second = read_twice(layer, self.use_checkpoint, between, groups) if self.training else None
-            outputs.append(LayerOutput(tgt, shown, delta, second))
-            if delta is not None and index + 1 < len(self.layers):
+            outputs.append(self.output(tgt, shown, delta, second))
+            if delta is not None and not last:
                 refined = add_reference(delta, logits)  # [B, Q, 4]
                 reference = refined.detach()
-                logits = inverse_sigmoid(reference)
-                shown = inverse_sigmoid(refined) if self.look_forward_twice else logits
+                logits = inverse_sigmoid(reference, self.eps)
+                shown = inverse_sigmoid(refined, self.eps) if self.look_forward_twice else logits
         return outputs
+
+    def query_pos(self, groups: list[QueryGroup], scaled: Tensor) -> Tensor:
+        """Positions of all queries, [B, Q, C]; scaled: [B, Q, L, 2 or 4] their references on every level."""
+        return torch.cat([group.query_pos for group in groups], dim=1)
+
+    def refinement(self, box_head: nn.Module, tgt: Tensor, last: bool) -> Tensor | None:
+        """What a layer's boxes are refined by, [B, Q, 4]."""
+        return box_head(tgt)
+
+    def output(self, tgt: Tensor, shown: Tensor, delta: Tensor | None, second: Tensor | None) -> LayerOutput:
+        """What the heads read."""
+        return LayerOutput(tgt, shown, delta, second)
 
 
 class DeformableTransformer(nn.Module):
@@ -151,6 +166,8 @@ class DeformableTransformer(nn.Module):
     two_stage: has what turns proposals into queries; otherwise what turns learned positions into reference
     points.
     """
+
+    places_proposals = True  # has what gives proposals their query positions
 
     def __init__(
         self,
@@ -169,8 +186,9 @@ class DeformableTransformer(nn.Module):
         if two_stage:
             self.enc_output = nn.Linear(d_model, d_model)
             self.enc_output_norm = nn.LayerNorm(d_model)
-            self.pos_trans = nn.Linear(2 * d_model, 2 * d_model)
-            self.pos_trans_norm = nn.LayerNorm(2 * d_model)
+            if self.places_proposals:
+                self.pos_trans = nn.Linear(2 * d_model, 2 * d_model)
+                self.pos_trans_norm = nn.LayerNorm(2 * d_model)
         else:
             self.reference_points = nn.Linear(d_model, 2)
         self._reset_parameters()
@@ -187,8 +205,12 @@ class DeformableTransformer(nn.Module):
             nn.init.zeros_(self.reference_points.bias)
         nn.init.normal_(self.level_embed)
 
-    def encode(self, srcs: list[Tensor], masks: list[Tensor], pos: list[Tensor]) -> Memory:
-        """Levels, finest first. srcs, pos: [B, C, H, W] each; masks: [B, H, W], True = padding."""
+    def encode(
+        self, srcs: list[Tensor], masks: list[Tensor], pos: list[Tensor], pixel_mask: Tensor | None = None
+    ) -> Memory:
+        """Levels, finest first. srcs, pos: [B, C, H, W] each; masks: [B, H, W], True = padding; pixel_mask: that of
+        the pictures.
+        """
         shapes = [tuple(src.shape[-2:]) for src in srcs]
         valid_ratios = torch.stack([valid_ratio(mask) for mask in masks], dim=1)  # [B, L, 2]
         level_pos = [tokens(encoding) + embed for encoding, embed in zip(pos, self.level_embed, strict=True)]
@@ -199,6 +221,7 @@ class DeformableTransformer(nn.Module):
             torch.cat(level_pos, dim=1),
             valid_ratios,
             level_sizes(shapes, valid_ratios),
+            pixel_mask,
         )
         return self.encoder(memory)
 
@@ -210,15 +233,7 @@ class DeformableTransformer(nn.Module):
 
         ValueError: fewer tokens than proposals.
         """
-        num_tokens = memory.tokens.shape[1]
-        if not exporting() and num_tokens < num_proposals:
-            raise ValueError(
-                f'{num_proposals} proposals, but the feature maps {memory.shapes} have {num_tokens} cells: lower '
-                '--num_queries (or what training adds to it), or use larger pictures'
-            )
-        anchors = proposal_logits(memory)  # [B, S, 4], infinite where there is no proposal
-        absent = anchors[..., :1].isinf()
-        features = self.enc_output_norm(self.enc_output(memory.tokens.masked_fill(absent, 0)))
+        features, anchors = self.proposal_features(memory, num_proposals)
         if self.training:
             boxes = (box_head(features) + anchors).sigmoid()
             everywhere = Prediction(class_head(features), boxes, 'enc', anchors=anchors.sigmoid())
@@ -228,6 +243,18 @@ class DeformableTransformer(nn.Module):
         score = F.linear(features, class_head.weight[:1], class_head.bias[:1])[..., 0]
         best = score.topk(num_proposals, dim=1).indices
         return (box_head(pick(features, best)) + pick(anchors, best)).sigmoid(), None
+
+    def proposal_features(self, memory: Memory, num_proposals: int) -> tuple[Tensor, Tensor]:
+        """What proposals are read from, [B, S, C], and the logits of the box around each cell, [B, S, 4]."""
+        num_tokens = memory.tokens.shape[1]
+        if not exporting() and num_tokens < num_proposals:
+            raise ValueError(
+                f'{num_proposals} proposals, but the feature maps {memory.shapes} have {num_tokens} cells: lower '
+                '--num_queries (or what training adds to it), or use larger pictures'
+            )
+        anchors = proposal_logits(memory)  # infinite where there is no proposal
+        absent = anchors[..., :1].isinf()
+        return self.enc_output_norm(self.enc_output(memory.tokens.masked_fill(absent, 0))), anchors
 
     def queries_from_proposals(self, boxes: Tensor, content: Tensor | None) -> QueryGroup:
         """Second stage: queries that begin at the proposals. boxes: [B, Q, 4]; content: [Q, C] learned

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Memory:
     pos: Tensor | None = None  # [B, S, C] positional encoding
     valid_ratios: Tensor | None = None  # [B, L, 2] valid part of width and height; deformable attention
     sizes: Tensor | None = None  # [L, 2] width and height of each level, as `shapes`; deformable attention
+    pixel_mask: Tensor | None = None  # [B, H, W] of the pictures, True = padding; deformable detectors
 
 
 @dataclass
@@ -109,47 +111,48 @@ class Supervision:
     merge: str | None = None  # kind whose pairs are added, where this kind leaves a query free
 
 
-def visibility(groups: list[QueryGroup]) -> Tensor | None:
-    """Self-attention mask between query groups (H-DETR Sec. 3.2, DINO Sec. 3.3).
+@dataclass(frozen=True)
+class AttentionBlock:
+    """Queries that attend to the same keys."""
 
-    A group sees itself (only the own block where `block` is set) and the groups named in `sees`; the
-    inference group names none, so training queries cannot change its result.
+    queries: slice
+    keys: list[slice]  # runs of queries, one after the other
+    hidden: Tensor | None = None  # [queries, keys] True = may not attend; None: all may
 
-    Returns [Q, Q] bool over the concatenated groups, True = may not attend; None for a single plain group, so
-    that inference runs without a mask.
+    def pick(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The keys' part of x."""
+        runs = [x.narrow(dim, run.start, run.stop - run.start) for run in self.keys]
+        return runs[0] if len(runs) == 1 else torch.cat(runs, dim=dim)
+
+
+def attention_blocks(groups: list[QueryGroup]) -> list[AttentionBlock]:
+    """Self-attention between query groups (H-DETR Sec. 3.2, DINO Sec. 3.3), one block a group that is not empty.
+
+    A group sees itself (only the own block where `block` is set) and the groups named in `sees`; the inference
+    group names none, so training queries cannot change its result. Each group attends apart, so that only a group
+    with blocks needs a mask: the numbers are those of one masked attention over all, at less cost.
     """
-    if len(groups) == 1 and not groups[0].block:
-        return None
-    device = groups[0].tgt.device
-    sizes = [group.tgt.shape[1] for group in groups]
-    rows = []
-    for viewer, num_rows in zip(groups, sizes, strict=True):
-        row = [torch.ones(num_rows, num, dtype=torch.bool, device=device) for num in sizes]
-        for index, seen in enumerate(groups):
-            if seen is viewer and viewer.block:
-                block = torch.arange(num_rows, device=device) // viewer.block
-                row[index] = block[:, None] != block[None]
-            elif seen is viewer or seen.name in viewer.sees:
-                row[index] = torch.zeros_like(row[index])
-        rows.append(torch.cat(row, dim=1))
-    return torch.cat(rows)
-
-
-def attention_blocks(groups: list[QueryGroup]) -> list[tuple[slice, Tensor | None]]:
-    """Runs of queries that attend among themselves, each with the mask that it needs.
-
-    Groups that see only themselves attend apart and without a mask: the numbers are those of one masked
-    attention over all, at a cost of sum(n^2) instead of (sum n)^2. If any group names others or attends by
-    block, those runs are joined.
-    """
-    if any(group.sees for group in groups):
-        return [(slice(0, sum(group.tgt.shape[1] for group in groups)), visibility(groups))]
-    blocks, start = [], 0
+    runs, start = {}, 0
     for group in groups:
-        stop = start + group.tgt.shape[1]
-        blocks.append((slice(start, stop), visibility([group])))
-        start = stop
-    return blocks
+        runs[group.name] = slice(start, start + group.tgt.shape[1])
+        start += group.tgt.shape[1]
+    return [
+        AttentionBlock(
+            runs[group.name],
+            [runs[name] for name in (*group.sees, group.name)],
+            other_blocks(group, sum(runs[name].stop - runs[name].start for name in group.sees)),
+        )
+        for group in groups
+        if group.tgt.shape[1]
+    ]
+
+
+def other_blocks(group: QueryGroup, num_seen: int) -> Tensor | None:
+    """[Q, num_seen + Q] True where a query would see another block of its group; None without blocks."""
+    if not group.block:
+        return None
+    block = torch.arange(group.tgt.shape[1], device=group.tgt.device) // group.block
+    return F.pad(block[:, None] != block, (num_seen, 0))
 
 
 def learned_groups(
@@ -170,9 +173,15 @@ def learned_groups(
 
 def split_groups(every: QueryGroup, num_queries: dict[str, int]) -> list[QueryGroup]:
     """Queries that were made together as the groups that they belong to, in the order of `num_queries`."""
-    sizes = list(num_queries.values())
-    parts = [x.split(sizes, dim=1) for x in (every.tgt, every.query_pos, every.reference_points)]
-    return [QueryGroup(name, *part) for name, *part in zip(num_queries, *parts, strict=True)]
+    start, groups = 0, []
+    for name, size in num_queries.items():
+        parts = (
+            None if x is None else x[:, start : start + size]
+            for x in (every.tgt, every.query_pos, every.reference_points)
+        )
+        groups.append(QueryGroup(name, *parts))
+        start += size
+    return groups
 
 
 def split_predictions(logits: Tensor, boxes: Tensor, groups: list[QueryGroup]) -> list[Prediction]:

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .structures import LayerOutput, Memory, QueryGroup, attention_blocks
+from .structures import AttentionBlock, LayerOutput, Memory, QueryGroup, attention_blocks
 
-Blocks = list[tuple[slice, Tensor | None]]
+Blocks = list[AttentionBlock]
 
 
 def clones(layer: nn.Module, num_layers: int) -> nn.ModuleList:
@@ -35,8 +35,10 @@ def call_layer(layer: Callable, use_checkpoint: bool, *args: object) -> object:
 def compare_queries(attention: nn.MultiheadAttention, q: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
     """Self-attention among queries; q (queries and keys) and v: [B, Q, C]; blocks: who attends to whom."""
     attended = [
-        attention(q[:, run], q[:, run], v[:, run], attn_mask=mask, need_weights=False)[0]
-        for run, mask in blocks
+        attention(
+            q[:, block.queries], block.pick(q), block.pick(v), attn_mask=block.hidden, need_weights=False
+        )[0]
+        for block in blocks
     ]
     return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
 

@@ -20,9 +20,10 @@ from engine import build_optimizer, train_one_epoch
 from main import get_args_parser
 from models import DEFORMABLE_FLAGS, build_model
 from models.position_encoding import PositionEmbeddingSine
-from models.structures import Assignment, Prediction, QueryGroup, Supervision, attention_blocks, visibility
+from models.structures import Assignment, Prediction, QueryGroup, Supervision, attention_blocks
 from models.training.criterion import weighted_sum
 from tests.parity import float64
+from tools.benchmarks.train import under_one_mask
 from util.nested_tensor import NestedTensor, collate_fn, nested_tensor_from_tensor_list
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -352,8 +353,8 @@ def group(name: str, num: int, **fields: object) -> QueryGroup:
 
 def test_groups_see_themselves_and_whom_they_name() -> None:
     groups = [group('one2one', 2), group('dn', 4, sees=('one2one',), block=2)]
-    hidden = visibility(groups).int().tolist()
-    assert hidden == [
+    blocks = attention_blocks(groups)
+    assert under_one_mask(blocks).hidden.int().tolist() == [
         [0, 0, 1, 1, 1, 1],
         [0, 0, 1, 1, 1, 1],
         [0, 0, 0, 0, 1, 1],
@@ -361,27 +362,33 @@ def test_groups_see_themselves_and_whom_they_name() -> None:
         [0, 0, 1, 1, 0, 0],
         [0, 0, 1, 1, 0, 0],
     ]
-    assert visibility([group('one2one', 2)]) is None
-    assert [run for run, _ in attention_blocks(groups)] == [slice(0, 6)]
+    assert [block.hidden is None for block in blocks] == [True, False]
+    assert [len(attention_blocks([group('one2one', 2), group('dn', 0)]))] == [1], 'empty groups do not attend'
 
 
 @dense
-def test_groups_apart_attend_as_under_one_mask(flags: dict) -> None:
-    from models import build_transformer, resolve_args
+def test_groups_apart_attend_as_under_one_mask(flags: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    from models import build_transformer, conditional_detr, resolve_args
+    from models import transformer as dense_transformer
 
     with float64():
         transformer = build_transformer(resolve_args(Namespace(**SMALL | flags))).eval()
         memory = transformer.encode(
             torch.randn(2, 32, 3, 4), torch.zeros(2, 3, 4, dtype=torch.bool), torch.randn(2, 32, 3, 4)
         )
-        one, many = (
-            QueryGroup(name, torch.randn(2, num, 32), torch.randn(2, num, 32))
-            for name, num in (('one2one', 5), ('one2many', 9))
-        )
-        apart = transformer.decode([one, many], memory)
-        many.sees = ('nobody',)  # forces the joint attention with its mask
-        joined = transformer.decode([one, many], memory)
-        alone = transformer.decode([one], memory)
+        groups = [
+            QueryGroup(name, torch.randn(2, num, 32), torch.randn(2, num, 32), **fields)
+            for name, num, fields in (
+                ('one2one', 5, {}), ('one2many', 9, {}), ('dn', 6, {'sees': ('one2one',), 'block': 2}),
+            )
+        ]  # fmt: skip
+        apart = transformer.decode(groups, memory)
+        alone = transformer.decode(groups[:1], memory)
+        for module in (dense_transformer, conditional_detr):
+            monkeypatch.setattr(
+                module, 'attention_blocks', lambda groups: [under_one_mask(attention_blocks(groups))]
+            )
+        joined = transformer.decode(groups, memory)
         for layer in range(3):
             torch.testing.assert_close(apart[layer].hs, joined[layer].hs)
             torch.testing.assert_close(apart[layer].hs[:, :5], alone[layer].hs)

@@ -92,7 +92,7 @@ def load_detector(file: str) -> tuple[nn.Module, nn.Module, ClassMap, Namespace]
             f'{file} holds weights alone, without the flags and classes of its run: load it through hubconf.py, or fine-tune '
             'from it (main.py --pretrained) and use the checkpoint of that run'
         )
-    args = resolve_args(Namespace(**checkpoint['args'] | {'backbone_weights': 'none'}))
+    args = resolve_args(Namespace(**checkpoint['args'] | {'backbone_weights': 'none', 'eval_module': 'detr'}))
     model = build_detector(args, {'one2one': args.num_queries})
     load_checkpoint(model, checkpoint)
     return model.eval(), build_postprocessors(args)['bbox'], ClassMap.from_dict(checkpoint['class_map']), args

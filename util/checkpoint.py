@@ -27,6 +27,7 @@ from util.foreign_names import COCO_IDS, spread_coco_classes, to_official
 TRAINING_ONLY = (
     r'query_sources\.|class_embed_o2m\.|transformer\.decoder\.layers\.\d+\.(linear3|linear4|norm4)\.'
 )
+INPUT_BIAS = r'input_proj\.\d+\.0\.bias'
 RESIZABLE = ('class_embed', 'query_embed')  # what --pretrained may take from a model of another size
 
 
@@ -89,6 +90,18 @@ def download(url: str) -> Path:
     return path
 
 
+def state_of(checkpoint: dict) -> dict[str, Tensor]:
+    """The weights in a checkpoint, which may be nothing else."""
+    state = checkpoint.get('model', checkpoint.get('state_dict', checkpoint))
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def flags_of(checkpoint: dict) -> dict:
+    """Flags of the run that wrote it, {} if it does not say."""
+    flags = checkpoint.get('args', {})
+    return vars(flags) if isinstance(flags, argparse.Namespace) else flags
+
+
 def load_checkpoint(
     model: nn.Module, source: str | Path | dict, resize: bool = False, resume: bool = False
 ) -> Report:
@@ -103,15 +116,11 @@ def load_checkpoint(
     untouched then.
     """
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
-    state = checkpoint.get('model', checkpoint.get('state_dict', checkpoint))
-    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    layout, state = to_official(state)
-    ours = model.state_dict()
-    trained = checkpoint.get('args', {})
-    trained = vars(trained) if isinstance(trained, argparse.Namespace) else trained
+    layout, state = to_official(state_of(checkpoint))
+    ours, trained = model.state_dict(), flags_of(checkpoint)
     check_layer_order(model, layout, trained, state)
     rows = [len(entries.get('class_embed.0.bias', ())) for entries in (state, ours)]
-    if layout == 'detrex' and rows == [len(COCO_IDS), 91]:
+    if layout in ('detrex', 'mmdetection') and rows == [len(COCO_IDS), 91]:
         state = spread_coco_classes(state, 91)
     queries = trained.get('num_queries_one2one', trained.get('num_queries'))
     if not resume and 'query_embed.weight' in state and queries == len(ours.get('query_embed.weight', ())):
@@ -124,7 +133,14 @@ def load_checkpoint(
             first = name.replace('class_embed_o2m', 'class_embed')
             if name not in state and first in state and state[first].shape == ours[name].shape:
                 state[name] = state[first]
-    missing = [name for name in ours if name not in state and not name.startswith('query_sources.')]
+    if not any(re.fullmatch(INPUT_BIAS, name) for name in state):  # a bias of 0 is as good as none
+        state |= {name: torch.zeros_like(x) for name, x in ours.items() if re.fullmatch(INPUT_BIAS, name)}
+    sources_needed = resume or getattr(model, 'eval_module', None) is not None
+    missing = [
+        name
+        for name in ours
+        if name not in state and (sources_needed or not name.startswith('query_sources.'))
+    ]
     unexpected = [name for name in state if name not in ours]
     if missing or unexpected or refused:
         raise ValueError(mismatch_text(layout, state, ours, missing, unexpected, refused))
@@ -188,7 +204,7 @@ def mismatch_text(
         )
     else:
         lines.append(
-            'check the flags of the model: --backbone, --conditional, --dec_layers, --hidden_dim ...'
+            'check the flags of the model: --backbone, --conditional, --dec_layers, --hidden_dim, --input_proj_bias ...'
         )
     return '\n'.join(lines)
 

@@ -108,6 +108,66 @@ DETREX: Rules = [
     (r'transformer\.(decoder@)\.norms\.1\.(#)', r'transformer.\1.norm1.\2'),
     (r'transformer\.(decoder@)\.norms\.2\.(#)', r'transformer.\1.norm3.\2'),
 ]  # fmt: skip
+# mmdetection's Co-DETR, ours beside theirs; both directions are read from it. Fields: {layer} and {i} are numbers, {rest}
+# is anything. What is numbered by auxiliary head there is named by it here.
+ENCODER, DECODER = ('transformer.encoder.layers.{layer}.', 'transformer.decoder.layers.{layer}.')
+SOURCE = 'query_sources.collaborative.'
+MMDETECTION: list[tuple[str, str]] = [
+    ('backbone.0.body.{rest}', 'backbone.{rest}'),
+    ('class_embed.{i}.{rest}', 'query_head.cls_branches.{i}.{rest}'),
+    *(
+        (f'bbox_embed.{{i}}.layers.{ours}.{{rest}}', f'query_head.reg_branches.{{i}}.{theirs}.{{rest}}')
+        for ours, theirs in ((0, 0), (1, 2), (2, 4))
+    ),
+    ('query_embed.weight', 'query_head.query_embedding.weight'),
+    ('transformer.level_embed', 'query_head.transformer.level_embeds'),
+    *(
+        (f'transformer.{part}.{{rest}}', f'query_head.transformer.{part}.{{rest}}')
+        for part in ('enc_output', 'enc_output_norm', 'pos_trans', 'pos_trans_norm', 'decoder.norm')
+    ),
+    *(
+        (
+            f'transformer.decoder.ref_point_head.layers.{ours}.{{rest}}',
+            f'query_head.transformer.decoder.ref_point_head.{theirs}.{{rest}}',
+        )
+        for ours, theirs in ((0, 0), (1, 2))
+    ),
+    *(
+        (f'{layer}{ours}.{{rest}}', f'query_head.{layer}{theirs}.{{rest}}')
+        for layer, parts in (
+            (ENCODER, {'self_attn': 'attentions.0', 'norm1': 'norms.0', 'norm2': 'norms.1'}),
+            (
+                DECODER,
+                {
+                    'self_attn': 'attentions.0.attn', 'cross_attn': 'attentions.1', 'norm2': 'norms.0',
+                    'norm1': 'norms.1', 'norm3': 'norms.2',
+                },
+            ),
+        )
+        for ours, theirs in (parts | {'linear1': 'ffns.0.layers.0.0', 'linear2': 'ffns.0.layers.1'}).items()
+    ),
+    ('query_sources.denoising.label_embedding.weight', 'query_head.label_embedding.weight'),
+    (f'{SOURCE}downsample.{{rest}}', 'query_head.downsample.{rest}'),
+    (f'{SOURCE}head_pos_embed.weight', 'query_head.transformer.head_pos_embed.weight'),
+    *(
+        (f'{SOURCE}{ours}.{head}.{part}.{{rest}}', f'query_head.transformer.{theirs}.{index}.{{rest}}')
+        for index, head in enumerate(('faster_rcnn', 'atss'))
+        for ours, part, theirs in (
+            ('aux_pos_trans', 'linear', 'aux_pos_trans'),
+            ('aux_pos_trans', 'norm', 'aux_pos_trans_norm'),
+            ('pos_feats_trans', 'linear', 'pos_feats_trans'),
+            ('pos_feats_trans', 'norm', 'pos_feats_norm'),
+        )
+    ),
+    (f'{SOURCE}heads.faster_rcnn.rpn.{{rest}}', 'rpn_head.{rest}'),
+    (f'{SOURCE}heads.faster_rcnn.roi.{{rest}}', 'roi_head.0.bbox_head.{rest}'),
+    (f'{SOURCE}heads.atss.{{rest}}', 'bbox_head.0.{rest}'),
+]  # fmt: skip
+# Further names of the same: DINO's content, and the port to mmdetection 3.
+MMDETECTION_DINO = ('query_embed.weight', 'query_head.transformer.query_embed.weight')
+MMDETECTION_3 = (
+    'query_sources.denoising.label_embedding.weight', 'query_head.dn_generator.label_embedding.weight',
+)  # fmt: skip
 # COCO's ids of the 80 classes that some projects number without gaps.
 COCO_IDS = [
     *range(1, 12), *range(13, 26), 27, 28, *range(31, 45), *range(46, 66), 67, 70, *range(72, 83), *range(84, 91),
@@ -162,6 +222,60 @@ def from_detrex(state: State) -> State:
     return drop_head_aliases({rename(name, DETREX): value for name, value in state.items()})
 
 
+def mmdetection_names(num_maps: int) -> list[tuple[str, str]]:
+    """The table for a neck that projects `num_maps` maps of the backbone and makes the others."""
+    neck = [
+        (f'input_proj.{place}.{index}.{{rest}}', f'neck.{name}.{part}.{{rest}}')
+        for place, name in (
+            *((level, f'convs.{level}') for level in range(num_maps)),
+            *((num_maps + level, f'extra_convs.{level}') for level in range(9)),
+        )
+        for index, part in enumerate(('conv', 'gn'))
+    ]
+    return neck + MMDETECTION
+
+
+def translate(name: str, table: list[tuple[str, str]], to_ours: bool) -> str:
+    """Through the first row that fits; the name itself where none does."""
+    for row in table:
+        theirs, ours = row[to_ours], row[not to_ours]
+        pattern = re.escape(theirs).replace(r'\{rest\}', '(?P<rest>.+)')
+        pattern = re.sub(r'\\{(layer|i)\\}', r'(?P<\1>\\d+)', pattern)
+        if match := re.fullmatch(pattern, name):
+            return ours.format(**match.groupdict())
+    return name
+
+
+def from_mmdetection(state: State) -> State:
+    """Averaged weights (`ema_*`) beside the others are left out: at the end of an epoch the two are exchanged."""
+    maps = {name.split('.')[2] for name in state if name.startswith('neck.convs.')}
+    table = [*mmdetection_names(len(maps)), MMDETECTION_DINO, MMDETECTION_3]
+    return {
+        translate(name, table, to_ours=True): value
+        for name, value in state.items()
+        if not name.startswith('ema_')
+    }
+
+
+def to_mmdetection(state: State) -> State:
+    """Our Co-DETR under mmdetection's names.
+
+    ValueError: an entry that mmdetection's has not.
+    """
+    maps = [name for name, x in state.items() if re.fullmatch(r'input_proj\.\d+\.0\.weight', name)]
+    table = mmdetection_names(sum(state[name].shape[-1] == 1 for name in maps))
+    if 'transformer.decoder.ref_point_head.layers.0.weight' in state:
+        table.insert(0, MMDETECTION_DINO)
+    named = {translate(name, table, to_ours=False): name for name in state}
+    unknown = [ours for theirs, ours in named.items() if theirs == ours]
+    if unknown:
+        raise ValueError(
+            f'mmdetection has no place for {len(unknown)} entries, such as {", ".join(unknown[:4])}: only Co-DETR models '
+            'without other schemes can be written for it'
+        )
+    return {theirs: state[ours] for theirs, ours in named.items()}
+
+
 def drop_head_aliases(state: State) -> State:
     """Official Deformable DETR lists its heads twice, some files of others in one of the places only. MS-DETR's
     second box heads are the first.
@@ -177,14 +291,16 @@ def drop_head_aliases(state: State) -> State:
 
 def spread_coco_classes(state: State, num_rows: int) -> State:
     """Class heads of 80 rows as heads of `num_rows`, one a COCO id. A head for proposals (one more than there are
-    decoder layers) keeps its rows, the first of which stands for 'object'.
+    decoder layers) keeps its rows, the first of which stands for 'object', but in DINO.
     """
+    dino = 'transformer.decoder.ref_point_head.layers.0.weight' in state
     layers = {name.split('.')[3] for name in state if name.startswith('transformer.decoder.layers.')}
     spread = dict(state)
     for name, value in state.items():
         match = re.fullmatch(r'class_embed\.(\d+)\.(weight|bias)', name)
         if match and len(value) == len(COCO_IDS):
-            rows = list(range(len(COCO_IDS))) if int(match[1]) == len(layers) else COCO_IDS
+            agnostic = int(match[1]) == len(layers) and not dino
+            rows = list(range(len(COCO_IDS))) if agnostic else COCO_IDS
             spread[name] = value.new_full((num_rows, *value.shape[1:]), NEVER if match[2] == 'bias' else 0.0)
             spread[name][rows] = value
     return spread
@@ -195,6 +311,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[State], State]]] = {
     'transformers': ('model.input_projection.weight', from_transformers),
     'transformers, Deformable': ('model.input_proj.0.0.weight', from_transformers_deformable),
     'detrex': ('transformer.level_embeds', from_detrex),
+    'mmdetection': ('query_head.transformer.level_embeds', from_mmdetection),
 }
 
 

@@ -5,15 +5,26 @@ inside the function.
 
 import re
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
+from models import level_strides
+from models.deformable_transformer import DeformableDecoder
+from models.dino import DinoDecoder
 from models.structures import Supervision
 
+from .anchors import EPS
+from .collaborative import CollaborativeHeads
 from .criterion import SetCriterion, loss_suffix
-from .losses import FocalLoss, SoftmaxLoss
+from .denoising import Denoising
+from .losses import FocalLoss, QualityFocalLoss, SoftmaxLoss
 from .matcher import HungarianMatcher, OneToManyMatcher, focal_cost, softmax_cost
+
+# Ends of loss names that H-DETR's official dictionary has no second copy of.
+OF_QUERIES_ADDED = ('_one2many', '_o2m', '_dn', '_rcnn', '_atss')
 
 
 def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn.ModuleDict]:
@@ -22,15 +33,17 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
     """
     focal = args.family != 'detr'
     cost = args.set_cost_class, args.set_cost_bbox, args.set_cost_giou
-    class_cost = focal_cost if focal else softmax_cost
-    one2one = Supervision(
+    co_detr = args.dino or bool(args.co_aux_heads)
+    class_cost = partial(focal_cost, eps=1e-12 if co_detr else 1e-8) if focal else softmax_cost
+    plain = one2one = Supervision(
         HungarianMatcher(*cost, class_cost),
         {'ce': args.cls_loss_coef, 'bbox': args.bbox_loss_coef, 'giou': args.giou_loss_coef},
-        FocalLoss(args.focal_alpha) if focal else SoftmaxLoss(args.eos_coef),
+        class_loss(args),
     )
     table = {'one2one': one2one}
     num_queries = {'one2one': args.num_queries}
     sources = nn.ModuleDict()
+    own_losses: dict[str, float] = {}  # coefficients of what query sources compute themselves
 
     if args.family == 'deformable':
         table['enc'] = proposal_supervision(args, one2one)
@@ -57,12 +70,46 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
         num_queries[f'group{group}'] = args.num_queries
         table[f'group{group}'] = table['one2one']
 
-    weight_dict = weights(table, args)
+    if args.dn_number:
+        sources['denoising'] = Denoising(
+            args.num_classes,
+            args.hidden_dim,
+            args.dn_number,
+            args.dn_label_noise_ratio,
+            args.dn_box_noise_scale,
+            DinoDecoder.eps if args.dino else DeformableDecoder.eps,
+            positions=not args.dino,
+        )
+        table['dn'] = replace(plain, matcher=None, source='noised objects')
+    if args.co_aux_heads:
+        sources['collaborative'] = heads = CollaborativeHeads(
+            args.co_aux_heads,
+            args.num_classes,
+            args.hidden_dim,
+            level_strides(args),
+            args.max_pos_coords,
+            args.with_coord_feat,
+            args.dino,
+        )
+        for name, head in heads.heads.items():
+            table[head.kind] = replace(
+                plain, matcher=None, scale=args.lambda_1, source=f'positives of {name}'
+            )
+            factor = args.lambda_2 * args.dec_layers
+            own_losses |= {f'loss_{term}': factor * coef for term, coef in head.coef.items()}
+
+    weight_dict = weights(table, args) | own_losses
     if not args.two_stage:
         table.pop(
             'enc', None
         )  # there are no proposals; the official dictionary names their losses all the same
-    return SetCriterion(table, weight_dict), num_queries, sources
+    return SetCriterion(table, weight_dict, EPS if co_detr else 0.0), num_queries, sources
+
+
+def class_loss(args: Namespace) -> Callable:
+    if args.family == 'detr':
+        return SoftmaxLoss(args.eos_coef)
+    return QualityFocalLoss() if args.class_loss == 'quality_focal' else FocalLoss(args.focal_alpha)
 
 
 def proposal_supervision(args: Namespace, one2one: Supervision) -> Supervision:
@@ -71,7 +118,8 @@ def proposal_supervision(args: Namespace, one2one: Supervision) -> Supervision:
     matcher = one2one.matcher
     if args.use_ms_detr:
         matcher = HungarianMatcher(0, args.set_cost_bbox, args.set_cost_giou, on='anchors')
-    return replace(one2one, matcher=matcher, coef=coef, class_agnostic=True, source='encoder cells')
+    source = 'best encoder cells' if args.dino else 'encoder cells'
+    return replace(one2one, matcher=matcher, coef=coef, class_agnostic=not args.dino, source=source)
 
 
 def weights(table: dict[str, Supervision], args: Namespace) -> dict[str, float]:
@@ -93,6 +141,6 @@ def weights(table: dict[str, Supervision], args: Namespace) -> dict[str, float]:
     if 'enc' in table and args.use_ms_detr:  # in the official dictionary the layer comes last
         names = {re.sub(r'_(\d+)_enc$', r'_enc_\1', name): coef for name, coef in names.items()}
     if args.hybrid_k is not None and args.family == 'deformable':
-        usual = [name for name in names if not name.endswith(('_one2many', '_o2m'))]
+        usual = [name for name in names if not name.endswith(OF_QUERIES_ADDED)]
         names = {f'{name}_one2many': names[name] for name in usual} | names
     return names

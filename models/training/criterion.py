@@ -28,12 +28,16 @@ class SetCriterion(nn.Module):
     """Set losses of a list of predictions.
 
     table: supervision of each kind. weight_dict: coefficient of each loss by its official name; terms without
-    one are logged only. The sum of `losses[name] * weight_dict[name]` is what is trained.
+    one are logged only. The sum of `losses[name] * weight_dict[name]` is what is trained. eps: added to every divisor
+    (Co-DETR's official code does).
     """
 
-    def __init__(self, table: dict[str, Supervision], weight_dict: dict[str, float]) -> None:
+    def __init__(
+        self, table: dict[str, Supervision], weight_dict: dict[str, float], eps: float = 0.0
+    ) -> None:
         super().__init__()
         self.table = table
+        self.eps = eps
         self.weight_dict = weight_dict
         # Since the last reading: pairs of each kind (mean of its layers), and objects.
         self.tally: Counter[str] = Counter()
@@ -153,7 +157,8 @@ class SetCriterion(nn.Module):
         like = next(iter(stacks.values())).logits
         totals = torch.maximum(all_reduce_sum(from_host(totals, like)), from_host(smallest, like))
         parts = get_world_size() * len(step_sizes)
-        return totals / from_host([[parts * self.table[kind].scale] for kind in stacks], like)
+        scales = from_host([[self.table[kind].scale] for kind in stacks], like)
+        return (totals / parts + self.eps) / scales
 
 
 def to_host(tensors: list[Tensor]) -> list[np.ndarray]:

@@ -38,9 +38,11 @@ def supervision_table(
 
 
 def kind_of(name: str, table: dict[str, Supervision]) -> str:
-    """Kind of prediction that a loss belongs to, by its official name."""
-    last = name.rsplit('_', 1)[-1]
-    return last if last in table else 'one2one'
+    """Kind of prediction that a loss belongs to, by its official name. What a head of Co-DETR loses by itself counts as
+    its queries'.
+    """
+    parts = ['rcnn' if part == 'rpn' else part for part in name.split('_')]
+    return next((part for part in parts if part in table), 'one2one')
 
 
 def epoch_ledger(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.structures import Matcher
-from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
+from util.box_ops import box_cxcywh_to_xyxy, box_iou, generalized_box_iou
 
 from .matcher import HungarianMatcher
 
@@ -61,9 +61,7 @@ class FocalLoss:
 
     def __call__(self, stack: Stack) -> Tensor:
         negatives = self.unweighted(stack.logits).flatten(1).sum(1)
-        x = stack.logits[(*stack.index, stack.labels)]  # [N]
-        positive, negative = self.unweighted(torch.stack([-x, x]))
-        change = torch.sub(self.weights[0] * positive, negative, alpha=self.weights[1])
+        change = self.correction(stack.logits[(*stack.index, stack.labels)])
         if stack.deciding is not None:
             change = change * stack.deciding
         return torch.add(stack.per_layer(change), negatives, alpha=self.weights[1])
@@ -72,9 +70,37 @@ class FocalLoss:
         """Loss of a negative with logit x, or of a positive with logit -x."""
         return x.sigmoid() ** self.gamma * F.softplus(x)
 
+    def correction(self, x: Tensor) -> Tensor:
+        """What a logit x costs more as a positive than as a negative."""
+        positive, negative = self.unweighted(torch.stack([-x, x]))
+        return torch.sub(self.weights[0] * positive, negative, alpha=self.weights[1])
+
     def denominator(self, matcher: Matcher, sizes: list[int], num_queries: int) -> float:
         """sizes: objects of each picture of a batch; num_queries: of a picture."""
         return matcher.count(sizes)
+
+
+class QualityFocalLoss(FocalLoss):
+    """Sigmoid focal loss whose positives are asked for their box's IoU, not for 1 (arXiv:2006.04388, Eq. 3)."""
+
+    def __init__(self, beta: float = 2.0) -> None:
+        super().__init__(alpha=-1, gamma=beta)
+
+    def __call__(self, stack: Stack) -> Tensor:
+        negatives = self.unweighted(stack.logits).flatten(1).sum(1)
+        x = stack.logits[(*stack.index, stack.labels)]
+        quality = box_quality(stack.boxes[stack.index].detach(), stack.target_boxes)
+        positive = F.binary_cross_entropy_with_logits(x, quality, reduction='none')
+        change = positive * (quality - x.sigmoid()).abs() ** self.gamma - self.unweighted(x)
+        if stack.deciding is not None:
+            change = change * stack.deciding
+        return stack.per_layer(change) + negatives
+
+
+def box_quality(boxes: Tensor, target_boxes: Tensor) -> Tensor:
+    """IoU of pairs of boxes cxcywh in [0, 1], [N, 4] to [N]; a union counts as 1e-6 at least (official code)."""
+    iou, union = box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes))
+    return iou * (union / union.clamp(min=1e-6))
 
 
 class SoftmaxLoss:

@@ -74,7 +74,9 @@ def full_precision(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def focal_cost(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+def focal_cost(
+    logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0, eps: float = 1e-8
+) -> Tensor:
     """Class cost of sigmoid heads: what the focal loss would gain; logits [L, B, Q, K], labels [B, T] to
     [L, B, T, Q].
 
@@ -82,7 +84,7 @@ def focal_cost(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float
     """
     p = gather_classes(logits, labels).sigmoid()
     q = 1 - p
-    negative, positive = p**gamma * (q + 1e-8).log(), q**gamma * (p + 1e-8).log()  # times -1
+    negative, positive = p**gamma * (q + eps).log(), q**gamma * (p + eps).log()  # times -1
     return torch.sub((1 - alpha) * negative, positive, alpha=alpha)
 
 

@@ -13,7 +13,7 @@ import models.deformable_transformer as deformable
 from engine import build_optimizer
 from models import build_model, resolve_args
 from models.ops.functions import describe, use_implementation
-from models.structures import QueryGroup, visibility
+from models.structures import AttentionBlock, QueryGroup, attention_blocks
 from models.training.criterion import weighted_sum
 from models.transformer import Blocks
 from tools.benchmarks.timing import time_in_turn
@@ -39,7 +39,7 @@ def plain_path() -> Iterator[None]:
     """grid_sample, and one attention over all queries with a mask between the groups."""
 
     def one_block(groups: list[QueryGroup]) -> Blocks:
-        return [(slice(0, sum(group.tgt.shape[1] for group in groups)), visibility(groups))]
+        return [under_one_mask(attention_blocks(groups), groups[0].tgt.device)]
 
     original = deformable.attention_blocks
     deformable.attention_blocks = one_block
@@ -48,6 +48,17 @@ def plain_path() -> Iterator[None]:
             yield
     finally:
         deformable.attention_blocks = original
+
+
+def under_one_mask(blocks: Blocks, device: torch.device | None = None) -> AttentionBlock:
+    """The same attention as one block over all queries."""
+    total = blocks[-1].queries.stop
+    hidden = torch.ones(total, total, dtype=torch.bool)
+    for block in blocks:
+        columns = block.pick(torch.arange(total), dim=0)
+        hidden[block.queries, columns] = False if block.hidden is None else block.hidden.cpu()
+    everything = slice(0, total)
+    return AttentionBlock(everything, [everything], hidden.to(device))
 
 
 def benchmark_train(args: argparse.Namespace) -> None:

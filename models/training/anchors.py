@@ -1,0 +1,161 @@
+"""
+What dense detectors share: anchors, the code of a box relative to another, assignment by overlap, and sampling.
+
+Boxes are xyxy in pixels of the network's input. The numbers are those of mmdetection 2, on which Co-DETR was built;
+random numbers come from torch's CPU generator.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.structures import Memory
+from util.box_ops import box_cxcywh_to_xyxy, box_iou
+
+EPS = torch.finfo(torch.float32).eps  # added to every divisor, whatever the precision
+MAX_LOG_RATIO = abs(math.log(16 / 1000))  # a decoded box has at most 62.5 times the side of its anchor
+BACKGROUND = -1
+
+
+@dataclass
+class Pictures:
+    """A batch as dense detectors see it."""
+
+    sizes: Tensor  # [B, 2] width and height without the batch's padding
+    boxes: list[Tensor]  # [T_i, 4]
+    labels: list[Tensor]  # [T_i]
+
+    @classmethod
+    def of(cls, memory: Memory, targets: list[dict] | None) -> 'Pictures':
+        """targets: dictionaries of `labels` and `boxes` cxcywh in [0, 1] of a picture; None: no objects."""
+        valid = ~memory.pixel_mask
+        sizes = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], dim=-1).to(memory.tokens.dtype)
+        if targets is None:
+            return cls(sizes, [], [])
+        boxes = [
+            undo_rounding(box_cxcywh_to_xyxy(target['boxes'].to(sizes)) * size.repeat(2))
+            for target, size in zip(targets, sizes, strict=True)
+        ]
+        return cls(sizes, boxes, [target['labels'] for target in targets])
+
+    def offsets(self) -> list[int]:
+        """Number of the first object of each picture in the batch."""
+        counts = [len(labels) for labels in self.labels]
+        return [sum(counts[:index]) for index in range(len(counts))]
+
+
+def undo_rounding(boxes: Tensor) -> Tensor:
+    """Coordinates on a fine grid (1/4096 pixel in float32), so that dividing by the picture's size and multiplying
+    by it again gives the box of the annotations: anchors at equal distances from it stay so.
+    """
+    steps = 2.0**12 if boxes.dtype == torch.float32 else 2.0**30
+    return (boxes * steps).round() / steps
+
+
+@dataclass
+class Samples:
+    """What an auxiliary head was trained on: [B, N] places and what they answer for."""
+
+    boxes: Tensor  # [B, N, 4]
+    target: Tensor  # [B, N] number of the object in the batch, BACKGROUND for none
+    features: Tensor  # [B, N, C]
+
+
+def base_anchors(stride: int, scales: Sequence[float], ratios: Sequence[float]) -> Tensor:
+    """[R S, 4] anchors around the origin, ratio (height / width) by ratio; float32 as in the official code."""
+    ratio, scale = (torch.tensor(numbers, dtype=torch.float32) for numbers in (ratios, scales))
+    half_height = (0.5 * (stride * ratio.sqrt()[:, None] * scale)).flatten()
+    half_width = (0.5 * (stride * (1 / ratio.sqrt())[:, None] * scale)).flatten()
+    return torch.stack([-half_width, -half_height, half_width, half_height], dim=-1)
+
+
+def shifted_anchors(base: Tensor, stride: int, height: int, width: int) -> Tensor:
+    """[H W A, 4] anchors of every cell, centred on its upper left corner."""
+    x = torch.arange(width, dtype=base.dtype, device=base.device) * stride
+    y = torch.arange(height, dtype=base.dtype, device=base.device) * stride
+    corners = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=-1).flatten(0, 1)
+    return (corners.repeat(1, 2)[:, None] + base).flatten(0, 1)
+
+
+def owned_cells(sizes: Tensor, stride: int, height: int, width: int) -> Tensor:
+    """[B, H W] whether a cell belongs to its picture, not to the batch's padding; sizes: [B, 2] width, height."""
+    columns, rows = (sizes / stride).ceil().unbind(-1)
+    x, y = (torch.arange(side, device=sizes.device) for side in (width, height))
+    return ((y < rows[:, None])[:, :, None] & (x < columns[:, None])[:, None]).flatten(1)
+
+
+def encode_boxes(anchors: Tensor, boxes: Tensor, stds: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
+    """[N, 4] offsets of boxes from anchors: centre in units of the side, logarithm of the side (Faster R-CNN
+    Sec. 3.1.2).
+    """
+    center, size = center_and_size(anchors)
+    box_center, box_size = center_and_size(boxes)
+    deltas = torch.cat([(box_center - center) / size, torch.log(box_size / size)], dim=-1)
+    return deltas / deltas.new_tensor(stds)
+
+
+def decode_boxes(anchors: Tensor, deltas: Tensor, stds: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
+    """Inverse of `encode_boxes`, [..., 4]; sides are bounded."""
+    center, size = center_and_size(anchors)
+    deltas = deltas * deltas.new_tensor(stds)
+    center = center + size * deltas[..., :2]
+    half = 0.5 * size * deltas[..., 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return torch.cat([center - half, center + half], dim=-1)
+
+
+def center_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., 4] xyxy to [..., 2] twice."""
+    return (boxes[..., :2] + boxes[..., 2:]) * 0.5, boxes[..., 2:] - boxes[..., :2]
+
+
+def clip_boxes(boxes: Tensor, size: Tensor) -> Tensor:
+    """To a picture; size: [..., 2] width, height."""
+    return torch.minimum(boxes.clamp(min=0), torch.cat([size, size], dim=-1))
+
+
+def assign_by_iou(
+    boxes: Tensor, objects: Tensor, positive: float, negative: float, low_quality: bool
+) -> Tensor:
+    """[N] object of each box: from an IoU of `positive` on its best one, BACKGROUND under `negative`, else -2, which
+    is ignored.
+
+    low_quality: objects whose best IoU is at least `negative` are given every box that has it, later objects
+    before earlier ones (Faster R-CNN Sec. 3.1.2). boxes: [N, 4], objects: [T, 4].
+    """
+    if not len(objects):
+        return torch.full((len(boxes),), BACKGROUND, device=boxes.device)
+    iou, _ = box_iou(objects[:, None], boxes[None])  # [T, N]
+    best, assigned = iou.max(0)
+    assigned = assigned.masked_fill(best < positive, BACKGROUND - 1).masked_fill(best < negative, BACKGROUND)
+    if not low_quality:
+        return assigned
+    best_of_object = iou.amax(1, keepdim=True)
+    given = (iou == best_of_object) & (best_of_object >= negative)
+    last = given * torch.arange(1, len(objects) + 1, device=boxes.device)[:, None]
+    last = last.amax(0) - 1  # -1 where no object asks
+    return torch.where(last >= 0, last, assigned)
+
+
+def sample(assigned: Tensor, num: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
+    """Positives and negatives of at most `num` places, ascending; too many are thinned out at random."""
+    positives = draw((assigned >= 0).nonzero()[:, 0], int(num * positive_fraction))
+    negatives = draw((assigned == BACKGROUND).nonzero()[:, 0], num - len(positives))
+    return positives, negatives
+
+
+def draw(index: Tensor, num: int) -> Tensor:
+    """At most `num` entries of an ascending index, ascending; random numbers are drawn only if there are more."""
+    return index if len(index) <= num else index[permutation(len(index), index)[:num]].sort().values
+
+
+def permutation(num: int, like: Tensor) -> Tensor:
+    """From torch's CPU generator, on the device of `like`."""
+    return torch.randperm(num).to(like.device)
+
+
+def anchor_major(maps: list[Tensor], width: int) -> Tensor:
+    """Outputs [B, A width, H, W] of every level to [B, sum of H W A, width]."""
+    return torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), -1, width) for x in maps], dim=1)

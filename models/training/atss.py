@@ -1,0 +1,217 @@
+"""
+ATSS (arXiv:1912.02424) on the encoder's output, as Co-DETR (arXiv:2211.12860) trains it beside the decoder: one square
+anchor a cell, positives chosen by statistics of the overlaps, and a centerness for every box.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from util.box_ops import box_iou, generalized_box_iou
+from util.dist import all_reduce_sum, get_world_size
+
+from .anchors import (
+    BACKGROUND,
+    EPS,
+    Pictures,
+    Samples,
+    anchor_major,
+    base_anchors,
+    center_and_size,
+    clip_boxes,
+    decode_boxes,
+    owned_cells,
+    shifted_anchors,
+)
+from .losses import FocalLoss
+
+ANCHOR_STRIDES = 8.0  # side of an anchor in strides
+STDS = (0.1, 0.1, 0.2, 0.2)
+NEAREST = 9  # candidates of an object on a level
+INSIDE = 0.01  # pixels that a positive's centre keeps from the edges of its object
+
+
+class Tower(nn.Module):
+    """A convolution without bias, a group norm, a ReLU; official names `conv`, `gn`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.gn = nn.GroupNorm(32, channels)
+        nn.init.normal_(self.conv.weight, std=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.gn(self.conv(x)))
+
+
+class Scale(nn.Module):
+    """A learned factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class ATSS(nn.Module):
+    """Class, box and centerness of every cell; strides: of the maps.
+
+    Losses are averages over the positives of all processes; box losses are weighted by the target's centerness.
+    """
+
+    coef = {'atss_cls': 1.0, 'atss_bbox': 2.0, 'atss_centerness': 1.0}
+    kind = 'atss'  # of the decoder queries that its positives become
+    nms_threshold, num_candidates = 0.6, 1000
+
+    def __init__(self, channels: int, num_classes: int, strides: list[int]) -> None:
+        super().__init__()
+        self.num_classes, self.strides = num_classes, strides
+        self.focal = FocalLoss()
+        self.cls_convs = nn.ModuleList([Tower(channels)])
+        self.reg_convs = nn.ModuleList([Tower(channels)])
+        self.atss_cls = nn.Conv2d(channels, num_classes, 3, padding=1)
+        self.atss_reg = nn.Conv2d(channels, 4, 3, padding=1)
+        self.atss_centerness = nn.Conv2d(channels, 1, 3, padding=1)
+        self.scales = nn.ModuleList(Scale() for _ in strides)
+        for layer in (self.atss_cls, self.atss_reg, self.atss_centerness):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.atss_cls.bias, -math.log(99))
+
+    def read(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """maps: [B, C, H, W]; returns class logits [B, K, H, W], offsets [B, 4, H, W] and centerness [B, 1, H, W] of
+        every level.
+        """
+        classes, offsets, centerness = [], [], []
+        for x, scale in zip(maps, self.scales, strict=True):
+            classes.append(self.atss_cls(self.cls_convs[0](x)))
+            hidden = self.reg_convs[0](x)
+            offsets.append(scale(self.atss_reg(hidden)))
+            centerness.append(self.atss_centerness(hidden))
+        return classes, offsets, centerness
+
+    def anchors(self, maps: list[Tensor]) -> list[Tensor]:
+        """Of every level, [H W, 4]."""
+        return [
+            shifted_anchors(base_anchors(stride, [ANCHOR_STRIDES], [1.0]).to(x), stride, *x.shape[-2:])
+            for stride, x in zip(self.strides, maps, strict=True)
+        ]
+
+    def forward(self, maps: list[Tensor], pictures: Pictures) -> tuple[dict[str, Tensor], Samples]:
+        """Returns unweighted losses, and every anchor with the object that it answers for; those in the padding lie at
+        the origin.
+        """
+        anchors = self.anchors(maps)
+        sizes = [x.shape[-2:] for x in maps]
+        owned = [
+            owned_cells(pictures.sizes, stride, *size)
+            for stride, size in zip(self.strides, sizes, strict=True)
+        ]
+        assigned = []  # [S] of each picture, numbers of its own objects
+        for index, objects in enumerate(pictures.boxes):
+            here = [mask[index] for mask in owned]
+            found = assign_adaptively([a[m] for a, m in zip(anchors, here, strict=True)], objects)
+            everywhere = torch.full((sum(map(len, anchors)),), BACKGROUND, device=found.device)
+            everywhere[torch.cat(here)] = found
+            assigned.append(everywhere)
+        owned, anchors, assigned = torch.cat(owned, dim=1), torch.cat(anchors), torch.stack(assigned)
+        losses = self.losses(self.read(maps), anchors, owned, assigned, pictures)
+        offsets = torch.tensor(pictures.offsets(), device=assigned.device)[:, None]
+        target = torch.where(assigned == BACKGROUND, assigned, assigned + offsets)
+        boxes = anchors * owned[..., None]
+        return losses, Samples(boxes, target, torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1))
+
+    def losses(
+        self,
+        outputs: tuple[list[Tensor], list[Tensor], list[Tensor]],
+        anchors: Tensor,
+        owned: Tensor,
+        assigned: Tensor,
+        pictures: Pictures,
+    ) -> dict[str, Tensor]:
+        """anchors: [S, 4]; owned, assigned: [B, S]."""
+        logits, deltas, centerness = (
+            anchor_major(maps, width) for maps, width in zip(outputs, (self.num_classes, 4, 1), strict=True)
+        )
+        batch, place = (assigned != BACKGROUND).nonzero().unbind(1)
+        target = assigned[batch, place] + torch.tensor(pictures.offsets(), device=batch.device)[batch]
+        boxes, labels = torch.cat(pictures.boxes)[target], torch.cat(pictures.labels)[target]
+        wanted = target_centerness(anchors[place], boxes)
+        counts = torch.bincount(batch, minlength=len(assigned)).clamp(min=1).sum()
+        count, weight = average([counts.to(wanted), wanted.sum()])
+        negatives = (self.focal.unweighted(logits).sum(-1) * owned).sum()
+        cls = self.focal.weights[1] * negatives + self.focal.correction(logits[batch, place, labels]).sum()
+        decoded = decode_boxes(anchors[place], deltas[batch, place], STDS)
+        bbox = (wanted * (1 - generalized_box_iou(decoded, boxes))).sum()
+        center = F.binary_cross_entropy_with_logits(centerness[batch, place, 0], wanted, reduction='sum')
+        return {
+            'loss_atss_cls': cls / (count + EPS),
+            'loss_atss_bbox': bbox / (1 + EPS) / weight,
+            'loss_atss_centerness': center / (count + EPS),
+        }
+
+    @torch.no_grad()
+    def detect(self, maps: list[Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
+        """Candidates of each picture: scores [N], labels [N], and boxes [N, 4] in its pixels."""
+        found = [[] for _ in sizes]
+        for anchors, logits, deltas, centerness in zip(self.anchors(maps), *self.read(maps), strict=True):
+            scores = anchor_major([logits], self.num_classes).sigmoid().flatten(1)  # [B, H W K]
+            scores, index = scores.topk(min(self.num_candidates, scores.shape[1]))
+            place, labels = index // self.num_classes, index % self.num_classes
+            deltas = anchor_major([deltas], 4).gather(1, place[..., None].expand(-1, -1, 4))
+            boxes = clip_boxes(decode_boxes(anchors[place], deltas, STDS), sizes[:, None])
+            scores = scores * anchor_major([centerness], 1)[..., 0].sigmoid().gather(1, place)
+            for picture, *parts in zip(found, scores, labels, boxes, strict=True):
+                picture.append(parts)
+        return [
+            {
+                key: torch.cat(parts)
+                for key, parts in zip(('scores', 'labels', 'boxes'), zip(*levels, strict=True), strict=True)
+            }
+            for levels in found
+        ]
+
+
+def average(numbers: list[Tensor]) -> Tensor:
+    """Mean over processes of some numbers, at least 1."""
+    return (all_reduce_sum(torch.stack(numbers).detach()) / get_world_size()).clamp(min=1)
+
+
+def target_centerness(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """[N] 1 in the middle of an object, 0 at its edges (FCOS Eq. 3); both [N, 4]."""
+    center, _ = center_and_size(anchors)
+    near, far = center - boxes[:, :2], boxes[:, 2:] - center
+    return (torch.minimum(near, far) / torch.maximum(near, far)).prod(-1).sqrt()
+
+
+@torch.no_grad()
+def assign_adaptively(anchors: list[Tensor], objects: Tensor) -> Tensor:
+    """[S] object of each anchor or BACKGROUND (ATSS, Algorithm 1).
+
+    anchors: [S_l, 4] of every level; objects: [T, 4]. Candidates of an object are the nearest anchors of every
+    level; those whose overlap reaches mean + deviation of all of them are positive, if their centre is inside.
+    """
+    flat = torch.cat(anchors)
+    if not len(objects):
+        return torch.full((len(flat),), BACKGROUND, device=flat.device)
+    object_center, _ = center_and_size(objects)
+    candidates, start = [], 0
+    for level in anchors:
+        center, _ = center_and_size(level)
+        distance = (center[:, None] - object_center[None]).pow(2).sum(-1).sqrt()  # [S_l, T]
+        candidates.append(start + distance.topk(min(NEAREST, len(level)), dim=0, largest=False).indices)
+        start += len(level)
+    candidates = torch.cat(candidates)  # [N, T]
+    overlap, _ = box_iou(flat[candidates], objects[None])
+    threshold = overlap.mean(0) + overlap.std(0)
+    center, _ = center_and_size(flat[candidates])
+    margin = torch.cat([center - objects[:, :2], objects[:, 2:] - center], dim=-1).amin(-1)
+    positive = (overlap >= threshold) & (margin > INSIDE)
+    best = overlap.new_full((len(objects), len(flat)), -1.0)
+    best.scatter_(1, candidates.T, overlap.T.where(positive.T, best.new_tensor(-1.0)))
+    overlap, found = best.max(0)
+    return found.masked_fill(overlap < 0, BACKGROUND)

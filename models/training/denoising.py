@@ -1,0 +1,91 @@
+"""Contrastive denoising (DINO, arXiv:2203.03605, Sec. 3.3): the decoder also mends noised objects."""
+
+import torch
+from torch import Tensor, nn
+
+from models.heads import inverse_sigmoid
+from models.structures import Assignment, Memory, QueryGroup
+from util.box_ops import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
+
+from .positions import BoxPositions
+
+
+class Denoising(nn.Module):
+    """Noised copies of a batch's objects as decoder queries, in groups that do not see each other.
+
+    A group has a positive and a negative copy of every object; the negative one is moved further, and is to be
+    recognised as background. num_queries: the groups are num_queries over the largest number of objects of a
+    picture. label_noise: share of the labels that are drawn anew is half of it. box_noise: largest displacement of a
+    positive's corner, in halves of its sides. eps: of the decoder's inverse sigmoids. positions: for decoders that do
+    not derive the position of a query from its box.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        hidden_dim: int,
+        num_queries: int = 100,
+        label_noise: float = 0.5,
+        box_noise: float = 1.0,
+        eps: float = 1e-3,
+        positions: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_queries, self.label_noise, self.box_noise, self.eps = (
+            num_queries,
+            label_noise,
+            box_noise,
+            eps,
+        )
+        self.label_embedding = nn.Embedding(num_classes, hidden_dim)
+        self.positions = BoxPositions(hidden_dim, hidden_dim) if positions else None
+
+    def forward(self, memory: Memory, targets: list[dict]) -> tuple[list[QueryGroup], dict[str, Tensor]]:
+        """targets: dictionaries of `labels` and `boxes` cxcywh in [0, 1]. Returns one group, empty without objects."""
+        counts = [len(target['labels']) for target in targets]
+        most, total = max(counts), sum(counts)
+        num_groups = max(1, self.num_queries // max(most, 1))
+        labels, logits = self.noised(
+            torch.cat([target['labels'] for target in targets]),
+            torch.cat([target['boxes'] for target in targets]),
+            num_groups,
+        )
+        # Row copy * total + object goes to slot copy * most + its number in the picture.
+        number = torch.tensor([index for count in counts for index in range(count)], dtype=torch.int64)
+        picture = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        copies = torch.arange(2 * num_groups)[:, None]
+        slot = (copies * most + number).flatten()
+        place = (picture.repeat(2 * num_groups).to(labels.device), slot.to(labels.device))
+        shape = len(counts), 2 * num_groups * most
+        embedded = self.label_embedding(labels).to(memory.tokens.dtype)
+        tgt = embedded.new_zeros(*shape, embedded.shape[-1]).index_put(place, embedded)
+        reference = logits.new_zeros(*shape, 4).index_put(place, logits).sigmoid()
+        positives = Assignment(
+            picture.repeat(num_groups),
+            (copies[::2] * most + number).flatten(),
+            torch.arange(total).repeat(num_groups),
+            float(num_groups * total),
+        )
+        query_pos = None if self.positions is None else self.positions(reference)
+        group = QueryGroup('dn', tgt, query_pos, reference, ('one2one',), 2 * most, positives)
+        return [group], {}
+
+    @torch.no_grad()
+    def noised(self, labels: Tensor, boxes: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+        """Labels [N] and logits of boxes [N, 4] of all copies, one copy of all objects after the other.
+
+        Draws, from the generator of the objects' device: which labels change, to what, signs, and sizes of the
+        displacements.
+        """
+        copies = 2 * num_groups
+        labels, boxes = labels.repeat(copies), boxes.repeat(copies, 1)
+        chosen = (torch.rand_like(labels, dtype=boxes.dtype) < 0.5 * self.label_noise).nonzero()[:, 0]
+        drawn = torch.randint_like(chosen, 0, self.label_embedding.num_embeddings)
+        labels = labels.index_put((chosen,), drawn)
+        sign = 2 * torch.randint_like(boxes, 0, 2) - 1
+        part = torch.rand_like(boxes)
+        negative = torch.arange(len(boxes), device=boxes.device) // max(len(boxes) // copies, 1) % 2
+        part = part + negative[:, None]
+        half = boxes[:, 2:].repeat(1, 2) / 2
+        corners = box_cxcywh_to_xyxy(boxes) + sign * part * half * self.box_noise
+        return labels, inverse_sigmoid(box_xyxy_to_cxcywh(corners.clamp(0, 1)), self.eps)

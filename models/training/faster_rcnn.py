@@ -1,0 +1,242 @@
+"""
+Faster R-CNN (arXiv:1506.01497) on the encoder's output, as Co-DETR (arXiv:2211.12860) trains it beside the decoder:
+proposals of a region proposal network, classified and refined from their RoI features.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import batched_nms, roi_align
+
+from util.box_ops import generalized_box_iou
+
+from .anchors import (
+    BACKGROUND,
+    EPS,
+    Pictures,
+    Samples,
+    anchor_major,
+    assign_by_iou,
+    base_anchors,
+    clip_boxes,
+    decode_boxes,
+    encode_boxes,
+    owned_cells,
+    sample,
+    shifted_anchors,
+)
+
+SCALES = tuple(4 * 2 ** (octave / 3) for octave in range(3))
+RATIOS = (0.5, 1.0, 2.0)
+ROI_STDS = (0.1, 0.1, 0.2, 0.2)
+ROI_SIZE = 7
+
+
+class RegionProposals(nn.Module):
+    """Objectness and boxes of nine anchors a cell.
+
+    strides: of the maps. Losses are sums over 256 sampled anchors a picture, divided by their number.
+    """
+
+    num_samples, positive_fraction = 256, 0.5
+    nms_threshold, num_proposals = 0.7, 1000
+
+    def __init__(self, channels: int, strides: list[int]) -> None:
+        super().__init__()
+        self.strides = strides
+        num_anchors = len(SCALES) * len(RATIOS)
+        self.rpn_conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.rpn_cls = nn.Conv2d(channels, num_anchors, 1)
+        self.rpn_reg = nn.Conv2d(channels, 4 * num_anchors, 1)
+        for convolution in self.children():
+            nn.init.normal_(convolution.weight, std=0.01)
+            nn.init.zeros_(convolution.bias)
+
+    def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """maps: [B, C, H, W]; returns logits [B, 9, H, W] and offsets [B, 36, H, W] of every level."""
+        hidden = [F.relu(self.rpn_conv(x)) for x in maps]
+        return [self.rpn_cls(x) for x in hidden], [self.rpn_reg(x) for x in hidden]
+
+    def anchors(self, maps: list[Tensor]) -> list[Tensor]:
+        """Of every level, [H W 9, 4]."""
+        return [
+            shifted_anchors(base_anchors(stride, SCALES, RATIOS).to(x), stride, *x.shape[-2:])
+            for stride, x in zip(self.strides, maps, strict=True)
+        ]
+
+    def losses(self, logits: list[Tensor], deltas: list[Tensor], pictures: Pictures) -> dict[str, Tensor]:
+        anchors = torch.cat(self.anchors(logits))
+        owned = torch.cat(
+            [
+                owned_cells(pictures.sizes, stride, *x.shape[-2:]).repeat_interleave(x.shape[1], dim=1)
+                for stride, x in zip(self.strides, logits, strict=True)
+            ],
+            dim=1,
+        )
+        flat_logits, flat_deltas = anchor_major(logits, 1)[..., 0], anchor_major(deltas, 4)
+        cls = bbox = flat_logits.new_zeros(())
+        divisor = EPS
+        for index, objects in enumerate(pictures.boxes):
+            place = owned[index].nonzero()[:, 0]
+            assigned = assign_by_iou(anchors[place], objects, 0.7, 0.3, low_quality=True)
+            positives, negatives = sample(assigned, self.num_samples, self.positive_fraction)
+            divisor += max(len(positives), 1) + max(len(negatives), 1)
+            wanted = encode_boxes(anchors[place[positives]], objects[assigned[positives]])
+            bbox = bbox + (flat_deltas[index, place[positives]] - wanted).abs().sum()
+            cls = cls + F.softplus(-flat_logits[index, place[positives]]).sum()
+            cls = cls + F.softplus(flat_logits[index, place[negatives]]).sum()
+        return {'loss_rpn_cls': cls / divisor, 'loss_rpn_bbox': bbox / divisor}
+
+    @torch.no_grad()
+    def proposals(
+        self, logits: list[Tensor], deltas: list[Tensor], sizes: Tensor, num_candidates: int
+    ) -> list[Tensor]:
+        """Up to 1,000 boxes a picture, [N_i, 4], best first; num_candidates: of each level before suppression."""
+        scores, boxes, levels = [], [], []
+        for level, anchors in enumerate(self.anchors(logits)):
+            score = anchor_major([logits[level]], 1)[..., 0].sigmoid()  # [B, H W 9]
+            score, best = score.topk(min(num_candidates, score.shape[1]))
+            delta = anchor_major([deltas[level]], 4).gather(1, best[..., None].expand(-1, -1, 4))
+            scores.append(score)
+            boxes.append(clip_boxes(decode_boxes(anchors[best], delta), sizes[:, None]))
+            levels.append(torch.full_like(best, level))
+        scores, boxes, levels = (torch.cat(parts, dim=1) for parts in (scores, boxes, levels))
+        kept = []
+        for score, box, level in zip(scores, boxes, levels, strict=True):
+            real = (box[:, 2:] > box[:, :2]).all(-1)
+            score, box, level = score[real], box[real], level[real]
+            kept.append(box[batched_nms(box, score, level, self.nms_threshold)[: self.num_proposals]])
+        return kept
+
+
+class RoIHead(nn.Module):
+    """Classes and class-wise boxes of regions, by two hidden layers on 7 x 7 RoI features.
+
+    strides: of the maps that regions are read from, the finest map up to sides of 28 strides.
+    """
+
+    def __init__(self, channels: int, num_classes: int, strides: list[int], hidden: int = 1024) -> None:
+        super().__init__()
+        self.num_classes, self.strides = num_classes, strides
+        self.shared_fcs = nn.ModuleList(
+            [nn.Linear(channels * ROI_SIZE**2, hidden), nn.Linear(hidden, hidden)]
+        )
+        self.fc_cls = nn.Linear(hidden, num_classes + 1)  # the last is the background
+        self.fc_reg = nn.Linear(hidden, 4 * num_classes)
+        for layer in self.shared_fcs:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for layer, std in ((self.fc_cls, 0.01), (self.fc_reg, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, maps: list[Tensor], regions: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """regions: [N_i, 4] of each picture. Returns features [N, C, 7, 7] (N over all pictures), class logits
+        [N, K + 1] and offsets [N, K, 4].
+        """
+        features = self.align(maps, regions)
+        x = features.flatten(1)
+        for layer in self.shared_fcs:
+            x = F.relu(layer(x))
+        return features, self.fc_cls(x), self.fc_reg(x).unflatten(1, (self.num_classes, 4))
+
+    def align(self, maps: list[Tensor], regions: list[Tensor]) -> Tensor:
+        """RoI features [N, C, 7, 7], each region from the level that suits its size (FPN, Sec. 4.2)."""
+        picture = torch.cat([x.new_full((len(x), 1), index) for index, x in enumerate(regions)])
+        regions = torch.cat(regions)
+        side = ((regions[:, 2] - regions[:, 0]) * (regions[:, 3] - regions[:, 1])).sqrt()
+        finest = 14 * self.strides[0]
+        levels = torch.floor(torch.log2(side / finest + 1e-6)).clamp(0, len(self.strides) - 1)
+        rois = torch.cat([picture, regions], dim=1)
+        features = maps[0].new_zeros(len(rois), maps[0].shape[1], ROI_SIZE, ROI_SIZE)
+        for level, (x, stride) in enumerate(zip(maps, self.strides, strict=False)):
+            here = (levels == level).nonzero()[:, 0]
+            part = roi_align(x, rois[here], ROI_SIZE, 1 / stride, sampling_ratio=0, aligned=True)
+            features = features.index_copy(0, here, part)
+        return features
+
+
+class FasterRCNN(nn.Module):
+    """Region proposals on all maps, and an RoI head on all but the coarsest.
+
+    Losses are sums over samples, divided by their number on this process (box losses too: by that of all RoIs).
+    """
+
+    num_samples, positive_fraction, overlap = 512, 0.25, 0.5
+    train_candidates, test_candidates = 4000, 1000
+    coef = {'rpn_cls': 1.0, 'rpn_bbox': 1.0, 'rcnn_cls': 1.0, 'rcnn_bbox': 10.0}
+    kind = 'rcnn'  # of the decoder queries that its positives become
+    nms_threshold = 0.5
+
+    def __init__(self, channels: int, num_classes: int, strides: list[int]) -> None:
+        super().__init__()
+        self.rpn = RegionProposals(channels, strides)
+        self.roi = RoIHead(channels, num_classes, strides[:-1])
+
+    def forward(self, maps: list[Tensor], pictures: Pictures) -> tuple[dict[str, Tensor], Samples]:
+        """maps: [B, C, H, W]. Returns unweighted losses, and the RoIs that the head was trained on."""
+        proposed = self.rpn(maps)
+        losses = self.rpn.losses(*proposed, pictures)
+        proposals = self.rpn.proposals(*proposed, pictures.sizes, self.train_candidates)
+        sampled = [
+            self.sample(boxes, objects) for boxes, objects in zip(proposals, pictures.boxes, strict=True)
+        ]
+        regions, objects = zip(*sampled, strict=True)
+        features, logits, deltas = self.roi(maps, list(regions))
+        losses |= self.losses(logits, deltas, torch.cat(regions), list(objects), pictures)
+        shortest = min(len(boxes) for boxes in regions)
+        means = features.mean((2, 3)).split([len(boxes) for boxes in regions])
+        target = [
+            torch.where(found == BACKGROUND, found, found + offset)
+            for found, offset in zip(objects, pictures.offsets(), strict=True)
+        ]
+        parts = (regions, target, means)
+        return losses, Samples(*(torch.stack([x[:shortest] for x in part]) for part in parts))
+
+    def sample(self, proposals: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
+        """RoIs [N, 4] of a picture, positives first, and the object of each or BACKGROUND; objects themselves are in
+        front of the proposals, and match.
+        """
+        assigned = assign_by_iou(proposals, objects, self.overlap, self.overlap, low_quality=False)
+        own = torch.arange(len(objects), device=proposals.device)
+        assigned, boxes = torch.cat([own, assigned]), torch.cat([objects, proposals])
+        chosen = torch.cat(sample(assigned, self.num_samples, self.positive_fraction))
+        return boxes[chosen], assigned[chosen]
+
+    def losses(
+        self, logits: Tensor, deltas: Tensor, regions: Tensor, assigned: list[Tensor], pictures: Pictures
+    ) -> dict[str, Tensor]:
+        """assigned: object of each RoI, for each picture."""
+        background = logits.shape[1] - 1
+        classes, boxes = [], []
+        for found, labels, objects in zip(assigned, pictures.labels, pictures.boxes, strict=True):
+            classes.append(
+                torch.cat([labels, labels.new_tensor([background])])[found]
+            )  # the last is number -1
+            boxes.append(objects[found[found >= 0]])
+        classes, boxes = torch.cat(classes), torch.cat(boxes)
+        positive = (classes != background).nonzero()[:, 0]
+        decoded = decode_boxes(regions[positive], deltas[positive, classes[positive]], ROI_STDS)
+        divisor = len(classes) + EPS
+        right = (logits.detach().argmax(1) == classes).sum()
+        return {
+            'loss_rcnn_cls': F.cross_entropy(logits, classes, reduction='sum') / divisor,
+            'loss_rcnn_bbox': (1 - generalized_box_iou(decoded, boxes)).sum() / divisor,
+            'rcnn_accuracy': right * (100 / max(len(classes), 1)),
+        }
+
+    @torch.no_grad()
+    def detect(self, maps: list[Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
+        """Candidates of each picture: scores [N], labels [N], and boxes [N, 4] in its pixels."""
+        proposals = self.rpn.proposals(*self.rpn(maps), sizes, self.test_candidates)
+        _, logits, deltas = self.roi(maps, proposals)
+        counts = [len(boxes) for boxes in proposals]
+        found = []
+        for boxes, score, delta, size in zip(
+            proposals, logits.softmax(-1)[:, :-1].split(counts), deltas.split(counts), sizes, strict=True
+        ):
+            decoded = clip_boxes(decode_boxes(boxes[:, None], delta, ROI_STDS), size)  # [N, K, 4]
+            labels = torch.arange(score.shape[1], device=score.device).expand_as(score)
+            candidates = {'scores': score, 'labels': labels, 'boxes': decoded}
+            found.append({key: value.flatten(0, 1) for key, value in candidates.items()})
+        return found
