@@ -34,6 +34,7 @@ from .postprocess import (
     SoftNMSPostProcess,
     TopKPostProcess,
 )
+from .swin import SWIN_SIZES
 from .transformer import (
     Transformer,
     TransformerDecoder,
@@ -125,6 +126,7 @@ OFFICIAL_NAMES = {
     'topk': 'topk_eval',
 }
 NUM_CLASSES = 91  # of COCO, where no data set has said otherwise
+DROP_PATH_RATE = 0.2
 
 
 def family_default(flag: str) -> str:
@@ -187,18 +189,26 @@ def add_model_args(parser: ArgumentParser) -> None:
 
     backbone = parser.add_argument_group('backbone')
     backbone.add_argument('--backbone', default='resnet50', metavar='NAME',
-                          help='resnet10 to resnet101, mobilenet_v2, or timm/NAME for any feature '
-                               'network of timm (default: %(default)s)')  # fmt: skip
-    backbone.add_argument('--backbone_weights', default='imagenet', metavar='SOURCE',
+                          help='resnet10 to resnet101, mobilenet_v2, swin_tiny, swin_small, swin_base, swin_large (the last '
+                               'two also with _window12), or timm/NAME for any feature network of timm (default: %(default)s)')  # fmt: skip
+    backbone.add_argument('--backbone_weights', '--pretrained_backbone_path', default='imagenet', metavar='SOURCE',
                           help='imagenet (downloaded), none (random), or a file of a state dict under the names of '
-                               'torchvision or timm; not read when a checkpoint is loaded (default: %(default)s)')  # fmt: skip
+                               'torchvision, timm or the official Swin; not read when a checkpoint is loaded '
+                               '(default: %(default)s)')  # fmt: skip
     backbone.add_argument('--backbone_norm', default='frozen', choices=NORM_LAYERS,
                           help='norm layers: frozen statistics with stem and first stage frozen (official), or batch or '
-                               'group norms with everything trained, to start from random numbers (default: %(default)s)')  # fmt: skip
+                               'group norms with everything trained, to start from random numbers; Swin has layer norms, '
+                               'which always train (default: %(default)s)')  # fmt: skip
     backbone.add_argument('--backbone_stages', default=4, type=int, choices=(2, 3, 4),
                           help='stages used; 4 ends at stride 32, 3 at 16, 2 at 8 (default: %(default)s)')  # fmt: skip
     backbone.add_argument('--dilation', action='store_true',
                           help='dilate the last stage instead of striding: DC5, stride 16')  # fmt: skip
+    backbone.add_argument('--drop_path_rate', default=DROP_PATH_RATE, type=float,
+                          help='Swin, while training: probability that the last block is skipped; it grows from 0 over the '
+                               'blocks (default: %(default)s)')  # fmt: skip
+    backbone.add_argument('--backbone_frozen_stages', default=-1, type=int, metavar='N',
+                          help='Swin: 0 and 1 freeze the patches, 2 also the first stage, ... 5 all four; norms of the maps '
+                               'always train (default: %(default)s, which freezes nothing)')  # fmt: skip
     backbone.add_argument('--position_embedding', default='sine', choices=('sine', 'learned', 'v2', 'v3'),
                           help='positional encoding of the picture; v2 = sine, v3 = learned (default: %(default)s)')  # fmt: skip
     backbone.add_argument(
@@ -226,8 +236,8 @@ def add_model_args(parser: ArgumentParser) -> None:
                        help=f'object queries, the most boxes a picture can get (default: {family_default("num_queries")})')  # fmt: skip
     model.add_argument('--pre_norm', action='store_true', help='norm in front of each sub-layer (DETR only)')
     model.add_argument('--use_checkpoint', action='store_true',
-                       help='compute activations of transformer layers again in the backward pass instead of keeping them: '
-                            'less memory, about a third more time')  # fmt: skip
+                       help='compute activations of transformer layers (and blocks of Swin) again in the backward pass instead '
+                            'of keeping them: less memory, about a third more time')  # fmt: skip
 
     add_scheme_args(parser)
 
@@ -442,6 +452,7 @@ def check_args(args: Namespace) -> None:
         raise ValueError(
             f'--dilation changes stage 4, but --backbone_stages is {args.backbone_stages}: give one of them'
         )
+    check_swin_args(args)
     check_scheme_args(args)
     check_co_detr_args(args)
     for flag in (
@@ -456,6 +467,20 @@ def check_args(args: Namespace) -> None:
     ):
         if getattr(args, flag) < 1:
             raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
+
+
+def check_swin_args(args: Namespace) -> None:
+    """Official namespaces hold Swin's default beside other backbones too."""
+    for flag, default in (('drop_path_rate', DROP_PATH_RATE), ('backbone_frozen_stages', -1)):
+        if args.backbone not in SWIN_SIZES and getattr(args, flag) != default:
+            raise ValueError(f'--{flag} is for Swin, and --backbone is {args.backbone}: leave it out')
+    if not 0 <= args.drop_path_rate < 1:
+        raise ValueError(f'--drop_path_rate {args.drop_path_rate} must be at least 0 and less than 1')
+    if not -1 <= args.backbone_frozen_stages <= args.backbone_stages + 1:
+        raise ValueError(
+            f'--backbone_frozen_stages {args.backbone_frozen_stages} must be between -1 and {args.backbone_stages + 1}, '
+            f'the number for all {args.backbone_stages} stages'
+        )
 
 
 def check_scheme_args(args: Namespace) -> None:
@@ -642,6 +667,9 @@ def build_detector(
             args.backbone_norm,
             backbone_maps(args),
             train=getattr(args, 'lr_backbone', 1) > 0,
+            drop_path_rate=args.drop_path_rate,
+            use_checkpoint=args.use_checkpoint,
+            frozen_stages=args.backbone_frozen_stages,
         ),
         build_position_encoding(
             args.position_embedding,

@@ -1,9 +1,9 @@
 """
-Convolutional backbones: torchvision's ResNet and MobileNetV2, and any feature network of timm as `timm/NAME`.
+Backbones: torchvision's ResNet and MobileNetV2, Swin (`swin.py`), and any feature network of timm as `timm/NAME`.
 
 The backbone owns the statistics that its weights were trained with: uint8 pictures are normalised here, on
-the device; floating-point pictures are taken as normalised already. Parameter names are torchvision's under
-`backbone.0.body`.
+the device; floating-point pictures are taken as normalised already. Parameter names are torchvision's (of Swin
+the official ones) under `backbone.0.body`.
 """
 
 import urllib.error
@@ -19,6 +19,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from util.dist import is_main_process
 from util.nested_tensor import NestedTensor, resize_mask
+
+from .swin import SWIN_SIZES, WEIGHTS_URL, SwinTransformer, load_pretrained
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESNETS = ('resnet10', 'resnet18', 'resnet34', 'resnet50', 'resnet101')
@@ -95,19 +97,21 @@ class TimmBody(nn.Module):
 
 
 def build_backbone(
-    name: str, weights: str, dilation: bool, norm: str, stages: range, train: bool
+    name: str, weights: str, dilation: bool, norm: str, stages: range, train: bool, **swin_options: object
 ) -> Backbone:
     """The backbone of a detector that reads the maps of some of its stages.
 
-    weights: `imagenet`, `none` or a file of a state dict under torchvision's or timm's names. norm: `frozen`,
-    `batch` or `group`. stages: whose maps are returned; stage 4 has stride 32 (16 with dilation), 3 has 16, 2
-    has 8. train: False freezes all parameters. Stem and first stage of torchvision's networks are frozen when
-    their norms are (official rule).
+    weights: `imagenet`, `none` or a file of a state dict under the names of torchvision, timm or the official Swin.
+    norm: `frozen`, `batch` or `group`. stages: whose maps are returned; stage 4 has stride 32 (16 with dilation), 3
+    has 16, 2 has 8, 1 has 4. train: False freezes all parameters. Stem and first stage of torchvision's networks are
+    frozen when their norms are (official rule). swin_options: of `SwinTransformer`; other networks have none.
 
     ValueError: unknown name, or a combination that the network does not have.
     """
     if name.startswith('timm/'):
         backbone = build_timm(name.removeprefix('timm/'), weights, dilation, norm, stages)
+    elif name in SWIN_SIZES:
+        backbone = build_swin(name, weights, dilation, norm, stages, swin_options)
     else:
         backbone = build_torchvision(name, weights, dilation, norm, stages)
     trainable = () if not train else trainable_stages(name, norm)
@@ -119,7 +123,7 @@ def build_backbone(
 
 def trainable_stages(name: str, norm: str) -> tuple[str, ...] | None:
     """Prefixes of the parameters that train; None = all of them."""
-    if norm != 'frozen' or name.startswith('timm/'):
+    if norm != 'frozen' or name.startswith('timm/') or name in SWIN_SIZES:
         return None
     if name.startswith('resnet'):
         return ('layer2', 'layer3', 'layer4')
@@ -128,7 +132,8 @@ def trainable_stages(name: str, norm: str) -> tuple[str, ...] | None:
 
 def build_torchvision(name: str, weights: str, dilation: bool, norm: str, stages: range) -> Backbone:
     if name not in (*RESNETS, 'mobilenet_v2'):
-        raise ValueError(f"unknown backbone '{name}': choose {', '.join(RESNETS)}, mobilenet_v2 or timm/NAME")
+        names = ', '.join((*RESNETS, 'mobilenet_v2', *SWIN_SIZES))
+        raise ValueError(f"unknown backbone '{name}': choose {names} or timm/NAME")
     if dilation and name not in ('resnet50', 'resnet101'):
         raise ValueError(f'--dilation (DC5) needs resnet50 or resnet101: {name} has no dilated last stage')
     if norm == 'group' and (weights == 'imagenet' or name == 'mobilenet_v2'):
@@ -194,6 +199,22 @@ def load_backbone_file(network: nn.Module, path: str) -> nn.Module:
             f'{missing[:3]} and has {len(unexpected)} others {unexpected[:3]}'
         )
     return network
+
+
+def build_swin(
+    name: str, weights: str, dilation: bool, norm: str, stages: range, options: dict[str, object]
+) -> Backbone:
+    """A file at an address is fetched by the main process only."""
+    if dilation or norm != 'frozen':
+        flag = '--dilation' if dilation else f'--backbone_norm {norm}'
+        raise ValueError(
+            f'{flag} is for convolutional backbones, and {name} has neither batch norms nor a dilated stage: leave it out'
+        )
+    body = SwinTransformer(SWIN_SIZES[name], stages, **options)
+    source = WEIGHTS_URL.format(SWIN_SIZES[name].weights) if weights == 'imagenet' else weights
+    if source != 'none' and (is_main_process() or not source.startswith(('http://', 'https://'))):
+        load_pretrained(body, source)
+    return Backbone(body, body.num_channels)
 
 
 def build_timm(name: str, weights: str, dilation: bool, norm: str, stages: range) -> Backbone:

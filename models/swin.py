@@ -6,12 +6,15 @@ It differs from the classifier of the same name: maps are padded before they are
 one window covers the whole map. torchvision's switches it off there, timm's shifts before it pads.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
+
+from util.checkpoint import read_checkpoint
 
 from .transformer import call_layer
 
@@ -22,16 +25,22 @@ class SwinSize:
     depths: tuple[int, ...]
     num_heads: tuple[int, ...]
     window_size: int
+    weights: str = ''  # name of the official ImageNet file
 
 
 SWIN_SIZES = {
-    'swin_tiny': SwinSize(96, (2, 2, 6, 2), (3, 6, 12, 24), 7),
-    'swin_small': SwinSize(96, (2, 2, 18, 2), (3, 6, 12, 24), 7),
-    'swin_base': SwinSize(128, (2, 2, 18, 2), (4, 8, 16, 32), 7),
-    'swin_base_window12': SwinSize(128, (2, 2, 18, 2), (4, 8, 16, 32), 12),
-    'swin_large': SwinSize(192, (2, 2, 18, 2), (6, 12, 24, 48), 7),
-    'swin_large_window12': SwinSize(192, (2, 2, 18, 2), (6, 12, 24, 48), 12),
+    'swin_tiny': SwinSize(96, (2, 2, 6, 2), (3, 6, 12, 24), 7, 'swin_tiny_patch4_window7_224'),
+    'swin_small': SwinSize(96, (2, 2, 18, 2), (3, 6, 12, 24), 7, 'swin_small_patch4_window7_224'),
+    'swin_base': SwinSize(128, (2, 2, 18, 2), (4, 8, 16, 32), 7, 'swin_base_patch4_window7_224_22k'),
+    'swin_base_window12': SwinSize(
+        128, (2, 2, 18, 2), (4, 8, 16, 32), 12, 'swin_base_patch4_window12_384_22k'
+    ),
+    'swin_large': SwinSize(192, (2, 2, 18, 2), (6, 12, 24, 48), 7, 'swin_large_patch4_window7_224_22k'),
+    'swin_large_window12': SwinSize(
+        192, (2, 2, 18, 2), (6, 12, 24, 48), 12, 'swin_large_patch4_window12_384_22k'
+    ),
 }
+WEIGHTS_URL = 'https://github.com/SwinTransformer/storage/releases/download/v1.0.0/{}.pth'
 FORBIDDEN = -100.0  # added to the logits of tokens that the shift has made neighbours
 
 
@@ -166,30 +175,52 @@ class SwinStage(nn.Module):
 class SwinTransformer(nn.Module):
     """Pictures to the normed maps of some stages.
 
-    stages: 1 to 4, of strides 4, 8, 16, 32. drop_path_rate: of the last block; it grows from 0 over all blocks.
-    use_checkpoint: compute activations of blocks again in the backward pass.
+    stages: 1 to 4, of strides 4, 8, 16, 32; those behind the last are not built. drop_path_rate: of the last of
+    all blocks; it grows from 0. use_checkpoint: compute activations of blocks again in the backward pass.
+    frozen_stages (official count): -1 = none, 0 and 1 = the patches, 2 = also stage 1, ... 5 = also stage 4. Norms
+    of maps are never frozen.
     """
 
     def __init__(
-        self, size: SwinSize, stages: range, drop_path_rate: float = 0.2, use_checkpoint: bool = False
+        self,
+        size: SwinSize,
+        stages: range,
+        drop_path_rate: float = 0.2,
+        use_checkpoint: bool = False,
+        frozen_stages: int = -1,
     ) -> None:
         super().__init__()
-        self.stages, self.use_checkpoint = stages, use_checkpoint
+        self.stages, self.use_checkpoint, self.frozen_stages = stages, use_checkpoint, frozen_stages
         self.num_channels = [size.embed_dim * 2 ** (stage - 1) for stage in stages]
         self.patch_embed = PatchEmbed(size.embed_dim)
         rates = torch.linspace(0, drop_path_rate, sum(size.depths)).split(size.depths)
+        last = stages[-1] - 1
         self.layers = nn.ModuleList(
-            SwinStage(size.embed_dim * 2**i, size.num_heads[i], size.window_size, rates[i].tolist(), i == 3)
-            for i in range(4)
+            SwinStage(
+                size.embed_dim * 2**i, size.num_heads[i], size.window_size, rates[i].tolist(), i == last
+            )
+            for i in range(stages[-1])
         )
         for stage, channels in zip(stages, self.num_channels, strict=True):
             self.add_module(f'norm{stage - 1}', nn.LayerNorm(channels))
         self.apply(initialise)
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Frozen parts do not train, and drop no paths."""
+        number = max(self.frozen_stages, 1) if self.frozen_stages >= 0 else 0
+        for part in [self.patch_embed, *self.layers][:number]:
+            part.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> 'SwinTransformer':
+        super().train(mode)
+        self.freeze()
+        return self
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
         """[B, 3, H, W] to maps [B, C, ceil(H / stride), ceil(W / stride)] by the number of their stage."""
         x, maps = self.patch_embed(pictures), {}
-        for stage, layer in enumerate(self.layers[: self.stages[-1]], start=1):
+        for stage, layer in enumerate(self.layers, start=1):
             for block in layer.blocks:
                 x = call_layer(block, self.use_checkpoint, x)
             if stage in self.stages:
@@ -208,16 +239,51 @@ def initialise(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
 
 
+def load_pretrained(model: SwinTransformer, source: str) -> None:
+    """Fill a backbone from an official ImageNet file (path or address), which has no norms of maps.
+
+    ValueError: there is no such file, or it lacks anything else; the message names it.
+    """
+    try:
+        checkpoint = read_checkpoint(source)
+    except ValueError as error:
+        raise ValueError(f'--backbone_weights: {error}') from error
+    state = fit_pretrained(checkpoint.get('state_dict', checkpoint.get('model', checkpoint)), model)
+    ours = model.state_dict()
+    unfit = [
+        name
+        for name in ours
+        if not re.match(r'norm\d\.', name)
+        and not name.endswith('relative_position_index')
+        and (name not in state or state[name].shape != ours[name].shape)
+    ]
+    if unfit:
+        raise ValueError(
+            f'--backbone_weights {source} does not fit this Swin: {len(unfit)} of {len(ours)} entries are missing or of '
+            f'another shape, such as {", ".join(unfit[:3])}'
+        )
+    model.load_state_dict(ours | state)
+
+
 def fit_pretrained(state: dict[str, Tensor], model: SwinTransformer) -> dict[str, Tensor]:
-    """Entries of an official ImageNet file that a detector's backbone has, bias tables resized to its windows."""
+    """Entries of an official ImageNet file that a detector's backbone has, bias tables resized to its windows.
+
+    A prefix `module.` is taken off; of self-supervised files (MoBY) the encoder is read.
+    """
     ours = model.state_dict()
     state = {name.removeprefix('module.'): value for name, value in state.items()}
+    if min(state, default='').startswith('encoder'):
+        state = {
+            name.removeprefix('encoder.'): value
+            for name, value in state.items()
+            if name.startswith('encoder.')
+        }
     fitting = {}
     for name, value in state.items():
-        if name.endswith('relative_position_bias_table') and name in ours and value.shape != ours[name].shape:
-            value = resize_table(value, len(ours[name]))
-        if name in ours and not name.endswith('relative_position_index'):
-            fitting[name] = value
+        if name not in ours or name.endswith('relative_position_index'):
+            continue
+        resizable = name.endswith('relative_position_bias_table') and value.shape != ours[name].shape
+        fitting[name] = resize_table(value, len(ours[name])) if resizable else value
     return fitting
 
 

@@ -47,19 +47,26 @@ def test_any_timm_network(name: str) -> None:
 
 @pytest.mark.parametrize(
     ('name', 'channels'),
-    [('resnet18', [128, 256, 512]), ('mobilenet_v2', [32, 96, 1280]), ('timm/resnet18', [128, 256, 512])],
+    [
+        ('resnet18', [64, 128, 256, 512]),
+        ('mobilenet_v2', [24, 32, 96, 1280]),
+        ('timm/resnet18', [64, 128, 256, 512]),
+        ('swin_tiny', [96, 192, 384, 768]),
+    ],
 )
 def test_maps_of_several_stages(name: str, channels: list[int]) -> None:
     if name.startswith('timm/'):
         pytest.importorskip('timm')
-    backbone = build_backbone(name, 'none', False, 'frozen', range(2, 5), train=True).eval()
+    backbone = build_backbone(name, 'none', False, 'frozen', range(1, 5), train=True).eval()
     assert backbone.num_channels == channels
     with torch.no_grad():
         maps = backbone(nested_tensor_from_tensor_list([torch.randn(3, 64, 96), torch.randn(3, 64, 64)]))
     assert [x.tensors.shape[1:] for x in maps] == [
-        (width, 64 // stride, 96 // stride) for width, stride in zip(channels, (8, 16, 32), strict=True)
+        (width, 64 // stride, 96 // stride) for width, stride in zip(channels, (4, 8, 16, 32), strict=True)
     ]
-    assert [x.mask[1, 0].sum().item() for x in maps] == [4, 2, 1], 'a third of the second picture is padding'
+    assert [x.mask[1, 0].sum().item() for x in maps] == [8, 4, 2, 1], (
+        'a third of the second picture is padding'
+    )
 
 
 def test_what_trains() -> None:

@@ -1,10 +1,26 @@
-"""Swin equals the official detection backbone, whatever the size of the picture."""
+"""Swin equals the official detection backbone, whatever the size of the picture; its weights come from official files."""
+
+import json
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
-from models.swin import SWIN_SIZES, SwinTransformer, resize_table
+from models import build_model
+from models.backbone import build_backbone
+from models.swin import (
+    SWIN_SIZES,
+    SwinBlock,
+    SwinSize,
+    SwinTransformer,
+    WindowAttention,
+    load_pretrained,
+    resize_table,
+)
 from tests import rule
 from tests.parity import assert_close, float64
 from tests.shared_data import SHARED, needs_shared, read_shared
@@ -14,6 +30,7 @@ NAMES = {
     'tiny_w7': 'swin_tiny', 'small_w7': 'swin_small', 'base_w12': 'swin_base_window12', 'large_w7': 'swin_large',
     'large_w12': 'swin_large_window12',
 }  # fmt: skip
+SMALL = SwinSize(16, (2, 2, 2, 2), (1, 2, 4, 8), 5)
 
 
 @needs_shared
@@ -56,3 +73,219 @@ def test_drop_path_rates_are_the_official_ones() -> None:
         model = SwinTransformer(SWIN_SIZES[name], range(2, 5), rate)
         rates = [block.drop_path.p for stage in model.layers for block in stage.blocks]
         np.testing.assert_allclose(rates, RECORD['drop_path_schedule'][key], rtol=1e-6)
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ('case', 'stages'),
+    [pytest.param('swin_tiny', range(2, 5), marks=pytest.mark.slow), ('swin_window12_small', range(1, 5))],
+)
+def test_maps_and_gradients_equal_those_of_co_detr(case: str, stages: range) -> None:
+    folder = SHARED / 'parity/co_deformable_detr'
+    record = json.loads((folder / f'{case}.json').read_text())
+    sizes = (record['arguments'][key] for key in ('embed_dim', 'depths', 'num_heads', 'window_size'))
+    with float64(), np.load(folder / f'{case}.npz') as arrays:
+        model = rule.fill(SwinTransformer(SwinSize(*sizes), stages, drop_path_rate=0.0))
+        assert [[name, list(x.shape)] for name, x in model.state_dict().items()] == record['state_dict']
+        for number in range(2):
+            recorded = record[f'input{number}']
+            pictures = torch.stack([rule.picture(name, *recorded['size']) for name in recorded['names']])
+            maps = list(model.train()(pictures).values())
+            for x, expected in zip(maps, recorded['outputs'], strict=True):
+                assert list(x.shape) == expected['shape']
+                for key, found in (('mean', x.mean()), ('abs_mean', x.abs().mean())):
+                    assert_close(found, expected[key], key, rtol=1e-9, atol=1e-12)
+                assert_close(x.flatten()[:6], expected['first'], 'first', rtol=1e-9)
+                assert_close(x.flatten()[-3:], expected['last'], 'last', rtol=1e-9)
+            stride = maps[-1].shape[1] // arrays[f'out{number}_last'].shape[1]
+            assert_close(maps[-1][:, ::stride], arrays[f'out{number}_last'], 'last map', rtol=1e-9)
+            weights = [rule.uniform(f'cot/{case}/{number}/{i}', tuple(x.shape)) for i, x in enumerate(maps)]
+            loss = sum((x * torch.from_numpy(w)).mean() for x, w in zip(maps, weights, strict=True))
+            assert_close(loss, recorded['loss'], 'loss', rtol=1e-9, atol=1e-12)
+            model.zero_grad()
+            loss.backward()
+            assert set(recorded['grad_norm']) == {name for name, _ in model.named_parameters()}
+            for name, parameter in model.named_parameters():
+                expected = recorded['grad_norm'][name]
+                assert_close(parameter.grad.norm(), expected, name, rtol=1e-8)
+
+
+def test_the_shift_stays_on_where_one_window_covers_the_map() -> None:
+    """The first token then attends to what comes before the seam alone, which an unshifted block does not have."""
+    for shift, seam in ((0, 5), (2, 2)):
+        attention = WindowAttention(16, 2, 5, shift)
+        x = torch.randn(1, 5, 5, 16, requires_grad=True)
+        attention(x)[0, 0, 0].sum().backward()
+        reached = x.grad[0].abs().sum(-1) > 1e-9
+        expected = torch.zeros(5, 5, dtype=torch.bool)
+        expected[:seam, :seam] = True
+        assert torch.equal(reached, expected)
+
+
+def test_paths_are_dropped_for_whole_pictures_in_training_only() -> None:
+    block = SwinBlock(16, 1, 5, 0, drop_path=0.5)
+    nn.init.zeros_(block.mlp.fc2.weight)
+    nn.init.zeros_(block.mlp.fc2.bias)
+    x = torch.randn(64, 5, 5, 16)
+    with torch.no_grad():
+        branch = block.eval()(x) - x
+        found = block.train()(x) - x
+    kept = found.flatten(1).abs().sum(1) > 0
+    assert 16 < kept.sum() < 48
+    torch.testing.assert_close(found[kept], 2 * branch[kept], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(('frozen_stages', 'num_stages'), [(-1, None), (0, 0), (1, 0), (2, 1), (5, 4)])
+def test_frozen_stages_neither_train_nor_drop_paths(frozen_stages: int, num_stages: int | None) -> None:
+    model = SwinTransformer(SMALL, range(1, 5), frozen_stages=frozen_stages)
+    prefixes = () if num_stages is None else ('patch_embed.', *(f'layers.{i}.' for i in range(num_stages)))
+    for _ in range(2):
+        for name, parameter in model.named_parameters():
+            assert parameter.requires_grad != name.startswith(prefixes), name
+        assert model.patch_embed.training == (num_stages is None)
+        for number, stage in enumerate(model.layers):
+            assert all(block.drop_path.training == (number >= (num_stages or 0)) for block in stage.blocks)
+        assert model.eval().train() is model
+
+
+def test_recomputed_blocks_give_the_same_gradients() -> None:
+    """Also where paths are dropped: the same ones both times."""
+    pictures, gradients = torch.randn(2, 3, 50, 70), []
+    for use_checkpoint in (False, True):
+        torch.manual_seed(0)
+        model = SwinTransformer(SMALL, range(2, 5), 0.5, use_checkpoint)
+        sum(x.square().mean() for x in model(pictures).values()).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second)
+
+
+def official_file(model: SwinTransformer) -> dict[str, Tensor]:
+    """Its weights as the classifier's authors save them: masks, a final norm and a head, no norms of maps."""
+    state = {name: x for name, x in model.state_dict().items() if not name.startswith('norm')}
+    state['layers.0.blocks.1.attn_mask'] = torch.zeros(4, 9, 9)
+    return state | {'norm.weight': torch.ones(128), 'head.weight': torch.ones(10, 128)}
+
+
+@pytest.mark.parametrize('wrap', ['model', 'module.', 'state_dict', 'MoBY', 'bare'])
+def test_official_files_of_another_window_are_read(wrap: str, tmp_path: Path) -> None:
+    theirs = SwinTransformer(SwinSize(16, (2, 2, 2, 2), (1, 2, 4, 8), 3), range(1, 5))
+    state = official_file(theirs)
+    if wrap == 'module.':
+        state = {f'module.{name}': x for name, x in state.items()}
+    if wrap == 'MoBY':
+        others = {'projector.weight': torch.ones(1), 'encoder_k.norm.weight': torch.ones(1)}
+        state = {f'encoder.{name}': x for name, x in state.items()} | others
+    key = {'state_dict': 'state_dict', 'bare': None}.get(wrap, 'model')
+    torch.save({key: state} if key else state, tmp_path / 'official.pth')
+    ours = SwinTransformer(SMALL, range(2, 5))
+    load_pretrained(ours, str(tmp_path / 'official.pth'))
+    expected = theirs.state_dict()
+    for name, x in ours.state_dict().items():
+        if name.endswith('bias_table'):
+            torch.testing.assert_close(x, resize_table(expected[name], 81))
+        elif not name.endswith('relative_position_index'):
+            torch.testing.assert_close(x, expected[name])
+
+
+def test_files_of_other_networks_are_refused_by_name(tmp_path: Path) -> None:
+    model = SwinTransformer(SMALL, range(2, 5))
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    complete, path = official_file(model), tmp_path / 'other.pth'
+    lacking = {name: x for name, x in complete.items() if 'layers.3.blocks.1.mlp' not in name}
+    wider = SwinTransformer(SwinSize(32, (2, 2, 2, 2), (2, 4, 8, 16), 5), range(2, 5))
+    for state in (lacking, official_file(wider), {}):
+        torch.save({'model': {name: x + 1 for name, x in state.items()}}, path)
+        with pytest.raises(ValueError, match=r'--backbone_weights .*other\.pth does not fit this Swin'):
+            load_pretrained(model, str(path))
+    with pytest.raises(ValueError, match='--backbone_weights: no checkpoint at nowhere'):
+        load_pretrained(model, 'nowhere.pth')
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, before[name])
+
+
+def build_small(
+    monkeypatch: pytest.MonkeyPatch,
+    weights: str = 'none',
+    dilation: bool = False,
+    norm: str = 'frozen',
+    train: bool = True,
+) -> nn.Module:
+    small = replace(SMALL, weights=SWIN_SIZES['swin_tiny'].weights)
+    monkeypatch.setitem(SWIN_SIZES, 'swin_tiny', small)
+    return build_backbone('swin_tiny', weights, dilation, norm, range(2, 5), train)
+
+
+def test_imagenet_weights_are_fetched_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the main process, into torch.hub's folder, from the official address."""
+    fetched = []
+
+    def fetch(url: str, path: str, *args: object, **kwargs: object) -> None:
+        fetched.append(url)
+        torch.save({'model': official_file(SwinTransformer(SMALL, range(1, 5)))}, path)
+
+    monkeypatch.setattr('torch.hub.download_url_to_file', fetch)
+    monkeypatch.setattr('torch.hub.get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr('models.backbone.is_main_process', lambda: False)
+    build_small(monkeypatch, 'imagenet')
+    assert not fetched
+    monkeypatch.setattr('models.backbone.is_main_process', lambda: True)
+    first, again = (build_small(monkeypatch, 'imagenet') for _ in range(2))
+    assert torch.equal(first.body.patch_embed.proj.weight, again.body.patch_embed.proj.weight)
+    folder = 'https://github.com/SwinTransformer/storage/releases/download/v1.0.0'
+    assert fetched == [f'{folder}/swin_tiny_patch4_window7_224.pth']
+
+
+def test_no_download_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise OSError('no route to host')
+
+    monkeypatch.setattr('torch.hub.download_url_to_file', offline)
+    monkeypatch.setattr('torch.hub.get_dir', lambda: str(tmp_path))
+    with pytest.raises(ValueError, match=r'--backbone_weights: https://.*no route to host.*pass its path'):
+        build_small(monkeypatch, 'imagenet')
+
+
+def test_what_swin_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match='--dilation is for convolutional backbones'):
+        build_small(monkeypatch, dilation=True)
+    with pytest.raises(ValueError, match='--backbone_norm batch is for convolutional backbones'):
+        build_small(monkeypatch, norm='batch')
+    assert all(p.requires_grad for p in build_small(monkeypatch).parameters())
+    assert not any(p.requires_grad for p in build_small(monkeypatch, train=False).parameters())
+
+
+@pytest.mark.parametrize('family', [{}, {'conditional': True}, {'with_box_refine': True, 'two_stage': True}])
+@pytest.mark.parametrize('num_stages', [3, 4])
+def test_flags_choose_swin_in_every_family(
+    monkeypatch: pytest.MonkeyPatch, family: dict, num_stages: int
+) -> None:
+    """Every parameter gets a gradient: stages that are not read are not built."""
+    monkeypatch.setitem(SWIN_SIZES, 'swin_tiny', SMALL)
+    flags = {
+        'backbone': 'swin_tiny', 'backbone_weights': 'none', 'backbone_stages': num_stages, 'drop_path_rate': 0.4,
+        'use_checkpoint': True, 'hidden_dim': 32, 'enc_layers': 1, 'dec_layers': 2, 'num_queries': 8,
+    }  # fmt: skip
+    model, criterion, _ = build_model(Namespace(**flags | family))
+    body = model.backbone[0].body
+    assert body.use_checkpoint
+    assert body.layers[-1].blocks[-1].drop_path.p == pytest.approx(0.4 if num_stages == 4 else 0.4 * 5 / 7)
+    targets = [{'labels': torch.tensor([1]), 'boxes': torch.tensor([[0.5, 0.5, 0.3, 0.3]])}]
+    losses = criterion(model.train()(torch.randn(1, 3, 90, 70), targets), targets)
+    sum(losses[name] * factor for name, factor in criterion.weight_dict.items() if name in losses).backward()
+    assert not [name for name, p in model.backbone.named_parameters() if p.grad is None]
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ({'backbone': 'resnet18', 'drop_path_rate': 0.1}, '--drop_path_rate is for Swin'),
+        ({'backbone': 'resnet18', 'backbone_frozen_stages': 2}, '--backbone_frozen_stages is for Swin'),
+        ({'backbone': 'swin_tiny', 'drop_path_rate': 1.0}, 'less than 1'),
+        ({'backbone': 'swin_tiny', 'backbone_frozen_stages': 6}, 'between -1 and 5'),
+        ({'backbone': 'swin_huge'}, "unknown backbone 'swin_huge': choose .*swin_large_window12"),
+    ],
+)
+def test_impossible_flags_are_refused(flags: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_model(Namespace(backbone_weights='none', **flags))

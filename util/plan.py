@@ -52,7 +52,8 @@ def print_plan(
         }
     print('\n'.join(f'{name:>14}  {text}' for name, text in rows.items()), flush=True)
     scratch = args.backbone_weights == 'none' and not (args.resume or args.pretrained)
-    if scratch and not args.eval and args.backbone_norm == 'frozen':
+    has_statistics = any(name.endswith('running_mean') for name, _ in model.named_buffers())
+    if scratch and not args.eval and args.backbone_norm == 'frozen' and has_statistics:
         print(
             'warning: the backbone starts from random numbers with its norms frozen: add --backbone_norm batch'
         )
