@@ -28,9 +28,32 @@ RECIPES = {
     'r50_ms_detr_pp_300': (53_870_425, 12, 11),
     'r50_ms_detr_pp_900': (54_024_025, 12, 11),
     'r50_ms_detr_a_300': (47_625_595, 12, 11),
+    'swin_tiny_two_stage_deformable_detr_12ep': (48_028_307, 12, 11),
+    'swin_tiny_two_stage_deformable_detr_36ep': (48_028_307, 36, 30),
+    'swin_tiny_two_stage_deformable_detr_tricks_12ep': (48_105_107, 12, 11),
+    'swin_tiny_two_stage_deformable_detr_tricks_36ep': (48_105_107, 36, 30),
+    'swin_large_two_stage_deformable_detr_12ep': (217_619_117, 12, 11),
+    'swin_large_two_stage_deformable_detr_36ep': (217_619_117, 36, 30),
+    'swin_large_two_stage_deformable_detr_tricks_12ep': (217_695_917, 12, 11),
+    'swin_large_two_stage_deformable_detr_tricks_36ep': (217_695_917, 36, 30),
+    'swin_tiny_h_deformable_detr_12ep': (48_489_107, 12, 11),
+    'swin_tiny_h_deformable_detr_36ep': (48_489_107, 36, 30),
+    'swin_tiny_h_deformable_detr_decay0.05_12ep': (48_489_107, 12, 11),
+    'swin_tiny_h_deformable_detr_decay0.05_36ep': (48_489_107, 36, 30),
+    'swin_large_h_deformable_detr_12ep': (218_079_917, 12, 11),
+    'swin_large_h_deformable_detr_36ep': (218_079_917, 36, 30),
+    'swin_large_h_deformable_detr_900_12ep': (218_233_517, 12, 11),
+    'swin_large_h_deformable_detr_900_36ep': (218_233_517, 36, 30),
+    'swin_large_h_deformable_detr_900_decay0.05_36ep': (218_233_517, 36, 30),
 }
-QUICK = ('r50_deformable_detr', 'r50_h_deformable_detr_12ep', 'r50_ms_detr_pp_900')
-# Arguments of the official scripts behind the recipes that train with more than one-to-one supervision.
+TOOLS = ('build_ops', 'compare_schemes', 'env', 'quickstart', 'test')  # scripts that are no recipes
+QUICK = (
+    'r50_deformable_detr',
+    'r50_h_deformable_detr_12ep',
+    'r50_ms_detr_pp_900',
+    'swin_tiny_h_deformable_detr_12ep',
+)
+# Arguments of the official scripts behind the recipes, by their names without schedule or, where it matters, with it.
 BASE = '--with_box_refine --two_stage --dim_feedforward 2048'
 TRICKS = '--dropout 0.0 --mixed_selection --look_forward_twice'
 HYBRID = '--num_queries_one2one 300 --num_queries_one2many 1500 --k_one2many 6 --lambda_one2many 1.0'
@@ -38,6 +61,8 @@ MIXED = (
     '--use_ms_detr --use_aux_ffn --cls_loss_coef 1 --o2m_cls_loss_coef 2 --enc_cls_loss_coef 2 --enc_bbox_loss_coef 5 '
     '--enc_giou_loss_coef 2'
 )
+TINY, LARGE = '--backbone swin_tiny', '--backbone swin_large'
+MORE, DROP, DECAY = '--num_queries_one2one 900', '--drop_path_rate 0.5', '--weight_decay 0.05'
 OFFICIAL = {
     'r50_two_stage_deformable_detr': BASE,
     'r50_two_stage_deformable_detr_tricks': f'{BASE} {TRICKS}',
@@ -45,6 +70,19 @@ OFFICIAL = {
     'r50_ms_detr_300': f'{BASE} {MIXED} --num_queries 300',
     'r50_ms_detr_pp_300': f'{BASE} {TRICKS} {MIXED} --num_queries 300',
     'r50_ms_detr_pp_900': f'{BASE} {TRICKS} {MIXED} --num_queries 900 --topk_eval 300',
+    'swin_tiny_two_stage_deformable_detr': f'{BASE} {TINY}',
+    'swin_tiny_two_stage_deformable_detr_tricks': f'{BASE} {TRICKS} {TINY}',
+    'swin_large_two_stage_deformable_detr_12ep': f'{BASE} {LARGE}',
+    'swin_large_two_stage_deformable_detr_36ep': f'{BASE} {LARGE} {DROP}',
+    'swin_large_two_stage_deformable_detr_tricks_12ep': f'{BASE} {TRICKS} {LARGE}',
+    'swin_large_two_stage_deformable_detr_tricks_36ep': f'{BASE} {TRICKS} {LARGE} {DROP}',
+    'swin_tiny_h_deformable_detr': f'{BASE} {TRICKS} {HYBRID} {TINY}',
+    'swin_tiny_h_deformable_detr_decay0.05': f'{BASE} {TRICKS} {HYBRID} {TINY} {DECAY}',
+    'swin_large_h_deformable_detr_12ep': f'{BASE} {TRICKS} {HYBRID} {LARGE}',
+    'swin_large_h_deformable_detr_36ep': f'{BASE} {TRICKS} {HYBRID} {LARGE} {DROP}',
+    'swin_large_h_deformable_detr_900_12ep': f'{BASE} {TRICKS} {HYBRID} {LARGE} {MORE}',
+    'swin_large_h_deformable_detr_900_36ep': f'{BASE} {TRICKS} {HYBRID} {LARGE} {MORE} {DROP}',
+    'swin_large_h_deformable_detr_900_decay0.05_36ep': f'{BASE} {TRICKS} {HYBRID} {LARGE} {MORE} {DROP} {DECAY}',
     'r50_ms_detr_a_300': f'{BASE} --use_ms_detr --cls_loss_coef 1 --o2m_cls_loss_coef 2 --num_queries 300 --ms_variant a',
 }
 
@@ -68,7 +106,8 @@ def flags_of(script: Path, *more: str) -> list[str]:
     'path',
     [
         pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
-        for path in sorted(SCRIPTS.glob('r50*.sh'))
+        for path in sorted(SCRIPTS.glob('*.sh'))
+        if path.stem not in TOOLS
     ],
 )
 def test_recipe_builds_the_official_model(path: Path) -> None:
@@ -79,7 +118,7 @@ def test_recipe_builds_the_official_model(path: Path) -> None:
     assert (args.lr, args.lr_backbone, args.epochs, args.lr_drop) == (2e-4, 2e-5, epochs, lr_drop)
     model = build_model(args)[0]
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-    if official := OFFICIAL.get(re.sub(r'_\d+ep$', '', path.stem)):
+    if official := OFFICIAL.get(path.stem, OFFICIAL.get(re.sub(r'_\d+ep$', '', path.stem))):
         schedule = ['--epochs', str(epochs), '--lr_drop', str(lr_drop), '--backbone_weights', 'none']
         meant = resolve_args(get_args_parser().parse_args([*official.split(), *schedule]))
         differing = {key for key, value in vars(meant).items() if vars(args)[key] != value}
