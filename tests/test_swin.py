@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from main import get_args_parser, main
 from models import build_model
 from models.backbone import build_backbone
 from models.swin import (
@@ -24,6 +25,7 @@ from models.swin import (
 from tests import rule
 from tests.parity import assert_close, float64
 from tests.shared_data import SHARED, needs_shared, read_shared
+from util.foreign_names import to_official
 
 RECORD = read_shared('parity/h_deformable_detr/swin_features.json')
 NAMES = {
@@ -274,6 +276,30 @@ def test_flags_choose_swin_in_every_family(
     losses = criterion(model.train()(torch.randn(1, 3, 90, 70), targets), targets)
     sum(losses[name] * factor for name, factor in criterion.weight_dict.items() if name in losses).backward()
     assert not [name for name, p in model.backbone.named_parameters() if p.grad is None]
+
+
+@pytest.mark.parametrize(('backbone', 'warned'), [('swin_tiny', False), ('resnet10', True)])
+def test_only_networks_with_frozen_statistics_are_warned_about(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, backbone: str, warned: bool
+) -> None:
+    monkeypatch.setitem(SWIN_SIZES, 'swin_tiny', SMALL)
+    flags = (
+        '--dataset_file shapes --shapes_train 2 --shapes_val 1 --shapes_size 32 --img_size 32 --num_workers 0 --hidden_dim 32 '
+        '--enc_layers 1 --dec_layers 1 --epochs 1 --device cpu --backbone_weights none --backbone'
+    )
+    main(get_args_parser().parse_args([*flags.split(), backbone]))
+    assert ('with its norms frozen' in capsys.readouterr().out) == warned
+
+
+def test_detrex_checkpoints_name_swin_without_the_joiner() -> None:
+    names = (
+        'norm2.bias',
+        'layers.2.blocks.5.attn.relative_position_index',
+        'layers.0.downsample.norm.weight',
+    )
+    state = {f'backbone.{name}': torch.ones(1) for name in names}
+    layout, state = to_official(state | {'transformer.level_embeds': torch.ones(4, 256)})
+    assert layout == 'detrex' and {f'backbone.0.body.{name}' for name in names} < set(state)
 
 
 @pytest.mark.parametrize(
