@@ -197,8 +197,8 @@ def add_model_args(parser: ArgumentParser) -> None:
                                '(default: %(default)s)')  # fmt: skip
     backbone.add_argument('--backbone_norm', default='frozen', choices=NORM_LAYERS,
                           help='norm layers: frozen statistics with stem and first stage frozen (official), or batch or '
-                               'group norms with everything trained, to start from random numbers; Swin has layer norms, '
-                               'which always train (default: %(default)s)')  # fmt: skip
+                               'group norms with everything trained, to start from random numbers; Swin has layer norms '
+                               'and takes none of these (default: %(default)s)')  # fmt: skip
     backbone.add_argument('--backbone_stages', default=4, type=int, choices=(2, 3, 4),
                           help='stages used; 4 ends at stride 32, 3 at 16, 2 at 8 (default: %(default)s)')  # fmt: skip
     backbone.add_argument('--dilation', action='store_true',
