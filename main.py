@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from datasets import DATASETS, build_dataset
-from datasets.class_map import ClassMap
+from datasets.class_map import CLASS_IDS, ClassMap
 from datasets.coco_eval import STAT_NAMES, CocoEvaluator, Summary
 from datasets.samplers import ChunkSampler, NodeSampler
 from datasets.transforms import AUGMENTATIONS
@@ -69,6 +69,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         data.add_argument(
             f'--{split}_ann', metavar='FILE', help=f'{split} annotations, instead of --coco_path'
         )
+    data.add_argument('--class_ids', default='auto', choices=CLASS_IDS,
+                      help="class indices of a model. auto: COCO's 91 ids for COCO, 0 to K-1 in order of id for other data; "
+                           'contiguous: 0 to K-1 for COCO too, 80 classes (default: %(default)s)')  # fmt: skip
     data.add_argument('--img_size', default=800, type=int,
                       help='shorter side of a picture, pixels, at evaluation; the scales of training shrink and grow with '
                            'it (default: %(default)s)')  # fmt: skip
@@ -363,6 +366,11 @@ def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Dat
         datasets = {'train': train, 'val': build_dataset('val', args, train.class_map)}
     found = datasets['val'].class_map
     if (args.resume or args.eval) and class_map is not None and class_map != found:
+        if {*class_map.names, None} == {*found.names, None}:
+            raise ValueError(
+                f'{args.resume} numbers its classes otherwise ({class_map.num_classes} class indices, here '
+                f'{found.num_classes}): give the --class_ids of its run'
+            )
         raise ValueError(
             f'{args.resume or args.pretrained} was trained on {describe(class_map)}, the data has {describe(found)}: evaluate it on its own '
             'data, or fine-tune it on this data with --pretrained'

@@ -11,6 +11,7 @@ from functools import cached_property
 # gaps included.
 COCO_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 COCO_IDS = frozenset(range(1, 91)).difference(COCO_GAPS)
+CLASS_IDS = ('auto', 'contiguous')
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,23 @@ class ClassMap:
     @classmethod
     def from_categories(cls, categories: list[dict]) -> ClassMap:
         """Class indices 0..K-1 in ascending order of id; COCO's own 80 ids are kept, with 91 classes."""
-        names = names_by_id(categories)
-        if names.keys() == COCO_IDS:
+        if names_by_id(categories).keys() == COCO_IDS:
             return cls.identity(categories)
+        return cls.contiguous(categories)
+
+    @classmethod
+    def contiguous(cls, categories: list[dict]) -> ClassMap:
+        """Class indices 0..K-1 in ascending order of id, COCO's 80 too (mmdetection)."""
+        names = names_by_id(categories)
         ids = sorted(names)
         return cls(tuple(ids), tuple(names[category_id] for category_id in ids))
+
+    @classmethod
+    def numbered(cls, categories: list[dict], class_ids: str) -> ClassMap:
+        """The class indices that --class_ids asks for."""
+        if class_ids not in CLASS_IDS:
+            raise ValueError(f'--class_ids {class_ids!r} is not known: choose one of {", ".join(CLASS_IDS)}')
+        return cls.contiguous(categories) if class_ids == 'contiguous' else cls.from_categories(categories)
 
     @classmethod
     def identity(cls, categories: list[dict]) -> ClassMap:

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,16 @@ from util.seeding import local_seed
 Target = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How an annotation file is read; the defaults are DETR's.
+
+    class_ids: which class indices categories get, see `ClassMap.numbered`.
+    """
+
+    class_ids: str = 'auto'
+
+
 class CocoDetection(Dataset):
     """Item: (uint8 picture [3, H, W], target).
 
@@ -49,13 +60,14 @@ class CocoDetection(Dataset):
         class_map: ClassMap | None = None,
         return_masks: bool = False,
         seed: int = 0,
+        reading: Reading = Reading(),
     ) -> None:
         self.image_dir, self.annotation_file = Path(image_dir), Path(annotation_file)
         self.transforms, self.return_masks, self.seed = transforms, return_masks, seed
         data = read_annotations(annotation_file)
         check_annotations(data, annotation_file, class_map)
         check_pictures(data['images'], image_dir, annotation_file)
-        self.class_map = class_map or ClassMap.from_categories(data['categories'])
+        self.class_map = class_map or ClassMap.numbered(data['categories'], reading.class_ids)
         images = sorted(data['images'], key=lambda image: image['id'])
         self.ids: list[int] = [image['id'] for image in images]
         self._file_names = PackedList([image['file_name'] for image in images])
@@ -213,7 +225,8 @@ def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None =
     """The 'train' or 'val' part named by the arguments; see `find_files` for where it is looked for."""
     image_dir, annotation_file = find_files(image_set, args)
     transforms = make_transforms(image_set, args.img_size, args.max_size, args.aug)
-    return CocoDetection(image_dir, annotation_file, transforms, class_map, seed=args.seed)
+    reading = Reading(getattr(args, 'class_ids', 'auto'))
+    return CocoDetection(image_dir, annotation_file, transforms, class_map, seed=args.seed, reading=reading)
 
 
 def find_files(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:
