@@ -9,7 +9,6 @@ loader share, instead of millions of Python objects, which every worker would co
 import argparse
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,6 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from datasets.class_map import ClassMap
 from datasets.coco_json import (
@@ -27,11 +25,9 @@ from datasets.coco_json import (
     check_segmentations,
     read_annotations,
 )
+from datasets.picture_dataset import Mix, PictureDataset
 from datasets.pictures import decode_file, read_picture
-from datasets.transforms import make_transforms
-from util.seeding import local_seed
-
-Target = dict[str, Tensor]
+from datasets.transforms import Target, Transform, make_transforms
 
 
 @dataclass(frozen=True)
@@ -44,26 +40,27 @@ class Reading:
     class_ids: str = 'auto'
 
 
-class CocoDetection(Dataset):
+class CocoDetection(PictureDataset):
     """Item: (uint8 picture [3, H, W], target).
 
     Target, in this order: boxes [T, 4] float32 xyxy in pixels (cxcywh in [0, 1] after the transforms), labels
     [T], masks [T, H, W] if asked for, image_id [1], area [T] float32, iscrowd [T], orig_size and size [2]
-    (height, width). Random augmentation depends on (seed, epoch, index) only, whatever the number of workers.
+    (height, width).
     """
 
     def __init__(
         self,
         image_dir: str | os.PathLike[str],
         annotation_file: str | os.PathLike[str],
-        transforms: Callable | None = None,
+        transforms: Transform | None = None,
         class_map: ClassMap | None = None,
         return_masks: bool = False,
         seed: int = 0,
         reading: Reading = Reading(),
+        mix: Mix | None = None,
     ) -> None:
+        super().__init__(transforms, mix, seed)
         self.image_dir, self.annotation_file = Path(image_dir), Path(annotation_file)
-        self.transforms, self.return_masks, self.seed = transforms, return_masks, seed
         data = read_annotations(annotation_file)
         check_annotations(data, annotation_file, class_map)
         check_pictures(data['images'], image_dir, annotation_file)
@@ -82,8 +79,6 @@ class CocoDetection(Dataset):
         if return_masks:
             check_segmentations(objects, annotation_file)
             self._segmentations = PackedList([a['segmentation'] for a in objects])
-        # In shared memory, so that workers that outlive an epoch see the next number too.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._ground_truth: Annotations | None = None
         self._files: dict[Path, bytes] | None = None  # kept in memory, see keep_files
 
@@ -98,21 +93,10 @@ class CocoDetection(Dataset):
         """Workers that are spawned have no use for the ground truth."""
         return {**self.__dict__, '_ground_truth': None}
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the random numbers of an epoch; reaches running workers too."""
-        self._epoch.fill_(epoch)
-
-    def __getitem__(self, idx: int) -> tuple[Tensor, Target]:
-        idx = range(len(self))[idx]
+    def untransformed(self, idx: int) -> tuple[Tensor, Target]:
+        """The picture as it is stored, and its objects."""
         picture = self._picture(idx)
-        target = self._target(idx, *picture.shape[1:])
-        if self.transforms is None:
-            return picture, target
-        with local_seed(self.seed, int(self._epoch), idx):
-            return self.transforms(picture, target)
+        return picture, self._target(idx, *picture.shape[1:])
 
     def _picture(self, idx: int) -> Tensor:
         path = self.image_dir / self._file_names[idx]

@@ -12,19 +12,17 @@ As plain files in COCO's layout, for `--coco_path DIR`, for other programs, or f
 
 import argparse
 import json
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from datasets.class_map import ClassMap
+from datasets.picture_dataset import Mix, PictureDataset
 from datasets.shape_scenes import KINDS, SPLITS, Scene, draw_scene
-from datasets.transforms import make_transforms
-from util.seeding import local_seed
+from datasets.transforms import Transform, make_transforms
 
 PICTURE_SEED = 17  # a constant: all runs share the data, whatever their --seed
 # Ids in the order of KINDS, so that the class index of a category is its number there.
@@ -32,11 +30,11 @@ CATEGORIES = [{'id': number, 'name': kind.__name__} for number, kind in enumerat
 KEPT_BYTES = 2**30  # masks are counted as nothing: they are small at such sizes
 
 
-class ShapesDetection(Dataset):
+class ShapesDetection(PictureDataset):
     """Drawn pictures with their objects.
 
-    An item is (picture, target): [3, H, W] uint8 and the dict that `target_of` describes, after `transforms`,
-    whose random choices depend on (seed, epoch, index) alone. `seed` does not change what is drawn.
+    An item is (picture, target): [3, H, W] uint8 and the dict that `target_of` describes. `seed` does not change
+    what is drawn.
     """
 
     def __init__(
@@ -45,42 +43,26 @@ class ShapesDetection(Dataset):
         split: str = 'train',
         seed: int = 0,
         picture_size: int = 128,
-        transforms: Callable | None = None,
+        transforms: Transform | None = None,
         return_masks: bool = False,
+        mix: Mix | None = None,
     ) -> None:
+        super().__init__(transforms, mix, seed)
         if split not in SPLITS:
             raise ValueError(f'split {split!r}: choose one of {", ".join(SPLITS)}')
-        self.split, self.seed, self.picture_size = split, seed, picture_size
-        self.transforms, self.return_masks = transforms, return_masks
+        self.split, self.picture_size, self.return_masks = split, picture_size, return_masks
         self.class_map = ClassMap.from_categories(CATEGORIES)
         self.ids = list(range(num_images))
         self._kept: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
         self._bytes_in_all = num_images * 3 * picture_size**2
-        # In shared memory, so that workers that outlive an epoch see the next number too.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __getstate__(self) -> dict:
         """Workers that are spawned have no use for the ground truth, and keep pictures of their own."""
         state = {name: value for name, value in self.__dict__.items() if name != 'ground_truth'}
         return state | {'_kept': {}}
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        index = range(len(self))[index]
-        picture, target = self.drawn(index)
-        if self.transforms is None:
-            return picture, target
-        with local_seed(self.seed, int(self._epoch), index):
-            return self.transforms(picture, target)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the random numbers of an epoch; reaches running workers too."""
-        self._epoch.fill_(epoch)
-
-    def drawn(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Picture and target before the transforms; drawn once a process while all pictures fit into
+    def untransformed(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Picture and target; drawn once a process while all pictures fit into
         KEPT_BYTES.
         """
         if index not in self._kept:

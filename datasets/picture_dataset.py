@@ -1,0 +1,47 @@
+"""What all data sets of pictures share: random numbers of their own, and a step that may see other pictures."""
+
+import random
+from collections.abc import Callable
+
+import torch
+from torch.utils.data import Dataset
+
+from datasets.transforms import Sample, Transform
+from util.seeding import local_seed
+
+# Picture, target and a function that gives a further one, drawn at random and untransformed, to picture and target.
+Mix = Callable[..., Sample]
+
+
+class PictureDataset(Dataset):
+    """Item: what `untransformed` gives, after `mix`, if there is one, and `transforms`.
+
+    A subclass has `ids`, one a picture, and `untransformed(idx)`, a uint8 picture [3, H, W] and its target. All
+    randomness depends on (seed, epoch, index) only, whatever the number of workers.
+    """
+
+    ids: list[int]
+
+    def __init__(self, transforms: Transform | None, mix: Mix | None, seed: int) -> None:
+        self.transforms, self.mix, self.seed = transforms, mix, seed
+        # In shared memory, so that workers that outlive an epoch see the next number too.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the random numbers of an epoch; reaches running workers too."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, idx: int) -> Sample:
+        idx = range(len(self))[idx]
+        with local_seed(self.seed, int(self._epoch), idx):
+            picture, target = self.untransformed(idx)
+            if self.mix is not None:
+                picture, target = self.mix(picture, target, self.random_item)
+            return (picture, target) if self.transforms is None else self.transforms(picture, target)
+
+    def random_item(self) -> Sample:
+        """Any picture, untransformed; drawn from Python's `random`."""
+        return self.untransformed(random.randrange(len(self)))
