@@ -78,8 +78,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     data.add_argument('--max_size', type=int,
                       help='longest side of a picture, pixels (default: 1333, in proportion to --img_size)')  # fmt: skip
     data.add_argument('--aug', default='detr', choices=AUGMENTATIONS,
-                      help='training pictures: flipped, scaled and cropped as in DETR, only flipped, or as at '
-                           'evaluation (default: %(default)s)')  # fmt: skip
+                      help='training pictures. detr: flipped, scaled and cropped; flip: only flipped; none: as at evaluation; '
+                           "co_detr: as detr by mmdetection's rules of resizing and its choice of objects, at evaluation "
+                           'too (default: %(default)s)')  # fmt: skip
     data.add_argument(
         '--shapes_train', default=4000, type=int, help='built-in training pictures (default: %(default)s)'
     )

@@ -9,7 +9,7 @@ loader share, instead of millions of Python objects, which every worker would co
 import argparse
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +26,24 @@ from datasets.coco_json import (
     read_annotations,
 )
 from datasets.picture_dataset import Mix, PictureDataset
-from datasets.pictures import decode_file, read_picture
-from datasets.transforms import Target, Transform, make_transforms
+from datasets.pictures import decode_file, read_picture, stored_size
+from datasets.transforms import Target, Transform, transforms_of
+
+MMDETECTION = ('co_detr',)  # recipes whose annotations are read as mmdetection does
+MIN_PICTURE_SIDE = 32
 
 
 @dataclass(frozen=True)
 class Reading:
     """How an annotation file is read; the defaults are DETR's.
 
-    class_ids: which class indices categories get, see `ClassMap.numbered`.
+    class_ids: which class indices categories get, see `ClassMap.numbered`. drop_tiny: objects narrower or lower than
+    a pixel, and those without area, are left out. min_picture_side: pictures with a smaller side are left out.
     """
 
     class_ids: str = 'auto'
+    drop_tiny: bool = False
+    min_picture_side: int = 0
 
 
 class CocoDetection(PictureDataset):
@@ -66,10 +72,13 @@ class CocoDetection(PictureDataset):
         check_pictures(data['images'], image_dir, annotation_file)
         self.class_map = class_map or ClassMap.numbered(data['categories'], reading.class_ids)
         images = sorted(data['images'], key=lambda image: image['id'])
+        if reading.min_picture_side:
+            images = large_pictures(images, self.image_dir, reading.min_picture_side)
         self.ids: list[int] = [image['id'] for image in images]
         self._file_names = PackedList([image['file_name'] for image in images])
         self._json_sizes = np.array([[image.get('height') or 0, image.get('width') or 0] for image in images])
-        objects, self._starts = objects_by_picture(data['annotations'], self.ids)
+        annotations = [a for a in data['annotations'] if not (reading.drop_tiny and is_tiny(a))]
+        objects, self._starts = objects_by_picture(annotations, self.ids)
         self._boxes_xywh = torch.tensor([a['bbox'] for a in objects], dtype=torch.float32).reshape(-1, 4)
         self._labels = torch.tensor(
             [self.class_map.label_of[a['category_id']] for a in objects], dtype=torch.int64
@@ -167,12 +176,12 @@ class PackedList:
 
 
 def objects_by_picture(annotations: list[dict], image_ids: list[int]) -> tuple[list[dict], np.ndarray]:
-    """Annotations without crowd regions, in the order of image_ids and then of the file.
+    """Annotations of these pictures without crowd regions, in the order of image_ids and then of the file.
 
     Also the bounds [len(image_ids) + 1]: picture i has the objects bounds[i] to bounds[i + 1].
     """
     position = {image_id: idx for idx, image_id in enumerate(image_ids)}
-    objects = [annotation for annotation in annotations if not annotation.get('iscrowd')]
+    objects = [a for a in annotations if not a.get('iscrowd') and a['image_id'] in position]
     objects.sort(key=lambda annotation: position[annotation['image_id']])
     counts = np.zeros(len(image_ids) + 1, dtype=np.int64)
     for annotation in objects:
@@ -184,6 +193,30 @@ def object_area(annotation: dict) -> float:
     """The file's own area (for COCO that of the segment), else that of the box."""
     _, _, width, height = annotation['bbox']
     return annotation.get('area', width * height)
+
+
+def is_tiny(annotation: dict) -> bool:
+    """mmdetection's rule, for the box before it is clamped."""
+    _, _, width, height = annotation['bbox']
+    return width < 1 or height < 1 or object_area(annotation) <= 0
+
+
+def large_pictures(images: list[dict], image_dir: Path, min_side: int) -> list[dict]:
+    """Pictures whose sides all have min_side pixels. ValueError: there is none."""
+    large = [image for image in images if min(size_of(image, image_dir)) >= min_side]
+    if not large:
+        raise ValueError(
+            f'all {len(images)} pictures of {image_dir} have a side of less than {min_side} pixels: this --aug needs '
+            'larger ones'
+        )
+    return large
+
+
+def size_of(image: dict, image_dir: Path) -> tuple[int, int]:
+    """(height, width) by the annotations, or by the picture's own header where they do not tell."""
+    if image.get('height') and image.get('width'):
+        return image['height'], image['width']
+    return stored_size(image_dir / image['file_name'])
 
 
 def rasterize(segmentation: list | dict, height: int, width: int) -> Tensor:
@@ -208,8 +241,11 @@ def rasterize(segmentation: list | dict, height: int, width: int) -> Tensor:
 def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> CocoDetection:
     """The 'train' or 'val' part named by the arguments; see `find_files` for where it is looked for."""
     image_dir, annotation_file = find_files(image_set, args)
-    transforms = make_transforms(image_set, args.img_size, args.max_size, args.aug)
     reading = Reading(getattr(args, 'class_ids', 'auto'))
+    if args.aug in MMDETECTION:
+        min_side = MIN_PICTURE_SIDE if image_set == 'train' else 0
+        reading = replace(reading, drop_tiny=True, min_picture_side=min_side)
+    transforms = transforms_of(image_set, args)
     return CocoDetection(image_dir, annotation_file, transforms, class_map, seed=args.seed, reading=reading)
 
 

@@ -4,6 +4,8 @@ pixels.
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +28,21 @@ def read_picture(path: str | os.PathLike[str]) -> Tensor:
 
 def decode_file(path: str | os.PathLike[str], data: bytes) -> Tensor:
     """As `read_picture`, where the file's bytes are at hand."""
-    try:
+    with naming(path):
         return decode(data)
+
+
+def stored_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(height, width) from the file's header; nothing is decoded."""
+    with naming(path), PIL.Image.open(path) as image:
+        return image.height, image.width
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What goes wrong inside with a picture becomes a ValueError with the file's name."""
+    try:
+        yield
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(
             f'{path} is not a readable picture ({error}): fetch it again, or remove it'

@@ -22,7 +22,7 @@ from torch import Tensor
 from datasets.class_map import ClassMap
 from datasets.picture_dataset import Mix, PictureDataset
 from datasets.shape_scenes import KINDS, SPLITS, Scene, draw_scene
-from datasets.transforms import Transform, make_transforms
+from datasets.transforms import Transform, transforms_of
 
 PICTURE_SEED = 17  # a constant: all runs share the data, whatever their --seed
 # Ids in the order of KINDS, so that the class index of a category is its number there.
@@ -138,7 +138,7 @@ def build(image_set: str, args: argparse.Namespace) -> ShapesDetection:
         split=image_set,
         seed=args.seed,
         picture_size=args.shapes_size,
-        transforms=make_transforms(image_set, args.img_size, args.max_size, args.aug),
+        transforms=transforms_of(image_set, args),
     )
 
 

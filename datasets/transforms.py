@@ -9,6 +9,7 @@ the same code. Scaling to [0, 1] and subtracting the mean is left to the model, 
 quarter of the traffic.
 """
 
+import argparse
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -29,11 +30,12 @@ Transform = Callable[[Picture, Target | None], Sample]
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-AUGMENTATIONS = ('detr', 'flip', 'none')
+AUGMENTATIONS = ('detr', 'flip', 'none', 'co_detr')
 BASE_SIZE, BASE_MAX_SIZE = 800, 1333
 BASE_SCALES = tuple(range(480, 801, 32))
 BASE_CROP_SCALES = (400, 500, 600)
 BASE_CROP_RANGE = (384, 600)
+BASE_CROP_MAX_SIZE = 4200  # Co-DETR bounds the long side before its crop too
 
 # What belongs to one object each. Keypoints are left alone, as in the official code.
 OBJECT_FIELDS = ('boxes', 'labels', 'area', 'iscrowd', 'masks')
@@ -115,9 +117,35 @@ def resize(
     picture: Picture, target: Target | None, size: int | Sequence[int], max_size: int | None = None
 ) -> Sample:
     """Bilinear with antialiasing, to `resized_size`. Masks: nearest, and bool afterwards."""
-    old_height, old_width = picture_size(picture)
-    width, height = resized_size((old_width, old_height), size, max_size)
-    resized = F.resize(pixels_together(picture), [height, width], antialias=True)
+    height, width = picture_size(picture)
+    return resize_to(picture, target, resized_size((width, height), size, max_size), antialias=True)
+
+
+def rescale(picture: Picture, target: Target | None, size: int, max_size: int) -> Sample:
+    """To `rescaled_size`, bilinear without antialiasing as OpenCV does, boxes clipped (mmdetection)."""
+    height, width = picture_size(picture)
+    new_width, new_height = rescaled_size((width, height), size, max_size)
+    resized, target = resize_to(picture, target, (new_width, new_height), antialias=False)
+    if target is not None and 'boxes' in target:
+        borders = torch.tensor([new_width, new_height] * 2, dtype=torch.float32)
+        target['boxes'] = target['boxes'].clamp(min=0).min(borders)
+    return resized, target
+
+
+def rescaled_size(picture_wh: tuple[int, int], size: int, max_size: int) -> tuple[int, int]:
+    """(width, height), as large as a short side of `size` and a long one of `max_size` allow, each side rounded
+    on its own, half upwards (mmdetection; other pixels than `resized_size`).
+    """
+    short, long = min(picture_wh), max(picture_wh)
+    scale = min(max_size / long, size / short)
+    width, height = (max(1, int(side * scale + 0.5)) for side in picture_wh)
+    return width, height
+
+
+def resize_to(picture: Picture, target: Target | None, new_wh: tuple[int, int], antialias: bool) -> Sample:
+    """Bilinear, to (width, height). Masks: nearest, and bool afterwards."""
+    (old_height, old_width), (width, height) = picture_size(picture), new_wh
+    resized = F.resize(pixels_together(picture), [height, width], antialias=antialias)
     if target is None:
         return resized, None
     target = {**target, 'size': torch.tensor([height, width])}
@@ -202,13 +230,18 @@ class RandomHorizontalFlip:
 
 
 class RandomResize:
-    """Short side to one of the sizes; a single size is drawn too, since the official code does."""
+    """Short side to one of the sizes; a single size is drawn too, since the official code does.
 
-    def __init__(self, sizes: Sequence[int], max_size: int | None = None) -> None:
-        self.sizes, self.max_size = list(sizes), max_size
+    rule: `resize` or `rescale`.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], max_size: int | None = None, rule: Callable[..., Sample] = resize
+    ) -> None:
+        self.sizes, self.max_size, self.rule = list(sizes), max_size, rule
 
     def __call__(self, picture: Picture, target: Target | None) -> Sample:
-        return resize(picture, target, random.choice(self.sizes), self.max_size)
+        return self.rule(picture, target, random.choice(self.sizes), self.max_size)
 
 
 class RandomSizeCrop:
@@ -225,6 +258,14 @@ class RandomSizeCrop:
 
     def draw_side(self, picture_side: int) -> int:
         return random.randint(min(self.min_size, picture_side), min(self.max_size, picture_side))
+
+
+class HeightFirstSizeCrop(RandomSizeCrop):
+    """The same, with the height drawn before the width (mmdetection)."""
+
+    def __call__(self, picture: Picture, target: Target | None) -> Sample:
+        height, width = map(self.draw_side, picture_size(picture))
+        return crop(picture, target, random_region(picture, height, width))
 
 
 class RandomCrop:
@@ -283,7 +324,8 @@ def make_transforms(
     """The official recipe; another img_size scales every number of it by img_size / 800.
 
     max_size: bound of the long side; by default 1333, scaled too. aug 'none' trains on the evaluation
-    transform, 'flip' on that after a random flip.
+    transform, 'flip' on that after a random flip. 'co_detr' is the same policy by mmdetection's rules: `rescale`
+    in training and evaluation, and crops whose height is drawn first.
     """
     if image_set not in ('train', 'val'):
         raise ValueError(f'image_set {image_set!r} has no transform: choose train or val')
@@ -294,16 +336,24 @@ def make_transforms(
             f'--img_size {img_size} is not a picture size: choose a positive number, for example 800'
         )
     max_size = max_size or scaled(BASE_MAX_SIZE, img_size)
-    if image_set == 'val' or aug != 'detr':
+    size_crop, crop_max_size, rule = RandomSizeCrop, None, resize
+    if aug == 'co_detr':
+        size_crop, crop_max_size, rule = HeightFirstSizeCrop, scaled(BASE_CROP_MAX_SIZE, img_size), rescale
+    if image_set == 'val' or aug in ('flip', 'none'):
         flip = [RandomHorizontalFlip()] if image_set == 'train' and aug == 'flip' else []
-        return Compose([*flip, RandomResize([img_size], max_size), NormalizeBoxes()])
-    final = RandomResize([scaled(size, img_size) for size in BASE_SCALES], max_size)
+        return Compose([*flip, RandomResize([img_size], max_size, rule), NormalizeBoxes()])
+    final = RandomResize([scaled(size, img_size) for size in BASE_SCALES], max_size, rule)
     zoomed = [
-        RandomResize([scaled(size, img_size) for size in BASE_CROP_SCALES]),
-        RandomSizeCrop(*(scaled(size, img_size) for size in BASE_CROP_RANGE)),
+        RandomResize([scaled(size, img_size) for size in BASE_CROP_SCALES], crop_max_size, rule),
+        size_crop(*(scaled(size, img_size) for size in BASE_CROP_RANGE)),
         final,
     ]
     return Compose([RandomHorizontalFlip(), RandomSelect(final, Compose(zoomed)), NormalizeBoxes()])
+
+
+def transforms_of(image_set: str, args: argparse.Namespace) -> Compose:
+    """The recipe that the arguments, or those of a checkpoint, ask for."""
+    return make_transforms(image_set, args.img_size, args.max_size, args.aug)
 
 
 def scaled(size: int, img_size: int) -> int:
