@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.coco_eval import CocoEvaluator, Summary
+from datasets.transforms import frame_size
 from models.training.criterion import weighted_sum
 from util.box_ops import box_cxcywh_to_xyxy
 from util.logger import Meter, Progress
@@ -120,7 +121,7 @@ def evaluate(
     progress = Progress(title, len(data_loader), every=max(len(data_loader) // 4, 1))
     for samples, targets in data_loader:
         outputs = model(samples.to(device, non_blocking=True))
-        sizes = torch.stack([target['orig_size'] for target in targets]).to(device, non_blocking=True)
+        sizes = torch.stack([frame_size(target) for target in targets]).to(device, non_blocking=True)
         results = postprocessors['bbox'](outputs, sizes)
         evaluator.update(
             {int(t['image_id']): to_cpu(result) for t, result in zip(targets, results, strict=True)}

@@ -24,7 +24,7 @@ from datasets import DATASETS, build_dataset
 from datasets.class_map import CLASS_IDS, ClassMap
 from datasets.coco_eval import STAT_NAMES, CocoEvaluator, Summary
 from datasets.samplers import ChunkSampler, NodeSampler
-from datasets.transforms import AUGMENTATIONS
+from datasets.transforms import AUGMENTATIONS, LSJ_SIZE
 from engine import build_optimizer, draw_predictions, evaluate, train_one_epoch
 from models import add_model_args, build_model, family_default, resolve_args
 from models.ops.functions import describe as describe_kernels
@@ -80,7 +80,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     data.add_argument('--aug', default='detr', choices=AUGMENTATIONS,
                       help='training pictures. detr: flipped, scaled and cropped; flip: only flipped; none: as at evaluation; '
                            "co_detr: as detr by mmdetection's rules of resizing and its choice of objects, at evaluation "
-                           'too (default: %(default)s)')  # fmt: skip
+                           'too; lsj: large-scale jitter in a square and, where objects have masks, copy-paste '
+                           '(default: %(default)s)')  # fmt: skip
+    data.add_argument('--lsj_size', default=LSJ_SIZE, type=int,
+                      help='side of the squares of --aug lsj, pixels, instead of --img_size and --max_size '
+                           '(default: %(default)s)')  # fmt: skip
     data.add_argument(
         '--shapes_train', default=4000, type=int, help='built-in training pictures (default: %(default)s)'
     )
@@ -221,6 +225,8 @@ def main(args: Namespace) -> None:
     if is_main_process():
         notes = {'kernels': describe_kernels(device.type)} if args.family == 'deformable' else {}
         if not args.eval:
+            if args.aug == 'lsj' and not datasets['train'].return_masks:
+                notes['copy-paste'] = 'none, since there are objects without a segmentation'
             table = supervision_table(criterion.table, run.bare_model.num_queries, criterion.weight_dict)
             notes['supervision'] = table
         print_plan(args, run.bare_model, datasets, loaders, optimizer, scheduler, notes)
@@ -436,10 +442,14 @@ def check_run_args(args: Namespace) -> None:
         raise ValueError('--resume auto looks into --output_dir: give it')
     if args.tensorboard and not args.output_dir:
         raise ValueError('--tensorboard writes into --output_dir: give it')
+    if args.cache_mode and args.aug == 'lsj' and get_local_size() > 1:
+        raise ValueError(
+            '--aug lsj mixes any two pictures, but with --cache_mode a process keeps only its share: leave one out'
+        )
     if args.cache_mode and args.dataset_file == 'shapes':
         raise ValueError('--cache_mode keeps picture files; built-in pictures have none: leave it out')
     positive = ('batch_size', 'accum_steps', 'epochs', 'lr_drop', 'eval_every', 'save_every', 'img_size')
-    for flag in (*positive, 'shapes_train', 'shapes_val', 'shapes_size'):
+    for flag in (*positive, 'lsj_size', 'shapes_train', 'shapes_val', 'shapes_size'):
         if getattr(args, flag) < 1:
             raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
     if args.total_batch_size is not None:

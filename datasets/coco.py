@@ -25,11 +25,12 @@ from datasets.coco_json import (
     check_segmentations,
     read_annotations,
 )
+from datasets.lsj import build_mix
 from datasets.picture_dataset import Mix, PictureDataset
 from datasets.pictures import decode_file, read_picture, stored_size
 from datasets.transforms import Target, Transform, transforms_of
 
-MMDETECTION = ('co_detr',)  # recipes whose annotations are read as mmdetection does
+MMDETECTION = ('co_detr', 'lsj')  # recipes whose annotations are read as mmdetection does
 MIN_PICTURE_SIDE = 32
 
 
@@ -52,6 +53,8 @@ class CocoDetection(PictureDataset):
     Target, in this order: boxes [T, 4] float32 xyxy in pixels (cxcywh in [0, 1] after the transforms), labels
     [T], masks [T, H, W] if asked for, image_id [1], area [T] float32, iscrowd [T], orig_size and size [2]
     (height, width).
+
+    return_masks: None = if every object has a segmentation.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class CocoDetection(PictureDataset):
         annotation_file: str | os.PathLike[str],
         transforms: Transform | None = None,
         class_map: ClassMap | None = None,
-        return_masks: bool = False,
+        return_masks: bool | None = False,
         seed: int = 0,
         reading: Reading = Reading(),
         mix: Mix | None = None,
@@ -84,10 +87,12 @@ class CocoDetection(PictureDataset):
             [self.class_map.label_of[a['category_id']] for a in objects], dtype=torch.int64
         )
         self._areas = torch.tensor([object_area(a) for a in objects], dtype=torch.float32)
-        self._segmentations = None
         if return_masks:
             check_segmentations(objects, annotation_file)
-            self._segmentations = PackedList([a['segmentation'] for a in objects])
+        elif return_masks is None:
+            return_masks = all(a.get('segmentation') for a in objects)
+        self.return_masks = return_masks
+        self._segmentations = PackedList([a['segmentation'] for a in objects]) if return_masks else None
         self._ground_truth: Annotations | None = None
         self._files: dict[Path, bytes] | None = None  # kept in memory, see keep_files
 
@@ -246,7 +251,9 @@ def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None =
         min_side = MIN_PICTURE_SIDE if image_set == 'train' else 0
         reading = replace(reading, drop_tiny=True, min_picture_side=min_side)
     transforms = transforms_of(image_set, args)
-    return CocoDetection(image_dir, annotation_file, transforms, class_map, seed=args.seed, reading=reading)
+    mix = build_mix(image_set, args)
+    masks = None if mix else False
+    return CocoDetection(image_dir, annotation_file, transforms, class_map, masks, args.seed, reading, mix)
 
 
 def find_files(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:

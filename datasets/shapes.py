@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from datasets.class_map import ClassMap
+from datasets.lsj import build_mix
 from datasets.picture_dataset import Mix, PictureDataset
 from datasets.shape_scenes import KINDS, SPLITS, Scene, draw_scene
 from datasets.transforms import Transform, transforms_of
@@ -133,12 +134,15 @@ def annotations_of(scene: Scene, image_id: int, first_id: int) -> list[dict]:
 
 def build(image_set: str, args: argparse.Namespace) -> ShapesDetection:
     """The split `image_set` ('train' or 'val') as the command line wants it."""
+    mix = build_mix(image_set, args)
     return ShapesDetection(
         num_images=args.shapes_train if image_set == 'train' else args.shapes_val,
         split=image_set,
         seed=args.seed,
         picture_size=args.shapes_size,
         transforms=transforms_of(image_set, args),
+        return_masks=mix is not None,
+        mix=mix,
     )
 
 

@@ -30,11 +30,13 @@ Transform = Callable[[Picture, Target | None], Sample]
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-AUGMENTATIONS = ('detr', 'flip', 'none', 'co_detr')
+AUGMENTATIONS = ('detr', 'flip', 'none', 'co_detr', 'lsj')
 BASE_SIZE, BASE_MAX_SIZE = 800, 1333
 BASE_SCALES = tuple(range(480, 801, 32))
 BASE_CROP_SCALES = (400, 500, 600)
 BASE_CROP_RANGE = (384, 600)
+LSJ_SIZE = 1024
+GREY = 114  # around pictures in a square (mmdetection)
 BASE_CROP_MAX_SIZE = 4200  # Co-DETR bounds the long side before its crop too
 
 # What belongs to one object each. Keypoints are left alone, as in the official code.
@@ -169,16 +171,29 @@ def pixels_together(picture: Picture) -> Picture:
     return picture.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
-def pad(picture: Picture, target: Target | None, padding: tuple[int, int]) -> Sample:
-    """Add (right, bottom) zero columns and rows. Boxes and areas stay."""
+def pad(picture: Picture, target: Target | None, padding: tuple[int, int], fill: int = 0) -> Sample:
+    """Add (right, bottom) columns and rows of the value `fill`. Boxes and areas stay."""
     sides = [0, 0, *padding]
-    padded = F.pad(picture, sides)
+    padded = F.pad(picture, sides, fill=fill)
     if target is None:
         return padded, None
     target = {**target, 'size': torch.tensor(picture_size(padded))}
     if 'masks' in target:
         target['masks'] = F.pad(target['masks'], sides)
     return padded, target
+
+
+def pad_to_square(picture: Picture, target: Target | None, size: int) -> Sample:
+    """Grey on the right and below, up to size x size pixels."""
+    height, width = picture_size(picture)
+    return pad(picture, target, (size - width, size - height), GREY)
+
+
+def frame_size(target: Target) -> Tensor:
+    """What boxes in [0, 1] are relative to, (height, width) [2] in pixels of the original picture: the picture
+    itself, or the square around it that `FitSquare` makes. Detections are scaled by it.
+    """
+    return target.get('frame_size', target['orig_size'])
 
 
 def center_crop(picture: Picture, target: Target | None, size: tuple[int, int]) -> Sample:
@@ -299,6 +314,24 @@ class RandomPad:
         return pad(picture, target, (right, bottom))
 
 
+class FitSquare:
+    """The picture, as large as it fits, in the upper left corner of a square of size x size pixels, grey around it.
+
+    `frame_size` is the square's size in original pixels: larger than the picture, and a box may reach beyond it.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, picture: Picture, target: Target | None) -> Sample:
+        picture, target = rescale(picture, target, self.size, self.size)
+        fitted = torch.tensor(picture_size(picture))
+        picture, target = pad_to_square(picture, target, self.size)
+        if target is not None:
+            target['frame_size'] = self.size * target['orig_size'] / fitted
+        return picture, target
+
+
 class NormalizeBoxes:
     """Last step: the picture as a uint8 tensor [3, H, W], boxes as cxcywh relative to it. Area and size stay
     in pixels.
@@ -319,13 +352,18 @@ class NormalizeBoxes:
 
 
 def make_transforms(
-    image_set: str, img_size: int = BASE_SIZE, max_size: int | None = None, aug: str = 'detr'
+    image_set: str,
+    img_size: int = BASE_SIZE,
+    max_size: int | None = None,
+    aug: str = 'detr',
+    lsj_size: int = LSJ_SIZE,
 ) -> Compose:
     """The official recipe; another img_size scales every number of it by img_size / 800.
 
     max_size: bound of the long side; by default 1333, scaled too. aug 'none' trains on the evaluation
     transform, 'flip' on that after a random flip. 'co_detr' is the same policy by mmdetection's rules: `rescale`
-    in training and evaluation, and crops whose height is drawn first.
+    in training and evaluation, and crops whose height is drawn first. 'lsj' fits pictures into squares of lsj_size pixels for
+    evaluation; training pictures come from datasets.lsj.LargeScaleJitter and have one already.
     """
     if image_set not in ('train', 'val'):
         raise ValueError(f'image_set {image_set!r} has no transform: choose train or val')
@@ -334,6 +372,10 @@ def make_transforms(
     if img_size < 1:
         raise ValueError(
             f'--img_size {img_size} is not a picture size: choose a positive number, for example 800'
+        )
+    if aug == 'lsj':
+        return Compose(
+            [NormalizeBoxes()] if image_set == 'train' else [FitSquare(lsj_size), NormalizeBoxes()]
         )
     max_size = max_size or scaled(BASE_MAX_SIZE, img_size)
     size_crop, crop_max_size, rule = RandomSizeCrop, None, resize
@@ -353,7 +395,8 @@ def make_transforms(
 
 def transforms_of(image_set: str, args: argparse.Namespace) -> Compose:
     """The recipe that the arguments, or those of a checkpoint, ask for."""
-    return make_transforms(image_set, args.img_size, args.max_size, args.aug)
+    lsj_size = getattr(args, 'lsj_size', LSJ_SIZE)  # older checkpoints have none
+    return make_transforms(image_set, args.img_size, args.max_size, args.aug, lsj_size)
 
 
 def scaled(size: int, img_size: int) -> int:

@@ -8,12 +8,22 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import main
 from datasets import build_dataset
 from datasets import transforms as T
 from datasets.class_map import COCO_IDS, ClassMap
+from datasets.coco_eval import CocoEvaluator
+from datasets.lsj import TRIES, LargeScaleJitter, jitter, mask_extents, paste, pick
+from datasets.shapes import ShapesDetection
+from engine import draw_predictions, evaluate
+from models.postprocess import TopKPostProcess, scale_boxes
 from tests.shared_data import needs_shared, read_shared, rule_picture
+from tools.predict import detect
+from util.nested_tensor import collate_fn
+from util.seeding import local_seed
 
 RESIZED = read_shared('parity/co_deformable_detr/components.json').get('resize', {'rows': []})['rows']
 COCO_CATEGORIES = [{'id': i, 'name': f'c{i}'} for i in sorted(COCO_IDS, reverse=True)]
@@ -175,3 +185,211 @@ def test_data_of_tiny_pictures_only_is_refused(tmp_path: Path) -> None:
     root = write_data(tmp_path, [{'id': 1, 'height': 31, 'width': 60}], [], [{'id': 1}])
     with pytest.raises(ValueError, match=r'all 1 pictures .* less than 32 pixels'):
         build_dataset('train', arguments(root, aug='co_detr'))
+
+
+def extent(mask: Tensor) -> list[int]:
+    rows, columns = mask.nonzero().unbind(1)
+    return [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
+
+
+def no_other() -> T.Sample:
+    raise AssertionError('no second picture is wanted here')
+
+
+def test_jittered_boxes_are_the_extents_of_masks_in_a_grey_square() -> None:
+    data, found = ShapesDetection(6, picture_size=64, return_masks=True), []
+    for index in range(60):
+        with local_seed(index):
+            sample = jitter(*data.untransformed(index % 6), size=64)
+        if sample is None:
+            continue
+        picture, target = sample
+        assert picture.shape == (3, 64, 64) and picture.dtype == torch.uint8
+        assert target['size'].tolist() == [64, 64]
+        assert {len(target[key]) for key in T.OBJECT_FIELDS} == {len(target['boxes'])}
+        assert target['boxes'].tolist() == [extent(mask) for mask in target['masks']]
+        grey = (picture == 114).all(dim=0)
+        width, height = int((~grey).any(dim=0).sum()), int((~grey).any(dim=1).sum())
+        assert grey[height:].all() and grey[:, width:].all()
+        assert not target['masks'][:, height:].any() and not target['masks'][:, :, width:].any()
+        found.append(max(width, height))
+    assert min(found) < 10 and max(found) == 64
+
+
+def test_extents_of_no_masks_and_of_empty_ones() -> None:
+    assert mask_extents(torch.zeros(0, 4, 5, dtype=torch.bool)).shape == (0, 4)
+    masks = torch.zeros(2, 4, 5, dtype=torch.bool)
+    masks[1, 1:3, 4] = True
+    assert mask_extents(masks).tolist() == [[0, 0, 0, 0], [4, 1, 5, 3]]
+
+
+def sample_of(boxes: list[list[int]], grey: int, size: int = 64, masks: bool = True) -> T.Sample:
+    """A grey picture with filled boxes as objects, labelled 0, 1, ..."""
+    target = {
+        'boxes': torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        'labels': torch.arange(len(boxes)),
+        'area': torch.zeros(len(boxes)),
+        'iscrowd': torch.zeros(len(boxes), dtype=torch.int64),
+        'image_id': torch.tensor([grey]),
+        'orig_size': torch.tensor([size, size]),
+    }
+    if masks:
+        target['masks'] = torch.zeros(len(boxes), size, size, dtype=torch.bool)
+        for mask, (x0, y0, x1, y1) in zip(target['masks'], boxes, strict=True):
+            mask[y0:y1, x0:x1] = True
+    return torch.full((3, size, size), grey, dtype=torch.uint8), target
+
+
+def test_pasted_objects_cover_and_what_is_hidden_goes() -> None:
+    """Objects: far away; cut by 10 pixels; cut by 11 with 110 pixels left, and with 440; hidden near the origin."""
+    boxes = [[0, 20, 5, 25], [30, 10, 50, 15], [29, 15, 51, 25], [29, 25, 51, 65], [2, 2, 9, 9]]
+    picture, target = sample_of(boxes, 10, size=80)
+    source, source_target = sample_of([[40, 0, 60, 75], [0, 0, 10, 10]], 200, size=80)
+    result, merged = paste(picture, target, source, source_target)
+    assert (result[:, 0:75, 40:60] == 200).all() and int((result == 200).sum()) == 3 * 1600
+    assert merged['labels'].tolist() == [0, 1, 3, 0, 1]
+    assert merged['boxes'][:3].tolist() == [[0, 20, 5, 25], [30, 10, 40, 15], [29, 25, 40, 65]]
+    assert merged['boxes'].tolist() == [extent(mask) for mask in merged['masks']]
+    assert merged['image_id'].tolist() == [10]
+    nothing = sample_of([], 200, size=80)
+    assert paste(picture, target, *nothing)[1] is target
+    assert paste(*nothing, source, source_target)[1]['labels'].tolist() == [0, 1]
+
+
+def test_every_number_of_objects_is_picked_and_none_twice() -> None:
+    _, target = sample_of([[i, i, i + 3, i + 3] for i in range(4)], 1)
+    counts = set()
+    for seed in range(40):
+        with local_seed(seed):
+            labels = pick(target)['labels'].tolist()
+        assert len(set(labels)) == len(labels)
+        counts.add(len(labels))
+    assert counts == {0, 1, 2, 3, 4}
+    _, crowd = sample_of([[0, 0, 1, 1]] * 130, 1, size=4)
+    assert max(len(pick(crowd)['labels']) for _ in range(300)) <= 99
+
+
+def test_a_picture_whose_objects_vanish_is_replaced() -> None:
+    vanishing = sample_of([[5, 5, 50, 50]], 1)
+    vanishing[1]['masks'][:] = False
+    usual, empty = sample_of([[0, 0, 64, 64]], 2), sample_of([], 3)
+    _, target = LargeScaleJitter(64)(*vanishing, lambda: usual)
+    assert target['image_id'].tolist() == [2] and 'masks' not in target
+    _, target = LargeScaleJitter(64)(*empty, lambda: empty)
+    assert target['image_id'].tolist() == [3] and target['boxes'].shape == (0, 4)
+    with pytest.raises(ValueError, match=f'{TRIES} pictures one after another lost all their objects'):
+        LargeScaleJitter(64)(*vanishing, lambda: vanishing)
+
+
+def test_without_masks_boxes_are_cut_and_nothing_is_pasted() -> None:
+    sides = set()
+    for seed in range(20):
+        with local_seed(seed):
+            picture, target = LargeScaleJitter(64)(*sample_of([[0, 0, 64, 64]], 9, masks=False), no_other)
+        assert 'masks' not in target
+        sides.add(tuple((target['boxes'][0, 2:] - target['boxes'][0, :2]).tolist()))
+        assert int((picture == 9).sum()) == 3 * int(target['area'][0])
+    assert len(sides) > 5 and (64.0, 64.0) in sides
+
+
+def square_data(root: Path, segmented: bool) -> Path:
+    """Three pictures of one object each, the last one without."""
+    images = [{'id': i, 'height': 40, 'width': 50} for i in (1, 2, 3)]
+    objects = [{'image_id': i, 'category_id': 1, 'bbox': [0, 0, 50, 40]} for i in (1, 2)]
+    objects.append({'image_id': 1, 'category_id': 1, 'bbox': [0, 0, 9, 9], 'iscrowd': 1})
+    if segmented:
+        for row in objects[:2]:
+            row['segmentation'] = [[0, 0, 50, 0, 50, 40, 0, 40]]
+    return write_data(root, images, objects, [{'id': 1, 'name': 'thing'}])
+
+
+@pytest.mark.parametrize('segmented', [True, False])
+def test_masks_are_used_where_every_object_has_one(tmp_path: Path, segmented: bool) -> None:
+    root = square_data(tmp_path, segmented)
+    dataset = build_dataset('train', arguments(root, aug='lsj', lsj_size=64))
+    assert dataset.return_masks == segmented
+    objects = []
+    for epoch in range(12):
+        dataset.set_epoch(epoch)
+        for picture, target in dataset:
+            assert picture.shape == (3, 64, 64) and 'masks' not in target
+            assert target['size'].tolist() == [64, 64]
+            assert ((target['boxes'] >= 0) & (target['boxes'] <= 1)).all()
+            objects.append(len(target['boxes']))
+    assert max(objects) == (2 if segmented else 1)
+
+
+@pytest.mark.parametrize('aug', ['lsj', 'co_detr'])
+def test_pictures_depend_on_seed_epoch_and_index_only(aug: str) -> None:
+    args = Namespace(**vars(arguments(Path())) | {'dataset_file': 'shapes', 'aug': aug, 'lsj_size': 64})
+    args.shapes_train, args.shapes_size, args.img_size = 4, 64, 64
+    dataset = build_dataset('train', args)
+    alone = DataLoader(dataset, batch_size=None)
+    workers = DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=True)
+    sums = []
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        for (picture, target), (expected, expected_target) in zip(workers, alone, strict=True):
+            assert torch.equal(picture, expected)
+            assert torch.equal(target['boxes'], expected_target['boxes'])
+        sums.append([int(picture.sum()) for picture, _ in alone])
+    dataset.set_epoch(1)
+    assert [int(dataset[index][0].sum()) for index in range(4)] == sums[1]
+    assert len({tuple(row) for row in sums}) == 3
+    args.seed += 1
+    assert [int(picture.sum()) for picture, _ in build_dataset('train', args)] != sums[0]
+
+
+@pytest.mark.parametrize('shape', [(40, 64), (51, 40), (30, 30)], ids=str)
+def test_boxes_come_back_to_original_pixels(shape: tuple[int, int]) -> None:
+    """Also where the fitted side was rounded, and beyond the picture."""
+    height, width = shape
+    picture = torch.full((3, *shape), 9, dtype=torch.uint8)
+    boxes = torch.tensor([[0.0, 0, width, height], [3, 5, 21, 17]])
+    target = {'boxes': boxes, 'orig_size': torch.tensor(shape)}
+    square, fitted = T.make_transforms('val', aug='lsj', lsj_size=96)(picture, target)
+    new_width, new_height = T.rescaled_size((width, height), 96, 96)
+    assert (square[:, :new_height, :new_width] == 9).all() and (square[:, new_height:] == 114).all()
+    assert (square[:, :, new_width:] == 114).all()
+    assert fitted['size'].tolist() == [96, 96] and fitted['orig_size'].tolist() == list(shape)
+    back = scale_boxes(fitted['boxes'][None], T.frame_size(fitted)[None])[0]
+    torch.testing.assert_close(back, boxes, rtol=0, atol=1e-4)
+    corner = scale_boxes(torch.tensor([[[0.5, 0.5, 1, 1]]]), T.frame_size(fitted)[None])[0, 0]
+    expected = torch.tensor([0, 0, 96 * width / new_width, 96 * height / new_height])
+    torch.testing.assert_close(corner, expected)
+
+
+class Oracle(nn.Module):
+    """Answers with the objects of the pictures of a data set, in turn."""
+
+    def __init__(self, dataset: ShapesDetection) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.targets = [target for _, target in dataset] * 2
+
+    def forward(self, samples: object) -> dict[str, Tensor]:
+        target = self.targets.pop(0)
+        logits = nn.functional.one_hot(target['labels'], 6)[None] * 20.0 - 10
+        return {'pred_logits': logits, 'pred_boxes': target['boxes'][None]}
+
+
+@pytest.mark.parametrize('aug', ['detr', 'co_detr', 'lsj'])
+def test_true_objects_score_one_at_evaluation_and_in_predictions(tmp_path: Path, aug: str) -> None:
+    transforms = T.make_transforms('val', img_size=80, aug=aug, lsj_size=96)
+    dataset = ShapesDetection(4, 'val', picture_size=64, transforms=transforms)
+    model, postprocess = Oracle(dataset), {'bbox': TopKPostProcess()}
+    evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map, backend='pycocotools')
+    loader = DataLoader(dataset, 1, collate_fn=collate_fn)
+    assert evaluate(model, postprocess, loader, evaluator)['bbox'].stats[0] == pytest.approx(1)
+    draw_predictions(model, postprocess, dataset, tmp_path / 'drawn.png', count=1)
+    picture, target = dataset.untransformed(1)
+    result = detect(
+        model, postprocess['bbox'], picture, Namespace(img_size=80, max_size=None, aug=aug, lsj_size=96)
+    )
+    best = result['scores'] > 0.5
+    order = [extent_order(boxes) for boxes in (result['boxes'][best], target['boxes'])]
+    torch.testing.assert_close(order[0], order[1], rtol=0, atol=1e-3)
+
+
+def extent_order(boxes: Tensor) -> Tensor:
+    return torch.tensor(sorted(boxes.tolist()))

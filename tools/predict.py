@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.class_map import ClassMap
 from datasets.pictures import read_picture
-from datasets.transforms import transforms_of
+from datasets.transforms import frame_size, transforms_of
 from models import build_detector, build_postprocessors, resolve_args
 from util.checkpoint import load_checkpoint, read_checkpoint
 from util.dist import choose_device
@@ -101,9 +101,9 @@ def load_detector(file: str) -> tuple[nn.Module, nn.Module, ClassMap, Namespace]
 @torch.no_grad()
 def detect(model: nn.Module, postprocess: nn.Module, picture: Tensor, args: Namespace) -> dict[str, Tensor]:
     """Detections of one uint8 picture [3, H, W], boxes in its own pixels."""
-    resized, _ = transforms_of('val', args)(picture, None)
+    resized, target = transforms_of('val', args)(picture, {'orig_size': torch.tensor(picture.shape[-2:])})
     samples = nested_tensor_from_tensor_list([resized]).to(next(model.parameters()).device)
-    result = postprocess(model(samples), torch.tensor([picture.shape[-2:]]).to(samples.tensors.device))[0]
+    result = postprocess(model(samples), frame_size(target)[None].to(samples.tensors.device))[0]
     return {key: value.cpu() for key, value in result.items()}
 
 

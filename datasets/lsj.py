@@ -1,0 +1,130 @@
+"""
+Large-scale jitter with copy-paste (arXiv:2012.07177), as Co-DETR's LSJ recipes train. Training only: evaluation is
+`datasets.transforms.FitSquare`.
+
+Where targets have masks, boxes are the extent of what is seen of an object; without masks nothing is pasted, and
+boxes are cut by the crop.
+"""
+
+import argparse
+import random
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets.transforms import (
+    OBJECT_FIELDS,
+    RandomHorizontalFlip,
+    Sample,
+    Target,
+    crop,
+    keep_objects,
+    pad_to_square,
+    picture_size,
+    random_region,
+    rescale,
+)
+from util.box_ops import box_area
+
+SCALES = (0.1, 2.0)  # of the square
+MIN_BOX_SIDE = 0.01  # pixels; smaller boxes are dropped
+MAX_PASTED = 99  # objects
+MOVED, STILL_SEEN = 10, 300  # pixels of a box side, and of a mask
+TRIES = 100
+
+
+class LargeScaleJitter:
+    """A picture of size x size pixels: scaled, cropped, flipped, padded, and with objects of a second one in it.
+
+    Targets lose their masks here: only this step reads them.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, picture: Tensor, target: Target, random_item: Callable[[], Sample]) -> Sample:
+        """random_item: gives the second picture, and one in place of a picture whose objects all vanish."""
+        picture, target = self.jittered(picture, target, random_item)
+        if 'masks' not in target:
+            return picture, target
+        source, source_target = self.jittered(*random_item(), random_item)
+        picture, target = paste(picture, target, source, pick(source_target))
+        return picture, {key: value for key, value in target.items() if key != 'masks'}
+
+    def jittered(self, picture: Tensor, target: Target, random_item: Callable[[], Sample]) -> Sample:
+        """ValueError: picture after picture loses its objects."""
+        for _ in range(TRIES):
+            sample = jitter(picture, target, self.size)
+            if sample is not None:
+                return sample
+            picture, target = random_item()
+        raise ValueError(
+            f'{TRIES} pictures one after another lost all their objects when they were scaled for --aug lsj: are '
+            'their segmentations empty?'
+        )
+
+
+def jitter(picture: Tensor, target: Target, size: int) -> Sample | None:
+    """One picture in a square of size x size pixels; None if no object that is in the crop has a box left.
+
+    A crop without objects is a result like others.
+    """
+    limit = max(1, int(size * random.uniform(*SCALES)))
+    picture, target = rescale(picture, target, limit, limit)
+    height, width = (min(side, size) for side in picture_size(picture))
+    picture, target = crop(picture, target, random_region(picture, height, width))
+    if 'masks' in target:
+        target = fit_to_masks(target)
+    sides = target['boxes'][:, 2:] - target['boxes'][:, :2]
+    kept = keep_objects(target, (sides > MIN_BOX_SIDE).all(dim=1))
+    if len(sides) and not len(kept['boxes']):
+        return None
+    return pad_to_square(*RandomHorizontalFlip()(picture, kept), size)
+
+
+def fit_to_masks(target: Target) -> Target:
+    """Copy of the target with the boxes of its masks; as in `crop`, areas are those of the boxes."""
+    boxes_xyxy = mask_extents(target['masks'])
+    return {**target, 'boxes': boxes_xyxy, 'area': box_area(boxes_xyxy)}
+
+
+def mask_extents(masks: Tensor) -> Tensor:
+    """Boxes [T, 4] float32 xyxy at pixel edges of masks [T, H, W] bool; zeros for an empty mask."""
+    pixels = masks.view(torch.uint8)  # torch reduces bytes many times faster than bools
+    sides = []
+    for line in (pixels.amax(dim=1), pixels.amax(dim=2)):  # [T, W], [T, H]
+        first, behind_last = line.argmax(dim=1), line.shape[1] - line.flip(1).argmax(dim=1)
+        sides.append(torch.stack([first, behind_last], dim=1) * line.amax(dim=1, keepdim=True))
+    return torch.stack(sides, dim=2).flatten(1).float()  # [T, 2, 2]: x0, y0, x1, y1
+
+
+def pick(target: Target) -> Target:
+    """Copy of the target with 0 to MAX_PASTED of its objects; how many, and which, is drawn."""
+    objects = len(target['boxes'])
+    count = random.randint(0, min(objects, MAX_PASTED))
+    return keep_objects(target, torch.randperm(objects)[:count])
+
+
+def paste(picture: Tensor, target: Target, source: Tensor, source_target: Target) -> Sample:
+    """Put all objects of a source of the same size over the picture, by their masks.
+
+    An object stays if enough is seen of it: no side of its box moves far, or many pixels are left; not if nothing is
+    left (the official code would keep a small one with a box of no size).
+    """
+    if not len(source_target['boxes']):
+        return picture, target
+    covered = source_target['masks'].view(torch.uint8).amax(dim=0).bool()  # [S, S]
+    seen = fit_to_masks({**target, 'masks': target['masks'] & ~covered})
+    moved = (seen['boxes'] - target['boxes']).abs().amax(dim=1)
+    pixels = torch.from_numpy(np.count_nonzero(seen['masks'].flatten(1).numpy(), axis=1))  # [T]
+    enough = ((moved <= MOVED) | (pixels > STILL_SEEN)) & (pixels > 0)
+    kept = keep_objects(seen, enough)
+    merged = {key: torch.cat([kept[key], source_target[key]]) for key in OBJECT_FIELDS if key in kept}
+    return torch.where(covered, source, picture), {**kept, **merged}
+
+
+def build_mix(image_set: str, args: argparse.Namespace) -> LargeScaleJitter | None:
+    """What --aug asks for beyond transforms of one picture."""
+    return LargeScaleJitter(args.lsj_size) if image_set == 'train' and args.aug == 'lsj' else None
