@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from datasets import DATASETS, build_dataset
 from datasets.class_map import CLASS_IDS, ClassMap
 from datasets.coco_eval import STAT_NAMES, CocoEvaluator, Summary
-from datasets.samplers import ChunkSampler, NodeSampler
+from datasets.samplers import AspectSampler, ChunkSampler, NodeSampler
 from datasets.transforms import AUGMENTATIONS, LSJ_SIZE
 from engine import build_optimizer, draw_predictions, evaluate, train_one_epoch
 from models import add_model_args, build_model, family_default, resolve_args
@@ -97,6 +97,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         '--num_workers', default=2, type=int, help='loader processes a process (default: %(default)s)'
     )
 
+    data.add_argument('--group_aspect_ratio', action='store_true',
+                      help='training batches of pictures that are all wider than high, or all not')  # fmt: skip
     data.add_argument('--cache_mode', action='store_true',
                       help='keep the picture files in memory, compressed; each process of a machine its own share')  # fmt: skip
 
@@ -401,19 +403,10 @@ def build_scheduler(
 def build_loader(dataset: Dataset, split: str, args: Namespace) -> DataLoader:
     """Batches of a data set; this process's share of them."""
     train = split == 'train'
-    place = get_world_size(), get_rank()
-    if args.cache_mode:
-        dataset.keep_files(get_local_rank(), get_local_size())
-        sampler = NodeSampler(dataset, *place, get_local_rank(), get_local_size(), train, args.seed)
-    elif train:
-        drop_last = get_world_size() > 1
-        sampler = DistributedSampler(dataset, *place, shuffle=True, seed=args.seed, drop_last=drop_last)
-    else:
-        sampler = ChunkSampler(dataset, *place, shuffle=False)
     loader = DataLoader(
         dataset,
         args.batch_size,
-        sampler=sampler,
+        sampler=build_sampler(dataset, train, args),
         drop_last=train,
         num_workers=args.num_workers,
         collate_fn=collate_fn,
@@ -428,6 +421,22 @@ def build_loader(dataset: Dataset, split: str, args: Namespace) -> DataLoader:
             'or --total_batch_size'
         )
     return loader
+
+
+def build_sampler(dataset: Dataset, train: bool, args: Namespace) -> Sampler[int]:
+    """This process's pictures of an epoch."""
+    place, share = (get_world_size(), get_rank()), (0, 1)
+    if args.cache_mode:
+        share = get_local_rank(), get_local_size()
+        dataset.keep_files(*share)
+    if train and args.group_aspect_ratio:
+        return AspectSampler(dataset.picture_sizes(), args.batch_size, *place, *share, seed=args.seed)
+    if args.cache_mode:
+        return NodeSampler(dataset, *place, *share, train, args.seed)
+    if train:
+        drop_last = get_world_size() > 1
+        return DistributedSampler(dataset, *place, shuffle=True, seed=args.seed, drop_last=drop_last)
+    return ChunkSampler(dataset, *place, shuffle=False)
 
 
 def check_run_args(args: Namespace) -> None:

@@ -124,6 +124,13 @@ class CocoDetection(PictureDataset):
             )
         return picture
 
+    def picture_sizes(self) -> np.ndarray:
+        """[N, 2] height and width of all pictures; only those that the annotations do not tell are opened."""
+        sizes = self._json_sizes.copy()
+        for idx in np.flatnonzero((sizes <= 0).any(axis=1)):
+            sizes[idx] = stored_size(self.image_dir / self._file_names[idx])
+        return sizes
+
     def keep_files(self, local_rank: int, local_size: int) -> None:
         """Read the files of this process's share of a node's pictures into memory, still compressed; others are
         added when they are first used.

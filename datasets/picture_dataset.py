@@ -16,8 +16,8 @@ Mix = Callable[..., Sample]
 class PictureDataset(Dataset):
     """Item: what `untransformed` gives, after `mix`, if there is one, and `transforms`.
 
-    A subclass has `ids`, one a picture, and `untransformed(idx)`, a uint8 picture [3, H, W] and its target. All
-    randomness depends on (seed, epoch, index) only, whatever the number of workers.
+    A subclass has `ids`, one a picture, `untransformed(idx)`, a uint8 picture [3, H, W] and its target, and
+    `picture_sizes()`. All randomness depends on (seed, epoch, index) only, whatever the number of workers.
     """
 
     ids: list[int]

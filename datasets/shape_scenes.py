@@ -324,6 +324,11 @@ def box_of(mask: np.ndarray) -> list[int]:
     return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
 
 
+def scene_size(seed: int, split: str, index: int, size: int = 128) -> tuple[int, int]:
+    """(height, width) of the scene of this number, without drawing it."""
+    return picture_shape(Dice(seed, SPLITS[split], index), size)
+
+
 def draw_scene(seed: int, split: str, index: int, size: int = 128) -> Scene:
     """The scene of this number, whose longer side has `size` pixels."""
     dice = Dice(seed, SPLITS[split], index)

@@ -22,7 +22,7 @@ from torch import Tensor
 from datasets.class_map import ClassMap
 from datasets.lsj import build_mix
 from datasets.picture_dataset import Mix, PictureDataset
-from datasets.shape_scenes import KINDS, SPLITS, Scene, draw_scene
+from datasets.shape_scenes import KINDS, SPLITS, Scene, draw_scene, scene_size
 from datasets.transforms import Transform, transforms_of
 
 PICTURE_SEED = 17  # a constant: all runs share the data, whatever their --seed
@@ -74,6 +74,12 @@ class ShapesDetection(PictureDataset):
             self._kept[index] = item
         picture, target = self._kept[index]
         return picture.clone(), dict(target)
+
+    def picture_sizes(self) -> np.ndarray:
+        """[N, 2] height and width of all pictures; nothing is drawn."""
+        return np.array(
+            [scene_size(PICTURE_SEED, self.split, index, self.picture_size) for index in range(len(self))]
+        )
 
     def draw(self, index: int) -> Scene:
         return draw_scene(PICTURE_SEED, self.split, index, self.picture_size)

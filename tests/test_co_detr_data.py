@@ -17,10 +17,12 @@ from datasets import transforms as T
 from datasets.class_map import COCO_IDS, ClassMap
 from datasets.coco_eval import CocoEvaluator
 from datasets.lsj import TRIES, LargeScaleJitter, jitter, mask_extents, paste, pick
+from datasets.samplers import AspectSampler
 from datasets.shapes import ShapesDetection
 from engine import draw_predictions, evaluate
 from models.postprocess import TopKPostProcess, scale_boxes
 from tests.shared_data import needs_shared, read_shared, rule_picture
+from tests.test_run import assert_same, load, run
 from tools.predict import detect
 from util.nested_tensor import collate_fn
 from util.seeding import local_seed
@@ -393,3 +395,110 @@ def test_true_objects_score_one_at_evaluation_and_in_predictions(tmp_path: Path,
 
 def extent_order(boxes: Tensor) -> Tensor:
     return torch.tensor(sorted(boxes.tolist()))
+
+
+def sizes_of(wide: list[bool]) -> np.ndarray:
+    return np.array([(40, 41) if one else (40, 40) for one in wide])
+
+
+@pytest.mark.parametrize('wide_every', [2, 3, 100])
+@pytest.mark.parametrize(('processes', 'local_size'), [(1, 1), (2, 1), (2, 2), (4, 2)])
+def test_batches_are_of_one_kind_and_every_picture_is_seen(
+    processes: int, local_size: int, wide_every: int
+) -> None:
+    """Without and with files kept in memory by each process of a machine (local_size > 1)."""
+    wide = [index % wide_every == 1 for index in range(23)]
+    samplers = [
+        AspectSampler(sizes_of(wide), 4, processes, rank, rank % local_size, local_size, seed=3)
+        for rank in range(processes)
+    ]
+    assert len({len(sampler) for sampler in samplers}) == 1
+    epochs = []
+    for epoch in (0, 1, 0):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        epochs.append([list(sampler) for sampler in samplers])
+        for rank, (sampler, indices) in enumerate(zip(samplers, epochs[-1], strict=True)):
+            assert len(indices) == len(sampler) and len(indices) % 4 == 0
+            for batch in zip(*[iter(indices)] * 4, strict=True):
+                assert len({wide[index] for index in batch}) == 1
+            if wide_every == 3:
+                assert {index % local_size for index in indices} == {rank % local_size}
+        assert {index for indices in epochs[-1] for index in indices} == set(range(23))
+    assert epochs[0] == epochs[2] != epochs[1]
+
+
+def test_pictures_are_repeated_as_little_as_batches_allow() -> None:
+    sampler = AspectSampler(sizes_of([True] * 9 + [False] * 4), 4, 1, 0)
+    assert len(sampler) == 12 + 4
+    seen = np.bincount(list(sampler))
+    assert seen.sum() == 16 and (seen[9:] == 1).all() and sorted(seen[:9]) == [1] * 6 + [2] * 3
+    kinds = set()
+    for epoch in range(8):
+        sampler.set_epoch(epoch)
+        kinds.add(tuple(index < 9 for index in list(sampler)[::4]))
+    assert len(kinds) > 1  # the order of the kinds is drawn too
+
+
+def test_sizes_come_from_the_annotations_or_the_picture(tmp_path: Path) -> None:
+    images = [{'id': 1, 'height': 40, 'width': 50}, {'id': 2, 'height': 33, 'width': 32}]
+    root = write_data(tmp_path, images, [], [{'id': 1, 'name': 'thing'}])
+    file = root / 'annotations/instances_train.json'
+    data = json.loads(file.read_text())
+    del data['images'][1]['height']
+    file.write_text(json.dumps(data))
+    dataset = build_dataset('train', arguments(root, aug='co_detr'))
+    (root / 'train/1.png').unlink()
+    assert dataset.picture_sizes().tolist() == [[40, 50], [33, 32]]
+    (root / 'train/2.png').write_bytes(b'nothing')
+    with pytest.raises(ValueError, match=r'2\.png is not a readable picture'):
+        dataset.picture_sizes()
+    shapes = ShapesDetection(5, picture_size=64)
+    assert shapes.picture_sizes().tolist() == [list(picture.shape[1:]) for picture, _ in shapes]
+
+
+def test_loaders_batch_pictures_of_one_kind(tmp_path: Path) -> None:
+    """With kept files, too; validation keeps its order."""
+    images = [{'id': i, 'height': 40, 'width': 30 + 20 * (i % 3 > 0)} for i in range(1, 8)]
+    root = write_data(tmp_path, images, [], [{'id': 1, 'name': 'thing'}])
+    for cache_mode in (False, True):
+        args = arguments(root, group_aspect_ratio=True, cache_mode=cache_mode, num_workers=0, img_size=40)
+        train, val = (main.build_loader(build_dataset(part, args), part, args) for part in ('train', 'val'))
+        assert len(train) == 1 + 3  # 2 high pictures, 5 wide ones
+        for _, targets in train:
+            assert len({bool(t['orig_size'][1] > t['orig_size'][0]) for t in targets}) == 1
+        assert [int(t['image_id']) for _, targets in val for t in targets] == list(range(1, 8))
+
+
+@pytest.mark.slow
+def test_a_run_of_this_recipe_resumes_bit_for_bit(tmp_path: Path) -> None:
+    flags = [
+        '--aug',
+        'lsj',
+        '--lsj_size',
+        '64',
+        '--group_aspect_ratio',
+        '--accum_steps',
+        '2',
+        '--batch_size',
+        '2',
+    ]
+    run(tmp_path / 'whole', *flags, '--epochs', '2')
+    run(tmp_path / 'parts', *flags, '--epochs', '1')
+    run(tmp_path / 'parts', *flags, '--epochs', '2', '--resume', 'auto')
+    assert_same(load(tmp_path / 'whole')['model'], load(tmp_path / 'parts')['model'])
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ('--lsj_size 0', '--lsj_size must be at least 1, not 0'),
+        ('--dataset_file coco --cache_mode --aug lsj', '--aug lsj mixes any two pictures'),
+    ],
+)
+def test_impossible_flags_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, message: str
+) -> None:
+    monkeypatch.setattr(main, 'get_local_size', lambda: 2)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, *flags.split())
