@@ -11,7 +11,8 @@ from main import get_args_parser
 from models import build_model, resolve_args
 
 SCRIPTS = Path(__file__).resolve().parents[1] / 'scripts'
-# Parameters of the official models, in all; and epochs and the drop of the learning rate.
+# Parameters of the official models, in all (Co-DETR's without its 53,120 of frozen norms, which are no parameters here);
+# and epochs and the drop of the learning rate.
 RECIPES = {
     'r50_deformable_detr': (40_069_665, 50, 40),
     'r50_deformable_detr_single_scale': (34_066_593, 50, 40),
@@ -45,14 +46,29 @@ RECIPES = {
     'swin_large_h_deformable_detr_900_12ep': (218_233_517, 12, 11),
     'swin_large_h_deformable_detr_900_36ep': (218_233_517, 36, 30),
     'swin_large_h_deformable_detr_900_decay0.05_36ep': (218_233_517, 36, 30),
+    'r50_co_deformable_detr_12ep': (65_076_774, 12, 11),
+    'swin_tiny_co_deformable_detr_12ep': (65_619_808, 12, 11),
+    'swin_tiny_co_deformable_detr_36ep': (65_619_808, 36, 30),
+    'swin_small_co_deformable_detr_12ep': (86_937_712, 12, 11),
+    'swin_small_co_deformable_detr_36ep': (86_937_712, 36, 30),
+    'swin_base_co_deformable_detr_12ep': (125_683_934, 12, 11),
+    'swin_base_co_deformable_detr_36ep': (125_683_934, 36, 30),
+    'swin_large_co_deformable_detr_12ep': (235_413_658, 12, 11),
+    'swin_large_co_deformable_detr_36ep': (235_567_258, 36, 30),
+    'r50_co_dino_5scale_12ep': (65_150_885, 12, 11),
+    'r50_co_dino_5scale_lsj_12ep': (65_150_885, 12, 11),
+    'r50_co_dino_5scale_lsj_36ep': (65_150_885, 36, 30),
+    'r50_co_dino_5scale_9encoder_lsj_12ep': (69_071_429, 12, 11),
+    'r50_co_dino_5scale_9encoder_lsj_36ep': (69_071_429, 36, 30),
+    'swin_large_co_dino_5scale_12ep': (235_471_769, 12, 11),
+    'swin_large_co_dino_5scale_24ep': (235_471_769, 24, 20),
+    'swin_large_co_dino_5scale_36ep': (235_471_769, 36, 30),
+    'swin_large_co_dino_5scale_lsj_12ep': (235_471_769, 12, 11),
+    'swin_large_co_dino_5scale_lsj_24ep': (235_471_769, 24, 20),
+    'swin_large_co_dino_5scale_lsj_36ep': (235_471_769, 36, 30),
 }
 TOOLS = ('build_ops', 'compare_schemes', 'env', 'quickstart', 'test')  # scripts that are no recipes
-QUICK = (
-    'r50_deformable_detr',
-    'r50_h_deformable_detr_12ep',
-    'r50_ms_detr_pp_900',
-    'swin_tiny_h_deformable_detr_12ep',
-)
+QUICK = ('r50_h_deformable_detr_12ep', 'r50_co_dino_5scale_12ep')
 # Arguments of the official scripts behind the recipes, by their names without schedule or, where it matters, with it.
 BASE = '--with_box_refine --two_stage --dim_feedforward 2048'
 TRICKS = '--dropout 0.0 --mixed_selection --look_forward_twice'
@@ -116,6 +132,9 @@ def test_recipe_builds_the_official_model(path: Path) -> None:
     assert args.output_dir == f'exps/{path.stem}' and args.coco_path == 'DATA'
     parameters, epochs, lr_drop = RECIPES[path.stem]
     assert (args.lr, args.lr_backbone, args.epochs, args.lr_drop) == (2e-4, 2e-5, epochs, lr_drop)
+    assert (args.class_ids == 'contiguous') == ('_co_' in path.stem)
+    if args.class_ids == 'contiguous':
+        args.num_classes = 80
     model = build_model(args)[0]
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     if official := OFFICIAL.get(path.stem, OFFICIAL.get(re.sub(r'_\d+ep$', '', path.stem))):
