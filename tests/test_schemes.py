@@ -20,7 +20,7 @@ from main import get_args_parser
 from models import build_detector, build_model, resolve_args
 from models.ms_detr import SecondReading
 from models.structures import Assignment, Prediction
-from models.training import build_supervision
+from models.training import atss, build_supervision, faster_rcnn
 from models.training.criterion import weighted_sum
 from models.training.ledger import epoch_ledger, ledger_text, supervision_table
 from models.training.matcher import OneToManyMatcher, Targets, merge, stack_predictions
@@ -38,14 +38,50 @@ BASES = {
     'two stages': {'with_box_refine': True, 'two_stage': True},
     'two stages with tricks': TRICKS,
     'conditional': {'conditional': True},
+    'dino': {'dino': True},
 }
 SCHEMES = {
     'hybrid': {'hybrid_k': 3, 'hybrid_queries': 24},
     'mixed': {'use_ms_detr': True, 'use_aux_ffn': True},
     'groups': {'group_detr': 2},
+    'heads': {'co_aux_heads': ['faster_rcnn', 'atss']},
+    'one head': {'co_aux_heads': ['atss']},
+    'denoising': {'dn_number': 10},
 }
-PARTS = [*combinations(SCHEMES, 1), *combinations(SCHEMES, 2)]
-MIXES = [tuple(SCHEMES), *(pytest.param(names, marks=pytest.mark.slow) for names in PARTS)]
+KINDS = {
+    'hybrid': {'one2many'},
+    'mixed': {'o2m'},
+    'groups': {'group1'},
+    'heads': {'rcnn', 'atss'},
+    'one head': {'atss'},
+    'denoising': {'dn'},
+}
+LEARNED = ('hybrid', 'mixed', 'groups')  # of any base; the others need two stages
+EVERYTHING = (*LEARNED, 'heads', 'denoising')
+IN_TWO_STAGES = [
+    ('heads',), ('one head',), ('denoising',), ('hybrid', 'heads'), ('mixed', 'heads'), ('heads', 'denoising'),
+    ('hybrid', 'denoising'), ('mixed', 'denoising'), EVERYTHING,
+]  # fmt: skip
+
+
+def mixes(*quick: tuple[str, tuple[str, ...]]) -> list:
+    """Every base with its combinations, as parameters `base` and `names`; those that are not `quick` are slow."""
+    pairs = [
+        (base, names)
+        for base in BASES
+        for names in (
+            *(combinations(LEARNED, 1) if base != 'dino' else ()),
+            *(combinations(LEARNED, 2) if base != 'dino' else ()),
+            LEARNED,
+            *(IN_TWO_STAGES if base in ('two stages', 'two stages with tricks', 'dino') else ()),
+        )
+    ]
+    return [
+        pytest.param(
+            *pair, id='-'.join((pair[0], '+'.join(pair[1]))), marks=() if pair in quick else pytest.mark.slow
+        )
+        for pair in pairs
+    ]
 
 
 def flags_of(base: str, names: tuple[str, ...]) -> dict:
@@ -53,6 +89,10 @@ def flags_of(base: str, names: tuple[str, ...]) -> dict:
     for name in names:
         flags |= SCHEMES[name]
     return flags
+
+
+def schemes_of(base: str) -> tuple[str, ...]:
+    return LEARNED if base in ('one stage', 'conditional') else EVERYTHING
 
 
 def parse(text: str) -> Namespace:
@@ -148,33 +188,114 @@ def test_merging_adds_the_one_to_one_pairs() -> None:
 
 
 @pytest.mark.parametrize('num_objects', [(3, 2), (0, 0)], ids=['objects', 'no objects'])
-@pytest.mark.parametrize('names', MIXES, ids='+'.join)
-@pytest.mark.parametrize('base', BASES)
+@pytest.mark.parametrize(
+    ('base', 'names'),
+    mixes(('one stage', LEARNED), ('conditional', LEARNED), ('two stages', EVERYTHING), ('dino', EVERYTHING)),
+)
 def test_schemes_combine(base: str, names: tuple[str, ...], num_objects: tuple[int, int]) -> None:
     """Every kind of prediction has finite losses, and every parameter a gradient."""
+    check_training(flags_of(base, names), names, random_targets(*num_objects))
+
+
+def check_training(flags: dict, names: tuple[str, ...], targets: list[dict]) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    model, criterion, _ = build_model(Namespace(**flags_of(base, names)))
-    targets = random_targets(*num_objects)
+    model, criterion, _ = build_model(Namespace(**flags))
     outputs = model.train()([torch.randn(3, 64, 64), torch.randn(3, 64, 96)], targets)
     losses = criterion(outputs, targets)
-    expected = {'hybrid': {'one2many'}, 'mixed': {'o2m'}, 'groups': {'group1'}}
-    kinds = (
-        {'one2one'} | ({'enc'} if 'two' in base else set()) | {k for name in names for k in expected[name]}
-    )
+    kinds = {'one2one'}.union(*(KINDS[name] for name in names))
+    kinds |= {'enc'} if flags.get('two_stage') or flags.get('dino') else set()
     assert {p.kind for p in outputs['predictions']} == kinds == set(criterion.table)
     assert all(value.isfinite() for value in losses.values())
     assert set(losses) >= {f'loss_ce{"" if kind == "one2one" else "_" + kind}' for kind in kinds}
     weighted_sum(losses, criterion.weight_dict).backward()
     for name, parameter in model.named_parameters():
         assert not parameter.requires_grad or parameter.grad is not None, name
+    return losses
+
+
+@pytest.mark.parametrize('base', ['two stages', 'dino'])
+@pytest.mark.parametrize('num_objects', [(1, 0), (200, 200), (200, 0)], ids=str)
+def test_few_and_many_objects(base: str, num_objects: tuple[int, int]) -> None:
+    """Also more objects than queries, and than denoising queries."""
+    names = ('heads', 'denoising', 'hybrid')
+    check_training(flags_of(base, names), names, random_targets(*num_objects))
+
+
+def test_no_anchor_is_positive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects so small that they lie between the centres of all anchors: only regions match, the objects themselves."""
+    found = []
+    original = atss.assign_adaptively
+    monkeypatch.setattr(atss, 'assign_adaptively', lambda *args: found.append(original(*args)) or found[-1])
+    box = torch.tensor([[0.3, 0.3, 0.01, 0.01]])
+    targets = [{'labels': torch.tensor([1]), 'boxes': box}, {'labels': torch.tensor([2]), 'boxes': box}]
+    losses = check_training(flags_of('two stages', ('heads',)), ('heads',), targets)
+    assert all((assigned < 0).all() for assigned in found) and len(found) == 2
+    assert losses['loss_rpn_bbox'] == losses['loss_atss_bbox'] == losses['loss_bbox_atss'] == 0
+    assert losses['loss_bbox_rcnn'] > 0
+
+
+def test_pictures_with_fewer_cells_than_queries_of_a_head() -> None:
+    """A head has nothing to fill its queries up with."""
+    flags = flags_of('two stages', ('heads',)) | {'num_feature_levels': 1, 'num_queries': 1}
+    model, criterion, _ = build_model(Namespace(**flags))
+    targets = random_targets(0, 0)
+    losses = criterion(model.train()(torch.randn(2, 3, 32, 32), targets), targets)
+    assert all(value.isfinite() for value in losses.values())
+
+
+def test_random_numbers_are_drawn_in_the_official_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Denoising (labels, new labels, signs, sizes), then proposals, regions and queries of the heads."""
+    torch.manual_seed(0)
+    model, _, _ = build_model(Namespace(**flags_of('dino', ('heads', 'denoising'))))
+    drawn = []
+    for name in ('rand_like', 'randint_like', 'randperm'):
+
+        def spy(
+            *args: object, name: str = name, original: object = getattr(torch, name), **kwargs: object
+        ) -> Tensor:
+            shape = tuple(args[0].shape) if isinstance(args[0], Tensor) else args[0]
+            drawn.append((name, shape))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(torch, name, spy)
+    monkeypatch.setattr(faster_rcnn.RegionProposals, 'num_samples', 20)
+    monkeypatch.setattr(faster_rcnn.FasterRCNN, 'num_samples', 12)
+    model.train()([torch.randn(3, 64, 64), torch.randn(3, 64, 96)], random_targets(3, 2))
+    rows = 2 * 3 * 5  # 10 // 3 groups of a positive and a negative copy of 5 objects
+    noise = drawn[:4]
+    assert [name for name, _ in noise] == ['rand_like', 'randint_like', 'randint_like', 'rand_like']
+    assert noise[0][1] == (rows,) and noise[2][1] == noise[3][1] == (rows, 4)
+    permuted = [num for name, num in drawn[4:] if name == 'randperm']
+    assert len(drawn) == 4 + len(permuted)
+    anchors, regions = permuted[:2], permuted[2:4]
+    assert min(anchors) > 500, 'negatives of each picture; there are fewer than ten positives'
+    assert all(num < 400 for num in regions) and len(permuted) >= 6
+
+
+@pytest.mark.parametrize('base', ['two stages', 'dino'])
+def test_the_seed_decides_samples_and_noise(base: str) -> None:
+    flags = flags_of(base, ('heads', 'denoising'))
+    torch.manual_seed(0)
+    model, criterion, _ = build_model(Namespace(**flags))
+    pictures, targets = [torch.randn(3, 64, 64), torch.randn(3, 64, 96)], random_targets(3, 2)
+    totals = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        totals.append(
+            weighted_sum(criterion(model.train()(pictures, targets), targets), criterion.weight_dict)
+        )
+    assert totals[0] == totals[1] != totals[2]
 
 
 @pytest.mark.parametrize('variant', [{'ms_variant': 'a', 'use_aux_ffn': False}, {'use_checkpoint': True}])
-@pytest.mark.parametrize('base', BASES)
+@pytest.mark.parametrize(
+    'base',
+    ['conditional', *(pytest.param(base, marks=pytest.mark.slow) for base in BASES if base != 'conditional')],
+)
 def test_schemes_combine_without_auxiliary_losses(base: str, variant: dict) -> None:
     """Only the last layer is supervised, and every parameter has a gradient all the same."""
     torch.manual_seed(0)
-    flags = flags_of(base, tuple(SCHEMES)) | variant | {'aux_loss': False}
+    flags = flags_of(base, schemes_of(base)) | variant | {'aux_loss': False}
     model, criterion, _ = build_model(Namespace(**flags))
     targets = random_targets(3, 2)
     losses = criterion(model.train()([torch.randn(3, 64, 64), torch.randn(3, 64, 96)], targets), targets)
@@ -184,21 +305,30 @@ def test_schemes_combine_without_auxiliary_losses(base: str, variant: dict) -> N
         assert not parameter.requires_grad or parameter.grad is not None, name
 
 
-@pytest.mark.parametrize('names', MIXES, ids='+'.join)
-@pytest.mark.parametrize('base', BASES)
+@pytest.mark.parametrize(
+    ('base', 'names'),
+    mixes(('conditional', LEARNED), ('two stages with tricks', EVERYTHING), ('dino', EVERYTHING)),
+)
 def test_schemes_leave_inference_alone(
     base: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same weights, the plain model (of the same order of sub-layers) has the same bits."""
     torch.manual_seed(0)
-    model, _, _ = build_model(Namespace(**flags_of(base, names)))
-    order = {'use_ms_detr': 'mixed' in names}  # stays, its auxiliary block goes
-    plain = build_detector(resolve_args(Namespace(**SMALL | BASES[base] | order)), {'one2one': 12})
+    flags = flags_of(base, names)
+    model, _, _ = build_model(Namespace(**flags))
+    # These stay, the auxiliary block and what else only trains goes.
+    same = {
+        'use_ms_detr': 'mixed' in names,
+        'input_proj_bias': resolve_args(Namespace(**flags)).input_proj_bias,
+    }
+    plain = build_detector(resolve_args(Namespace(**SMALL | BASES[base] | same)), {'one2one': 12})
     state = {name: value for name, value in model.state_dict().items() if name in plain.state_dict()}
     if 'query_embed.weight' in state:
         state['query_embed.weight'] = state['query_embed.weight'][:12]
     plain.load_state_dict(state)
     monkeypatch.setattr(SecondReading, 'second_reading', lambda *_: pytest.fail('training code at inference'))
+    for source in model.query_sources.values():
+        monkeypatch.setattr(source, 'forward', lambda *_: pytest.fail('training code at inference'))
     pictures = [torch.randn(3, 64, 64), torch.randn(3, 64, 96)]
     before = deepcopy(plain_state(model.eval()))
     with torch.no_grad():
@@ -221,8 +351,7 @@ def plain_state(model: nn.Module) -> dict[str, object]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('names', [*combinations(SCHEMES, 2), tuple(SCHEMES)], ids='+'.join)
-@pytest.mark.parametrize('base', BASES)
+@pytest.mark.parametrize(('base', 'names'), mixes())
 def test_combinations_train_30_steps(base: str, names: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     sizes = {'backbone': 'resnet10', 'backbone_norm': 'batch', 'enc_layers': 1, 'dec_layers': 2}
@@ -239,6 +368,10 @@ def test_combinations_train_30_steps(base: str, names: tuple[str, ...]) -> None:
     assert sum(v for name, v in averages.items() if name.startswith('share_')) == pytest.approx(1)
     if 'hybrid' in names:
         assert averages['positives_one2many'] > 2
+    if 'denoising' in names:
+        assert averages['positives_dn'] >= 1 and averages['share_dn'] > 0
+    if 'heads' in names:
+        assert averages['positives_rcnn'] >= 1 and averages['share_rcnn'] > averages['share_atss'] / 10 > 0
     stuck = [name for name, p in model.named_parameters() if p.requires_grad and p.equal(before[name])]
     # Conditional DETR's content begins as zero: nothing multiplies the weights that the first layer reads it with.
     assert not [name for name in stuck if not re.search(r'decoder\.layers\.0\.(sa_|ca_qcontent)', name)]
@@ -246,11 +379,11 @@ def test_combinations_train_30_steps(base: str, names: tuple[str, ...]) -> None:
 
 def test_the_one_to_one_group_does_not_notice_the_others_while_training() -> None:
     torch.manual_seed(0)
-    flags = flags_of('two stages with tricks', tuple(SCHEMES)) | {'dropout': 0.0}
+    flags = flags_of('two stages with tricks', EVERYTHING) | {'dropout': 0.0}
     model, _, _ = build_model(Namespace(**flags))
     pictures = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
-        training = model.train()(pictures)
+        training = model.train()(pictures, random_targets(3, 2))
         evaluated = model.eval()(pictures)
     for name in ('pred_logits', 'pred_boxes'):
         torch.testing.assert_close(training[name], evaluated[name], rtol=1e-4, atol=1e-5)
@@ -293,7 +426,7 @@ def test_official_command_lines_of_ms_detr_build_the_official_model(name: str) -
 
 
 def test_the_ledger_names_every_kind() -> None:
-    flags = flags_of('two stages', ('hybrid', 'mixed', 'groups')) | {'hybrid_lambda': 0.5}
+    flags = flags_of('two stages', LEARNED) | {'hybrid_lambda': 0.5}
     criterion, num_queries, _ = build_supervision(resolve_args(Namespace(**flags)))
     text = supervision_table(criterion.table, num_queries, criterion.weight_dict)
     lines = [line.split() for line in text.splitlines()]

@@ -65,12 +65,12 @@ class ATSS(nn.Module):
 
     coef = {'atss_cls': 1.0, 'atss_bbox': 2.0, 'atss_centerness': 1.0}
     kind = 'atss'  # of the decoder queries that its positives become
-    nms_threshold, num_candidates = 0.6, 1000
+    num_candidates = 1000
+    focal = FocalLoss()
 
     def __init__(self, channels: int, num_classes: int, strides: list[int]) -> None:
         super().__init__()
         self.num_classes, self.strides = num_classes, strides
-        self.focal = FocalLoss()
         self.cls_convs = nn.ModuleList([Tower(channels)])
         self.reg_convs = nn.ModuleList([Tower(channels)])
         self.atss_cls = nn.Conv2d(channels, num_classes, 3, padding=1)

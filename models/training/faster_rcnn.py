@@ -166,7 +166,6 @@ class FasterRCNN(nn.Module):
     train_candidates, test_candidates = 4000, 1000
     coef = {'rpn_cls': 1.0, 'rpn_bbox': 1.0, 'rcnn_cls': 1.0, 'rcnn_bbox': 10.0}
     kind = 'rcnn'  # of the decoder queries that its positives become
-    nms_threshold = 0.5
 
     def __init__(self, channels: int, num_classes: int, strides: list[int]) -> None:
         super().__init__()
