@@ -1,0 +1,144 @@
+"""Checkpoints between projects, and without what only training needs."""
+
+import re
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import build_detector, build_model, resolve_args
+from tests.test_invariants import SMALL
+from tools.convert_checkpoint import convert
+from util.checkpoint import load_checkpoint, read_checkpoint
+from util.foreign_names import COCO_IDS, to_mmdetection, to_official
+
+TRICKS = {'with_box_refine': True, 'two_stage': True, 'mixed_selection': True, 'look_forward_twice': True}
+HEADS = {'co_aux_heads': ['faster_rcnn', 'atss']}
+CO_DEFORMABLE, CO_DINO = TRICKS | HEADS, {'dino': True, 'dn_number': 10} | HEADS
+
+
+def build(flags: dict, **more: object) -> nn.Module:
+    torch.manual_seed(0)
+    model = build_model(Namespace(**SMALL | flags | more))[0]
+    with torch.no_grad():  # no two entries alike
+        for index, parameter in enumerate(model.parameters()):
+            parameter.add_(0.001 * index)
+    return model
+
+
+def official_file(model: nn.Module, path: Path) -> Path:
+    state = to_mmdetection(model.state_dict())
+    torch.save({'meta': {'epoch': 12}, 'state_dict': state, 'optimizer': {}}, path)
+    return path
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize('flags', [CO_DEFORMABLE, CO_DINO], ids=['Co-Deformable', 'Co-DINO'])
+def test_mmdetection_and_back(flags: dict, tmp_path: Path) -> None:
+    model, other = build(flags), build(flags)
+    path = official_file(model, tmp_path / 'epoch_12.pth')
+    for parameter in other.parameters():
+        nn.init.constant_(parameter, 7.0)
+    report = load_checkpoint(other, path)
+    assert report.layout == 'mmdetection' and not report.reinitialised
+    assert same(model.state_dict(), other.state_dict())
+    print_line = convert(str(path), tmp_path / 'ours.pth', stripped=False, to='ours')
+    assert 'mmdetection names to ours' in print_line
+    assert same(read_checkpoint(tmp_path / 'ours.pth')['model'], model.state_dict())
+    convert(str(tmp_path / 'ours.pth'), tmp_path / 'theirs.pth', stripped=False, to='mmdet')
+    assert same(read_checkpoint(tmp_path / 'theirs.pth')['state_dict'], read_checkpoint(path)['state_dict'])
+
+
+def test_averaged_weights_and_the_newer_port_are_read() -> None:
+    model = build(CO_DINO)
+    state = to_mmdetection(model.state_dict())
+    port = {
+        name.replace('query_head.label_embedding', 'query_head.dn_generator.label_embedding'): value
+        for name, value in state.items()
+    }
+    averaged = {f'ema_{name.replace(".", "_")}': value + 1 for name, value in state.items()}
+    for variant in (port, state | averaged):
+        assert same(to_official(variant)[1], model.state_dict())
+
+
+def test_a_stripped_file_is_the_plain_model(tmp_path: Path) -> None:
+    """Training's queries and heads are gone, and the flags say so; detections are the same."""
+    flags = SMALL | CO_DEFORMABLE | {'hybrid_k': 2, 'hybrid_queries': 24, 'dn_number': 10}
+    model = build(flags)
+    args = vars(resolve_args(Namespace(**flags)))
+    torch.save({'model': model.state_dict(), 'args': args, 'optimizer': {}}, tmp_path / 'run.pth')
+    convert(str(tmp_path / 'run.pth'), tmp_path / 'small.pth', stripped=True, to='ours')
+    stripped = read_checkpoint(tmp_path / 'small.pth')
+    assert not [name for name in stripped['model'] if name.startswith('query_sources')]
+    assert set(stripped) == {'model', 'args'} and len(stripped['model']['query_embed.weight']) == 12
+    plain, _, _ = build_model(Namespace(**stripped['args'] | {'backbone_weights': 'none'}))
+    assert not list(plain.query_sources) and list(plain.num_queries) == ['one2one']
+    load_checkpoint(plain, stripped)
+    pictures = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        ours, theirs = plain.eval()(pictures), model.eval()(pictures)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_nothing_is_overwritten_or_dropped_silently(tmp_path: Path) -> None:
+    model = build(CO_DEFORMABLE | {'use_ms_detr': True, 'use_aux_ffn': True})
+    torch.save({'model': model.state_dict()}, tmp_path / 'run.pth')
+    with pytest.raises(ValueError, match=r'no place for 18 entries, such as .*linear3'):
+        convert(str(tmp_path / 'run.pth'), tmp_path / 'theirs.pth', stripped=False, to='mmdet')
+    assert not (tmp_path / 'theirs.pth').exists()
+    with pytest.raises(ValueError, match='exists: choose another name'):
+        convert(str(tmp_path / 'run.pth'), tmp_path / 'run.pth', stripped=True, to='ours')
+
+
+def test_projections_without_biases_fit_those_with_biases() -> None:
+    """A bias of zero is as good as none; the other way round something would be lost."""
+    heads = build(CO_DEFORMABLE)
+    plain = build(TRICKS)
+    load_checkpoint(plain, heads.state_dict())
+    assert all(not project[0].bias.any() for project in plain.input_proj)
+    nn.init.ones_(plain.input_proj[0][0].bias)
+    with pytest.raises(ValueError, match=r'left over: 4, such as input_proj\.0\.0\.bias'):
+        load_checkpoint(heads, plain.state_dict())
+
+
+def test_heads_that_detect_must_be_in_the_file() -> None:
+    judged = build(CO_DEFORMABLE, eval_module='atss')
+    plain = build(TRICKS, input_proj_bias=False)
+    with pytest.raises(ValueError, match=r'missing: \d+, such as query_sources\.collaborative'):
+        load_checkpoint(judged, plain.state_dict())
+    judged.eval_module = None
+    load_checkpoint(judged, plain.state_dict())
+    with pytest.raises(ValueError, match=r'missing: \d+, such as query_sources\.collaborative'):
+        load_checkpoint(judged, plain.state_dict(), resume=True)
+
+
+@pytest.mark.parametrize('flags', [CO_DEFORMABLE, CO_DINO], ids=['Co-Deformable', 'Co-DINO'])
+def test_80_classes_go_to_their_coco_ids(flags: dict) -> None:
+    """Detection heads have a row a COCO id; the proposals' class 0 stands for 'object', but in DINO."""
+    small = build(flags, num_classes=80)
+    args = resolve_args(Namespace(**SMALL | flags | {'num_classes': 91, 'co_aux_heads': [], 'dn_number': 0}))
+    large = build_detector(args, {'one2one': 12})
+    load_checkpoint(large, {'state_dict': to_mmdetection(small.state_dict())})
+    last = len(large.class_embed) - 1
+    for index, (ours, theirs) in enumerate(zip(large.class_embed, small.class_embed, strict=True)):
+        rows = list(range(80)) if index == last and 'dino' not in flags else COCO_IDS
+        assert torch.equal(ours.weight[rows], theirs.weight)
+        others = [row for row in range(91) if row not in rows]
+        assert (ours.bias[others] < -20).all()
+
+
+@pytest.mark.parametrize('order', [['atss', 'faster_rcnn'], ['atss']], ids='+'.join)
+def test_heads_are_known_by_name(order: list[str]) -> None:
+    """Whatever their order and number here; one scalar a head is officially numbered by place."""
+    both = build(CO_DINO)
+    some = build(CO_DINO | {'co_aux_heads': order})
+    load_checkpoint(some, {'state_dict': to_mmdetection(both.state_dict())})
+    theirs = both.state_dict()
+    for name, value in some.state_dict().items():
+        assert torch.equal(value, theirs[name]), name
+    assert not any(re.search('faster_rcnn', name) for name in some.state_dict()) or 'faster_rcnn' in order
