@@ -24,7 +24,7 @@ def build(flags: dict, **more: object) -> nn.Module:
     model = build_model(Namespace(**SMALL | flags | more))[0]
     with torch.no_grad():  # no two entries alike
         for index, parameter in enumerate(model.parameters()):
-            parameter.add_(0.001 * index)
+            parameter.add_(1e-5 * index)
     return model
 
 
