@@ -23,6 +23,7 @@ def test_detections_too_many_are_counted() -> None:
     assert compare_runs.num_surplus(result, labels[:0], boxes[:0]) == 0
 
 
+@pytest.mark.slow
 def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Two repetitions with their checkpoints, and a run without."""
     for seed in (0, 1):

@@ -92,6 +92,7 @@ def test_assignments_equal_official(case: Case) -> None:
             assert (pairs.target[here] - offsets[picture]).tolist() == target
 
 
+@pytest.mark.slow
 @needs_shared
 def test_optimizer_steps_equal_official(case: Case) -> None:
     recorded = case.record.get('optimizer_steps')

@@ -209,6 +209,7 @@ def test_optimizer_steps_equal_official(case: Case) -> None:
     case.fill(model)
 
 
+@pytest.mark.slow
 @needs_shared
 def test_detrex_port_loads_by_its_own_names_and_gives_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its numerics: another epsilon in two places, padding ignored at evaluation, and a stem that alone is frozen."""

@@ -82,6 +82,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert len(texts[0].splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_its_evaluation_makes_up_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +96,7 @@ def test_a_run_stopped_before_its_evaluation_makes_up_for_it(
     assert (tmp_path / 'whole/metrics.csv').read_text() == (tmp_path / 'stopped/metrics.csv').read_text()
 
 
+@pytest.mark.slow
 def test_same_seed_same_run_whatever_the_workers(tmp_path: Path) -> None:
     run(tmp_path / 'a', '--epochs', '1')
     run(tmp_path / 'b', '--epochs', '1', '--num_workers', '2')
@@ -147,6 +149,7 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
         run(tmp_path, '--epochs', '1')
 
 
+@pytest.mark.slow
 def test_pretrained_weights_fit_another_number_of_classes(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -250,6 +253,7 @@ def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
         run(tmp_path / 'out', '--resume', str(tmp_path / 'broken.pth'))
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     run(tmp_path, '--epochs', '1')
     before = (tmp_path / 'checkpoint.pth').read_bytes()
@@ -347,21 +351,26 @@ def test_overfits_8_pictures(tmp_path: Path, family: str) -> None:
         assert float(list(csv.DictReader(file))[-1]['test_AP']) > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ('schedule', 'rates'),
+    ('family', 'schedule', 'rates'),
     [
-        (['--lr_drop', '2'], [1e-3, 1e-3, 1e-4, 1e-4]),
-        (['--lr_drop_epochs', '1', '3'], [1e-3, 1e-4, 1e-4, 1e-5]),
+        ('--two_stage --with_box_refine', ['--lr_drop', '2'], [1e-3, 1e-3, 1e-4, 1e-4]),
+        (
+            '--dino --dn_number 10 --co_aux_heads faster_rcnn atss',
+            ['--lr_drop_epochs', '1', '3'],
+            [1e-3, 1e-4, 1e-4, 1e-5],
+        ),
     ],
-    ids=['every so many', 'at these'],
+    ids=['every so many', 'at these, Co-DINO'],
 )
 def test_deformable_run_resumes_on_any_schedule(
-    schedule: list[str], rates: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, schedule: list[str], rates: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted after two epochs of four: the same metrics as undisturbed, and the rates that were asked for."""
-    monkeypatch.setattr(
-        f'{__name__}.TINY', TINY.replace('--conditional', '--two_stage --with_box_refine --hidden_dim 64')
-    )
+    """Interrupted after two epochs of four: the same metrics as undisturbed, random samples and noise too, and the
+    rates that were asked for.
+    """
+    monkeypatch.setattr(f'{__name__}.TINY', TINY.replace('--conditional', f'{family} --hidden_dim 64'))
     flags = [*schedule, '--epochs', '4', '--eval_every', '4']
     run(tmp_path / 'whole', *flags)
     finish, calls = main.finish_epoch, []
