@@ -188,3 +188,23 @@ def ms_detr_resnet50(
     """
     flags = TRICKS | {'use_ms_detr': True, 'use_aux_ffn': True}
     return build(flags, None, pretrained, num_classes, return_postprocessor)
+
+
+def co_deformable_detr_resnet50(
+    pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
+) -> object:
+    """Co-Deformable-DETR R50, 49.5 AP on COCO val2017 (12 epochs); weights: the authors' file of
+    co_deformable_detr_r50_1x_coco, whose 80 classes go to COCO's 91 ids.
+    """
+    flags = TRICKS | {'co_aux_heads': ['faster_rcnn', 'atss']}
+    return build(flags, None, pretrained, num_classes, return_postprocessor)
+
+
+def co_dino_resnet50(
+    pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
+) -> object:
+    """Co-DINO R50, five levels, 52.1 AP on COCO val2017 (12 epochs); weights: the authors' file of
+    co_dino_5scale_r50_1x_coco, whose 80 classes go to COCO's 91 ids.
+    """
+    flags = {'dino': True, 'num_feature_levels': 5, 'co_aux_heads': ['faster_rcnn', 'atss']}
+    return build(flags, None, pretrained, num_classes, return_postprocessor)

@@ -2,8 +2,9 @@
 # How fast do the ways of supervision learn? Trains small detectors on built-in pictures, every one with the same seeds
 # and the same pictures, and compares them: output/compare/comparison.png and comparison.md.
 #
-#   bash scripts/compare_schemes.sh                       about 45 minutes on two CPU cores
+#   bash scripts/compare_schemes.sh                       about two hours on two CPU cores
 #   JOBS=4 SEEDS="0 1 2" bash scripts/compare_schemes.sh --epochs 16
+#   NAMES="plain co-deformable co-dino" bash scripts/compare_schemes.sh
 set -euo pipefail
 source "$(dirname "$0")/env.sh" requirements.txt
 bash scripts/build_ops.sh
@@ -15,10 +16,12 @@ declare -A schemes=(
     [hybrid]="$two_stage --hybrid_k 4 --hybrid_queries 80"
     [mixed]="$two_stage --use_ms_detr --use_aux_ffn --cls_loss_coef 1"
     [hybrid+mixed]="$two_stage --hybrid_k 4 --hybrid_queries 80 --use_ms_detr --use_aux_ffn --cls_loss_coef 1"
+    [co-deformable]="$two_stage --co_aux_heads faster_rcnn atss"
+    [co-dino]="--dino --num_feature_levels 3 --dn_number 20 --co_aux_heads faster_rcnn atss"
     [conditional]="--conditional --local_init 12"
 )
 commands=()
-names=(plain hybrid mixed hybrid+mixed conditional)
+read -r -a names <<< "${NAMES:-plain hybrid mixed hybrid+mixed co-deformable co-dino conditional}"
 for seed in ${SEEDS:-0 1}; do
     for name in "${names[@]}"; do
         folder="$out/$name/seed$seed"

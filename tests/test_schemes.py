@@ -2,11 +2,13 @@
 
 import json
 import re
+import sys
 from argparse import Namespace
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from models.training.matcher import OneToManyMatcher, Targets, merge, stack_pred
 from tests.parity import float64, to_targets
 from tests.reference_criterion import hybrid_batch, reference_losses
 from tests.shared_data import SHARED, needs_shared, read_shared
-from tests.test_invariants import SMALL, CountSyncs, random_targets
+from tests.test_invariants import ROOT, SMALL, CountSyncs, random_targets
 from util.checkpoint import load_checkpoint
 from util.nested_tensor import collate_fn
 
@@ -337,6 +339,22 @@ def test_schemes_leave_inference_alone(
     for name in ours:
         assert torch.equal(ours[name], theirs[name])
     assert before == plain_state(model), 'evaluation writes nothing'
+
+
+@pytest.mark.parametrize('base', ['two stages with tricks', 'dino'])
+def test_inference_calls_no_training_code(base: str) -> None:
+    """Every Python function that an evaluation of a model with all schemes enters is in a file of inference."""
+    model, _, postprocessors = build_model(Namespace(**flags_of(base, EVERYTHING)))
+    pictures, called = torch.randn(2, 3, 64, 64), set()
+    sys.setprofile(lambda frame, event, _: called.add(frame.f_code.co_filename) if event == 'call' else None)
+    try:
+        with torch.no_grad():
+            postprocessors['bbox'](model.eval()(pictures), torch.tensor([[64, 64], [64, 64]]))
+    finally:
+        sys.setprofile(None)
+    ours = {Path(name).relative_to(ROOT) for name in called if Path(name).is_relative_to(ROOT)}
+    assert Path('models/deformable_detr.py') in ours and Path('models/postprocess.py') in ours
+    assert not [path for path in ours if 'training' in path.parts]
 
 
 def plain_state(model: nn.Module) -> dict[str, object]:

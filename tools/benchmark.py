@@ -8,6 +8,7 @@ what they compute.
     python tools/benchmark.py model                         # inference of two-stage Deformable DETR
     python tools/benchmark.py criterion                     # matching and losses of H-Deformable-DETR
     python tools/benchmark.py train                         # a training step of H-Deformable-DETR
+    python tools/benchmark.py schemes                       # what each way of supervision costs
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.benchmarks import criterion, data, model, op, train
+from tools.benchmarks import criterion, data, model, op, schemes, train
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -24,7 +25,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    for part in (data, op, model, criterion, train):
+    for part in (data, op, model, criterion, train, schemes):
         part.add_command(commands)
     return parser
 

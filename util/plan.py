@@ -28,7 +28,6 @@ def print_plan(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     height, width = datasets['val'][0][0].shape[-2:]
-    flops = count_flops(model, height, width)
     rows = {
         'data': f'{args.dataset_file}, '
         + ', '.join(f'{len(data)} {split}' for split, data in datasets.items()),
@@ -36,7 +35,7 @@ def print_plan(
         'model': f'{args.family}, {args.backbone}, {args.num_queries} queries, '
         f'{args.enc_layers}+{args.dec_layers} layers of {args.hidden_dim}',
         'parameters': f'{total:,}, {trainable:,} trainable',
-        'FLOPs': f'{flops / 1e9:.3g} G ({flops / 2e9:.3g} G multiply-adds) for a picture of {width} x {height}',
+        'FLOPs': flops_text(model, height, width),
         'device': f'{next(model.parameters()).device}, {get_world_size()} process(es), torch {torch.__version__}',
         **notes,
     }
@@ -89,6 +88,13 @@ def learning_rate_text(
         if given == settled
         else f'{text} (of the resumed checkpoint; the flags say otherwise and are not used)'
     )
+
+
+def flops_text(model: nn.Module, height: int, width: int) -> str:
+    if getattr(model, 'eval_module', None) is not None:
+        return 'not counted: those of an auxiliary head depend on what it finds'
+    flops = count_flops(model, height, width)
+    return f'{flops / 1e9:.3g} G ({flops / 2e9:.3g} G multiply-adds) for a picture of {width} x {height}'
 
 
 def count_flops(model: nn.Module, height: int, width: int) -> int:

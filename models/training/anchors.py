@@ -15,6 +15,8 @@ from torch import Tensor
 from models.structures import Memory
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
 
+from .matcher import full_precision
+
 EPS = torch.finfo(torch.float32).eps  # added to every divisor, whatever the precision
 MAX_LOG_RATIO = abs(math.log(16 / 1000))  # a decoded box has at most 62.5 times the side of its anchor
 BACKGROUND = -1
@@ -32,7 +34,9 @@ class Pictures:
     def of(cls, memory: Memory, targets: list[dict] | None) -> 'Pictures':
         """targets: dictionaries of `labels` and `boxes` cxcywh in [0, 1] of a picture; None: no objects."""
         valid = ~memory.pixel_mask
-        sizes = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], dim=-1).to(memory.tokens.dtype)
+        sizes = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], dim=-1).to(
+            full_precision(memory.tokens).dtype
+        )
         if targets is None:
             return cls(sizes, [], [])
         boxes = [

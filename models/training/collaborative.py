@@ -5,6 +5,8 @@ Training only. Each head brings its own losses (Sec. 3.2) and a group of queries
 (Sec. 3.3).
 """
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from util.box_ops import box_xyxy_to_cxcywh
 from .anchors import BACKGROUND, Pictures, Samples, permutation
 from .atss import ATSS
 from .faster_rcnn import FasterRCNN
+from .matcher import full_precision
 from .positions import BoxPositions
 
 HEADS = {'faster_rcnn': FasterRCNN, 'atss': ATSS}
@@ -60,17 +63,25 @@ class CollaborativeHeads(nn.Module):
         """targets: dictionaries of `labels` and `boxes` cxcywh in [0, 1]. Returns a group a head, and the heads'
         unweighted losses.
         """
-        maps, pictures = self.maps(memory), Pictures.of(memory, targets)
         samples, losses = {}, {}
-        for name, head in self.heads.items():
-            more, samples[name] = head(maps, pictures)
-            losses |= more
-        groups = [self.queries(name, places, pictures.sizes) for name, places in samples.items()]
+        with self.full_precision(memory):
+            maps, pictures = self.maps(memory), Pictures.of(memory, targets)
+            for name, head in self.heads.items():
+                more, samples[name] = head(maps, pictures)
+                losses |= more
+            groups = [self.queries(name, places, pictures.sizes) for name, places in samples.items()]
         return groups, losses
+
+    @staticmethod
+    def full_precision(memory: Memory) -> AbstractContextManager:
+        """Pixel coordinates and losses are never computed in 16 bit."""
+        return torch.autocast(memory.tokens.device.type, enabled=False)
 
     def maps(self, memory: Memory) -> list[Tensor]:
         """Encoder tokens as maps [B, C, H, W], and one of half the size beyond."""
-        levels = memory.tokens.split([height * width for height, width in memory.shapes], dim=1)
+        levels = full_precision(memory.tokens).split(
+            [height * width for height, width in memory.shapes], dim=1
+        )
         maps = [
             level.transpose(1, 2).unflatten(2, shape)
             for level, shape in zip(levels, memory.shapes, strict=True)
@@ -102,8 +113,9 @@ class CollaborativeHeads(nn.Module):
         """What one head finds by itself: `candidates`, a dictionary a picture of `scores` [N], `labels` [N] and `boxes`
         [N, 4] cxcywh in [0, 1], before suppression.
         """
-        sizes = Pictures.of(memory, None).sizes
-        found = self.heads[name].detect(self.maps(memory), sizes)
+        with self.full_precision(memory):
+            sizes = Pictures.of(memory, None).sizes
+            found = self.heads[name].detect(self.maps(memory), sizes)
         for candidates, size in zip(found, sizes, strict=True):
             candidates['boxes'] = box_xyxy_to_cxcywh(candidates['boxes'] / size.repeat(2))
         return {'candidates': found}
