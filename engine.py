@@ -1,7 +1,8 @@
 """
 One epoch of training, and one evaluation: plain loops that know no scheme by name.
 
-The only synchronisation inside a training step is the criterion's copy of the matching costs.
+The only synchronisation inside a training step is the criterion's copy of the matching costs (Co-DETR's heads, which
+sample and suppress boxes, and denoising add some).
 """
 
 from collections.abc import Iterable, Iterator, Sequence

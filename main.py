@@ -120,7 +120,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         '--batch_size', default=2, type=int, help='pictures a process at a time (default: %(default)s)'
     )
     train.add_argument('--accum_steps', default=1, type=int,
-                       help='batches whose gradients make one optimizer step (default: %(default)s)')  # fmt: skip
+                       help='batches whose gradients make one optimizer step, as if they were one batch (but for the averages of '
+                            '--co_aux_heads; default: %(default)s)')  # fmt: skip
     train.add_argument('--total_batch_size', type=int,
                        help='pictures an optimizer step, all processes together; sets --accum_steps')  # fmt: skip
     train.add_argument('--weight_decay', default=1e-4, type=float, help='(default: %(default)s)')
@@ -377,7 +378,7 @@ def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Dat
     if (args.resume or args.eval) and class_map is not None and class_map != found:
         if {*class_map.names, None} == {*found.names, None}:
             raise ValueError(
-                f'{args.resume} numbers its classes otherwise ({class_map.num_classes} class indices, here '
+                f'{args.resume or args.pretrained} numbers its classes otherwise ({class_map.num_classes} class indices, here '
                 f'{found.num_classes}): give the --class_ids of its run'
             )
         raise ValueError(

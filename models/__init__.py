@@ -113,10 +113,10 @@ DINO_FLAGS = ('with_box_refine', 'two_stage', 'mixed_selection', 'look_forward_t
 DEFORMABLE_FLAGS = (
     'deformable', *DINO_FLAGS, 'num_feature_levels', 'dino', 'dn_number', 'co_aux_heads',
 )  # fmt: skip
-# IoU above which detections of an auxiliary head suppress one another.
-AUXILIARY_HEADS = {'faster_rcnn': 0.5, 'atss': 0.6}
 # So do these and --use_ms_detr, unless --conditional is there; H-DETR's even at 0, as in its baselines.
 HYBRID_FLAGS = ('hybrid_k', 'hybrid_queries', 'hybrid_lambda')
+# IoU above which detections of an auxiliary head suppress one another.
+AUXILIARY_HEADS = {'faster_rcnn': 0.5, 'atss': 0.6}
 # Names of official namespaces (as in their checkpoints) -> ours.
 OFFICIAL_NAMES = {
     'num_queries_one2one': 'num_queries',
@@ -225,7 +225,8 @@ def add_model_args(parser: ArgumentParser) -> None:
     model.add_argument('--enc_layers', default=6, type=int, help='encoder layers (default: %(default)s)')
     model.add_argument('--dec_layers', default=6, type=int, help='decoder layers (default: %(default)s)')
     model.add_argument('--dim_feedforward', type=int,
-                       help=f'hidden width of the feed-forward blocks (default: {family_default("dim_feedforward")})')  # fmt: skip
+                       help=f'hidden width of the feed-forward blocks (default: {family_default("dim_feedforward")}; '
+                            '2048 with --hybrid_k or --co_aux_heads)')  # fmt: skip
     model.add_argument(
         '--hidden_dim', default=256, type=int, help='width of tokens and queries (default: %(default)s)'
     )
@@ -254,8 +255,8 @@ def add_model_args(parser: ArgumentParser) -> None:
                             help='cut detections off at the edges of the picture (default: as official: with --dino or '
                                  '--co_aux_heads)')  # fmt: skip
     detections.add_argument('--eval_module', default='detr', choices=('detr', *AUXILIARY_HEADS),
-                            help='who detects outside training: the decoder, or one of --co_aux_heads by itself '
-                                 '(default: %(default)s)')  # fmt: skip
+                            help='who detects outside training: the decoder, or one of --co_aux_heads by itself, 100 boxes a '
+                                 'picture after its own suppression (default: %(default)s)')  # fmt: skip
 
     matching = parser.add_argument_group('matching costs')
     matching.add_argument('--set_cost_class', type=float,
@@ -532,9 +533,26 @@ def check_co_detr_args(args: Namespace) -> None:
             'turns that of --dino off)'
         )
     if args.family != 'deformable':
-        for flag, usual in (('soft_nms_threshold', 0), ('clamp_boxes', False), ('class_loss', 'focal')):
-            if getattr(args, flag) != usual:
-                raise ValueError(f'--{flag} is for Deformable DETR: leave it out')
+        usual = {
+            'soft_nms_threshold': 0,
+            'clamp_boxes': False,
+            'class_loss': 'focal',
+            'input_proj_bias': True,
+            'finest_stride': 8,
+        }
+        for flag, value in usual.items():
+            if getattr(args, flag) != value:
+                raise ValueError(
+                    f'--{flag} {getattr(args, flag)} is for Deformable DETR, and the other flags choose {args.family}: leave it out'
+                )
+    elif args.num_feature_levels == 1 and args.finest_stride == 4:
+        raise ValueError(
+            '--finest_stride 4 is of several feature maps, but --num_feature_levels is 1: leave one of them out'
+        )
+    if args.eval_module != 'detr' and args.nms_iou_threshold is not None:
+        raise ValueError(
+            f'--nms_iou_threshold is for the decoder: --eval_module {args.eval_module} suppresses by its own rule'
+        )
 
 
 def check_deformable_args(args: Namespace) -> None:

@@ -135,11 +135,12 @@ class SoftNMSPostProcess(nn.Module):
 
     def suppress(self, pairs: dict[str, Tensor]) -> dict[str, Tensor]:
         """On the host: each step depends on the one before."""
-        boxes, labels = pairs['boxes'], pairs['labels']
+        labels = pairs['labels']
+        scores, boxes = (x.float() if x.element_size() < 4 else x for x in (pairs['scores'], pairs['boxes']))
         overlap, _ = box_iou(boxes[:, None], boxes[None])
         factor = torch.where(overlap >= self.iou_threshold, 1 - overlap, 1)
         factor = torch.where(labels[:, None] == labels, factor, 1).cpu().numpy()
-        order, scores = soft_suppression(pairs['scores'].cpu().numpy(), factor, self.smallest_score)
+        order, scores = soft_suppression(scores.cpu().numpy(), factor, self.smallest_score)
         order = torch.from_numpy(order[: self.num_select]).to(labels.device)
         scores = torch.from_numpy(scores[: self.num_select]).to(labels.device)
         return {'scores': scores, 'labels': labels[order], 'boxes': boxes[order]}

@@ -109,6 +109,8 @@ class Supervision:
     scale: float = 1.0  # every term is multiplied by it
     source: str = ''  # where such predictions are read, if not from queries of their own
     merge: str | None = None  # kind whose pairs are added, where this kind leaves a query free
+    # Without a matcher: `Assignment.count` from the numbers of objects, if they say it.
+    count: Callable[[list[int]], float] | None = None
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,7 @@ def no_download(resolve: Callable, args: Namespace) -> Namespace:
     return resolve(Namespace(**vars(args) | {'backbone_weights': 'none'}))
 
 
+@pytest.mark.slow
 def test_hub_entries_build_and_say_what_they_cannot_load() -> None:
     monkey = pytest.MonkeyPatch()
     seen = []

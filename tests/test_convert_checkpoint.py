@@ -133,12 +133,33 @@ def test_80_classes_go_to_their_coco_ids(flags: dict) -> None:
 
 
 @pytest.mark.parametrize('order', [['atss', 'faster_rcnn'], ['atss']], ids='+'.join)
-def test_heads_are_known_by_name(order: list[str]) -> None:
-    """Whatever their order and number here; one scalar a head is officially numbered by place."""
-    both = build(CO_DINO)
-    some = build(CO_DINO | {'co_aux_heads': order})
+@pytest.mark.parametrize('flags', [CO_DEFORMABLE, CO_DINO], ids=['Co-Deformable', 'Co-DINO'])
+def test_heads_are_known_by_name(flags: dict, order: list[str]) -> None:
+    """Whatever their order and number here."""
+    both = build(flags)
+    some = build(flags | {'co_aux_heads': order})
     load_checkpoint(some, {'state_dict': to_mmdetection(both.state_dict())})
     theirs = both.state_dict()
     for name, value in some.state_dict().items():
         assert torch.equal(value, theirs[name]), name
     assert not any(re.search('faster_rcnn', name) for name in some.state_dict()) or 'faster_rcnn' in order
+
+
+@pytest.mark.parametrize('foreign', [False, True], ids=['ours', 'mmdetection'])
+def test_heads_of_another_class_count(foreign: bool) -> None:
+    """Fine-tuning starts them anew and says so; they do not matter where the decoder detects."""
+    trained = build(CO_DINO, num_classes=80)
+    state = {'state_dict': to_mmdetection(trained.state_dict())} if foreign else trained.state_dict()
+    tuned = build(CO_DINO, num_classes=7)
+    report = load_checkpoint(tuned, state, resize=True)
+    heads = [name for name in report.reinitialised if name.startswith('query_sources')]
+    assert {name.split('.')[-2] for name in heads} == {'label_embedding', 'fc_cls', 'fc_reg', 'atss_cls'}
+    assert torch.equal(tuned.bbox_embed[0].layers[0].weight, trained.bbox_embed[0].layers[0].weight)
+    with pytest.raises(ValueError, match=r'class_embed.*--class_ids'):
+        load_checkpoint(tuned, state)
+    if foreign:
+        report = load_checkpoint(build(CO_DINO, num_classes=91), state)
+        assert report.reinitialised == heads
+        judged = build(CO_DINO, num_classes=91, eval_module='atss')
+        with pytest.raises(ValueError, match=r'atss_cls.*--class_ids'):
+            load_checkpoint(judged, state)

@@ -53,11 +53,11 @@ FAMILIES = DENSE | {
     'all, conditional': MIXED
     | {'conditional': True, 'hybrid_queries': 24, 'group_detr': 2, 'use_indices_merge': True},
 }
-SLOW_FAMILIES = ('hybrid', 'mixed, variant a, one stage')
+QUICK_FAMILIES = ('detr', 'two stages with tricks', 'all, conditional')
 family = pytest.mark.parametrize(
     'flags',
     [
-        pytest.param(flags, id=name, marks=pytest.mark.slow if name in SLOW_FAMILIES else ())
+        pytest.param(flags, id=name, marks=() if name in QUICK_FAMILIES else pytest.mark.slow)
         for name, flags in FAMILIES.items()
     ],
 )
@@ -122,7 +122,9 @@ def test_padding_does_not_reach_the_transformer(flags: dict, cells: list[tuple[i
                     torch.testing.assert_close(together[key][index], alone[key][0], rtol=close, atol=close)
 
 
-@pytest.mark.parametrize('dilation', [False, True], ids=['stride 32', 'DC5'])
+@pytest.mark.parametrize(
+    'dilation', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['stride 32', 'DC5']
+)
 @family
 def test_a_batch_of_two_equals_two_single_runs(flags: dict, dilation: bool) -> None:
     """From pixels on: pictures padded to the same size, together and one at a time."""
@@ -138,7 +140,10 @@ def test_a_batch_of_two_equals_two_single_runs(flags: dict, dilation: bool) -> N
                     torch.testing.assert_close(together[key][index], alone[key][0], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize('num_objects', [(3, 5, 1, 2), (0, 4, 0, 3), (0, 0, 0, 1)])
+@pytest.mark.parametrize(
+    'num_objects',
+    [(3, 5, 1, 2), *(pytest.param(num, marks=pytest.mark.slow) for num in ((0, 4, 0, 3), (0, 0, 0, 1)))],
+)
 @family
 def test_accumulation_2x2_equals_a_batch_of_4(flags: dict, num_objects: tuple[int, ...]) -> None:
     with float64():
@@ -538,6 +543,7 @@ def test_looking_forward_twice_changes_gradients_only() -> None:
         assert (gradients[0] - gradients[1]).abs() > 1e-6
 
 
+@pytest.mark.slow
 def test_recomputed_activations_give_the_same_gradients() -> None:
     with float64():
         gradients = []

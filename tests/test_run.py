@@ -392,3 +392,19 @@ def test_deformable_run_resumes_on_any_schedule(
     assert [float(row['lr']) for row in rows['whole']] == pytest.approx(rates)
     assert rows['whole'] == rows['parts']
     assert_same(load(tmp_path / 'whole'), load(tmp_path / 'parts'))
+
+
+@pytest.mark.slow
+def test_auxiliary_heads_are_evaluated_on_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    heads = '--dino --dn_number 10 --co_aux_heads faster_rcnn atss --hidden_dim 64'
+    monkeypatch.setattr(f'{__name__}.TINY', TINY.replace('--conditional', heads))
+    run(tmp_path / 'run', '--epochs', '1')
+    found = {}
+    for module in ('detr', 'faster_rcnn', 'atss'):
+        folder = tmp_path / module
+        run(folder, '--eval', '--resume', str(tmp_path / 'run/checkpoint.pth'), '--eval_module', module)
+        found[module] = json.loads((folder / 'eval.json').read_text())['test_coco_eval_bbox']
+    assert len({tuple(stats) for stats in found.values()}) == 3, 'three detectors'
+    assert 'FLOPs  not counted' in capsys.readouterr().out

@@ -21,7 +21,7 @@ from engine import build_optimizer, train_one_epoch
 from main import get_args_parser
 from models import build_detector, build_model, resolve_args
 from models.ms_detr import SecondReading
-from models.structures import Assignment, Prediction
+from models.structures import Assignment, Memory, Prediction
 from models.training import atss, build_supervision, faster_rcnn
 from models.training.criterion import weighted_sum
 from models.training.ledger import epoch_ledger, ledger_text, supervision_table
@@ -234,6 +234,25 @@ def test_no_anchor_is_positive(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all((assigned < 0).all() for assigned in found) and len(found) == 2
     assert losses['loss_rpn_bbox'] == losses['loss_atss_bbox'] == losses['loss_bbox_atss'] == 0
     assert losses['loss_bbox_rcnn'] > 0
+
+
+@pytest.mark.parametrize('side', [0.0, 1e-7])
+def test_objects_of_no_size_do_no_harm(side: float) -> None:
+    """What a crop leaves of an object can be too thin for its pixels."""
+    box = torch.tensor([[0.3, 0.3, side, 0.2]])
+    targets = [{'labels': torch.tensor([1]), 'boxes': box}, {'labels': torch.tensor([2]), 'boxes': box}]
+    check_training(flags_of('two stages', ('heads',)), ('heads',), targets)
+
+
+def test_accumulated_batches_share_the_count_of_noised_objects() -> None:
+    criterion, _, sources = build_supervision(resolve_args(Namespace(**flags_of('dino', ('denoising',)))))
+    count = criterion.table['dn'].count
+    assert count == sources['denoising'].count
+    assert (count([3, 2]), count([1, 0]), count([0, 0]), count([30, 1])) == (3 * 5, 10 * 1, 0, 31)
+    memory = Memory(torch.zeros(2, 0, 32), torch.zeros(2, 0), [])
+    for sizes in ((3, 2), (1, 0), (0, 0), (30, 1)):
+        (group,), _ = sources['denoising'](memory, random_targets(*sizes))
+        assert group.assignment.count == count(list(sizes)) == len(group.assignment.query)
 
 
 def test_pictures_with_fewer_cells_than_queries_of_a_head() -> None:

@@ -102,6 +102,34 @@ OFFICIAL = {
     'r50_ms_detr_a_300': f'{BASE} --use_ms_detr --cls_loss_coef 1 --o2m_cls_loss_coef 2 --num_queries 300 --ms_variant a',
 }
 
+HEADS, PLAIN, JITTER = (
+    '--co_aux_heads faster_rcnn atss',
+    '--aug co_detr --group_aspect_ratio',
+    '--aug lsj --lsj_size',
+)
+DINO = f'--dino --num_feature_levels 5 --num_queries 900 --dn_number 100 {HEADS} --class_ids contiguous'
+CO = f'{BASE} {TRICKS} {HEADS} --class_ids contiguous {PLAIN}'
+# Co-DETR with Swin: windows of 12 in the larger two, and a drop path of its own for each schedule.
+SWIN_CO = {
+    'tiny_co_deformable_detr': ('swin_tiny', f'{CO} {DECAY}', {12: 0.2, 36: 0.3}),
+    'small_co_deformable_detr': ('swin_small', f'{CO} {DECAY}', {12: 0.2, 36: 0.4}),
+    'base_co_deformable_detr': ('swin_base_window12', f'{CO} {DECAY}', {12: 0.2, 36: 0.4}),
+    'large_co_deformable_detr': ('swin_large_window12', f'{CO} {DECAY}', {12: 0.3, 36: 0.6}),
+    'large_co_dino_5scale': ('swin_large_window12', f'{DINO} {PLAIN}', {12: 0.3, 24: 0.5, 36: 0.6}),
+    'large_co_dino_5scale_lsj': ('swin_large_window12', f'{DINO} {JITTER} 1280', {12: 0.3, 24: 0.5, 36: 0.5}),
+}
+OFFICIAL |= {
+    'r50_co_deformable_detr': CO,
+    'r50_co_dino_5scale': f'{DINO} {PLAIN}',
+    'r50_co_dino_5scale_lsj': f'{DINO} {JITTER} 1024',
+    'r50_co_dino_5scale_9encoder_lsj': f'{DINO} {JITTER} 1024 --enc_layers 9',
+} | {
+    f'swin_{name}_{epochs}ep': f'--backbone {backbone} {flags} --drop_path_rate {rate}'
+    for name, (backbone, flags, rates) in SWIN_CO.items()
+    for epochs, rate in rates.items()
+}
+OFFICIAL['swin_large_co_deformable_detr_36ep'] += ' --num_queries 900 --topk_eval 300'
+
 
 def flags_of(script: Path, *more: str) -> list[str]:
     """What a recipe would call main.py with."""
@@ -140,6 +168,7 @@ def test_recipe_builds_the_official_model(path: Path) -> None:
     if official := OFFICIAL.get(path.stem, OFFICIAL.get(re.sub(r'_\d+ep$', '', path.stem))):
         schedule = ['--epochs', str(epochs), '--lr_drop', str(lr_drop), '--backbone_weights', 'none']
         meant = resolve_args(get_args_parser().parse_args([*official.split(), *schedule]))
+        meant.num_classes = args.num_classes  # the data's
         differing = {key for key, value in vars(meant).items() if vars(args)[key] != value}
         assert differing == {'output_dir', 'coco_path'}
     assert 'AP on COCO val2017' in path.read_text().splitlines()[1], 'the head says what to expect'

@@ -23,11 +23,11 @@ def box_area(boxes_xyxy: Tensor) -> Tensor:
     return (x1 - x0) * (y1 - y0)
 
 
-def box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> tuple[Tensor, Tensor]:
+def box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
     """Intersection over union, and the union, of broadcast boxes: [..., 4] with [..., 4] to [...] twice.
 
     Pairs are element by element; a matrix of all pairs comes from `boxes1[:, None]` and `boxes2[None]`.
-    Torchvision's functions only make matrices or add an epsilon, which would move the numbers.
+    Torchvision's functions only make matrices or add an epsilon, which would move the numbers. eps: the smallest union.
     """
     # Coordinate by coordinate: elementwise work over matrices of boxes then runs along their long sides.
     left1, top1, right1, bottom1 = boxes1_xyxy.unbind(-1)
@@ -36,19 +36,23 @@ def box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> tuple[Tensor, Tensor]:
     height = torch.minimum(bottom1, bottom2) - torch.maximum(top1, top2)
     inter = width.clamp(min=0) * height.clamp(min=0)
     union = box_area(boxes1_xyxy) + box_area(boxes2_xyxy) - inter
+    if eps:
+        union = union.clamp(min=eps)
     return inter / union, union
 
 
-def generalized_box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
-    """Generalised IoU (arXiv:1902.09630) of broadcast boxes, [..., 4] with [..., 4] to [...]; no epsilon.
+def generalized_box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor, eps: float = 0.0) -> Tensor:
+    """Generalised IoU (arXiv:1902.09630) of broadcast boxes, [..., 4] with [..., 4] to [...].
 
-    Boxes of no size give NaN. Nothing is asserted about predictions here: the matcher reports numbers that
+    Boxes of no size give NaN, unless `eps` is the smallest area that union and hull count as. Nothing is asserted about predictions here: the matcher reports numbers that
     are not finite.
     """
-    iou, union = box_iou(boxes1_xyxy, boxes2_xyxy)
+    iou, union = box_iou(boxes1_xyxy, boxes2_xyxy, eps)
     left1, top1, right1, bottom1 = boxes1_xyxy.unbind(-1)
     left2, top2, right2, bottom2 = boxes2_xyxy.unbind(-1)
     width = torch.maximum(right1, right2) - torch.minimum(left1, left2)
     height = torch.maximum(bottom1, bottom2) - torch.minimum(top1, top2)
     hull = width * height
+    if eps:
+        hull = hull.clamp(min=eps)
     return iou - (hull - union) / hull

@@ -29,6 +29,7 @@ TRAINING_ONLY = (
 )
 INPUT_BIAS = r'input_proj\.\d+\.0\.bias'
 RESIZABLE = ('class_embed', 'query_embed')  # what --pretrained may take from a model of another size
+SOURCES = ('query_sources.',)  # read while training only
 
 
 @dataclass
@@ -109,8 +110,8 @@ def load_checkpoint(
 
     Queries that only trained beside the inference group are left out where the flags in the file tell which they
     are, and so are heads and layers that only training reads. resize: class heads and queries of another number are
-    re-initialised (queries: filled as far as they go) and listed. resume: the state of an optimizer follows, so
-    queries must be those of the run.
+    re-initialised (queries: filled as far as they go) and listed; what only training reads always is. resume: the
+    state of an optimizer follows, so everything must be that of the run.
 
     ValueError: an entry is missing, left over or of another shape; the message lists them. The model is
     untouched then.
@@ -127,7 +128,9 @@ def load_checkpoint(
         state['query_embed.weight'] = state['query_embed.weight'][:queries]  # the inference group comes first
     state = {name: value for name, value in state.items() if not is_dropped(name, ours)}
     wrong_shape = [name for name in state if name in ours and state[name].shape != ours[name].shape]
-    refused = [name for name in wrong_shape if not (resize and name.startswith(RESIZABLE))]
+    sources_needed = resume or getattr(model, 'eval_module', None) is not None
+    replaceable = (*RESIZABLE * resize, *SOURCES * (resize or not sources_needed))
+    refused = [name for name in wrong_shape if not name.startswith(replaceable)]
     if resize:  # second class heads begin as the first
         for name in ours:
             first = name.replace('class_embed_o2m', 'class_embed')
@@ -135,11 +138,8 @@ def load_checkpoint(
                 state[name] = state[first]
     if not any(re.fullmatch(INPUT_BIAS, name) for name in state):  # a bias of 0 is as good as none
         state |= {name: torch.zeros_like(x) for name, x in ours.items() if re.fullmatch(INPUT_BIAS, name)}
-    sources_needed = resume or getattr(model, 'eval_module', None) is not None
     missing = [
-        name
-        for name in ours
-        if name not in state and (sources_needed or not name.startswith('query_sources.'))
+        name for name in ours if name not in state and (sources_needed or not name.startswith(SOURCES))
     ]
     unexpected = [name for name in state if name not in ours]
     if missing or unexpected or refused:
@@ -198,9 +198,10 @@ def mismatch_text(
     lines += [
         f'  {name}: {tuple(state[name].shape)} there, {tuple(ours[name].shape)} here' for name in refused[:4]
     ]
-    if any(name.startswith(RESIZABLE) for name in refused):
+    if any(name.startswith(RESIZABLE + SOURCES) for name in refused):
         lines.append(
-            'another number of classes or queries: train with --pretrained, which re-initialises these'
+            'another number of classes or queries: train with --pretrained, which re-initialises these, or give the '
+            '--class_ids and --num_queries of its run'
         )
     else:
         lines.append(

@@ -52,17 +52,7 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
         matcher = HungarianMatcher(*cost, class_cost, repeats=args.hybrid_k)
         table['one2many'] = replace(one2one, matcher=matcher, scale=args.hybrid_lambda)
     if args.use_ms_detr:
-        matcher = OneToManyMatcher(
-            args.o2m_matcher_k, args.o2m_matcher_threshold, args.o2m_iou_weight, args.o2m_score_weight
-        )
-        coef = {
-            'ce': args.o2m_cls_loss_coef,
-            'bbox': args.o2m_bbox_loss_coef,
-            'giou': args.o2m_giou_loss_coef,
-        }
-        merge = 'one2one' if args.use_indices_merge else None
-        source = 'one2one, read twice'
-        table['o2m'] = replace(one2one, matcher=matcher, coef=coef, source=source, merge=merge)
+        table['o2m'] = mixed_supervision(args, one2one)
     if args.group_detr > 1:
         coef = {term: value / args.group_detr for term, value in one2one.coef.items()}
         table['one2one'] = replace(one2one, coef=coef)
@@ -71,30 +61,13 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
         table[f'group{group}'] = table['one2one']
 
     if args.dn_number:
-        sources['denoising'] = Denoising(
-            args.num_classes,
-            args.hidden_dim,
-            args.dn_number,
-            args.dn_label_noise_ratio,
-            args.dn_box_noise_scale,
-            DinoDecoder.eps if args.dino else DeformableDecoder.eps,
-            positions=not args.dino,
-        )
-        table['dn'] = replace(plain, matcher=None, source='noised objects')
+        sources['denoising'] = denoising = build_denoising(args)
+        table['dn'] = replace(plain, matcher=None, count=denoising.count, source='noised objects')
     if args.co_aux_heads:
-        sources['collaborative'] = heads = CollaborativeHeads(
-            args.co_aux_heads,
-            args.num_classes,
-            args.hidden_dim,
-            level_strides(args),
-            args.max_pos_coords,
-            args.with_coord_feat,
-            args.dino,
-        )
-        for name, head in heads.heads.items():
-            table[head.kind] = replace(
-                plain, matcher=None, scale=args.lambda_1, source=f'positives of {name}'
-            )
+        sources['collaborative'] = build_heads(args)
+        for name, head in sources['collaborative'].heads.items():
+            source = f'positives of {name}'
+            table[head.kind] = replace(plain, matcher=None, scale=args.lambda_1, source=source)
             factor = args.lambda_2 * args.dec_layers
             own_losses |= {f'loss_{term}': factor * coef for term, coef in head.coef.items()}
 
@@ -104,6 +77,40 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
             'enc', None
         )  # there are no proposals; the official dictionary names their losses all the same
     return SetCriterion(table, weight_dict, EPS if co_detr else 0.0), num_queries, sources
+
+
+def mixed_supervision(args: Namespace, one2one: Supervision) -> Supervision:
+    """Of the second reading of MS-DETR."""
+    matcher = OneToManyMatcher(
+        args.o2m_matcher_k, args.o2m_matcher_threshold, args.o2m_iou_weight, args.o2m_score_weight
+    )
+    coef = {'ce': args.o2m_cls_loss_coef, 'bbox': args.o2m_bbox_loss_coef, 'giou': args.o2m_giou_loss_coef}
+    merge = 'one2one' if args.use_indices_merge else None
+    return replace(one2one, matcher=matcher, coef=coef, source='one2one, read twice', merge=merge)
+
+
+def build_denoising(args: Namespace) -> Denoising:
+    return Denoising(
+        args.num_classes,
+        args.hidden_dim,
+        args.dn_number,
+        args.dn_label_noise_ratio,
+        args.dn_box_noise_scale,
+        DinoDecoder.eps if args.dino else DeformableDecoder.eps,
+        positions=not args.dino,
+    )
+
+
+def build_heads(args: Namespace) -> CollaborativeHeads:
+    return CollaborativeHeads(
+        args.co_aux_heads,
+        args.num_classes,
+        args.hidden_dim,
+        level_strides(args),
+        args.max_pos_coords,
+        args.with_coord_feat,
+        args.dino,
+    )
 
 
 def class_loss(args: Namespace) -> Callable:
@@ -123,15 +130,15 @@ def proposal_supervision(args: Namespace, one2one: Supervision) -> Supervision:
 
 
 def weights(table: dict[str, Supervision], args: Namespace) -> dict[str, float]:
-    """Coefficient of every loss, by official name. Encoder proposals count as an auxiliary output, except in
-    MS-DETR.
+    """Coefficient of every loss, by official name. Encoder proposals count as an auxiliary output, except in MS-DETR
+    and DINO.
 
     Official dictionaries also name terms that never exist, such as `loss_ce_enc_one2many`; they are kept, so that
     dictionaries are equal.
     """
     layers = {kind: [None, *range(args.dec_layers - 1)] if args.aux_loss else [None] for kind in table}
     if 'enc' in table and not args.use_ms_detr:
-        layers['enc'] = [None] if args.aux_loss else []
+        layers['enc'] = [None] if args.aux_loss or args.dino else []
     names = {
         f'loss_{term}{loss_suffix(kind, layer)}': coef
         for kind, row in table.items()

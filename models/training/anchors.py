@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.deformable_transformer import valid_sizes
 from models.structures import Memory
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
 
 from .matcher import full_precision
 
 EPS = torch.finfo(torch.float32).eps  # added to every divisor, whatever the precision
+SMALLEST_AREA = 1e-6  # square pixels, of unions and hulls
 MAX_LOG_RATIO = abs(math.log(16 / 1000))  # a decoded box has at most 62.5 times the side of its anchor
 BACKGROUND = -1
 
@@ -33,10 +35,7 @@ class Pictures:
     @classmethod
     def of(cls, memory: Memory, targets: list[dict] | None) -> 'Pictures':
         """targets: dictionaries of `labels` and `boxes` cxcywh in [0, 1] of a picture; None: no objects."""
-        valid = ~memory.pixel_mask
-        sizes = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], dim=-1).to(
-            full_precision(memory.tokens).dtype
-        )
+        sizes = valid_sizes(memory.pixel_mask).to(full_precision(memory.tokens).dtype)
         if targets is None:
             return cls(sizes, [], [])
         boxes = [
@@ -65,7 +64,7 @@ class Samples:
 
     boxes: Tensor  # [B, N, 4]
     target: Tensor  # [B, N] number of the object in the batch, BACKGROUND for none
-    features: Tensor  # [B, N, C]
+    features: Tensor | None  # [B, N, C], if asked for
 
 
 def base_anchors(stride: int, scales: Sequence[float], ratios: Sequence[float]) -> Tensor:
@@ -131,15 +130,15 @@ def assign_by_iou(
     """
     if not len(objects):
         return torch.full((len(boxes),), BACKGROUND, device=boxes.device)
-    iou, _ = box_iou(objects[:, None], boxes[None])  # [T, N]
+    iou, _ = box_iou(objects[:, None], boxes[None], SMALLEST_AREA)  # [T, N]
     best, assigned = iou.max(0)
     assigned = assigned.masked_fill(best < positive, BACKGROUND - 1).masked_fill(best < negative, BACKGROUND)
     if not low_quality:
         return assigned
     best_of_object = iou.amax(1, keepdim=True)
     given = (iou == best_of_object) & (best_of_object >= negative)
-    last = given * torch.arange(1, len(objects) + 1, device=boxes.device)[:, None]
-    last = last.amax(0) - 1  # -1 where no object asks
+    asking, asked = given.nonzero().unbind(1)
+    last = torch.full_like(assigned, -1).scatter_reduce(0, asked, asking, 'amax')  # -1 where no object asks
     return torch.where(last >= 0, last, assigned)
 
 

@@ -15,6 +15,7 @@ from util.dist import all_reduce_sum, get_world_size
 from .anchors import (
     BACKGROUND,
     EPS,
+    SMALLEST_AREA,
     Pictures,
     Samples,
     anchor_major,
@@ -101,7 +102,9 @@ class ATSS(nn.Module):
             for stride, x in zip(self.strides, maps, strict=True)
         ]
 
-    def forward(self, maps: list[Tensor], pictures: Pictures) -> tuple[dict[str, Tensor], Samples]:
+    def forward(
+        self, maps: list[Tensor], pictures: Pictures, with_features: bool = True
+    ) -> tuple[dict[str, Tensor], Samples]:
         """Returns unweighted losses, and every anchor with the object that it answers for; those in the padding lie at
         the origin.
         """
@@ -123,7 +126,8 @@ class ATSS(nn.Module):
         offsets = torch.tensor(pictures.offsets(), device=assigned.device)[:, None]
         target = torch.where(assigned == BACKGROUND, assigned, assigned + offsets)
         boxes = anchors * owned[..., None]
-        return losses, Samples(boxes, target, torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1))
+        features = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1) if with_features else None
+        return losses, Samples(boxes, target, features)
 
     def losses(
         self,
@@ -146,7 +150,7 @@ class ATSS(nn.Module):
         negatives = (self.focal.unweighted(logits).sum(-1) * owned).sum()
         cls = self.focal.weights[1] * negatives + self.focal.correction(logits[batch, place, labels]).sum()
         decoded = decode_boxes(anchors[place], deltas[batch, place], STDS)
-        bbox = (wanted * (1 - generalized_box_iou(decoded, boxes))).sum()
+        bbox = (wanted * (1 - generalized_box_iou(decoded, boxes, SMALLEST_AREA))).sum()
         center = F.binary_cross_entropy_with_logits(centerness[batch, place, 0], wanted, reduction='sum')
         return {
             'loss_atss_cls': cls / (count + EPS),
@@ -177,7 +181,7 @@ class ATSS(nn.Module):
 
 
 def average(numbers: list[Tensor]) -> Tensor:
-    """Mean over processes of some numbers, at least 1."""
+    """Mean over processes of some numbers, at least 1 (the criterion, which sees more than this batch, clamps totals)."""
     return (all_reduce_sum(torch.stack(numbers).detach()) / get_world_size()).clamp(min=1)
 
 
@@ -206,7 +210,7 @@ def assign_adaptively(anchors: list[Tensor], objects: Tensor) -> Tensor:
         candidates.append(start + distance.topk(min(NEAREST, len(level)), dim=0, largest=False).indices)
         start += len(level)
     candidates = torch.cat(candidates)  # [N, T]
-    overlap, _ = box_iou(flat[candidates], objects[None])
+    overlap, _ = box_iou(flat[candidates], objects[None], SMALLEST_AREA)
     threshold = overlap.mean(0) + overlap.std(0)
     center, _ = center_and_size(flat[candidates])
     margin = torch.cat([center - objects[:, :2], objects[:, 2:] - center], dim=-1).amin(-1)

@@ -56,7 +56,7 @@ class CollaborativeHeads(nn.Module):
         if with_features:
             self.pos_feats_trans = nn.ModuleDict({name: FeatureContent(hidden_dim) for name in names})
             if not derived_positions:
-                self.head_pos_embed = nn.Embedding(len(names), 1)  # a number a head, as in the official code
+                self.head_pos_embed = nn.Embedding(len(HEADS), 1)  # a number a head, as in the official code
                 nn.init.xavier_uniform_(self.head_pos_embed.weight)
 
     def forward(self, memory: Memory, targets: list[dict]) -> tuple[list[QueryGroup], dict[str, Tensor]]:
@@ -64,16 +64,16 @@ class CollaborativeHeads(nn.Module):
         unweighted losses.
         """
         samples, losses = {}, {}
-        with self.full_precision(memory):
+        with self.without_autocast(memory):
             maps, pictures = self.maps(memory), Pictures.of(memory, targets)
             for name, head in self.heads.items():
-                more, samples[name] = head(maps, pictures)
+                more, samples[name] = head(maps, pictures, self.pos_feats_trans is not None)
                 losses |= more
             groups = [self.queries(name, places, pictures.sizes) for name, places in samples.items()]
         return groups, losses
 
     @staticmethod
-    def full_precision(memory: Memory) -> AbstractContextManager:
+    def without_autocast(memory: Memory) -> AbstractContextManager:
         """Pixel coordinates and losses are never computed in 16 bit."""
         return torch.autocast(memory.tokens.device.type, enabled=False)
 
@@ -102,7 +102,7 @@ class CollaborativeHeads(nn.Module):
         if self.pos_feats_trans is not None:
             tgt = tgt + self.pos_feats_trans[name](pick(samples.features, chosen))
             if query_pos is not None:
-                query_pos = query_pos + self.head_pos_embed.weight[list(self.heads).index(name)]
+                query_pos = query_pos + self.head_pos_embed.weight[list(HEADS).index(name)]
         target = samples.target.gather(1, chosen).cpu()
         picture, query = (target != BACKGROUND).nonzero().unbind(1)
         positives = Assignment(picture, query, target[picture, query], float(len(query)))
@@ -113,7 +113,7 @@ class CollaborativeHeads(nn.Module):
         """What one head finds by itself: `candidates`, a dictionary a picture of `scores` [N], `labels` [N] and `boxes`
         [N, 4] cxcywh in [0, 1], before suppression.
         """
-        with self.full_precision(memory):
+        with self.without_autocast(memory):
             sizes = Pictures.of(memory, None).sizes
             found = self.heads[name].detect(self.maps(memory), sizes)
         for candidates, size in zip(found, sizes, strict=True):

@@ -141,15 +141,16 @@ class SetCriterion(nn.Module):
 
         A total count of objects is at least 1 (the official code clamps the average; the difference shows
         only where there is less than one object a process, and this way the number of processes does not
-        change the gradient). Where assignments are known in advance, the other batches of a step are taken to
-        have the counts of this one.
+        change the gradient). Where only the model knows the assignments (positives of Co-DETR's heads), the other
+        batches of a step are taken to have the counts of this one.
         """
         totals, smallest = [], []
         for kind, stack in stacks.items():
             row, num_queries = self.table[kind], stack.logits.shape[2]
             smallest.append([row.class_loss.smallest_denominator, 1.0, 1.0])
             if row.matcher is None:
-                totals.append([stack.count * len(step_sizes)] * 3)
+                counts = [stack.count if row.count is None else row.count(sizes) for sizes in step_sizes]
+                totals.append([sum(counts)] * 3)
                 continue
             classes = [row.class_loss.denominator(row.matcher, sizes, num_queries) for sizes in step_sizes]
             objects = sum(row.matcher.count(sizes) for sizes in step_sizes)

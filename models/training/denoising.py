@@ -43,8 +43,7 @@ class Denoising(nn.Module):
     def forward(self, memory: Memory, targets: list[dict]) -> tuple[list[QueryGroup], dict[str, Tensor]]:
         """targets: dictionaries of `labels` and `boxes` cxcywh in [0, 1]. Returns one group, empty without objects."""
         counts = [len(target['labels']) for target in targets]
-        most, total = max(counts), sum(counts)
-        num_groups = max(1, self.num_queries // max(most, 1))
+        most, total, num_groups = max(counts), sum(counts), self.num_groups(counts)
         labels, logits = self.noised(
             torch.cat([target['labels'] for target in targets]),
             torch.cat([target['boxes'] for target in targets]),
@@ -64,11 +63,19 @@ class Denoising(nn.Module):
             picture.repeat(num_groups),
             (copies[::2] * most + number).flatten(),
             torch.arange(total).repeat(num_groups),
-            float(num_groups * total),
+            self.count(counts),
         )
         query_pos = None if self.positions is None else self.positions(reference)
         group = QueryGroup('dn', tgt, query_pos, reference, ('one2one',), 2 * most, positives)
         return [group], {}
+
+    def num_groups(self, sizes: list[int]) -> int:
+        """sizes: objects of each picture."""
+        return max(1, self.num_queries // max(*sizes, 1))
+
+    def count(self, sizes: list[int]) -> float:
+        """Positives: what losses are divided by."""
+        return float(self.num_groups(sizes) * sum(sizes))
 
     @torch.no_grad()
     def noised(self, labels: Tensor, boxes: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:

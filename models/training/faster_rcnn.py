@@ -13,6 +13,7 @@ from util.box_ops import generalized_box_iou
 from .anchors import (
     BACKGROUND,
     EPS,
+    SMALLEST_AREA,
     Pictures,
     Samples,
     anchor_major,
@@ -148,12 +149,12 @@ class RoIHead(nn.Module):
         finest = 14 * self.strides[0]
         levels = torch.floor(torch.log2(side / finest + 1e-6)).clamp(0, len(self.strides) - 1)
         rois = torch.cat([picture, regions], dim=1)
-        features = maps[0].new_zeros(len(rois), maps[0].shape[1], ROI_SIZE, ROI_SIZE)
+        order, parts = [], []
         for level, (x, stride) in enumerate(zip(maps, self.strides, strict=False)):
             here = (levels == level).nonzero()[:, 0]
-            part = roi_align(x, rois[here], ROI_SIZE, 1 / stride, sampling_ratio=0, aligned=True)
-            features = features.index_copy(0, here, part)
-        return features
+            parts.append(roi_align(x, rois[here], ROI_SIZE, 1 / stride, sampling_ratio=0, aligned=True))
+            order.append(here)
+        return torch.cat(parts)[torch.cat(order).argsort()]
 
 
 class FasterRCNN(nn.Module):
@@ -172,27 +173,33 @@ class FasterRCNN(nn.Module):
         self.rpn = RegionProposals(channels, strides)
         self.roi = RoIHead(channels, num_classes, strides[:-1])
 
-    def forward(self, maps: list[Tensor], pictures: Pictures) -> tuple[dict[str, Tensor], Samples]:
+    def forward(
+        self, maps: list[Tensor], pictures: Pictures, with_features: bool = True
+    ) -> tuple[dict[str, Tensor], Samples]:
         """maps: [B, C, H, W]. Returns unweighted losses, and the RoIs that the head was trained on."""
         proposed = self.rpn(maps)
         losses = self.rpn.losses(*proposed, pictures)
         proposals = self.rpn.proposals(*proposed, pictures.sizes, self.train_candidates)
         sampled = [
-            self.sample(boxes, objects) for boxes, objects in zip(proposals, pictures.boxes, strict=True)
+            self.choose(boxes, objects) for boxes, objects in zip(proposals, pictures.boxes, strict=True)
         ]
         regions, objects = zip(*sampled, strict=True)
         features, logits, deltas = self.roi(maps, list(regions))
         losses |= self.losses(logits, deltas, torch.cat(regions), list(objects), pictures)
         shortest = min(len(boxes) for boxes in regions)
-        means = features.mean((2, 3)).split([len(boxes) for boxes in regions])
         target = [
             torch.where(found == BACKGROUND, found, found + offset)
             for found, offset in zip(objects, pictures.offsets(), strict=True)
         ]
-        parts = (regions, target, means)
-        return losses, Samples(*(torch.stack([x[:shortest] for x in part]) for part in parts))
+        means = features.mean((2, 3)).split([len(boxes) for boxes in regions]) if with_features else None
+        return losses, Samples(
+            *(
+                None if parts is None else torch.stack([x[:shortest] for x in parts])
+                for parts in (regions, target, means)
+            )
+        )
 
-    def sample(self, proposals: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, proposals: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
         """RoIs [N, 4] of a picture, positives first, and the object of each or BACKGROUND; objects themselves are in
         front of the proposals, and match.
         """
@@ -220,7 +227,7 @@ class FasterRCNN(nn.Module):
         right = (logits.detach().argmax(1) == classes).sum()
         return {
             'loss_rcnn_cls': F.cross_entropy(logits, classes, reduction='sum') / divisor,
-            'loss_rcnn_bbox': (1 - generalized_box_iou(decoded, boxes)).sum() / divisor,
+            'loss_rcnn_bbox': (1 - generalized_box_iou(decoded, boxes, SMALLEST_AREA)).sum() / divisor,
             'rcnn_accuracy': right * (100 / max(len(classes), 1)),
         }
 

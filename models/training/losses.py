@@ -99,8 +99,7 @@ class QualityFocalLoss(FocalLoss):
 
 def box_quality(boxes: Tensor, target_boxes: Tensor) -> Tensor:
     """IoU of pairs of boxes cxcywh in [0, 1], [N, 4] to [N]; a union counts as 1e-6 at least (official code)."""
-    iou, union = box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes))
-    return iou * (union / union.clamp(min=1e-6))
+    return box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes), eps=1e-6)[0]
 
 
 class SoftmaxLoss:
