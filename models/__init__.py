@@ -324,7 +324,7 @@ def add_scheme_args(parser: ArgumentParser) -> None:
     )
     collaborative.add_argument('--co_aux_heads', nargs='+', default=[], choices=AUXILIARY_HEADS, metavar='HEAD',
                                help="detectors that train on the encoder's output, and whose positives become decoder "
-                                    'queries: faster_rcnn, atss, or both')  # fmt: skip
+                                    'queries: faster_rcnn, atss, or both (default: none)')  # fmt: skip
     collaborative.add_argument('--lambda_1', default=1.0, type=float,
                                help='of the losses of those queries (default: %(default)s)')  # fmt: skip
     collaborative.add_argument('--lambda_2', default=2.0, type=float,

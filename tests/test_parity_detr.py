@@ -24,7 +24,15 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope='module', params=CASES, ids=lambda path: f'{path.parent.name}-{path.stem}')
+@pytest.fixture(
+    scope='module',
+    params=[
+        pytest.param(
+            path, id=f'{path.parent.name}-{path.stem}', marks=() if path.stem == 'r50' else pytest.mark.slow
+        )
+        for path in CASES
+    ],
+)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     with float64():
         yield Case(request.param, FLAGS[request.param.parent.name])
