@@ -161,5 +161,5 @@ def test_heads_of_another_class_count(foreign: bool) -> None:
         report = load_checkpoint(build(CO_DINO, num_classes=91), state)
         assert report.reinitialised == heads
         judged = build(CO_DINO, num_classes=91, eval_module='atss')
-        with pytest.raises(ValueError, match=r'(?s)atss_cls.*--class_ids'):
+        with pytest.raises(ValueError, match=r'(?s)label_embedding.*--class_ids'):
             load_checkpoint(judged, state)
