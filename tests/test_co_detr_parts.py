@@ -188,7 +188,7 @@ def test_roi_features_equal_official() -> None:
         for level, stride in enumerate(recorded['strides'])
     ]
     rois = torch.tensor(recorded['rois'])[:, 1:]
-    found = RoIHead(2, 3, recorded['strides'], hidden=4).align(maps, [rois])
+    found = RoIHead(2, 3, recorded['strides']).align(maps, [rois])
     assert_close(found[:, 0, 3], recorded['features_channel0_row3'], 'features', rtol=1e-9)
 
 

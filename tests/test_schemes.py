@@ -60,29 +60,28 @@ KINDS = {
 }
 LEARNED = ('hybrid', 'mixed', 'groups')  # of any base; the others need two stages
 EVERYTHING = (*LEARNED, 'heads', 'denoising')
-IN_TWO_STAGES = [
-    ('heads',), ('one head',), ('denoising',), ('hybrid', 'heads'), ('mixed', 'heads'), ('heads', 'denoising'),
-    ('hybrid', 'denoising'), ('mixed', 'denoising'), EVERYTHING,
-]  # fmt: skip
+WITH_HEADS = [('heads',), ('hybrid', 'heads'), ('mixed', 'heads'), ('heads', 'denoising'), EVERYTHING]
+OF_LEARNED = [*combinations(LEARNED, 1), *combinations(LEARNED, 2), LEARNED]
+COMBINATIONS = {
+    'one stage': OF_LEARNED,
+    'conditional': OF_LEARNED,
+    'two stages': [LEARNED, EVERYTHING],
+    'two stages with tricks': [*WITH_HEADS, ('denoising',), ('hybrid', 'denoising'), ('mixed', 'denoising')],
+    'dino': [*WITH_HEADS, ('denoising',), ('one head',)],
+}
 
 
 def mixes(*quick: tuple[str, tuple[str, ...]]) -> list:
     """Every base with its combinations, as parameters `base` and `names`; those that are not `quick` are slow."""
-    pairs = [
-        (base, names)
-        for base in BASES
-        for names in (
-            *(combinations(LEARNED, 1) if base != 'dino' else ()),
-            *(combinations(LEARNED, 2) if base != 'dino' else ()),
-            LEARNED,
-            *(IN_TWO_STAGES if base in ('two stages', 'two stages with tricks', 'dino') else ()),
-        )
-    ]
     return [
         pytest.param(
-            *pair, id='-'.join((pair[0], '+'.join(pair[1]))), marks=() if pair in quick else pytest.mark.slow
+            base,
+            names,
+            id=f'{base}-{"+".join(names)}',
+            marks=() if (base, names) in quick else pytest.mark.slow,
         )
-        for pair in pairs
+        for base, combined in COMBINATIONS.items()
+        for names in combined
     ]
 
 
