@@ -50,6 +50,7 @@ FAMILIES = DENSE | {
     'hybrid': TWO_STAGE | {'mixed_selection': True, 'hybrid_k': 3, 'hybrid_queries': 24},
     'mixed': TWO_STAGE | MIXED | {'use_aux_ffn': True},
     'mixed, variant a, one stage': MIXED | {'ms_variant': 'a'},
+    'dino': {'dino': True},
     'all, conditional': MIXED
     | {'conditional': True, 'hybrid_queries': 24, 'group_detr': 2, 'use_indices_merge': True},
 }

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,6 @@ import models.training.matcher
 from engine import build_optimizer
 from main import get_args_parser
 from models import build_model, resolve_args
-from models.heads import inverse_sigmoid
 from models.training.criterion import weighted_sum
 from tests import rule
 from tests.parity import assert_close, check_losses, float64, to_targets
@@ -226,7 +225,7 @@ def test_detrex_port_loads_by_its_own_names_and_gives_its_numbers(monkeypatch: p
         hull = (high - low).prod(-1)
         return overlap - (hull - union) / (hull + 1e-6)
 
-    monkeypatch.setattr(models.deformable_transformer, 'inverse_sigmoid', partial(inverse_sigmoid, eps=1e-3))
+    monkeypatch.setattr(models.deformable_transformer.DeformableDecoder, 'eps', 1e-3)
     for module in (models.training.matcher, models.training.losses):
         monkeypatch.setattr(module, 'generalized_box_iou', giou)
     case = Case(DETREX)

@@ -409,8 +409,10 @@ def test_combinations_train_30_steps(base: str, names: tuple[str, ...]) -> None:
     if 'heads' in names:
         assert averages['positives_rcnn'] >= 1 and averages['share_rcnn'] > averages['share_atss'] / 10 > 0
     stuck = [name for name, p in model.named_parameters() if p.requires_grad and p.equal(before[name])]
-    # Conditional DETR's content begins as zero: nothing multiplies the weights that the first layer reads it with.
-    assert not [name for name in stuck if not re.search(r'decoder\.layers\.0\.(sa_|ca_qcontent)', name)]
+    # Conditional DETR's content begins as zero: nothing multiplies the weights that the first layer reads it with. Few
+    # objects here are so large that a coarse map answers for them, and the norm of a map of one cell forgets its input.
+    expected = r'decoder\.layers\.0\.(sa_|ca_qcontent)|atss\.scales\.[1-9]|collaborative\.downsample'
+    assert not [name for name in stuck if not re.search(expected, name)]
 
 
 def test_the_one_to_one_group_does_not_notice_the_others_while_training() -> None:

@@ -44,7 +44,7 @@ class CollaborativeHeads(nn.Module):
         derived_positions: bool = False,
     ) -> None:
         super().__init__()
-        self.max_queries, self.hidden_dim = max_queries, hidden_dim
+        self.max_queries, self.derived_positions = max_queries, derived_positions
         self.downsample = nn.Sequential(
             nn.Conv2d(hidden_dim, hidden_dim, 3, stride=2, padding=1), nn.GroupNorm(32, hidden_dim)
         )
@@ -96,9 +96,7 @@ class CollaborativeHeads(nn.Module):
         boxes = pick(samples.boxes, chosen) / sizes.repeat(1, 2)[:, None]
         reference = box_xyxy_to_cxcywh(boxes)  # may lie outside the picture
         encoded = self.aux_pos_trans[name](inverse_sigmoid(reference).sigmoid())  # [B, M, C or 2 C]
-        query_pos, tgt = None, encoded
-        if encoded.shape[-1] != self.hidden_dim:
-            query_pos, tgt = encoded.split(self.hidden_dim, dim=-1)
+        query_pos, tgt = (None, encoded) if self.derived_positions else encoded.chunk(2, dim=-1)
         if self.pos_feats_trans is not None:
             tgt = tgt + self.pos_feats_trans[name](pick(samples.features, chosen))
             if query_pos is not None:

@@ -159,7 +159,7 @@ class SetCriterion(nn.Module):
         totals = torch.maximum(all_reduce_sum(from_host(totals, like)), from_host(smallest, like))
         parts = get_world_size() * len(step_sizes)
         scales = from_host([[self.table[kind].scale] for kind in stacks], like)
-        return (totals / parts + self.eps) / scales
+        return (totals + self.eps) / (parts * scales)
 
 
 def to_host(tensors: list[Tensor]) -> list[np.ndarray]:

@@ -31,12 +31,8 @@ class Denoising(nn.Module):
         positions: bool = False,
     ) -> None:
         super().__init__()
-        self.num_queries, self.label_noise, self.box_noise, self.eps = (
-            num_queries,
-            label_noise,
-            box_noise,
-            eps,
-        )
+        self.num_queries, self.eps = num_queries, eps
+        self.label_noise, self.box_noise = label_noise, box_noise
         self.label_embedding = nn.Embedding(num_classes, hidden_dim)
         self.positions = BoxPositions(hidden_dim, hidden_dim) if positions else None
 

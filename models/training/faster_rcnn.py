@@ -218,9 +218,8 @@ class FasterRCNN(nn.Module):
         background = logits.shape[1] - 1
         classes, boxes = [], []
         for found, labels, objects in zip(assigned, pictures.labels, pictures.boxes, strict=True):
-            classes.append(
-                torch.cat([labels, labels.new_tensor([background])])[found]
-            )  # the last is number -1
+            with_background = torch.cat([labels, labels.new_tensor([background])])  # the last is number -1
+            classes.append(with_background[found])
             boxes.append(objects[found[found >= 0]])
         classes, boxes = torch.cat(classes), torch.cat(boxes)
         positive = (classes != background).nonzero()[:, 0]
