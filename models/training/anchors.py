@@ -83,6 +83,16 @@ def shifted_anchors(base: Tensor, stride: int, height: int, width: int) -> Tenso
     return (corners.repeat(1, 2)[:, None] + base).flatten(0, 1)
 
 
+def level_anchors(
+    maps: list[Tensor], strides: list[int], scales: Sequence[float], ratios: Sequence[float]
+) -> list[Tensor]:
+    """Anchors of every cell of maps [B, C, H, W]: [H W A, 4] a level."""
+    return [
+        shifted_anchors(base_anchors(stride, scales, ratios).to(x), stride, *x.shape[-2:])
+        for stride, x in zip(strides, maps, strict=True)
+    ]
+
+
 def owned_cells(sizes: Tensor, stride: int, height: int, width: int) -> Tensor:
     """[B, H W] whether a cell belongs to its picture, not to the batch's padding; sizes: [B, 2] width, height."""
     columns, rows = (sizes / stride).ceil().unbind(-1)

@@ -19,12 +19,11 @@ from .anchors import (
     Pictures,
     Samples,
     anchor_major,
-    base_anchors,
     center_and_size,
     clip_boxes,
     decode_boxes,
+    level_anchors,
     owned_cells,
-    shifted_anchors,
 )
 from .losses import FocalLoss
 
@@ -97,10 +96,7 @@ class ATSS(nn.Module):
 
     def anchors(self, maps: list[Tensor]) -> list[Tensor]:
         """Of every level, [H W, 4]."""
-        return [
-            shifted_anchors(base_anchors(stride, [ANCHOR_STRIDES], [1.0]).to(x), stride, *x.shape[-2:])
-            for stride, x in zip(self.strides, maps, strict=True)
-        ]
+        return level_anchors(maps, self.strides, [ANCHOR_STRIDES], [1.0])
 
     def forward(
         self, maps: list[Tensor], pictures: Pictures, with_features: bool = True

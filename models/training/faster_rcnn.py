@@ -18,13 +18,12 @@ from .anchors import (
     Samples,
     anchor_major,
     assign_by_iou,
-    base_anchors,
     clip_boxes,
     decode_boxes,
     encode_boxes,
+    level_anchors,
     owned_cells,
     sample,
-    shifted_anchors,
 )
 
 SCALES = tuple(4 * 2 ** (octave / 3) for octave in range(3))
@@ -60,10 +59,7 @@ class RegionProposals(nn.Module):
 
     def anchors(self, maps: list[Tensor]) -> list[Tensor]:
         """Of every level, [H W 9, 4]."""
-        return [
-            shifted_anchors(base_anchors(stride, SCALES, RATIOS).to(x), stride, *x.shape[-2:])
-            for stride, x in zip(self.strides, maps, strict=True)
-        ]
+        return level_anchors(maps, self.strides, SCALES, RATIOS)
 
     def losses(self, logits: list[Tensor], deltas: list[Tensor], pictures: Pictures) -> dict[str, Tensor]:
         anchors = torch.cat(self.anchors(logits))
