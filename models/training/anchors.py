@@ -15,6 +15,7 @@ from torch import Tensor
 from models.deformable_transformer import valid_sizes
 from models.structures import Memory
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
+from util.dist import all_reduce_sum, get_world_size
 
 from .matcher import full_precision
 
@@ -172,3 +173,10 @@ def permutation(num: int, like: Tensor) -> Tensor:
 def anchor_major(maps: list[Tensor], width: int) -> Tensor:
     """Outputs [B, A width, H, W] of every level to [B, sum of H W A, width]."""
     return torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), -1, width) for x in maps], dim=1)
+
+
+def average(counts: Tensor) -> Tensor:
+    """Mean over processes of what losses are divided by. A total is at least 1, so that the number of processes does not
+    change the gradient (officially the mean is at least 1, and Faster R-CNN divides by the samples of each process).
+    """
+    return all_reduce_sum(counts.detach()).clamp(min=1) / get_world_size()

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util.box_ops import box_iou, generalized_box_iou
-from util.dist import all_reduce_sum, get_world_size
 
 from .anchors import (
     BACKGROUND,
@@ -19,6 +18,7 @@ from .anchors import (
     Pictures,
     Samples,
     anchor_major,
+    average,
     center_and_size,
     clip_boxes,
     decode_boxes,
@@ -142,7 +142,7 @@ class ATSS(nn.Module):
         boxes, labels = torch.cat(pictures.boxes)[target], torch.cat(pictures.labels)[target]
         wanted = target_centerness(anchors[place], boxes)
         counts = torch.bincount(batch, minlength=len(assigned)).clamp(min=1).sum()
-        count, weight = average([counts.to(wanted), wanted.sum()])
+        count, weight = average(torch.stack([counts.to(wanted), wanted.sum()]))
         negatives = (self.focal.unweighted(logits).sum(-1) * owned).sum()
         cls = self.focal.weights[1] * negatives + self.focal.correction(logits[batch, place, labels]).sum()
         decoded = decode_boxes(anchors[place], deltas[batch, place], STDS)
@@ -174,11 +174,6 @@ class ATSS(nn.Module):
             }
             for levels in found
         ]
-
-
-def average(numbers: list[Tensor]) -> Tensor:
-    """Mean over processes of some numbers, at least 1 (the criterion, which sees more than this batch, clamps totals)."""
-    return (all_reduce_sum(torch.stack(numbers).detach()) / get_world_size()).clamp(min=1)
 
 
 def target_centerness(anchors: Tensor, boxes: Tensor) -> Tensor:

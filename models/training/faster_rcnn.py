@@ -18,6 +18,7 @@ from .anchors import (
     Samples,
     anchor_major,
     assign_by_iou,
+    average,
     clip_boxes,
     decode_boxes,
     encode_boxes,
@@ -25,6 +26,7 @@ from .anchors import (
     owned_cells,
     sample,
 )
+from .losses import from_host
 
 SCALES = tuple(4 * 2 ** (octave / 3) for octave in range(3))
 RATIOS = (0.5, 1.0, 2.0)
@@ -72,17 +74,18 @@ class RegionProposals(nn.Module):
         )
         flat_logits, flat_deltas = anchor_major(logits, 1)[..., 0], anchor_major(deltas, 4)
         cls = bbox = flat_logits.new_zeros(())
-        divisor = EPS
+        count = 0
         for index, objects in enumerate(pictures.boxes):
             place = owned[index].nonzero()[:, 0]
             assigned = assign_by_iou(anchors[place], objects, 0.7, 0.3, low_quality=True)
             positives, negatives = sample(assigned, self.num_samples, self.positive_fraction)
-            divisor += max(len(positives), 1) + max(len(negatives), 1)
+            count += max(len(positives), 1) + max(len(negatives), 1)
             wanted = encode_boxes(anchors[place[positives]], objects[assigned[positives]])
             bbox = bbox + (flat_deltas[index, place[positives]] - wanted).abs().sum()
             cls = cls + F.softplus(-flat_logits[index, place[positives]]).sum()
             cls = cls + F.softplus(flat_logits[index, place[negatives]]).sum()
-        return {'loss_rpn_cls': cls / divisor, 'loss_rpn_bbox': bbox / divisor}
+        divisor = average(from_host([count], cls)) + EPS
+        return {'loss_rpn_cls': cls / divisor[0], 'loss_rpn_bbox': bbox / divisor[0]}
 
     @torch.no_grad()
     def proposals(
@@ -158,7 +161,7 @@ class RoIHead(nn.Module):
 class FasterRCNN(nn.Module):
     """Region proposals on all maps, and an RoI head on all but the coarsest.
 
-    Losses are sums over samples, divided by their number on this process (box losses too: by that of all RoIs).
+    Losses are sums over samples, divided by their number, a mean over processes (box losses too: by that of all RoIs).
     """
 
     num_samples, positive_fraction, overlap = 512, 0.25, 0.5
@@ -220,7 +223,7 @@ class FasterRCNN(nn.Module):
         classes, boxes = torch.cat(classes), torch.cat(boxes)
         positive = (classes != background).nonzero()[:, 0]
         decoded = decode_boxes(regions[positive], deltas[positive, classes[positive]], ROI_STDS)
-        divisor = len(classes) + EPS
+        divisor = average(from_host([len(classes)], logits))[0] + EPS
         right = (logits.detach().argmax(1) == classes).sum()
         return {
             'loss_rcnn_cls': F.cross_entropy(logits, classes, reduction='sum') / divisor,
