@@ -5,8 +5,8 @@ The only synchronisation inside a training step is the criterion's copy of the m
 sample and suppress boxes, and denoising add some).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -18,8 +18,11 @@ from datasets.coco_eval import CocoEvaluator, Summary
 from datasets.transforms import frame_size
 from models.training.criterion import weighted_sum
 from util.box_ops import box_cxcywh_to_xyxy
-from util.logger import Meter, Progress
+from util.logger import Progress
 from util.nested_tensor import collate_fn
+from util.parallel import local_gradients
+from util.precision import Precision
+from util.run import EpochState
 from util.visualize import contact_sheet
 
 DRAWN_SCORE = 0.3  # focal losses keep scores low
@@ -74,12 +77,16 @@ def train_one_epoch(
     max_norm: float = 0.0,
     accum_steps: int = 1,
     print_freq: int = 10,
+    precision: Precision | None = None,
+    state: EpochState | None = None,
+    after_step: Callable[[EpochState], None] = lambda state: None,
 ) -> dict[str, float]:
     """Train on every batch once.
 
     accum_steps: batches whose gradients make one optimizer step; the gradient is that of one batch of all
     their pictures. max_norm: gradients are clipped to this total norm; 0 = not at all. print_freq: optimizer
-    steps between two readings.
+    steps between two readings. state: how far an interrupted epoch had come; the loader begins there. after_step: called
+    after each optimizer step.
 
     Returns averages over epoch and processes: `loss`, and every unweighted term; and for each kind of prediction
     `positives_KIND`, queries an object, and `share_KIND`, of the loss. FloatingPointError:
@@ -88,24 +95,69 @@ def train_one_epoch(
     model.train()
     criterion.train()
     device = next(model.parameters()).device
-    meter, progress = Meter(), Progress(title, len(data_loader) // accum_steps, print_freq)
+    precision = precision or Precision('off', device)
+    state = state or EpochState()
+    progress = Progress(title, len(data_loader) // accum_steps, print_freq, state.step)
     for batches in grouped(data_loader, accum_steps):
         step_targets = [targets_to(targets, device) for _, targets in batches]
         optimizer.zero_grad(set_to_none=True)
         for index, ((samples, _), targets) in enumerate(zip(batches, step_targets, strict=True)):
             with local_gradients(model) if index + 1 < len(batches) else nullcontext():
-                outputs = model(samples.to(device, non_blocking=True), targets)
+                with precision.autocast():
+                    outputs = model(samples.to(device, non_blocking=True), targets)
                 losses = criterion(outputs, targets, step_targets)
                 loss = weighted_sum(losses, criterion.weight_dict)
-                (loss / len(batches)).backward()
-            meter.update({'loss': loss} | losses)
-        if max_norm > 0:
-            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        optimizer.step()
-        progress.step(sum(len(targets) for targets in step_targets), meter)
+                precision.backward(loss / len(batches))
+            state.meter.update({'loss': loss} | losses)
+        precision.step(optimizer, model, max_norm)
+        state.step += 1
+        progress.step(sum(len(targets) for targets in step_targets), state.meter)
+        after_step(state)
     progress.close()
-    averages = meter.averages()
+    averages = state.meter.averages()
     return averages | criterion.ledger(averages)
+
+
+def rehearse(
+    model: nn.Module,
+    criterion: nn.Module,
+    precision: Precision,
+    batch_size: int,
+    size: tuple[int, int],
+    num_objects: int,
+) -> None:
+    """One forward and backward pass over the largest batch there can be, beside memory for AdamW's two moments. Nothing
+    changes: no step is made, and random numbers, statistics and counts are put back.
+
+    size: (height, width). ValueError: the memory does not suffice.
+    """
+    model.train()
+    device = next(model.parameters()).device
+    devices = [device] if device.type == 'cuda' else []
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with torch.random.fork_rng(devices):
+            trained = [p for p in model.parameters() if p.requires_grad]
+            moments = [torch.empty_like(p) for p in trained + trained]
+            pictures = torch.zeros(batch_size, 3, *size, dtype=torch.uint8, device=device)
+            boxes = torch.rand(num_objects, 4, device=device) * 0.2 + 0.3
+            target = {'labels': torch.zeros(num_objects, dtype=torch.int64, device=device), 'boxes': boxes}
+            targets = [target] * batch_size
+            with precision.autocast():
+                outputs = model(pictures, targets)
+            weighted_sum(criterion(outputs, targets), criterion.weight_dict).backward()
+            del moments
+    except torch.OutOfMemoryError as error:
+        height, width = size
+        raise ValueError(
+            f'{batch_size} pictures of {height} x {width} pixels with {num_objects} objects each, the worst batch that can '
+            'come, do not fit into the memory of the GPU: lower --batch_size (and keep --total_batch_size), or add --amp '
+            'bf16, --bucket_sizes, --use_checkpoint, --fsdp'
+        ) from error
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    model.zero_grad(set_to_none=True)
+    criterion.tally.clear()
 
 
 @torch.no_grad()
@@ -115,19 +167,24 @@ def evaluate(
     data_loader: DataLoader,
     evaluator: CocoEvaluator,
     title: str = 'evaluate',
+    precision: Precision | None = None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Summary]:
     """COCO metrics of a model on a data set; no losses, no targets go in."""
     model.eval()
     device = next(model.parameters()).device
+    precision = precision or Precision('off', device)
     progress = Progress(title, len(data_loader), every=max(len(data_loader) // 4, 1))
     for samples, targets in data_loader:
-        outputs = model(samples.to(device, non_blocking=True))
+        with precision.autocast():
+            outputs = model(samples.to(device, non_blocking=True))
         sizes = torch.stack([frame_size(target) for target in targets]).to(device, non_blocking=True)
         results = postprocessors['bbox'](outputs, sizes)
         evaluator.update(
             {int(t['image_id']): to_cpu(result) for t, result in zip(targets, results, strict=True)}
         )
         progress.step(len(targets))
+        after_batch()
     progress.close()
     evaluator.synchronize_between_processes()
     return evaluator.summarize()
@@ -135,9 +192,15 @@ def evaluate(
 
 @torch.no_grad()
 def draw_predictions(
-    model: nn.Module, postprocessors: dict[str, nn.Module], dataset: Dataset, path: Path, count: int = 6
+    model: nn.Module,
+    postprocessors: dict[str, nn.Module],
+    dataset: Dataset,
+    path: Path | None,
+    count: int = 6,
 ) -> None:
-    """A contact sheet of the first pictures of a data set: ground truth beside predictions."""
+    """A contact sheet of the first pictures of a data set: ground truth beside predictions. path: None = detect only, in
+    company with the process that draws.
+    """
     model.eval()
     device = next(model.parameters()).device
     rows = []
@@ -148,7 +211,8 @@ def draw_predictions(
         height, width = target['size'].tolist()
         boxes = box_cxcywh_to_xyxy(target['boxes']) * torch.tensor([width, height, width, height])
         rows.append((picture, to_cpu(results[0]), {'labels': target['labels'], 'boxes': boxes}))
-    contact_sheet(path, rows, dataset.class_map.names, score_threshold=DRAWN_SCORE)
+    if path is not None:
+        contact_sheet(path, rows, dataset.class_map.names, score_threshold=DRAWN_SCORE)
 
 
 def grouped(batches: Iterable, size: int) -> Iterator[list]:
@@ -156,11 +220,6 @@ def grouped(batches: Iterable, size: int) -> Iterator[list]:
     iterator = iter(batches)
     while len(run := list(islice(iterator, size))) == size:
         yield run
-
-
-def local_gradients(model: nn.Module) -> AbstractContextManager:
-    """Backward passes inside do not exchange gradients between processes: the last one of a step does."""
-    return model.no_sync() if hasattr(model, 'no_sync') else nullcontext()
 
 
 def targets_to(targets: list[dict[str, Tensor]], device: torch.device) -> list[dict[str, Tensor]]:

@@ -8,43 +8,50 @@ Train and evaluate detectors.
 
 import argparse
 import json
-import random
 import sys
 import time
+import zlib
 from argparse import Namespace
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import Dataset
 
-from datasets import DATASETS, build_dataset
+from datasets import DATASETS
 from datasets.class_map import CLASS_IDS, ClassMap
 from datasets.coco_eval import STAT_NAMES, CocoEvaluator, Summary
-from datasets.samplers import AspectSampler, ChunkSampler, NodeSampler
+from datasets.loaders import begin_epoch, build_datasets, build_loader, worst_batch
 from datasets.transforms import AUGMENTATIONS, LSJ_SIZE
-from engine import build_optimizer, draw_predictions, evaluate, train_one_epoch
+from engine import build_optimizer, draw_predictions, evaluate, rehearse, train_one_epoch
 from models import add_model_args, build_model, family_default, resolve_args
 from models.ops.functions import describe as describe_kernels
+from models.structures import Prediction
 from models.training.ledger import ledger_text, supervision_table
-from util.checkpoint import get_rng_state, load_checkpoint, read_checkpoint, save_checkpoint, set_rng_state
+from util.average import WeightAverage
+from util.checkpoint import load_checkpoint, read_checkpoint
 from util.dist import (
-    all_gather_object,
+    check_agreement,
     choose_device,
-    get_local_rank,
     get_local_size,
     get_rank,
     get_world_size,
     init_distributed,
     is_main_process,
     leave_distributed,
+    together,
 )
-from util.files import save_atomically
+from util.files import code_checksum, lock_folder, save_atomically
+from util.heartbeat import Heartbeat
+from util.interrupts import Interrupted, StopRequests, was_restarted
 from util.logger import RunLog, format_time, import_summary_writer, say
-from util.nested_tensor import collate_fn
-from util.plan import print_plan
+from util.parallel import replicate, same_everywhere, shard
+from util.plan import flops_text, print_plan
+from util.precision import Precision
+from util.run import EpochState, Run, keep_copy, keep_numbered, restore, save
+from util.seeding import seed_everything
 from util.visualize import plot_curves
 
 
@@ -99,6 +106,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     data.add_argument('--group_aspect_ratio', action='store_true',
                       help='training batches of pictures that are all wider than high, or all not')  # fmt: skip
+    data.add_argument('--bucket_sizes', action='store_true',
+                      help='training batches of pictures that have about the same size once they are scaled and cropped, the '
+                           'same on all processes: a quarter of the padding, and nobody waits')  # fmt: skip
     data.add_argument('--cache_mode', action='store_true',
                       help='keep the picture files in memory, compressed; each process of a machine its own share')  # fmt: skip
 
@@ -133,12 +143,30 @@ def get_args_parser() -> argparse.ArgumentParser:
     train.add_argument('--clip_max_norm', default=0.1, type=float,
                        help='largest norm of the gradient, 0 = any (default: %(default)s)')  # fmt: skip
 
+    train.add_argument('--ema', default=0.0, type=float, metavar='DECAY',
+                       help='keep a moving average of the weights, which is evaluated and saved too; usual: 0.9997 (default: 0, '
+                            'none)')  # fmt: skip
+
+    scale = parser.add_argument_group('precision, memory, processes')
+    scale.add_argument('--amp', default='off', choices=('off', 'bf16', 'fp16'),
+                       help='16-bit arithmetic in the model; places, boxes, matching and losses stay in float32 '
+                            '(default: %(default)s)')  # fmt: skip
+    scale.add_argument('--fsdp', action='store_true',
+                       help='each process keeps a part of the weights, gradients and optimizer states, for models that do not '
+                            'fit; checkpoints are the same')  # fmt: skip
+    scale.add_argument('--worst_batch_first', action=argparse.BooleanOptionalAction,
+                       help='before the first step, try a batch of the largest pictures with the most objects, so that a lack '
+                            'of memory shows at once (default: on GPUs)')  # fmt: skip
+
     evaluation = parser.add_argument_group('evaluation')
     evaluation.add_argument(
         '--eval', action='store_true', help='evaluate --resume or --pretrained, then stop'
     )
     evaluation.add_argument('--eval_every', default=1, type=int,
                             help='epochs between evaluations; the last is always evaluated (default: %(default)s)')  # fmt: skip
+    evaluation.add_argument(
+        '--no_validate', action='store_true', help='train without evaluating; validation data are not read'
+    )
     evaluation.add_argument('--coco_eval', default='auto', choices=('auto', 'hotcoco', 'pycocotools'),
                             help='who computes COCO metrics; auto: hotcoco if it is there (default: %(default)s)')  # fmt: skip
 
@@ -152,6 +180,11 @@ def get_args_parser() -> argparse.ArgumentParser:
                      help='start from these weights (path or address); heads of another number of classes start anew')  # fmt: skip
     run.add_argument('--save_every', type=int,
                      help=f'epochs between checkpoints that are kept (default: {family_default("save_every")})')  # fmt: skip
+    run.add_argument('--checkpoint_steps', type=int, metavar='N',
+                     help='write checkpoint.pth every N steps of an epoch too (default: after each epoch, and when the run is '
+                          'asked to stop)')  # fmt: skip
+    run.add_argument('--keep_checkpoints', type=int, metavar='N',
+                     help='of the checkpoints that are kept, only the newest N (default: all)')  # fmt: skip
     run.add_argument(
         '--device',
         default='auto',
@@ -168,35 +201,58 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@dataclass
-class Run:
-    """What the epoch loop works with."""
-
-    args: Namespace
-    model: nn.Module  # possibly wrapped for several processes
-    criterion: nn.Module
-    postprocessors: dict[str, nn.Module]
-    datasets: dict[str, Dataset]
-    loaders: dict[str, DataLoader]
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-
-    @property
-    def bare_model(self) -> nn.Module:
-        return getattr(self.model, 'module', self.model)
-
-
 def main(args: Namespace) -> None:
     args = resolve_args(args)
     device = choose_device(args.device)
     init_distributed(device, args.dist_url)
-    check_run_args(args)
-    checkpoint = find_checkpoint(args)
-    seed_everything(args.seed + get_rank())
+    heartbeat = Heartbeat()
+    heartbeat.start()
+    stops = StopRequests(device)
+    try:
+        with one_run_a_folder(args):
+            run, first_epoch, state, checkpoint = set_up(args, device, stops)
+            if args.eval:
+                evaluate_alone(run)
+            else:
+                train(run, first_epoch, state, checkpoint)
+    except Interrupted as stop:
+        heartbeat.stop()
+        stops.leave(*stop.args)
+    except BaseException as error:
+        heartbeat.fail(error)
+        raise
+    finally:
+        stops.close()
+    heartbeat.stop()
+    leave_distributed()
 
-    class_map = ClassMap.from_dict(checkpoint['class_map']) if 'class_map' in checkpoint else None
-    datasets = build_datasets(args, class_map)
-    args.num_classes = datasets['val'].class_map.num_classes
+
+@contextmanager
+def one_run_a_folder(args: Namespace) -> Iterator[None]:
+    """Inside, no other run can train into --output_dir. ValueError: one does."""
+    with together():
+        lock = None
+        if args.output_dir and not args.eval and is_main_process():
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(args.output_dir)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def set_up(args: Namespace, device: torch.device, stops: StopRequests) -> tuple[Run, int, EpochState, dict]:
+    """The run, the epoch to begin with and how far it has come, and the checkpoint in use ({} if none)."""
+    check_agreement(facts_of(args))
+    with together():
+        check_run_args(args)
+        checkpoint = find_checkpoint(args)
+        seed_everything(args.seed + get_rank())
+        class_map = ClassMap.from_dict(checkpoint['class_map']) if 'class_map' in checkpoint else None
+        datasets = build_datasets(args, class_map)
+    check_agreement({f'{split} data': summary_of(dataset) for split, dataset in datasets.items()})
+    args.num_classes = list(datasets.values())[-1].class_map.num_classes
     if checkpoint:
         args.backbone_weights = 'none'  # the checkpoint holds the backbone
     model, criterion, postprocessors = build_model(args)
@@ -209,6 +265,13 @@ def main(args: Namespace) -> None:
         )
         say(f'{args.resume or args.pretrained}: {report}')
     model.to(device)
+    same_everywhere(model)
+    average = WeightAverage(model, args.ema) if args.ema and not args.eval else None
+    flops = flops_text(model, list(datasets.values())[-1]) if is_main_process() else ''
+    if args.fsdp:
+        shard(model, [Prediction])
+        if average:
+            shard(average.module)
     loaders = {split: build_loader(dataset, split, args) for split, dataset in datasets.items()}
     optimizer = build_optimizer(
         model,
@@ -221,27 +284,68 @@ def main(args: Namespace) -> None:
         args.sgd,
     )
     scheduler = build_scheduler(optimizer, args)
-    if get_world_size() > 1:
-        model = nn.parallel.DistributedDataParallel(model)
-    run = Run(args, model, criterion, postprocessors, datasets, loaders, optimizer, scheduler)
-    first_epoch = restore(run, checkpoint) if args.resume and not args.eval else 0
+    if get_world_size() > 1 and not args.fsdp:
+        model = replicate(model, [Prediction])
+    precision = Precision(args.amp, device)
+    run = Run(
+        args,
+        model,
+        criterion,
+        postprocessors,
+        datasets,
+        loaders,
+        optimizer,
+        scheduler,
+        precision,
+        average,
+        stops,
+    )
+    first_epoch, state = restore(run, checkpoint) if args.resume and not args.eval else (0, EpochState())
     if is_main_process():
-        notes = {'kernels': describe_kernels(device.type)} if args.family == 'deformable' else {}
-        if not args.eval:
-            if args.aug == 'lsj' and not datasets['train'].return_masks:
-                notes['copy-paste'] = 'none, since there are objects without a segmentation'
-            table = supervision_table(criterion.table, run.bare_model.num_queries, criterion.weight_dict)
-            notes['supervision'] = table
-        print_plan(args, run.bare_model, datasets, loaders, optimizer, scheduler, notes)
-    if args.eval:
-        evaluate_alone(run)
-    else:
-        train(run, first_epoch, checkpoint)
-    leave_distributed()
+        print_plan(
+            args,
+            run.bare_model,
+            datasets,
+            loaders,
+            optimizer,
+            scheduler,
+            {'FLOPs': flops} | plan_notes(run, device),
+        )
+    if not args.eval and (
+        device.type == 'cuda' if args.worst_batch_first is None else args.worst_batch_first
+    ):
+        size, num_objects = worst_batch(datasets['train'], args.batch_size, args.bucket_sizes)
+        rehearse(run.bare_model, criterion, precision, args.batch_size, size, num_objects)
+    return run, first_epoch, state, checkpoint
 
 
-def train(run: Run, first_epoch: int, checkpoint: dict) -> None:
-    """The epoch loop. checkpoint: what is resumed, if first_epoch is not 0."""
+def facts_of(args: Namespace) -> dict[str, object]:
+    """What all processes must have in common before they begin."""
+    own = ('device', 'num_workers')
+    facts = {f'--{flag}': value for flag, value in vars(args).items() if flag not in own}
+    return facts | {'PyTorch': torch.__version__, 'the code': code_checksum(Path(__file__).parent)}
+
+
+def summary_of(dataset: Dataset) -> str:
+    """Number of pictures and classes, and a number that tells other pictures apart."""
+    checksum = zlib.crc32(repr(dataset.ids).encode())
+    return f'{len(dataset)} pictures of {dataset.class_map.num_classes} class indices ({checksum:08x})'
+
+
+def plan_notes(run: Run, device: torch.device) -> dict[str, str]:
+    args = run.args
+    notes = {'kernels': describe_kernels(device.type)} if args.family == 'deformable' else {}
+    if not args.eval:
+        if args.aug == 'lsj' and not run.datasets['train'].return_masks:
+            notes['copy-paste'] = 'none, since there are objects without a segmentation'
+        notes['supervision'] = supervision_table(
+            run.criterion.table, run.bare_model.num_queries, run.criterion.weight_dict
+        )
+    return notes
+
+
+def train(run: Run, first_epoch: int, state: EpochState, checkpoint: dict) -> None:
+    """The epoch loop. state: how far the first epoch has come. checkpoint: what is resumed, if anything."""
     args, folder = run.args, Path(run.args.output_dir) if run.args.output_dir else None
     log = RunLog(folder, first_epoch - 1) if folder else None
     board = import_summary_writer()(folder) if args.tensorboard and is_main_process() else None
@@ -250,10 +354,11 @@ def train(run: Run, first_epoch: int, checkpoint: dict) -> None:
         finish_epoch(run, first_epoch - 1, checkpoint['metrics'], log, board)
     if first_epoch >= args.epochs:
         say(f'all {args.epochs} epochs are done; raise --epochs to train longer')
+    if state.step:
+        say(f'epoch {first_epoch + 1} goes on after step {state.step} of {run.steps_an_epoch}')
     for epoch in range(first_epoch, args.epochs):
         start = time.perf_counter()
-        run.loaders['train'].sampler.set_epoch(epoch)
-        run.datasets['train'].set_epoch(epoch)
+        begin_epoch(run.loaders['train'], epoch, state.step * args.accum_steps)
         lr, lr_backbone = (group['lr'] for group in run.optimizer.param_groups[:2])
         averages = train_one_epoch(
             run.model,
@@ -264,51 +369,35 @@ def train(run: Run, first_epoch: int, checkpoint: dict) -> None:
             max_norm=args.clip_max_norm,
             accum_steps=args.accum_steps,
             print_freq=args.print_freq,
+            precision=run.precision,
+            state=state,
+            after_step=partial(after_step, run, folder, epoch),
         )
         run.scheduler.step()
         metrics = {'epoch': epoch, 'lr': lr, 'lr_backbone': lr_backbone}
         metrics |= {f'train_{name}': value for name, value in averages.items()}
         if folder:
             save(run, folder, epoch, metrics)
+            keep_numbered(run, folder, epoch)
         finish_epoch(run, epoch, metrics, log, board, time.perf_counter() - start)
+        state = EpochState()
 
 
-def restore(run: Run, checkpoint: dict) -> int:
-    """Optimizer, schedule and random numbers of a checkpoint. Returns the epoch to go on with.
-
-    Files that hold weights only (official ones) start at epoch 0.
-    """
-    if 'optimizer' not in checkpoint:
-        return 0
-    run.optimizer.load_state_dict(checkpoint['optimizer'])
-    run.scheduler.load_state_dict(checkpoint['lr_scheduler'])
-    states = checkpoint.get('rng', [])
-    if len(states) == get_world_size():
-        set_rng_state(states[get_rank()])
-    else:  # another number of processes, or an official file: repeatable, though not as if undisturbed
-        seed_everything(run.args.seed + get_rank() + 1000 * (checkpoint['epoch'] + 1))
-    return checkpoint['epoch'] + 1
-
-
-def save(run: Run, folder: Path, epoch: int, metrics: dict) -> None:
-    """`checkpoint.pth`, and a copy that stays at learning-rate drops and every --save_every epochs."""
-    args, rng = run.args, all_gather_object(get_rng_state())
-    if not is_main_process():
-        return
-    checkpoint = {
-        'model': run.bare_model.state_dict(),
-        'optimizer': run.optimizer.state_dict(),
-        'lr_scheduler': run.scheduler.state_dict(),
-        'epoch': epoch,
-        'args': vars(args),
-        'class_map': run.datasets['train'].class_map.to_dict(),
-        'rng': rng,
-        'metrics': metrics,
-    }
-    save_checkpoint(folder / 'checkpoint.pth', checkpoint)
-    drops = epoch + 1 in args.lr_drop_epochs if args.lr_drop_epochs else (epoch + 1) % args.lr_drop == 0
-    if drops or (epoch + 1) % args.save_every == 0:
-        save_checkpoint(folder / f'checkpoint{epoch:04}.pth', checkpoint)
+def after_step(run: Run, folder: Path | None, epoch: int, state: EpochState) -> None:
+    """Average the weights, save every --checkpoint_steps, and stop if that was asked for, with everything saved."""
+    if run.average is not None:
+        run.average.update(run.bare_model)
+    steps = run.args.checkpoint_steps
+    due = folder is not None and steps is not None and state.step % steps == 0
+    if due and state.step < run.steps_an_epoch:
+        save(run, folder, epoch - 1, within=state)
+    try:
+        run.stops.check()
+    except Interrupted:
+        if folder:
+            save(run, folder, epoch - 1, within=state)
+            say(f'asked to stop: saved after step {state.step} of epoch {epoch + 1}')
+        raise
 
 
 def finish_epoch(
@@ -316,18 +405,22 @@ def finish_epoch(
 ) -> None:
     """Evaluate if it is time, and write what is known about the epoch."""
     args, row, record = run.args, dict(metrics), dict(metrics)
-    evaluated = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
-    summary = evaluate_once(run, f'epoch {epoch + 1}/{args.epochs} evaluate') if evaluated else None
+    due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
+    summary = (
+        evaluate_once(run, f'epoch {epoch + 1}/{args.epochs} evaluate')
+        if due and not args.no_validate
+        else None
+    )
     row |= {f'test_{name}': summary.stats[i] if summary else None for i, name in enumerate(STAT_NAMES)}
     if summary:
         record |= {'test_coco_eval_bbox': summary.stats, 'per_class': summary.per_class}
-    record |= {
-        'pictures': len(run.loaders['train'].sampler) * get_world_size(),
-        'train_seconds': round(seconds, 2),
-    }
+    pictures = run.steps_an_epoch * run.pictures_a_step
+    record |= {'pictures': pictures, 'train_seconds': round(seconds, 2)}
     if log:
+        if summary and is_main_process() and summary.stats[0] > log.best('test_AP'):
+            keep_copy(log.csv_path.parent, 'checkpoint_best.pth')
         log.append(row, record)
-        if summary and is_main_process():
+        if is_main_process() and summary:
             plot_curves(log.csv_path.with_name('curves.png'), log.csv_path)
     if board:
         for name, value in row.items():
@@ -342,15 +435,15 @@ def finish_epoch(
 
 def evaluate_once(run: Run, title: str = 'evaluate') -> Summary:
     """Metrics of the validation pictures, printed; drawn predictions go to the output folder."""
-    dataset = run.datasets['val']
+    dataset, model = run.datasets['val'], run.best_model
     evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map, backend=run.args.coco_eval)
-    summary = evaluate(run.model, run.postprocessors, run.loaders['val'], evaluator, title)['bbox']
+    loader, precision, check = run.loaders['val'], run.precision, run.stops.check
+    summary = evaluate(model, run.postprocessors, loader, evaluator, title, precision, check)['bbox']
     if is_main_process():
         print(summary.table(), flush=True)
-        if run.args.output_dir:
-            draw_predictions(
-                run.bare_model, run.postprocessors, dataset, Path(run.args.output_dir) / 'predictions.png'
-            )
+    if run.args.output_dir and (is_main_process() or run.args.fsdp):  # sharded weights need all processes
+        path = Path(run.args.output_dir) / 'predictions.png'
+        draw_predictions(model, run.postprocessors, dataset, path if is_main_process() else None)
     return summary
 
 
@@ -363,81 +456,12 @@ def evaluate_alone(run: Run) -> None:
         save_atomically(Path(run.args.output_dir) / 'eval.json', lambda path: path.write_text(text))
 
 
-def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Dataset]:
-    """Training and validation pictures, with the same class indices; validation only for --eval.
-
-    class_map: that of the checkpoint in use, None if it has none. ValueError: --resume of a checkpoint with
-    other classes.
-    """
-    if args.eval:
-        datasets = {'val': build_dataset('val', args, class_map)}
-    else:
-        train = build_dataset('train', args)
-        datasets = {'train': train, 'val': build_dataset('val', args, train.class_map)}
-    found = datasets['val'].class_map
-    if (args.resume or args.eval) and class_map is not None and class_map != found:
-        if {*class_map.names, None} == {*found.names, None}:
-            raise ValueError(
-                f'{args.resume or args.pretrained} numbers its classes otherwise ({class_map.num_classes} class indices, here '
-                f'{found.num_classes}): give the --class_ids of its run'
-            )
-        raise ValueError(
-            f'{args.resume or args.pretrained} was trained on {describe(class_map)}, the data has {describe(found)}: evaluate it on its own '
-            'data, or fine-tune it on this data with --pretrained'
-        )
-    return datasets
-
-
-def describe(class_map: ClassMap) -> str:
-    names = [name for name in class_map.names if name is not None]
-    return f'{len(names)} classes ({", ".join(names[:5])}{", ..." if len(names) > 5 else ""})'
-
-
 def build_scheduler(
     optimizer: torch.optim.Optimizer, args: Namespace
 ) -> torch.optim.lr_scheduler.LRScheduler:
     if args.lr_drop_epochs:
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, args.lr_drop_epochs)
     return torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
-
-
-def build_loader(dataset: Dataset, split: str, args: Namespace) -> DataLoader:
-    """Batches of a data set; this process's share of them."""
-    train = split == 'train'
-    loader = DataLoader(
-        dataset,
-        args.batch_size,
-        sampler=build_sampler(dataset, train, args),
-        drop_last=train,
-        num_workers=args.num_workers,
-        collate_fn=collate_fn,
-        persistent_workers=args.num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own, so that loading draws nothing from the run's random numbers
-    )
-    if train and len(loader) < args.accum_steps:
-        pictures = args.batch_size * args.accum_steps * get_world_size()
-        raise ValueError(
-            f'{len(dataset)} training pictures do not fill one step of {pictures}: lower --batch_size, --accum_steps '
-            'or --total_batch_size'
-        )
-    return loader
-
-
-def build_sampler(dataset: Dataset, train: bool, args: Namespace) -> Sampler[int]:
-    """This process's pictures of an epoch."""
-    place, share = (get_world_size(), get_rank()), (0, 1)
-    if args.cache_mode:
-        share = get_local_rank(), get_local_size()
-        dataset.keep_files(*share)
-    if train and args.group_aspect_ratio:
-        return AspectSampler(dataset.picture_sizes(), args.batch_size, *place, *share, seed=args.seed)
-    if args.cache_mode:
-        return NodeSampler(dataset, *place, *share, train, args.seed)
-    if train:
-        drop_last = get_world_size() > 1
-        return DistributedSampler(dataset, *place, shuffle=True, seed=args.seed, drop_last=drop_last)
-    return ChunkSampler(dataset, *place, shuffle=False)
 
 
 def check_run_args(args: Namespace) -> None:
@@ -458,6 +482,28 @@ def check_run_args(args: Namespace) -> None:
         )
     if args.cache_mode and args.dataset_file == 'shapes':
         raise ValueError('--cache_mode keeps picture files; built-in pictures have none: leave it out')
+    if args.no_validate and args.eval:
+        raise ValueError('--eval evaluates, --no_validate does not: leave one out')
+    if args.bucket_sizes and (args.group_aspect_ratio or args.cache_mode or args.aug == 'lsj'):
+        other = (
+            'group_aspect_ratio'
+            if args.group_aspect_ratio
+            else 'cache_mode'
+            if args.cache_mode
+            else 'aug lsj'
+        )
+        raise ValueError(f'--bucket_sizes makes batches in another way than --{other}: leave one out')
+    if not 0 <= args.ema < 1:
+        raise ValueError(f'--ema {args.ema} must be at least 0 and less than 1, usually near 1')
+    if args.fsdp and get_world_size() == 1:
+        raise ValueError(
+            '--fsdp shares a model among processes, and there is one: start several, or leave it out'
+        )
+    for flag in ('checkpoint_steps', 'keep_checkpoints'):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
+    if args.checkpoint_steps and not args.output_dir:
+        raise ValueError('--checkpoint_steps writes into --output_dir: give it')
     positive = ('batch_size', 'accum_steps', 'epochs', 'lr_drop', 'eval_every', 'save_every', 'img_size')
     for flag in (*positive, 'lsj_size', 'shapes_train', 'shapes_val', 'shapes_size'):
         if getattr(args, flag) < 1:
@@ -479,6 +525,8 @@ def find_checkpoint(args: Namespace) -> dict:
     """
     if args.output_dir:
         existing = Path(args.output_dir) / 'checkpoint.pth'
+        if was_restarted() and existing.is_file() and not args.eval:
+            args.resume = 'auto'  # the same command as at first, and this run's own checkpoint
         if args.resume == 'auto':
             args.resume = str(existing) if existing.is_file() else ''
             if args.eval and not args.resume:
@@ -495,12 +543,6 @@ def find_checkpoint(args: Namespace) -> dict:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     source = args.resume or args.pretrained
     return read_checkpoint(source) if source else {}
-
-
-def seed_everything(seed: int) -> None:
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
 
 
 if __name__ == '__main__':

@@ -87,6 +87,7 @@ class CocoDetection(PictureDataset):
             [self.class_map.label_of[a['category_id']] for a in objects], dtype=torch.int64
         )
         self._areas = torch.tensor([object_area(a) for a in objects], dtype=torch.float32)
+        self.most_objects = int(np.diff(self._starts).max(initial=0))
         if return_masks:
             check_segmentations(objects, annotation_file)
         elif return_masks is None:

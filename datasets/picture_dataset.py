@@ -1,7 +1,7 @@
 """What all data sets of pictures share: random numbers of their own, and a step that may see other pictures."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils.data import Dataset
@@ -21,6 +21,7 @@ class PictureDataset(Dataset):
     """
 
     ids: list[int]
+    most_objects = 100  # of a picture, where a subclass does not count them
 
     def __init__(self, transforms: Transform | None, mix: Mix | None, seed: int) -> None:
         self.transforms, self.mix, self.seed = transforms, mix, seed
@@ -41,6 +42,15 @@ class PictureDataset(Dataset):
             if self.mix is not None:
                 picture, target = self.mix(picture, target, self.random_item)
             return (picture, target) if self.transforms is None else self.transforms(picture, target)
+
+    def drawn_size(self, idx: int, epoch: int, original: Sequence[int]) -> tuple[int, int]:
+        """(height, width) that picture `idx` will have in that epoch, from its `original` one; nothing is read: the
+        transforms act on a picture without pixels. Not for data sets that mix pictures.
+        """
+        with local_seed(self.seed, epoch, idx):
+            picture = torch.empty(3, *map(int, original), dtype=torch.uint8, device='meta')
+            picture, _ = self.transforms(picture, None)
+        return tuple(picture.shape[-2:])
 
     def random_item(self) -> Sample:
         """Any picture, untransformed; drawn from Python's `random`."""

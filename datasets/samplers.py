@@ -1,7 +1,7 @@
 """
-Which pictures a process sees, as in Deformable DETR's code and mmdetection. PyTorch's own sampler deals pictures out
-one by one and is used for training; these keep runs of them, those that a node's process holds in memory, or those that
-are wider than high together.
+Which pictures a process sees, as in Deformable DETR's code and mmdetection, and which of them make a batch. PyTorch's own
+sampler deals pictures out one by one and is used for training; these keep runs of them, those that a node's process
+holds in memory, those that are wider than high together, or those that will have about the same size.
 """
 
 import math
@@ -10,7 +10,11 @@ from itertools import cycle, islice
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import BatchSampler, Dataset, Sampler
+
+from datasets.picture_dataset import PictureDataset
+
+WINDOW = 64  # steps whose pictures are sorted by size together
 
 
 class ChunkSampler(Sampler[int]):
@@ -122,3 +126,85 @@ class AspectSampler(ChunkSampler):
         held = [index for index in pictures if index % self.local_size == self.local_rank] or pictures
         endless = cycle(held)
         return [list(islice(endless, self.batch_size)) for _ in range(self.batches[kind] * self.nodes)]
+
+
+class EpochBatches(Sampler[list[int]]):
+    """Batches of the pictures that a sampler gives to a process."""
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool) -> None:
+        self.sampler = sampler
+        self.batches = BatchSampler(sampler, batch_size, drop_last)
+        self.first = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Choose the order of an epoch, and the batch to begin with."""
+        self.sampler.set_epoch(epoch)
+        self.first = first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return islice(self.batches, self.first, None)
+
+
+class EvalBatches(Sampler[list[int]]):
+    """The same batches for any number of processes, pictures in order: padding depends on what shares a batch, and the
+    metrics shall not. A process takes a run of batches; the last ones come again where they do not divide evenly.
+    """
+
+    def __init__(self, num_pictures: int, batch_size: int, num_replicas: int, rank: int) -> None:
+        self.num_pictures, self.batch_size, self.rank = num_pictures, batch_size, rank
+        self.total = math.ceil(num_pictures / batch_size)
+        self.share = math.ceil(self.total / num_replicas)
+
+    def __len__(self) -> int:
+        return self.share
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in range(self.rank * self.share, (self.rank + 1) * self.share):
+            start = min(number, self.total - 1) * self.batch_size
+            yield list(range(start, min(start + self.batch_size, self.num_pictures)))
+
+
+class SizeBatches(Sampler[list[int]]):
+    """Batches of pictures that will have about the same size once they are scaled and cropped, so that little of a batch
+    is padding, and no process waits long for another (`--bucket_sizes`).
+
+    The size that a picture will have is known before it is read (`PictureDataset.drawn_size`). In windows of WINDOW
+    steps, the pictures of all processes are sorted by it; a run of them makes one step, and steps come in random order.
+    Pictures that fill no step are left out, others in every epoch.
+    """
+
+    def __init__(
+        self, dataset: PictureDataset, batch_size: int, num_replicas: int, rank: int, seed: int = 0
+    ) -> None:
+        self.dataset, self.batch_size, self.rank, self.seed = dataset, batch_size, rank, seed
+        self.step_size = batch_size * num_replicas
+        self.original_sizes = dataset.picture_sizes()
+        self.epoch, self.first = 0, 0
+
+    def __len__(self) -> int:
+        return len(self.dataset) // self.step_size
+
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        self.epoch, self.first = epoch, first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.dataset), generator=generator).tolist()
+        for start in range(0, len(self), WINDOW):
+            num_steps = min(WINDOW, len(self) - start)
+            shuffled = torch.randperm(num_steps, generator=generator).tolist()
+            if start + num_steps <= self.first:
+                continue
+            window = order[start * self.step_size : (start + num_steps) * self.step_size]
+            window.sort(key=self.drawn_size)
+            for step in shuffled[max(self.first - start, 0) :]:
+                place = step * self.step_size + self.rank * self.batch_size
+                yield window[place : place + self.batch_size]
+
+    def drawn_size(self, index: int) -> tuple[bool, int, int]:
+        """Key of the order: upright pictures apart, then by what is longer and by what is shorter."""
+        height, width = self.dataset.drawn_size(index, self.epoch, self.original_sizes[index])
+        return height > width, max(height, width), min(height, width)

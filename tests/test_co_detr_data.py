@@ -16,6 +16,7 @@ from datasets import build_dataset
 from datasets import transforms as T
 from datasets.class_map import COCO_IDS, ClassMap
 from datasets.coco_eval import CocoEvaluator
+from datasets.loaders import build_loader
 from datasets.lsj import TRIES, LargeScaleJitter, jitter, mask_extents, paste, pick
 from datasets.samplers import AspectSampler
 from datasets.shapes import ShapesDetection
@@ -463,7 +464,7 @@ def test_loaders_batch_pictures_of_one_kind(tmp_path: Path) -> None:
     root = write_data(tmp_path, images, [], [{'id': 1, 'name': 'thing'}])
     for cache_mode in (False, True):
         args = arguments(root, group_aspect_ratio=True, cache_mode=cache_mode, num_workers=0, img_size=40)
-        train, val = (main.build_loader(build_dataset(part, args), part, args) for part in ('train', 'val'))
+        train, val = (build_loader(build_dataset(part, args), part, args) for part in ('train', 'val'))
         assert len(train) == 1 + 3  # 2 high pictures, 5 wide ones
         for _, targets in train:
             assert len({bool(t['orig_size'][1] > t['orig_size'][0]) for t in targets}) == 1

@@ -1,6 +1,8 @@
 """Processes: who am I, and averages over all of them. Everything works in a single process too."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -80,3 +82,35 @@ def all_gather_object(value: object) -> list:
     gathered = [None] * get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What one process finds wrong inside (ValueError, OSError) stops all of them at the end of the block, instead of
+    leaving the others to wait for it. The block must not hold a collective that only some processes reach.
+    """
+    error: ValueError | OSError | None = None
+    try:
+        yield
+    except (ValueError, OSError) as found:
+        error = found
+    texts = all_gather_object(None if error is None else str(error))
+    if error is not None:
+        raise error
+    for rank, text in enumerate(texts):
+        if text is not None:
+            raise ValueError(f'process {rank}: {text}')
+
+
+def check_agreement(facts: dict[str, object]) -> None:
+    """All processes must state the same facts (name to value). ValueError: they do not; the message names the first
+    difference.
+    """
+    first, *others = all_gather_object(facts)
+    for rank, theirs in enumerate(others, start=1):
+        for name in [*first, *(name for name in theirs if name not in first)]:
+            if first.get(name) != theirs.get(name):
+                raise ValueError(
+                    f'the processes disagree: {name} is {first.get(name)} in process 0 and {theirs.get(name)} in process {rank}. '
+                    'Start all of them with the same command, data and versions'
+                )

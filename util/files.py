@@ -1,8 +1,19 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders that one run has for itself."""
 
 import os
+import socket
+import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK_FILE = 'run.lock'
 
 
 def save_atomically(path: str | os.PathLike, save: Callable[[Path], object]) -> None:
@@ -12,6 +23,58 @@ def save_atomically(path: str | os.PathLike, save: Callable[[Path], object]) -> 
     partial = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
     try:
         save(partial)
+        with partial.open('rb+') as file:
+            os.fsync(file.fileno())  # on disk before the name says so
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def lock_folder(folder: str | os.PathLike, wait: float = 20.0) -> TextIO | None:
+    """Take a folder for this process, until the file that is returned is closed or the process ends, however it does.
+    None where the file system knows no locks.
+
+    wait: seconds for which another holder, perhaps a process that is just ending, may still let go. ValueError: it does
+    not; the message names it.
+    """
+    if fcntl is None:
+        return None
+    path, deadline = Path(folder) / LOCK_FILE, time.monotonic() + wait
+    file = path.open('a+')
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                holder = path.read_text().strip() or 'another process'
+                file.close()
+                raise ValueError(
+                    f'{folder} is in use by {holder}: choose another --output_dir, or stop that run'
+                ) from None
+            time.sleep(0.2)
+        except OSError:
+            file.close()
+            return None
+    file.truncate(0)
+    job = f', Slurm job {os.environ["SLURM_JOB_ID"]}' if 'SLURM_JOB_ID' in os.environ else ''
+    file.write(f'process {os.getpid()} on {socket.gethostname()}{job}')
+    file.flush()
+    return file
+
+
+def code_checksum(root: Path) -> str:
+    """Of the Python files that a run is made of; another one means another version of the code."""
+    folders = (
+        '.',
+        'datasets',
+        'models',
+        'models/training',
+        'models/ops/modules',
+        'models/ops/functions',
+        'util',
+    )
+    checksum = 0
+    for path in sorted(path for folder in folders for path in (root / folder).glob('*.py')):
+        checksum = zlib.crc32(path.read_bytes(), checksum)
+    return f'version {checksum:08x}'

@@ -39,6 +39,33 @@ class Meter:
         self.pending = stacked if self.pending is None else self.pending + stacked
         self.num_pending += 1
 
+    def state_dict(self) -> dict:
+        """Plain values; what is pending too, so that windows go on as they began."""
+        pending = None if self.pending is None else self.pending.cpu()
+        return {
+            'names': self.names,
+            'pending': pending,
+            'num_pending': self.num_pending,
+            'totals': dict(self.totals),
+            'count': self.count,
+        }
+
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.device = device
+        if self.pending is not None:
+            self.pending = self.pending.to(device)
+
+    def joined(self, other: 'Meter') -> 'Meter':
+        """Both together; nothing is pending afterwards."""
+        self.read_window()
+        other.read_window()
+        self.names = self.names or other.names
+        self.totals = {name: self.totals.get(name, 0) + other.totals.get(name, 0) for name in self.names}
+        self.count += other.count
+        return self
+
     def read_window(self) -> dict[str, float]:
         """Means since the last reading; one copy from the device.
 
@@ -73,15 +100,17 @@ class Meter:
 class Progress:
     """A tqdm bar on a terminal, plain lines elsewhere, nothing off the main process.
 
-    every: steps between two readings of the numbers shown.
+    every: steps between two readings of the numbers shown. done: steps that an interrupted run has done.
     """
 
-    def __init__(self, title: str, total: int, every: int = 10) -> None:
+    def __init__(self, title: str, total: int, every: int = 10, done: int = 0) -> None:
         self.title, self.total, self.every = title, total, max(every, 1)
-        self.done, self.num_pictures, self.start = 0, 0, time.perf_counter()
+        self.first, self.done, self.num_pictures, self.start = done, done, 0, time.perf_counter()
         self.active = is_main_process()
         on_terminal = self.active and sys.stderr.isatty()
-        self.bar = tqdm(total=total, desc=title, dynamic_ncols=True, leave=False) if on_terminal else None
+        self.bar = None
+        if on_terminal:
+            self.bar = tqdm(total=total, desc=title, dynamic_ncols=True, leave=False, initial=done)
 
     def step(self, num_pictures: int, meter: Meter | None = None) -> None:
         """One more step of `num_pictures`; reads the meter when it is time to show it."""
@@ -100,7 +129,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(f'{text}  {self.speed():.3g} img/s')
         elif self.active:
-            left = (time.perf_counter() - self.start) / self.done * (self.total - self.done)
+            left = (time.perf_counter() - self.start) / (self.done - self.first) * (self.total - self.done)
             fields = [f'{self.title}  {self.done:{len(str(self.total))}}/{self.total}', text]
             fields += [f'{self.speed():.3g} img/s', f'{format_time(left)} left', memory_text()]
             print('  '.join(field for field in fields if field), flush=True)
@@ -156,6 +185,10 @@ class RunLog:
 
     def has_epoch(self, epoch: int) -> bool:
         return any(int(row['epoch']) == epoch for row in self.rows)
+
+    def best(self, column: str) -> float:
+        """Largest value of a column so far; minus infinity if there is none."""
+        return max((float(row[column]) for row in self.rows if row.get(column)), default=-math.inf)
 
     def append(self, row: dict[str, float | int | None], record: dict) -> None:
         """Add an epoch. row: numbers, None where nothing was measured; record: JSON values. Both hold

@@ -24,10 +24,10 @@ def print_plan(
     notes: dict[str, str],
 ) -> None:
     """Data, classes, effective batch, learning rates, size of the model, steps; notes: further rows."""
-    names = [name for name in datasets['val'].class_map.names if name is not None]
+    shown = list(datasets.values())[-1]  # without validation that of training
+    names = [name for name in shown.class_map.names if name is not None]
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    height, width = datasets['val'][0][0].shape[-2:]
     rows = {
         'data': f'{args.dataset_file}, '
         + ', '.join(f'{len(data)} {split}' for split, data in datasets.items()),
@@ -35,8 +35,11 @@ def print_plan(
         'model': f'{args.family}, {args.backbone}, {args.num_queries} queries, '
         f'{args.enc_layers}+{args.dec_layers} layers of {args.hidden_dim}',
         'parameters': f'{total:,}, {trainable:,} trainable',
-        'FLOPs': flops_text(model, height, width),
-        'device': f'{next(model.parameters()).device}, {get_world_size()} process(es), torch {torch.__version__}',
+        'device': f'{next(model.parameters()).device}, {get_world_size()} process(es){", sharded" if args.fsdp else ""}, '
+        f'torch {torch.__version__}',
+        'precision': {'off': 'float32'}.get(
+            args.amp, f'{args.amp}, and float32 for boxes, matching and losses'
+        ),
         **notes,
     }
     if not args.eval:
@@ -90,7 +93,9 @@ def learning_rate_text(
     )
 
 
-def flops_text(model: nn.Module, height: int, width: int) -> str:
+def flops_text(model: nn.Module, dataset: Dataset) -> str:
+    """For the first picture of a data set."""
+    height, width = dataset[0][0].shape[-2:]
     if getattr(model, 'eval_module', None) is not None:
         return 'not counted: those of an auxiliary head depend on what it finds'
     flops = count_flops(model, height, width)

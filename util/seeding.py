@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -24,3 +25,9 @@ def local_seed(*numbers: int) -> Iterator[None]:
     finally:
         random.setstate(python_state)
         torch.default_generator.set_state(torch_state)
+
+
+def seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)

@@ -1,0 +1,107 @@
+"""Data sets of a run and their batches: the classes are settled once, and every process gets its share."""
+
+from argparse import Namespace
+
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+
+from datasets import build_dataset
+from datasets.class_map import ClassMap
+from datasets.samplers import AspectSampler, EpochBatches, EvalBatches, NodeSampler, SizeBatches
+from util.dist import get_local_rank, get_local_size, get_rank, get_world_size
+from util.nested_tensor import collate_fn
+
+
+def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Dataset]:
+    """Training and validation pictures, with the same class indices; only those that the run will read.
+
+    class_map: that of the checkpoint in use, None if it has none. ValueError: --resume of a checkpoint with
+    other classes.
+    """
+    if args.eval:
+        datasets = {'val': build_dataset('val', args, class_map)}
+    else:
+        train = build_dataset('train', args)
+        datasets = {'train': train}
+        if not args.no_validate:
+            datasets['val'] = build_dataset('val', args, train.class_map)
+    found = list(datasets.values())[-1].class_map
+    if (args.resume or args.eval) and class_map is not None and class_map != found:
+        if {*class_map.names, None} == {*found.names, None}:
+            raise ValueError(
+                f'{args.resume or args.pretrained} numbers its classes otherwise ({class_map.num_classes} class indices, here '
+                f'{found.num_classes}): give the --class_ids of its run'
+            )
+        raise ValueError(
+            f'{args.resume or args.pretrained} was trained on {describe(class_map)}, the data has {describe(found)}: evaluate it on its own '
+            'data, or fine-tune it on this data with --pretrained'
+        )
+    return datasets
+
+
+def describe(class_map: ClassMap) -> str:
+    names = [name for name in class_map.names if name is not None]
+    return f'{len(names)} classes ({", ".join(names[:5])}{", ..." if len(names) > 5 else ""})'
+
+
+def build_loader(dataset: Dataset, split: str, args: Namespace) -> DataLoader:
+    """Batches of a data set; this process's share of them. Its length is that of a whole epoch, wherever the epoch is
+    resumed (`begin_epoch`).
+    """
+    train = split == 'train'
+    batches = build_batches(dataset, train, args)
+    if train and len(batches) < args.accum_steps:
+        pictures = args.batch_size * args.accum_steps * get_world_size()
+        raise ValueError(
+            f'{len(dataset)} training pictures do not fill one step of {pictures}: lower --batch_size, --accum_steps '
+            'or --total_batch_size'
+        )
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=args.num_workers,
+        collate_fn=collate_fn,
+        persistent_workers=args.num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own, so that loading draws nothing from the run's random numbers
+    )
+
+
+def build_batches(dataset: Dataset, train: bool, args: Namespace) -> Sampler[list[int]]:
+    """This process's batches of an epoch, each a list of pictures."""
+    place, share = (get_world_size(), get_rank()), (0, 1)
+    if args.cache_mode:
+        share = get_local_rank(), get_local_size()
+        dataset.keep_files(*share)
+    if train and args.bucket_sizes:
+        return SizeBatches(dataset, args.batch_size, *place, args.seed)
+    if train and args.group_aspect_ratio:
+        sampler = AspectSampler(dataset.picture_sizes(), args.batch_size, *place, *share, seed=args.seed)
+    elif args.cache_mode:
+        sampler = NodeSampler(dataset, *place, *share, train, args.seed)
+    elif train:
+        drop_last = get_world_size() > 1
+        sampler = DistributedSampler(dataset, *place, shuffle=True, seed=args.seed, drop_last=drop_last)
+    else:
+        return EvalBatches(len(dataset), args.batch_size, *place)
+    return EpochBatches(sampler, args.batch_size, drop_last=train)
+
+
+def begin_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
+    """The next pass over a training loader is that of this epoch, from this batch on; what is skipped is not read."""
+    loader.dataset.set_epoch(epoch)
+    loader.batch_sampler.set_epoch(epoch, first_batch)
+
+
+def worst_batch(dataset: Dataset, batch_size: int, one_size: bool) -> tuple[tuple[int, int], int]:
+    """Height and width of the largest batch that training can meet, and the most objects of a picture. The sizes are the
+    largest of a few thousand drawn ones; one_size: all pictures of a batch have about the same.
+    """
+    if dataset.mix is not None:
+        return tuple(dataset[0][0].shape[-2:]), dataset.most_objects
+    originals = dataset.picture_sizes()
+    chosen = torch.linspace(0, len(originals) - 1, min(len(originals), 500)).long().tolist()
+    drawn = [dataset.drawn_size(idx, epoch, originals[idx]) for epoch in range(4) for idx in chosen]
+    if one_size or batch_size == 1:
+        return max(drawn, key=lambda size: size[0] * size[1]), dataset.most_objects
+    return (max(height for height, _ in drawn), max(width for _, width in drawn)), dataset.most_objects

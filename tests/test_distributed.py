@@ -1,0 +1,258 @@
+"""Two processes do what one does: training of every scheme, sharded weights, evaluation."""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import main
+from engine import build_optimizer
+from models import build_model
+from models.structures import Prediction
+from models.training import collaborative
+from models.training.criterion import weighted_sum
+from tests.processes import end_group, in_processes, start_group
+from tests.test_run import TINY, load
+from util.dist import get_rank, get_world_size
+from util.parallel import gather, local_gradients, replicate, shard
+
+SMALL = {
+    'hidden_dim': 32, 'nheads': 4, 'enc_layers': 1, 'dec_layers': 2, 'dim_feedforward': 32, 'num_queries': 9, 'dropout': 0.0,
+    'backbone': 'resnet10', 'backbone_weights': 'none', 'num_classes': 4, 'backbone_norm': 'group',
+    'backbone_stages': 3,
+}  # fmt: skip
+TWO_STAGE = {'two_stage': True, 'with_box_refine': True, 'mixed_selection': True, 'look_forward_twice': True}
+HEADS = {'co_aux_heads': ['faster_rcnn', 'atss']}
+SCHEMES = {
+    'detr': {},
+    'conditional': {'conditional': True},
+    'deformable': {'deformable': True},
+    'refine': {'with_box_refine': True},
+    'two_stage': {'two_stage': True, 'with_box_refine': True},
+    'one_loss': {'two_stage': True, 'with_box_refine': True, 'aux_loss': False},  # a head without a gradient
+    'hybrid': TWO_STAGE | {'hybrid_k': 2, 'hybrid_queries': 12},
+    'mixed': TWO_STAGE | {'use_ms_detr': True, 'use_aux_ffn': True},
+    'mixed_a': {'use_ms_detr': True, 'ms_variant': 'a', 'with_box_refine': True},
+    'groups': {'group_detr': 2},
+    'denoising': TWO_STAGE | {'dn_number': 4},
+    'co_deformable': TWO_STAGE | HEADS,
+    'co_dino': HEADS | {'dino': True, 'dn_number': 4},
+}
+EQUAL_COUNTS = (
+    'denoising',
+    'co_dino',
+)  # noised queries are padded to the largest number of objects of a batch
+
+
+def content_of(x: Tensor) -> Tensor:
+    """Numbers in [0, 1) that follow from the values of x alone."""
+    return (x.double() * 77.7 + 0.3).sin().abs() * 0.999
+
+
+@contextmanager
+def no_chance() -> Iterator[None]:
+    """What is drawn follows from what it is drawn for, not from how pictures are dealt out; and a head has the same number of
+    queries in any batch.
+    """
+
+    def randint_like(x: Tensor, low: int, high: int) -> Tensor:
+        return (
+            low + (content_of(x) * (high - low)).to(x.dtype).floor()
+            if x.is_floating_point()
+            else torch.ones_like(x)
+        )
+
+    with (
+        mock.patch.object(torch, 'rand_like', lambda x, dtype=None: content_of(x).to(dtype or x.dtype)),
+        mock.patch.object(torch, 'randint_like', randint_like),
+        mock.patch.object(torch, 'randperm', lambda n, **options: torch.arange(n)),
+        mock.patch.object(collaborative, 'FEWEST', 40),
+    ):
+        yield
+
+
+def batch(step: int, counts: list[int]) -> tuple[Tensor, list[dict]]:
+    """Pictures [B, 3, 64, 64] with so many objects."""
+    generator = torch.Generator().manual_seed(step)
+    pictures = torch.randn(len(counts), 3, 64, 64, generator=generator)
+    targets = []
+    for count in counts:
+        boxes = torch.rand(count, 4, generator=generator) * 0.4 + 0.1
+        targets.append({'labels': torch.randint(0, 4, (count,), generator=generator), 'boxes': boxes})
+    return pictures, targets
+
+
+def train_some_steps(rank: int, flags: dict, counts: list[list[int]], accum_steps: int, wrap: str) -> dict:
+    """Weights after one optimizer step for each entry of `counts`, objects of all pictures of the step; and the mean of the
+    processes' losses.
+    """
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    model, criterion, _ = build_model(Namespace(**SMALL | flags))
+    bare, losses = model.train(), []
+    if wrap == 'fsdp':
+        shard(model, [Prediction])
+    optimizer = build_optimizer(model, 1e-3, 1e-3, 1e-4)
+    if wrap == 'ddp':
+        model = replicate(model, [Prediction])
+    for step, per_picture in enumerate(counts):
+        pictures, targets = batch(step, per_picture)
+        size = len(per_picture) // get_world_size() // accum_steps
+        parts = [slice(i * size, (i + 1) * size) for i in range(len(per_picture) // size)]
+        mine = parts[rank * accum_steps : (rank + 1) * accum_steps]
+        optimizer.zero_grad()
+        with no_chance():
+            for index, part in enumerate(mine):
+                with local_gradients(model) if index + 1 < len(mine) else nullcontext():
+                    terms = criterion(
+                        model(pictures[part], targets[part]), targets[part], [targets[p] for p in mine]
+                    )
+                    loss = weighted_sum(terms, criterion.weight_dict)
+                    (loss / len(mine)).backward()
+                losses.append(loss.detach())
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+    torch.set_default_dtype(torch.float32)
+    return {'model': gather(bare.state_dict()), 'loss': torch.stack(losses).view(len(counts), -1).mean(1)}
+
+
+def assert_equal(ours: dict, theirs: dict, tolerance: float = 1e-6) -> None:
+    for name, value in theirs.items():
+        torch.testing.assert_close(
+            ours[name], value, rtol=tolerance, atol=tolerance, msg=lambda text, n=name: f'{n}: {text}'
+        )
+
+
+def counts_of(name: str, steps: int = 20) -> list[list[int]]:
+    """Objects of four pictures; in every third step the second process has none, and once nobody has."""
+    if name in EQUAL_COUNTS:
+        return [[3, 3, 3, 3]] * steps
+    rows = [[2, 3, 1, 4] if step % 3 else [2, 1, 0, 0] for step in range(steps)]
+    rows[-2] = [0, 0, 0, 0]
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', SCHEMES)
+def test_two_processes_equal_one_with_the_whole_batch(name: str) -> None:
+    counts = counts_of(name)
+    one = train_some_steps(0, SCHEMES[name], counts, 1, 'none')
+    two = in_processes(2, train_some_steps, SCHEMES[name], counts, 1, 'ddp')
+    torch.testing.assert_close((two[0]['loss'] + two[1]['loss']) / 2, one['loss'], rtol=1e-6, atol=1e-6)
+    for result in two:
+        assert_equal(result['model'], one['model'])
+
+
+@pytest.mark.slow
+def test_noised_queries_of_a_process_without_objects() -> None:
+    """Padding depends on the batch here, so the peer is one process that accumulates the two batches."""
+    counts = [[2, 4, 0, 0], [1, 1, 3, 2], [0, 0, 0, 0]] * 3
+    one = train_some_steps(0, SCHEMES['denoising'], counts, 2, 'none')
+    two = in_processes(2, train_some_steps, SCHEMES['denoising'], counts, 1, 'ddp')
+    for result in two:
+        assert_equal(result['model'], one['model'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('wrap', ['ddp', 'fsdp'])
+def test_accumulation_in_two_processes(wrap: str) -> None:
+    counts = [[2, 3, 1, 4], [1, 2, 0, 0]] * 3
+    one = train_some_steps(0, SCHEMES['hybrid'], counts, 1, 'none')
+    for result in in_processes(2, train_some_steps, SCHEMES['hybrid'], counts, 2, wrap):
+        assert_equal(result['model'], one['model'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['detr', 'mixed', 'co_dino'])
+def test_sharded_weights_train_as_whole_ones(name: str) -> None:
+    """Second readings, weights without a dimension (the scales of ATSS) and frozen ones too."""
+    counts = counts_of(name, 6)
+    one = train_some_steps(0, SCHEMES[name], counts, 1, 'none')
+    for result in in_processes(2, train_some_steps, SCHEMES[name], counts, 1, 'fsdp'):
+        assert_equal(result['model'], one['model'])
+
+
+def run_two(folder: Path, *flags: str) -> None:
+    codes = end_group(start_group(folder / 'log', [*TINY.split(), *flags]))
+    assert codes == [0, 0], ''.join(path.read_text() for path in sorted(folder.glob('log*')))
+
+
+def run_one(*flags: str) -> None:
+    main.main(main.get_args_parser().parse_args([*TINY.split(), *flags]))
+
+
+FROZEN = ['--backbone_norm', 'group', '--dropout', '0', '--aug', 'flip']
+
+
+@pytest.mark.slow
+def test_evaluation_in_two_processes_gives_the_same_numbers(tmp_path: Path) -> None:
+    """Seven pictures of different sizes, two in a batch: the last batch is smaller, and one process has more to do."""
+    run_one('--output_dir', str(tmp_path / 'run'), '--epochs', '1')
+    flags = [
+        '--eval',
+        '--resume',
+        str(tmp_path / 'run/checkpoint.pth'),
+        '--shapes_val',
+        '7',
+        '--batch_size',
+        '2',
+    ]
+    run_one(*flags, '--output_dir', str(tmp_path / 'one'))
+    run_two(tmp_path, *flags, '--output_dir', str(tmp_path / 'two'))
+    one, two = (json.loads((tmp_path / name / 'eval.json').read_text()) for name in ('one', 'two'))
+    assert one == two
+
+
+@pytest.mark.slow
+def test_sharded_runs_go_on_with_any_number_of_processes(tmp_path: Path) -> None:
+    """An epoch of two processes, sharded, then one of a single process, then a sharded one: as a single process alone. The
+    moving average too.
+    """
+    flags = [*FROZEN, '--lr_drop', '3', '--eval_every', '3', '--ema', '0.9']
+    run_one('--output_dir', str(tmp_path / 'one'), *flags)
+    mixed = ['--output_dir', str(tmp_path / 'mixed'), *flags, '--resume', 'auto']
+    run_two(tmp_path, *mixed, '--fsdp', '--batch_size', '2', '--epochs', '1')
+    run_one(*mixed, '--epochs', '2')
+    run_two(tmp_path, *mixed, '--fsdp', '--batch_size', '2')
+    one, other = load(tmp_path / 'one'), load(tmp_path / 'mixed')
+    for part in ('model', 'model_ema'):
+        assert_equal(other[part], one[part], tolerance=1e-4)
+    assert other['ema_updates'] == one['ema_updates'] == 9
+
+
+def disagree(rank: int) -> str:
+    from util.dist import check_agreement, together
+
+    messages = []
+    for facts in ({'--lr': 0.1 + rank}, {'PyTorch': '2.11'} if rank else {}):
+        with pytest.raises(ValueError) as error:
+            check_agreement(facts)
+        messages.append(str(error.value))
+    with pytest.raises((ValueError, OSError)) as error, together():
+        if rank == 1:
+            raise FileNotFoundError('picture 7 is missing')
+    return [*messages, str(error.value)]
+
+
+def test_processes_that_disagree_say_so() -> None:
+    expected = [
+        '--lr is 0.1 in process 0 and 1.1 in process 1',
+        'PyTorch is None in process 0 and 2.11',
+        'picture 7',
+    ]
+    for texts in in_processes(2, disagree):
+        assert all(part in text for part, text in zip(expected, texts, strict=True)), texts
+
+
+def rank_of(rank: int) -> tuple[int, int]:
+    return get_rank(), get_world_size()
+
+
+def test_processes_know_their_place() -> None:
+    assert in_processes(3, rank_of) == [(0, 3), (1, 3), (2, 3)]

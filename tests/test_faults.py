@@ -1,0 +1,265 @@
+"""Runs that are stopped, killed, restarted, or started twice: nothing is lost, and everybody is told why."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from tests.processes import end_group, start_group, start_main
+from tests.test_run import ROOT, TINY, assert_same, load
+from util.files import lock_folder
+from util.interrupts import UNFINISHED
+
+# Twelve steps an epoch for one process, six for two.
+LONG = [
+    *TINY.split(),
+    '--shapes_train',
+    '24',
+    '--batch_size',
+    '2',
+    '--epochs',
+    '2',
+    '--ema',
+    '0.99',
+    '--print_freq',
+    '1',
+]
+
+
+def wait_for(log: Path, text: str, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while text not in (log.read_text() if log.exists() else ''):
+        assert time.monotonic() < deadline, (
+            f'{text} never came: {log.read_text() if log.exists() else "nothing"}'
+        )
+        time.sleep(0.02)
+
+
+def same_end(one: Path, other: Path) -> None:
+    """Checkpoints with all states, and the logged numbers."""
+    assert_same(load(one), load(other))
+    assert (one / 'metrics.csv').read_text() == (other / 'metrics.csv').read_text()
+
+
+def whole_run(folder: Path, number: int, *flags: str) -> Path:
+    """An undisturbed run with so many processes."""
+    assert (
+        end_group(
+            start_group(folder / 'whole_log', [*LONG, *flags, '--output_dir', str(folder / 'whole')], number)
+        )
+        == [0] * number
+    )
+    return folder / 'whole'
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_in_the_middle_of_an_epoch(tmp_path: Path, number: int) -> None:
+    command = [*LONG, '--output_dir', str(tmp_path / 'parts'), '--accum_steps', '2', '--resume', 'auto']
+    log = tmp_path / 'log'
+    process = start_main(log, command, {})
+    wait_for(log, 'epoch 1/2  2/6')
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == UNFINISHED
+    within = load(tmp_path / 'parts')['within_epoch']
+    assert 2 * 4 <= within['pictures'] < 24
+    assert 'asked to stop: saved after step' in log.read_text()
+    process = start_main(log, command, {})
+    process.join(120)
+    assert process.exitcode == 0 and 'epoch 1 goes on after step' in log.read_text()
+    same_end(whole_run(tmp_path, 1, '--accum_steps', '2'), tmp_path / 'parts')
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path: Path) -> None:
+    """While it trains; then once more while it evaluates."""
+    flags = ['--num_workers', '1', '--bucket_sizes', '--eval_every', '2', '--shapes_val', '60']
+    command = [*LONG, *flags, '--output_dir', str(tmp_path / 'parts'), '--resume', 'auto']
+    log = tmp_path / 'log'
+    for text in ('epoch 1/2  3/6', 'epoch 2/2 evaluate'):
+        processes = start_group(log, command)
+        wait_for(tmp_path / 'log0', text)
+        os.kill(processes[1].pid, signal.SIGTERM)
+        assert end_group(processes) == [UNFINISHED] * 2
+    assert end_group(start_group(log, command)) == [0, 0]
+    same_end(whole_run(tmp_path, 2, *flags), tmp_path / 'parts')
+
+
+def test_saving_every_few_steps_is_enough_for_a_run_that_is_killed(tmp_path: Path) -> None:
+    command = [*LONG, '--output_dir', str(tmp_path / 'parts'), '--checkpoint_steps', '3', '--resume', 'auto']
+    process = start_main(tmp_path / 'log', command, {})
+    wait_for(tmp_path / 'log', 'epoch 1/2   8/12')
+    process.kill()
+    process.join()
+    assert load(tmp_path / 'parts')['within_epoch']['pictures'] in (12, 18)
+    process = start_main(tmp_path / 'log', command, {})
+    process.join(120)
+    assert process.exitcode == 0
+    whole = whole_run(tmp_path, 1)
+    ours, theirs = load(tmp_path / 'parts'), load(whole)
+    del ours['args']['checkpoint_steps'], theirs['args']['checkpoint_steps']
+    assert_same(ours, theirs)
+    assert (whole / 'metrics.csv').read_text() == (tmp_path / 'parts/metrics.csv').read_text()
+
+
+@pytest.mark.slow
+def test_thirty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+    """Two processes; one of them is killed, or both, or one is asked to stop, again and again until the run has ended."""
+    flags = ['--checkpoint_steps', '1', '--epochs', '6', '--eval_every', '3']
+    command = [*LONG, *flags, '--output_dir', str(tmp_path / 'parts'), '--resume', 'auto']
+    chance, disturbed, codes = random.Random(0), 0, [1, 1]
+    while codes != [0, 0]:
+        processes = start_group(tmp_path / f'log{disturbed}_', command)
+        if disturbed < 30:
+            time.sleep(chance.uniform(0.5, 4.0))
+            chosen = chance.choice([processes, processes[:1], processes[1:]])
+            for process in chosen:
+                os.kill(process.pid, chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+            disturbed += 1
+        codes = end_group(processes)
+        assert disturbed <= 30 and set(codes) <= {0, 1, UNFINISHED, -signal.SIGKILL, -signal.SIGTERM}
+    assert disturbed == 30
+    ours, theirs = load(tmp_path / 'parts'), load(whole_run(tmp_path, 2, *flags))
+    assert_same(ours, theirs)
+    assert (tmp_path / 'whole/metrics.csv').read_text() == (tmp_path / 'parts/metrics.csv').read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_killed_process_ends_the_other_with_the_reason(tmp_path: Path, rank: int) -> None:
+    processes = start_group(tmp_path / 'log', [*LONG, '--epochs', '500', '--eval_every', '500'])
+    wait_for(tmp_path / 'log0', 'epoch 1/500  5/6')
+    processes[rank].kill()
+    other = processes[1 - rank]
+    other.join(60)
+    assert other.exitcode == 1
+    text = (tmp_path / f'log{1 - rank}').read_text()
+    reason = 'the main process (0) has ended' if rank == 0 else f'process 1 (pid {processes[1].pid}'
+    assert f'error: the run ends, because {reason}' in text, text
+
+
+def heartbeat_of(rank: int, hanging: int) -> None:
+    from util.heartbeat import Heartbeat
+
+    heartbeat = Heartbeat(interval=0.2, patience=2.0)
+    heartbeat.start()
+    if rank == hanging:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(20)
+
+
+@pytest.mark.slow
+def test_a_hanging_process_ends_the_others_with_the_reason(capfd: pytest.CaptureFixture) -> None:
+    from tests.processes import in_processes
+
+    with pytest.raises(AssertionError, match='1 of 3 processes have not ended'):
+        in_processes(3, heartbeat_of, 1, seconds=8)
+    text = capfd.readouterr().err
+    assert text.count('the run ends, because process 1 (pid') == 2 and 'no sign of life for 2 seconds' in text
+
+
+def fail_in_one(rank: int) -> None:
+    from util.heartbeat import Heartbeat
+
+    heartbeat = Heartbeat(interval=0.2, patience=5.0)
+    heartbeat.start()
+    if rank == 1:
+        heartbeat.fail(ValueError('picture.jpg is not a readable picture'))
+        return
+    time.sleep(20)
+
+
+@pytest.mark.slow
+def test_others_are_told_what_a_process_has_failed_of(capfd: pytest.CaptureFixture) -> None:
+    from tests.processes import in_processes
+
+    with pytest.raises((AssertionError, FileNotFoundError)):
+        in_processes(2, fail_in_one, seconds=10)
+    assert 'ValueError: picture.jpg is not a readable picture' in capfd.readouterr().err
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    first = lock_folder(tmp_path)
+    with pytest.raises(
+        ValueError, match=f'is in use by process {os.getpid()} on .*choose another --output_dir'
+    ):
+        lock_folder(tmp_path, wait=0.1)
+    first.close()
+    lock_folder(tmp_path, wait=0.1).close()
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    holder = lock_folder(tmp_path)
+    monkeypatch.setattr(main, 'lock_folder', lambda folder: lock_folder(folder, wait=0.1))
+    with pytest.raises(ValueError, match='is in use by process'):
+        main.main(main.get_args_parser().parse_args([*LONG, '--output_dir', str(tmp_path)]))
+    holder.close()
+    assert {path.name for path in tmp_path.iterdir()} == {'run.lock'}
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_whose_process_was_killed(tmp_path: Path) -> None:
+    """The same command, without --resume."""
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc_per_node',
+        '2',
+        '--max_restarts',
+        '1',
+    ]
+    command += ['main.py', *LONG, '--output_dir', str(tmp_path / 'parts'), '--checkpoint_steps', '1']
+    environment = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
+    log = tmp_path / 'log'
+    with log.open('w') as file:
+        launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+        wait_for(log, 'epoch 1/2  3/6')
+        children = subprocess.run(
+            ['pgrep', '-P', str(launcher.pid)], capture_output=True, text=True, check=True
+        ).stdout.split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        assert launcher.wait(180) == 0, log.read_text()
+    assert 'goes on after step' in log.read_text()
+    whole = whole_run(tmp_path, 2, '--checkpoint_steps', '1')
+    same_end(whole, tmp_path / 'parts')
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_sees_the_rest_of_the_pictures(tmp_path: Path) -> None:
+    """Stopped in the middle of an epoch with two processes, resumed with one of twice the batch."""
+    flags = [
+        *LONG,
+        '--output_dir',
+        str(tmp_path / 'parts'),
+        '--resume',
+        'auto',
+        '--backbone_norm',
+        'group',
+        '--dropout',
+        '0',
+    ]
+    processes = start_group(tmp_path / 'log', flags)
+    wait_for(tmp_path / 'log0', 'epoch 1/2  3/6')
+    for process in processes:
+        os.kill(process.pid, signal.SIGTERM)
+    assert end_group(processes) == [UNFINISHED] * 2
+    single = [*LONG, '--batch_size', '4', '--backbone_norm', 'group', '--dropout', '0']
+    for name in ('parts', 'whole'):
+        run = start_main(
+            tmp_path / f'{name}.log', [*single, '--output_dir', str(tmp_path / name), '--resume', 'auto'], {}
+        )
+        run.join(120)
+        assert run.exitcode == 0
+    ours, theirs = load(tmp_path / 'parts'), load(tmp_path / 'whole')
+    for name, value in theirs['model'].items():
+        torch.testing.assert_close(ours['model'][name], value, rtol=1e-3, atol=1e-4)
+    assert ours['metrics']['train_loss'] == pytest.approx(theirs['metrics']['train_loss'], rel=1e-3)

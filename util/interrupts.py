@@ -1,0 +1,111 @@
+"""
+Signals that ask a run to stop: all processes agree on the step, the state is saved, and the process ends so that whoever
+starts it again goes on there.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from util.dist import get_world_size, is_main_process, leave_distributed
+
+# SIGTERM: torchrun, Slurm and Kubernetes send it before they kill. SIGUSR1, SIGUSR2: time is nearly up (`sbatch
+# --signal`, submitit). Where they do not exist (Windows), nothing listens.
+SIGNALS = tuple(getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1', 'SIGUSR2') if hasattr(signal, name))
+NEARLY_OVER = [
+    number for number in SIGNALS if number != signal.SIGTERM
+]  # the job is not requeued by who asks
+UNFINISHED = 75  # exit status of a run that was stopped and can go on (EX_TEMPFAIL)
+
+
+class Interrupted(Exception):
+    """The processes have agreed to stop here; args: the number of the signal."""
+
+
+class StopRequests:
+    """Listens to signals from its making until `close`.
+
+    device: where a collective works, that of the model.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.signum = 0
+        self.asked: tuple[dist.Work, Tensor, Tensor] | None = None
+        self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
+        self.previous: dict[int, Callable | int | None] = {}
+        for number in SIGNALS:
+            try:
+                self.previous[number] = signal.signal(number, self.note)
+            except ValueError:  # not the main thread: somebody else's program, and its signals
+                break
+
+    def note(self, signum: int, frame: object) -> None:
+        self.signum = signum
+
+    def check(self) -> None:
+        """Call it once a step in every process. Raises Interrupted in all of them at the same step, one step after any of
+        them has heard a signal: what is asked now is answered by the next call, so that nothing waits.
+        """
+        if get_world_size() == 1:
+            signum = self.signum
+        else:
+            signum = self.answer()
+            self.ask()
+        if signum:
+            raise Interrupted(signum)
+
+    def ask(self) -> None:
+        """Start the exchange of the largest signal number; nothing waits for it here."""
+        sent = torch.tensor([self.signum], device=self.device)
+        work = dist.all_reduce(sent, dist.ReduceOp.MAX, async_op=True)
+        received = sent
+        if self.stream is not None:  # the copy waits for the exchange on a stream of its own
+            received = torch.empty(1, dtype=sent.dtype, pin_memory=True)
+            with torch.cuda.stream(self.stream):
+                work.wait()
+                received.copy_(sent, non_blocking=True)
+            sent.record_stream(self.stream)
+        self.asked = work, sent, received
+
+    def answer(self) -> int:
+        """What the last `ask` has brought; 0 without one."""
+        if self.asked is None:
+            return 0
+        work, _, received = self.asked
+        self.asked = None
+        work.wait() if self.stream is None else self.stream.synchronize()
+        return int(received)
+
+    def close(self) -> None:
+        """Signals mean what they meant before."""
+        self.answer()
+        for number, handler in self.previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self.previous = {}
+
+    def leave(self, signum: int) -> None:
+        """After the state is saved: pass the signal on to who listened before (submitit requeues its job), else ask Slurm
+        to requeue if time is nearly up. Then exit with the status UNFINISHED.
+        """
+        listener, main = self.previous.get(signum), is_main_process()
+        self.close()
+        leave_distributed()
+        if callable(listener):
+            listener(signum, None)
+        elif signum in NEARLY_OVER and 'SLURM_JOB_ID' in os.environ and main:
+            subprocess.run(['scontrol', 'requeue', os.environ['SLURM_JOB_ID']], check=False)
+        sys.exit(UNFINISHED)
+
+
+def was_restarted() -> bool:
+    """Whether a launcher has started this job again: torchrun after a failure, Slurm after a requeue."""
+    return any(
+        int(os.environ.get(name) or 0) > 0 for name in ('TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT')
+    )

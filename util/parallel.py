@@ -1,0 +1,126 @@
+"""One model on many devices: the same on each (DistributedDataParallel), or a part of every weight on each (FSDP2)."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from util.dist import get_world_size
+
+KNOWN: set[type] = set()
+
+
+def same_everywhere(model: nn.Module) -> None:
+    """Every process takes the weights of the main process, which alone has read the backbone's."""
+    if get_world_size() > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
+def know_results(types: Sequence[type]) -> None:
+    """Dataclasses in what a model returns: wrappers look for tensors in known types only, and gradients that come back
+    another way are not exchanged.
+    """
+    for kind in types:
+        if kind not in KNOWN:
+            torch.export.register_dataclass(kind)
+            KNOWN.add(kind)
+
+
+def replicate(model: nn.Module, result_types: Sequence[type] = ()) -> nn.Module:
+    """Gradients are averaged over processes while the backward pass runs. The graph is the same in every step: what no
+    loss reaches is found once. Buffers are those of each process, since they are constants, unless batch norms train. result_types: see `know_results`.
+    """
+    know_results(result_types)
+    trains_norms = any(isinstance(module, _BatchNorm) for module in model.modules())
+    return nn.parallel.DistributedDataParallel(
+        model, static_graph=True, gradient_as_bucket_view=True, broadcast_buffers=trains_norms
+    )
+
+
+def shard(model: nn.Module, result_types: Sequence[type] = ()) -> nn.Module:
+    """Every process keeps a part of each weight, gradient and optimizer state; layers gather theirs as they run. In place.
+
+    Numbers without a dimension cannot be cut: they stay whole, and their gradients are averaged one by one.
+    """
+    know_results(result_types)
+    whole = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    for parameter in whole:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(average_gradient)
+    model.to(memory_format=torch.contiguous_format)  # only such weights can be cut
+    transformer, body = model.transformer, model.backbone[0].body
+    stages = [part for part in body.children() if isinstance(part, nn.Sequential)] or [body]
+    for unit in [*transformer.encoder.layers, *transformer.decoder.layers, *stages]:
+        fully_shard(unit, ignored_params=whole)
+        if hasattr(unit, 'second_reading'):
+            register_fsdp_forward_method(unit, 'second_reading')
+    fully_shard(model, ignored_params=whole)
+    return model
+
+
+def average_gradient(parameter: nn.Parameter) -> None:
+    dist.all_reduce(parameter.grad)
+    parameter.grad /= get_world_size()
+
+
+def local_gradients(model: nn.Module) -> AbstractContextManager:
+    """Backward passes inside do not exchange gradients between processes: the last one of a step does."""
+    if isinstance(model, FSDPModule):
+        return without_exchange(model)
+    return model.no_sync() if hasattr(model, 'no_sync') else nullcontext()
+
+
+@contextmanager
+def without_exchange(model: FSDPModule) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+def gather(state: object) -> object:
+    """A state (of a model, an optimizer) with whole tensors in place of parts; on the host, if there were any. All processes
+    must call it.
+    """
+    if isinstance(state, DTensor):
+        return state.full_tensor().cpu()
+    if isinstance(state, dict):
+        return {key: gather(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [gather(value) for value in state]
+    return state
+
+
+def split_like(whole: Tensor, part: Tensor) -> Tensor:
+    """This process's part of a whole tensor, cut as `part` is; the tensor itself where nothing is cut."""
+    if not isinstance(part, DTensor):
+        return whole
+    return distribute_tensor(whole.to(part.device), part.device_mesh, part.placements)
+
+
+def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Whole tensors into a model, sharded or not."""
+    ours = model.state_dict()
+    model.load_state_dict({name: split_like(state[name], ours[name]) for name in ours})
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Whole tensors into the optimizer of a model, sharded or not."""
+    parameters = [p for group in optimizer.param_groups for p in group['params']]
+    parts = {
+        index: {
+            name: split_like(value, parameters[index])
+            if isinstance(value, Tensor) and value.shape == parameters[index].shape
+            else value
+            for name, value in entry.items()
+        }
+        for index, entry in state['state'].items()
+    }
+    optimizer.load_state_dict(state | {'state': parts})

@@ -1,0 +1,157 @@
+"""What a training run consists of, and how its state goes into a checkpoint and comes back."""
+
+import shutil
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from util.average import WeightAverage
+from util.checkpoint import get_rng_state, save_checkpoint, set_rng_state
+from util.dist import all_gather_object, get_rank, get_world_size, is_main_process
+from util.files import save_atomically
+from util.interrupts import StopRequests
+from util.logger import Meter
+from util.parallel import gather, load_model_state, load_optimizer_state
+from util.precision import Precision
+from util.seeding import seed_everything
+
+
+@dataclass
+class EpochState:
+    """How far an epoch has come."""
+
+    step: int = 0  # optimizer steps done
+    meter: Meter = field(default_factory=Meter)
+
+
+@dataclass
+class Run:
+    """What the epoch loop works with."""
+
+    args: Namespace
+    model: nn.Module  # wrapped, if there are several processes
+    criterion: nn.Module
+    postprocessors: dict[str, nn.Module]
+    datasets: dict[str, Dataset]
+    loaders: dict[str, DataLoader]
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    precision: Precision
+    average: WeightAverage | None = None
+    stops: StopRequests | None = None
+
+    @property
+    def bare_model(self) -> nn.Module:
+        return getattr(self.model, 'module', self.model)
+
+    @property
+    def best_model(self) -> nn.Module:
+        """The one that is evaluated: the averaged weights, if there are any."""
+        return self.bare_model if self.average is None else self.average.module
+
+    @property
+    def steps_an_epoch(self) -> int:
+        return len(self.loaders['train']) // self.args.accum_steps
+
+    @property
+    def pictures_a_step(self) -> int:
+        return self.args.batch_size * self.args.accum_steps * get_world_size()
+
+
+def save(
+    run: Run, folder: Path, epoch: int, metrics: dict | None = None, within: EpochState | None = None
+) -> None:
+    """`checkpoint.pth`: after an epoch with its metrics, or in the middle of the one after `epoch`. All processes must
+    call it.
+    """
+    own = {'rng': get_rng_state()}
+    if within is not None:
+        own |= {'meter': within.meter.state_dict(), 'tally': dict(run.criterion.tally)}
+    everyone = all_gather_object(own)
+    checkpoint = {
+        'model': gather(run.bare_model.state_dict()),
+        'optimizer': gather(run.optimizer.state_dict()),
+        'lr_scheduler': run.scheduler.state_dict(),
+        'epoch': epoch,
+        'args': vars(run.args),
+        'class_map': run.datasets['train'].class_map.to_dict(),
+        'rng': [each['rng'] for each in everyone],
+    }
+    if run.precision.state_dict():
+        checkpoint['scaler'] = run.precision.state_dict()
+    if run.average is not None:
+        checkpoint['model_ema'] = gather(run.average.module.state_dict())
+        checkpoint['ema_updates'] = run.average.num_updates
+    if metrics is not None:
+        checkpoint['metrics'] = metrics
+    if within is not None:
+        checkpoint['within_epoch'] = {
+            'pictures': within.step * run.pictures_a_step,
+            'meters': [each['meter'] for each in everyone],
+            'tallies': [each['tally'] for each in everyone],
+        }
+    if is_main_process():
+        save_checkpoint(folder / 'checkpoint.pth', checkpoint)
+
+
+def keep_copy(folder: Path, name: str) -> None:
+    """The newest checkpoint under another name too."""
+    save_atomically(folder / name, lambda path: shutil.copyfile(folder / 'checkpoint.pth', path))
+
+
+def keep_numbered(run: Run, folder: Path, epoch: int) -> None:
+    """A copy that stays, at learning-rate drops and every --save_every epochs; the oldest go if there are more than
+    --keep_checkpoints.
+    """
+    args = run.args
+    drops = epoch + 1 in args.lr_drop_epochs if args.lr_drop_epochs else (epoch + 1) % args.lr_drop == 0
+    if not is_main_process() or not (drops or (epoch + 1) % args.save_every == 0):
+        return
+    keep_copy(folder, f'checkpoint{epoch:04}.pth')
+    if args.keep_checkpoints is not None:
+        numbered = sorted(folder.glob('checkpoint[0-9][0-9][0-9][0-9]*.pth'))
+        for old in numbered[: max(len(numbered) - args.keep_checkpoints, 0)]:
+            old.unlink()
+
+
+def restore(run: Run, checkpoint: dict) -> tuple[int, EpochState]:
+    """Everything but the model's own weights, which are loaded already. Returns the epoch to go on with, and how far it has
+    come.
+
+    Files that hold weights only (official ones) start at epoch 0. The number of processes may be another one: the
+    pictures that were seen are not seen again, if a step has as many as before.
+    """
+    if 'optimizer' not in checkpoint:
+        return 0, EpochState()
+    load_optimizer_state(run.optimizer, checkpoint['optimizer'])
+    run.scheduler.load_state_dict(checkpoint['lr_scheduler'])
+    if 'scaler' in checkpoint:
+        run.precision.load_state_dict(checkpoint['scaler'])
+    if run.average is not None and 'model_ema' in checkpoint:
+        load_model_state(run.average.module, checkpoint['model_ema'])
+        run.average.num_updates = checkpoint['ema_updates']
+    epoch, state = checkpoint['epoch'] + 1, EpochState()
+    if 'within_epoch' in checkpoint:
+        state = restore_epoch(run, checkpoint['within_epoch'])
+    states = checkpoint.get('rng', [])
+    if len(states) == get_world_size():
+        set_rng_state(states[get_rank()])
+    else:  # another number of processes, or an official file: repeatable, though not as if undisturbed
+        seed_everything(run.args.seed + get_rank() + 1000 * (epoch + 1) + state.step)
+    return epoch, state
+
+
+def restore_epoch(run: Run, saved: dict) -> EpochState:
+    """A process takes up the sums of the process of its number, and those of processes that are no more."""
+    state = EpochState(saved['pictures'] // run.pictures_a_step)
+    device = next(run.model.parameters()).device
+    for rank in range(get_rank(), len(saved['meters']), get_world_size()):
+        meter = Meter()
+        meter.load_state_dict(saved['meters'][rank], device)
+        state.meter = meter if rank == get_rank() else state.meter.joined(meter)
+        run.criterion.tally.update(saved['tallies'][rank])
+    return state
