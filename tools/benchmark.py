@@ -9,6 +9,7 @@ what they compute.
     python tools/benchmark.py criterion                     # matching and losses of H-Deformable-DETR
     python tools/benchmark.py train                         # a training step of H-Deformable-DETR
     python tools/benchmark.py schemes                       # what each way of supervision costs
+    python tools/benchmark.py scaling                       # what thousands of GPUs cost: a table by their number
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.benchmarks import criterion, data, model, op, schemes, train
+from tools.benchmarks import criterion, data, model, op, scaling, schemes, train
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -25,7 +26,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    for part in (data, op, model, criterion, train, schemes):
+    for part in (data, op, model, criterion, train, schemes, scaling):
         part.add_command(commands)
     return parser
 
