@@ -66,7 +66,7 @@ ASSUMED = {
     'requeue_s': (300.0, 'seconds until all processes are started again and have met [E]'),
     'detections': (300, "detections a picture at evaluation [P, the recipes' most]"),
     'eval_pictures': (5000, 'evaluated pictures [P, COCO val2017]'),
-    'base_batch': (16, "pictures a step that the recipes' learning rates are for [P]"),
+    'base_batch': (16, "pictures a step of most recipes, which their learning rates are for [P, scripts/]"),
     'largest_batch': (64, 'most pictures a step in published training of DETRs that we know [P, DETR, Sec. 4]'),
     'pictures': (1_000_000_000, 'pictures to train on, epochs included'),
 }  # fmt: skip
