@@ -9,6 +9,7 @@ loader share, instead of millions of Python objects, which every worker would co
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,20 +81,14 @@ class CocoDetection(PictureDataset):
         self.ids: list[int] = [image['id'] for image in images]
         self._file_names = PackedList([image['file_name'] for image in images])
         self._json_sizes = np.array([[image.get('height') or 0, image.get('width') or 0] for image in images])
-        annotations = [a for a in data['annotations'] if not (reading.drop_tiny and is_tiny(a))]
-        objects, self._starts = objects_by_picture(annotations, self.ids)
-        self._boxes_xywh = torch.tensor([a['bbox'] for a in objects], dtype=torch.float32).reshape(-1, 4)
-        self._labels = torch.tensor(
-            [self.class_map.label_of[a['category_id']] for a in objects], dtype=torch.int64
-        )
-        self._areas = torch.tensor([object_area(a) for a in objects], dtype=torch.float32)
+        objects, self._starts = objects_by_picture(objects_in(data['annotations'], reading), self.ids)
         self.most_objects = int(np.diff(self._starts).max(initial=0))
         if return_masks:
             check_segmentations(objects, annotation_file)
         elif return_masks is None:
             return_masks = all(a.get('segmentation') for a in objects)
         self.return_masks = return_masks
-        self._segmentations = PackedList([a['segmentation'] for a in objects]) if return_masks else None
+        self._objects = Objects.read(objects, self.class_map, return_masks)
         self._ground_truth: Annotations | None = None
         self._files: dict[Path, bytes] | None = None  # kept in memory, see keep_files
 
@@ -111,18 +106,13 @@ class CocoDetection(PictureDataset):
     def untransformed(self, idx: int) -> tuple[Tensor, Target]:
         """The picture as it is stored, and its objects."""
         picture = self._picture(idx)
-        return picture, self._target(idx, *picture.shape[1:])
+        objects = self._objects[self._starts[idx] : self._starts[idx + 1]]
+        return picture, make_target(objects, self.ids[idx], *picture.shape[1:])
 
     def _picture(self, idx: int) -> Tensor:
         path = self.image_dir / self._file_names[idx]
         picture = read_picture(path) if self._files is None else decode_file(path, self._bytes(path))
-        height, width = (int(side) for side in self._json_sizes[idx])
-        found = tuple(picture.shape[1:])
-        if height > 0 and width > 0 and found != (height, width):
-            raise ValueError(
-                f'{path} is {found[1]} x {found[0]} (width x height), but {self.annotation_file} says {width} x {height}: '
-                'the boxes would be wrong; fetch the right picture, or store it without EXIF rotation'
-            )
+        check_size(path, picture.shape[1:], self._json_sizes[idx], self.annotation_file)
         return picture
 
     def picture_sizes(self) -> np.ndarray:
@@ -145,34 +135,6 @@ class CocoDetection(PictureDataset):
             self._files[path] = path.read_bytes()
         return self._files[path]
 
-    def _target(self, idx: int, height: int, width: int) -> Target:
-        """The objects that have a box of positive size inside the picture."""
-        objects = slice(self._starts[idx], self._starts[idx + 1])
-        boxes_xyxy = self._boxes_xywh[objects].clone()
-        boxes_xyxy[:, 2:] += boxes_xyxy[:, :2]
-        boxes_xyxy[:, 0::2].clamp_(0, width)
-        boxes_xyxy[:, 1::2].clamp_(0, height)
-        keep = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(dim=1)
-        target = {'boxes': boxes_xyxy[keep], 'labels': self._labels[objects][keep]}
-        if self._segmentations is not None:
-            target['masks'] = self._masks(objects, height, width)[keep]
-        target['image_id'] = torch.tensor([self.ids[idx]])
-        target['area'] = self._areas[objects][keep]
-        # The official code has an empty float tensor here for a picture without annotations.
-        target['iscrowd'] = torch.zeros(
-            len(target['boxes']), dtype=torch.int64 if len(keep) else torch.float32
-        )
-        target['orig_size'] = torch.tensor([height, width])
-        target['size'] = torch.tensor([height, width])
-        return target
-
-    def _masks(self, objects: slice, height: int, width: int) -> Tensor:
-        """uint8 [T, height, width] of zeros and ones."""
-        masks = torch.zeros(objects.stop - objects.start, height, width, dtype=torch.uint8)
-        for mask, object_idx in zip(masks, range(objects.start, objects.stop), strict=True):
-            mask |= rasterize(self._segmentations[object_idx], height, width)
-        return masks
-
 
 class PackedList:
     """A list of JSON values in one block of bytes: reading it writes to no shared memory page, as counting
@@ -188,13 +150,77 @@ class PackedList:
         return json.loads(self.data[self.starts[idx] : self.starts[idx + 1]].tobytes())
 
 
+@dataclass(frozen=True)
+class Objects:
+    """T objects as annotations have them. boxes_xywh: [T, 4] float32 in pixels; labels: [T] int64; areas: [T]
+    float32; segmentations: polygons or run lengths, None if masks are not asked for.
+    """
+
+    boxes_xywh: Tensor
+    labels: Tensor
+    areas: Tensor
+    segmentations: PackedList | list | None
+
+    @classmethod
+    def read(cls, annotations: list[dict], class_map: ClassMap, with_masks: bool) -> 'Objects':
+        return cls(
+            torch.tensor([a['bbox'] for a in annotations], dtype=torch.float32).reshape(-1, 4),
+            torch.tensor([class_map.label_of[a['category_id']] for a in annotations], dtype=torch.int64),
+            torch.tensor([object_area(a) for a in annotations], dtype=torch.float32),
+            PackedList([a['segmentation'] for a in annotations]) if with_masks else None,
+        )
+
+    def __getitem__(self, some: slice) -> 'Objects':
+        """A run of them."""
+        rows = range(*some.indices(len(self.labels)))
+        segmentations = None if self.segmentations is None else [self.segmentations[row] for row in rows]
+        return Objects(self.boxes_xywh[some], self.labels[some], self.areas[some], segmentations)
+
+
+def make_target(objects: Objects, image_id: int, height: int, width: int) -> Target:
+    """The objects that have a box of positive size inside the picture; see `CocoDetection`."""
+    boxes_xyxy = objects.boxes_xywh.clone()
+    boxes_xyxy[:, 2:] += boxes_xyxy[:, :2]
+    boxes_xyxy[:, 0::2].clamp_(0, width)
+    boxes_xyxy[:, 1::2].clamp_(0, height)
+    keep = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(dim=1)
+    target = {'boxes': boxes_xyxy[keep], 'labels': objects.labels[keep]}
+    if objects.segmentations is not None:
+        masks = torch.zeros(len(keep), height, width, dtype=torch.uint8)
+        for mask, segmentation in zip(masks, objects.segmentations, strict=True):
+            mask |= rasterize(segmentation, height, width)
+        target['masks'] = masks[keep]
+    target['image_id'] = torch.tensor([image_id])
+    target['area'] = objects.areas[keep]
+    # The official code has an empty float tensor here for a picture without annotations.
+    target['iscrowd'] = torch.zeros(len(target['boxes']), dtype=torch.int64 if len(keep) else torch.float32)
+    target['orig_size'] = torch.tensor([height, width])
+    target['size'] = torch.tensor([height, width])
+    return target
+
+
+def check_size(path: object, found: Sequence[int], told: Sequence[int], source: object) -> None:
+    """Raise ValueError where a picture's (height, width) is not what its annotations tell; 0 = they do not tell."""
+    (height, width), (told_height, told_width) = found, told
+    if told_height > 0 and told_width > 0 and (height, width) != (told_height, told_width):
+        raise ValueError(
+            f'{path} is {width} x {height} (width x height), but {source} says {told_width} x {told_height}: '
+            'the boxes would be wrong; fetch the right picture, or store it without EXIF rotation'
+        )
+
+
+def objects_in(annotations: list[dict], reading: Reading) -> list[dict]:
+    """Without crowd regions and, if the reading says so, without tiny objects."""
+    return [a for a in annotations if not a.get('iscrowd') and not (reading.drop_tiny and is_tiny(a))]
+
+
 def objects_by_picture(annotations: list[dict], image_ids: list[int]) -> tuple[list[dict], np.ndarray]:
-    """Annotations of these pictures without crowd regions, in the order of image_ids and then of the file.
+    """Annotations of these pictures, in the order of image_ids and then of the file.
 
     Also the bounds [len(image_ids) + 1]: picture i has the objects bounds[i] to bounds[i + 1].
     """
     position = {image_id: idx for idx, image_id in enumerate(image_ids)}
-    objects = [a for a in annotations if not a.get('iscrowd') and a['image_id'] in position]
+    objects = [a for a in annotations if a['image_id'] in position]
     objects.sort(key=lambda annotation: position[annotation['image_id']])
     counts = np.zeros(len(image_ids) + 1, dtype=np.int64)
     for annotation in objects:
@@ -251,17 +277,21 @@ def rasterize(segmentation: list | dict, height: int, width: int) -> Tensor:
     return torch.from_numpy(parts.max(axis=2))
 
 
-def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> CocoDetection:
-    """The 'train' or 'val' part named by the arguments; see `find_files` for where it is looked for."""
-    image_dir, annotation_file = find_files(image_set, args)
+def reading_of(image_set: str, args: argparse.Namespace) -> Reading:
+    """How --aug and --class_ids want annotations to be read."""
     reading = Reading(getattr(args, 'class_ids', 'auto'))
     if args.aug in MMDETECTION:
         min_side = MIN_PICTURE_SIDE if image_set == 'train' else 0
         reading = replace(reading, drop_tiny=True, min_picture_side=min_side)
-    transforms = transforms_of(image_set, args)
+    return reading
+
+
+def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> CocoDetection:
+    """The 'train' or 'val' part named by the arguments; see `find_files` for where it is looked for."""
+    files, reading = find_files(image_set, args), reading_of(image_set, args)
     mix = build_mix(image_set, args)
     masks = None if mix else False
-    return CocoDetection(image_dir, annotation_file, transforms, class_map, masks, args.seed, reading, mix)
+    return CocoDetection(*files, transforms_of(image_set, args), class_map, masks, args.seed, reading, mix)
 
 
 def find_files(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:

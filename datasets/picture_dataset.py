@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch.utils.data import Dataset
@@ -37,10 +38,14 @@ class PictureDataset(Dataset):
 
     def __getitem__(self, idx: int) -> Sample:
         idx = range(len(self))[idx]
+        return self.made(idx, partial(self.untransformed, idx), self.random_item)
+
+    def made(self, idx: int, item: Callable[[], Sample], random_item: Callable[[], Sample]) -> Sample:
+        """Picture idx by its own random numbers, from where its untransformed item and that of any other come."""
         with local_seed(self.seed, int(self._epoch), idx):
-            picture, target = self.untransformed(idx)
+            picture, target = item()
             if self.mix is not None:
-                picture, target = self.mix(picture, target, self.random_item)
+                picture, target = self.mix(picture, target, random_item)
             return (picture, target) if self.transforms is None else self.transforms(picture, target)
 
     def drawn_size(self, idx: int, epoch: int, original: Sequence[int]) -> tuple[int, int]:

@@ -1,6 +1,7 @@
-"""Files that are written whole or not at all, and folders that one run has for itself."""
+"""Files and folders that are written whole or not at all, and folders that one run has for itself."""
 
 import os
+import shutil
 import socket
 import time
 import zlib
@@ -17,16 +18,22 @@ LOCK_FILE = 'run.lock'
 
 
 def save_atomically(path: str | os.PathLike, save: Callable[[Path], object]) -> None:
-    """Calls `save` with a name beside `path`, of the same suffix, then moves the file to `path`."""
+    """Calls `save` with a name beside `path`, of the same suffix, then moves the file to `path`.
+
+    `save` may also make a folder of that name; OSError if there is a folder at `path` that is not empty.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
     try:
         save(partial)
-        with partial.open('rb+') as file:
-            os.fsync(file.fileno())  # on disk before the name says so
+        if partial.is_file():
+            with partial.open('rb+') as file:
+                os.fsync(file.fileno())  # on disk before the name says so
         os.replace(partial, path)
     finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
 
 

@@ -9,13 +9,18 @@ import numpy as np
 import torch
 
 
+def mixed(*numbers: int) -> int:
+    """One seed of 63 bits for any numbers, unlike those of others."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, 'little') >> 1
+
+
 @contextmanager
 def local_seed(*numbers: int) -> Iterator[None]:
     """Inside, Python's `random` and torch's CPU generator are a pure function of the numbers; afterwards both
     are as they were before. NumPy's and the devices' generators are not touched.
     """
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    seed = int.from_bytes(digest, 'little') >> 1
+    seed = mixed(*numbers)
     python_state = random.getstate()
     torch_state = torch.default_generator.get_state()
     random.seed(seed)
