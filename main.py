@@ -24,6 +24,7 @@ from datasets import DATASETS
 from datasets.class_map import CLASS_IDS, ClassMap
 from datasets.coco_eval import STAT_NAMES, CocoEvaluator, Summary
 from datasets.loaders import begin_epoch, build_datasets, build_loader, worst_batch
+from datasets.shards import SHUFFLE_BUFFER
 from datasets.transforms import AUGMENTATIONS, LSJ_SIZE
 from engine import build_optimizer, draw_predictions, evaluate, rehearse, train_one_epoch
 from models import add_model_args, build_model, family_default, resolve_args
@@ -76,6 +77,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         data.add_argument(
             f'--{split}_ann', metavar='FILE', help=f'{split} annotations, instead of --coco_path'
         )
+        data.add_argument(
+            f'--{split}_shards',
+            metavar='PLACE',
+            help=f'{split} data in tar shards: shards.json of tools/make_shards.py, or its folder',
+        )
+    data.add_argument('--shard_buffer', default=SHUFFLE_BUFFER, type=int,
+                      help='pictures among which a loader process shuffles --train_shards; it holds their files in memory '
+                           '(default: %(default)s)')  # fmt: skip
     data.add_argument('--class_ids', default='auto', choices=CLASS_IDS,
                       help="class indices of a model. auto: COCO's 91 ids for COCO, 0 to K-1 in order of id for other data; "
                            'contiguous: 0 to K-1 for COCO too, 80 classes (default: %(default)s)')  # fmt: skip

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from datasets import build_dataset
 from datasets.class_map import ClassMap
 from datasets.samplers import AspectSampler, EpochBatches, EvalBatches, NodeSampler, SizeBatches
+from datasets.shards import ShardedCoco, ShardStream, build_shard_loader
 from util.dist import get_local_rank, get_local_size, get_rank, get_world_size
 from util.nested_tensor import collate_fn
 
@@ -49,22 +50,25 @@ def build_loader(dataset: Dataset, split: str, args: Namespace) -> DataLoader:
     resumed (`begin_epoch`).
     """
     train = split == 'train'
-    batches = build_batches(dataset, train, args)
-    if train and len(batches) < args.accum_steps:
+    if isinstance(dataset, ShardedCoco):
+        loader = build_shard_loader(dataset, args.batch_size, args.num_workers, train)
+    else:
+        loader = DataLoader(
+            dataset,
+            batch_sampler=build_batches(dataset, train, args),
+            num_workers=args.num_workers,
+            collate_fn=collate_fn,
+            persistent_workers=args.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # its own, so that loading draws nothing from the run's random numbers
+        )
+    if train and len(loader) < args.accum_steps:
         pictures = args.batch_size * args.accum_steps * get_world_size()
         raise ValueError(
             f'{len(dataset)} training pictures do not fill one step of {pictures}: lower --batch_size, --accum_steps '
             'or --total_batch_size'
         )
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=args.num_workers,
-        collate_fn=collate_fn,
-        persistent_workers=args.num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own, so that loading draws nothing from the run's random numbers
-    )
+    return loader
 
 
 def build_batches(dataset: Dataset, train: bool, args: Namespace) -> Sampler[list[int]]:
@@ -89,8 +93,12 @@ def build_batches(dataset: Dataset, train: bool, args: Namespace) -> Sampler[lis
 
 def begin_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
     """The next pass over a training loader is that of this epoch, from this batch on; what is skipped is not read."""
-    loader.dataset.set_epoch(epoch)
-    loader.batch_sampler.set_epoch(epoch, first_batch)
+    if isinstance(loader.dataset, ShardStream):
+        loader.dataset.set_epoch(epoch)
+        loader.dataset.data.start_at(first_batch)
+    else:
+        loader.dataset.set_epoch(epoch)
+        loader.batch_sampler.set_epoch(epoch, first_batch)
 
 
 def worst_batch(dataset: Dataset, batch_size: int, one_size: bool) -> tuple[tuple[int, int], int]:

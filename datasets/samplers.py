@@ -150,21 +150,27 @@ class EpochBatches(Sampler[list[int]]):
 
 class EvalBatches(Sampler[list[int]]):
     """The same batches for any number of processes, pictures in order: padding depends on what shares a batch, and the
-    metrics shall not. A process takes a run of batches; the last ones come again where they do not divide evenly.
+    metrics shall not. A process takes a run of batches; where they do not divide evenly, runs overlap.
     """
 
     def __init__(self, num_pictures: int, batch_size: int, num_replicas: int, rank: int) -> None:
-        self.num_pictures, self.batch_size, self.rank = num_pictures, batch_size, rank
-        self.total = math.ceil(num_pictures / batch_size)
-        self.share = math.ceil(self.total / num_replicas)
+        self.num_pictures, self.batch_size = num_pictures, batch_size
+        total = math.ceil(num_pictures / batch_size)
+        self.share = math.ceil(total / num_replicas)
+        self.first = min(rank * self.share, total - self.share)
 
     def __len__(self) -> int:
         return self.share
 
+    def pictures(self) -> range:
+        """All of this process, in order."""
+        behind = (self.first + self.share) * self.batch_size
+        return range(self.first * self.batch_size, min(behind, self.num_pictures))
+
     def __iter__(self) -> Iterator[list[int]]:
-        for number in range(self.rank * self.share, (self.rank + 1) * self.share):
-            start = min(number, self.total - 1) * self.batch_size
-            yield list(range(start, min(start + self.batch_size, self.num_pictures)))
+        pictures = self.pictures()
+        for start in range(0, len(pictures), self.batch_size):
+            yield list(pictures[start : start + self.batch_size])
 
 
 class SizeBatches(Sampler[list[int]]):

@@ -1,0 +1,137 @@
+"""
+A data set in tar shards: the index beside them, and reading one shard with the WebDataset library.
+
+The index, shards.json, holds what must be known before a tar is opened: categories, where the shards are and how many
+pictures each has, and for each picture, in the order of the shards, its id and size. Annotations travel with their
+pictures; the whole annotation file lies beside the index too, for evaluation.
+"""
+
+import json
+import os
+import re
+import tarfile
+import types
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from datasets.class_map import names_by_id
+
+INDEX, ANNOTATIONS = 'shards.json', 'annotations.json'
+VERSION = 1
+WRITE_AGAIN = 'fetch it again, or write the shards again with tools/make_shards.py'
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """N pictures in shards. path: of the index file; urls: what WebDataset opens, one a shard; bounds: [shards + 1], the
+    rows of shard s are bounds[s] to bounds[s + 1]; image_ids: [N]; sizes: [N, 2] height and width in pixels;
+    unsegmented: ids of pictures with an object (neither crowd nor tiny) that has no segmentation.
+    """
+
+    path: Path
+    categories: list[dict]
+    urls: list[str]
+    bounds: np.ndarray
+    image_ids: np.ndarray
+    sizes: np.ndarray
+    unsegmented: frozenset[int]
+
+    def shard_of(self, row: int) -> int:
+        """The shard that holds a picture."""
+        return int(np.searchsorted(self.bounds, row, side='right')) - 1
+
+
+def read_index(place: str | os.PathLike[str]) -> ShardIndex:
+    """place: the index, or the folder that has it. Local shards must be there with the sizes that it tells.
+
+    FileNotFoundError, ValueError: what is missing or contradicts itself, and the remedy.
+    """
+    path = Path(place) / INDEX if Path(place).is_dir() else Path(place)
+    if not path.is_file():
+        raise FileNotFoundError(f'there is no index {path}: write shards with tools/make_shards.py')
+    try:
+        data = json.loads(path.read_bytes())
+        index = parse_index(path, data)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path} is no index of shards ({error!r}): {WRITE_AGAIN}') from error
+    names_by_id(index.categories)
+    if len(set(index.image_ids.tolist())) != len(index.image_ids):
+        raise ValueError(f'{path} has a picture id twice: {WRITE_AGAIN}')
+    for url, shard in zip(index.urls, data['shards'], strict=True):
+        if is_local(url):
+            check_file(Path(url), shard['bytes'], path)
+    return index
+
+
+def parse_index(path: Path, data: dict) -> ShardIndex:
+    if data['version'] != VERSION:
+        raise ValueError(f'it is of version {data["version"]}, this code reads {VERSION}')
+    counts = [shard['pictures'] for shard in data['shards']]
+    image_ids = np.array(data['image_ids'], dtype=np.int64)
+    sizes = np.array(data['sizes'], dtype=np.int64).reshape(-1, 2)
+    if not sum(counts) == data['pictures'] == len(image_ids) == len(sizes) > 0 or min(counts) < 1:
+        raise ValueError(
+            f'shards have {sum(counts)} pictures, the total is {data["pictures"]}, ids are {len(image_ids)}'
+        )
+    return ShardIndex(
+        path,
+        data['categories'],
+        [place_of(shard['url'], path.parent) for shard in data['shards']],
+        np.cumsum([0, *counts]),
+        image_ids,
+        sizes,
+        frozenset(data['unsegmented']),
+    )
+
+
+def is_local(url: str) -> bool:
+    """A path, and neither a command (pipe:) nor an address."""
+    return re.match(r'[a-z]+:', url) is None
+
+
+def place_of(url: str, folder: Path) -> str:
+    """Paths are relative to the folder of the index; everything else is WebDataset's to open."""
+    return str((folder / url).absolute()) if is_local(url) else url
+
+
+def check_file(path: Path, size: int, index: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f'shard {path} of {index} does not exist: {WRITE_AGAIN}')
+    if path.stat().st_size != size:
+        raise ValueError(
+            f'shard {path} has {path.stat().st_size} bytes, but {index} says {size}: {WRITE_AGAIN}'
+        )
+
+
+def import_webdataset() -> types.ModuleType:
+    try:
+        import webdataset
+    except ImportError as error:
+        raise ValueError('tar shards are read and written by WebDataset: pip install webdataset') from error
+    return webdataset
+
+
+def read_samples(url: str) -> Iterator[dict]:
+    """What one shard holds, in order: a dictionary a picture with `__key__` and the bytes of each member by its suffix.
+
+    ValueError: the shard cannot be opened or read.
+    """
+    parts = import_webdataset().tariterators
+    stream = None
+    try:
+        stream = parts.gopen.gopen(url)
+        yield from parts.group_by_keys(parts.tar_file_expander([{'url': url, 'stream': stream}]))
+        while stream.read(1 << 20):
+            pass  # padding: a command that could not write all of it would seem to have failed
+        stream.close()
+    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+        reason = getattr(error, 'strerror', None) or (error.args or [error])[0]
+        raise ValueError(f'shard {url} cannot be read ({reason}): {WRITE_AGAIN}') from error
+    finally:
+        with suppress(OSError):  # a command that is left in the middle complains
+            if stream is not None:
+                stream.close()

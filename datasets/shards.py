@@ -1,0 +1,355 @@
+"""
+Pictures streamed from tar shards (tools/make_shards.py) instead of files: the same items, in an order that reads every
+shard from its beginning.
+
+An epoch is a plan of numbers that needs no shard: the shards in random order, one run of their pictures for each process
+and worker, and a buffer of each worker in which its run is shuffled. So the stream can begin at any batch: the plan is
+followed without reading, and then only what the buffer holds there is fetched.
+"""
+
+import argparse
+import json
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, groupby
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from datasets.class_map import ClassMap, names_by_id
+from datasets.coco import Objects, Reading, check_size, make_target, objects_in, reading_of
+from datasets.coco_json import Annotations, check_categories, read_annotations
+from datasets.lsj import build_mix
+from datasets.picture_dataset import Mix, PictureDataset
+from datasets.pictures import decode_file
+from datasets.samplers import EvalBatches
+from datasets.shard_index import ANNOTATIONS, WRITE_AGAIN, import_webdataset, read_index, read_samples
+from datasets.transforms import Sample, Transform, transforms_of
+from util.dist import get_rank, get_world_size
+from util.nested_tensor import collate_fn
+from util.seeding import mixed
+
+SHUFFLE_BUFFER = 1000  # pictures; about 160 MB of COCO's files a worker
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A picture as its shard has it. row: its place in the index; name: for messages; record: JSON, see make_shards."""
+
+    row: int
+    name: str
+    picture: bytes
+    record: bytes
+
+
+class ShardedCoco(PictureDataset):
+    """Items as of `CocoDetection`, with the same numbers: picture i is the i-th in order of id, wherever it is stored.
+
+    Training reads it through `ShardStream`. Indexing works, but reads a shard up to the picture. place: index, or its
+    folder; return_masks: None = if every object has a segmentation; buffer: pictures that a worker shuffles.
+    """
+
+    def __init__(
+        self,
+        place: str,
+        transforms: Transform | None = None,
+        class_map: ClassMap | None = None,
+        return_masks: bool | None = False,
+        seed: int = 0,
+        reading: Reading | None = None,
+        mix: Mix | None = None,
+        buffer: int = SHUFFLE_BUFFER,
+    ) -> None:
+        super().__init__(transforms, mix, seed)
+        import_webdataset()
+        self.index, self.reading, self.buffer = read_index(place), reading or Reading(), buffer
+        names = names_by_id(self.index.categories)
+        if class_map is not None:
+            check_categories(names, class_map)
+        self.class_map = class_map or ClassMap.numbered(self.index.categories, self.reading.class_ids)
+        self._kept = self.index.sizes.min(axis=1) >= self.reading.min_picture_side  # [rows]
+        rows = np.flatnonzero(self._kept)
+        if not len(rows):
+            raise ValueError(
+                f'all pictures of {place} have a side below {self.reading.min_picture_side} pixels'
+            )
+        self._rows = rows[np.argsort(self.index.image_ids[rows])]  # [N], the row of picture i
+        self._number = np.zeros(len(self._kept), dtype=np.int64)  # [rows], the inverse
+        self._number[self._rows] = np.arange(len(rows))
+        self.ids: list[int] = self.index.image_ids[self._rows].tolist()
+        without = self.index.unsegmented.intersection(self.ids)
+        if return_masks and without:
+            raise ValueError(f'{self.index.path}: picture {min(without)} has an object without segmentation')
+        self.return_masks = not without if return_masks is None else return_masks
+        self._start = torch.zeros((), dtype=torch.int64).share_memory_()  # as the epoch
+        self._ground_truth: Annotations | None = None
+
+    @property
+    def ground_truth(self) -> Annotations:
+        """The annotation file that lies beside the index, read when it is first asked for."""
+        if self._ground_truth is None:
+            self._ground_truth = read_annotations(self.index.path.with_name(ANNOTATIONS))
+        return self._ground_truth
+
+    def __getstate__(self) -> dict:
+        """Workers that are spawned have no use for the ground truth."""
+        return {**self.__dict__, '_ground_truth': None}
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Epoch, and the batch with which the stream begins."""
+        return int(self._epoch), int(self._start)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose an epoch, from its first batch on; reaches running workers too."""
+        super().set_epoch(epoch)
+        self._start.fill_(0)
+
+    def start_at(self, batch: int) -> None:
+        """Begin the epoch that was chosen with this batch (0 = the first): what follows is what an undisturbed epoch has
+        from there on, if processes, workers and batch size are the same. Holds until the next `set_epoch`.
+        """
+        if batch < 0:
+            raise ValueError(f'an epoch cannot start at batch {batch}')
+        self._start.fill_(batch)
+
+    def picture_sizes(self) -> np.ndarray:
+        """[N, 2] height and width of all pictures."""
+        return self.index.sizes[self._rows]
+
+    def untransformed(self, idx: int) -> Sample:
+        """The picture as it is stored, and its objects. Slow: its shard is read up to it."""
+        return self.decoded(next(self.read([int(self._rows[idx])])))
+
+    def training_rows(self, total: int) -> np.ndarray:
+        """[total] rows of the index, shard after shard, the shards in the epoch's order; others are left out at random."""
+        generator, bounds = random.Random(mixed(self.seed, int(self._epoch))), self.index.bounds
+        shards = generator.sample(range(len(self.index.urls)), len(self.index.urls))
+        rows = np.concatenate([np.arange(bounds[shard], bounds[shard + 1]) for shard in shards])
+        rows = rows[self._kept[rows]]
+        return np.delete(rows, generator.sample(range(len(rows)), len(rows) - total))
+
+    def evaluation_rows(self) -> np.ndarray:
+        """[N] rows of the index, in its order."""
+        return np.flatnonzero(self._kept)
+
+    def read(self, rows: Sequence[int]) -> Iterator[Stored]:
+        """Pictures of these rows; those of a shard ascend and stand together. Other shards are not opened.
+
+        ValueError: a shard cannot be read, or is not what the index says.
+        """
+        for shard, group in groupby(rows, self.index.shard_of):
+            yield from self._read_shard(shard, list(group))
+
+    def _read_shard(self, shard: int, rows: list[int]) -> Iterator[Stored]:
+        url, (first, behind) = self.index.urls[shard], self.index.bounds[shard : shard + 2].tolist()
+        wanted, found = set(rows), 0
+        for row, sample in zip(count(first), read_samples(url)):
+            found += 1
+            if row in wanted:
+                yield self._stored(url, row, sample)
+            if row == rows[-1] and row + 1 < behind:
+                return
+        if found != behind - first:
+            raise ValueError(
+                f'shard {url} holds {found} pictures, but {self.index.path} says {behind - first}: {WRITE_AGAIN}'
+            )
+
+    def _stored(self, url: str, row: int, sample: dict) -> Stored:
+        members = [name for name in sample if not name.startswith('__')]
+        pictures = [name for name in members if name != 'json']
+        key = sample['__key__']
+        if len(pictures) != 1 or len(members) != 2:
+            raise ValueError(f'shard {url}: {key} is {members}, not a picture and a json: {WRITE_AGAIN}')
+        expected = int(self.index.image_ids[row])
+        if key != f'{expected:012d}':
+            raise ValueError(
+                f'shard {url} has picture {key} where {self.index.path} has {expected}: {WRITE_AGAIN}'
+            )
+        return Stored(row, f'shard {url}: {key}.{pictures[0]}', sample[pictures[0]], sample['json'])
+
+    def decoded(self, stored: Stored) -> Sample:
+        """The picture, and its objects as `CocoDetection` reads them."""
+        picture = decode_file(stored.name, stored.picture)
+        height, width = picture.shape[1:]
+        check_size(stored.name, (height, width), self.index.sizes[stored.row], self.index.path)
+        try:
+            annotations = objects_in(json.loads(stored.record)['annotations'], self.reading)
+            objects = Objects.read(annotations, self.class_map, self.return_masks)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{stored.name} has bad annotations ({error!r}): {WRITE_AGAIN}') from error
+        return picture, make_target(objects, int(self.index.image_ids[stored.row]), height, width)
+
+    def item(self, stored: Stored, others: Sequence[Stored]) -> Sample:
+        """What indexing gives, but that --aug lsj takes its second picture from `others`."""
+        return self.made(
+            int(self._number[stored.row]),
+            partial(self.decoded, stored),
+            lambda: self.decoded(random.choice(others)),
+        )
+
+
+class ShufflePool:
+    """Which picture of a run comes next, where at most `capacity` of them are held to choose from. Positions only.
+
+    slots: positions that are held; the last ones, from `fresh` on, have been drawn and are kept because nothing is left
+    to take their place. taken: positions that have been held so far.
+    """
+
+    def __init__(self, length: int, capacity: int, generator: random.Random) -> None:
+        self.length, self.generator = length, generator
+        self.slots = list(range(min(length, capacity)))
+        self.taken = self.fresh = len(self.slots)
+
+    def draw(self) -> int:
+        slot = self.generator.randrange(self.fresh)
+        drawn = self.slots[slot]
+        if self.taken < self.length:
+            self.slots[slot] = self.taken
+            self.taken += 1
+        else:
+            self.fresh -= 1
+            self.slots[slot], self.slots[self.fresh] = self.slots[self.fresh], drawn
+        return drawn
+
+
+class ShardStream(IterableDataset):
+    """One process's pictures of an epoch, for a loader that makes batches of `batch_size`.
+
+    Training: every process has total // (world_size x batch_size) batches, and every one of its workers a run of
+    pictures in the epoch's order of shards. Nothing is seen twice; as many as that division leaves, drawn at random, are
+    left out in this epoch. Runs need not end where shards do, so any number of shards will do: a shard at such
+    a place is read by both. Evaluation: as `samplers.EvalBatches`.
+
+    The order depends on seed, epoch, and the numbers of processes, workers and pictures a batch.
+    """
+
+    def __init__(self, data: ShardedCoco, batch_size: int, train: bool, rank: int, world_size: int) -> None:
+        self.data, self.batch_size, self.train = data, batch_size, train
+        self.rank, self.world_size = rank, world_size
+        self.num_batches = len(data) // world_size // batch_size
+        if not train:
+            self.batches = EvalBatches(len(data), batch_size, world_size, rank)
+            self.num_batches = len(self.batches)
+
+    def __len__(self) -> int:
+        """Pictures of this process, those before `start_at` included."""
+        return len(self.share())
+
+    def set_epoch(self, epoch: int) -> None:
+        self.data.set_epoch(epoch)
+
+    def share(self) -> range:
+        """This process's run of the epoch's order."""
+        if self.train:
+            length = self.num_batches * self.batch_size
+            return range(self.rank * length, (self.rank + 1) * length)
+        return self.batches.pictures()
+
+    def rows(self) -> np.ndarray:
+        """The epoch's order for all processes, as rows of the index."""
+        if self.train:
+            return self.data.training_rows(self.num_batches * self.batch_size * self.world_size)
+        return self.data.evaluation_rows()
+
+    def turn(self, start: int) -> tuple[int, range, int]:
+        """Which worker's work this one does, its run, and how many pictures of it come before batch `start`.
+
+        A loader asks its workers in turn, beginning with the first: batch b is the work of worker b % workers, and
+        the first worker begins with batch `start`.
+        """
+        info = get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        turn = (worker + start) % workers
+        ends = np.cumsum([0, *(len(range(i, self.num_batches, workers)) for i in range(workers))]).tolist()
+        run = self.share()[ends[turn] * self.batch_size : ends[turn + 1] * self.batch_size]
+        return turn, run, len(range(turn, start, workers)) * self.batch_size
+
+    def __iter__(self) -> Iterator[Sample]:
+        epoch, start = self.data.place
+        if start > self.num_batches:
+            raise ValueError(
+                f'batch {start} of an epoch of {self.num_batches}: was it begun with other data?'
+            )
+        turn, run, skipped = self.turn(start)
+        rows = self.rows()[run.start : run.stop]
+        generator = random.Random(mixed(self.data.seed, epoch, self.rank, turn))
+        pool = ShufflePool(len(rows), self.data.buffer if self.train else 1, generator)
+        for _ in range(min(skipped, len(rows))):
+            pool.draw()
+        needed = sorted({*pool.slots, *range(pool.taken, len(rows))})
+        arriving = zip(needed, self.data.read(rows[needed].tolist()), strict=True)
+        held: dict[int, Stored] = {}
+        for _ in range(len(rows) - skipped):
+            drawn = pool.draw()
+            for position, stored in arriving:
+                held[position] = stored
+                if position + 1 >= pool.taken:
+                    break
+            others = [held[position] for position in pool.slots] if self.data.mix is not None else ()
+            yield self.data.item(held[drawn], others)
+            if pool.taken < len(rows):
+                del held[drawn]
+
+
+def build_shards(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> ShardedCoco:
+    """The 'train' or 'val' part, where --train_shards or --val_shards is given."""
+    check_flags(image_set, args)
+    mix = build_mix(image_set, args)
+    return ShardedCoco(
+        getattr(args, f'{image_set}_shards'),
+        transforms_of(image_set, args),
+        class_map,
+        None if mix else False,
+        args.seed,
+        reading_of(image_set, args),
+        mix,
+        args.shard_buffer,
+    )
+
+
+def check_flags(image_set: str, args: argparse.Namespace) -> None:
+    """Refuse what makes no sense with shards."""
+    flag = f'--{image_set}_shards'
+    if args.dataset_file != 'coco':
+        raise ValueError(f'{flag} holds data in COCO form: leave --dataset_file {args.dataset_file} out')
+    for other in (f'{image_set}_images', f'{image_set}_ann'):
+        if getattr(args, other) is not None:
+            raise ValueError(f'{flag} and --{other} name the same pictures twice: give one of them')
+    if args.cache_mode:
+        raise ValueError(f'--cache_mode keeps picture files, and {flag} has none: leave it out')
+    if args.group_aspect_ratio and image_set == 'train':
+        raise ValueError(
+            f'--group_aspect_ratio chooses pictures for a batch, and {flag} streams them: leave it out'
+        )
+    if args.shard_buffer < 1:
+        raise ValueError(f'--shard_buffer must be at least 1, not {args.shard_buffer}')
+
+
+def build_shard_loader(
+    dataset: ShardedCoco,
+    batch_size: int,
+    num_workers: int,
+    train: bool,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> DataLoader:
+    """Batches of a process. rank, world_size: its place, by default that of the process group. Its length is that of
+    the whole epoch, also after `start_at`.
+    """
+    rank = get_rank() if rank is None else rank
+    stream = ShardStream(dataset, batch_size, train, rank, world_size or get_world_size())
+    return DataLoader(
+        stream,
+        batch_size,
+        drop_last=train,
+        num_workers=num_workers,
+        collate_fn=collate_fn,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own, so that loading draws nothing from the run's random numbers
+    )

@@ -1,0 +1,151 @@
+"""
+Tar shards from a data set in COCO form, for --train_shards and --val_shards of main.py.
+
+  python tools/make_shards.py --coco_path DATA --image_set train --output shards/train
+  python tools/make_shards.py --images my/train --ann my/train.json --output shards/train --shard_size 500MB
+  python tools/make_shards.py ... --url 'pipe:aws s3 cp s3://bucket/train/{file} -'    where the shards will be
+
+A shard holds for each picture its file, unchanged, and a JSON with image_id, file_name, height, width and annotations. The
+index, shards.json, and the annotation file lie beside the shards. All is written, or nothing.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import sys
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from datasets.coco import Reading, check_size, find_files, objects_in
+from datasets.coco_json import Annotations, check_annotations, check_pictures, read_annotations
+from datasets.pictures import stored_size
+from datasets.shard_index import ANNOTATIONS, INDEX, VERSION, import_webdataset
+from util.files import save_atomically
+
+UNITS = {'MB': 10**6, 'GB': 10**9}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        'make_shards.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        '--coco_path', metavar='DIR', help='folder of a data set in a usual layout, as in main.py'
+    )
+    parser.add_argument(
+        '--image_set',
+        default='train',
+        choices=('train', 'val'),
+        help='part of --coco_path (default: %(default)s)',
+    )
+    parser.add_argument('--images', metavar='DIR', help='pictures, instead of --coco_path')
+    parser.add_argument('--ann', metavar='FILE', help='annotations, instead of --coco_path')
+    parser.add_argument('--output', required=True, metavar='DIR', help='new folder for shards and index')
+    parser.add_argument('--shard_size', default='1000', metavar='SIZE',
+                        help='pictures a shard, or its size: 300MB, 1GB (default: %(default)s)')  # fmt: skip
+    parser.add_argument('--shuffle', type=int, metavar='SEED',
+                        help='order of the pictures at random, for data whose neighbours are alike (default: by id)')  # fmt: skip
+    parser.add_argument('--url', default='{file}',
+                        help='what the index says of where a shard is: a path from the index, or anything that WebDataset '
+                             'opens (default: %(default)s)')  # fmt: skip
+    return parser
+
+
+def shard_limit(text: str) -> dict[str, float]:
+    """WebDataset's limit of a shard: of pictures or of bytes. ValueError: neither."""
+    number, unit = (text[:-2], text[-2:].upper()) if text[-2:].upper() in UNITS else (text, '')
+    if not number.isdecimal() or int(number) < 1:
+        raise ValueError(f'--shard_size {text}: give a number of pictures, 1000, or a size, 300MB or 1GB')
+    if unit:
+        return {'maxcount': sys.maxsize, 'maxsize': int(number) * UNITS[unit]}
+    return {'maxcount': int(number), 'maxsize': sys.maxsize}
+
+
+def described(data: Annotations, folder: Path, file: Path, seed: int | None) -> Iterator[dict]:
+    """A record a picture, as shards hold it, in order of id, or shuffled. ValueError: a picture is not of the size
+    that the annotations tell.
+    """
+    annotations: dict[int, list[dict]] = {image['id']: [] for image in data['images']}
+    for annotation in data['annotations']:
+        annotations[annotation['image_id']].append(annotation)
+    images = sorted(data['images'], key=lambda image: image['id'])
+    if seed is not None:
+        random.Random(seed).shuffle(images)
+    for image in images:
+        path = folder / image['file_name']
+        height, width = stored_size(path)
+        check_size(path, (height, width), (image.get('height') or 0, image.get('width') or 0), file)
+        record = {'image_id': image['id'], 'file_name': image['file_name'], 'height': height, 'width': width}
+        yield record | {'annotations': annotations[image['id']]}
+
+
+def write_shards(
+    records: Iterator[dict], pictures: Path, output: Path, limit: dict[str, float], url: str
+) -> dict:
+    """Shards of the records. Returns the index but for the categories."""
+    counts: Counter[str] = Counter()
+    image_ids, sizes, unsegmented = [], [], []
+    writer = import_webdataset().ShardWriter(
+        str(output).replace('%', '%%') + '/%06d.tar', **limit, verbose=0, encoder=False, mtime=0
+    )
+    with writer:
+        for record in records:
+            path = pictures / record['file_name']
+            suffix = path.suffix[1:].lower()
+            name = suffix if suffix.isalnum() and suffix != 'json' else 'picture'
+            key = f'{record["image_id"]:012d}'
+            writer.write({'__key__': key, name: path.read_bytes(), 'json': json.dumps(record).encode()})
+            counts[Path(writer.fname).name] += 1
+            image_ids.append(record['image_id'])
+            sizes.append([record['height'], record['width']])
+            objects = objects_in(record['annotations'], Reading(drop_tiny=True))
+            if not all(a.get('segmentation') for a in objects):
+                unsegmented.append(record['image_id'])
+    shards = [
+        {'url': url.replace('{file}', name), 'pictures': count, 'bytes': (output / name).stat().st_size}
+        for name, count in counts.items()
+    ]
+    totals = {'pictures': len(image_ids), 'bytes': sum(shard['bytes'] for shard in shards)}
+    return totals | {'shards': shards, 'unsegmented': unsegmented, 'image_ids': image_ids, 'sizes': sizes}
+
+
+def make_shards(args: Namespace) -> str:
+    """Writes the folder; returns what was done. ValueError: it exists, or data that cannot be trained on."""
+    output, limit = Path(args.output), shard_limit(args.shard_size)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f'{output} exists: choose another --output, or remove it')
+    if '{file}' not in args.url:
+        raise ValueError(f'--url {args.url} needs {{file}} where the name of a shard goes')
+    places = {f'{args.image_set}_images': args.images, f'{args.image_set}_ann': args.ann}
+    folder, file = find_files(args.image_set, Namespace(coco_path=args.coco_path, **places))
+    data = read_annotations(file)
+    check_annotations(data, file)
+    check_pictures(data['images'], folder, file)
+
+    def write(partial: Path) -> None:
+        partial.mkdir()
+        records = described(data, folder, file, args.shuffle)
+        index = {
+            'version': VERSION,
+            'categories': data['categories'],
+            'annotations': len(data['annotations']),
+        }
+        index |= write_shards(records, folder, partial, limit, args.url)
+        shutil.copyfile(file, partial / ANNOTATIONS)
+        (partial / INDEX).write_text(json.dumps(index))
+
+    save_atomically(output, write)
+    index = json.loads((output / INDEX).read_bytes())
+    return f'{output}: {index["pictures"]} pictures in {len(index["shards"])} shards, {index["bytes"] / 1e6:.1f} MB'
+
+
+if __name__ == '__main__':
+    try:
+        print(make_shards(get_args_parser().parse_args()))
+    except (ValueError, OSError) as error:
+        sys.exit(f'error: {error}')
