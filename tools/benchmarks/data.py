@@ -1,4 +1,4 @@
-"""From JPEG files to network input: Pillow and floats against our loader."""
+"""From JPEG files to network input: Pillow and floats against our loader, and files against tar shards."""
 
 import argparse
 import statistics
@@ -16,6 +16,7 @@ from torchvision.transforms import functional as classic
 
 from datasets.pictures import read_picture
 from datasets.transforms import MEAN, STD, Compose, Target, make_transforms
+from tools.benchmarks.shards import report_shards
 from util.seeding import local_seed
 
 Loader = Callable[[Path, Target, Compose], tuple[Tensor, Target]]
@@ -48,6 +49,9 @@ def benchmark_data(args: argparse.Namespace) -> None:
                 f'\n{name}: largest pixel difference {check_agreement(samples, args.seed):.2f}/255, boxes equal'
             )
             report_speed(samples, args)
+        root = Path(args.coco_path or folder)
+        with tempfile.TemporaryDirectory() as place:
+            report_shards(root, paths, Path(place), args)
 
 
 def find_pictures(root: str) -> list[Path]:
