@@ -56,9 +56,9 @@ def read_index(place: str | os.PathLike[str]) -> ShardIndex:
     try:
         data = json.loads(path.read_bytes())
         index = parse_index(path, data)
+        names_by_id(index.categories)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path} is no index of shards ({error!r}): {WRITE_AGAIN}') from error
-    names_by_id(index.categories)
     if len(set(index.image_ids.tolist())) != len(index.image_ids):
         raise ValueError(f'{path} has a picture id twice: {WRITE_AGAIN}')
     for url, shard in zip(index.urls, data['shards'], strict=True):

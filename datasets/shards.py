@@ -5,11 +5,14 @@ shard from its beginning.
 An epoch is a plan of numbers that needs no shard: the shards in random order, one run of their pictures for each process
 and worker, and a buffer of each worker in which its run is shuffled. So the stream can begin at any batch: the plan is
 followed without reading, and then only what the buffer holds there is fetched.
+
+The second picture of --aug lsj comes from that buffer as well: any other one would cost the reading of its shard. It is
+not the one that files would give, and depends on the numbers of processes and workers, but a stream that begins later has
+the same.
 """
 
 import argparse
 import json
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +30,14 @@ from datasets.lsj import build_mix
 from datasets.picture_dataset import Mix, PictureDataset
 from datasets.pictures import decode_file
 from datasets.samplers import EvalBatches
-from datasets.shard_index import ANNOTATIONS, WRITE_AGAIN, import_webdataset, read_index, read_samples
+from datasets.shard_index import (
+    ANNOTATIONS,
+    WRITE_AGAIN,
+    ShardIndex,
+    import_webdataset,
+    read_index,
+    read_samples,
+)
 from datasets.transforms import Sample, Transform, transforms_of
 from util.dist import get_rank, get_world_size
 from util.nested_tensor import collate_fn
@@ -67,10 +77,7 @@ class ShardedCoco(PictureDataset):
         super().__init__(transforms, mix, seed)
         import_webdataset()
         self.index, self.reading, self.buffer = read_index(place), reading or Reading(), buffer
-        names = names_by_id(self.index.categories)
-        if class_map is not None:
-            check_categories(names, class_map)
-        self.class_map = class_map or ClassMap.numbered(self.index.categories, self.reading.class_ids)
+        self.class_map = classes_of(self.index, class_map, self.reading.class_ids)
         self._kept = self.index.sizes.min(axis=1) >= self.reading.min_picture_side  # [rows]
         rows = np.flatnonzero(self._kept)
         if not len(rows):
@@ -191,6 +198,17 @@ class ShardedCoco(PictureDataset):
             partial(self.decoded, stored),
             lambda: self.decoded(random.choice(others)),
         )
+
+
+def classes_of(index: ShardIndex, class_map: ClassMap | None, class_ids: str) -> ClassMap:
+    """The class map that is settled, if any. ValueError: the index has other classes."""
+    if class_map is None:
+        return ClassMap.numbered(index.categories, class_ids)
+    try:
+        check_categories(names_by_id(index.categories), class_map)
+    except ValueError as error:
+        raise ValueError(f'{index.path}: {error}') from error
+    return class_map
 
 
 class ShufflePool:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 import main
 from datasets import build_dataset
+from datasets.class_map import ClassMap
 from datasets.coco import MIN_PICTURE_SIDE, CocoDetection, Reading
 from datasets.coco_eval import CocoEvaluator
 from datasets.lsj import LargeScaleJitter
@@ -419,6 +420,7 @@ def test_an_index_that_contradicts_itself_or_the_folder_is_refused(write: Write,
         ({'version': 9}, 'version 9'),
         ({'image_ids': [3] * PICTURES}, 'id twice'),
         ({'shards': None}, 'is no index'),
+        ({'categories': []}, 'no categories'),
     ):
         (place / 'other.json').write_text(json.dumps(index | change))
         with pytest.raises(ValueError, match=message):
@@ -460,6 +462,18 @@ def test_nothing_is_overwritten_and_nothing_is_left_half(files: Path, write: Wri
     with pytest.raises(ValueError, match=r'annotation 1 .* has bbox'):
         write('--ann', str(tmp_path / 'wrong.json'))
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_empty_folder_may_be_there(write: Write, tmp_path: Path) -> None:
+    (tmp_path / 'shards1').mkdir()
+    assert write() == tmp_path / 'shards1'
+    assert len(small_data(tmp_path / 'shards1')) == PICTURES
+
+
+def test_other_classes_are_refused(shards: Path) -> None:
+    other = ClassMap.from_categories([{'id': 7, 'name': 'dog'}])
+    with pytest.raises(ValueError, match=r'shards.json: category 7 is "cat" here'):
+        small_data(shards, class_map=other)
 
 
 def test_shards_have_a_size_in_bytes_too(write: Write) -> None:
