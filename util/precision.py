@@ -1,27 +1,100 @@
-"""16-bit arithmetic: not there yet."""
+"""
+In how many bits a training step computes: mixed precision (arXiv:1710.03740) and TensorFloat-32.
 
-from contextlib import nullcontext
+Parameters, and whatever places or compares boxes, stay float32: the modules that need it say so themselves
+(`without_autocast`, `full_precision`).
+"""
 
-from torch import nn
+import warnings
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {'off': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 class Precision:
-    def __init__(self, mode, device):
-        pass
+    """How a model's forward, the backward pass and the optimizer step run on a device.
 
-    def autocast(self):
-        return nullcontext()
+    mode: `off`, `bf16` or `fp16`, whose gradients are scaled so that small ones do not vanish; a step whose gradients
+    overflow is left out, and the scale halved. ValueError: the device cannot.
+    """
 
-    def backward(self, loss):
-        loss.backward()
+    def __init__(self, mode: str, device: torch.device) -> None:
+        check_mode(mode, device)
+        self.device_type, self.dtype = device.type, DTYPES[mode]
+        self.scaler = torch.amp.GradScaler(device.type) if mode == 'fp16' else None
 
-    def step(self, optimizer, model, max_norm):
+    def autocast(self) -> AbstractContextManager:
+        """Around the forward of the model, no more."""
+        return nullcontext() if self.dtype is None else torch.autocast(self.device_type, self.dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, trained: nn.Module | Iterable[Tensor], max_norm: float = 0.0
+    ) -> None:
+        """trained: the model or its parameters. max_norm: their gradient is clipped to this norm; 0 = not at all."""
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
         if max_norm > 0:
-            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        optimizer.step()
+            parameters = trained.parameters() if isinstance(trained, nn.Module) else trained
+            nn.utils.clip_grad_norm_(parameters, max_norm)
+        if self.scaler is None:
+            optimizer.step()
+        else:
+            self.scaler.step(optimizer)
+            self.scaler.update()
 
-    def state_dict(self):
-        return {}
+    def state_dict(self) -> dict:
+        """Of the scaler; empty without one."""
+        return {} if self.scaler is None else self.scaler.state_dict()
 
-    def load_state_dict(self, state):
-        pass
+    def load_state_dict(self, state: dict) -> None:
+        """An empty one, of a run in another precision, leaves the scale at its start."""
+        if self.scaler is not None and state:
+            self.scaler.load_state_dict(state)
+
+
+def check_mode(mode: str, device: torch.device) -> None:
+    if mode not in DTYPES:
+        raise ValueError(f'unknown precision {mode}: choose of {", ".join(DTYPES)}')
+    if mode == 'off':
+        return
+    if not torch.amp.is_autocast_available(device.type):
+        raise ValueError(f'{mode} needs autocast, which {device.type} devices do not have: turn it off')
+    if mode == 'fp16' and device.type not in ('cpu', 'cuda'):
+        raise ValueError(
+            f'fp16 needs scaled gradients, which are for CUDA and CPU, not {device.type}: use bf16'
+        )
+    if mode == 'bf16' and device.type == 'cuda' and not torch.cuda.is_bf16_supported(False):
+        raise ValueError(f'{torch.cuda.get_device_name(device)} does not compute in bf16: use fp16')
+
+
+def set_tf32(allowed: bool | None) -> None:
+    """float32 products of a GPU on TensorFloat-32 units, with 10 bits of the mantissa, or exactly; None: PyTorch's
+    default, exact matrix products and TF32 convolutions.
+    """
+    if allowed is None:
+        return
+    with warnings.catch_warnings():
+        # PyTorch 2.9 and 2.10 announce another interface here; its compiler still reads this one, and not both at once.
+        warnings.filterwarnings('ignore', message='.*TF32')
+        torch.set_float32_matmul_precision('high' if allowed else 'highest')
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Inside, operations on the device of x keep the precision of what they are given."""
+    # Nothing where nothing changes: exported programs have no place for it.
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """16-bit numbers as float32, others as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
