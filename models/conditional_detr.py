@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .heads import MLP, inverse_sigmoid
+from .heads import MLP, ExactMLP, inverse_sigmoid
 from .position_encoding import sine_embedding
 from .structures import LayerOutput, Memory, QueryGroup, attention_blocks
 from .transformer import Blocks, call_layer, clones, read_twice
@@ -134,7 +134,7 @@ class ConditionalDecoder(nn.Module):
         self.norm = norm
         # Read from the second layer on; a parameter that is never used would stop distributed training.
         self.query_scale = MLP(d_model, d_model, d_model, num_layers=2) if num_layers > 1 else None
-        self.ref_point_head = MLP(d_model, d_model, 2, num_layers=2)
+        self.ref_point_head = ExactMLP(d_model, d_model, 2, num_layers=2)
 
     @torch.no_grad()
     def start_local(self, gain: float) -> None:

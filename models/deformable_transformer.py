@@ -4,7 +4,7 @@ several feature maps. With box refinement (Sec. 4.2), each decoder layer correct
 two stages, the encoder's best proposals are the first boxes.
 
 Shapes travel as plain integers. References, valid ratios and proposals are float32 whatever the model's
-precision, as in the official code.
+precision, as in the official code, and under autocast.
 """
 
 from dataclasses import replace
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .heads import add_reference, inverse_sigmoid
+from .heads import ExactLinear, add_reference, inverse_sigmoid
 from .ops.functions import exporting
 from .ops.modules import MSDeformAttn
 from .ops.modules.ms_deform_attn import level_sizes
@@ -190,7 +190,7 @@ class DeformableTransformer(nn.Module):
                 self.pos_trans = nn.Linear(2 * d_model, 2 * d_model)
                 self.pos_trans_norm = nn.LayerNorm(2 * d_model)
         else:
-            self.reference_points = nn.Linear(d_model, 2)
+            self.reference_points = ExactLinear(d_model, 2)
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
@@ -226,7 +226,7 @@ class DeformableTransformer(nn.Module):
         return self.encoder(memory)
 
     def propose(
-        self, memory: Memory, class_head: nn.Linear, box_head: nn.Module, num_proposals: int
+        self, memory: Memory, class_head: ExactLinear, box_head: nn.Module, num_proposals: int
     ) -> tuple[Tensor, Prediction | None]:
         """First stage: the boxes [B, num_proposals, 4] with the best logit of class 0, which stands for 'object'
         here; gradients do not pass. While training also the prediction of every token, kind 'enc'.
@@ -240,8 +240,7 @@ class DeformableTransformer(nn.Module):
             best = everywhere.logits[..., 0].topk(num_proposals, dim=1).indices
             return pick(everywhere.boxes, best).detach(), everywhere
         # At inference only the selected tokens need a box, and none of them other classes.
-        score = F.linear(features, class_head.weight[:1], class_head.bias[:1])[..., 0]
-        best = score.topk(num_proposals, dim=1).indices
+        best = class_head.first(features).topk(num_proposals, dim=1).indices
         return (box_head(pick(features, best)) + pick(anchors, best)).sigmoid(), None
 
     def proposal_features(self, memory: Memory, num_proposals: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,9 @@
-"""What reads classes and boxes from decoder states, and the arithmetic of reference points."""
+"""
+What reads classes and boxes from decoder states, and the arithmetic of reference points.
+
+Heads keep the precision of their parameters under autocast: bfloat16 has steps of 1/32 around the logits that focal
+losses begin with, which makes ties of best scores, and of several pixels in boxes. Heads are small.
+"""
 
 import math
 from itertools import pairwise
@@ -6,6 +11,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from util.precision import without_autocast
 
 
 class MLP(nn.Module):
@@ -22,19 +29,40 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
-def class_head(hidden_dim: int, num_outputs: int, prior: float | None = None) -> nn.Linear:
+class ExactLinear(nn.Linear):
+    """A linear layer in the precision of its parameters, under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with without_autocast(x):
+            return super().forward(x.to(self.weight.dtype))
+
+    def first(self, x: Tensor) -> Tensor:
+        """The first output alone, [..., n] to [...]."""
+        with without_autocast(x):
+            return F.linear(x.to(self.weight.dtype), self.weight[:1], self.bias[:1])[..., 0]
+
+
+class ExactMLP(MLP):
+    """The same of `MLP`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with without_autocast(x):
+            return super().forward(x.to(self.layers[0].weight.dtype))
+
+
+def class_head(hidden_dim: int, num_outputs: int, prior: float | None = None) -> ExactLinear:
     """Class logits. `prior`: the probability that a focal-loss head starts with (RetinaNet Sec. 4.1)."""
-    head = nn.Linear(hidden_dim, num_outputs)
+    head = ExactLinear(hidden_dim, num_outputs)
     if prior is not None:
         nn.init.constant_(head.bias, -math.log((1 - prior) / prior))
     return head
 
 
-def box_head(hidden_dim: int, start_at_reference: bool = False) -> MLP:
+def box_head(hidden_dim: int, start_at_reference: bool = False) -> ExactMLP:
     """Box numbers in logit space; `start_at_reference` zeroes the last layer, so that boxes begin as the
     reference.
     """
-    head = MLP(hidden_dim, hidden_dim, 4, num_layers=3)
+    head = ExactMLP(hidden_dim, hidden_dim, 4, num_layers=3)
     if start_at_reference:
         nn.init.zeros_(head.layers[-1].weight)
         nn.init.zeros_(head.layers[-1].bias)

@@ -16,8 +16,7 @@ from models.deformable_transformer import valid_sizes
 from models.structures import Memory
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
 from util.dist import all_reduce_sum, get_world_size
-
-from .matcher import full_precision
+from util.precision import full_precision
 
 EPS = torch.finfo(torch.float32).eps  # added to every divisor, whatever the precision
 SMALLEST_AREA = 1e-6  # square pixels, of unions and hulls

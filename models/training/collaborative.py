@@ -5,8 +5,6 @@ Training only. Each head brings its own losses (Sec. 3.2) and a group of queries
 (Sec. 3.3).
 """
 
-from contextlib import AbstractContextManager
-
 import torch
 from torch import Tensor, nn
 
@@ -14,11 +12,11 @@ from models.deformable_transformer import pick
 from models.heads import inverse_sigmoid
 from models.structures import Assignment, Memory, QueryGroup
 from util.box_ops import box_xyxy_to_cxcywh
+from util.precision import full_precision, without_autocast
 
 from .anchors import BACKGROUND, Pictures, Samples, permutation
 from .atss import ATSS
 from .faster_rcnn import FasterRCNN
-from .matcher import full_precision
 from .positions import BoxPositions
 
 HEADS = {'faster_rcnn': FasterRCNN, 'atss': ATSS}
@@ -64,18 +62,13 @@ class CollaborativeHeads(nn.Module):
         unweighted losses.
         """
         samples, losses = {}, {}
-        with self.without_autocast(memory):
+        with without_autocast(memory.tokens):  # pixel coordinates and losses are never computed in 16 bit
             maps, pictures = self.maps(memory), Pictures.of(memory, targets)
             for name, head in self.heads.items():
                 more, samples[name] = head(maps, pictures, self.pos_feats_trans is not None)
                 losses |= more
             groups = [self.queries(name, places, pictures.sizes) for name, places in samples.items()]
         return groups, losses
-
-    @staticmethod
-    def without_autocast(memory: Memory) -> AbstractContextManager:
-        """Pixel coordinates and losses are never computed in 16 bit."""
-        return torch.autocast(memory.tokens.device.type, enabled=False)
 
     def maps(self, memory: Memory) -> list[Tensor]:
         """Encoder tokens as maps [B, C, H, W], and one of half the size beyond."""
@@ -111,7 +104,7 @@ class CollaborativeHeads(nn.Module):
         """What one head finds by itself: `candidates`, a dictionary a picture of `scores` [N], `labels` [N] and `boxes`
         [N, 4] cxcywh in [0, 1], before suppression.
         """
-        with self.without_autocast(memory):
+        with without_autocast(memory.tokens):
             sizes = Pictures.of(memory, None).sizes
             found = self.heads[name].detect(self.maps(memory), sizes)
         for candidates, size in zip(found, sizes, strict=True):

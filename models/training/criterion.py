@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.structures import Assignment, Prediction, Supervision
 from util.dist import all_gather_object, all_reduce_sum, get_world_size
+from util.precision import without_autocast
 
 from .ledger import epoch_ledger
 from .losses import Stack, box_losses, cardinality_error, class_error, from_host
@@ -189,4 +190,5 @@ def weighted_sum(losses: dict[str, Tensor], weight_dict: dict[str, float]) -> Te
     """The number that is minimised, over the terms that have a coefficient."""
     names = [name for name in losses if name in weight_dict]
     values = torch.stack([losses[name] for name in names])
-    return values @ from_host([weight_dict[name] for name in names], values)
+    with without_autocast(values):  # a product of matrices, to autocast
+        return values @ from_host([weight_dict[name] for name in names], values)

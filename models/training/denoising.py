@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from models.heads import inverse_sigmoid
 from models.structures import Assignment, Memory, QueryGroup
 from util.box_ops import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
+from util.precision import without_autocast
 
 from .positions import BoxPositions
 
@@ -52,7 +53,7 @@ class Denoising(nn.Module):
         slot = (copies * most + number).flatten()
         place = (picture.repeat(2 * num_groups).to(labels.device), slot.to(labels.device))
         shape = len(counts), 2 * num_groups * most
-        embedded = self.label_embedding(labels).to(memory.tokens.dtype)
+        embedded = self.label_embedding(labels)
         tgt = embedded.new_zeros(*shape, embedded.shape[-1]).index_put(place, embedded)
         reference = logits.new_zeros(*shape, 4).index_put(place, logits).sigmoid()
         positives = Assignment(
@@ -61,7 +62,8 @@ class Denoising(nn.Module):
             torch.arange(total).repeat(num_groups),
             self.count(counts),
         )
-        query_pos = None if self.positions is None else self.positions(reference)
+        with without_autocast(reference):
+            query_pos = None if self.positions is None else self.positions(reference)
         group = QueryGroup('dn', tgt, query_pos, reference, ('one2one',), 2 * most, positives)
         return [group], {}
 

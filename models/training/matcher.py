@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from models.structures import Assignment, Prediction
 from util.box_ops import box_cxcywh_to_xyxy, box_iou, generalized_box_iou
+from util.precision import full_precision
 
 
 @dataclass
@@ -67,11 +68,6 @@ def stack_predictions(rows: list[Prediction]) -> Prediction:
 def stack_layers(layers: list[Tensor]) -> Tensor:
     """A single one is not copied."""
     return layers[0][None] if len(layers) == 1 else torch.stack(layers)
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """Costs and losses are never computed in 16 bit."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def focal_cost(

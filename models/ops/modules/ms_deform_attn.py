@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.ops.functions.ms_deform_attn_func import Shapes, as_shapes, ms_deform_attn
+from util.precision import full_precision
 
 
 def level_sizes(spatial_shapes: Shapes, like: Tensor) -> Tensor:
@@ -85,20 +86,24 @@ class MSDeformAttn(nn.Module):
         grid = self.n_heads, self.n_levels, self.n_points
         offsets = self.sampling_offsets(query).unflatten(-1, (*grid, 2))  # [N, Q, M, L, P, 2]
         weights = self.attention_weights(query).unflatten(-1, (self.n_heads, -1))
-        weights = F.softmax(weights, dim=-1).unflatten(
-            -1, grid[1:]
-        )  # [N, Q, M, L, P], over levels and points
+        # Over levels and points, in float32 at least; CPUs would compute it in the 16 bits of autocast.
+        weights = F.softmax(weights, dim=-1, dtype=torch.promote_types(weights.dtype, torch.float32))
+        weights = weights.unflatten(-1, grid[1:])  # [N, Q, M, L, P]
         locations = self.locations(offsets, reference_points, shapes, sizes)
         return self.output_proj(ms_deform_attn(value, shapes, locations, weights))
 
     def locations(
         self, offsets: Tensor, reference_points: Tensor, shapes: Shapes, sizes: Tensor | None
     ) -> Tensor:
-        """Where to read, [N, Q, M, L, P, 2]: offsets are pixels, or parts of half the reference box."""
-        reference = reference_points[:, :, None, :, None]  # [N, Q, 1, L, 1, 2 or 4]
+        """Where to read, [N, Q, M, L, P, 2]: offsets are pixels, or parts of half the reference box.
+
+        In float32 at least, though offsets may have 16 bits: these place a pixel, not a point of a whole map.
+        """
+        reference = full_precision(reference_points)[:, :, None, :, None]  # [N, Q, 1, L, 1, 2 or 4]
         if reference.shape[-1] == 2:
             sizes = level_sizes(shapes, reference) if sizes is None else sizes
             return reference + offsets / sizes[:, None]
         if reference.shape[-1] == 4:
-            return reference[..., :2] + offsets / self.n_points * reference[..., 2:] * 0.5
+            parts = full_precision(offsets) / self.n_points
+            return reference[..., :2] + parts * reference[..., 2:] * 0.5
         raise ValueError(f'reference points have 2 or 4 coordinates, not {reference.shape[-1]}')
