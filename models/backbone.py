@@ -20,6 +20,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from util.dist import is_main_process
 from util.nested_tensor import NestedTensor, resize_mask
 
+from .folding import fold_frozen_norms
 from .swin import SWIN_SIZES, WEIGHTS_URL, SwinTransformer, load_pretrained
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -148,6 +149,7 @@ def build_torchvision(name: str, weights: str, dilation: bool, norm: str, stages
         body = IntermediateLayerGetter(network.features, layers)
     else:
         body = IntermediateLayerGetter(network, {f'layer{stage}': str(stage) for stage in stages})
+    fold_frozen_norms(body)
     with torch.no_grad():
         num_channels = [x.shape[1] for x in body.eval()(torch.zeros(1, 3, 64, 64)).values()]
     return Backbone(body.train(), num_channels)

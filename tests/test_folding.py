@@ -1,0 +1,119 @@
+"""Frozen norms inside their convolutions: the same network, the same state dict."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from models.backbone import MOBILENET_STAGES, build_backbone
+from models.folding import FoldedConvolution, FoldedNorm
+from tests import rule
+from tests.parity import float64
+
+NAMES = ('resnet18', 'resnet50', 'mobilenet_v2')
+STAGES = range(2, 5)
+named = pytest.mark.parametrize('name', NAMES)
+
+
+def unfolded(name: str, dilation: bool = False) -> nn.Module:
+    """torchvision's network as it is."""
+    options = {'replace_stride_with_dilation': [False, False, True]} if dilation else {}
+    network = torchvision.models.get_model(name, weights=None, norm_layer=FrozenBatchNorm2d, **options)
+    if name == 'mobilenet_v2':
+        layers = {MOBILENET_STAGES[stage - 1]: str(stage) for stage in STAGES}
+        return IntermediateLayerGetter(network.features, layers)
+    return IntermediateLayerGetter(network, {f'layer{stage}': str(stage) for stage in STAGES})
+
+
+def both(name: str, dilation: bool = False) -> tuple[nn.Module, nn.Module]:
+    """The backbone's body, and the plain network with the same weights; every parameter trains."""
+    ours, plain = (
+        build_backbone(name, 'none', dilation, 'frozen', STAGES, True).body,
+        unfolded(name, dilation),
+    )
+    rule.fill(plain)
+    ours.load_state_dict(plain.state_dict())
+    return ours.requires_grad_(True), plain
+
+
+def results(body: nn.Module, pictures: Tensor) -> list[Tensor]:
+    """Maps, and the gradients of all parameters and of the pictures."""
+    pictures = pictures.clone().requires_grad_()
+    maps = list(body(pictures).values())
+    sum(x.square().mean() for x in maps).backward()
+    return [*maps, pictures.grad, *(p.grad for p in body.parameters())]
+
+
+@pytest.mark.parametrize(
+    ('name', 'dilation'), [('resnet18', False), ('resnet50', True), ('mobilenet_v2', False)]
+)
+def test_equals_the_unfolded_network(name: str, dilation: bool) -> None:
+    """In the sense of whole tensors: a sum of thousands of float32 products has no better digits."""
+    for dtype, close in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        with float64():
+            ours, plain = both(name, dilation)
+            pictures = torch.randn(2, 3, 64, 96)
+        ours, plain, pictures = ours.to(dtype), plain.to(dtype), pictures.to(dtype)
+        for first, second in zip(results(ours, pictures), results(plain, pictures), strict=True):
+            assert first.shape == second.shape and first.dtype == dtype
+            assert (first - second).norm() <= close * second.norm()
+
+
+@named
+def test_names_and_places_of_all_tensors_stay(name: str) -> None:
+    ours, plain = both(name)
+    for what in ('state_dict', 'named_parameters', 'named_buffers'):
+        first, second = (dict(getattr(body, what)()) for body in (ours, plain))
+        assert list(first) == list(second)
+        assert all(torch.equal(value, second[key]) for key, value in first.items())
+    kinds = [type(module) for module in ours.modules()]
+    assert kinds.count(FoldedConvolution) == kinds.count(FoldedNorm) > 15
+    assert nn.Conv2d not in kinds and FrozenBatchNorm2d not in kinds
+
+
+def test_norms_that_train_are_left_alone() -> None:
+    for norm in ('batch', 'group'):
+        body = build_backbone('resnet18', 'none', False, norm, STAGES, True).body
+        assert not any(isinstance(module, FoldedConvolution) for module in body.modules())
+
+
+def test_a_copy_has_its_own_norms() -> None:
+    body, _ = both('resnet18')
+    pictures = torch.randn(1, 3, 64, 64)
+    expected = body(pictures)['4']
+    other = copy.deepcopy(body)
+    with torch.no_grad():
+        for module in other.modules():
+            if isinstance(module, FoldedNorm):
+                module.weight.zero_()
+                module.bias.zero_()
+    assert not other(pictures)['4'].any()
+    torch.testing.assert_close(body(pictures)['4'], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('name', ['resnet18', pytest.param('mobilenet_v2', marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_exports_and_compiles(name: str) -> None:
+    """Buffers are the program's own, and may change behind a compiled network."""
+    body, _ = both(name)
+    pictures, expected = torch.randn(1, 3, 64, 96), []
+    compiled = torch.compile(body.eval(), fullgraph=True, backend='eager')
+    for _ in range(2):
+        expected.append(body(pictures)['4'])
+        torch.testing.assert_close(compiled(pictures)['4'], expected[-1])
+        body.get_buffer(next(key for key, _ in body.named_buffers() if key.endswith('bias'))).add_(0.5)
+    assert not torch.allclose(*expected)
+    program = torch.export.export(body, (pictures,))
+    torch.testing.assert_close(program.module()(pictures)['4'], body(pictures)['4'])
+    assert set(program.state_dict) == set(body.state_dict())
+
+
+def test_16_bit_maps_stay_16_bit() -> None:
+    """An unfolded norm with float32 buffers would make them float32 again."""
+    body, _ = both('resnet18')
+    with torch.autocast('cpu', torch.bfloat16):
+        assert all(x.dtype == torch.bfloat16 for x in body(torch.randn(1, 3, 64, 64)).values())
