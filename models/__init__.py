@@ -125,6 +125,7 @@ OFFICIAL_NAMES = {
     'lambda_one2many': 'hybrid_lambda',
     'topk': 'topk_eval',
 }
+RECOMPUTABLE = ('backbone', 'encoder', 'decoder')
 NUM_CLASSES = 91  # of COCO, where no data set has said otherwise
 DROP_PATH_RATE = 0.2
 
@@ -236,9 +237,10 @@ def add_model_args(parser: ArgumentParser) -> None:
     model.add_argument('--num_queries', '--num_queries_one2one', type=int,
                        help=f'object queries, the most boxes a picture can get (default: {family_default("num_queries")})')  # fmt: skip
     model.add_argument('--pre_norm', action='store_true', help='norm in front of each sub-layer (DETR only)')
-    model.add_argument('--use_checkpoint', action='store_true',
-                       help='compute activations of transformer layers (and blocks of Swin) again in the backward pass instead '
-                            'of keeping them: less memory, about a third more time')  # fmt: skip
+    model.add_argument('--use_checkpoint', nargs='*', choices=RECOMPUTABLE, metavar='PART',
+                       help='compute activations again in the backward pass instead of keeping them, in the stages (Swin: '
+                            'blocks) of the backbone, in encoder or decoder layers: less memory, about a third more time there; '
+                            'PART: backbone, encoder, decoder, any of them, or nothing for all (default: nowhere)')  # fmt: skip
 
     add_scheme_args(parser)
 
@@ -389,6 +391,7 @@ def resolve_args(args: Namespace) -> Namespace:
     resolved.family = family
     resolve_hybrid(resolved)
     resolve_co_detr(resolved)
+    resolve_checkpointing(resolved)
     for term, value in (('cls', 2.0), ('bbox', 5.0), ('giou', 2.0)):
         if getattr(resolved, f'enc_{term}_loss_coef') is None:
             usual = value if resolved.use_ms_detr else getattr(resolved, f'{term}_loss_coef')
@@ -429,6 +432,17 @@ def resolve_co_detr(args: Namespace) -> None:
             setattr(args, flag, value)
 
 
+def resolve_checkpointing(args: Namespace) -> None:
+    """The parts that are recomputed, None for none. Namespaces of official code, and older ones of ours, hold True or
+    False.
+    """
+    if args.use_checkpoint is False:
+        args.use_checkpoint = None
+    if args.use_checkpoint is True or args.use_checkpoint == []:
+        own = not args.backbone.startswith('timm/')  # we know the parts of the others
+        args.use_checkpoint = list(RECOMPUTABLE if own else RECOMPUTABLE[1:])
+
+
 def check_args(args: Namespace) -> None:
     """Refuse what cannot be, before anything is built."""
     if args.hidden_dim % args.nheads or args.hidden_dim % 4:
@@ -454,6 +468,7 @@ def check_args(args: Namespace) -> None:
             f'--dilation changes stage 4, but --backbone_stages is {args.backbone_stages}: give one of them'
         )
     check_swin_args(args)
+    check_checkpointing(args)
     check_scheme_args(args)
     check_co_detr_args(args)
     for flag in (
@@ -482,6 +497,24 @@ def check_swin_args(args: Namespace) -> None:
             f'--backbone_frozen_stages {args.backbone_frozen_stages} must be between -1 and {args.backbone_stages + 1}, '
             f'the number for all {args.backbone_stages} stages'
         )
+
+
+def check_checkpointing(args: Namespace) -> None:
+    parts = args.use_checkpoint or ()
+    unknown = set(parts) - set(RECOMPUTABLE)
+    if unknown:
+        raise ValueError(
+            f'--use_checkpoint {unknown.pop()} is not known: choose of {", ".join(RECOMPUTABLE)}'
+        )
+    if 'backbone' in parts and args.backbone.startswith('timm/'):
+        raise ValueError(
+            f'--use_checkpoint backbone is not for --backbone {args.backbone}: leave it out, or name encoder and decoder'
+        )
+
+
+def recomputes(args: Namespace, part: str) -> bool:
+    """Whether activations of this part are computed again in the backward pass."""
+    return part in (args.use_checkpoint or ())
 
 
 def check_scheme_args(args: Namespace) -> None:
@@ -603,18 +636,18 @@ def build_transformer(args: Namespace) -> Transformer:
         TransformerEncoderLayer(*sizes, args.pre_norm),
         args.enc_layers,
         nn.LayerNorm(args.hidden_dim) if args.pre_norm else None,
-        args.use_checkpoint,
+        recomputes(args, 'encoder'),
     )
-    norm = nn.LayerNorm(args.hidden_dim)
+    norm, use_checkpoint = nn.LayerNorm(args.hidden_dim), recomputes(args, 'decoder')
     if args.family == 'detr':
         layer = TransformerDecoderLayer(*sizes, args.pre_norm)
-        return Transformer(encoder, TransformerDecoder(layer, args.dec_layers, norm, args.use_checkpoint))
+        return Transformer(encoder, TransformerDecoder(layer, args.dec_layers, norm, use_checkpoint))
     layer = build_decoder_layer(
         args,
         (ConditionalDecoderLayer, TwiceReadConditionalDecoderLayer, MixedConditionalDecoderLayer),
         sizes,
     )
-    decoder = ConditionalDecoder(layer, args.dec_layers, norm, args.pe_temperature, args.use_checkpoint)
+    decoder = ConditionalDecoder(layer, args.dec_layers, norm, args.pe_temperature, use_checkpoint)
     transformer = Transformer(encoder, decoder)
     if args.local_init:
         transformer.decoder.start_local(args.local_init)
@@ -641,13 +674,15 @@ def build_deformable_transformer(args: Namespace) -> DeformableTransformer:
         return MSDeformAttn(args.hidden_dim, args.num_feature_levels, args.nheads, num_points)
 
     encoder_layer = DeformableEncoderLayer(attention(args.enc_n_points), *sizes)
-    encoder = DeformableEncoder(encoder_layer, args.enc_layers, args.use_checkpoint)
+    encoder = DeformableEncoder(encoder_layer, args.enc_layers, recomputes(args, 'encoder'))
     layers = DeformableDecoderLayer, TwiceReadDecoderLayer, MixedDecoderLayer
     decoder_layer = build_decoder_layer(args, layers, (attention(args.dec_n_points), *sizes))
     decoder_class, transformer_class = (
         (DinoDecoder, DinoTransformer) if args.dino else (DeformableDecoder, DeformableTransformer)
     )
-    decoder = decoder_class(decoder_layer, args.dec_layers, args.look_forward_twice, args.use_checkpoint)
+    decoder = decoder_class(
+        decoder_layer, args.dec_layers, args.look_forward_twice, recomputes(args, 'decoder')
+    )
     return transformer_class(
         encoder, decoder, args.hidden_dim, args.num_feature_levels, args.two_stage, args.pe_temperature
     )
@@ -686,7 +721,7 @@ def build_detector(
             backbone_maps(args),
             train=getattr(args, 'lr_backbone', 1) > 0,
             drop_path_rate=args.drop_path_rate,
-            use_checkpoint=args.use_checkpoint,
+            use_checkpoint=recomputes(args, 'backbone'),
             frozen_stages=args.backbone_frozen_stages,
         ),
         build_position_encoding(

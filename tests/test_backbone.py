@@ -1,5 +1,6 @@
 """Backbones: names, weights from files, what trains, and features of any timm network."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,31 @@ def test_no_download_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('torchvision.models.get_model', offline)
     with pytest.raises(ValueError, match='--backbone_weights FILE, or none'):
         build_backbone('resnet50', 'imagenet', False, 'frozen', LAST, train=True)
+
+
+@pytest.mark.parametrize('norm', ['frozen', 'batch'])
+@pytest.mark.parametrize('name', ['resnet18', 'mobilenet_v2'])
+def test_recomputed_stages_give_the_same(name: str, norm: str) -> None:
+    """Maps, gradients, and statistics of batch norms, which see the batch once."""
+    results = []
+    for use_checkpoint in (False, True):
+        torch.manual_seed(0)
+        backbone = build_backbone(name, 'none', False, norm, range(2, 5), True, use_checkpoint)
+        maps = backbone.train()(nested_tensor_from_tensor_list(torch.randn(2, 3, 64, 96)))
+        kept = count_kept(
+            lambda backbone=backbone: backbone(nested_tensor_from_tensor_list(torch.randn(2, 3, 64, 96)))
+        )
+        sum(x.tensors.square().mean() for x in maps).backward()
+        gradients = [p.grad for p in backbone.parameters() if p.grad is not None]
+        results.append([kept, [x.tensors for x in maps], gradients, list(backbone.state_dict().values())])
+    assert results[1][0] < results[0][0] / 2
+    torch.testing.assert_close(results[1][1:], results[0][1:])
+    assert all(x.momentum == 0.1 for x in backbone.modules() if isinstance(x, torch.nn.BatchNorm2d))
+
+
+def count_kept(run: Callable[[], object]) -> int:
+    """Numbers that autograd keeps of a forward pass."""
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+        run()
+    return sum(sizes)

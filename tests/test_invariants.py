@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from engine import build_optimizer, train_one_epoch
 from main import get_args_parser
-from models import DEFORMABLE_FLAGS, build_model
+from models import DEFORMABLE_FLAGS, build_model, resolve_args
 from models.position_encoding import PositionEmbeddingSine
 from models.structures import Assignment, Prediction, QueryGroup, Supervision, attention_blocks
 from models.training.criterion import weighted_sum
@@ -544,21 +544,58 @@ def test_looking_forward_twice_changes_gradients_only() -> None:
         assert (gradients[0] - gradients[1]).abs() > 1e-6
 
 
+def gradients_of_a_step(flags: dict) -> dict[str, Tensor]:
+    """With dropout, which must be the same when it is computed again."""
+    model, criterion, _ = build(flags)
+    torch.manual_seed(1)
+    targets = random_targets(3, 1)
+    outputs = model.train()(torch.randn(2, 3, 64, 64), targets)
+    weighted_sum(criterion(outputs, targets), criterion.weight_dict).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
 @pytest.mark.slow
-def test_recomputed_activations_give_the_same_gradients() -> None:
+@family
+def test_recomputed_activations_give_the_same_gradients(flags: dict) -> None:
     with float64():
-        gradients = []
-        for use_checkpoint in (False, True):
-            for flags in FAMILIES.values():
-                model, criterion, _ = build(flags | {'dropout': 0.0, 'use_checkpoint': use_checkpoint})
-                torch.manual_seed(1)
-                targets = random_targets(3, 1)
-                outputs = model.train()(torch.randn(2, 3, 64, 64), targets)
-                weighted_sum(criterion(outputs, targets), criterion.weight_dict).backward()
-                gradients += [p.grad for p in model.parameters() if p.grad is not None]
-        half = len(gradients) // 2
-        for first, second in zip(gradients[:half], gradients[half:], strict=True):
-            torch.testing.assert_close(first, second)
+        expected = gradients_of_a_step(flags | {'use_checkpoint': False})
+        for parts in (['backbone'], ['encoder'], ['decoder'], True):
+            gradients = gradients_of_a_step(flags | {'use_checkpoint': parts})
+            assert gradients.keys() == expected.keys()
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(gradient, expected[name], msg=f'{name}, {parts}')
+
+
+@pytest.mark.parametrize(
+    ('line', 'parts'),
+    [
+        ('', None),
+        ('--use_checkpoint', ['backbone', 'encoder', 'decoder']),
+        ('--use_checkpoint --lr 1', ['backbone', 'encoder', 'decoder']),
+        ('--use_checkpoint decoder backbone --lr 1', ['decoder', 'backbone']),
+        ('--use_checkpoint --backbone timm/resnet18', ['encoder', 'decoder']),
+    ],
+)
+def test_parts_that_are_recomputed(line: str, parts: list[str] | None) -> None:
+    """Resolved flags, which a checkpoint keeps, mean the same when they are read again."""
+    args = resolve_args(get_args_parser().parse_args(line.split()))
+    assert args.use_checkpoint == parts
+    assert resolve_args(args).use_checkpoint == parts
+    if parts is None or len(parts) == 3:  # what older namespaces and official ones hold
+        assert resolve_args(Namespace(use_checkpoint=parts is not None)).use_checkpoint == parts
+
+
+def test_flags_say_which_parts_are_recomputed() -> None:
+    for parts in ([], ['backbone'], ['encoder'], ['decoder', 'encoder']):
+        for flags in ({}, {'conditional': True}, {'deformable': True}, {'dino': True}):
+            model, _, _ = build(flags | {'use_checkpoint': parts or False})
+            transformer = model.transformer
+            places = {
+                'backbone': model.backbone[0].body,
+                'encoder': transformer.encoder,
+                'decoder': transformer.decoder,
+            }
+            assert {name for name, place in places.items() if place.use_checkpoint} == set(parts)
 
 
 @pytest.mark.parametrize(
@@ -582,6 +619,8 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
         ({'use_ms_detr': True, 'o2m_matcher_k': 0}, 'at least 1'),
         ({'group_detr': 0}, 'at least 1'),
         ({'deformable': True, 'nms_iou_threshold': 1.5}, 'between 0 and 1'),
+        ({'use_checkpoint': ['neck']}, 'neck is not known'),
+        ({'use_checkpoint': ['backbone'], 'backbone': 'timm/resnet18'}, 'name encoder and decoder'),
     ],
 )
 def test_impossible_flags_are_refused_in_one_sentence(flags: dict, message: str) -> None:
