@@ -50,7 +50,7 @@ from util.interrupts import Interrupted, StopRequests, was_restarted
 from util.logger import RunLog, format_time, import_summary_writer, say
 from util.parallel import replicate, same_everywhere, shard
 from util.plan import flops_text, print_plan
-from util.precision import Precision
+from util.precision import Precision, set_tf32
 from util.run import EpochState, Run, keep_copy, keep_numbered, restore, save
 from util.seeding import seed_everything
 from util.visualize import plot_curves
@@ -160,6 +160,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     scale.add_argument('--amp', default='off', choices=('off', 'bf16', 'fp16'),
                        help='16-bit arithmetic in the model; places, boxes, matching and losses stay in float32 '
                             '(default: %(default)s)')  # fmt: skip
+    scale.add_argument('--tf32', action=argparse.BooleanOptionalAction,
+                       help='float32 products of NVIDIA GPUs with 10 bits of the mantissa, several times as fast (default: of '
+                            "convolutions only, PyTorch's default)")  # fmt: skip
     scale.add_argument('--fsdp', action='store_true',
                        help='each process keeps a part of the weights, gradients and optimizer states, for models that do not '
                             'fit; checkpoints are the same')  # fmt: skip
@@ -213,6 +216,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: Namespace) -> None:
     args = resolve_args(args)
     device = choose_device(args.device)
+    set_tf32(args.tf32)
     init_distributed(device, args.dist_url)
     heartbeat = Heartbeat()
     heartbeat.start()
@@ -507,6 +511,10 @@ def check_run_args(args: Namespace) -> None:
     if args.fsdp and get_world_size() == 1:
         raise ValueError(
             '--fsdp shares a model among processes, and there is one: start several, or leave it out'
+        )
+    if args.fsdp and args.amp == 'fp16':
+        raise ValueError(
+            '--fsdp with --amp fp16: a process would scale its part of the gradient alone; use --amp bf16'
         )
     for flag in ('checkpoint_steps', 'keep_checkpoints'):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
