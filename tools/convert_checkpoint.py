@@ -69,6 +69,7 @@ def convert(source: str, output: Path, stripped: bool, to: str) -> str:
         kept = ('class_map', 'epoch', 'metrics')
         if not stripped and layout == 'official':
             kept = tuple(name for name in checkpoint if name not in ('model', 'args', 'state_dict'))
+            converted['model'] = state_of(checkpoint, averaged=False)  # the average stays beside it
         converted |= {name: checkpoint[name] for name in kept if name in checkpoint}
     output.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(output, converted)

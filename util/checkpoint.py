@@ -91,9 +91,12 @@ def download(url: str) -> Path:
     return path
 
 
-def state_of(checkpoint: dict) -> dict[str, Tensor]:
-    """The weights in a checkpoint, which may be nothing else."""
-    state = checkpoint.get('model', checkpoint.get('state_dict', checkpoint))
+def state_of(checkpoint: dict, averaged: bool = True) -> dict[str, Tensor]:
+    """The weights in a checkpoint, which may be nothing else. averaged: their moving average, where the file has one: that is
+    what was evaluated.
+    """
+    names = ('model_ema', 'model', 'state_dict') if averaged else ('model', 'state_dict')
+    state = next((checkpoint[name] for name in names if name in checkpoint), checkpoint)
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
@@ -111,13 +114,14 @@ def load_checkpoint(
     Queries that only trained beside the inference group are left out where the flags in the file tell which they
     are, and so are heads and layers that only training reads. resize: class heads and queries of another number are
     re-initialised (queries: filled as far as they go) and listed; what only training reads always is. resume: the
-    state of an optimizer follows, so everything must be that of the run.
+    state of an optimizer follows, so everything must be that of the run. Otherwise averaged weights are taken where the
+    file has them.
 
     ValueError: an entry is missing, left over or of another shape; the message lists them. The model is
     untouched then.
     """
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
-    layout, state = to_official(state_of(checkpoint))
+    layout, state = to_official(state_of(checkpoint, averaged=not resume))
     ours, trained = model.state_dict(), flags_of(checkpoint)
     check_layer_order(model, layout, trained, state)
     rows = [len(entries.get('class_embed.0.bias', ())) for entries in (state, ours)]

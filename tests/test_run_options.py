@@ -1,0 +1,188 @@
+"""Averaged weights, batches of one size, the rehearsal of the worst batch, which checkpoints stay."""
+
+import csv
+import json
+import math
+from argparse import Namespace
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import engine
+from datasets.loaders import worst_batch
+from datasets.samplers import EvalBatches, SizeBatches
+from datasets.shapes import ShapesDetection
+from datasets.transforms import make_transforms
+from models import build_model
+from tests.test_distributed import SMALL, TWO_STAGE
+from tests.test_run import assert_same, load, run
+from util.average import WeightAverage
+from util.checkpoint import load_checkpoint
+from util.precision import Precision
+
+
+def shapes(number: int, aug: str = 'detr') -> ShapesDetection:
+    data = ShapesDetection(number, picture_size=96)
+    data.transforms = make_transforms('train', 96, None, aug)
+    return data
+
+
+@pytest.mark.parametrize('aug', ['detr', 'flip', 'co_detr'])
+def test_the_size_of_a_picture_is_known_before_it_is_read(aug: str) -> None:
+    data = shapes(12, aug)
+    sizes = data.picture_sizes()
+    for epoch in (0, 3):
+        data.set_epoch(epoch)
+        for idx in range(len(data)):
+            assert data.drawn_size(idx, epoch, sizes[idx]) == tuple(data[idx][0].shape[1:])
+
+
+def padding(data: ShapesDetection, batches: list[list[int]]) -> float:
+    """Share of the batches' pixels that belongs to no picture."""
+    sizes, real, padded = data.picture_sizes(), 0, 0
+    for batch in batches:
+        drawn = [data.drawn_size(idx, 0, sizes[idx]) for idx in batch]
+        real += sum(height * width for height, width in drawn)
+        padded += len(batch) * max(height for height, _ in drawn) * max(width for _, width in drawn)
+    return 1 - real / padded
+
+
+def test_batches_of_one_size_have_little_padding_and_every_picture_once() -> None:
+    data = shapes(300)
+    ranks = [SizeBatches(data, 4, 3, rank, seed=1) for rank in range(3)]
+    batches = [list(sampler) for sampler in ranks]
+    assert [len(part) for part in batches] == [len(sampler) for sampler in ranks] == [25] * 3
+    seen = [idx for part in batches for batch in part for idx in batch]
+    assert sorted(seen) == list(range(300))
+    random_order = torch.randperm(300).view(-1, 4).tolist()
+    assert padding(data, list(chain(*batches))) < 0.5 * padding(data, random_order)
+    steps = [list(chain(*(part[step] for part in batches))) for step in range(25)]
+    assert padding(data, steps) < 0.6 * padding(data, torch.tensor(random_order).view(-1, 12).tolist()), (
+        'nobody waits'
+    )
+    for sampler, part in zip(ranks, batches, strict=True):
+        for first in (1, 24, 25):
+            sampler.set_epoch(0, first)
+            assert list(sampler) == part[first:]
+        sampler.set_epoch(1)
+        assert list(sampler) != part
+
+
+def test_evaluation_batches_do_not_depend_on_the_number_of_processes() -> None:
+    for total, size, world in ((7, 2, 2), (5, 2, 3), (8, 3, 4), (3, 4, 2)):
+        single = list(EvalBatches(total, size, 1, 0))
+        parts = [list(EvalBatches(total, size, world, rank)) for rank in range(world)]
+        assert len({len(part) for part in parts}) == 1
+        assert all(batch in single for part in parts for batch in part)
+        assert {idx for part in parts for batch in part for idx in batch} == set(range(total))
+
+
+def test_the_average_follows_the_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    average = WeightAverage(model, 0.9)
+    expected = model[0].weight.detach().clone()
+    for number in range(1, 30):
+        with torch.no_grad():
+            model[0].weight.add_(torch.randn(2, 3))
+            model[1].num_batches_tracked += 1
+        average.update(model)
+        decay = min(0.9, (1 + number) / (10 + number))
+        expected = decay * expected + (1 - decay) * model[0].weight
+        torch.testing.assert_close(average.module[0].weight, expected)
+    assert average.module[1].num_batches_tracked == 29
+    assert not any(parameter.requires_grad for parameter in average.module.parameters())
+
+
+def test_averaged_weights_are_what_is_evaluated_and_loaded(tmp_path: Path) -> None:
+    run(tmp_path / 'run', '--epochs', '1', '--ema', '0.5')
+    checkpoint = load(tmp_path / 'run')
+    name = 'query_embed.weight'
+    assert not torch.equal(checkpoint['model'][name], checkpoint['model_ema'][name])
+    run(tmp_path / 'eval', '--eval', '--resume', str(tmp_path / 'run/checkpoint.pth'))
+    with (tmp_path / 'run/metrics.csv').open() as file:
+        ap = float(next(csv.DictReader(file))['test_AP'])
+    assert json.loads((tmp_path / 'eval/eval.json').read_text())['test_coco_eval_bbox'][0] == ap
+    model, _, _ = build_model(
+        Namespace(**checkpoint['args'] | {'num_classes': len(checkpoint['class_map']['category_ids'])})
+    )
+    for resume, part in ((False, 'model_ema'), (True, 'model')):
+        load_checkpoint(model, checkpoint, resume=resume)
+        assert torch.equal(model.state_dict()[name], checkpoint[part][name])
+
+
+def test_the_newest_and_the_best_checkpoints_stay(tmp_path: Path) -> None:
+    run(tmp_path, '--epochs', '4', '--save_every', '1', '--keep_checkpoints', '2')
+    names = {path.name for path in tmp_path.glob('*.pth')}
+    assert names == {'checkpoint.pth', 'checkpoint0002.pth', 'checkpoint0003.pth', 'checkpoint_best.pth'}
+    with (tmp_path / 'metrics.csv').open() as file:
+        aps = [float(row['test_AP']) for row in csv.DictReader(file)]
+    best = torch.load(tmp_path / 'checkpoint_best.pth', weights_only=True)
+    assert best['epoch'] == aps.index(max(aps))
+
+
+def test_training_alone_reads_no_validation_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import loaders
+
+    original, asked = loaders.build_dataset, []
+    monkeypatch.setattr(
+        loaders, 'build_dataset', lambda split, *rest: asked.append(split) or original(split, *rest)
+    )
+    run(tmp_path, '--epochs', '1', '--no_validate')
+    assert asked == ['train'] and not (tmp_path / 'predictions.png').exists()
+    with (tmp_path / 'metrics.csv').open() as file:
+        assert next(csv.DictReader(file))['test_AP'] == ''
+
+
+def test_the_rehearsal_changes_nothing(tmp_path: Path) -> None:
+    for name, flag in (('with', '--worst_batch_first'), ('without', '--no-worst_batch_first')):
+        run(tmp_path / name, '--epochs', '1', flag)
+    ours, theirs = load(tmp_path / 'with'), load(tmp_path / 'without')
+    assert ours['args'].pop('worst_batch_first') != theirs['args'].pop('worst_batch_first')
+    assert_same(ours, theirs)
+
+
+def test_the_worst_batch_is_as_large_as_any_that_comes() -> None:
+    data = shapes(40)
+    (height, width), most = worst_batch(data, 2, one_size=False)
+    drawn = [data[idx] for idx in range(len(data))]
+    assert height >= max(picture.shape[1] for picture, _ in drawn)
+    assert width >= max(picture.shape[2] for picture, _ in drawn)
+    assert most >= max(len(target['labels']) for _, target in drawn)
+    (height, width), _ = worst_batch(data, 2, one_size=True)
+    assert height * width == max(
+        math.prod(data.drawn_size(i, e, data.picture_sizes()[i])) for e in range(4) for i in range(40)
+    )
+
+
+def test_a_lack_of_memory_is_explained_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, criterion, _ = build_model(Namespace(**SMALL | TWO_STAGE))
+
+    def lack(*args: object) -> None:
+        raise torch.OutOfMemoryError('CUDA out of memory')
+
+    monkeypatch.setattr(model.transformer, 'encode', lack)
+    with pytest.raises(
+        ValueError, match=r'4 pictures of 96 x 64 pixels with 7 objects each.*lower --batch_size'
+    ):
+        engine.rehearse(model, criterion, Precision('off', torch.device('cpu')), 4, (96, 64), 7)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ('--eval --no_validate --resume x.pth', '--eval evaluates, --no_validate does not'),
+        ('--bucket_sizes --group_aspect_ratio', 'in another way than --group_aspect_ratio'),
+        ('--bucket_sizes --aug lsj', 'in another way than --aug lsj'),
+        ('--ema 1', '--ema 1.0 must be at least 0 and less than 1'),
+        ('--fsdp', '--fsdp shares a model among processes, and there is one'),
+        ('--keep_checkpoints 0', '--keep_checkpoints must be at least 1'),
+        ('--checkpoint_steps 0', '--checkpoint_steps must be at least 1'),
+    ],
+)
+def test_impossible_options_get_one_clear_error(tmp_path: Path, flags: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, *flags.split())
