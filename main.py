@@ -278,7 +278,7 @@ def set_up(args: Namespace, device: torch.device, stops: StopRequests) -> tuple[
         )
         say(f'{args.resume or args.pretrained}: {report}')
     model.to(device)
-    same_everywhere(model)
+    same_everywhere([*model.parameters(), *model.buffers()])
     average = WeightAverage(model, args.ema) if args.ema and not args.eval else None
     flops = flops_text(model, list(datasets.values())[-1]) if is_main_process() else ''
     if args.fsdp:
@@ -451,6 +451,7 @@ def evaluate_once(run: Run, title: str = 'evaluate') -> Summary:
     dataset, model = run.datasets['val'], run.best_model
     evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map, backend=run.args.coco_eval)
     loader, precision, check = run.loaders['val'], run.precision, run.stops.check
+    same_everywhere(model.buffers())
     summary = evaluate(model, run.postprocessors, loader, evaluator, title, precision, check)['bbox']
     if is_main_process():
         print(summary.table(), flush=True)

@@ -773,6 +773,10 @@ def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, nn.Mod
     args = resolve_args(args)
     criterion, num_queries, query_sources = build_supervision(args)
     model = build_detector(args, num_queries, query_sources)
+    if args.two_stage and not any('_enc' in name for name in criterion.weight_dict):
+        # Nothing trains these heads (--no_aux_loss): no gradient is asked of them, which processes would wait for.
+        model.class_embed[-1].requires_grad_(False)
+        model.bbox_embed[-1].requires_grad_(False)
     return model, criterion, build_postprocessors(args)
 
 

@@ -5,6 +5,7 @@
 #   bash scripts/compare_schemes.sh                       about two hours on two CPU cores
 #   JOBS=4 SEEDS="0 1 2" bash scripts/compare_schemes.sh --epochs 16
 #   NAMES="plain co-deformable co-dino" bash scripts/compare_schemes.sh
+#   NAMES="plain bf16 fp16" bash scripts/compare_schemes.sh       plain in 16 bits
 set -euo pipefail
 source "$(dirname "$0")/env.sh" requirements.txt
 bash scripts/build_ops.sh
@@ -19,6 +20,8 @@ declare -A schemes=(
     [co-deformable]="$two_stage --co_aux_heads faster_rcnn atss"
     [co-dino]="--dino --num_feature_levels 3 --dn_number 20 --co_aux_heads faster_rcnn atss"
     [conditional]="--conditional --local_init 12"
+    [bf16]="$two_stage --amp bf16"
+    [fp16]="$two_stage --amp fp16"
 )
 commands=()
 read -r -a names <<< "${NAMES:-plain hybrid mixed hybrid+mixed co-deformable co-dino conditional}"

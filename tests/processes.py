@@ -27,6 +27,7 @@ def start(environment: dict[str, str], function: Callable, *args: object) -> mul
 def enter(environment: dict[str, str], function: Callable, *args: object) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
+    multiprocessing.process.current_process()._config['daemon'] = False  # it may have loader workers
     function(*args)
 
 
@@ -63,10 +64,15 @@ def start_main(log: Path, argv: list[str], environment: dict[str, str]) -> multi
     return start(environment, run_main, str(log), argv)
 
 
-def run_main(log: str, argv: list[str]) -> None:
+def print_to(log: str | Path) -> None:
+    """What this process prints goes to the end of a file."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+
+
+def run_main(log: str, argv: list[str]) -> None:
+    print_to(log)
     sys.argv = ['main.py', *argv]
     runpy.run_path(str(Path(__file__).resolve().parents[1] / 'main.py'), run_name='__main__')
 

@@ -163,8 +163,9 @@ def test_noised_queries_of_a_process_without_objects() -> None:
 @pytest.mark.parametrize('wrap', ['ddp', 'fsdp'])
 def test_accumulation_in_two_processes(wrap: str) -> None:
     counts = [[2, 3, 1, 4], [1, 2, 0, 0]] * 3
-    one = train_some_steps(0, SCHEMES['hybrid'], counts, 1, 'none')
-    for result in in_processes(2, train_some_steps, SCHEMES['hybrid'], counts, 2, wrap):
+    flags = SCHEMES['hybrid'] | {'num_feature_levels': 3}
+    one = train_some_steps(0, flags, counts, 1, 'none')
+    for result in in_processes(2, train_some_steps, flags, counts, 2, wrap):
         assert_equal(result['model'], one['model'])
 
 
@@ -187,7 +188,7 @@ def run_one(*flags: str) -> None:
     main.main(main.get_args_parser().parse_args([*TINY.split(), *flags]))
 
 
-FROZEN = ['--backbone_norm', 'group', '--dropout', '0', '--aug', 'flip']
+FROZEN = ['--backbone_norm', 'group', '--dropout', '0', '--aug', 'lsj', '--lsj_size', '64']
 
 
 @pytest.mark.slow

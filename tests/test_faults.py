@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import main
-from tests.processes import end_group, start_group, start_main
+from tests.processes import end_group, in_processes, print_to, start_group, start_main
 from tests.test_run import ROOT, TINY, assert_same, load
 from util.files import lock_folder
+from util.heartbeat import Heartbeat
 from util.interrupts import UNFINISHED
 
 # Twelve steps an epoch for one process, six for two.
@@ -31,6 +32,9 @@ LONG = [
     '--print_freq',
     '1',
 ]
+
+
+SQUARES = ['--aug', 'lsj', '--lsj_size', '64']  # no padding, which depends on who shares a batch
 
 
 def wait_for(log: Path, text: str, seconds: float = 90) -> None:
@@ -112,13 +116,13 @@ def test_saving_every_few_steps_is_enough_for_a_run_that_is_killed(tmp_path: Pat
 @pytest.mark.slow
 def test_thirty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     """Two processes; one of them is killed, or both, or one is asked to stop, again and again until the run has ended."""
-    flags = ['--checkpoint_steps', '1', '--epochs', '6', '--eval_every', '3']
+    flags = ['--checkpoint_steps', '1', '--epochs', '30', '--eval_every', '10']
     command = [*LONG, *flags, '--output_dir', str(tmp_path / 'parts'), '--resume', 'auto']
     chance, disturbed, codes = random.Random(0), 0, [1, 1]
     while codes != [0, 0]:
         processes = start_group(tmp_path / f'log{disturbed}_', command)
         if disturbed < 30:
-            time.sleep(chance.uniform(0.5, 4.0))
+            time.sleep(chance.uniform(0.3, 3.0))
             chosen = chance.choice([processes, processes[:1], processes[1:]])
             for process in chosen:
                 os.kill(process.pid, chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
@@ -145,9 +149,8 @@ def test_a_killed_process_ends_the_other_with_the_reason(tmp_path: Path, rank: i
     assert f'error: the run ends, because {reason}' in text, text
 
 
-def heartbeat_of(rank: int, hanging: int) -> None:
-    from util.heartbeat import Heartbeat
-
+def heartbeat_of(rank: int, hanging: int, log: str) -> None:
+    print_to(log)
     heartbeat = Heartbeat(interval=0.2, patience=2.0)
     heartbeat.start()
     if rank == hanging:
@@ -156,18 +159,16 @@ def heartbeat_of(rank: int, hanging: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_hanging_process_ends_the_others_with_the_reason(capfd: pytest.CaptureFixture) -> None:
-    from tests.processes import in_processes
-
+def test_a_hanging_process_ends_the_others_with_the_reason(tmp_path: Path) -> None:
+    log = tmp_path / 'log'
     with pytest.raises(AssertionError, match='1 of 3 processes have not ended'):
-        in_processes(3, heartbeat_of, 1, seconds=8)
-    text = capfd.readouterr().err
+        in_processes(3, heartbeat_of, 1, str(log), seconds=8)
+    text = log.read_text()
     assert text.count('the run ends, because process 1 (pid') == 2 and 'no sign of life for 2 seconds' in text
 
 
-def fail_in_one(rank: int) -> None:
-    from util.heartbeat import Heartbeat
-
+def fail_in_one(rank: int, log: str) -> None:
+    print_to(log)
     heartbeat = Heartbeat(interval=0.2, patience=5.0)
     heartbeat.start()
     if rank == 1:
@@ -177,12 +178,10 @@ def fail_in_one(rank: int) -> None:
 
 
 @pytest.mark.slow
-def test_others_are_told_what_a_process_has_failed_of(capfd: pytest.CaptureFixture) -> None:
-    from tests.processes import in_processes
-
+def test_others_are_told_what_a_process_has_failed_of(tmp_path: Path) -> None:
     with pytest.raises((AssertionError, FileNotFoundError)):
-        in_processes(2, fail_in_one, seconds=10)
-    assert 'ValueError: picture.jpg is not a readable picture' in capfd.readouterr().err
+        in_processes(2, fail_in_one, str(tmp_path / 'log'), seconds=10)
+    assert 'ValueError: picture.jpg is not a readable picture' in (tmp_path / 'log').read_text()
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
@@ -246,13 +245,14 @@ def test_another_number_of_processes_sees_the_rest_of_the_pictures(tmp_path: Pat
         'group',
         '--dropout',
         '0',
+        *SQUARES,
     ]
     processes = start_group(tmp_path / 'log', flags)
     wait_for(tmp_path / 'log0', 'epoch 1/2  3/6')
     for process in processes:
         os.kill(process.pid, signal.SIGTERM)
     assert end_group(processes) == [UNFINISHED] * 2
-    single = [*LONG, '--batch_size', '4', '--backbone_norm', 'group', '--dropout', '0']
+    single = [*LONG, '--batch_size', '4', '--backbone_norm', 'group', '--dropout', '0', *SQUARES]
     for name in ('parts', 'whole'):
         run = start_main(
             tmp_path / f'{name}.log', [*single, '--output_dir', str(tmp_path / name), '--resume', 'auto'], {}

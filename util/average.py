@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 class WeightAverage:
@@ -23,12 +24,11 @@ class WeightAverage:
         self.num_updates += 1
         step = 1 - min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         ours, theirs = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
-        moving = [x.is_floating_point() for x in ours]
-        torch._foreach_lerp_(
-            [x for x, moves in zip(ours, moving, strict=True) if moves],
-            [x.detach() for x, moves in zip(theirs, moving, strict=True) if moves],
-            step,
-        )
-        for x, y, moves in zip(ours, theirs, moving, strict=True):
-            if not moves:
+        pairs = [(x, y.detach()) for x, y in zip(ours, theirs, strict=True) if x.is_floating_point()]
+        for cut in (False, True):  # whole tensors and parts (FSDP2) cannot be moved in one call
+            alike = [pair for pair in pairs if isinstance(pair[0], DTensor) == cut]
+            if alike:
+                torch._foreach_lerp_(*map(list, zip(*alike, strict=True)), step)
+        for x, y in zip(ours, theirs, strict=True):
+            if not x.is_floating_point():
                 x.copy_(y)

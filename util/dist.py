@@ -58,9 +58,19 @@ def choose_device(name: str) -> torch.device:
 
 
 def init_distributed(device: torch.device, dist_url: str = 'env://') -> None:
-    """Join the process group of torchrun (RANK, WORLD_SIZE), if there is one: NCCL between GPUs, else gloo."""
-    if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ and not is_distributed():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', init_method=dist_url)
+    """Join the process group of the launcher (RANK, WORLD_SIZE), if there is one: NCCL between GPUs, else gloo."""
+    if 'RANK' not in os.environ or 'WORLD_SIZE' not in os.environ or is_distributed():
+        return
+    backend = 'nccl' if device.type == 'cuda' else 'gloo'
+    attempt = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+    if attempt and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        # torchrun's store still holds the addresses of the processes that have ended.
+        rank, size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+        place = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+        store = dist.PrefixStore(f'attempt{attempt}', dist.TCPStore(*place, size, is_master=False))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    else:
+        dist.init_process_group(backend, init_method=dist_url)
 
 
 def leave_distributed() -> None:

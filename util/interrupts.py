@@ -63,7 +63,7 @@ class StopRequests:
 
     def ask(self) -> None:
         """Start the exchange of the largest signal number; nothing waits for it here."""
-        sent = torch.tensor([self.signum], device=self.device)
+        sent = torch.full((1,), self.signum, device=self.device)  # made there: copying would wait
         work = dist.all_reduce(sent, dist.ReduceOp.MAX, async_op=True)
         received = sent
         if self.stream is not None:  # the copy waits for the exchange on a stream of its own

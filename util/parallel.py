@@ -1,6 +1,6 @@
 """One model on many devices: the same on each (DistributedDataParallel), or a part of every weight on each (FSDP2)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -15,11 +15,13 @@ from util.dist import get_world_size
 KNOWN: set[type] = set()
 
 
-def same_everywhere(model: nn.Module) -> None:
-    """Every process takes the weights of the main process, which alone has read the backbone's."""
+def same_everywhere(tensors: Iterable[Tensor]) -> None:
+    """Every process takes those of the main process: weights, since it alone has read the backbone's; buffers before an
+    evaluation, since statistics of batch norms are those of each process.
+    """
     if get_world_size() > 1:
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, 0)
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), 0)
 
 
 def know_results(types: Sequence[type]) -> None:
