@@ -1,0 +1,96 @@
+"""
+Launchers other than torchrun, made to look like it: afterwards RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT say who a process is and where all of them meet.
+"""
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+
+# Below the ports that systems give away by themselves (from 32768 on), above those of services.
+FIRST_PORT, NUM_PORTS = 15000, 15000
+
+
+def export_launcher_environment() -> None:
+    """Set what is missing of torchrun's variables in a task of Slurm's srun or of submitit; elsewhere do nothing.
+
+    ValueError: WORLD_SIZE is set, but not to the number of tasks.
+    """
+    if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ:
+        return  # torchrun, perhaps one started by srun on each node
+    found = submitit_task(os.environ) or slurm_task(os.environ)
+    if not found:
+        return
+    size = os.environ.get('WORLD_SIZE', found['WORLD_SIZE'])
+    if size != found['WORLD_SIZE']:
+        raise ValueError(
+            f'WORLD_SIZE is {size}, but {found["WORLD_SIZE"]} tasks were started: unset WORLD_SIZE'
+        )
+    for name, value in found.items():
+        os.environ.setdefault(name, value)
+
+
+def slurm_task(environment: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables for one of several tasks of a srun, {} for anything else.
+
+    A batch script and the shell of salloc have SLURM_NTASKS too, the former even SLURM_PROCID=0, but they run once.
+    Only tasks of a step have SLURM_STEP_NUM_TASKS, and batch scripts that were submitted from such a task inherit it:
+    there the two numbers differ.
+    """
+    tasks = environment.get('SLURM_STEP_NUM_TASKS', '1')
+    if tasks == '1' or tasks != environment.get('SLURM_NTASKS') or 'SLURM_PROCID' not in environment:
+        return {}
+    here = environment['SLURM_GTIDS'].split(',')
+    nodes = environment.get('SLURM_STEP_NODELIST') or environment['SLURM_JOB_NODELIST']
+    # Steps of one job may run side by side on one machine.
+    number = int(environment['SLURM_JOB_ID']) * 10 + int(environment.get('SLURM_STEP_ID', 0))
+    return {
+        'RANK': environment['SLURM_PROCID'],
+        'WORLD_SIZE': tasks,
+        'LOCAL_RANK': environment['SLURM_LOCALID'],
+        'LOCAL_WORLD_SIZE': str(len(here)),
+        # Names of nodes need not be names of hosts; where there is one node only, it needs none.
+        'MASTER_ADDR': '127.0.0.1' if str(len(here)) == tasks else first_host(nodes),
+        'MASTER_PORT': str(FIRST_PORT + number % NUM_PORTS),
+    }
+
+
+def submitit_task(environment: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables for one of several tasks of submitit on this machine, {} for anything else; its tasks in a
+    cluster are those of srun.
+    """
+    tasks = environment.get('SUBMITIT_LOCAL_NTASKS', '1')
+    if environment.get('SUBMITIT_EXECUTOR') != 'local' or tasks == '1':
+        return {}
+    number = int(environment['SUBMITIT_LOCAL_JOB_ID'])
+    return {
+        'RANK': environment['SUBMITIT_LOCAL_GLOBALID'],
+        'WORLD_SIZE': tasks,
+        'LOCAL_RANK': environment['SUBMITIT_LOCAL_LOCALID'],
+        'LOCAL_WORLD_SIZE': tasks,
+        'MASTER_ADDR': '127.0.0.1',
+        'MASTER_PORT': str(FIRST_PORT + number % NUM_PORTS),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """Of Slurm's short form of a list: `gpu-[007-9,12]-ib,login1` begins with gpu-007-ib."""
+    return re.sub(r'\[([^],-]+)[^]]*\]', r'\1', nodes).split(',')[0]
+
+
+def is_preempted() -> bool:
+    """Whether Slurm has told this job to make room for another one, and still waits for it to do so.
+
+    A job that ends by itself while Slurm waits counts as done and is not started again, so it must be requeued. One
+    that is cancelled gets the same SIGTERM, but is in another state.
+    """
+    if 'SLURM_JOB_ID' not in os.environ:
+        return False
+    command = ['scontrol', '-o', 'show', 'job', os.environ['SLURM_JOB_ID']]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return False
+    facts = dict(word.split('=', 1) for word in shown.split() if '=' in word)
+    return facts.get('JobState') == 'RUNNING' and facts.get('PreemptTime', 'None') != 'None'
