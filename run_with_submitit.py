@@ -1,0 +1,151 @@
+"""
+Train in a Slurm cluster: main.py with all its flags as a job of submitit, which is continued after time-outs and
+preemptions where it stopped.
+
+  python run_with_submitit.py --nodes 1 --timeout 3000 --coco_path DATA --job_dir SHARED/%j
+  python run_with_submitit.py --nodes 1 --ngpus 0 --tasks_per_node 2 ...      without GPUs
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from main import get_args_parser
+
+MAX_TIMEOUTS = 30  # times that a job is continued after its time was over; preemptions do not count
+SHARED = Path('/checkpoint')  # where the official script keeps everything
+
+
+def get_submit_parser() -> argparse.ArgumentParser:
+    """All flags of main.py, and the job's."""
+    parser = get_args_parser()
+    parser.usage, parser.description = 'python run_with_submitit.py [flags]', __doc__
+    job = parser.add_argument_group('Slurm')
+    job.add_argument('--ngpus', default=8, type=int, help='GPUs a node; 0 = none (default: %(default)s)')
+    job.add_argument('--nodes', default=4, type=int, help='(default: %(default)s)')
+    job.add_argument('--tasks_per_node', type=int, help='processes a node (default: --ngpus, at least 1)')
+    job.add_argument('--timeout', default=60, type=int,
+                     help=f'minutes after which the job is interrupted; it goes on, up to {MAX_TIMEOUTS} times '
+                          '(default: %(default)s)')  # fmt: skip
+    job.add_argument('--signal_delay', default=120, type=int,
+                     help='seconds before the end of the time at which the state is saved; more than a step and an '
+                          'evaluation take (default: %(default)s)')  # fmt: skip
+    job.add_argument('--job_dir', default='', metavar='DIR',
+                     help='folder that all nodes share, for logs and as --output_dir; %%j is the number of the job '
+                          f'(default: --output_dir, or {SHARED}/USER/experiments/%%j)')  # fmt: skip
+    job.add_argument('--job_name', default='detr', help='(default: %(default)s)')
+    job.add_argument('--cpus_per_task', default=10, type=int, help='(default: %(default)s)')
+    job.add_argument('--mem_gb', type=float,
+                     help='memory a node, GB (default: 40 a GPU; without GPUs what the cluster gives)')  # fmt: skip
+    for flag, what in (
+        ('partition', 'partitions, separated by commas'),
+        ('constraint', 'features that the nodes must have'),
+        ('comment', 'remark that Slurm keeps with the job'),
+        ('qos', 'quality of service'),
+        ('account', 'account that is charged'),
+    ):
+        job.add_argument(f'--{flag}', help=f"{what} (default: the cluster's)")
+    return parser
+
+
+class Training:
+    """What every task of the job runs. Pickled; the tasks may start in another folder."""
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        self.root = str(Path(__file__).resolve().parent)
+
+    def __call__(self) -> None:
+        import submitit
+
+        sys.path.insert(0, self.root)
+        import main
+
+        args = Namespace(
+            **vars(self.args)
+        )  # main settles its flags in place; `checkpoint` wants those of the user
+        args.output_dir = args.output_dir.replace('%j', submitit.JobEnvironment().job_id)
+        main.main(args)
+
+    def checkpoint(self) -> object:
+        """Called by submitit in the first task when time is over or another job needs the place. main has saved the state
+        by then, or has nothing to save yet. Returns what the job runs when Slurm starts it again.
+        """
+        import submitit
+
+        self.args.resume = 'auto'
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def find_job_dir(args: Namespace) -> str:
+    """ValueError: none is named, or two."""
+    if args.job_dir and args.output_dir and args.job_dir != args.output_dir:
+        raise ValueError('--job_dir is the output folder too: leave --output_dir out')
+    if args.job_dir or args.output_dir:
+        return str(Path(args.job_dir or args.output_dir).resolve())
+    if SHARED.is_dir():
+        return str(SHARED / os.environ['USER'] / 'experiments/%j')
+    raise ValueError('give --job_dir, a folder that all nodes share, for instance $HOME/experiments/%j')
+
+
+def job_parameters(args: Namespace) -> dict[str, object]:
+    """What submitit asks Slurm for. ValueError: impossible numbers."""
+    tasks = args.tasks_per_node if args.tasks_per_node is not None else max(args.ngpus, 1)
+    counts = {
+        'nodes': args.nodes,
+        'tasks_per_node': tasks,
+        'timeout': args.timeout,
+        'cpus_per_task': args.cpus_per_task,
+    }
+    for flag, value in counts.items():
+        if value < 1:
+            raise ValueError(f'--{flag} must be at least 1, not {value}')
+    if args.ngpus and tasks != args.ngpus:
+        raise ValueError(
+            f'--tasks_per_node {tasks} differs from --ngpus {args.ngpus}: each GPU needs one process'
+        )
+    if args.signal_delay >= 60 * args.timeout:
+        raise ValueError(
+            f'--signal_delay {args.signal_delay} seconds are not less than --timeout {args.timeout} minutes'
+        )
+    wanted = {
+        'name': args.job_name,
+        'nodes': args.nodes,
+        'tasks_per_node': tasks,
+        'gpus_per_node': args.ngpus or None,
+        'cpus_per_task': args.cpus_per_task,
+        'mem_gb': args.mem_gb or 40 * args.ngpus or None,
+        'timeout_min': args.timeout,
+        'slurm_signal_delay_s': args.signal_delay,
+        # Some clusters start no job again that does not ask for it.
+        'slurm_additional_parameters': {'requeue': True},
+    }
+    wanted |= {
+        f'slurm_{flag}': getattr(args, flag)
+        for flag in ('partition', 'constraint', 'comment', 'qos', 'account')
+    }
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+def submit(args: Namespace) -> str:
+    """Returns the number of the job. ValueError: impossible flags, or no Slurm."""
+    args.output_dir = find_job_dir(args)
+    parameters = job_parameters(args)
+    if not shutil.which('sbatch'):
+        raise ValueError('there is no Slurm here (no sbatch); on one machine use torchrun')
+    import submitit
+
+    executor = submitit.AutoExecutor(args.output_dir, cluster='slurm', slurm_max_num_timeout=MAX_TIMEOUTS)
+    executor.update_parameters(**parameters)
+    return executor.submit(Training(args)).job_id
+
+
+if __name__ == '__main__':
+    parsed = get_submit_parser().parse_args()
+    try:
+        print('Submitted job_id:', submit(parsed))
+    except ValueError as error:
+        sys.exit(f'error: {error}')
