@@ -94,6 +94,8 @@ def find_job_dir(args: Namespace) -> str:
 def job_parameters(args: Namespace) -> dict[str, object]:
     """What submitit asks Slurm for. ValueError: impossible numbers."""
     tasks = args.tasks_per_node if args.tasks_per_node is not None else max(args.ngpus, 1)
+    if args.ngpus < 0:
+        raise ValueError(f'--ngpus must be at least 0, not {args.ngpus}')
     counts = {
         'nodes': args.nodes,
         'tasks_per_node': tasks,

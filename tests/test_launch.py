@@ -107,11 +107,12 @@ def test_first_host_of_a_list(nodes: str, first: str) -> None:
     ('shown', 'preempted'),
     [
         ('JobState=RUNNING PreemptTime=2026-01-01T00:00:00', True),
+        ('JobState=SIGNALING PreemptTime=2026-01-01T00:00:00', True),
         ('JobState=RUNNING PreemptTime=None', False),
         ('JobState=COMPLETING PreemptTime=None', False),
         ('', False),
     ],
-    ids=['preempted', 'time is over', 'cancelled', 'unknown'],
+    ids=['preempted', 'just preempted', 'time is over', 'cancelled', 'unknown'],
 )
 def test_preemption_is_told_from_cancellation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: str, preempted: bool

@@ -93,4 +93,5 @@ def is_preempted() -> bool:
     except (OSError, subprocess.SubprocessError):
         return False
     facts = dict(word.split('=', 1) for word in shown.split() if '=' in word)
-    return facts.get('JobState') == 'RUNNING' and facts.get('PreemptTime', 'None') != 'None'
+    # SIGNALING: still running, the signal is on its way to some of the tasks.
+    return facts.get('JobState') in ('RUNNING', 'SIGNALING') and facts.get('PreemptTime', 'None') != 'None'

@@ -1,0 +1,71 @@
+"""run_with_submitit.py without a cluster: what it asks for, and what it refuses. tests/test_slurm.py runs it."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+import run_with_submitit
+from run_with_submitit import Training, find_job_dir, get_submit_parser, job_parameters, submit
+from tests.test_run import TINY
+
+
+def test_the_job_asks_for_what_the_official_script_asks_for() -> None:
+    assert job_parameters(get_submit_parser().parse_args([])) == {
+        'name': 'detr',
+        'nodes': 4,
+        'tasks_per_node': 8,
+        'gpus_per_node': 8,
+        'cpus_per_task': 10,
+        'mem_gb': 320,
+        'timeout_min': 60,
+        'slurm_signal_delay_s': 120,
+        'slurm_additional_parameters': {'requeue': True},
+    }
+
+
+def test_a_job_without_gpus_asks_for_none() -> None:
+    flags = '--ngpus 0 --tasks_per_node 2 --mem_gb 4 --partition main --qos low --account lab --constraint avx --comment hi'
+    found = job_parameters(get_submit_parser().parse_args(flags.split()))
+    assert 'gpus_per_node' not in found and (found['tasks_per_node'], found['mem_gb']) == (2, 4)
+    named = {f'slurm_{name}' for name in ('partition', 'qos', 'account', 'constraint', 'comment')}
+    assert named <= set(found)
+
+
+def test_the_folder_of_a_job_is_its_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parse = get_submit_parser().parse_args
+    for flag in ('--job_dir', '--output_dir'):
+        assert find_job_dir(parse([flag, f'{tmp_path}/%j'])) == f'{tmp_path}/%j'
+    monkeypatch.setattr(run_with_submitit, 'SHARED', tmp_path)
+    monkeypatch.setenv('USER', 'me')
+    assert find_job_dir(parse([])) == f'{tmp_path}/me/experiments/%j'
+
+
+def test_a_continued_job_has_the_flags_of_the_first() -> None:
+    """But goes on with its checkpoint, if there is one."""
+    training = pickle.loads(pickle.dumps(Training(get_submit_parser().parse_args(TINY.split()))))
+    before = dict(vars(training.args))
+    after = vars(training.checkpoint().function.args)
+    assert after == before | {'resume': 'auto'}
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ('', 'give --job_dir'),
+        ('--job_dir a --output_dir b', 'leave --output_dir out'),
+        ('--job_dir a --nodes 0', '--nodes must be at least 1, not 0'),
+        ('--job_dir a --ngpus -1', '--ngpus must be at least 0, not -1'),
+        ('--job_dir a --tasks_per_node 0', '--tasks_per_node must be at least 1, not 0'),
+        ('--job_dir a --ngpus 8 --tasks_per_node 1', 'each GPU needs one process'),
+        ('--job_dir a --timeout 2', '--signal_delay 120 seconds are not less than --timeout 2 minutes'),
+        ('--job_dir a', 'there is no Slurm here'),
+    ],
+)
+def test_impossible_jobs_get_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, message: str
+) -> None:
+    monkeypatch.setenv('PATH', '')
+    monkeypatch.setattr(run_with_submitit, 'SHARED', tmp_path / 'missing')
+    with pytest.raises(ValueError, match=message):
+        submit(get_submit_parser().parse_args(flags.split()))
