@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from util.dist import get_world_size, is_main_process, leave_distributed
+from util.launch import is_preempted
 
 # SIGTERM: torchrun, Slurm and Kubernetes send it before they kill. SIGUSR1, SIGUSR2: time is nearly up (`sbatch
 # --signal`, submitit). Where they do not exist (Windows), nothing listens.
@@ -47,7 +48,8 @@ class StopRequests:
                 break
 
     def note(self, signum: int, frame: object) -> None:
-        self.signum = signum
+        if self.signum not in NEARLY_OVER:  # SIGTERM may come before and after, and says less
+            self.signum = signum
 
     def check(self) -> None:
         """Call it once a step in every process. Raises Interrupted in all of them at the same step, one step after any of
@@ -62,8 +64,9 @@ class StopRequests:
             raise Interrupted(signum)
 
     def ask(self) -> None:
-        """Start the exchange of the largest signal number; nothing waits for it here."""
-        sent = torch.full((1,), self.signum, device=self.device)  # made there: copying would wait
+        """Start the exchange of the signal that stands last in SIGNALS; nothing waits for it here."""
+        place = SIGNALS.index(self.signum) + 1 if self.signum else 0
+        sent = torch.full((1,), place, device=self.device)  # made there: copying would wait
         work = dist.all_reduce(sent, dist.ReduceOp.MAX, async_op=True)
         received = sent
         if self.stream is not None:  # the copy waits for the exchange on a stream of its own
@@ -81,7 +84,7 @@ class StopRequests:
         work, _, received = self.asked
         self.asked = None
         work.wait() if self.stream is None else self.stream.synchronize()
-        return int(received)
+        return (0, *SIGNALS)[int(received)]
 
     def close(self) -> None:
         """Signals mean what they meant before."""
@@ -91,17 +94,30 @@ class StopRequests:
         self.previous = {}
 
     def leave(self, signum: int) -> None:
-        """After the state is saved: pass the signal on to who listened before (submitit requeues its job), else ask Slurm
-        to requeue if time is nearly up. Then exit with the status UNFINISHED.
+        """After the state is saved: pass the signal on to who listened before (submitit requeues its job), and ask Slurm to
+        requeue if nobody else will. Then exit with the status UNFINISHED.
         """
+        if self.signum in NEARLY_OVER:  # heard while the state was saved
+            signum = self.signum
         listener, main = self.previous.get(signum), is_main_process()
         self.close()
-        leave_distributed()
-        if callable(listener):
-            listener(signum, None)
-        elif signum in NEARLY_OVER and 'SLURM_JOB_ID' in os.environ and main:
-            subprocess.run(['scontrol', 'requeue', os.environ['SLURM_JOB_ID']], check=False)
+        try:
+            if callable(listener):
+                listener(signum, None)
+            alone = signum in NEARLY_OVER and not callable(listener)
+            # A preempted job that ends before Slurm takes its place by force counts as done.
+            if main and (alone or is_preempted()):
+                requeue()
+        finally:  # srun --kill-on-bad-exit ends the main process, requeued or not, once another one has left
+            if get_world_size() > 1:
+                dist.barrier()
+            leave_distributed()
         sys.exit(UNFINISHED)
+
+
+def requeue() -> None:
+    if 'SLURM_JOB_ID' in os.environ:
+        subprocess.run(['scontrol', 'requeue', os.environ['SLURM_JOB_ID']], check=False)
 
 
 def was_restarted() -> bool:
