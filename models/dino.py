@@ -5,6 +5,7 @@ its box in every layer, heads read normed states, and proposals are chosen by th
 Its contrastive denoising is training's (`models.training.denoising`).
 """
 
+import torch
 from torch import Tensor, nn
 
 from .deformable_transformer import DeformableDecoder, DeformableTransformer, pick
@@ -32,7 +33,8 @@ class DinoDecoder(DeformableDecoder):
 
     def query_pos(self, groups: list[QueryGroup], scaled: Tensor) -> Tensor:
         """From the boxes as the first level has them, [B, Q, C]; the code's order is y, x, width, height."""
-        boxes = scaled[:, :, 0, [1, 0, 2, 3]]
+        x, y, width, height = scaled[:, :, 0].split(1, dim=-1)
+        boxes = torch.cat([y, x, width, height], dim=-1)  # indices in a list would have to reach the device
         num_feats = self.norm.normalized_shape[0] // 2
         return self.ref_point_head(sine_embedding(boxes, num_feats).to(boxes.dtype))
 

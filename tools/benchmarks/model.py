@@ -1,6 +1,6 @@
 """
-Inference of two-stage Deformable DETR (R50, 300 queries, random weights): ours, the same on grid_sample, and the
-model of the transformers library with the same weights.
+Inference of two-stage Deformable DETR (R50, 300 queries, random weights): ours, the same on grid_sample, on a GPU the
+same as a CUDA graph, and the model of the transformers library with the same weights.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from models import build_model, resolve_args
 from models.ops.functions import describe, use_implementation
 from tools.benchmarks.timing import time_in_turn
 from util.checkpoint import load_checkpoint
+from util.cuda_graph import GraphedDetector
 from util.nested_tensor import NestedTensor
 
 Outputs = tuple[Tensor, Tensor]
@@ -44,6 +45,8 @@ def benchmark_model(args: argparse.Namespace) -> None:
     ours.to(args.device)
     pixels = torch.randn(args.batch_size, 3, args.height, args.width, device=args.device)
     contenders = {'ours': run_ours(ours, pixels), 'ours, grid_sample': run_on_grid_sample(ours, pixels)}
+    if args.device == 'cuda':
+        contenders['ours, CUDA graph'] = run_graph(ours, pixels)
     if theirs is not None:
         contenders['transformers'] = run_transformers(theirs, pixels)
     print(
@@ -87,6 +90,17 @@ def run_ours(model: nn.Module, pixels: Tensor) -> Callable[[], Outputs]:
 
     def run() -> Outputs:
         outputs = model(NestedTensor(pixels, mask))
+        return outputs['pred_logits'], outputs['pred_boxes']
+
+    return run
+
+
+def run_graph(model: nn.Module, pixels: Tensor) -> Callable[[], Outputs]:
+    samples = NestedTensor(pixels, torch.zeros_like(pixels[:, 0], dtype=torch.bool))
+    graphed = GraphedDetector(model, samples)
+
+    def run() -> Outputs:
+        outputs = graphed(samples)
         return outputs['pred_logits'], outputs['pred_boxes']
 
     return run

@@ -1,0 +1,55 @@
+"""Inference as one recorded CUDA graph: a detector launches over a thousand small kernels, which a graph starts at once."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from .nested_tensor import NestedTensor
+
+
+class GraphedDetector:
+    """A detector's evaluation of batches of one padded size, recorded once and replayed.
+
+    samples: any batch of that size, on the GPU; padding may differ from batch to batch. context: what the forward runs
+    in, such as `Precision.autocast`. Weights may change in place, not be replaced. Auxiliary heads by themselves
+    (`--eval_module`) wait for the GPU and cannot be recorded.
+
+    ValueError: the model trains, or is not on a GPU.
+    """
+
+    warm_up = 3  # runs before the recording, in which kernels are chosen and compiled
+
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: NestedTensor,
+        context: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        if model.training or not samples.tensors.is_cuda:
+            raise ValueError('a CUDA graph is of an evaluation on a GPU: call model.eval() and .to("cuda")')
+        self.samples = NestedTensor(samples.tensors.clone(), samples.mask.clone())
+        self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for _ in range(self.warm_up):
+                with context():
+                    model(self.samples)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.no_grad(), torch.cuda.graph(self.graph), context():
+            self.outputs = model(self.samples)
+
+    def __call__(self, samples: NestedTensor) -> dict[str, Tensor]:
+        """The model's outputs, on the GPU; nothing waits for them. ValueError: a batch of another size or type."""
+        ours, given = self.samples.tensors, samples.tensors
+        if given.shape != ours.shape or given.dtype != ours.dtype:
+            raise ValueError(
+                f'this graph is of {tuple(ours.shape)} {ours.dtype}, not {tuple(given.shape)} {given.dtype}: pad to that '
+                'size, or record another'
+            )
+        ours.copy_(given, non_blocking=True)
+        self.samples.mask.copy_(samples.mask, non_blocking=True)
+        self.graph.replay()
+        return {name: value.clone() for name, value in self.outputs.items()}
