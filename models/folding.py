@@ -38,10 +38,10 @@ class FoldedConvolution(nn.Module):
         self.options = {
             name: getattr(convolution, name) for name in ('stride', 'padding', 'dilation', 'groups')
         }
-        self.norm = (norm,)  # in a tuple, since it is a part of the network elsewhere
+        self._norm = (norm,)  # in a tuple: as a part of the network it stands elsewhere
 
     def forward(self, x: Tensor) -> Tensor:
-        factor, bias = self.norm[0].factor_and_bias()
+        factor, bias = self._norm[0].factor_and_bias()
         return F.conv2d(x, self.weight * factor.view(-1, 1, 1, 1), bias, **self.options)
 
 
