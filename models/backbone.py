@@ -97,12 +97,14 @@ class StageBody(IntermediateLayerGetter):
         super().__init__(network, maps)
         self.use_checkpoint = use_checkpoint
 
+    def stages(self) -> list[nn.Module]:
+        """Its parts but for the single layers of a stem, whose ReLU overwrites what it reads."""
+        return [part for part in self.values() if len(list(part.children())) > 0]
+
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        maps = {}
+        maps, again = {}, self.stages() if self.use_checkpoint and torch.is_grad_enabled() else []
         for name, part in self.items():
-            # The stem's single layers are left: its ReLU overwrites what another run would begin with.
-            again = self.use_checkpoint and torch.is_grad_enabled() and len(list(part.children())) > 0
-            x = recomputed(part, x) if again else part(x)
+            x = recomputed(part, x) if part in again else part(x)
             if name in self.return_layers:
                 maps[self.return_layers[name]] = x
         return maps

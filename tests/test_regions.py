@@ -1,0 +1,94 @@
+"""Compiled stages and layers compute what they did, for pictures of any size, with few programs."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from models import build_model
+from models.ops.modules import MSDeformAttn
+from models.regions import compile_regions, regions
+from models.training.criterion import weighted_sum
+from tests.test_invariants import SMALL, TWO_STAGE, random_targets
+
+# Few stages, which take the compiler longest.
+TINY = SMALL | {
+    'backbone': 'resnet10',
+    'backbone_stages': 2,
+    'enc_layers': 2,
+    'dec_layers': 2,
+    'dropout': 0.0,
+}
+SIZES = [(128, 160), (160, 224), (192, 128)]
+
+
+def build(flags: dict) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    model, criterion, _ = build_model(Namespace(**TINY | flags))
+    for module in model.modules():
+        if isinstance(module, MSDeformAttn):  # they begin at whole pixels, where the gradient has a kink
+            nn.init.normal_(module.sampling_offsets.weight, std=0.2)
+    return model, criterion
+
+
+def step(model: nn.Module, criterion: nn.Module, size: tuple[int, int]) -> dict[str, Tensor]:
+    """Outputs, and gradients by name, of two pictures of which one is padded."""
+    torch.manual_seed(1)
+    pictures, targets = [torch.randn(3, *size), torch.randn(3, size[0] - 20, size[1])], random_targets(3, 2)
+    model.zero_grad(set_to_none=True)
+    outputs = model.train()(pictures, targets)
+    weighted_sum(criterion(outputs, targets), criterion.weight_dict).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return gradients | {name: outputs[name] for name in ('pred_logits', 'pred_boxes')}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('flags', 'backend'),
+    [
+        ({}, 'inductor'),
+        (TWO_STAGE, 'inductor'),
+        (TWO_STAGE | {'use_checkpoint': True}, 'aot_eager'),
+    ],
+    ids=['detr', 'two stages', 'two stages, recomputed'],
+)
+def test_equals_eager_with_few_programs(flags: dict, backend: str) -> None:
+    """To 1e-5 of each tensor. Layers that are alike share a program, and the third size needs no new one."""
+    torch.compiler.reset()
+    counters.clear()
+    (model, criterion), (eager, _) = build(flags), build(flags)
+    names = list(model.state_dict())
+    compile_regions(model, backend=backend)
+    assert list(model.state_dict()) == names
+    programs = []
+    for size in SIZES:
+        ours, expected = step(model, criterion, size), step(eager, criterion, size)
+        assert ours.keys() == expected.keys()
+        for name, value in expected.items():
+            assert (ours[name] - value).norm() <= 1e-5 * value.norm() + 1e-6, (name, size)
+        programs.append(counters['stats']['unique_graphs'])
+    assert programs[0] <= len(regions(model)) + 2
+    assert programs[1] <= programs[0] + 2 and programs[2] == programs[1]
+    assert not counters['graph_break']
+
+
+@pytest.mark.parametrize(
+    ('flags', 'number'),
+    [
+        ({}, 2 + 2 + 2),
+        ({'backbone': 'mobilenet_v2', 'backbone_stages': 3}, 14 + 2 + 2),
+        ({'backbone': 'swin_tiny', 'conditional': True}, 4 + 2 + 2),
+        ({'dino': True}, 2 + 2 + 2),
+    ],
+)
+def test_regions_are_stages_and_layers(flags: dict, number: int) -> None:
+    model, _ = build(flags)
+    assert len(regions(model)) == number
+
+
+def test_recomputed_batch_norms_are_refused() -> None:
+    model, _ = build({'backbone_norm': 'batch', 'use_checkpoint': ['backbone']})
+    with pytest.raises(ValueError, match='leave backbone out of --use_checkpoint'):
+        compile_regions(model)
