@@ -10,6 +10,7 @@ what they compute.
     python tools/benchmark.py train                         # a training step of H-Deformable-DETR
     python tools/benchmark.py schemes                       # what each way of supervision costs
     python tools/benchmark.py scaling                       # what thousands of GPUs cost: a table by their number
+    python tools/benchmark.py step                          # a training step of each method in each precision
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.benchmarks import criterion, data, model, op, scaling, schemes, train
+from tools.benchmarks import criterion, data, model, op, scaling, schemes, step, train
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -26,7 +27,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    for part in (data, op, model, criterion, train, schemes, scaling):
+    for part in (data, op, model, criterion, train, schemes, step, scaling):
         part.add_command(commands)
     return parser
 

@@ -1,0 +1,233 @@
+"""
+A whole training step (forward, losses, backward, clipping, optimizer) of each method in each precision, as a table in
+markdown. R50, random weights, 7 objects a picture.
+"""
+
+import argparse
+import copy
+import math
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine import build_optimizer
+from models import build_model, level_strides, resolve_args
+from models.folding import FoldedNorm
+from models.ops.functions import describe
+from models.regions import compile_regions
+from models.training.criterion import weighted_sum
+from tools.benchmarks.timing import time_in_turn
+from tools.benchmarks.train import TRICKS
+from util.precision import Precision, set_tf32
+
+WIDE = TRICKS | {'dim_feedforward': 2048, 'dropout': 0.0}
+MODELS = {
+    'DETR': {},
+    'Conditional DETR': {'conditional': True},
+    'Deformable DETR, two stages': {'with_box_refine': True, 'two_stage': True},
+    'H-Deformable-DETR': WIDE | {'hybrid_queries': 1500, 'hybrid_k': 6},
+    'MS-DETR': WIDE | {'num_queries': 900, 'use_ms_detr': True, 'use_aux_ffn': True},
+    'Co-Deformable-DETR': WIDE | {'co_aux_heads': ['faster_rcnn', 'atss']},
+}
+PRECISIONS = ('fp32', 'tf32', 'bf16', 'bf16 + compile')
+# Predictions, not measurements, of one picture of 800 x 1333, forward and backward, from counted operations and bytes of
+# the official code at rates of an H200 (67, 350 and 650 TFLOP/s in fp32, TF32 and bf16; 4.3 TB/s): milliseconds of matrix
+# products and convolutions in each of these, milliseconds of reading and writing for all other operators in 32 bits
+# (half of it in 16), milliseconds of deformable attention.
+FLOOR_SIZE = (800, 1333)
+FLOORS = {
+    'DETR': ((8.0, 1.5, 0.8), 3.1, 0.0),
+    'Conditional DETR': ((8.3, 1.6, 0.9), 3.5, 0.0),
+    'Deformable DETR, two stages': ((17.6, 3.4, 1.8), 7.2, 3.5),
+    'H-Deformable-DETR': ((26.3, 5.0, 2.7), 8.0, 3.7),
+    'MS-DETR': ((25.3, 4.8, 2.6), 7.1, 3.6),
+    'Co-Deformable-DETR': ((31.0, 5.9, 3.2), 10.0, 3.8),
+}
+# Largest share by which the loss may differ from that in fp32: other proposals and pairs are chosen for a rounding.
+AGREE = 0.05
+
+
+@dataclass
+class Contender:
+    """One model in one precision."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: Callable[[], Tensor]  # returns the loss
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser('step', help='a training step of each method in each precision')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--height', default=800, type=int)
+    parser.add_argument('--width', default=1333, type=int)
+    parser.add_argument('--batch_size', default=2, type=int)
+    parser.add_argument('--models', nargs='+', default=list(MODELS), choices=MODELS, help='(default: all)')
+    parser.add_argument(
+        '--precisions', nargs='+', default=PRECISIONS, choices=PRECISIONS, help='(default: all)'
+    )
+    parser.add_argument(
+        '--threads', default=torch.get_num_threads(), type=int, help='CPU threads (default: all)'
+    )
+    parser.add_argument('--rounds', default=20, type=int, help='timed rounds of each contender')
+    parser.set_defaults(run=benchmark_steps)
+
+
+def benchmark_steps(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    on_gpu = args.device == 'cuda'
+    precisions = [name for name in args.precisions if on_gpu or name != 'tf32']  # CPUs have none
+    name = torch.cuda.get_device_name() if on_gpu else f'CPU, {args.threads} thread(s)'
+    print(
+        f'A training step, R50, {args.batch_size} x {args.height} x {args.width}, {name}, PyTorch {torch.__version__}, '
+        f'median of {args.rounds} rounds in turn; {describe(args.device)}.\n'
+    )
+    print('| method | precision | ms | pictures/s | peak GB | waits | floor ms | of the floor |')
+    print('| --- | --- | --- | --- | --- | --- | --- | --- |')
+    for method in args.models:
+        for row in benchmark_method(method, precisions, args):
+            print(f'| {method} | {" | ".join(row)} |', flush=True)
+        if on_gpu:
+            torch.cuda.empty_cache()
+
+
+def benchmark_method(method: str, precisions: list[str], args: argparse.Namespace) -> list[list[str]]:
+    """Cells of a row a precision. ValueError: a loss differs from the first precision's."""
+    contenders = make_contenders(method, precisions, args)
+    losses = {name: contender.step().item() for name, contender in contenders.items()}
+    expected = losses[precisions[0]]
+    for name, loss in losses.items():
+        if not abs(loss - expected) <= AGREE * abs(expected):
+            raise ValueError(f'{method}: the loss is {loss:g} in {name}, {expected:g} in {precisions[0]}')
+    times = time_in_turn({name: c.step for name, c in contenders.items()}, args.rounds, args.device)
+    rows = []
+    for name, contender in contenders.items():
+        floor = floor_of(method, name, args)
+        rows.append(
+            [
+                name,
+                f'{times[name]:.1f}',
+                f'{1e3 * args.batch_size / times[name]:.1f}',
+                '-' if args.device != 'cuda' else f'{peak_memory(contender) / 1e9:.1f}',
+                '-' if args.device != 'cuda' else str(count_waits(contender.step)),
+                '-' if floor is None else f'{floor:.1f}',
+                '-' if floor is None else f'{100 * floor / times[name]:.0f} %',
+            ]
+        )
+    return rows
+
+
+def make_contenders(method: str, precisions: list[str], args: argparse.Namespace) -> dict[str, Contender]:
+    """All with the same weights, pictures and objects; a compiled model is a copy."""
+    torch.manual_seed(0)
+    flags = resolve_args(Namespace(**MODELS[method], backbone_weights='none'))
+    limit_queries(flags, args.height, args.width)
+    model, criterion, _ = build_model(flags)
+    quieten(model)
+    model.to(args.device).train()
+    turn_off_dropout(model)
+    pictures = torch.randn(args.batch_size, 3, args.height, args.width, device=args.device)
+    targets = [random_objects(7, args.device) for _ in range(args.batch_size)]
+    contenders = {}
+    for name in precisions:
+        own = copy.deepcopy(model) if 'compile' in name else model
+        if own is not model:
+            compile_regions(own)
+        contenders[name] = make_contender(own, criterion, name, (pictures, targets))
+    return contenders
+
+
+def make_contender(model: nn.Module, criterion: nn.Module, name: str, batch: tuple) -> Contender:
+    pictures, targets = batch
+    precision = Precision('bf16' if name.startswith('bf16') else 'off', pictures.device)
+    optimizer = build_optimizer(model, 0.0, 0.0, 0.0)  # weights stay, so that all steps are the same
+
+    def step() -> Tensor:
+        if pictures.is_cuda:
+            set_tf32(name != 'fp32')
+        torch.manual_seed(0)  # what samples queries draws the same
+        with precision.autocast():
+            outputs = model(pictures, targets)
+        loss = weighted_sum(criterion(outputs, targets), criterion.weight_dict)
+        precision.backward(loss)
+        precision.step(optimizer, model, max_norm=0.1)
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return Contender(model, optimizer, step)
+
+
+def limit_queries(flags: Namespace, height: int, width: int) -> None:
+    """Two stages cannot have more queries than tokens, of which small pictures have few."""
+    if flags.family == 'deformable':
+        tokens = sum(
+            math.ceil(height / stride) * math.ceil(width / stride) for stride in level_strides(flags)
+        )
+        part = min(1.0, tokens / (flags.num_queries + (flags.hybrid_queries or 0)))
+        flags.num_queries = int(part * flags.num_queries)
+        flags.hybrid_queries = flags.hybrid_queries and int(part * flags.hybrid_queries)
+
+
+@torch.no_grad()
+def quieten(model: nn.Module) -> None:
+    """Branches of a ResNet with random weights and norms that do nothing double the variance block by block; trained
+    ones do not, and attention to such numbers says nothing about rounding.
+    """
+    for name, module in model.backbone.named_modules():
+        if isinstance(module, FoldedNorm) and name.endswith('bn3'):
+            module.weight.fill_(0.2)
+
+
+def turn_off_dropout(model: nn.Module) -> None:
+    """Rounding would change what is dropped where a kernel draws by blocks; losses are to be compared."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, 'dropout') and isinstance(module.dropout, float):
+            module.dropout = 0.0
+
+
+def random_objects(number: int, device: str) -> dict[str, Tensor]:
+    boxes = torch.cat([0.3 + 0.4 * torch.rand(number, 2), 0.05 + 0.3 * torch.rand(number, 2)], dim=1)
+    return {'labels': torch.randint(1, 91, (number,)).to(device), 'boxes': boxes.to(device)}
+
+
+def peak_memory(contender: Contender) -> int:
+    """Bytes of a step: parameters, state of the optimizer, and the most that is added to them."""
+    states = [x for state in contender.optimizer.state.values() for x in state.values()]
+    own = [*contender.model.parameters(), *contender.model.buffers(), *states]
+    kept = sum(x.nbytes for x in own if isinstance(x, Tensor) and x.is_cuda)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    contender.step()
+    torch.cuda.synchronize()
+    return kept + torch.cuda.max_memory_allocated() - before
+
+
+def count_waits(step: Callable[[], object]) -> int:
+    """Times that the host waits for the GPU."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        torch.cuda.set_sync_debug_mode('warn')
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+    return sum('synchronizing' in str(warning.message) for warning in caught)
+
+
+def floor_of(method: str, precision: str, args: argparse.Namespace) -> float | None:
+    """Least milliseconds of a step, b x (products + other operators + deformable attention); None where the numbers do
+    not hold: other GPUs, other sizes.
+    """
+    size = args.height, args.width
+    if args.device != 'cuda' or 'H200' not in torch.cuda.get_device_name() or size != FLOOR_SIZE:
+        return None
+    products, others, attention = FLOORS[method]
+    kind = min(PRECISIONS.index(precision), 2)
+    return args.batch_size * (products[kind] + others * (0.5 if kind == 2 else 1.0) + attention)
