@@ -29,6 +29,7 @@ from datasets.transforms import AUGMENTATIONS, LSJ_SIZE
 from engine import build_optimizer, draw_predictions, evaluate, rehearse, train_one_epoch
 from models import add_model_args, build_model, family_default, resolve_args
 from models.ops.functions import describe as describe_kernels
+from models.regions import compile_regions
 from models.structures import Prediction
 from models.training.ledger import ledger_text, supervision_table
 from util.average import WeightAverage
@@ -163,6 +164,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     scale.add_argument('--tf32', action=argparse.BooleanOptionalAction,
                        help='float32 products of NVIDIA GPUs with 10 bits of the mantissa, several times as fast (default: of '
                             "convolutions only, PyTorch's default)")  # fmt: skip
+    scale.add_argument('--compile', action='store_true',
+                       help='torch.compile of backbone stages and transformer layers, for any picture size; the first steps take '
+                            'minutes')  # fmt: skip
     scale.add_argument('--fsdp', action='store_true',
                        help='each process keeps a part of the weights, gradients and optimizer states, for models that do not '
                             'fit; checkpoints are the same')  # fmt: skip
@@ -280,6 +284,8 @@ def set_up(args: Namespace, device: torch.device, stops: StopRequests) -> tuple[
     model.to(device)
     same_everywhere([*model.parameters(), *model.buffers()])
     average = WeightAverage(model, args.ema) if args.ema and not args.eval else None
+    if args.compile:
+        compile_regions(model)
     flops = flops_text(model, list(datasets.values())[-1]) if is_main_process() else ''
     if args.fsdp:
         shard(model, [Prediction])
@@ -298,7 +304,7 @@ def set_up(args: Namespace, device: torch.device, stops: StopRequests) -> tuple[
     )
     scheduler = build_scheduler(optimizer, args)
     if get_world_size() > 1 and not args.fsdp:
-        model = replicate(model, [Prediction])
+        model = replicate(model, [Prediction], args.accum_steps)
     precision = Precision(args.amp, device)
     run = Run(
         args,

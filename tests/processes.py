@@ -1,5 +1,6 @@
 """Several processes for a test: forked from a server that has imported PyTorch once, so that each starts in no time."""
 
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -73,6 +74,7 @@ def print_to(log: str | Path) -> None:
 
 def run_main(log: str, argv: list[str]) -> None:
     print_to(log)
+    faulthandler.dump_traceback_later(100)  # where it hangs, if it does
     sys.argv = ['main.py', *argv]
     runpy.run_path(str(Path(__file__).resolve().parents[1] / 'main.py'), run_name='__main__')
 

@@ -100,7 +100,7 @@ def train_some_steps(rank: int, flags: dict, counts: list[list[int]], accum_step
         shard(model, [Prediction])
     optimizer = build_optimizer(model, 1e-3, 1e-3, 1e-4)
     if wrap == 'ddp':
-        model = replicate(model, [Prediction])
+        model = replicate(model, [Prediction], accum_steps)
     for step, per_picture in enumerate(counts):
         pictures, targets = batch(step, per_picture)
         size = len(per_picture) // get_world_size() // accum_steps
@@ -188,7 +188,19 @@ def run_one(*flags: str) -> None:
     main.main(main.get_args_parser().parse_args([*TINY.split(), *flags]))
 
 
-FROZEN = ['--backbone_norm', 'group', '--dropout', '0', '--aug', 'lsj', '--lsj_size', '64']
+FROZEN = [
+    '--backbone_norm',
+    'group',
+    '--dropout',
+    '0',
+    '--aug',
+    'lsj',
+    '--lsj_size',
+    '64',
+    '--sgd',
+    '--lr',
+    '1e-2',
+]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from util.dist import all_gather_object, get_rank, get_world_size
 
-INTERVAL = 3.0  # seconds between two signs of life
+INTERVAL = 1.0  # seconds between two signs of life
 PATIENCE = 40.0  # seconds without one after which a process counts as lost
 FAILED = 'failed'  # key of the reason, once there is one
 
@@ -32,6 +32,7 @@ class Heartbeat:
         self.ended = threading.Event()
         self.thread: threading.Thread | None = None
         self.store: dist.TCPStore | None = None
+        self.seen: bytes | None = None  # last sign of life of the neighbour
 
     def start(self) -> None:
         if get_world_size() == 1:

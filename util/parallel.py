@@ -34,14 +34,14 @@ def know_results(types: Sequence[type]) -> None:
             KNOWN.add(kind)
 
 
-def replicate(model: nn.Module, result_types: Sequence[type] = ()) -> nn.Module:
+def replicate(model: nn.Module, result_types: Sequence[type] = (), accum_steps: int = 1) -> nn.Module:
     """Gradients are averaged over processes while the backward pass runs. The graph is the same in every step: what no
-    loss reaches is found once. Buffers are those of each process, since they are constants, unless batch norms train. result_types: see `know_results`.
+    loss reaches is found once (not with several batches a step: PyTorch cannot have both). Buffers are those of each process, since they are constants, unless batch norms train. result_types: see `know_results`.
     """
     know_results(result_types)
     trains_norms = any(isinstance(module, _BatchNorm) for module in model.modules())
     return nn.parallel.DistributedDataParallel(
-        model, static_graph=True, gradient_as_bucket_view=True, broadcast_buffers=trains_norms
+        model, static_graph=accum_steps == 1, gradient_as_bucket_view=True, broadcast_buffers=trains_norms
     )
 
 
