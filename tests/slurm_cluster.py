@@ -87,7 +87,11 @@ def install_slurm() -> str | None:
         left = max(deadline - time.monotonic(), 1)
         try:
             subprocess.run(
-                ['apt-get', *words], env=environment, check=True, timeout=left, stdout=subprocess.DEVNULL
+                ['apt-get', '-o', 'DPkg::Lock::Timeout=60', *words],
+                env=environment,
+                check=True,
+                timeout=left,
+                stdout=subprocess.DEVNULL,
             )
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             return f'installing Slurm failed: {error}'
