@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser as get_torchrun_parser
 
 from tests.test_run import TINY, load
 from util.launch import export_launcher_environment, first_host, is_preempted
@@ -159,6 +160,20 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
     start = time.monotonic()
     assert launch(2, script).returncode != 0
     assert time.monotonic() - start < 40
+
+
+def test_time_nearly_up_is_for_the_processes(tmp_path: Path) -> None:
+    """torchrun hands SIGUSR2 on instead of dying of it."""
+    if 'signals_to_handle' not in get_torchrun_parser().format_help():
+        pytest.skip('the torchrun of this PyTorch cannot')
+    script = tmp_path / 'script.sh'
+    script.write_text(
+        f'trap "touch {tmp_path}/told$RANK; exit 75" USR2\ntouch {tmp_path}/ready$RANK\n'
+        f'while [ ! -e {tmp_path}/ready0 ] || [ ! -e {tmp_path}/ready1 ]; do sleep 0.1; done\n'
+        '[ $RANK = 0 ] && kill -USR2 $PPID\nfor i in $(seq 300); do sleep 0.1; done\n'
+    )
+    assert launch(2, script).returncode != 0
+    assert {path.name for path in tmp_path.glob('told*')} == {'told0', 'told1'}
 
 
 @pytest.mark.parametrize(

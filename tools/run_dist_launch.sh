@@ -29,7 +29,7 @@ node=${NODE_RANK:-0}
 [[ $node =~ ^[0-9]+$ ]] && ((10#$node < gpus / per_node)) || refuse "NODE_RANK must be less than the $((gpus / per_node)) nodes, not '$node'"
 [[ $1 != *.sh || -x $1 ]] || set -- bash "$@"
 
-# SIGUSR1 and SIGUSR2 (time is nearly up) are for the processes; by itself torchrun would die of them. PyTorch 2.9 or newer.
+# SIGUSR1 and SIGUSR2 (time is nearly up) are for the processes; by itself torchrun would die of them. Older PyTorch ignores it.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}
 exec python -m torch.distributed.run --nnodes "$((gpus / per_node))" --node_rank "$node" --nproc_per_node "$per_node" \
     --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" --no_python "$@"
