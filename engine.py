@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.coco_eval import CocoEvaluator, Summary
@@ -64,7 +65,10 @@ def build_optimizer(
     groups = [{'params': params[group], 'lr': rate} for group, rate in rates.items()]
     fused = all(p.device.type in ('cpu', 'cuda', 'mps') for p in model.parameters())
     if sgd:
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=fused)
+        # PyTorch has no fused SGD for parts of weights, and steps them one by one where some are whole.
+        sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        how = {'foreach': False} if sharded else {'fused': fused}
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=weight_decay, **how)
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=fused)
 
 

@@ -284,9 +284,9 @@ def set_up(args: Namespace, device: torch.device, stops: StopRequests) -> tuple[
     model.to(device)
     same_everywhere([*model.parameters(), *model.buffers()])
     average = WeightAverage(model, args.ema) if args.ema and not args.eval else None
+    flops = flops_text(model, list(datasets.values())[-1]) if is_main_process() else ''
     if args.compile:
         compile_regions(model)
-    flops = flops_text(model, list(datasets.values())[-1]) if is_main_process() else ''
     if args.fsdp:
         shard(model, [Prediction])
         if average:

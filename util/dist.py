@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from util.launch import export_launcher_environment
+
 
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
@@ -42,6 +44,7 @@ def choose_device(name: str) -> torch.device:
 
     ValueError: there is no such device.
     """
+    export_launcher_environment()
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
@@ -52,7 +55,9 @@ def choose_device(name: str) -> torch.device:
         return device
     if not torch.cuda.is_available():
         raise ValueError(f'--device {name}: no usable NVIDIA GPU here; use --device auto')
-    index = device.index if device.index is not None else int(os.environ.get('LOCAL_RANK', 0))
+    # Slurm may show a process its own GPU only.
+    local = int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()
+    index = device.index if device.index is not None else local
     torch.cuda.set_device(index)
     return torch.device('cuda', index)
 
