@@ -130,7 +130,7 @@ def end_as_a_launcher(processes: list) -> list[int]:
 @pytest.mark.slow
 def test_thirty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     """Two processes; one of them is killed, or both, or one is asked to stop, again and again until the run has ended."""
-    flags = ['--checkpoint_steps', '1', '--epochs', '30', '--eval_every', '10']
+    flags = ['--checkpoint_steps', '1', '--epochs', '60', '--eval_every', '20']
     command = [*LONG, *flags, '--output_dir', str(tmp_path / 'parts'), '--resume', 'auto']
     chance, disturbed, codes = random.Random(0), 0, [1, 1]
     while codes != [0, 0]:
