@@ -171,6 +171,19 @@ def test_a_lack_of_memory_is_explained_before_the_first_step(monkeypatch: pytest
         engine.rehearse(model, criterion, Precision('off', torch.device('cpu')), 4, (96, 64), 7)
 
 
+@pytest.mark.parametrize('amp', ['bf16', 'fp16'])
+def test_a_run_in_16_bits_resumes(tmp_path: Path, amp: str) -> None:
+    """The scale of fp16's gradients, too."""
+    flags = ['--amp', amp, '--lr_drop', '2', '--eval_every', '2', '--shapes_train', '4', '--batch_size', '2']
+    run(tmp_path / 'whole', *flags, '--epochs', '2')
+    run(tmp_path / 'parts', *flags, '--epochs', '1')
+    run(tmp_path / 'parts', *flags, '--epochs', '2', '--resume', 'auto')
+    whole = load(tmp_path / 'whole')
+    assert_same(whole, load(tmp_path / 'parts'))
+    assert ('scaler' in whole) == (amp == 'fp16')
+    assert all(value.dtype != torch.bfloat16 for value in whole['model'].values())
+
+
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
