@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 from datasets import DATASETS
@@ -292,49 +293,22 @@ def set_up(args: Namespace, device: torch.device, stops: StopRequests) -> tuple[
         if average:
             shard(average.module)
     loaders = {split: build_loader(dataset, split, args) for split, dataset in datasets.items()}
-    optimizer = build_optimizer(
-        model,
-        args.lr,
-        args.lr_backbone,
-        args.weight_decay,
-        args.lr_backbone_names,
-        args.lr_linear_proj_names,
-        args.lr_linear_proj_mult,
-        args.sgd,
-    )
-    scheduler = build_scheduler(optimizer, args)
-    if get_world_size() > 1 and not args.fsdp:
-        model = replicate(model, [Prediction], args.accum_steps)
     precision = Precision(args.amp, device)
-    run = Run(
-        args,
-        model,
-        criterion,
-        postprocessors,
-        datasets,
-        loaders,
-        optimizer,
-        scheduler,
-        precision,
-        average,
-        stops,
-    )
-    first_epoch, state = restore(run, checkpoint) if args.resume and not args.eval else (0, EpochState())
-    if is_main_process():
-        print_plan(
-            args,
-            run.bare_model,
-            datasets,
-            loaders,
-            optimizer,
-            scheduler,
-            {'FLOPs': flops} | plan_notes(run, device),
-        )
     if not args.eval and (
         device.type == 'cuda' if args.worst_batch_first is None else args.worst_batch_first
     ):
-        size, num_objects = worst_batch(datasets['train'], args.batch_size, args.bucket_sizes)
-        rehearse(run.bare_model, criterion, precision, args.batch_size, size, num_objects)
+        worst = worst_batch(datasets['train'], args.batch_size, args.bucket_sizes)
+        rehearse(model, criterion, precision, args.batch_size, *worst)
+    optimizer = optimizer_of(model, args)
+    scheduler = build_scheduler(optimizer, args)
+    if get_world_size() > 1 and not args.fsdp:
+        model = replicate(model, [Prediction], args.accum_steps)
+    parts = model, criterion, postprocessors, datasets, loaders, optimizer, scheduler
+    run = Run(args, *parts, precision, average, stops)
+    first_epoch, state = restore(run, checkpoint) if args.resume and not args.eval else (0, EpochState())
+    if is_main_process():
+        notes = {'FLOPs': flops} | plan_notes(run, device)
+        print_plan(args, run.bare_model, datasets, loaders, optimizer, scheduler, notes)
     return run, first_epoch, state, checkpoint
 
 
@@ -425,11 +399,8 @@ def finish_epoch(
     """Evaluate if it is time, and write what is known about the epoch."""
     args, row, record = run.args, dict(metrics), dict(metrics)
     due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
-    summary = (
-        evaluate_once(run, f'epoch {epoch + 1}/{args.epochs} evaluate')
-        if due and not args.no_validate
-        else None
-    )
+    due = due and not args.no_validate
+    summary = evaluate_once(run, f'epoch {epoch + 1}/{args.epochs} evaluate') if due else None
     row |= {f'test_{name}': summary.stats[i] if summary else None for i, name in enumerate(STAT_NAMES)}
     if summary:
         record |= {'test_coco_eval_bbox': summary.stats, 'per_class': summary.per_class}
@@ -474,6 +445,19 @@ def evaluate_alone(run: Run) -> None:
         record = {'test_coco_eval_bbox': summary.stats, 'per_class': summary.per_class}
         text = json.dumps(record, indent=1)
         save_atomically(Path(run.args.output_dir) / 'eval.json', lambda path: path.write_text(text))
+
+
+def optimizer_of(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
+    return build_optimizer(
+        model,
+        args.lr,
+        args.lr_backbone,
+        args.weight_decay,
+        args.lr_backbone_names,
+        args.lr_linear_proj_names,
+        args.lr_linear_proj_mult,
+        args.sgd,
+    )
 
 
 def build_scheduler(

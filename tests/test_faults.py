@@ -85,7 +85,16 @@ def test_a_signal_saves_in_the_middle_of_an_epoch(tmp_path: Path, number: int) -
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path: Path) -> None:
     """While it trains; then once more while it evaluates."""
-    flags = ['--num_workers', '1', '--bucket_sizes', '--eval_every', '2', '--shapes_val', '60']
+    flags = [
+        '--num_workers',
+        '1',
+        '--bucket_sizes',
+        '--eval_every',
+        '2',
+        '--shapes_val',
+        '60',
+        '--worst_batch_first',
+    ]
     command = [*LONG, *flags, '--output_dir', str(tmp_path / 'parts'), '--resume', 'auto']
     log = tmp_path / 'log'
     for text in ('epoch 1/2  3/6', 'epoch 2/2 evaluate'):
