@@ -139,13 +139,13 @@ def end_as_a_launcher(processes: list) -> list[int]:
 @pytest.mark.slow
 def test_thirty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     """Two processes; one of them is killed, or both, or one is asked to stop, again and again until the run has ended."""
-    flags = ['--checkpoint_steps', '1', '--epochs', '60', '--eval_every', '20']
+    flags = ['--checkpoint_steps', '1', '--epochs', '36', '--eval_every', '12']
     command = [*LONG, *flags, '--output_dir', str(tmp_path / 'parts'), '--resume', 'auto']
     chance, disturbed, codes = random.Random(0), 0, [1, 1]
     while codes != [0, 0]:
         processes = start_group(tmp_path / f'log{disturbed}_', command)
         if disturbed < 30:
-            time.sleep(chance.uniform(0.3, 3.0))
+            time.sleep(chance.uniform(0.3, 2.0))
             chosen = chance.choice([processes, processes[:1], processes[1:]])
             for process in chosen:
                 os.kill(process.pid, chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
