@@ -223,12 +223,12 @@ def main(args: Namespace) -> None:
     device = choose_device(args.device)
     set_tf32(args.tf32)
     init_distributed(device, args.dist_url)
-    heartbeat = Heartbeat()
-    heartbeat.start()
-    stops = StopRequests(device)
+    heartbeat, stops = Heartbeat(), StopRequests(device)
     try:
         with one_run_a_folder(args):
-            run, first_epoch, state, checkpoint = set_up(args, device, stops)
+            checkpoint, datasets = read_data(args)
+            heartbeat.start()  # not before: while a large annotation file is read, no other thread runs
+            run, first_epoch, state = set_up(args, device, stops, checkpoint, datasets)
             if args.eval:
                 evaluate_alone(run)
             else:
@@ -260,8 +260,10 @@ def one_run_a_folder(args: Namespace) -> Iterator[None]:
             lock.close()
 
 
-def set_up(args: Namespace, device: torch.device, stops: StopRequests) -> tuple[Run, int, EpochState, dict]:
-    """The run, the epoch to begin with and how far it has come, and the checkpoint in use ({} if none)."""
+def read_data(args: Namespace) -> tuple[dict, dict[str, Dataset]]:
+    """The checkpoint in use, {} if there is none, and the data sets. ValueError: flags, checkpoint or data are wrong, or the
+    processes disagree about them.
+    """
     check_agreement(facts_of(args))
     with together():
         check_run_args(args)
@@ -270,6 +272,13 @@ def set_up(args: Namespace, device: torch.device, stops: StopRequests) -> tuple[
         class_map = ClassMap.from_dict(checkpoint['class_map']) if 'class_map' in checkpoint else None
         datasets = build_datasets(args, class_map)
     check_agreement({f'{split} data': summary_of(dataset) for split, dataset in datasets.items()})
+    return checkpoint, datasets
+
+
+def set_up(
+    args: Namespace, device: torch.device, stops: StopRequests, checkpoint: dict, datasets: dict[str, Dataset]
+) -> tuple[Run, int, EpochState]:
+    """The run, the epoch to begin with, and how far that has come."""
     args.num_classes = list(datasets.values())[-1].class_map.num_classes
     if checkpoint:
         args.backbone_weights = 'none'  # the checkpoint holds the backbone
@@ -309,7 +318,7 @@ def set_up(args: Namespace, device: torch.device, stops: StopRequests) -> tuple[
     if is_main_process():
         notes = {'FLOPs': flops} | plan_notes(run, device)
         print_plan(args, run.bare_model, datasets, loaders, optimizer, scheduler, notes)
-    return run, first_epoch, state, checkpoint
+    return run, first_epoch, state
 
 
 def facts_of(args: Namespace) -> dict[str, object]:
