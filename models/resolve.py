@@ -1,0 +1,283 @@
+"""Flags to settled values: the family is named, defaults are filled in, and what cannot be is refused."""
+
+from argparse import ArgumentParser, Namespace
+
+from .flags import (
+    AUXILIARY_HEADS,
+    DEFORMABLE_FLAGS,
+    DINO_FLAGS,
+    DROP_PATH_RATE,
+    FAMILY_DEFAULTS,
+    HYBRID_FLAGS,
+    NUM_CLASSES,
+    OFFICIAL_NAMES,
+    RECOMPUTABLE,
+    add_model_args,
+)
+from .swin import SWIN_SIZES
+
+
+def resolve_args(args: Namespace) -> Namespace:
+    """A copy of `args` with every model flag present, the family named, and its defaults where a flag was not
+    given.
+
+    ValueError: flags that contradict each other.
+    """
+    parser = ArgumentParser()
+    add_model_args(parser)
+    defaults = vars(parser.parse_args([]))
+    given = {OFFICIAL_NAMES.get(k, k): value for k, value in vars(args).items() if value is not None}
+    deformable = [flag for flag in DEFORMABLE_FLAGS if given.get(flag)]
+    if deformable and given.get('conditional'):
+        raise ValueError(
+            f'--conditional and --{deformable[0]} choose different models: leave one of them out'
+        )
+    hybrid = any(flag in given for flag in HYBRID_FLAGS)
+    deformable = deformable or hybrid or given.get('use_ms_detr')
+    family = 'conditional' if given.get('conditional') else 'deformable' if deformable else 'detr'
+    family_defaults = FAMILY_DEFAULTS['dino' if given.get('dino') else family]
+    if hybrid or given.get('co_aux_heads'):
+        family_defaults = family_defaults | {'dim_feedforward': 2048}
+    if given.get('co_aux_heads'):
+        family_defaults = family_defaults | {'dropout': 0.0}
+    resolved = Namespace(**{'num_classes': NUM_CLASSES} | defaults | vars(args) | family_defaults | given)
+    resolved.family = family
+    resolve_hybrid(resolved)
+    resolve_co_detr(resolved)
+    resolve_checkpointing(resolved)
+    for term, value in (('cls', 2.0), ('bbox', 5.0), ('giou', 2.0)):
+        if getattr(resolved, f'enc_{term}_loss_coef') is None:
+            usual = value if resolved.use_ms_detr else getattr(resolved, f'{term}_loss_coef')
+            setattr(resolved, f'enc_{term}_loss_coef', usual)
+    check_args(resolved)
+    return resolved
+
+
+def resolve_hybrid(args: Namespace) -> None:
+    """Numbers that were not given; all stay None where no flag of hybrid matching was given."""
+    if all(getattr(args, flag) is None for flag in HYBRID_FLAGS):
+        return
+    if args.hybrid_queries is None:
+        args.hybrid_queries = 1500 if args.hybrid_k else 0
+    if args.hybrid_k is None:
+        args.hybrid_k = 5 if args.hybrid_queries else 0
+    if args.hybrid_lambda is None:
+        args.hybrid_lambda = 1.0
+
+
+def resolve_co_detr(args: Namespace) -> None:
+    """What DINO's decoder and Co-DETR's heads change where nothing was given."""
+    if args.dino:
+        for flag in DINO_FLAGS:
+            setattr(args, flag, True)
+    co_detr = args.dino or bool(args.co_aux_heads)
+    many_levels = args.dino and args.num_feature_levels >= 5
+    defaults = {
+        'finest_stride': 4 if many_levels else 8,
+        'input_proj_bias': not co_detr,
+        'clamp_boxes': co_detr,
+        'soft_nms_threshold': 0.8 if args.dino else 0.0,
+        'class_loss': 'quality_focal' if args.dino else 'focal',
+        'with_coord_feat': not args.dino,
+    }
+    for flag, value in defaults.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
+
+
+def resolve_checkpointing(args: Namespace) -> None:
+    """The parts that are recomputed, None for none. Namespaces of official code, and older ones of ours, hold True or
+    False.
+    """
+    if args.use_checkpoint is False:
+        args.use_checkpoint = None
+    if args.use_checkpoint is True or args.use_checkpoint == []:
+        own = not args.backbone.startswith('timm/')  # we know the parts of the others
+        args.use_checkpoint = list(RECOMPUTABLE if own else RECOMPUTABLE[1:])
+
+
+def check_args(args: Namespace) -> None:
+    """Refuse what cannot be, before anything is built."""
+    if args.hidden_dim % args.nheads or args.hidden_dim % 4:
+        raise ValueError(
+            f'--hidden_dim {args.hidden_dim} must be a multiple of --nheads {args.nheads} and of 4'
+        )
+    if args.family != 'detr' and args.pre_norm:
+        raise ValueError(
+            f'--pre_norm exists for DETR only, and the other flags choose {args.family}: leave it out'
+        )
+    if args.family == 'detr' and args.nms_iou_threshold is not None:
+        raise ValueError(
+            '--nms_iou_threshold is not for DETR, which gives one detection a query: leave it out'
+        )
+    if args.nms_iou_threshold is not None and not 0 <= args.nms_iou_threshold <= 1:
+        raise ValueError(f'--nms_iou_threshold {args.nms_iou_threshold} must be between 0 and 1')
+    if args.family == 'deformable':
+        check_deformable_args(args)
+    if args.family != 'conditional' and args.local_init:
+        raise ValueError('--local_init exists for Conditional DETR only: add --conditional, or leave it out')
+    if args.dilation and args.backbone_stages != 4:
+        raise ValueError(
+            f'--dilation changes stage 4, but --backbone_stages is {args.backbone_stages}: give one of them'
+        )
+    check_swin_args(args)
+    check_checkpointing(args)
+    check_scheme_args(args)
+    check_co_detr_args(args)
+    for flag in (
+        'enc_layers',
+        'dec_layers',
+        'num_queries',
+        'num_classes',
+        'topk_eval',
+        'o2m_matcher_k',
+        'group_detr',
+        'max_pos_coords',
+    ):
+        if getattr(args, flag) < 1:
+            raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
+
+
+def check_swin_args(args: Namespace) -> None:
+    """Official namespaces hold Swin's default beside other backbones too."""
+    for flag, default in (('drop_path_rate', DROP_PATH_RATE), ('backbone_frozen_stages', -1)):
+        if args.backbone not in SWIN_SIZES and getattr(args, flag) != default:
+            raise ValueError(f'--{flag} is for Swin, and --backbone is {args.backbone}: leave it out')
+    if not 0 <= args.drop_path_rate < 1:
+        raise ValueError(f'--drop_path_rate {args.drop_path_rate} must be at least 0 and less than 1')
+    if not -1 <= args.backbone_frozen_stages <= args.backbone_stages + 1:
+        raise ValueError(
+            f'--backbone_frozen_stages {args.backbone_frozen_stages} must be between -1 and {args.backbone_stages + 1}, '
+            f'the number for all {args.backbone_stages} stages'
+        )
+
+
+def check_checkpointing(args: Namespace) -> None:
+    parts = args.use_checkpoint or ()
+    unknown = set(parts) - set(RECOMPUTABLE)
+    if unknown:
+        raise ValueError(
+            f'--use_checkpoint {unknown.pop()} is not known: choose of {", ".join(RECOMPUTABLE)}'
+        )
+    if 'backbone' in parts and args.backbone.startswith('timm/'):
+        raise ValueError(
+            f'--use_checkpoint backbone is not for --backbone {args.backbone}: leave it out, or name encoder and decoder'
+        )
+
+
+def recomputes(args: Namespace, part: str) -> bool:
+    """Whether activations of this part are computed again in the backward pass."""
+    return part in (args.use_checkpoint or ())
+
+
+def check_scheme_args(args: Namespace) -> None:
+    if args.hybrid_queries and not args.hybrid_k:
+        raise ValueError(
+            f'--hybrid_queries {args.hybrid_queries} would be trained by nothing with --hybrid_k 0: raise --hybrid_k, or give 0 for both'
+        )
+    for flag in HYBRID_FLAGS:
+        if (getattr(args, flag) or 0) < 0:
+            raise ValueError(f'--{flag} must not be negative, as {getattr(args, flag)} is')
+    for flag in ('use_aux_ffn', 'use_indices_merge'):
+        if getattr(args, flag) and not args.use_ms_detr:
+            raise ValueError(f'--{flag} needs --use_ms_detr: add it')
+    if args.use_aux_ffn and args.ms_variant == 'a':
+        raise ValueError(
+            '--use_aux_ffn belongs to the second reading after the cross-attention: leave it out, or leave --ms_variant a out'
+        )
+    if args.ms_variant == 'a' and not args.use_ms_detr:
+        raise ValueError('--ms_variant a needs --use_ms_detr: add it')
+
+
+def check_co_detr_args(args: Namespace) -> None:
+    for flag in ('dn_number', 'co_aux_heads'):
+        if getattr(args, flag) and not args.two_stage:
+            raise ValueError(f'--{flag} needs --two_stage and --with_box_refine (or --dino): add them')
+    if len(set(args.co_aux_heads)) < len(args.co_aux_heads):
+        raise ValueError(f'--co_aux_heads {" ".join(args.co_aux_heads)} names a head twice')
+    unknown = set(args.co_aux_heads) - set(AUXILIARY_HEADS)
+    if unknown:
+        raise ValueError(
+            f'--co_aux_heads {unknown.pop()} is not known: choose of {", ".join(AUXILIARY_HEADS)}'
+        )
+    if args.eval_module not in ('detr', *args.co_aux_heads):
+        raise ValueError(
+            f'--eval_module {args.eval_module} is not among --co_aux_heads: add it there, or evaluate detr'
+        )
+    for flag in ('dn_number', 'dn_label_noise_ratio', 'dn_box_noise_scale', 'lambda_1', 'lambda_2'):
+        if getattr(args, flag) < 0:
+            raise ValueError(f'--{flag} must not be negative, as {getattr(args, flag)} is')
+    if args.dn_label_noise_ratio > 2:
+        raise ValueError(
+            f'--dn_label_noise_ratio {args.dn_label_noise_ratio}: half of it is a share, so 2 is the most'
+        )
+    if not 0 <= args.soft_nms_threshold <= 1:
+        raise ValueError(f'--soft_nms_threshold {args.soft_nms_threshold} must be between 0 and 1')
+    if args.soft_nms_threshold and args.nms_iou_threshold is not None:
+        raise ValueError(
+            '--soft_nms_threshold and --nms_iou_threshold are two ways of suppression: give one (--soft_nms_threshold 0 '
+            'turns that of --dino off)'
+        )
+    if args.family != 'deformable':
+        usual = {
+            'soft_nms_threshold': 0,
+            'clamp_boxes': False,
+            'class_loss': 'focal',
+            'input_proj_bias': True,
+            'finest_stride': 8,
+        }
+        for flag, value in usual.items():
+            if getattr(args, flag) != value:
+                raise ValueError(
+                    f'--{flag} {getattr(args, flag)} is for Deformable DETR, and the other flags choose {args.family}: leave it out'
+                )
+    elif args.num_feature_levels == 1 and args.finest_stride == 4:
+        raise ValueError(
+            '--finest_stride 4 is of several feature maps, but --num_feature_levels is 1: leave one of them out'
+        )
+    if args.eval_module != 'detr' and args.nms_iou_threshold is not None:
+        raise ValueError(
+            f'--nms_iou_threshold is for the decoder: --eval_module {args.eval_module} suppresses by its own rule'
+        )
+
+
+def check_deformable_args(args: Namespace) -> None:
+    for flag, needed in (
+        ('two_stage', 'with_box_refine'),
+        ('look_forward_twice', 'with_box_refine'),
+        ('mixed_selection', 'two_stage'),
+    ):
+        if getattr(args, flag) and not getattr(args, needed):
+            raise ValueError(f'--{flag} needs --{needed}: add it')
+    if args.hidden_dim % 32:
+        raise ValueError(
+            f'--hidden_dim {args.hidden_dim} must be a multiple of 32 in Deformable DETR (group norm)'
+        )
+    num_maps = len(backbone_maps(args))
+    if args.num_feature_levels < num_maps:
+        raise ValueError(
+            f'--num_feature_levels {args.num_feature_levels} must be 1, or at least the {num_maps} maps of a backbone of '
+            f'--backbone_stages {args.backbone_stages}'
+        )
+    for flag in ('enc_n_points', 'dec_n_points'):
+        if getattr(args, flag) < 1:
+            raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
+
+
+def backbone_maps(args: Namespace) -> range:
+    """Stages of the backbone whose maps the detector reads: the last, or all from the second on."""
+    if args.family != 'deformable' or args.num_feature_levels == 1:
+        first = args.backbone_stages
+    else:
+        first = 1 if args.finest_stride == 4 else 2
+    return range(first, args.backbone_stages + 1)
+
+
+def level_strides(args: Namespace) -> list[int]:
+    """Of the feature maps of Deformable DETR, finest first."""
+    strides = [2 ** (stage + 1) for stage in backbone_maps(args)]
+    if args.dilation:
+        strides[-1] //= 2
+    while len(strides) < args.num_feature_levels:
+        strides.append(2 * strides[-1])
+    return strides
