@@ -46,7 +46,7 @@ from util.dist import (
     leave_distributed,
     together,
 )
-from util.files import code_checksum, lock_folder, save_atomically
+from util.files import code_checksum, lock_folder, save_atomically, unlock
 from util.heartbeat import Heartbeat
 from util.interrupts import Interrupted, StopRequests, was_restarted
 from util.logger import RunLog, format_time, import_summary_writer, say
@@ -256,8 +256,7 @@ def one_run_a_folder(args: Namespace) -> Iterator[None]:
     try:
         yield
     finally:
-        if lock is not None:
-            lock.close()
+        unlock(lock)
 
 
 def read_data(args: Namespace) -> tuple[dict, dict[str, Dataset]]:

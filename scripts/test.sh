@@ -4,6 +4,7 @@
 #   bash scripts/test.sh                 everything
 #   bash scripts/test.sh --quick         without the slow tests
 #   bash scripts/test.sh -k matcher      more words go to pytest
+#   TEST_JOBS=8 bash scripts/test.sh     tests at a time (2), each with one thread; about 3 GB of memory each
 set -euo pipefail
 source "$(dirname "$0")/env.sh" requirements-dev.txt
 bash scripts/build_ops.sh
@@ -14,4 +15,5 @@ if [ "${1:-}" = --quick ]; then
 fi
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+python -m pytest -n "${TEST_JOBS:-2}" --dist worksteal "$@"

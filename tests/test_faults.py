@@ -14,7 +14,7 @@ import torch
 import main
 from tests.processes import end_group, in_processes, print_to, start_group, start_main
 from tests.test_run import ROOT, TINY, assert_same, load
-from util.files import lock_folder
+from util.files import lock_folder, unlock
 from util.heartbeat import Heartbeat
 from util.interrupts import UNFINISHED
 
@@ -213,8 +213,10 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
         ValueError, match=f'is in use by process {os.getpid()} on .*choose another --output_dir'
     ):
         lock_folder(tmp_path, wait=0.1)
-    first.close()
-    lock_folder(tmp_path, wait=0.1).close()
+    with subprocess.Popen(['sleep', '30'], pass_fds=[first.fileno()]) as child:  # as a loader's worker
+        unlock(first)
+        unlock(lock_folder(tmp_path, wait=0.1))
+        child.kill()
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +224,7 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(main, 'lock_folder', lambda folder: lock_folder(folder, wait=0.1))
     with pytest.raises(ValueError, match='is in use by process'):
         main.main(main.get_args_parser().parse_args([*LONG, '--output_dir', str(tmp_path)]))
-    holder.close()
+    unlock(holder)
     assert {path.name for path in tmp_path.iterdir()} == {'run.lock'}
 
 

@@ -52,15 +52,19 @@ def results(body: nn.Module, pictures: Tensor) -> list[Tensor]:
     ('name', 'dilation'), [('resnet18', False), ('resnet50', True), ('mobilenet_v2', False)]
 )
 def test_equals_the_unfolded_network(name: str, dilation: bool) -> None:
-    """In the sense of whole tensors: a sum of thousands of float32 products has no better digits."""
-    for dtype, close in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+    """In the sense of whole tensors: a sum of thousands of float32 products has no better digits, and where rounding decides
+    on which side of a ReLU a number lies, a gradient comes or not.
+    """
+    for dtype, close, close_gradients in ((torch.float64, 1e-12, 1e-12), (torch.float32, 1e-5, 1e-3)):
         with float64():
             ours, plain = both(name, dilation)
             pictures = torch.randn(2, 3, 64, 96)
         ours, plain, pictures = ours.to(dtype), plain.to(dtype), pictures.to(dtype)
-        for first, second in zip(results(ours, pictures), results(plain, pictures), strict=True):
+        for index, pair in enumerate(zip(results(ours, pictures), results(plain, pictures), strict=True)):
+            first, second = pair
             assert first.shape == second.shape and first.dtype == dtype
-            assert (first - second).norm() <= close * second.norm()
+            bound = close if index < len(STAGES) else close_gradients
+            assert (first - second).norm() <= bound * second.norm()
 
 
 @named

@@ -38,8 +38,8 @@ def save_atomically(path: str | os.PathLike, save: Callable[[Path], object]) -> 
 
 
 def lock_folder(folder: str | os.PathLike, wait: float = 20.0) -> TextIO | None:
-    """Take a folder for this process, until the file that is returned is closed or the process ends, however it does.
-    None where the file system knows no locks.
+    """Take a folder for this process, until `unlock` is called with the file that is returned, or the process ends, however
+    it does. None where the file system knows no locks.
 
     wait: seconds for which another holder, perhaps a process that is just ending, may still let go. ValueError: it does
     not; the message names it.
@@ -68,6 +68,13 @@ def lock_folder(folder: str | os.PathLike, wait: float = 20.0) -> TextIO | None:
     file.write(f'process {os.getpid()} on {socket.gethostname()}{job}')
     file.flush()
     return file
+
+
+def unlock(file: TextIO | None) -> None:
+    """Also where processes that were forked in between, loader workers for instance, still have the file open."""
+    if file is not None:
+        fcntl.flock(file, fcntl.LOCK_UN)
+        file.close()
 
 
 def code_checksum(root: Path) -> str:
