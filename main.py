@@ -36,6 +36,7 @@ from models.training.ledger import ledger_text, supervision_table
 from util.average import WeightAverage
 from util.checkpoint import load_checkpoint, read_checkpoint
 from util.dist import (
+    all_gather_object,
     check_agreement,
     choose_device,
     get_local_size,
@@ -46,7 +47,7 @@ from util.dist import (
     leave_distributed,
     together,
 )
-from util.files import code_checksum, lock_folder, save_atomically, unlock
+from util.files import code_checksum, lock_folder, remove_partial_files, save_atomically, unlock
 from util.heartbeat import Heartbeat
 from util.interrupts import Interrupted, StopRequests, was_restarted
 from util.logger import RunLog, format_time, import_summary_writer, say
@@ -253,6 +254,7 @@ def one_run_a_folder(args: Namespace) -> Iterator[None]:
         if args.output_dir and not args.eval and is_main_process():
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             lock = lock_folder(args.output_dir)
+            remove_partial_files(args.output_dir)
     try:
         yield
     finally:
@@ -264,13 +266,17 @@ def read_data(args: Namespace) -> tuple[dict, dict[str, Dataset]]:
     processes disagree about them.
     """
     check_agreement(facts_of(args))
+    restarted = any(all_gather_object(was_restarted()))
     with together():
         check_run_args(args)
-        checkpoint = find_checkpoint(args)
+        checkpoint = find_checkpoint(args, restarted)
         seed_everything(args.seed + get_rank())
         class_map = ClassMap.from_dict(checkpoint['class_map']) if 'class_map' in checkpoint else None
         datasets = build_datasets(args, class_map)
-    check_agreement({f'{split} data': summary_of(dataset) for split, dataset in datasets.items()})
+    facts = {f'{split} data': summary_of(dataset) for split, dataset in datasets.items()}
+    pictures = checkpoint.get('within_epoch', {}).get('pictures', 0)
+    found = f'epoch {checkpoint.get("epoch")}, {pictures} pictures further' if checkpoint else 'none'
+    check_agreement(facts | {'the checkpoint': found})  # a folder that is not shared, for instance
     return checkpoint, datasets
 
 
@@ -352,6 +358,7 @@ def train(run: Run, first_epoch: int, state: EpochState, checkpoint: dict) -> No
     board = import_summary_writer()(folder) if args.tensorboard and is_main_process() else None
     if log and first_epoch > 0 and 'metrics' in checkpoint and not log.has_epoch(first_epoch - 1):
         # The run stopped between saving this epoch and logging it.
+        keep_numbered(run, folder, first_epoch - 1)
         finish_epoch(run, first_epoch - 1, checkpoint['metrics'], log, board)
     if first_epoch >= args.epochs:
         say(f'all {args.epochs} epochs are done; raise --epochs to train longer')
@@ -534,14 +541,15 @@ def check_run_args(args: Namespace) -> None:
         args.accum_steps = args.total_batch_size // at_a_time
 
 
-def find_checkpoint(args: Namespace) -> dict:
-    """The checkpoint named by --resume or --pretrained, {} if none; creates the output folder.
+def find_checkpoint(args: Namespace, restarted: bool) -> dict:
+    """The checkpoint named by --resume or --pretrained, {} if none; creates the output folder. restarted: a launcher has
+    started this job again.
 
     ValueError: the output folder holds another run, which would be overwritten.
     """
     if args.output_dir:
         existing = Path(args.output_dir) / 'checkpoint.pth'
-        if was_restarted() and existing.is_file() and not args.eval:
+        if restarted and existing.is_file() and not args.eval:
             args.resume = 'auto'  # the same command as at first, and this run's own checkpoint
         if args.resume == 'auto':
             args.resume = str(existing) if existing.is_file() else ''

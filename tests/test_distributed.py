@@ -224,19 +224,19 @@ def test_evaluation_in_two_processes_gives_the_same_numbers(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_sharded_runs_go_on_with_any_number_of_processes(tmp_path: Path) -> None:
-    """An epoch of two processes, sharded, then one of a single process, then a sharded one: as a single process alone. The
-    moving average too.
+    """An epoch of a single process, then two of two, sharded, then one of a single process again: as a single process
+    alone. The moving average too, which is evaluated in between.
     """
-    flags = [*FROZEN, '--lr_drop', '3', '--eval_every', '3', '--ema', '0.9']
-    run_one('--output_dir', str(tmp_path / 'one'), *flags)
+    flags = [*FROZEN, '--lr_drop', '4', '--ema', '0.9']
+    run_one('--output_dir', str(tmp_path / 'one'), *flags, '--epochs', '4')
     mixed = ['--output_dir', str(tmp_path / 'mixed'), *flags, '--resume', 'auto']
-    run_two(tmp_path, *mixed, '--fsdp', '--batch_size', '2', '--epochs', '1')
-    run_one(*mixed, '--epochs', '2')
-    run_two(tmp_path, *mixed, '--fsdp', '--batch_size', '2')
+    run_one(*mixed, '--epochs', '1')
+    run_two(tmp_path, *mixed, '--fsdp', '--batch_size', '2', '--epochs', '3')
+    run_one(*mixed, '--epochs', '4')
     one, other = load(tmp_path / 'one'), load(tmp_path / 'mixed')
     for part in ('model', 'model_ema'):
         assert_equal(other[part], one[part], tolerance=1e-4)
-    assert other['ema_updates'] == one['ema_updates'] == 9
+    assert other['ema_updates'] == one['ema_updates'] == 12
 
 
 def disagree(rank: int) -> str:

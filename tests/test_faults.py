@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import engine
 import main
 from tests.processes import end_group, in_processes, print_to, start_group, start_main
 from tests.test_run import ROOT, TINY, assert_same, load
@@ -106,6 +107,23 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path: 
     same_end(whole_run(tmp_path, 2, *flags), tmp_path / 'parts')
 
 
+def test_a_loss_that_is_not_finite_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, steps = engine.weighted_sum, [0]
+
+    def third_is_nan(*args: object) -> torch.Tensor:
+        steps[0] += 1
+        return original(*args) * (float('nan') if steps[0] == 3 else 1)
+
+    monkeypatch.setattr(engine, 'weighted_sum', third_is_nan)
+    flags = [*LONG, '--output_dir', str(tmp_path), '--checkpoint_steps', '1', '--print_freq', '100']
+    (tmp_path / '.checkpoint.12345.pth').write_bytes(b'half a file of a process that was killed')
+    with pytest.raises(FloatingPointError, match='not finite'):
+        main.main(main.get_args_parser().parse_args(flags))
+    assert all(value.isfinite().all() for value in load(tmp_path)['model'].values())
+    assert load(tmp_path)['within_epoch']['pictures'] == 2 * 2
+    assert not list(tmp_path.glob('.*'))
+
+
 def test_saving_every_few_steps_is_enough_for_a_run_that_is_killed(tmp_path: Path) -> None:
     command = [*LONG, '--output_dir', str(tmp_path / 'parts'), '--checkpoint_steps', '3', '--resume', 'auto']
     process = start_main(tmp_path / 'log', command, {})
@@ -153,6 +171,8 @@ def test_thirty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
         codes = end_as_a_launcher(processes)
         assert disturbed <= 30 and set(codes) <= {0, 1, UNFINISHED, -signal.SIGKILL, -signal.SIGTERM}
     assert disturbed == 30
+    logs = [path.read_text() for path in tmp_path.glob('log*_0')]
+    assert sum('goes on after step' in text for text in logs) >= 10, 'kills came while it trained'
     ours, theirs = load(tmp_path / 'parts'), load(whole_run(tmp_path, 2, *flags))
     assert_same(ours, theirs)
     assert (tmp_path / 'whole/metrics.csv').read_text() == (tmp_path / 'parts/metrics.csv').read_text()
@@ -176,18 +196,21 @@ def heartbeat_of(rank: int, hanging: int, log: str) -> None:
     print_to(log)
     heartbeat = Heartbeat(interval=0.2, patience=2.0)
     heartbeat.start()
+    time.sleep(1)  # all have met
     if rank == hanging:
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(20)
 
 
 @pytest.mark.slow
-def test_a_hanging_process_ends_the_others_with_the_reason(tmp_path: Path) -> None:
+@pytest.mark.parametrize('hanging', [0, 1])
+def test_a_hanging_process_ends_the_others_with_the_reason(tmp_path: Path, hanging: int) -> None:
     log = tmp_path / 'log'
     with pytest.raises(AssertionError, match='1 of 3 processes have not ended'):
-        in_processes(3, heartbeat_of, 1, str(log), seconds=8)
+        in_processes(3, heartbeat_of, hanging, str(log), seconds=10)
     text = log.read_text()
-    assert text.count('the run ends, because process 1 (pid') == 2 and 'no sign of life for 2 seconds' in text
+    reason = 'process 1 (pid' if hanging else 'the main process (0) does not answer'
+    assert text.count(f'the run ends, because {reason}') == 2, text
 
 
 def fail_in_one(rank: int, log: str) -> None:

@@ -68,7 +68,10 @@ def init_distributed(device: torch.device, dist_url: str = 'env://') -> None:
         return
     backend = 'nccl' if device.type == 'cuda' else 'gloo'
     attempt = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
-    if attempt and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+    one_machine = (
+        os.environ.get('LOCAL_WORLD_SIZE') == os.environ['WORLD_SIZE']
+    )  # elsewhere counts may differ
+    if attempt and one_machine and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
         # torchrun's store still holds the addresses of the processes that have ended.
         rank, size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
         place = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])

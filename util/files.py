@@ -1,6 +1,7 @@
 """Files and folders that are written whole or not at all, and folders that one run has for itself."""
 
 import os
+import re
 import shutil
 import socket
 import time
@@ -35,6 +36,13 @@ def save_atomically(path: str | os.PathLike, save: Callable[[Path], object]) -> 
         if partial.is_dir():
             shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
+
+
+def remove_partial_files(folder: str | os.PathLike) -> None:
+    """What processes that were killed while they saved have left in a folder; nobody else may be saving there."""
+    for path in Path(folder).iterdir():
+        if re.fullmatch(r'\.\w+\.\d+\.\w+', path.name) and path.is_file():
+            path.unlink()
 
 
 def lock_folder(folder: str | os.PathLike, wait: float = 20.0) -> TextIO | None:

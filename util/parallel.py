@@ -46,7 +46,8 @@ def replicate(model: nn.Module, result_types: Sequence[type] = (), accum_steps: 
 
 
 def shard(model: nn.Module, result_types: Sequence[type] = ()) -> nn.Module:
-    """Every process keeps a part of each weight, gradient and optimizer state; layers gather theirs as they run. In place.
+    """Every process keeps a part of each weight, gradient and optimizer state; layers gather theirs as they run, and let
+    them go again. In place.
 
     Numbers without a dimension cannot be cut: they stay whole, and their gradients are averaged one by one.
     """
@@ -55,14 +56,16 @@ def shard(model: nn.Module, result_types: Sequence[type] = ()) -> nn.Module:
     for parameter in whole:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(average_gradient)
+    options = {'ignored_params': whole} if whole else {}
     model.to(memory_format=torch.contiguous_format)  # only such weights can be cut
     transformer, body = model.transformer, model.backbone[0].body
     stages = [part for part in body.children() if isinstance(part, nn.Sequential)] or [body]
     for unit in [*transformer.encoder.layers, *transformer.decoder.layers, *stages]:
-        fully_shard(unit, ignored_params=whole)
+        fully_shard(unit, **options)
         if hasattr(unit, 'second_reading'):
             register_fsdp_forward_method(unit, 'second_reading')
-    fully_shard(model, ignored_params=whole)
+    # By default the outermost weights would stay whole until a backward pass, which does not follow an evaluation.
+    fully_shard(model, reshard_after_forward=True, **options)
     return model
 
 
@@ -125,4 +128,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
         }
         for index, entry in state['state'].items()
     }
+    kinds = [{kind: group.get(kind) for kind in ('fused', 'foreach')} for group in optimizer.param_groups]
     optimizer.load_state_dict(state | {'state': parts})
+    for group, kind in zip(optimizer.param_groups, kinds, strict=True):
+        group.update(kind)  # how steps are computed depends on this run, not on the one that saved

@@ -67,11 +67,16 @@ def save(
 ) -> None:
     """`checkpoint.pth`: after an epoch with its metrics, or in the middle of the one after `epoch`. All processes must
     call it.
+
+    FloatingPointError: losses since the last reading are not finite, and the checkpoint before stays.
     """
     own = {'rng': get_rng_state()}
     if within is not None:
         own |= {'meter': within.meter.state_dict(), 'tally': dict(run.criterion.tally)}
     everyone = all_gather_object(own)
+    pending = [each['meter']['pending'] for each in everyone if within is not None]
+    if any(values is not None and not values.isfinite().all() for values in pending):
+        raise FloatingPointError('loss is not finite, stopping training; the last checkpoint is untouched')
     checkpoint = {
         'model': gather(run.bare_model.state_dict()),
         'optimizer': gather(run.optimizer.state_dict()),
@@ -123,7 +128,8 @@ def restore(run: Run, checkpoint: dict) -> tuple[int, EpochState]:
     come.
 
     Files that hold weights only (official ones) start at epoch 0. The number of processes may be another one: the
-    pictures that were seen are not seen again, if a step has as many as before.
+    pictures that were seen are not seen again, if a step has as many as before (and pictures are files without
+    --cache_mode or --group_aspect_ratio: the order of streams and shares depends on the processes).
     """
     if 'optimizer' not in checkpoint:
         return 0, EpochState()
@@ -149,6 +155,8 @@ def restore_epoch(run: Run, saved: dict) -> EpochState:
     """A process takes up the sums of the process of its number, and those of processes that are no more."""
     state = EpochState(saved['pictures'] // run.pictures_a_step)
     device = next(run.model.parameters()).device
+    names = saved['meters'][0]['names']
+    state.meter.load_state_dict({'names': names, 'totals': dict.fromkeys(names, 0.0)}, device)
     for rank in range(get_rank(), len(saved['meters']), get_world_size()):
         meter = Meter()
         meter.load_state_dict(saved['meters'][rank], device)
