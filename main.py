@@ -503,14 +503,14 @@ def check_run_args(args: Namespace) -> None:
         raise ValueError('--cache_mode keeps picture files; built-in pictures have none: leave it out')
     if args.no_validate and args.eval:
         raise ValueError('--eval evaluates, --no_validate does not: leave one out')
-    if args.bucket_sizes and (args.group_aspect_ratio or args.cache_mode or args.aug == 'lsj'):
-        other = (
-            'group_aspect_ratio'
-            if args.group_aspect_ratio
-            else 'cache_mode'
-            if args.cache_mode
-            else 'aug lsj'
-        )
+    ways = {
+        'group_aspect_ratio': args.group_aspect_ratio,
+        'cache_mode': args.cache_mode,
+        'train_shards': args.train_shards,
+        'aug lsj': args.aug == 'lsj',
+    }
+    if args.bucket_sizes and any(ways.values()):
+        other = next(flag for flag, given in ways.items() if given)
         raise ValueError(f'--bucket_sizes makes batches in another way than --{other}: leave one out')
     if not 0 <= args.ema < 1:
         raise ValueError(f'--ema {args.ema} must be at least 0 and less than 1, usually near 1')

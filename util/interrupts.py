@@ -19,9 +19,8 @@ from util.launch import is_preempted
 # SIGTERM: torchrun, Slurm and Kubernetes send it before they kill. SIGUSR1, SIGUSR2: time is nearly up (`sbatch
 # --signal`, submitit). Where they do not exist (Windows), nothing listens.
 SIGNALS = tuple(getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1', 'SIGUSR2') if hasattr(signal, name))
-NEARLY_OVER = [
-    number for number in SIGNALS if number != signal.SIGTERM
-]  # the job is not requeued by who asks
+# Who sends one of these does not requeue the job.
+NEARLY_OVER = [number for number in SIGNALS if number != signal.SIGTERM]
 UNFINISHED = 75  # exit status of a run that was stopped and can go on (EX_TEMPFAIL)
 
 
@@ -87,8 +86,8 @@ class StopRequests:
         return (0, *SIGNALS)[int(received)]
 
     def close(self) -> None:
-        """Signals mean what they meant before."""
-        self.answer()
+        """Signals mean what they meant before. What was asked last is not waited for: another process may have failed."""
+        self.asked = None
         for number, handler in self.previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self.previous = {}
