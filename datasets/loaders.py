@@ -7,10 +7,10 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from datasets import build_dataset
 from datasets.class_map import ClassMap
+from datasets.picture_dataset import loader_options
 from datasets.samplers import AspectSampler, EpochBatches, EvalBatches, NodeSampler, SizeBatches
 from datasets.shards import ShardedCoco, ShardStream, build_shard_loader
 from util.dist import get_local_rank, get_local_size, get_rank, get_world_size
-from util.nested_tensor import collate_fn
 
 
 def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Dataset]:
@@ -53,15 +53,8 @@ def build_loader(dataset: Dataset, split: str, args: Namespace) -> DataLoader:
     if isinstance(dataset, ShardedCoco):
         loader = build_shard_loader(dataset, args.batch_size, args.num_workers, train)
     else:
-        loader = DataLoader(
-            dataset,
-            batch_sampler=build_batches(dataset, train, args),
-            num_workers=args.num_workers,
-            collate_fn=collate_fn,
-            persistent_workers=args.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # its own, so that loading draws nothing from the run's random numbers
-        )
+        batches = build_batches(dataset, train, args)
+        loader = DataLoader(dataset, batch_sampler=batches, **loader_options(args.num_workers))
     if train and len(loader) < args.accum_steps:
         pictures = args.batch_size * args.accum_steps * get_world_size()
         raise ValueError(

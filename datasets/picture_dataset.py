@@ -8,10 +8,22 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets.transforms import Sample, Transform
+from util.nested_tensor import collate_fn
 from util.seeding import local_seed
 
 # Picture, target and a function that gives a further one, drawn at random and untransformed, to picture and target.
 Mix = Callable[..., Sample]
+
+
+def loader_options(num_workers: int) -> dict[str, object]:
+    """What all loaders of pictures have in common."""
+    return {
+        'num_workers': num_workers,
+        'collate_fn': collate_fn,
+        'persistent_workers': num_workers > 0,
+        'pin_memory': torch.cuda.is_available(),
+        'generator': torch.Generator(),  # its own, so that loading draws nothing from the run's random numbers
+    }
 
 
 class PictureDataset(Dataset):

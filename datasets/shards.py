@@ -27,7 +27,7 @@ from datasets.class_map import ClassMap, names_by_id
 from datasets.coco import Objects, Reading, check_size, make_target, objects_in, reading_of
 from datasets.coco_json import Annotations, check_categories, read_annotations
 from datasets.lsj import build_mix
-from datasets.picture_dataset import Mix, PictureDataset
+from datasets.picture_dataset import Mix, PictureDataset, loader_options
 from datasets.pictures import decode_file
 from datasets.samplers import EvalBatches
 from datasets.shard_index import (
@@ -40,7 +40,6 @@ from datasets.shard_index import (
 )
 from datasets.transforms import Sample, Transform, transforms_of
 from util.dist import get_rank, get_world_size
-from util.nested_tensor import collate_fn
 from util.seeding import mixed
 
 SHUFFLE_BUFFER = 1000  # pictures; about 160 MB of COCO's files a worker
@@ -361,13 +360,4 @@ def build_shard_loader(
     """
     rank = get_rank() if rank is None else rank
     stream = ShardStream(dataset, batch_size, train, rank, world_size or get_world_size())
-    return DataLoader(
-        stream,
-        batch_size,
-        drop_last=train,
-        num_workers=num_workers,
-        collate_fn=collate_fn,
-        persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own, so that loading draws nothing from the run's random numbers
-    )
+    return DataLoader(stream, batch_size, drop_last=train, **loader_options(num_workers))

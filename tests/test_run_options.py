@@ -19,6 +19,7 @@ from datasets.transforms import make_transforms
 from models import build_model
 from tests.test_distributed import SMALL, TWO_STAGE
 from tests.test_run import assert_same, load, run
+from tools.convert_checkpoint import convert
 from util.average import WeightAverage
 from util.checkpoint import load_checkpoint
 from util.precision import Precision
@@ -112,6 +113,21 @@ def test_averaged_weights_are_what_is_evaluated_and_loaded(tmp_path: Path) -> No
     for resume, part in ((False, 'model_ema'), (True, 'model')):
         load_checkpoint(model, checkpoint, resume=resume)
         assert torch.equal(model.state_dict()[name], checkpoint[part][name])
+
+
+def test_converting_keeps_the_average_beside_the_weights_and_stripping_keeps_it_alone(tmp_path: Path) -> None:
+    weights, average = ({'query_embed.weight': torch.full((4, 8), value)} for value in (1.0, 2.0))
+    torch.save({'model': weights, 'model_ema': average, 'optimizer': {}}, tmp_path / 'run.pth')
+    for stripped, expected in ((False, {'model': 1.0, 'model_ema': 2.0}), (True, {'model': 2.0})):
+        out = tmp_path / f'{stripped}.pth'
+        convert(str(tmp_path / 'run.pth'), out, stripped, 'ours')
+        converted = torch.load(out, weights_only=True)
+        found = {
+            name: float(converted[name]['query_embed.weight'][0, 0])
+            for name in ('model', 'model_ema')
+            if name in converted
+        }
+        assert found == expected
 
 
 def test_the_newest_and_the_best_checkpoints_stay(tmp_path: Path) -> None:
