@@ -10,7 +10,6 @@ from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from util.precision import Precision
 
 families = pytest.mark.parametrize('flags', FAMILIES.values(), ids=FAMILIES)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
 
 
 def uint8_batch(*sizes: tuple[int, int]) -> NestedTensor:
@@ -39,7 +38,7 @@ def test_only_evaluations_on_a_gpu_are_recorded() -> None:
             GraphedDetector(model.train(mode), uint8_batch((64, 64)))
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize('mode', ['off', 'bf16'])
 @families
 def test_replayed_equals_eager(flags: dict, mode: str) -> None:

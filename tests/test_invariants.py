@@ -290,7 +290,7 @@ def test_costs_of_all_layers_cross_to_the_host_once(monkeypatch: pytest.MonkeyPa
     assert counted_cpu.number == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
+@pytest.mark.gpu
 @family
 def test_a_training_step_waits_for_the_gpu_once(flags: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     from models.training import criterion as module

@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec('triton') is None, reason='Triton is not installed'
 )
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 pytestmark = needs_triton
 
 ROUNDING = {torch.float64: 1e-12, torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -251,13 +250,13 @@ def test_kernels_equal_grid_sample_in_the_interpreter(name: str, interpreted: di
     assert not interpreted[name], interpreted[name]
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize('name', CHECKS)
 def test_kernels_equal_grid_sample_on_the_gpu(name: str) -> None:
     CHECKS[name]('cuda')
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize('changes', [{}, {'dtype': torch.bfloat16}, {'deterministic': True}], ids=str)
 def test_kernels_equal_grid_sample_for_a_detector(changes: dict) -> None:
     # Powers of two: rounding moves no point across the middle of a pixel, where the gradient jumps.
@@ -266,7 +265,7 @@ def test_kernels_equal_grid_sample_for_a_detector(changes: dict) -> None:
     check_random(replace(case, **changes), 'cuda')
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_nobody_waits_for_the_gpu() -> None:
     case = Case(levels=((11, 3), (2, 13)))
     tensors = case.tensors('cuda')
