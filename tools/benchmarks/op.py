@@ -1,18 +1,21 @@
 """
-Deformable attention at the shapes of real detectors: every implementation of this machine against grid_sample,
-forward and backward.
+Deformable attention at the shapes of real detectors, forward and backward: every implementation of this machine, against
+grid_sample, the module of the transformers library and, if its sources are given, the official extension.
 
-On a GPU the table also has the share of a floor: the least time that the memory traffic of the case takes at the
-rates below.
+On a GPU there is also the share of a floor: the least time that the memory traffic of the case takes at the rates below.
 """
 
 import argparse
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from models.ops.functions.ms_deform_attn_func import KERNELS, available, describe
+from models.ops.functions import ms_deform_attn_core_pytorch
+from models.ops.functions.ms_deform_attn_func import KERNELS, available, describe, pairs
+from tools.benchmarks.official_op import load_official
 from tools.benchmarks.timing import time_in_turn
 
 HEADS, CHANNELS, POINTS = 8, 32, 4
@@ -33,16 +36,28 @@ GPU_CASES = {
     'decoder 900 800x1333 b2': ('800x1333', 2, 900),
     'decoder 1800 800x1333 b2': ('800x1333', 2, 1800),
 }
-# Bytes a second of an H200: memory, first-level cache, additions in the second-level cache.
-DRAM, L1, REDUCTIONS = 4.3e12, 33e12, 3.7e12
+# Bytes a second: memory by GPU, first-level cache, additions in the second-level cache (Hopper).
+DRAM = {'H200': 4.3e12, 'H100': 3.0e12}
+L1, REDUCTIONS = 33e12, 3.7e12
+PEERS = ('grid_sample', 'transformers', 'official')
+# Largest difference from grid_sample, as a share of the largest number.
+AGREE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+Inputs = tuple[Tensor, list[int], Tensor, Tensor]
+Calls = tuple[Callable[[], object], Callable[[], object]]  # forward, backward
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser('op', help='deformable attention against grid_sample')
+    parser = commands.add_parser('op', help='deformable attention against its peers')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--threads', default=1, type=int, help='CPU threads (default: %(default)s)')
     parser.add_argument('--rounds', default=7, type=int, help='timed rounds of each contender')
     parser.add_argument('--only', default='', help='cases whose names contain this')
+    parser.add_argument(
+        '--official',
+        type=Path,
+        metavar='DIR',
+        help="models/ops/src of an official repository, which is compiled and timed too (GPU); any copy of Deformable DETR's",
+    )
     parser.set_defaults(run=benchmark_op)
 
 
@@ -50,69 +65,99 @@ def benchmark_op(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     gpu = args.device == 'cuda'
     where = torch.cuda.get_device_name() if gpu else f'{args.threads} CPU thread(s)'
-    print(f'{describe(args.device)}; {where}; median of {args.rounds} rounds in turn')
-    names = [name for name in available(args.device) if name != 'pytorch']
+    print(f'{describe(args.device)}; {where}; milliseconds, median of {args.rounds} rounds in turn')
+    official = load_official(args.official) if args.official else None
+    peers = [name for name in PEERS if name != 'official' or official is not None]
+    titles = ['case', 'implementation', 'forward', 'backward', *(f'times {peer}' for peer in peers)]
+    titles += ['share of the floor'] if gpu else []
     for dtype in (torch.float32, torch.bfloat16) if gpu else (torch.float32,):
-        print(f'\n{str(dtype).removeprefix("torch.")}: milliseconds forward + backward')
+        print(f'\n{str(dtype).removeprefix("torch.")} values (peers: float32)\n')
+        print(f'| {" | ".join(titles)} |\n|{" --- |" * len(titles)}')
         for case, sizes in (GPU_CASES if gpu else CPU_CASES).items():
             if args.only in case:
-                report(case, sizes, names, args.device, dtype, args.rounds)
+                report(case, sizes, dtype, official, args)
 
 
 def report(
-    case: str, sizes: tuple[str, int, int], names: list[str], device: str, dtype: torch.dtype, rounds: int
+    case: str, sizes: tuple[str, int, int], dtype: torch.dtype, official: object, args: argparse.Namespace
 ) -> None:
+    """Rows of one case; a ratio is that of the peer's time to the row's, forward and backward."""
     picture, batch, queries = sizes
     shapes = level_shapes(*PICTURES[picture])
-    value, locations, weights = make_inputs(shapes, batch, queries, device)
-    reference = value, [side for shape in shapes for side in shape], locations, weights
-    inputs = (value.to(dtype), *reference[1:])
-    grad = torch.randn(batch, locations.shape[1], HEADS * CHANNELS, device=device)
-    forward, backward = {}, {}
-    for name in ('pytorch', *names):
-        # grid_sample has no mixed precision: it always runs in float32.
-        values, slope = (reference, grad) if name == 'pytorch' else (inputs, grad.to(dtype))
-        kernels = KERNELS[name]
-        if name == 'pytorch':
-            forward[name], backward[name] = grid_sample_with_autograd(values, slope)
-        else:
-            forward[name] = lambda run=kernels[0], values=values: run(*values)
-            backward[name] = lambda run=kernels[1], values=values, slope=slope: run(slope, *values)
-    check_agreement(case, forward, dtype)
-    fwd, bwd = time_in_turn(forward, rounds, device), time_in_turn(backward, rounds, device)
-    floor = floors(batch, shapes, locations, dtype) if device == 'cuda' else None
-    for name in fwd:
-        ratio = (fwd['pytorch'] + bwd['pytorch']) / (fwd[name] + bwd[name])
-        text = f'  {case:<26}{name:<9}{fwd[name]:9.3f} + {bwd[name]:9.3f}   x{ratio:5.1f}'
-        if floor:
-            shares = [100 * low / taken for low, taken in zip(floor, (fwd[name], bwd[name]), strict=True)]
-            text += f"   {shares[0]:3.0f} % and {shares[1]:3.0f} % of the floor's speed"
-        print(text, flush=True)
+    value, locations, weights = make_inputs(shapes, batch, queries, args.device)
+    grad = torch.randn(batch, locations.shape[1], HEADS * CHANNELS, device=args.device)
+    inputs = value, [side for shape in shapes for side in shape], locations, weights
+    contenders = peer_calls(grad, inputs, official)
+    peers = list(contenders)
+    for name in available(args.device):
+        if name != 'pytorch':
+            contenders[name] = kernel_calls(name, grad.to(dtype), (value.to(dtype), *inputs[1:]))
+    check_agreement(case, {name: calls[0] for name, calls in contenders.items()}, dtype)
+    times = [
+        time_in_turn({name: calls[way] for name, calls in contenders.items()}, args.rounds, args.device)
+        for way in range(2)
+    ]
+    floor = floors(batch, shapes, locations, dtype) if args.device == 'cuda' else None
+    for name in contenders:
+        cells = [f'{taken[name]:.3f}' for taken in times]
+        cells += [' + '.join(f'{taken[peer] / taken[name]:.2f}' for taken in times) for peer in peers]
+        if args.device == 'cuda':
+            shares = zip(floor or (), times, strict=False)
+            cells.append(' + '.join(f'{100 * low / taken[name]:.0f} %' for low, taken in shares) or '-')
+        print(f'| {case} | {name} | {" | ".join(cells)} |', flush=True)
 
 
-def grid_sample_with_autograd(values: tuple, slope: Tensor) -> tuple:
+def kernel_calls(name: str, grad: Tensor, inputs: Inputs) -> Calls:
+    forward, backward = KERNELS[name]
+    return lambda: forward(*inputs), lambda: backward(grad, *inputs)
+
+
+def peer_calls(grad: Tensor, inputs: Inputs, official: object) -> dict[str, Calls]:
+    value, flat_shapes, locations, weights = inputs
+    shapes = torch.tensor(pairs(flat_shapes), device=value.device)
+    starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
+    peers = {
+        'grid_sample': with_autograd(
+            lambda v, *x: ms_deform_attn_core_pytorch(v, pairs(flat_shapes), *x), grad, inputs
+        )
+    }
+    if (module := transformers_module()) is not None:
+        peers['transformers'] = with_autograd(
+            lambda v, *x: module(v, shapes, pairs(flat_shapes), starts, *x, 64), grad, inputs
+        )
+    if official is not None:
+        tensors = value, shapes, starts, locations, weights
+        peers['official'] = (
+            lambda: official.ms_deform_attn_forward(*tensors, 64),
+            lambda: official.ms_deform_attn_backward(*tensors, grad, 64),
+        )
+    return peers
+
+
+def transformers_module() -> torch.nn.Module | None:
+    try:
+        from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
+    except ImportError:
+        print('transformers is not installed: not compared with it')
+        return None
+    return MultiScaleDeformableAttention()
+
+
+def with_autograd(call: Callable[..., Tensor], grad: Tensor, inputs: Inputs) -> Calls:
     """Forward alone, and backward alone with the graph kept, as autograd runs them."""
-    from models.ops.functions import ms_deform_attn_core_pytorch
-    from models.ops.functions.ms_deform_attn_func import pairs
-
-    inputs = [values[index].detach().clone().requires_grad_() for index in (0, 2, 3)]
-
-    def forward() -> Tensor:
-        return ms_deform_attn_core_pytorch(inputs[0], pairs(values[1]), *inputs[1:])
-
-    output = forward()
-
-    def backward() -> object:
-        return torch.autograd.grad(output, inputs, slope, retain_graph=True)
-
-    return forward, backward
+    tensors = [inputs[index].detach().clone().requires_grad_() for index in (0, 2, 3)]
+    output = call(*tensors)
+    return (
+        lambda: call(*tensors).detach(),
+        lambda: torch.autograd.grad(output, tensors, grad, retain_graph=True),
+    )
 
 
-def check_agreement(case: str, contenders: dict, dtype: torch.dtype) -> None:
-    expected = contenders['pytorch']()
+def check_agreement(case: str, contenders: dict[str, Callable[[], Tensor]], dtype: torch.dtype) -> None:
+    expected = contenders['grid_sample']()
     for name, run in contenders.items():
         error = ((run() - expected).abs().max() / expected.abs().max()).item()
-        if error > (1e-2 if dtype == torch.bfloat16 else 1e-4):
+        if not error <= AGREE[dtype]:
             raise ValueError(f'{case}: {name} differs from grid_sample by {error:.1e}')
 
 
@@ -151,10 +196,14 @@ def make_inputs(
 
 def floors(
     batch: int, shapes: list[tuple[int, int]], locations: Tensor, dtype: torch.dtype
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """Least milliseconds of forward and backward: memory once, four pixels a point through the first-level cache,
-    their gradients through the second-level one.
+    their gradients through the second-level one. None: the rates of this GPU are not known.
     """
+    card = torch.cuda.get_device_name()
+    memory = next((rate for name, rate in DRAM.items() if name in card), None)
+    if memory is None:
+        return None
     size = torch.finfo(dtype).bits // 8
     width = HEADS * CHANNELS
     value = batch * sum(h * w for h, w in shapes) * width * size
@@ -162,6 +211,8 @@ def floors(
     numbers = 4 * 3 * points  # locations and weights, float32
     output = batch * locations.shape[1] * width * size
     gathered = 4 * points * CHANNELS
-    forward = max((value + numbers + output) / DRAM, gathered * size / L1)
-    backward = max((3 * value + 2 * numbers + output) / DRAM, gathered * size / L1, gathered * 4 / REDUCTIONS)
+    forward = max((value + numbers + output) / memory, gathered * size / L1)
+    backward = max(
+        (3 * value + 2 * numbers + output) / memory, gathered * size / L1, gathered * 4 / REDUCTIONS
+    )
     return 1e3 * forward, 1e3 * backward

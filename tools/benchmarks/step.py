@@ -1,6 +1,6 @@
 """
 A whole training step (forward, losses, backward, clipping, optimizer) of each method in each precision, as a table in
-markdown. R50, random weights, 7 objects a picture.
+markdown, beside the models of the transformers library with their losses. R50, random weights, 7 objects a picture.
 """
 
 import argparse
@@ -32,6 +32,23 @@ MODELS = {
     'H-Deformable-DETR': WIDE | {'hybrid_queries': 1500, 'hybrid_k': 6},
     'MS-DETR': WIDE | {'num_queries': 900, 'use_ms_detr': True, 'use_aux_ffn': True},
     'Co-Deformable-DETR': WIDE | {'co_aux_heads': ['faster_rcnn', 'atss']},
+    'Co-DINO, five levels': {
+        'dino': True,
+        'num_feature_levels': 5,
+        'num_queries': 900,
+        'dn_number': 100,
+        'co_aux_heads': ['faster_rcnn', 'atss'],
+    },
+}
+# Models of the transformers library, and which stages of the backbone they read.
+PEERS = {
+    'DETR': ('Detr', ['stage4'], {}),
+    'Conditional DETR': ('ConditionalDetr', ['stage4'], {}),
+    'Deformable DETR, two stages': (
+        'DeformableDetr',
+        ['stage2', 'stage3', 'stage4'],
+        {'with_box_refine': True, 'two_stage': True},
+    ),
 }
 PRECISIONS = ('fp32', 'tf32', 'bf16', 'bf16 + compile')
 # Predictions, not measurements, of one picture of 800 x 1333, forward and backward, from counted operations and bytes of
@@ -39,6 +56,8 @@ PRECISIONS = ('fp32', 'tf32', 'bf16', 'bf16 + compile')
 # products and convolutions in each of these, milliseconds of reading and writing for all other operators in 32 bits
 # (half of it in 16), milliseconds of deformable attention.
 FLOOR_SIZE = (800, 1333)
+# How much slower the memory of other GPUs with such units is.
+FLOOR_CARDS = {'H200': 1.0, 'H100': 4.3 / 3.0}
 FLOORS = {
     'DETR': ((8.0, 1.5, 0.8), 3.1, 0.0),
     'Conditional DETR': ((8.3, 1.6, 0.9), 3.5, 0.0),
@@ -46,14 +65,16 @@ FLOORS = {
     'H-Deformable-DETR': ((26.3, 5.0, 2.7), 8.0, 3.7),
     'MS-DETR': ((25.3, 4.8, 2.6), 7.1, 3.6),
     'Co-Deformable-DETR': ((31.0, 5.9, 3.2), 10.0, 3.8),
+    'Co-DINO, five levels': ((87.0, 17.0, 9.0), 26.0, 14.0),
 }
-# Largest share by which the loss may differ from that in fp32: other proposals and pairs are chosen for a rounding.
+# Largest share by which the loss may differ from that of the first precision: other proposals and pairs are chosen for a
+# rounding.
 AGREE = 0.05
 
 
 @dataclass
 class Contender:
-    """One model in one precision."""
+    """One model in one precision; a peer's loss is its own."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -86,63 +107,134 @@ def benchmark_steps(args: argparse.Namespace) -> None:
         f'A training step, R50, {args.batch_size} x {args.height} x {args.width}, {name}, PyTorch {torch.__version__}, '
         f'median of {args.rounds} rounds in turn; {describe(args.device)}.\n'
     )
-    print('| method | precision | ms | pictures/s | peak GB | waits | floor ms | of the floor |')
-    print('| --- | --- | --- | --- | --- | --- | --- | --- |')
+    print('| method | precision | ms | pictures/s | peak GB | waits | loss | floor ms | of the floor |')
+    print('| --- | --- | --- | --- | --- | --- | --- | --- | --- |')
+    problems = []
     for method in args.models:
-        for row in benchmark_method(method, precisions, args):
-            print(f'| {method} | {" | ".join(row)} |', flush=True)
+        try:
+            benchmark_method(method, precisions, args, problems)
+        except torch.OutOfMemoryError as error:
+            problems.append(f'{method}: out of memory ({str(error).splitlines()[0]})')
         if on_gpu:
             torch.cuda.empty_cache()
+    if problems:
+        raise ValueError('; '.join(problems))
 
 
-def benchmark_method(method: str, precisions: list[str], args: argparse.Namespace) -> list[list[str]]:
-    """Cells of a row a precision. ValueError: a loss differs from the first precision's."""
-    contenders = make_contenders(method, precisions, args)
+def benchmark_method(
+    method: str, precisions: list[str], args: argparse.Namespace, problems: list[str]
+) -> None:
+    """Print a row a contender. problems: gets a sentence where a loss is not that of the first precision."""
+    batch = make_batch(args)
+    flags = method_flags(method, args)
+    contenders = make_contenders(flags, precisions, batch) | make_peers(method, precisions, batch, flags)
     losses = {name: contender.step().item() for name, contender in contenders.items()}
     expected = losses[precisions[0]]
-    for name, loss in losses.items():
-        if not abs(loss - expected) <= AGREE * abs(expected):
-            raise ValueError(f'{method}: the loss is {loss:g} in {name}, {expected:g} in {precisions[0]}')
     times = time_in_turn({name: c.step for name, c in contenders.items()}, args.rounds, args.device)
-    rows = []
     for name, contender in contenders.items():
-        floor = floor_of(method, name, args)
-        rows.append(
-            [
-                name,
-                f'{times[name]:.1f}',
-                f'{1e3 * args.batch_size / times[name]:.1f}',
-                '-' if args.device != 'cuda' else f'{peak_memory(contender) / 1e9:.1f}',
-                '-' if args.device != 'cuda' else str(count_waits(contender.step)),
-                '-' if floor is None else f'{floor:.1f}',
-                '-' if floor is None else f'{100 * floor / times[name]:.0f} %',
-            ]
-        )
-    return rows
+        ours, difference = name in precisions, losses[name] / expected - 1
+        if ours and not abs(difference) <= AGREE:
+            problems.append(f'{method}: the loss in {name} is {losses[name]:g}, not {expected:g}')
+        on_gpu = args.device == 'cuda'
+        floor = floor_of(method, name, args) if ours else None
+        cells = [
+            f'{times[name]:.1f}',
+            f'{1e3 * args.batch_size / times[name]:.1f}',
+            f'{peak_memory(contender) / 1e9:.1f}' if on_gpu else '-',
+            str(count_waits(contender.step)) if on_gpu else '-',
+            f'{100 * difference:+.1f} %' if ours else '-',
+            '-' if floor is None else f'{floor:.1f}',
+            '-' if floor is None else f'{100 * floor / times[name]:.0f} %',
+        ]
+        print(f'| {method} | {name} | {" | ".join(cells)} |', flush=True)
 
 
-def make_contenders(method: str, precisions: list[str], args: argparse.Namespace) -> dict[str, Contender]:
-    """All with the same weights, pictures and objects; a compiled model is a copy."""
+def make_batch(args: argparse.Namespace) -> tuple[Tensor, list[dict[str, Tensor]]]:
     torch.manual_seed(0)
+    pictures = torch.randn(args.batch_size, 3, args.height, args.width, device=args.device)
+    return pictures, [random_objects(7, args.device) for _ in range(args.batch_size)]
+
+
+def method_flags(method: str, args: argparse.Namespace) -> Namespace:
     flags = resolve_args(Namespace(**MODELS[method], backbone_weights='none'))
     limit_queries(flags, args.height, args.width)
+    return flags
+
+
+def make_contenders(flags: Namespace, precisions: list[str], batch: tuple) -> dict[str, Contender]:
+    """All with the same weights; a compiled model is a copy."""
+    torch.manual_seed(0)
     model, criterion, _ = build_model(flags)
     quieten(model)
-    model.to(args.device).train()
+    model.to(batch[0].device).train()
     turn_off_dropout(model)
-    pictures = torch.randn(args.batch_size, 3, args.height, args.width, device=args.device)
-    targets = [random_objects(7, args.device) for _ in range(args.batch_size)]
     contenders = {}
     for name in precisions:
         own = copy.deepcopy(model) if 'compile' in name else model
         if own is not model:
             compile_regions(own)
-        contenders[name] = make_contender(own, criterion, name, (pictures, targets))
+        contenders[name] = make_contender(own, our_loss(own, criterion, batch), name, batch[0])
     return contenders
 
 
-def make_contender(model: nn.Module, criterion: nn.Module, name: str, batch: tuple) -> Contender:
+def our_loss(model: nn.Module, criterion: nn.Module, batch: tuple) -> Callable[[Precision], Tensor]:
+    def loss(precision: Precision) -> Tensor:
+        with precision.autocast():
+            outputs = model(*batch)
+        return weighted_sum(criterion(outputs, batch[1]), criterion.weight_dict)
+
+    return loss
+
+
+def make_peers(method: str, precisions: list[str], batch: tuple, ours: Namespace) -> dict[str, Contender]:
+    """The same method in the transformers library, in the precisions that need no compiler."""
+    if method not in PEERS:
+        return {}
+    try:
+        import transformers
+    except ImportError:
+        print('transformers is not installed: not compared with it')
+        return {}
+    family, stages, flags = PEERS[method]
+    backbone = transformers.ResNetConfig(out_features=stages)
+    options = {'use_timm_backbone': False, 'use_pretrained_backbone': False, 'backbone_config': backbone}
+    config = getattr(transformers, f'{family}Config')(
+        **options,
+        **flags,
+        two_stage_num_proposals=ours.num_queries,
+        num_labels=91,
+        auxiliary_loss=True,
+        dropout=0.0,
+    )
     pictures, targets = batch
+    model = getattr(transformers, f'{family}ForObjectDetection')(config).to(pictures.device).train()
+    for name, parameter in model.named_parameters():  # it freezes a ResNet as a whole
+        if any(f'.stages.{stage}.' in name for stage in (1, 2, 3)) and 'normalization' not in name:
+            parameter.requires_grad_()
+    labels = [{'class_labels': target['labels'], 'boxes': target['boxes']} for target in targets]
+    mask = torch.ones_like(pictures[:, 0], dtype=torch.long)
+
+    def loss(precision: Precision) -> Tensor:
+        with precision.autocast():
+            return model(pixel_values=pictures, pixel_mask=mask, labels=labels).loss
+
+    peers = {
+        f'transformers {transformers.__version__}, {name}': make_contender(model, loss, name, pictures)
+        for name in precisions
+        if 'compile' not in name
+    }
+    try:
+        for peer in peers.values():
+            peer.step()
+    except (RuntimeError, ValueError, TypeError) as error:  # another program's: ours is timed without it
+        print(f'{method}: transformers {transformers.__version__} does not train here ({error})')
+        return {}
+    return peers
+
+
+def make_contender(
+    model: nn.Module, forward: Callable[[Precision], Tensor], name: str, pictures: Tensor
+) -> Contender:
     precision = Precision('bf16' if name.startswith('bf16') else 'off', pictures.device)
     optimizer = build_optimizer(model, 0.0, 0.0, 0.0)  # weights stay, so that all steps are the same
 
@@ -150,9 +242,7 @@ def make_contender(model: nn.Module, criterion: nn.Module, name: str, batch: tup
         if pictures.is_cuda:
             set_tf32(name != 'fp32')
         torch.manual_seed(0)  # what samples queries draws the same
-        with precision.autocast():
-            outputs = model(pictures, targets)
-        loss = weighted_sum(criterion(outputs, targets), criterion.weight_dict)
+        loss = forward(precision)
         precision.backward(loss)
         precision.step(optimizer, model, max_norm=0.1)
         optimizer.zero_grad(set_to_none=True)
@@ -225,9 +315,11 @@ def floor_of(method: str, precision: str, args: argparse.Namespace) -> float | N
     """Least milliseconds of a step, b x (products + other operators + deformable attention); None where the numbers do
     not hold: other GPUs, other sizes.
     """
-    size = args.height, args.width
-    if args.device != 'cuda' or 'H200' not in torch.cuda.get_device_name() or size != FLOOR_SIZE:
+    if args.device != 'cuda' or (args.height, args.width) != FLOOR_SIZE:
+        return None
+    slower = next((x for card, x in FLOOR_CARDS.items() if card in torch.cuda.get_device_name()), None)
+    if slower is None:
         return None
     products, others, attention = FLOORS[method]
     kind = min(PRECISIONS.index(precision), 2)
-    return args.batch_size * (products[kind] + others * (0.5 if kind == 2 else 1.0) + attention)
+    return args.batch_size * (products[kind] + slower * others * (0.5 if kind == 2 else 1.0) + attention)
