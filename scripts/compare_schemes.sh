@@ -44,4 +44,4 @@ runs=()
 for name in "${names[@]}"; do
     runs+=("$out/$name"/seed*)
 done
-python tools/compare_runs.py "${runs[@]}" --output "$out"
+python tools/compare_runs.py "${runs[@]}" --output "$out" ${COMPARE_FLAGS:-}

@@ -2,10 +2,14 @@
 #
 #   source scripts/env.sh requirements.txt
 #
-# VENV=DIR puts the environment elsewhere, PYTHON=python3.12 chooses the interpreter.
+# VENV=DIR puts the environment elsewhere, PYTHON=python3.12 chooses the interpreter. VENV=none installs nothing and uses the
+# `python` of the caller.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=${VENV:-.venv}
+if [ "$VENV" = none ]; then
+    return 0
+fi
 
 find_python() {
     local candidate

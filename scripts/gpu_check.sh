@@ -1,0 +1,215 @@
+#!/usr/bin/env bash
+# Prove the code base on an NVIDIA GPU in one call of at most eight minutes: kernels, speed, a real training, convergence.
+#
+#   bash scripts/gpu_check.sh                             every stage, in the environment of scripts/env.sh
+#   bash scripts/gpu_check.sh kernels operator            some of: kernels operator steps train convergence
+#   bash scripts/gpu_check.sh --cpu                       everything in a tiny size without a GPU: does the script work?
+#
+#   --data DIR                COCO-format data for `train`; left out without it
+#   --backbone_weights FILE   pretrained MobileNetV2 (torchvision's names) for `train`; random weights without it
+#   --official DIR            models/ops/src of an official repository, compiled and timed in `operator` too
+#   --wheels DIR              use the python of this machine and install these packages for the check only (no network)
+#   --limit SECONDS           of the whole call (470); each step has a limit of its own besides
+#
+# The folder for --wheels, for a machine with Python 3.12, torch, torchvision, scipy, matplotlib, tqdm and pytest:
+#
+#   pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+#       --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+#       -d WHEELS -c constraints.txt hotcoco pycocotools termcolor submitit
+#
+# Results go to $OUT (output/gpu_check): summary.md, log.txt with every table, pictures, and files.tar.gz with all logs and
+# curves. The exit status is 1 if a step failed.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+stages=() device=cuda data='' weights=none official='' wheels='' limit=470
+while [ $# -gt 0 ]; do
+    case $1 in
+        --cpu) device=cpu ;;
+        --data) data=$2; shift ;;
+        --backbone_weights) weights=$2; shift ;;
+        --official) official=$2; shift ;;
+        --wheels) wheels=$2; shift ;;
+        --limit) limit=$2; shift ;;
+        kernels | operator | steps | train | convergence) stages+=("$1") ;;
+        *) echo "error: unknown argument $1; see the head of $0" >&2; exit 2 ;;
+    esac
+    shift
+done
+[ ${#stages[@]} -gt 0 ] || stages=(kernels operator steps train convergence)
+
+OUT=${OUT:-output/gpu_check}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir "$work/logs" "$work/runs"
+exec > >(tee "$OUT/log.txt") 2>&1
+
+if [ -n "$wheels" ]; then
+    VENV=none
+    mkdir "$work/bin"
+    printf '#!/bin/sh\nexec python3 "$@"\n' > "$work/bin/python"
+    chmod +x "$work/bin/python"
+    export PATH="$work/bin:$PATH" PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
+    python3 -m pip install -q --no-index --no-deps --no-compile --target "$work/site" "$wheels"/*.whl || exit 1
+fi
+source scripts/env.sh requirements-dev.txt
+export VENV=none PYTHONUNBUFFERED=1
+SECONDS=0 # the installation does not count
+
+if [ $device = cuda ] && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo 'error: PyTorch sees no NVIDIA GPU here; --cpu tries the script without one' >&2
+    exit 2
+fi
+
+row() { # stage's step, what came of it, seconds, a note
+    printf '| %s | %s | %s | %s |\n' "$@" >> "$work/rows"
+}
+
+# step NAME SECONDS COMMAND...: run it within the time that is left, keep what it prints.
+step() {
+    local name=$1 most=$2 begin=$SECONDS status log="$work/logs/$1.txt"
+    shift 2
+    local left=$((limit - SECONDS))
+    if [ $left -lt 5 ]; then
+        row "$name" 'NOT RUN' 0 'no time was left'
+        return
+    fi
+    timeout -k 15 $((most < left ? most : left)) "$@" > "$log" 2>&1 < /dev/null
+    status=$?
+    case $status in
+        0) status=ok ;;
+        124 | 137) status='TIME OVER' ;;
+        *) status="FAILED ($status)" ;;
+    esac
+    local note
+    note=$(grep -v '^ *$' "$log" | tail -n 1 | tr '|' '/' | cut -c 1-110)
+    row "$name" "$status" $((SECONDS - begin)) "$note"
+    echo
+    echo "=== $name: $status after $((SECONDS - begin)) s"
+    if [ "$status" = ok ]; then grep '^|' "$log" || tail -n 3 "$log"; else grep '^|' "$log"; tail -n 15 "$log"; fi
+}
+
+only_gpu() { # the same on a GPU; without one the table says why it is left out
+    if [ $device = cuda ]; then step "$@"; else row "$1" 'left out' 0 'needs an NVIDIA GPU'; fi
+}
+
+pack() { # pictures beside the summary; everything but weights in one file
+    cp "$work"/runs/*.png "$OUT" 2> /dev/null
+    tar czf "$OUT/files.tar.gz" -C "$work" --exclude='*.pth' --exclude=site --exclude=bin . 2> /dev/null
+    {
+        echo "# GPU check: $machine"
+        echo
+        echo "Commit $(git rev-parse --short HEAD 2> /dev/null || echo unknown), ${stages[*]}, $SECONDS s"
+        echo
+        echo '| step | result | seconds | last line |'
+        echo '| --- | --- | --- | --- |'
+        cat "$work/rows"
+    } > "$OUT/summary.md"
+}
+
+# Compile with the assembler's report, and make sure that CUDA kernels came out.
+build='NVCC_APPEND_FLAGS="-Xptxas -v" python models/ops/setup.py build_ext --inplace --force 2>&1 || exit 1
+python - <<END
+import sys
+from models.ops.functions.ms_deform_attn_func import problems
+sys.exit(problems.get("cuda"))
+END'
+report='log="$1"/build.txt; grep -E "warning|error" "$log" | sort | uniq -c
+grep -oE "Used [0-9]+ registers" "$log" | sort | uniq -c
+echo "$(grep -c "Compiling entry" "$log") kernels; spills: $(grep -oE "[1-9][0-9]* bytes spill" "$log" | sort -u | xargs)"'
+
+stage_kernels() {
+    local brief=()
+    [ $device = cuda ] || brief=(--brief)
+    only_gpu build 120 bash -c "$build"
+    only_gpu compiler_report 10 bash -c "$report" report "$work/logs"
+    # What is not timed may run side by side.
+    step operator_test 90 python -m models.ops.test --device $device "${brief[@]}" &
+    only_gpu gpu_tests 110 python -m pytest -q -m gpu -n 4 -p no:cacheprovider $(grep -l 'mark\.gpu' tests/test_*.py) &
+    only_gpu memcheck 100 compute-sanitizer --tool memcheck --error-exitcode 9 \
+        python -m models.ops.test --device cuda --only cuda --brief &
+    only_gpu racecheck 100 compute-sanitizer --tool racecheck --error-exitcode 9 \
+        python -m models.ops.test --device cuda --only cuda --brief &
+    wait $(jobs -rp)
+}
+
+stage_operator() {
+    local sizes=(--rounds 20)
+    [ $device = cuda ] || sizes=(--rounds 1 --only 160x192)
+    step operator 90 python tools/benchmark.py op --device $device "${sizes[@]}" ${official:+--official "$official"}
+}
+
+stage_steps() {
+    local sizes=(--rounds 8) all=() compiled=(DETR H-Deformable-DETR MS-DETR)
+    if [ $device = cpu ]; then
+        sizes=(--rounds 1 --height 64 --width 96)
+        all=(--models DETR 'Deformable DETR, two stages')
+    fi
+    step steps 90 python tools/benchmark.py step --device $device "${sizes[@]}" "${all[@]}" --precisions fp32 tf32 bf16
+    step fps 60 python tools/benchmark.py fps --device $device "${sizes[@]}" "${all[@]}"
+    only_gpu steps_compiled 100 python tools/benchmark.py step --device $device "${sizes[@]}" \
+        --precisions bf16 'bf16 + compile' --models "${compiled[@]}"
+}
+
+# A real training twice, with and without 16 bits, beside the quickstart.
+stage_train() {
+    local flags=(--coco_path "$data" --backbone mobilenet_v2 --backbone_weights "$weights" --device $device
+        --two_stage --with_box_refine --mixed_selection --look_forward_twice --num_queries 100)
+    local short=() mode
+    if [ $device = cuda ]; then
+        flags+=(--img_size 320 --max_size 427 --batch_size 4 --num_workers 4 --epochs 12 --lr_drop 9 --eval_every 3)
+    else
+        flags+=(--img_size 96 --max_size 128 --num_queries 20 --hidden_dim 32 --enc_layers 1 --dec_layers 1
+            --dim_feedforward 64 --nheads 4 --num_workers 0 --epochs 1)
+        short=(--epochs 1 --shapes_train 16 --shapes_val 8 --device cpu)
+    fi
+    for mode in off bf16; do
+        if [ -n "$data" ]; then
+            step "train_$mode" 130 python main.py --output_dir "$work/runs/train/$mode" --amp $mode "${flags[@]}" &
+        else
+            row "train_$mode" 'left out' 0 'needs --data DIR'
+        fi
+    done
+    step quickstart 130 bash scripts/quickstart.sh --output_dir "$work/runs/quickstart" "${short[@]}" &
+    wait $(jobs -rp)
+    if [ -f "$work/runs/train/off/metrics.csv" ] && [ -f "$work/runs/train/bf16/metrics.csv" ]; then
+        step train_comparison 30 python tools/compare_runs.py --logs_only --output "$work/runs/train" "$work"/runs/train/{off,bf16}
+        cp "$work/runs/train/comparison.png" "$work/runs/train_comparison.png"
+    fi
+    cp "$work/runs/quickstart/curves.png" "$work/runs/quickstart_curves.png"
+    cp "$work/runs/quickstart/predictions.png" "$work/runs/quickstart_predictions.png"
+}
+
+# Every scheme for as many of its epochs as there is time for.
+stage_convergence() {
+    local names='plain hybrid mixed hybrid+mixed co-deformable co-dino conditional' short=()
+    if [ $device = cpu ]; then
+        names='plain co-dino'
+        short=(--epochs 1 --shapes_train 8 --shapes_val 4 --device cpu)
+    fi
+    step schemes 400 env OUT="$work/runs/schemes" NAMES="$names" SEEDS=0 JOBS=8 COMPARE_FLAGS=--logs_only \
+        bash scripts/compare_schemes.sh "${short[@]}"
+    limit=$((limit + 30)) # what has been trained is looked at in any case
+    local finished=() name
+    for name in $names; do
+        [ -f "$work/runs/schemes/$name/seed0/metrics.csv" ] && finished+=("$work/runs/schemes/$name/seed0")
+    done
+    step convergence 30 python tools/compare_runs.py --logs_only --output "$work/runs/schemes" "${finished[@]}"
+    cp "$work/runs/schemes/comparison.png" "$work/runs/convergence.png"
+}
+
+if [ $device = cuda ]; then
+    machine=$(python -c 'import torch; print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")')
+    nvidia-smi
+else
+    machine='CPU only, tiny sizes'
+fi
+for stage in "${stages[@]}"; do
+    "stage_$stage"
+    pack
+done
+echo
+cat "$OUT/summary.md"
+! grep -qE '^\| [^|]* \| (FAILED|TIME OVER|NOT RUN)' "$work/rows"

@@ -1,0 +1,65 @@
+"""scripts/gpu_check.sh works where there is no GPU, so that it has no fault of its own when there is one."""
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from datasets.shapes import ShapesDetection, export
+from tools.benchmarks.official_op import modernise
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def gpu_check(folder: Path, *arguments: str) -> tuple[int, dict[str, str], str]:
+    """Exit status, result of each step, and what was printed."""
+    here = str(Path(sys.executable).parent)
+    environment = os.environ | {'VENV': 'none', 'OUT': str(folder), 'PATH': f'{here}:{os.environ["PATH"]}'}
+    command = ['bash', str(ROOT / 'scripts/gpu_check.sh'), '--cpu', *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd='/')
+    table = (folder / 'summary.md').read_text().split('| --- |')[-1]
+    cells = [row.strip('| ').split(' | ') for row in table.splitlines() if row.startswith('| ')]
+    return done.returncode, {name: result for name, result, *_ in cells}, done.stdout
+
+
+@pytest.mark.slow
+def test_every_stage_runs_without_a_gpu(tmp_path: Path) -> None:
+    for split, count in (('train', 8), ('val', 4)):
+        export(tmp_path / 'data', ShapesDetection(count, split))
+    status, results, printed = gpu_check(tmp_path / 'out', '--data', str(tmp_path / 'data'))
+    assert status == 0, printed
+    ran = {name for name, result in results.items() if result == 'ok'}
+    assert ran == {
+        'operator_test', 'operator', 'steps', 'fps', 'train_off', 'train_bf16', 'train_comparison', 'quickstart', 'schemes',
+        'convergence',
+    }  # fmt: skip
+    left_out = {'build', 'compiler_report', 'gpu_tests', 'memcheck', 'racecheck', 'steps_compiled'}
+    assert {name for name, result in results.items() if result == 'left out'} == left_out
+    for name in ('train_comparison.png', 'quickstart_predictions.png', 'convergence.png'):
+        assert (tmp_path / 'out' / name).is_file()
+    with tarfile.open(tmp_path / 'out/files.tar.gz') as files:
+        assert './logs/operator.txt' in files.getnames()
+
+
+def test_what_does_not_fit_into_the_time_is_said(tmp_path: Path) -> None:
+    status, results, _ = gpu_check(tmp_path, '--limit', '4', 'kernels', 'operator')
+    assert status == 1
+    assert {results['operator'], results['operator_test']} == {'NOT RUN'}
+
+
+def test_the_official_sources_are_brought_up_to_date() -> None:
+    """Of each change one line as the official files have it."""
+    old = """#include <THC/THCAtomics.cuh>
+AT_ASSERTM(value.type().is_cuda(), "value must be a CUDA tensor");
+AT_DISPATCH_FLOATING_TYPES(value.type(), "forward", ([&] { f(value.data<scalar_t>(), shapes.data<int64_t>()); }));
+AT_ERROR("Not compiled with GPU support");"""
+    assert (
+        modernise(old)
+        == """
+TORCH_CHECK(value.is_cuda(), "value must be a CUDA tensor");
+AT_DISPATCH_FLOATING_TYPES(value.scalar_type(), "forward", ([&] { f(value.data_ptr<scalar_t>(), shapes.data_ptr<int64_t>()); }));
+TORCH_CHECK(false, "Not compiled with GPU support");"""
+    )
