@@ -44,6 +44,7 @@ OUT=$(cd "$OUT" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir "$work/logs" "$work/runs"
+export PATH="$PATH:/usr/local/cuda/bin" # compute-sanitizer
 exec > >(tee "$OUT/log.txt") 2>&1
 
 if [ -n "$wheels" ]; then
