@@ -19,11 +19,11 @@ from datasets.coco_eval import CocoEvaluator, Summary
 from datasets.transforms import frame_size
 from models.training.criterion import weighted_sum
 from util.box_ops import box_cxcywh_to_xyxy
+from util.distributed.parallel import local_gradients
 from util.logger import Progress
 from util.nested_tensor import collate_fn
-from util.parallel import local_gradients
 from util.precision import Precision
-from util.run import EpochState
+from util.run_state import EpochState
 from util.visualize import contact_sheet
 
 DRAWN_SCORE = 0.3  # focal losses keep scores low
@@ -88,7 +88,7 @@ def train_one_epoch(
     """Train on every batch once.
 
     accum_steps: batches whose gradients make one optimizer step; the gradient is that of one batch of all
-    their pictures. max_norm: gradients are clipped to this total norm; 0 = not at all. print_freq: optimizer
+    their images. max_norm: gradients are clipped to this total norm; 0 = not at all. print_freq: optimizer
     steps between two readings. state: how far an interrupted epoch had come; the loader begins there. after_step: called
     after each optimizer step.
 
@@ -143,18 +143,18 @@ def rehearse(
         with torch.random.fork_rng(devices):
             trained = [p for p in model.parameters() if p.requires_grad]
             moments = [torch.empty_like(p) for p in trained + trained]
-            pictures = torch.zeros(batch_size, 3, *size, dtype=torch.uint8, device=device)
+            images = torch.zeros(batch_size, 3, *size, dtype=torch.uint8, device=device)
             boxes = torch.rand(num_objects, 4, device=device) * 0.2 + 0.3
             target = {'labels': torch.zeros(num_objects, dtype=torch.int64, device=device), 'boxes': boxes}
             targets = [target] * batch_size
             with precision.autocast():
-                outputs = model(pictures, targets)
+                outputs = model(images, targets)
             weighted_sum(criterion(outputs, targets), criterion.weight_dict).backward()
             del moments
     except torch.OutOfMemoryError as error:
         height, width = size
         raise ValueError(
-            f'{batch_size} pictures of {height} x {width} pixels with {num_objects} objects each, the worst batch that can '
+            f'{batch_size} images of {height} x {width} pixels with {num_objects} objects each, the worst batch that can '
             'come, do not fit into the memory of the GPU: lower --batch_size (and keep --total_batch_size), or add --amp '
             'bf16, --bucket_sizes, --use_checkpoint, --fsdp'
         ) from error
@@ -202,19 +202,19 @@ def draw_predictions(
     path: Path | None,
     count: int = 6,
 ) -> None:
-    """A contact sheet of the first pictures of a data set: ground truth beside predictions. path: None = detect only, in
+    """A contact sheet of the first images of a data set: ground truth beside predictions. path: None = detect only, in
     company with the process that draws.
     """
     model.eval()
     device = next(model.parameters()).device
     rows = []
     for index in range(min(count, len(dataset))):
-        picture, target = dataset[index]
-        samples, _ = collate_fn([(picture, target)])
+        image, target = dataset[index]
+        samples, _ = collate_fn([(image, target)])
         results = postprocessors['bbox'](model(samples.to(device)), target['size'][None].to(device))
         height, width = target['size'].tolist()
         boxes = box_cxcywh_to_xyxy(target['boxes']) * torch.tensor([width, height, width, height])
-        rows.append((picture, to_cpu(results[0]), {'labels': target['labels'], 'boxes': boxes}))
+        rows.append((image, to_cpu(results[0]), {'labels': target['labels'], 'boxes': boxes}))
     if path is not None:
         contact_sheet(path, rows, dataset.class_map.names, score_threshold=DRAWN_SCORE)
 

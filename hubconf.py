@@ -2,7 +2,7 @@
 Detectors through torch.hub:
 
   model, postprocess = torch.hub.load(REPO, 'detr_resnet50', pretrained=True, return_postprocessor=True)
-  detections = postprocess(model.eval()(pictures), target_sizes)
+  detections = postprocess(model.eval()(images), target_sizes)
 
 An entry is a recipe's flags and the address of its official weights.
 """

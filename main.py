@@ -1,7 +1,7 @@
 """
 Train and evaluate detectors.
 
-  python main.py --dataset_file shapes --output_dir output/first     built-in pictures, no download of data
+  python main.py --dataset_file shapes --output_dir output/first     built-in images, no download of data
   python main.py --coco_path DATA --conditional --output_dir OUT     any data in COCO form
   python main.py --coco_path DATA --eval --resume FILE               evaluate a checkpoint
 """
@@ -30,31 +30,31 @@ from datasets.transforms import AUGMENTATIONS, LSJ_SIZE
 from engine import build_optimizer, draw_predictions, evaluate, rehearse, train_one_epoch
 from models import add_model_args, build_model, family_default, resolve_args
 from models.ops.functions import describe as describe_kernels
-from models.regions import compile_regions
+from models.parts import compile_parts
 from models.structures import Prediction
-from models.training.ledger import ledger_text, supervision_table
-from util.average import WeightAverage
+from models.training.report import ledger_text, supervision_table
 from util.checkpoint import load_checkpoint, read_checkpoint
-from util.dist import (
+from util.distributed.collectives import (
     all_gather_object,
     check_agreement,
     choose_device,
+    fail_together,
     get_local_size,
     get_rank,
     get_world_size,
     init_distributed,
     is_main_process,
     leave_distributed,
-    together,
 )
+from util.distributed.heartbeat import Heartbeat
+from util.distributed.parallel import broadcast_from_main, replicate, shard
+from util.distributed.preemption import Interrupted, StopRequests, was_restarted
+from util.ema import WeightAverage
 from util.files import code_checksum, lock_folder, remove_partial_files, save_atomically, unlock
-from util.heartbeat import Heartbeat
-from util.interrupts import Interrupted, StopRequests, was_restarted
-from util.logger import RunLog, format_time, import_summary_writer, say
-from util.parallel import replicate, same_everywhere, shard
+from util.logger import RunLog, format_time, import_summary_writer, print_main
 from util.plan import flops_text, print_plan
 from util.precision import Precision, set_tf32
-from util.run import EpochState, Run, keep_copy, keep_numbered, restore, save
+from util.run_state import EpochState, Run, keep_copy, keep_numbered, restore, save
 from util.seeding import seed_everything
 from util.visualize import plot_curves
 
@@ -68,15 +68,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     data = parser.add_argument_group('data')
     data.add_argument('--dataset_file', default='coco', choices=DATASETS,
-                      help='coco: any data in COCO form; shapes: built-in pictures, drawn as they are needed '
+                      help='coco: any data in COCO form; shapes: built-in images, drawn as they are needed '
                            '(default: %(default)s)')  # fmt: skip
     data.add_argument('--coco_path', metavar='DIR',
                       help='folder with annotations/instances_{train,val}2017.json and {train,val}2017/ or '
                            'images/{train,val}2017/ (2017 may be missing)')  # fmt: skip
     for split in ('train', 'val'):
-        data.add_argument(
-            f'--{split}_images', metavar='DIR', help=f'{split} pictures, instead of --coco_path'
-        )
+        data.add_argument(f'--{split}_images', metavar='DIR', help=f'{split} images, instead of --coco_path')
         data.add_argument(
             f'--{split}_ann', metavar='FILE', help=f'{split} annotations, instead of --coco_path'
         )
@@ -86,18 +84,18 @@ def get_args_parser() -> argparse.ArgumentParser:
             help=f'{split} data in tar shards: shards.json of tools/make_shards.py, or its folder',
         )
     data.add_argument('--shard_buffer', default=SHUFFLE_BUFFER, type=int,
-                      help='pictures among which a loader process shuffles --train_shards; it holds their files in memory '
+                      help='images among which a loader process shuffles --train_shards; it holds their files in memory '
                            '(default: %(default)s)')  # fmt: skip
     data.add_argument('--class_ids', default='auto', choices=CLASS_IDS,
                       help="class indices of a model. auto: COCO's 91 ids for COCO, 0 to K-1 in order of id for other data; "
                            'contiguous: 0 to K-1 for COCO too, 80 classes (default: %(default)s)')  # fmt: skip
     data.add_argument('--img_size', default=800, type=int,
-                      help='shorter side of a picture, pixels, at evaluation; the scales of training shrink and grow with '
+                      help='shorter side of an image, pixels, at evaluation; the scales of training shrink and grow with '
                            'it (default: %(default)s)')  # fmt: skip
     data.add_argument('--max_size', type=int,
-                      help='longest side of a picture, pixels (default: 1333, in proportion to --img_size)')  # fmt: skip
+                      help='longest side of an image, pixels (default: 1333, in proportion to --img_size)')  # fmt: skip
     data.add_argument('--aug', default='detr', choices=AUGMENTATIONS,
-                      help='training pictures. detr: flipped, scaled and cropped; flip: only flipped; none: as at evaluation; '
+                      help='training images. detr: flipped, scaled and cropped; flip: only flipped; none: as at evaluation; '
                            "co_detr: as detr by mmdetection's rules of resizing and its choice of objects, at evaluation "
                            'too; lsj: large-scale jitter in a square and, where objects have masks, copy-paste '
                            '(default: %(default)s)')  # fmt: skip
@@ -105,24 +103,24 @@ def get_args_parser() -> argparse.ArgumentParser:
                       help='side of the squares of --aug lsj, pixels, instead of --img_size and --max_size '
                            '(default: %(default)s)')  # fmt: skip
     data.add_argument(
-        '--shapes_train', default=4000, type=int, help='built-in training pictures (default: %(default)s)'
+        '--shapes_train', default=4000, type=int, help='built-in training images (default: %(default)s)'
     )
     data.add_argument(
-        '--shapes_val', default=200, type=int, help='built-in validation pictures (default: %(default)s)'
+        '--shapes_val', default=200, type=int, help='built-in validation images (default: %(default)s)'
     )
     data.add_argument('--shapes_size', default=128, type=int,
-                      help='longer side of a built-in picture, pixels (default: %(default)s)')  # fmt: skip
+                      help='longer side of a built-in image, pixels (default: %(default)s)')  # fmt: skip
     data.add_argument(
         '--num_workers', default=2, type=int, help='loader processes a process (default: %(default)s)'
     )
 
     data.add_argument('--group_aspect_ratio', action='store_true',
-                      help='training batches of pictures that are all wider than high, or all not')  # fmt: skip
+                      help='training batches of images that are all wider than high, or all not')  # fmt: skip
     data.add_argument('--bucket_sizes', action='store_true',
-                      help='training batches of pictures that have about the same size once they are scaled and cropped, the '
+                      help='training batches of images that have about the same size once they are scaled and cropped, the '
                            'same on all processes: a quarter of the padding, and nobody waits')  # fmt: skip
     data.add_argument('--cache_mode', action='store_true',
-                      help='keep the picture files in memory, compressed; each process of a machine its own share')  # fmt: skip
+                      help='keep the image files in memory, compressed; each process of a machine its own share')  # fmt: skip
 
     train = parser.add_argument_group('training')
     train.add_argument('--lr', type=float, help=f'learning rate (default: {family_default("lr")})')
@@ -139,13 +137,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     train.add_argument('--sgd', action='store_true', help='SGD with momentum 0.9 instead of AdamW')
     train.add_argument(
-        '--batch_size', default=2, type=int, help='pictures a process at a time (default: %(default)s)'
+        '--batch_size', default=2, type=int, help='images a process at a time (default: %(default)s)'
     )
     train.add_argument('--accum_steps', default=1, type=int,
                        help='batches whose gradients make one optimizer step, as if they were one batch (but for the averages of '
                             '--co_aux_heads; default: %(default)s)')  # fmt: skip
     train.add_argument('--total_batch_size', type=int,
-                       help='pictures an optimizer step, all processes together; sets --accum_steps')  # fmt: skip
+                       help='images an optimizer step, all processes together; sets --accum_steps')  # fmt: skip
     train.add_argument('--weight_decay', default=1e-4, type=float, help='(default: %(default)s)')
     train.add_argument('--epochs', type=int, help=f'(default: {family_default("epochs")})')
     train.add_argument('--lr_drop', type=int,
@@ -167,13 +165,13 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help='float32 products of NVIDIA GPUs with 10 bits of the mantissa, several times as fast (default: of '
                             "convolutions only, PyTorch's default)")  # fmt: skip
     scale.add_argument('--compile', action='store_true',
-                       help='torch.compile of backbone stages and transformer layers, for any picture size; the first steps take '
+                       help='torch.compile of backbone stages and transformer layers, for any image size; the first steps take '
                             'minutes')  # fmt: skip
     scale.add_argument('--fsdp', action='store_true',
                        help='each process keeps a part of the weights, gradients and optimizer states, for models that do not '
                             'fit; checkpoints are the same')  # fmt: skip
     scale.add_argument('--worst_batch_first', action=argparse.BooleanOptionalAction,
-                       help='before the first step, try a batch of the largest pictures with the most objects, so that a lack '
+                       help='before the first step, try a batch of the largest images with the most objects, so that a lack '
                             'of memory shows at once (default: on GPUs)')  # fmt: skip
 
     evaluation = parser.add_argument_group('evaluation')
@@ -190,7 +188,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     run = parser.add_argument_group('run')
     run.add_argument('--output_dir', default='', metavar='DIR',
-                     help='checkpoints, metrics.csv, log.jsonl and pictures; nothing is written without it')  # fmt: skip
+                     help='checkpoints, metrics.csv, log.jsonl and images; nothing is written without it')  # fmt: skip
     run.add_argument('--resume', default='', metavar='FILE',
                      help='go on with this checkpoint (path or address): weights, optimizer, schedule, random numbers; '
                           'auto = the one in --output_dir, if any')  # fmt: skip
@@ -249,7 +247,7 @@ def main(args: Namespace) -> None:
 @contextmanager
 def one_run_a_folder(args: Namespace) -> Iterator[None]:
     """Inside, no other run can train into --output_dir. ValueError: one does."""
-    with together():
+    with fail_together():
         lock = None
         if args.output_dir and not args.eval and is_main_process():
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -267,15 +265,15 @@ def read_data(args: Namespace) -> tuple[dict, dict[str, Dataset]]:
     """
     check_agreement(facts_of(args))
     restarted = any(all_gather_object(was_restarted()))
-    with together():
+    with fail_together():
         check_run_args(args)
         checkpoint = find_checkpoint(args, restarted)
         seed_everything(args.seed + get_rank())
         class_map = ClassMap.from_dict(checkpoint['class_map']) if 'class_map' in checkpoint else None
         datasets = build_datasets(args, class_map)
     facts = {f'{split} data': summary_of(dataset) for split, dataset in datasets.items()}
-    pictures = checkpoint.get('within_epoch', {}).get('pictures', 0)
-    found = f'epoch {checkpoint.get("epoch")}, {pictures} pictures further' if checkpoint else 'none'
+    images = checkpoint.get('within_epoch', {}).get('images', 0)
+    found = f'epoch {checkpoint.get("epoch")}, {images} images further' if checkpoint else 'none'
     check_agreement(facts | {'the checkpoint': found})  # a folder that is not shared, for instance
     return checkpoint, datasets
 
@@ -295,13 +293,13 @@ def set_up(
             resize=not (args.resume or args.eval),
             resume=bool(args.resume) and not args.eval,
         )
-        say(f'{args.resume or args.pretrained}: {report}')
+        print_main(f'{args.resume or args.pretrained}: {report}')
     model.to(device)
-    same_everywhere([*model.parameters(), *model.buffers()])
+    broadcast_from_main([*model.parameters(), *model.buffers()])
     average = WeightAverage(model, args.ema) if args.ema and not args.eval else None
     flops = flops_text(model, list(datasets.values())[-1]) if is_main_process() else ''
     if args.compile:
-        compile_regions(model)
+        compile_parts(model)
     if args.fsdp:
         shard(model, [Prediction])
         if average:
@@ -334,9 +332,9 @@ def facts_of(args: Namespace) -> dict[str, object]:
 
 
 def summary_of(dataset: Dataset) -> str:
-    """Number of pictures and classes, and a number that tells other pictures apart."""
+    """Number of images and classes, and a number that tells other images apart."""
     checksum = zlib.crc32(repr(dataset.ids).encode())
-    return f'{len(dataset)} pictures of {dataset.class_map.num_classes} class indices ({checksum:08x})'
+    return f'{len(dataset)} images of {dataset.class_map.num_classes} class indices ({checksum:08x})'
 
 
 def plan_notes(run: Run, device: torch.device) -> dict[str, str]:
@@ -361,9 +359,9 @@ def train(run: Run, first_epoch: int, state: EpochState, checkpoint: dict) -> No
         keep_numbered(run, folder, first_epoch - 1)
         finish_epoch(run, first_epoch - 1, checkpoint['metrics'], log, board)
     if first_epoch >= args.epochs:
-        say(f'all {args.epochs} epochs are done; raise --epochs to train longer')
+        print_main(f'all {args.epochs} epochs are done; raise --epochs to train longer')
     if state.step:
-        say(f'epoch {first_epoch + 1} goes on after step {state.step} of {run.steps_an_epoch}')
+        print_main(f'epoch {first_epoch + 1} goes on after step {state.step} of {run.steps_an_epoch}')
     for epoch in range(first_epoch, args.epochs):
         start = time.perf_counter()
         begin_epoch(run.loaders['train'], epoch, state.step * args.accum_steps)
@@ -404,7 +402,7 @@ def after_step(run: Run, folder: Path | None, epoch: int, state: EpochState) -> 
     except Interrupted:
         if folder:
             save(run, folder, epoch - 1, within=state)
-            say(f'asked to stop: saved after step {state.step} of epoch {epoch + 1}')
+            print_main(f'asked to stop: saved after step {state.step} of epoch {epoch + 1}')
         raise
 
 
@@ -419,8 +417,8 @@ def finish_epoch(
     row |= {f'test_{name}': summary.stats[i] if summary else None for i, name in enumerate(STAT_NAMES)}
     if summary:
         record |= {'test_coco_eval_bbox': summary.stats, 'per_class': summary.per_class}
-    pictures = run.steps_an_epoch * run.pictures_a_step
-    record |= {'pictures': pictures, 'train_seconds': round(seconds, 2)}
+    images = run.steps_an_epoch * run.images_a_step
+    record |= {'images': images, 'train_seconds': round(seconds, 2)}
     if log:
         if summary and is_main_process() and summary.stats[0] > log.best('test_AP'):
             keep_copy(log.csv_path.parent, 'checkpoint_best.pth')
@@ -433,17 +431,17 @@ def finish_epoch(
                 board.add_scalar(name, value, epoch)
         board.flush()
     ap = f'  AP {summary.stats[0]:.3f}  AP50 {summary.stats[1]:.3f}' if summary else ''
-    say(f'epoch {epoch + 1}/{args.epochs}: loss {row["train_loss"]:.4g}{ap}  {format_time(seconds)}')
+    print_main(f'epoch {epoch + 1}/{args.epochs}: loss {row["train_loss"]:.4g}{ap}  {format_time(seconds)}')
     if text := ledger_text(metrics):
-        say(f'  {text}')
+        print_main(f'  {text}')
 
 
 def evaluate_once(run: Run, title: str = 'evaluate') -> Summary:
-    """Metrics of the validation pictures, printed; drawn predictions go to the output folder."""
+    """Metrics of the validation images, printed; drawn predictions go to the output folder."""
     dataset, model = run.datasets['val'], run.best_model
     evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map, backend=run.args.coco_eval)
     loader, precision, check = run.loaders['val'], run.precision, run.stops.check
-    same_everywhere(model.buffers())
+    broadcast_from_main(model.buffers())
     summary = evaluate(model, run.postprocessors, loader, evaluator, title, precision, check)['bbox']
     if is_main_process():
         print(summary.table(), flush=True)
@@ -497,10 +495,10 @@ def check_run_args(args: Namespace) -> None:
         raise ValueError('--tensorboard writes into --output_dir: give it')
     if args.cache_mode and args.aug == 'lsj' and get_local_size() > 1:
         raise ValueError(
-            '--aug lsj mixes any two pictures, but with --cache_mode a process keeps only its share: leave one out'
+            '--aug lsj mixes any two images, but with --cache_mode a process keeps only its share: leave one out'
         )
     if args.cache_mode and args.dataset_file == 'shapes':
-        raise ValueError('--cache_mode keeps picture files; built-in pictures have none: leave it out')
+        raise ValueError('--cache_mode keeps image files; built-in images have none: leave it out')
     if args.no_validate and args.eval:
         raise ValueError('--eval evaluates, --no_validate does not: leave one out')
     ways = {

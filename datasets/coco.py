@@ -1,6 +1,6 @@
 """
 Any data set in COCO form, as DETR reads it (arXiv:2005.12872): crowd regions are dropped, boxes clamped to
-the picture.
+the image.
 
 Keypoints are not read: no model here uses them. Annotations are kept in a few arrays, which the workers of a
 loader share, instead of millions of Python objects, which every worker would copy.
@@ -22,17 +22,17 @@ from datasets.class_map import ClassMap
 from datasets.coco_json import (
     Annotations,
     check_annotations,
-    check_pictures,
+    check_files,
     check_segmentations,
     read_annotations,
 )
-from datasets.lsj import build_mix
-from datasets.picture_dataset import Mix, PictureDataset
-from datasets.pictures import decode_file, read_picture, stored_size
+from datasets.copy_paste import build_mix
+from datasets.image_dataset import ImageDataset, Mix
+from datasets.image_io import decode_file, read_image, stored_size
 from datasets.transforms import Target, Transform, transforms_of
 
 MMDETECTION = ('co_detr', 'lsj')  # recipes whose annotations are read as mmdetection does
-MIN_PICTURE_SIDE = 32
+MIN_IMAGE_SIDE = 32
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class Reading:
     """How an annotation file is read; the defaults are DETR's.
 
     class_ids: which class indices categories get, see `ClassMap.numbered`. drop_tiny: objects narrower or lower than
-    a pixel, and those without area, are left out. min_picture_side: pictures with a smaller side are left out.
+    a pixel, and those without area, are left out. min_image_side: images with a smaller side are left out.
     """
 
     class_ids: str = 'auto'
     drop_tiny: bool = False
-    min_picture_side: int = 0
+    min_image_side: int = 0
 
 
-class CocoDetection(PictureDataset):
-    """Item: (uint8 picture [3, H, W], target).
+class CocoDetection(ImageDataset):
+    """Item: (uint8 image [3, H, W], target).
 
     Target, in this order: boxes [T, 4] float32 xyxy in pixels (cxcywh in [0, 1] after the transforms), labels
     [T], masks [T, H, W] if asked for, image_id [1], area [T] float32, iscrowd [T], orig_size and size [2]
@@ -73,15 +73,15 @@ class CocoDetection(PictureDataset):
         self.image_dir, self.annotation_file = Path(image_dir), Path(annotation_file)
         data = read_annotations(annotation_file)
         check_annotations(data, annotation_file, class_map)
-        check_pictures(data['images'], image_dir, annotation_file)
+        check_files(data['images'], image_dir, annotation_file)
         self.class_map = class_map or ClassMap.numbered(data['categories'], reading.class_ids)
         images = sorted(data['images'], key=lambda image: image['id'])
-        if reading.min_picture_side:
-            images = large_pictures(images, self.image_dir, reading.min_picture_side)
+        if reading.min_image_side:
+            images = large_images(images, self.image_dir, reading.min_image_side)
         self.ids: list[int] = [image['id'] for image in images]
         self._file_names = PackedList([image['file_name'] for image in images])
         self._json_sizes = np.array([[image.get('height') or 0, image.get('width') or 0] for image in images])
-        objects, self._starts = objects_by_picture(objects_in(data['annotations'], reading), self.ids)
+        objects, self._starts = objects_by_image(objects_in(data['annotations'], reading), self.ids)
         self.most_objects = int(np.diff(self._starts).max(initial=0))
         if return_masks:
             check_segmentations(objects, annotation_file)
@@ -104,26 +104,26 @@ class CocoDetection(PictureDataset):
         return {**self.__dict__, '_ground_truth': None}
 
     def untransformed(self, idx: int) -> tuple[Tensor, Target]:
-        """The picture as it is stored, and its objects."""
-        picture = self._picture(idx)
+        """The image as it is stored, and its objects."""
+        image = self._image(idx)
         objects = self._objects[self._starts[idx] : self._starts[idx + 1]]
-        return picture, make_target(objects, self.ids[idx], *picture.shape[1:])
+        return image, make_target(objects, self.ids[idx], *image.shape[1:])
 
-    def _picture(self, idx: int) -> Tensor:
+    def _image(self, idx: int) -> Tensor:
         path = self.image_dir / self._file_names[idx]
-        picture = read_picture(path) if self._files is None else decode_file(path, self._bytes(path))
-        check_size(path, picture.shape[1:], self._json_sizes[idx], self.annotation_file)
-        return picture
+        image = read_image(path) if self._files is None else decode_file(path, self._bytes(path))
+        check_size(path, image.shape[1:], self._json_sizes[idx], self.annotation_file)
+        return image
 
-    def picture_sizes(self) -> np.ndarray:
-        """[N, 2] height and width of all pictures; only those that the annotations do not tell are opened."""
+    def image_sizes(self) -> np.ndarray:
+        """[N, 2] height and width of all images; only those that the annotations do not tell are opened."""
         sizes = self._json_sizes.copy()
         for idx in np.flatnonzero((sizes <= 0).any(axis=1)):
             sizes[idx] = stored_size(self.image_dir / self._file_names[idx])
         return sizes
 
     def keep_files(self, local_rank: int, local_size: int) -> None:
-        """Read the files of this process's share of a node's pictures into memory, still compressed; others are
+        """Read the files of this process's share of a node's images into memory, still compressed; others are
         added when they are first used.
         """
         self._files = {}
@@ -178,7 +178,7 @@ class Objects:
 
 
 def make_target(objects: Objects, image_id: int, height: int, width: int) -> Target:
-    """The objects that have a box of positive size inside the picture; see `CocoDetection`."""
+    """The objects that have a box of positive size inside the image; see `CocoDetection`."""
     boxes_xyxy = objects.boxes_xywh.clone()
     boxes_xyxy[:, 2:] += boxes_xyxy[:, :2]
     boxes_xyxy[:, 0::2].clamp_(0, width)
@@ -192,7 +192,7 @@ def make_target(objects: Objects, image_id: int, height: int, width: int) -> Tar
         target['masks'] = masks[keep]
     target['image_id'] = torch.tensor([image_id])
     target['area'] = objects.areas[keep]
-    # The official code has an empty float tensor here for a picture without annotations.
+    # The official code has an empty float tensor here for an image without annotations.
     target['iscrowd'] = torch.zeros(len(target['boxes']), dtype=torch.int64 if len(keep) else torch.float32)
     target['orig_size'] = torch.tensor([height, width])
     target['size'] = torch.tensor([height, width])
@@ -200,12 +200,12 @@ def make_target(objects: Objects, image_id: int, height: int, width: int) -> Tar
 
 
 def check_size(path: object, found: Sequence[int], told: Sequence[int], source: object) -> None:
-    """Raise ValueError where a picture's (height, width) is not what its annotations tell; 0 = they do not tell."""
+    """Raise ValueError where an image's (height, width) is not what its annotations tell; 0 = they do not tell."""
     (height, width), (told_height, told_width) = found, told
     if told_height > 0 and told_width > 0 and (height, width) != (told_height, told_width):
         raise ValueError(
             f'{path} is {width} x {height} (width x height), but {source} says {told_width} x {told_height}: '
-            'the boxes would be wrong; fetch the right picture, or store it without EXIF rotation'
+            'the boxes would be wrong; fetch the right image, or store it without EXIF rotation'
         )
 
 
@@ -214,10 +214,10 @@ def objects_in(annotations: list[dict], reading: Reading) -> list[dict]:
     return [a for a in annotations if not a.get('iscrowd') and not (reading.drop_tiny and is_tiny(a))]
 
 
-def objects_by_picture(annotations: list[dict], image_ids: list[int]) -> tuple[list[dict], np.ndarray]:
-    """Annotations of these pictures, in the order of image_ids and then of the file.
+def objects_by_image(annotations: list[dict], image_ids: list[int]) -> tuple[list[dict], np.ndarray]:
+    """Annotations of these images, in the order of image_ids and then of the file.
 
-    Also the bounds [len(image_ids) + 1]: picture i has the objects bounds[i] to bounds[i + 1].
+    Also the bounds [len(image_ids) + 1]: image i has the objects bounds[i] to bounds[i + 1].
     """
     position = {image_id: idx for idx, image_id in enumerate(image_ids)}
     objects = [a for a in annotations if a['image_id'] in position]
@@ -240,19 +240,19 @@ def is_tiny(annotation: dict) -> bool:
     return width < 1 or height < 1 or object_area(annotation) <= 0
 
 
-def large_pictures(images: list[dict], image_dir: Path, min_side: int) -> list[dict]:
-    """Pictures whose sides all have min_side pixels. ValueError: there is none."""
+def large_images(images: list[dict], image_dir: Path, min_side: int) -> list[dict]:
+    """Images whose sides all have min_side pixels. ValueError: there is none."""
     large = [image for image in images if min(size_of(image, image_dir)) >= min_side]
     if not large:
         raise ValueError(
-            f'all {len(images)} pictures of {image_dir} have a side of less than {min_side} pixels: this --aug needs '
+            f'all {len(images)} images of {image_dir} have a side of less than {min_side} pixels: this --aug needs '
             'larger ones'
         )
     return large
 
 
 def size_of(image: dict, image_dir: Path) -> tuple[int, int]:
-    """(height, width) by the annotations, or by the picture's own header where they do not tell."""
+    """(height, width) by the annotations, or by the image's own header where they do not tell."""
     if image.get('height') and image.get('width'):
         return image['height'], image['width']
     return stored_size(image_dir / image['file_name'])
@@ -263,7 +263,7 @@ def rasterize(segmentation: list | dict, height: int, width: int) -> Tensor:
     if isinstance(segmentation, dict):
         if list(segmentation['size']) != [height, width]:
             raise ValueError(
-                f'a run-length mask of {segmentation["size"]} in a picture of {[height, width]} pixels'
+                f'a run-length mask of {segmentation["size"]} in an image of {[height, width]} pixels'
             )
         if isinstance(segmentation['counts'], list):
             segmentation = coco_mask.frPyObjects(segmentation, height, width)
@@ -281,8 +281,8 @@ def reading_of(image_set: str, args: argparse.Namespace) -> Reading:
     """How --aug and --class_ids want annotations to be read."""
     reading = Reading(getattr(args, 'class_ids', 'auto'))
     if args.aug in MMDETECTION:
-        min_side = MIN_PICTURE_SIDE if image_set == 'train' else 0
-        reading = replace(reading, drop_tiny=True, min_picture_side=min_side)
+        min_side = MIN_IMAGE_SIDE if image_set == 'train' else 0
+        reading = replace(reading, drop_tiny=True, min_image_side=min_side)
     return reading
 
 
@@ -295,7 +295,7 @@ def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None =
 
 
 def find_files(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:
-    """Picture folder and annotation file: explicit paths, else the first of the usual places under
+    """Image folder and annotation file: explicit paths, else the first of the usual places under
     --coco_path.
     """
     if image_set not in ('train', 'val'):

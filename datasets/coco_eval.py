@@ -2,7 +2,7 @@
 COCO's twelve numbers, and AP by class, for boxes and masks (pycocotools' definitions; hotcoco gives the same,
 faster).
 
-Only pictures that were handed in are evaluated, each once, whatever the batches, their order and the
+Only images that were handed in are evaluated, each once, whatever the batches, their order and the
 processes.
 """
 
@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from datasets.class_map import ClassMap
-from util.dist import all_gather_object
+from util.distributed.collectives import all_gather_object
 
 STAT_NAMES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
 BACKENDS = ('auto', 'hotcoco', 'pycocotools')
@@ -75,13 +75,13 @@ class CocoEvaluator:
         """predictions: image id to {'scores' [N], 'labels' [N], 'boxes' [N, 4] xyxy in pixels}, for masks
         also 'masks' [N, 1, H, W] (above 0.5 is object) or 'segmentation', a list of N run-length masks.
 
-        Only the first prediction for a picture counts.
+        Only the first prediction for an image counts.
         """
         for image_id, prediction in predictions.items():
             image_id = int(image_id)
             if image_id not in self.image_ids:
                 raise ValueError(
-                    f'picture {image_id} is not among the {len(self.image_ids)} of the ground truth'
+                    f'image {image_id} is not among the {len(self.image_ids)} of the ground truth'
                 )
             if image_id not in self.detections:
                 self.detections[image_id] = read_prediction(
@@ -89,7 +89,7 @@ class CocoEvaluator:
                 )
 
     def synchronize_between_processes(self) -> None:
-        """Afterwards every process has the predictions of all, each picture once: the copy of the lowest
+        """Afterwards every process has the predictions of all, each image once: the copy of the lowest
         rank.
         """
         merged: dict[int, Detections] = {}
@@ -98,7 +98,7 @@ class CocoEvaluator:
         self.detections = merged
 
     def summarize(self) -> dict[str, Summary]:
-        """The result for every iou type, of the pictures that were handed in."""
+        """The result for every iou type, of the images that were handed in."""
         results = {}
         for iou_type in self.iou_types:
             truth = prepare_ground_truth(self.ground_truth, set(self.detections), iou_type)
@@ -109,7 +109,7 @@ class CocoEvaluator:
 
 @dataclass
 class Detections:
-    """What one picture's prediction says, N detections with a category each.
+    """What one image's prediction says, N detections with a category each.
 
     rows: [N, 6] float64 of x, y, width, height, score, category id; masks: run lengths, if masks are
     evaluated.
@@ -161,7 +161,7 @@ def encode_masks(masks: Tensor) -> list[dict]:
 
 
 def prepare_ground_truth(ground_truth: dict, image_ids: set[int], iou_type: str) -> dict:
-    """Copy of the chosen pictures' part, with what the evaluators insist on.
+    """Copy of the chosen images' part, with what the evaluators insist on.
 
     Ids are counted anew from 1, since they take an object of id 0 for no match at all. Without iscrowd an
     object is none; without area it is the box's.
@@ -188,7 +188,7 @@ def prepare_ground_truth(ground_truth: dict, image_ids: set[int], iou_type: str)
 def require_segmentation(annotation: dict) -> list | dict:
     if not annotation.get('segmentation'):
         raise ValueError(
-            f'annotation {annotation.get("id")} (picture {annotation["image_id"]}) has no segmentation: '
+            f'annotation {annotation.get("id")} (image {annotation["image_id"]}) has no segmentation: '
             'masks cannot be evaluated on this data, boxes can'
         )
     return annotation['segmentation']

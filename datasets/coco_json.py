@@ -2,7 +2,7 @@
 Reading and checking annotation files in COCO form: one clear error at the start instead of a strange one in
 epoch three.
 
-Legal, as in the official pipeline: boxes of no size, boxes that leave the picture, pictures without objects.
+Legal, as in the official pipeline: boxes of no size, boxes that leave the image, images without objects.
 """
 
 import json
@@ -45,7 +45,7 @@ def check_annotations(
         for annotation in data['annotations']:
             problem = annotation_problem(annotation, image_ids, categories)
             if problem:
-                name = f'annotation {annotation.get("id")} (picture {annotation.get("image_id")})'
+                name = f'annotation {annotation.get("id")} (image {annotation.get("image_id")})'
                 raise ValueError(f'{name} {problem}')
     except ValueError as error:
         raise ValueError(f'{file}: {error}') from error
@@ -66,18 +66,18 @@ def check_categories(categories: dict[int, str], class_map: ClassMap) -> None:
 
 
 def check_images(images: list[dict]) -> set[int]:
-    """The ids of the pictures."""
+    """The ids of the images."""
     if not images:
         raise ValueError('"images" is empty: there is nothing to train on or to evaluate')
     ids: set[int] = set()
     for image in images:
         image_id = image.get('id')
         if isinstance(image_id, bool) or not isinstance(image_id, int):
-            raise ValueError(f'picture {image} needs an integer id')
+            raise ValueError(f'image {image} needs an integer id')
         if image_id in ids:
-            raise ValueError(f'picture id {image_id} occurs twice: give every picture an id of its own')
+            raise ValueError(f'image id {image_id} occurs twice: give every image an id of its own')
         if not isinstance(image.get('file_name'), str):
-            raise ValueError(f'picture {image_id} needs a file_name')
+            raise ValueError(f'image {image_id} needs a file_name')
         ids.add(image_id)
     return ids
 
@@ -85,7 +85,7 @@ def check_images(images: list[dict]) -> set[int]:
 def annotation_problem(annotation: dict, image_ids: set[int], category_ids: Iterable[int]) -> str | None:
     """What is wrong with it and what to do, or None."""
     if annotation.get('image_id') not in image_ids:
-        return 'belongs to a picture that "images" does not list: add the picture or remove the annotation'
+        return 'belongs to an image that "images" does not list: add the image or remove the annotation'
     category_id = annotation.get('category_id')
     if category_id not in category_ids:
         return f'has category {category_id}, but the categories are {shorten(category_ids)}: add it or correct the id'
@@ -116,18 +116,16 @@ def check_segmentations(annotations: list[dict], file: str | os.PathLike[str]) -
     for annotation in annotations:
         if not annotation.get('segmentation'):
             raise ValueError(
-                f'{file}: annotation {annotation.get("id")} (picture {annotation["image_id"]}) has no segmentation, '
+                f'{file}: annotation {annotation.get("id")} (image {annotation["image_id"]}) has no segmentation, '
                 'which masks are made of: add polygons or run-length masks, or train without --masks'
             )
 
 
-def check_pictures(
-    images: list[dict], image_dir: str | os.PathLike[str], file: str | os.PathLike[str]
-) -> None:
-    """Raise FileNotFoundError when a picture of the file is not in the folder; each folder is listed once."""
+def check_files(images: list[dict], image_dir: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
+    """Raise FileNotFoundError when an image of the file is not in the folder; each folder is listed once."""
     image_dir = Path(image_dir)
     if not image_dir.is_dir():
-        raise FileNotFoundError(f'picture folder {image_dir} does not exist: check the path')
+        raise FileNotFoundError(f'image folder {image_dir} does not exist: check the path')
     present: dict[str, set[str]] = {}
     missing = []
     for image in images:
@@ -139,6 +137,6 @@ def check_pictures(
             missing.append(image['file_name'])
     if missing:
         raise FileNotFoundError(
-            f'{len(missing)} of {len(images)} pictures of {file} are not in {image_dir}, the first is {missing[0]}: '
+            f'{len(missing)} of {len(images)} images of {file} are not in {image_dir}, the first is {missing[0]}: '
             'fetch them, give the right folder, or remove them from the file'
         )

@@ -7,14 +7,14 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from datasets import build_dataset
 from datasets.class_map import ClassMap
-from datasets.picture_dataset import loader_options
+from datasets.image_dataset import loader_options
 from datasets.samplers import AspectSampler, EpochBatches, EvalBatches, NodeSampler, SizeBatches
 from datasets.shards import ShardedCoco, ShardStream, build_shard_loader
-from util.dist import get_local_rank, get_local_size, get_rank, get_world_size
+from util.distributed.collectives import get_local_rank, get_local_size, get_rank, get_world_size
 
 
 def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Dataset]:
-    """Training and validation pictures, with the same class indices; only those that the run will read.
+    """Training and validation images, with the same class indices; only those that the run will read.
 
     class_map: that of the checkpoint in use, None if it has none. ValueError: --resume of a checkpoint with
     other classes.
@@ -56,16 +56,16 @@ def build_loader(dataset: Dataset, split: str, args: Namespace) -> DataLoader:
         batches = build_batches(dataset, train, args)
         loader = DataLoader(dataset, batch_sampler=batches, **loader_options(args.num_workers))
     if train and len(loader) < args.accum_steps:
-        pictures = args.batch_size * args.accum_steps * get_world_size()
+        images = args.batch_size * args.accum_steps * get_world_size()
         raise ValueError(
-            f'{len(dataset)} training pictures do not fill one step of {pictures}: lower --batch_size, --accum_steps '
+            f'{len(dataset)} training images do not fill one step of {images}: lower --batch_size, --accum_steps '
             'or --total_batch_size'
         )
     return loader
 
 
 def build_batches(dataset: Dataset, train: bool, args: Namespace) -> Sampler[list[int]]:
-    """This process's batches of an epoch, each a list of pictures."""
+    """This process's batches of an epoch, each a list of images."""
     place, share = (get_world_size(), get_rank()), (0, 1)
     if args.cache_mode:
         share = get_local_rank(), get_local_size()
@@ -73,7 +73,7 @@ def build_batches(dataset: Dataset, train: bool, args: Namespace) -> Sampler[lis
     if train and args.bucket_sizes:
         return SizeBatches(dataset, args.batch_size, *place, args.seed)
     if train and args.group_aspect_ratio:
-        sampler = AspectSampler(dataset.picture_sizes(), args.batch_size, *place, *share, seed=args.seed)
+        sampler = AspectSampler(dataset.image_sizes(), args.batch_size, *place, *share, seed=args.seed)
     elif args.cache_mode:
         sampler = NodeSampler(dataset, *place, *share, train, args.seed)
     elif train:
@@ -95,12 +95,12 @@ def begin_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
 
 
 def worst_batch(dataset: Dataset, batch_size: int, one_size: bool) -> tuple[tuple[int, int], int]:
-    """Height and width of the largest batch that training can meet, and the most objects of a picture. The sizes are the
-    largest of a few thousand drawn ones; one_size: all pictures of a batch have about the same.
+    """Height and width of the largest batch that training can meet, and the most objects of an image. The sizes are the
+    largest of a few thousand drawn ones; one_size: all images of a batch have about the same.
     """
     if dataset.mix is not None:
         return tuple(dataset[0][0].shape[-2:]), dataset.most_objects
-    originals = dataset.picture_sizes()
+    originals = dataset.image_sizes()
     chosen = torch.linspace(0, len(originals) - 1, min(len(originals), 500)).long().tolist()
     drawn = [dataset.drawn_size(idx, epoch, originals[idx]) for epoch in range(4) for idx in chosen]
     if one_size or batch_size == 1:

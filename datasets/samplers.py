@@ -1,6 +1,6 @@
 """
-Which pictures a process sees, as in Deformable DETR's code and mmdetection, and which of them make a batch. PyTorch's own
-sampler deals pictures out one by one and is used for training; these keep runs of them, those that a node's process
+Which images a process sees, as in Deformable DETR's code and mmdetection, and which of them make a batch. PyTorch's own
+sampler deals images out one by one and is used for training; these keep runs of them, those that a node's process
 holds in memory, those that are wider than high together, or those that will have about the same size.
 """
 
@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, Dataset, Sampler
 
-from datasets.picture_dataset import PictureDataset
+from datasets.image_dataset import ImageDataset
 
-WINDOW = 64  # steps whose pictures are sorted by size together
+WINDOW = 64  # steps whose images are sorted by size together
 
 
 class ChunkSampler(Sampler[int]):
-    """Each process takes one run of the (shuffled) pictures; the first ones come again where they do not divide
+    """Each process takes one run of the (shuffled) images; the first ones come again where they do not divide
     evenly.
     """
 
@@ -40,7 +40,7 @@ class ChunkSampler(Sampler[int]):
         self.epoch = epoch
 
     def order(self) -> list[int]:
-        """All pictures, the same on every process."""
+        """All images, the same on every process."""
         if not self.shuffle:
             return list(range(len(self.dataset)))
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -53,7 +53,7 @@ class ChunkSampler(Sampler[int]):
 
 
 class NodeSampler(ChunkSampler):
-    """A process sees only pictures whose index leaves its own remainder, so that a node keeps each picture once
+    """A process sees only images whose index leaves its own remainder, so that a node keeps each image once
     (`--cache_mode`).
 
     local_rank, local_size: place of the process on its node, and processes there.
@@ -81,14 +81,14 @@ class NodeSampler(ChunkSampler):
 
 
 class AspectSampler(ChunkSampler):
-    """Batches of pictures that are all wider than high, or all not: less of a batch is padding.
+    """Batches of images that are all wider than high, or all not: less of a batch is padding.
 
-    As in mmdetection, a kind that does not fill its batches on all processes begins again: every picture is seen in
+    As in mmdetection, a kind that does not fill its batches on all processes begins again: every image is seen in
     every epoch, some twice (more often where a kind has few), and all processes have as many batches. Batches of both
     kinds come in random order.
 
-    sizes: [N, 2] height and width of the pictures. local_rank, local_size: with --cache_mode, as for `NodeSampler`;
-    where a process holds no picture of a kind that others hold, it takes theirs.
+    sizes: [N, 2] height and width of the images. local_rank, local_size: with --cache_mode, as for `NodeSampler`;
+    where a process holds no image of a kind that others hold, it takes theirs.
     """
 
     def __init__(
@@ -122,14 +122,14 @@ class AspectSampler(ChunkSampler):
 
     def runs(self, order: list[int], kind: bool) -> list[list[int]]:
         """Batches of one kind for the processes that hold the same share, one a node."""
-        pictures = [index for index in order if self.wide[index] == kind]
-        held = [index for index in pictures if index % self.local_size == self.local_rank] or pictures
+        images = [index for index in order if self.wide[index] == kind]
+        held = [index for index in images if index % self.local_size == self.local_rank] or images
         endless = cycle(held)
         return [list(islice(endless, self.batch_size)) for _ in range(self.batches[kind] * self.nodes)]
 
 
 class EpochBatches(Sampler[list[int]]):
-    """Batches of the pictures that a sampler gives to a process."""
+    """Batches of the images that a sampler gives to a process."""
 
     def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool) -> None:
         self.sampler = sampler
@@ -149,45 +149,45 @@ class EpochBatches(Sampler[list[int]]):
 
 
 class EvalBatches(Sampler[list[int]]):
-    """The same batches for any number of processes, pictures in order: padding depends on what shares a batch, and the
+    """The same batches for any number of processes, images in order: padding depends on what shares a batch, and the
     metrics shall not. A process takes a run of batches; where they do not divide evenly, runs overlap.
     """
 
-    def __init__(self, num_pictures: int, batch_size: int, num_replicas: int, rank: int) -> None:
-        self.num_pictures, self.batch_size = num_pictures, batch_size
-        total = math.ceil(num_pictures / batch_size)
+    def __init__(self, num_images: int, batch_size: int, num_replicas: int, rank: int) -> None:
+        self.num_images, self.batch_size = num_images, batch_size
+        total = math.ceil(num_images / batch_size)
         self.share = math.ceil(total / num_replicas)
         self.first = min(rank * self.share, total - self.share)
 
     def __len__(self) -> int:
         return self.share
 
-    def pictures(self) -> range:
+    def images(self) -> range:
         """All of this process, in order."""
         behind = (self.first + self.share) * self.batch_size
-        return range(self.first * self.batch_size, min(behind, self.num_pictures))
+        return range(self.first * self.batch_size, min(behind, self.num_images))
 
     def __iter__(self) -> Iterator[list[int]]:
-        pictures = self.pictures()
-        for start in range(0, len(pictures), self.batch_size):
-            yield list(pictures[start : start + self.batch_size])
+        images = self.images()
+        for start in range(0, len(images), self.batch_size):
+            yield list(images[start : start + self.batch_size])
 
 
 class SizeBatches(Sampler[list[int]]):
-    """Batches of pictures that will have about the same size once they are scaled and cropped, so that little of a batch
+    """Batches of images that will have about the same size once they are scaled and cropped, so that little of a batch
     is padding, and no process waits long for another (`--bucket_sizes`).
 
-    The size that a picture will have is known before it is read (`PictureDataset.drawn_size`). In windows of WINDOW
-    steps, the pictures of all processes are sorted by it; a run of them makes one step, and steps come in random order.
-    Pictures that fill no step are left out, others in every epoch.
+    The size that an image will have is known before it is read (`ImageDataset.drawn_size`). In windows of WINDOW
+    steps, the images of all processes are sorted by it; a run of them makes one step, and steps come in random order.
+    Images that fill no step are left out, others in every epoch.
     """
 
     def __init__(
-        self, dataset: PictureDataset, batch_size: int, num_replicas: int, rank: int, seed: int = 0
+        self, dataset: ImageDataset, batch_size: int, num_replicas: int, rank: int, seed: int = 0
     ) -> None:
         self.dataset, self.batch_size, self.rank, self.seed = dataset, batch_size, rank, seed
         self.step_size = batch_size * num_replicas
-        self.original_sizes = dataset.picture_sizes()
+        self.original_sizes = dataset.image_sizes()
         self.epoch, self.first = 0, 0
 
     def __len__(self) -> int:
@@ -211,6 +211,6 @@ class SizeBatches(Sampler[list[int]]):
                 yield window[place : place + self.batch_size]
 
     def drawn_size(self, index: int) -> tuple[bool, int, int]:
-        """Key of the order: upright pictures apart, then by what is longer and by what is shorter."""
+        """Key of the order: upright images apart, then by what is longer and by what is shorter."""
         height, width = self.dataset.drawn_size(index, self.epoch, self.original_sizes[index])
         return height > width, max(height, width), min(height, width)

@@ -1,7 +1,7 @@
 """
-Pictures of overlapping, textured shapes on cluttered ground, drawn from a seed. Source: ours.
+Images of overlapping, textured shapes on cluttered ground, drawn from a seed. Source: ours.
 
-A picture is a pure function of (seed, split, index, size) and has the same bytes on every machine: random
+An image is a pure function of (seed, split, index, size) and has the same bytes on every machine: random
 numbers come from the frozen stream of np.random.RandomState (NEP 19), untransformed, and the arithmetic is
 only + - * / and square root, which IEEE 754 rounds exactly. Hence rotations come from Pythagorean pairs, not
 from sines, and no drawing library is used. What the objects mean to a detector is in datasets/shapes.py.
@@ -17,7 +17,7 @@ Shape = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 SPLITS = {'train': 0, 'val': 1, 'test': 2}
 MAX_OBJECTS = 20
-MIN_VISIBLE = 0.25  # an object of which less can be seen stays in the picture as clutter
+MIN_VISIBLE = 0.25  # an object of which less can be seen stays in the image as clutter
 
 
 class Dice:
@@ -56,7 +56,7 @@ class Dice:
 class Scene:
     """What was drawn; objects in painting order, each pixel belongs to at most one of them."""
 
-    picture: np.ndarray  # [3, H, W] uint8
+    image: np.ndarray  # [3, H, W] uint8
     kinds: np.ndarray  # [N] int64, indices into KINDS
     boxes_xyxy: np.ndarray  # [N, 4] int64, pixel edges of the visible part: x1 <= x < x2
     areas: np.ndarray  # [N] int64, visible pixels
@@ -65,7 +65,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a shape of radius 1 around the origin lies in the picture, in pixels."""
+    """Where a shape of radius 1 around the origin lies in the image, in pixels."""
 
     x: float
     y: float
@@ -247,10 +247,10 @@ def paint_segment(dice: Dice, canvas: np.ndarray) -> None:
 
 
 def arrange(dice: Dice, height: int, width: int) -> list[Pose]:
-    """Poses in painting order, large ones rather first: none in one picture of 25, at most MAX_OBJECTS."""
+    """Poses in painting order, large ones rather first: none in one image of 25, at most MAX_OBJECTS."""
     many = dice.real()
     crowd = many * many * many * many * many  # no power: libm's is not the same everywhere
-    # One to five objects in most pictures, rarely up to MAX_OBJECTS.
+    # One to five objects in most images, rarely up to MAX_OBJECTS.
     count = 0 if dice.chance(0.04) else 1 + int(4 * many + (MAX_OBJECTS - 5) * crowd * crowd * crowd)
     size, poses = max(height, width), []
     largest = size * (0.36 if count < 5 else 0.26 if count < 10 else 0.18)
@@ -264,7 +264,7 @@ def arrange(dice: Dice, height: int, width: int) -> list[Pose]:
 
 
 def free_place(dice: Dice, poses: list[Pose], radius: float, height: int, width: int) -> tuple[float, float]:
-    """A centre, the freest of three: at least 0.4 radii inside the picture, near others only by bad luck."""
+    """A centre, the freest of three: at least 0.4 radii inside the image, near others only by bad luck."""
     best, place = -math.inf, (0.0, 0.0)
     for _ in range(3):
         x = dice.real(0.4 * radius, width - 0.4 * radius)
@@ -304,7 +304,7 @@ def contrasting(dice: Dice, other: np.ndarray) -> np.ndarray:
     return colour
 
 
-def picture_shape(dice: Dice, size: int) -> tuple[int, int]:
+def image_shape(dice: Dice, size: int) -> tuple[int, int]:
     """(height, width); the longer side is `size`, the other 0.6 to 1 of it."""
     short = int(size * dice.real(0.6, 1) + 0.5)
     return ((short, size), (size, short), (size, size))[dice.integer(0, 3)]
@@ -326,13 +326,13 @@ def box_of(mask: np.ndarray) -> list[int]:
 
 def scene_size(seed: int, split: str, index: int, size: int = 128) -> tuple[int, int]:
     """(height, width) of the scene of this number, without drawing it."""
-    return picture_shape(Dice(seed, SPLITS[split], index), size)
+    return image_shape(Dice(seed, SPLITS[split], index), size)
 
 
 def draw_scene(seed: int, split: str, index: int, size: int = 128) -> Scene:
     """The scene of this number, whose longer side has `size` pixels."""
     dice = Dice(seed, SPLITS[split], index)
-    height, width = picture_shape(dice, size)
+    height, width = image_shape(dice, size)
     canvas = background(dice, height, width)
     owner = np.full((height, width), -1, dtype=np.int64)
     kinds, painted = [], []
@@ -342,8 +342,8 @@ def draw_scene(seed: int, split: str, index: int, size: int = 128) -> Scene:
         owner[rows, columns][mask] = number
         painted.append(int(np.count_nonzero(mask)))
     canvas += (dice.field(3, height, width) - 0.5) * dice.real(0, 0.12)
-    picture = (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
+    image = (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
     numbers, areas = visible_objects(owner, kinds, painted)
     masks = owner[None] == numbers[:, None, None]
     boxes = np.array([box_of(mask) for mask in masks], dtype=np.int64).reshape(-1, 4)
-    return Scene(picture, np.array(kinds, dtype=np.int64)[numbers], boxes, areas, masks)
+    return Scene(image, np.array(kinds, dtype=np.int64)[numbers], boxes, areas, masks)

@@ -1,9 +1,9 @@
 """
 A detection data set without files: textured shapes, drawn when asked for (datasets/shape_scenes.py).
 
-Every run on every machine sees the same pictures: training, validation and test each have their own stream,
-and the n-th picture of a split does not depend on how many there are. Six classes, none to twenty objects a
-picture, boxes and masks of the visible part as in COCO. Source: ours.
+Every run on every machine sees the same images: training, validation and test each have their own stream,
+and the n-th image of a split does not depend on how many there are. Six classes, none to twenty objects a
+image, boxes and masks of the visible part as in COCO. Source: ours.
 
 As plain files in COCO's layout, for `--coco_path DIR`, for other programs, or for a look:
 
@@ -20,21 +20,21 @@ import torch
 from torch import Tensor
 
 from datasets.class_map import ClassMap
-from datasets.lsj import build_mix
-from datasets.picture_dataset import Mix, PictureDataset
+from datasets.copy_paste import build_mix
+from datasets.image_dataset import ImageDataset, Mix
 from datasets.shape_scenes import KINDS, SPLITS, Scene, draw_scene, scene_size
 from datasets.transforms import Transform, transforms_of
 
-PICTURE_SEED = 17  # a constant: all runs share the data, whatever their --seed
+IMAGE_SEED = 17  # a constant: all runs share the data, whatever their --seed
 # Ids in the order of KINDS, so that the class index of a category is its number there.
 CATEGORIES = [{'id': number, 'name': kind.__name__} for number, kind in enumerate(KINDS, start=1)]
 KEPT_BYTES = 2**30  # masks are counted as nothing: they are small at such sizes
 
 
-class ShapesDetection(PictureDataset):
-    """Drawn pictures with their objects.
+class ShapesDetection(ImageDataset):
+    """Drawn images with their objects.
 
-    An item is (picture, target): [3, H, W] uint8 and the dict that `target_of` describes. `seed` does not change
+    An item is (image, target): [3, H, W] uint8 and the dict that `target_of` describes. `seed` does not change
     what is drawn.
     """
 
@@ -43,7 +43,7 @@ class ShapesDetection(PictureDataset):
         num_images: int,
         split: str = 'train',
         seed: int = 0,
-        picture_size: int = 128,
+        image_size: int = 128,
         transforms: Transform | None = None,
         return_masks: bool = False,
         mix: Mix | None = None,
@@ -51,41 +51,41 @@ class ShapesDetection(PictureDataset):
         super().__init__(transforms, mix, seed)
         if split not in SPLITS:
             raise ValueError(f'split {split!r}: choose one of {", ".join(SPLITS)}')
-        self.split, self.picture_size, self.return_masks = split, picture_size, return_masks
+        self.split, self.image_size, self.return_masks = split, image_size, return_masks
         self.class_map = ClassMap.from_categories(CATEGORIES)
         self.ids = list(range(num_images))
         self._kept: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
-        self._bytes_in_all = num_images * 3 * picture_size**2
+        self._bytes_in_all = num_images * 3 * image_size**2
 
     def __getstate__(self) -> dict:
-        """Workers that are spawned have no use for the ground truth, and keep pictures of their own."""
+        """Workers that are spawned have no use for the ground truth, and keep images of their own."""
         state = {name: value for name, value in self.__dict__.items() if name != 'ground_truth'}
         return state | {'_kept': {}}
 
     def untransformed(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Picture and target; drawn once a process while all pictures fit into
+        """Image and target; drawn once a process while all images fit into
         KEPT_BYTES.
         """
         if index not in self._kept:
             scene = self.draw(index)
-            item = torch.from_numpy(scene.picture), self.target_of(scene, index)
+            item = torch.from_numpy(scene.image), self.target_of(scene, index)
             if self._bytes_in_all > KEPT_BYTES:
                 return item
             self._kept[index] = item
-        picture, target = self._kept[index]
-        return picture.clone(), dict(target)
+        image, target = self._kept[index]
+        return image.clone(), dict(target)
 
-    def picture_sizes(self) -> np.ndarray:
-        """[N, 2] height and width of all pictures; nothing is drawn."""
+    def image_sizes(self) -> np.ndarray:
+        """[N, 2] height and width of all images; nothing is drawn."""
         return np.array(
-            [scene_size(PICTURE_SEED, self.split, index, self.picture_size) for index in range(len(self))]
+            [scene_size(IMAGE_SEED, self.split, index, self.image_size) for index in range(len(self))]
         )
 
     def draw(self, index: int) -> Scene:
-        return draw_scene(PICTURE_SEED, self.split, index, self.picture_size)
+        return draw_scene(IMAGE_SEED, self.split, index, self.image_size)
 
     def target_of(self, scene: Scene, index: int) -> dict[str, Tensor]:
-        """What COCO says of a picture with N objects: boxes [N, 4] xyxy in pixels, labels [N], masks
+        """What COCO says of an image with N objects: boxes [N, 4] xyxy in pixels, labels [N], masks
         [N, H, W] uint8 if asked for, area [N] of the masks in pixels; orig_size and size are (height, width).
         """
         target = {
@@ -97,8 +97,8 @@ class ShapesDetection(PictureDataset):
         target['image_id'] = torch.tensor([self.ids[index]])
         target['area'] = torch.from_numpy(scene.areas).float()
         target['iscrowd'] = torch.zeros(len(scene.kinds), dtype=torch.int64)
-        target['orig_size'] = torch.tensor(scene.picture.shape[1:])
-        target['size'] = torch.tensor(scene.picture.shape[1:])
+        target['orig_size'] = torch.tensor(scene.image.shape[1:])
+        target['size'] = torch.tensor(scene.image.shape[1:])
         return target
 
     @cached_property
@@ -107,7 +107,7 @@ class ShapesDetection(PictureDataset):
         images, annotations = [], []
         for index, image_id in enumerate(self.ids):
             scene = self.draw(index)
-            height, width = scene.picture.shape[1:]
+            height, width = scene.image.shape[1:]
             name = f'{image_id:012d}.png'
             images.append({'id': image_id, 'width': width, 'height': height, 'file_name': name})
             annotations += annotations_of(scene, image_id, first_id=len(annotations) + 1)
@@ -145,7 +145,7 @@ def build(image_set: str, args: argparse.Namespace) -> ShapesDetection:
         num_images=args.shapes_train if image_set == 'train' else args.shapes_val,
         split=image_set,
         seed=args.seed,
-        picture_size=args.shapes_size,
+        image_size=args.shapes_size,
         transforms=transforms_of(image_set, args),
         return_masks=mix is not None,
         mix=mix,
@@ -156,25 +156,25 @@ def export(folder: Path, dataset: ShapesDetection) -> None:
     """Writes {split}2017/*.png and annotations/instances_{split}2017.json, as COCO lies on disk."""
     from PIL import Image
 
-    pictures, annotations = folder / f'{dataset.split}2017', folder / 'annotations'
-    pictures.mkdir(parents=True, exist_ok=True)
+    files, annotations = folder / f'{dataset.split}2017', folder / 'annotations'
+    files.mkdir(parents=True, exist_ok=True)
     annotations.mkdir(exist_ok=True)
-    for index, image in enumerate(dataset.ground_truth['images']):
-        picture = dataset.draw(index).picture.transpose(1, 2, 0)
-        Image.fromarray(np.ascontiguousarray(picture)).save(pictures / image['file_name'])
+    for index, entry in enumerate(dataset.ground_truth['images']):
+        image = dataset.draw(index).image.transpose(1, 2, 0)
+        Image.fromarray(np.ascontiguousarray(image)).save(files / entry['file_name'])
     path = annotations / f'instances_{dataset.split}2017.json'
     path.write_text(json.dumps(dataset.ground_truth), encoding='utf-8')
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser('datasets.shapes', description='Write the built-in pictures as files.')
+    parser = argparse.ArgumentParser('datasets.shapes', description='Write the built-in files as files.')
     parser.add_argument('--out', type=Path, required=True, help='folder for the files; made if need be')
-    parser.add_argument('--count', type=int, default=50, help='how many pictures')
+    parser.add_argument('--count', type=int, default=50, help='how many images')
     parser.add_argument('--split', choices=list(SPLITS), default='val')
     parser.add_argument('--size', type=int, default=128, help='longer side in pixels')
     args = parser.parse_args(argv)
-    export(args.out, ShapesDetection(args.count, args.split, picture_size=args.size))
-    print(f'{args.count} pictures of the {args.split} split lie in {args.out}')
+    export(args.out, ShapesDetection(args.count, args.split, image_size=args.size))
+    print(f'{args.count} images of the {args.split} split lie in {args.out}')
 
 
 if __name__ == '__main__':

@@ -2,8 +2,8 @@
 A data set in tar shards: the index beside them, and reading one shard with the WebDataset library.
 
 The index, shards.json, holds what must be known before a tar is opened: categories, where the shards are and how many
-pictures each has, and for each picture, in the order of the shards, its id and size. Annotations travel with their
-pictures; the whole annotation file lies beside the index too, for evaluation.
+images each has, and for each image, in the order of the shards, its id and size. Annotations travel with their
+images; the whole annotation file lies beside the index too, for evaluation.
 """
 
 import json
@@ -27,9 +27,9 @@ WRITE_AGAIN = 'fetch it again, or write the shards again with tools/make_shards.
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """N pictures in shards. path: of the index file; urls: what WebDataset opens, one a shard; bounds: [shards + 1], the
+    """N images in shards. path: of the index file; urls: what WebDataset opens, one a shard; bounds: [shards + 1], the
     rows of shard s are bounds[s] to bounds[s + 1]; image_ids: [N]; sizes: [N, 2] height and width in pixels;
-    unsegmented: ids of pictures with an object (neither crowd nor tiny) that has no segmentation.
+    unsegmented: ids of images with an object (neither crowd nor tiny) that has no segmentation.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class ShardIndex:
     unsegmented: frozenset[int]
 
     def shard_of(self, row: int) -> int:
-        """The shard that holds a picture."""
+        """The shard that holds an image."""
         return int(np.searchsorted(self.bounds, row, side='right')) - 1
 
 
@@ -60,7 +60,7 @@ def read_index(place: str | os.PathLike[str]) -> ShardIndex:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path} is no index of shards ({error!r}): {WRITE_AGAIN}') from error
     if len(set(index.image_ids.tolist())) != len(index.image_ids):
-        raise ValueError(f'{path} has a picture id twice: {WRITE_AGAIN}')
+        raise ValueError(f'{path} has an image id twice: {WRITE_AGAIN}')
     for url, shard in zip(index.urls, data['shards'], strict=True):
         if is_local(url):
             check_file(Path(url), shard['bytes'], path)
@@ -70,12 +70,12 @@ def read_index(place: str | os.PathLike[str]) -> ShardIndex:
 def parse_index(path: Path, data: dict) -> ShardIndex:
     if data['version'] != VERSION:
         raise ValueError(f'it is of version {data["version"]}, this code reads {VERSION}')
-    counts = [shard['pictures'] for shard in data['shards']]
+    counts = [shard['images'] for shard in data['shards']]
     image_ids = np.array(data['image_ids'], dtype=np.int64)
     sizes = np.array(data['sizes'], dtype=np.int64).reshape(-1, 2)
-    if not sum(counts) == data['pictures'] == len(image_ids) == len(sizes) > 0 or min(counts) < 1:
+    if not sum(counts) == data['images'] == len(image_ids) == len(sizes) > 0 or min(counts) < 1:
         raise ValueError(
-            f'shards have {sum(counts)} pictures, the total is {data["pictures"]}, ids are {len(image_ids)}'
+            f'shards have {sum(counts)} images, the total is {data["images"]}, ids are {len(image_ids)}'
         )
     return ShardIndex(
         path,
@@ -116,7 +116,7 @@ def import_webdataset() -> types.ModuleType:
 
 
 def read_samples(url: str) -> Iterator[dict]:
-    """What one shard holds, in order: a dictionary a picture with `__key__` and the bytes of each member by its suffix.
+    """What one shard holds, in order: a dictionary an image with `__key__` and the bytes of each member by its suffix.
 
     ValueError: the shard cannot be opened or read.
     """

@@ -1,12 +1,12 @@
 """
-Pictures streamed from tar shards (tools/make_shards.py) instead of files: the same items, in an order that reads every
+Images streamed from tar shards (tools/make_shards.py) instead of files: the same items, in an order that reads every
 shard from its beginning.
 
-An epoch is a plan of numbers that needs no shard: the shards in random order, one run of their pictures for each process
+An epoch is a plan of numbers that needs no shard: the shards in random order, one run of their images for each process
 and worker, and a buffer of each worker in which its run is shuffled. So the stream can begin at any batch: the plan is
 followed without reading, and then only what the buffer holds there is fetched.
 
-The second picture of --aug lsj comes from that buffer as well: any other one would cost the reading of its shard. It is
+The second image of --aug lsj comes from that buffer as well: any other one would cost the reading of its shard. It is
 not the one that files would give, and depends on the numbers of processes and workers, but a stream that begins later has
 the same.
 """
@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from datasets.class_map import ClassMap, names_by_id
 from datasets.coco import Objects, Reading, check_size, make_target, objects_in, reading_of
 from datasets.coco_json import Annotations, check_categories, read_annotations
-from datasets.lsj import build_mix
-from datasets.picture_dataset import Mix, PictureDataset, loader_options
-from datasets.pictures import decode_file
+from datasets.copy_paste import build_mix
+from datasets.image_dataset import ImageDataset, Mix, loader_options
+from datasets.image_io import decode_file
 from datasets.samplers import EvalBatches
 from datasets.shard_index import (
     ANNOTATIONS,
@@ -39,27 +39,27 @@ from datasets.shard_index import (
     read_samples,
 )
 from datasets.transforms import Sample, Transform, transforms_of
-from util.dist import get_rank, get_world_size
+from util.distributed.collectives import get_rank, get_world_size
 from util.seeding import mixed
 
-SHUFFLE_BUFFER = 1000  # pictures; about 160 MB of COCO's files a worker
+SHUFFLE_BUFFER = 1000  # images; about 160 MB of COCO's files a worker
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A picture as its shard has it. row: its place in the index; name: for messages; record: JSON, see make_shards."""
+    """An image as its shard has it. row: its place in the index; name: for messages; record: JSON, see make_shards."""
 
     row: int
     name: str
-    picture: bytes
+    image: bytes
     record: bytes
 
 
-class ShardedCoco(PictureDataset):
-    """Items as of `CocoDetection`, with the same numbers: picture i is the i-th in order of id, wherever it is stored.
+class ShardedCoco(ImageDataset):
+    """Items as of `CocoDetection`, with the same numbers: image i is the i-th in order of id, wherever it is stored.
 
-    Training reads it through `ShardStream`. Indexing works, but reads a shard up to the picture. place: index, or its
-    folder; return_masks: None = if every object has a segmentation; buffer: pictures that a worker shuffles.
+    Training reads it through `ShardStream`. Indexing works, but reads a shard up to the image. place: index, or its
+    folder; return_masks: None = if every object has a segmentation; buffer: images that a worker shuffles.
     """
 
     def __init__(
@@ -77,19 +77,17 @@ class ShardedCoco(PictureDataset):
         import_webdataset()
         self.index, self.reading, self.buffer = read_index(place), reading or Reading(), buffer
         self.class_map = classes_of(self.index, class_map, self.reading.class_ids)
-        self._kept = self.index.sizes.min(axis=1) >= self.reading.min_picture_side  # [rows]
+        self._kept = self.index.sizes.min(axis=1) >= self.reading.min_image_side  # [rows]
         rows = np.flatnonzero(self._kept)
         if not len(rows):
-            raise ValueError(
-                f'all pictures of {place} have a side below {self.reading.min_picture_side} pixels'
-            )
-        self._rows = rows[np.argsort(self.index.image_ids[rows])]  # [N], the row of picture i
+            raise ValueError(f'all images of {place} have a side below {self.reading.min_image_side} pixels')
+        self._rows = rows[np.argsort(self.index.image_ids[rows])]  # [N], the row of image i
         self._number = np.zeros(len(self._kept), dtype=np.int64)  # [rows], the inverse
         self._number[self._rows] = np.arange(len(rows))
         self.ids: list[int] = self.index.image_ids[self._rows].tolist()
         without = self.index.unsegmented.intersection(self.ids)
         if return_masks and without:
-            raise ValueError(f'{self.index.path}: picture {min(without)} has an object without segmentation')
+            raise ValueError(f'{self.index.path}: image {min(without)} has an object without segmentation')
         self.return_masks = not without if return_masks is None else return_masks
         self._start = torch.zeros((), dtype=torch.int64).share_memory_()  # as the epoch
         self._ground_truth: Annotations | None = None
@@ -123,12 +121,12 @@ class ShardedCoco(PictureDataset):
             raise ValueError(f'an epoch cannot start at batch {batch}')
         self._start.fill_(batch)
 
-    def picture_sizes(self) -> np.ndarray:
-        """[N, 2] height and width of all pictures."""
+    def image_sizes(self) -> np.ndarray:
+        """[N, 2] height and width of all images."""
         return self.index.sizes[self._rows]
 
     def untransformed(self, idx: int) -> Sample:
-        """The picture as it is stored, and its objects. Slow: its shard is read up to it."""
+        """The image as it is stored, and its objects. Slow: its shard is read up to it."""
         return self.decoded(next(self.read([int(self._rows[idx])])))
 
     def training_rows(self, total: int) -> np.ndarray:
@@ -144,7 +142,7 @@ class ShardedCoco(PictureDataset):
         return np.flatnonzero(self._kept)
 
     def read(self, rows: Sequence[int]) -> Iterator[Stored]:
-        """Pictures of these rows; those of a shard ascend and stand together. Other shards are not opened.
+        """Images of these rows; those of a shard ascend and stand together. Other shards are not opened.
 
         ValueError: a shard cannot be read, or is not what the index says.
         """
@@ -162,36 +160,36 @@ class ShardedCoco(PictureDataset):
                 return
         if found != behind - first:
             raise ValueError(
-                f'shard {url} holds {found} pictures, but {self.index.path} says {behind - first}: {WRITE_AGAIN}'
+                f'shard {url} holds {found} images, but {self.index.path} says {behind - first}: {WRITE_AGAIN}'
             )
 
     def _stored(self, url: str, row: int, sample: dict) -> Stored:
         members = [name for name in sample if not name.startswith('__')]
-        pictures = [name for name in members if name != 'json']
+        images = [name for name in members if name != 'json']
         key = sample['__key__']
-        if len(pictures) != 1 or len(members) != 2:
-            raise ValueError(f'shard {url}: {key} is {members}, not a picture and a json: {WRITE_AGAIN}')
+        if len(images) != 1 or len(members) != 2:
+            raise ValueError(f'shard {url}: {key} is {members}, not an image and a json: {WRITE_AGAIN}')
         expected = int(self.index.image_ids[row])
         if key != f'{expected:012d}':
             raise ValueError(
-                f'shard {url} has picture {key} where {self.index.path} has {expected}: {WRITE_AGAIN}'
+                f'shard {url} has image {key} where {self.index.path} has {expected}: {WRITE_AGAIN}'
             )
-        return Stored(row, f'shard {url}: {key}.{pictures[0]}', sample[pictures[0]], sample['json'])
+        return Stored(row, f'shard {url}: {key}.{images[0]}', sample[images[0]], sample['json'])
 
     def decoded(self, stored: Stored) -> Sample:
-        """The picture, and its objects as `CocoDetection` reads them."""
-        picture = decode_file(stored.name, stored.picture)
-        height, width = picture.shape[1:]
+        """The image, and its objects as `CocoDetection` reads them."""
+        image = decode_file(stored.name, stored.image)
+        height, width = image.shape[1:]
         check_size(stored.name, (height, width), self.index.sizes[stored.row], self.index.path)
         try:
             annotations = objects_in(json.loads(stored.record)['annotations'], self.reading)
             objects = Objects.read(annotations, self.class_map, self.return_masks)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f'{stored.name} has bad annotations ({error!r}): {WRITE_AGAIN}') from error
-        return picture, make_target(objects, int(self.index.image_ids[stored.row]), height, width)
+        return image, make_target(objects, int(self.index.image_ids[stored.row]), height, width)
 
     def item(self, stored: Stored, others: Sequence[Stored]) -> Sample:
-        """What indexing gives, but that --aug lsj takes its second picture from `others`."""
+        """What indexing gives, but that --aug lsj takes its second image from `others`."""
         return self.made(
             int(self._number[stored.row]),
             partial(self.decoded, stored),
@@ -211,7 +209,7 @@ def classes_of(index: ShardIndex, class_map: ClassMap | None, class_ids: str) ->
 
 
 class ShufflePool:
-    """Which picture of a run comes next, where at most `capacity` of them are held to choose from. Positions only.
+    """Which image of a run comes next, where at most `capacity` of them are held to choose from. Positions only.
 
     slots: positions that are held; the last ones, from `fresh` on, have been drawn and are kept because nothing is left
     to take their place. taken: positions that have been held so far.
@@ -235,14 +233,14 @@ class ShufflePool:
 
 
 class ShardStream(IterableDataset):
-    """One process's pictures of an epoch, for a loader that makes batches of `batch_size`.
+    """One process's images of an epoch, for a loader that makes batches of `batch_size`.
 
     Training: every process has total // (world_size x batch_size) batches, and every one of its workers a run of
-    pictures in the epoch's order of shards. Nothing is seen twice; as many as that division leaves, drawn at random, are
+    images in the epoch's order of shards. Nothing is seen twice; as many as that division leaves, drawn at random, are
     left out in this epoch. Runs need not end where shards do, so any number of shards will do: a shard at such
     a place is read by both. Evaluation: as `samplers.EvalBatches`.
 
-    The order depends on seed, epoch, and the numbers of processes, workers and pictures a batch.
+    The order depends on seed, epoch, and the numbers of processes, workers and images a batch.
     """
 
     def __init__(self, data: ShardedCoco, batch_size: int, train: bool, rank: int, world_size: int) -> None:
@@ -254,7 +252,7 @@ class ShardStream(IterableDataset):
             self.num_batches = len(self.batches)
 
     def __len__(self) -> int:
-        """Pictures of this process, those before `start_at` included."""
+        """Images of this process, those before `start_at` included."""
         return len(self.share())
 
     def set_epoch(self, epoch: int) -> None:
@@ -265,7 +263,7 @@ class ShardStream(IterableDataset):
         if self.train:
             length = self.num_batches * self.batch_size
             return range(self.rank * length, (self.rank + 1) * length)
-        return self.batches.pictures()
+        return self.batches.images()
 
     def rows(self) -> np.ndarray:
         """The epoch's order for all processes, as rows of the index."""
@@ -274,7 +272,7 @@ class ShardStream(IterableDataset):
         return self.data.evaluation_rows()
 
     def turn(self, start: int) -> tuple[int, range, int]:
-        """Which worker's work this one does, its run, and how many pictures of it come before batch `start`.
+        """Which worker's work this one does, its run, and how many images of it come before batch `start`.
 
         A loader asks its workers in turn, beginning with the first: batch b is the work of worker b % workers, and
         the first worker begins with batch `start`.
@@ -336,12 +334,12 @@ def check_flags(image_set: str, args: argparse.Namespace) -> None:
         raise ValueError(f'{flag} holds data in COCO form: leave --dataset_file {args.dataset_file} out')
     for other in (f'{image_set}_images', f'{image_set}_ann'):
         if getattr(args, other) is not None:
-            raise ValueError(f'{flag} and --{other} name the same pictures twice: give one of them')
+            raise ValueError(f'{flag} and --{other} name the same images twice: give one of them')
     if args.cache_mode:
-        raise ValueError(f'--cache_mode keeps picture files, and {flag} has none: leave it out')
+        raise ValueError(f'--cache_mode keeps image files, and {flag} has none: leave it out')
     if args.group_aspect_ratio and image_set == 'train':
         raise ValueError(
-            f'--group_aspect_ratio chooses pictures for a batch, and {flag} streams them: leave it out'
+            f'--group_aspect_ratio chooses images for a batch, and {flag} streams them: leave it out'
         )
     if args.shard_buffer < 1:
         raise ValueError(f'--shard_buffer must be at least 1, not {args.shard_buffer}')

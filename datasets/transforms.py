@@ -1,10 +1,10 @@
 """
-DETR's picture transforms on uint8 tensors [3, H, W] (arXiv:2005.12872, appendix; torchvision.transforms.v2
+DETR's image transforms on uint8 tensors [3, H, W] (arXiv:2005.12872, appendix; torchvision.transforms.v2
 functions).
 
-A transform takes (picture, target) and returns both; the target dict is copied, never changed in place, and
+A transform takes (image, target) and returns both; the target dict is copied, never changed in place, and
 may be None. Boxes are xyxy in pixels until `NormalizeBoxes`. Random draws come from Python's `random` and
-torch's generator in the official order, so that a seed gives the official picture. PIL pictures pass through
+torch's generator in the official order, so that a seed gives the official image. PIL images pass through
 the same code. Scaling to [0, 1] and subtracting the mean is left to the model, on its device: uint8 is a
 quarter of the traffic.
 """
@@ -22,10 +22,10 @@ from torchvision.transforms.v2 import functional as F
 
 from util.box_ops import box_area, box_xyxy_to_cxcywh
 
-Picture = Tensor | PIL.Image.Image
+Image = Tensor | PIL.Image.Image
 Target = dict[str, Tensor]
-Sample = tuple[Picture, Target | None]
-Transform = Callable[[Picture, Target | None], Sample]
+Sample = tuple[Image, Target | None]
+Transform = Callable[[Image, Target | None], Sample]
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -36,27 +36,27 @@ BASE_SCALES = tuple(range(480, 801, 32))
 BASE_CROP_SCALES = (400, 500, 600)
 BASE_CROP_RANGE = (384, 600)
 LSJ_SIZE = 1024
-GREY = 114  # around pictures in a square (mmdetection)
+GREY = 114  # around images in a square (mmdetection)
 BASE_CROP_MAX_SIZE = 4200  # Co-DETR bounds the long side before its crop too
 
 # What belongs to one object each. Keypoints are left alone, as in the official code.
 OBJECT_FIELDS = ('boxes', 'labels', 'area', 'iscrowd', 'masks')
 
 
-def picture_size(picture: Picture) -> tuple[int, int]:
+def image_size(image: Image) -> tuple[int, int]:
     """(height, width)."""
-    height, width = F.get_size(picture)
+    height, width = F.get_size(image)
     return height, width
 
 
-def crop(picture: Picture, target: Target | None, region: Sequence[int]) -> Sample:
-    """Cut out region = (top, left, height, width); what lies outside the picture is zero.
+def crop(image: Image, target: Target | None, region: Sequence[int]) -> Sample:
+    """Cut out region = (top, left, height, width); what lies outside the image is zero.
 
     Objects keep what is left of their boxes, and `area` becomes that of the cut box. An object without a box
     of positive size (without boxes in the target: with an empty mask) is dropped.
     """
     top, left, height, width = region
-    cropped = F.crop(picture, top, left, height, width)
+    cropped = F.crop(image, top, left, height, width)
     if target is None:
         return cropped, None
     target = {**target, 'size': torch.tensor([height, width])}
@@ -78,14 +78,14 @@ def keep_objects(target: Target, keep: Tensor) -> Target:
     return {key: value[keep] if key in OBJECT_FIELDS else value for key, value in target.items()}
 
 
-def hflip(picture: Picture, target: Target | None) -> Sample:
+def hflip(image: Image, target: Target | None) -> Sample:
     """Mirror left and right."""
-    flipped = F.horizontal_flip(picture)
+    flipped = F.horizontal_flip(image)
     if target is None:
         return flipped, None
     target = dict(target)
     if 'boxes' in target:
-        _, width = picture_size(picture)
+        _, width = image_size(image)
         x0, y0, x1, y1 = target['boxes'].unbind(-1)
         target['boxes'] = torch.stack([width - x1, y0, width - x0, y1], dim=-1)
     if 'masks' in target:
@@ -94,7 +94,7 @@ def hflip(picture: Picture, target: Target | None) -> Sample:
 
 
 def resized_size(
-    picture_wh: tuple[int, int], size: int | Sequence[int], max_size: int | None = None
+    image_wh: tuple[int, int], size: int | Sequence[int], max_size: int | None = None
 ) -> tuple[int, int]:
     """(width, height) after resizing the short side to `size`, or to the pair (width, height) `size` itself.
 
@@ -104,7 +104,7 @@ def resized_size(
     if not isinstance(size, int):
         width, height = size
         return width, height
-    width, height = picture_wh
+    width, height = image_wh
     short, long = min(width, height), max(width, height)
     if max_size is not None and long / short * size > max_size:
         size = max(1, round(max_size * short / long))
@@ -116,38 +116,38 @@ def resized_size(
 
 
 def resize(
-    picture: Picture, target: Target | None, size: int | Sequence[int], max_size: int | None = None
+    image: Image, target: Target | None, size: int | Sequence[int], max_size: int | None = None
 ) -> Sample:
     """Bilinear with antialiasing, to `resized_size`. Masks: nearest, and bool afterwards."""
-    height, width = picture_size(picture)
-    return resize_to(picture, target, resized_size((width, height), size, max_size), antialias=True)
+    height, width = image_size(image)
+    return resize_to(image, target, resized_size((width, height), size, max_size), antialias=True)
 
 
-def rescale(picture: Picture, target: Target | None, size: int, max_size: int) -> Sample:
+def rescale(image: Image, target: Target | None, size: int, max_size: int) -> Sample:
     """To `rescaled_size`, bilinear without antialiasing as OpenCV does, boxes clipped (mmdetection)."""
-    height, width = picture_size(picture)
+    height, width = image_size(image)
     new_width, new_height = rescaled_size((width, height), size, max_size)
-    resized, target = resize_to(picture, target, (new_width, new_height), antialias=False)
+    resized, target = resize_to(image, target, (new_width, new_height), antialias=False)
     if target is not None and 'boxes' in target:
         borders = torch.tensor([new_width, new_height] * 2, dtype=torch.float32)
         target['boxes'] = target['boxes'].clamp(min=0).min(borders)
     return resized, target
 
 
-def rescaled_size(picture_wh: tuple[int, int], size: int, max_size: int) -> tuple[int, int]:
+def rescaled_size(image_wh: tuple[int, int], size: int, max_size: int) -> tuple[int, int]:
     """(width, height), as large as a short side of `size` and a long one of `max_size` allow, each side rounded
     on its own, half upwards (mmdetection; other pixels than `resized_size`).
     """
-    short, long = min(picture_wh), max(picture_wh)
+    short, long = min(image_wh), max(image_wh)
     scale = min(max_size / long, size / short)
-    width, height = (max(1, int(side * scale + 0.5)) for side in picture_wh)
+    width, height = (max(1, int(side * scale + 0.5)) for side in image_wh)
     return width, height
 
 
-def resize_to(picture: Picture, target: Target | None, new_wh: tuple[int, int], antialias: bool) -> Sample:
+def resize_to(image: Image, target: Target | None, new_wh: tuple[int, int], antialias: bool) -> Sample:
     """Bilinear, to (width, height). Masks: nearest, and bool afterwards."""
-    (old_height, old_width), (width, height) = picture_size(picture), new_wh
-    resized = F.resize(pixels_together(picture), [height, width], antialias=antialias)
+    (old_height, old_width), (width, height) = image_size(image), new_wh
+    resized = F.resize(pixels_together(image), [height, width], antialias=antialias)
     if target is None:
         return resized, None
     target = {**target, 'size': torch.tensor([height, width])}
@@ -162,56 +162,56 @@ def resize_to(picture: Picture, target: Target | None, new_wh: tuple[int, int], 
     return resized, target
 
 
-def pixels_together(picture: Picture) -> Picture:
-    """The same picture with the three values of a pixel side by side in memory: torch resizes that three
+def pixels_together(image: Image) -> Image:
+    """The same image with the three values of a pixel side by side in memory: torch resizes that three
     times faster.
     """
-    if not isinstance(picture, Tensor):
-        return picture
-    return picture.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    if not isinstance(image, Tensor):
+        return image
+    return image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
-def pad(picture: Picture, target: Target | None, padding: tuple[int, int], fill: int = 0) -> Sample:
+def pad(image: Image, target: Target | None, padding: tuple[int, int], fill: int = 0) -> Sample:
     """Add (right, bottom) columns and rows of the value `fill`. Boxes and areas stay."""
     sides = [0, 0, *padding]
-    padded = F.pad(picture, sides, fill=fill)
+    padded = F.pad(image, sides, fill=fill)
     if target is None:
         return padded, None
-    target = {**target, 'size': torch.tensor(picture_size(padded))}
+    target = {**target, 'size': torch.tensor(image_size(padded))}
     if 'masks' in target:
         target['masks'] = F.pad(target['masks'], sides)
     return padded, target
 
 
-def pad_to_square(picture: Picture, target: Target | None, size: int) -> Sample:
+def pad_to_square(image: Image, target: Target | None, size: int) -> Sample:
     """Grey on the right and below, up to size x size pixels."""
-    height, width = picture_size(picture)
-    return pad(picture, target, (size - width, size - height), GREY)
+    height, width = image_size(image)
+    return pad(image, target, (size - width, size - height), GREY)
 
 
 def frame_size(target: Target) -> Tensor:
-    """What boxes in [0, 1] are relative to, (height, width) [2] in pixels of the original picture: the picture
+    """What boxes in [0, 1] are relative to, (height, width) [2] in pixels of the original image: the image
     itself, or the square around it that `FitSquare` makes. Detections are scaled by it.
     """
     return target.get('frame_size', target['orig_size'])
 
 
-def center_crop(picture: Picture, target: Target | None, size: tuple[int, int]) -> Sample:
+def center_crop(image: Image, target: Target | None, size: tuple[int, int]) -> Sample:
     """Cut (height, width) out of the middle."""
-    (picture_h, picture_w), (height, width) = picture_size(picture), size
-    top, left = round((picture_h - height) / 2), round((picture_w - width) / 2)
-    return crop(picture, target, (top, left, height, width))
+    (image_h, image_w), (height, width) = image_size(image), size
+    top, left = round((image_h - height) / 2), round((image_w - width) / 2)
+    return crop(image, target, (top, left, height, width))
 
 
-def random_region(picture: Picture, height: int, width: int) -> tuple[int, int, int, int]:
+def random_region(image: Image, height: int, width: int) -> tuple[int, int, int, int]:
     """Place for a crop: top is drawn before left, from torch; nothing is drawn when the crop is the whole
-    picture.
+    image.
     """
-    picture_h, picture_w = picture_size(picture)
-    if (height, width) == (picture_h, picture_w):
+    image_h, image_w = image_size(image)
+    if (height, width) == (image_h, image_w):
         return 0, 0, height, width
-    top = int(torch.randint(0, picture_h - height + 1, (1,)))
-    left = int(torch.randint(0, picture_w - width + 1, (1,)))
+    top = int(torch.randint(0, image_h - height + 1, (1,)))
+    left = int(torch.randint(0, image_w - width + 1, (1,)))
     return top, left, height, width
 
 
@@ -219,10 +219,10 @@ class Compose:
     def __init__(self, transforms: Sequence[Transform]) -> None:
         self.transforms = list(transforms)
 
-    def __call__(self, picture: Picture, target: Target | None) -> Sample:
+    def __call__(self, image: Image, target: Target | None) -> Sample:
         for transform in self.transforms:
-            picture, target = transform(picture, target)
-        return picture, target
+            image, target = transform(image, target)
+        return image, target
 
 
 class RandomSelect:
@@ -231,17 +231,17 @@ class RandomSelect:
     def __init__(self, first: Transform, second: Transform, p: float = 0.5) -> None:
         self.first, self.second, self.p = first, second, p
 
-    def __call__(self, picture: Picture, target: Target | None) -> Sample:
+    def __call__(self, image: Image, target: Target | None) -> Sample:
         chosen = self.first if random.random() < self.p else self.second
-        return chosen(picture, target)
+        return chosen(image, target)
 
 
 class RandomHorizontalFlip:
     def __init__(self, p: float = 0.5) -> None:
         self.p = p
 
-    def __call__(self, picture: Picture, target: Target | None) -> Sample:
-        return hflip(picture, target) if random.random() < self.p else (picture, target)
+    def __call__(self, image: Image, target: Target | None) -> Sample:
+        return hflip(image, target) if random.random() < self.p else (image, target)
 
 
 class RandomResize:
@@ -255,42 +255,42 @@ class RandomResize:
     ) -> None:
         self.sizes, self.max_size, self.rule = list(sizes), max_size, rule
 
-    def __call__(self, picture: Picture, target: Target | None) -> Sample:
-        return self.rule(picture, target, random.choice(self.sizes), self.max_size)
+    def __call__(self, image: Image, target: Target | None) -> Sample:
+        return self.rule(image, target, random.choice(self.sizes), self.max_size)
 
 
 class RandomSizeCrop:
-    """Crop with sides between min_size and max_size, both included, as far as the picture has them."""
+    """Crop with sides between min_size and max_size, both included, as far as the image has them."""
 
     def __init__(self, min_size: int, max_size: int) -> None:
         self.min_size, self.max_size = min_size, max_size
 
-    def __call__(self, picture: Picture, target: Target | None) -> Sample:
-        picture_h, picture_w = picture_size(picture)
-        width = self.draw_side(picture_w)  # the official code draws the width first
-        height = self.draw_side(picture_h)
-        return crop(picture, target, random_region(picture, height, width))
+    def __call__(self, image: Image, target: Target | None) -> Sample:
+        image_h, image_w = image_size(image)
+        width = self.draw_side(image_w)  # the official code draws the width first
+        height = self.draw_side(image_h)
+        return crop(image, target, random_region(image, height, width))
 
-    def draw_side(self, picture_side: int) -> int:
-        return random.randint(min(self.min_size, picture_side), min(self.max_size, picture_side))
+    def draw_side(self, image_side: int) -> int:
+        return random.randint(min(self.min_size, image_side), min(self.max_size, image_side))
 
 
 class HeightFirstSizeCrop(RandomSizeCrop):
     """The same, with the height drawn before the width (mmdetection)."""
 
-    def __call__(self, picture: Picture, target: Target | None) -> Sample:
-        height, width = map(self.draw_side, picture_size(picture))
-        return crop(picture, target, random_region(picture, height, width))
+    def __call__(self, image: Image, target: Target | None) -> Sample:
+        height, width = map(self.draw_side, image_size(image))
+        return crop(image, target, random_region(image, height, width))
 
 
 class RandomCrop:
-    """Crop of (height, width) anywhere in the picture."""
+    """Crop of (height, width) anywhere in the image."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
 
-    def __call__(self, picture: Picture, target: Target | None) -> Sample:
-        return crop(picture, target, random_region(picture, *self.size))
+    def __call__(self, image: Image, target: Target | None) -> Sample:
+        return crop(image, target, random_region(image, *self.size))
 
 
 class CenterCrop:
@@ -299,8 +299,8 @@ class CenterCrop:
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
 
-    def __call__(self, picture: Picture, target: Target | None) -> Sample:
-        return center_crop(picture, target, self.size)
+    def __call__(self, image: Image, target: Target | None) -> Sample:
+        return center_crop(image, target, self.size)
 
 
 class RandomPad:
@@ -309,46 +309,44 @@ class RandomPad:
     def __init__(self, max_pad: int) -> None:
         self.max_pad = max_pad
 
-    def __call__(self, picture: Picture, target: Target | None) -> Sample:
+    def __call__(self, image: Image, target: Target | None) -> Sample:
         right, bottom = random.randint(0, self.max_pad), random.randint(0, self.max_pad)
-        return pad(picture, target, (right, bottom))
+        return pad(image, target, (right, bottom))
 
 
 class FitSquare:
-    """The picture, as large as it fits, in the upper left corner of a square of size x size pixels, grey around it.
+    """The image, as large as it fits, in the upper left corner of a square of size x size pixels, grey around it.
 
-    `frame_size` is the square's size in original pixels: larger than the picture, and a box may reach beyond it.
+    `frame_size` is the square's size in original pixels: larger than the image, and a box may reach beyond it.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def __call__(self, picture: Picture, target: Target | None) -> Sample:
-        picture, target = rescale(picture, target, self.size, self.size)
-        fitted = torch.tensor(picture_size(picture))
-        picture, target = pad_to_square(picture, target, self.size)
+    def __call__(self, image: Image, target: Target | None) -> Sample:
+        image, target = rescale(image, target, self.size, self.size)
+        fitted = torch.tensor(image_size(image))
+        image, target = pad_to_square(image, target, self.size)
         if target is not None:
             target['frame_size'] = self.size * target['orig_size'] / fitted
-        return picture, target
+        return image, target
 
 
 class NormalizeBoxes:
-    """Last step: the picture as a uint8 tensor [3, H, W], boxes as cxcywh relative to it. Area and size stay
+    """Last step: the image as a uint8 tensor [3, H, W], boxes as cxcywh relative to it. Area and size stay
     in pixels.
     """
 
-    def __call__(self, picture: Picture, target: Target | None) -> tuple[Tensor, Target | None]:
-        if not isinstance(picture, Tensor):
-            picture = F.pil_to_tensor(picture.convert('RGB'))
-        if picture.dtype != torch.uint8:
-            raise ValueError(
-                f'pictures stay uint8 until they reach the model, but this one is {picture.dtype}'
-            )
+    def __call__(self, image: Image, target: Target | None) -> tuple[Tensor, Target | None]:
+        if not isinstance(image, Tensor):
+            image = F.pil_to_tensor(image.convert('RGB'))
+        if image.dtype != torch.uint8:
+            raise ValueError(f'images stay uint8 until they reach the model, but this one is {image.dtype}')
         if target is None or 'boxes' not in target:
-            return picture, target
-        height, width = picture_size(picture)
+            return image, target
+        height, width = image_size(image)
         scale = torch.tensor([width, height, width, height], dtype=torch.float32)
-        return picture, {**target, 'boxes': box_xyxy_to_cxcywh(target['boxes']) / scale}
+        return image, {**target, 'boxes': box_xyxy_to_cxcywh(target['boxes']) / scale}
 
 
 def make_transforms(
@@ -362,8 +360,8 @@ def make_transforms(
 
     max_size: bound of the long side; by default 1333, scaled too. aug 'none' trains on the evaluation
     transform, 'flip' on that after a random flip. 'co_detr' is the same policy by mmdetection's rules: `rescale`
-    in training and evaluation, and crops whose height is drawn first. 'lsj' fits pictures into squares of lsj_size pixels for
-    evaluation; training pictures come from datasets.lsj.LargeScaleJitter and have one already.
+    in training and evaluation, and crops whose height is drawn first. 'lsj' fits images into squares of lsj_size pixels for
+    evaluation; training images come from datasets.copy_paste.LargeScaleJitter and have one already.
     """
     if image_set not in ('train', 'val'):
         raise ValueError(f'image_set {image_set!r} has no transform: choose train or val')
@@ -371,7 +369,7 @@ def make_transforms(
         raise ValueError(f'--aug {aug!r} is not known: choose one of {", ".join(AUGMENTATIONS)}')
     if img_size < 1:
         raise ValueError(
-            f'--img_size {img_size} is not a picture size: choose a positive number, for example 800'
+            f'--img_size {img_size} is not an image size: choose a positive number, for example 800'
         )
     if aug == 'lsj':
         return Compose(

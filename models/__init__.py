@@ -7,6 +7,7 @@ from torch import nn
 
 from .backbone import Joiner, build_backbone
 from .conditional_detr import ConditionalDecoder, ConditionalDecoderLayer
+from .defaults import backbone_maps, level_strides, recomputes, resolve_args
 from .deformable_detr import DeformableDETR
 from .deformable_transformer import (
     DeformableDecoder,
@@ -34,7 +35,6 @@ from .postprocess import (
     SoftNMSPostProcess,
     TopKPostProcess,
 )
-from .resolve import backbone_maps, level_strides, recomputes, resolve_args
 from .transformer import (
     Transformer,
     TransformerDecoder,

@@ -1,8 +1,8 @@
 """
 Backbones: torchvision's ResNet and MobileNetV2, Swin (`swin.py`), and any feature network of timm as `timm/NAME`.
 
-The backbone owns the statistics that its weights were trained with: uint8 pictures are normalised here, on
-the device; floating-point pictures are taken as normalised already. Parameter names are torchvision's (of Swin
+The backbone owns the statistics that its weights were trained with: uint8 images are normalised here, on
+the device; floating-point images are taken as normalised already. Parameter names are torchvision's (of Swin
 the official ones) under `backbone.0.body`.
 """
 
@@ -20,10 +20,10 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from util.dist import is_main_process
+from util.distributed.collectives import is_main_process
 from util.nested_tensor import NestedTensor, resize_mask
 
-from .folding import fold_frozen_norms
+from .frozen_norm import fold_frozen_norms
 from .swin import SWIN_SIZES, WEIGHTS_URL, SwinTransformer, load_pretrained
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -34,7 +34,7 @@ NORM_LAYERS = {'frozen': FrozenBatchNorm2d, 'batch': nn.BatchNorm2d, 'group': pa
 
 
 class Backbone(nn.Module):
-    """Feature maps of a picture batch, with padding masks at their size.
+    """Feature maps of an image batch, with padding masks at their size.
 
     body: module from [B, 3, H, W] to a dictionary of feature maps, coarsest last. num_channels: of each map.
     """

@@ -14,7 +14,7 @@ from .structures import LayerOutput, Memory, Prediction, QueryGroup, split_group
 
 
 class DeformableDETR(nn.Module):
-    """A set of boxes from a batch of pictures.
+    """A set of boxes from a batch of images.
 
     heads: class and box heads, one entry a decoder layer (with box refinement) or the same module in every
     entry; one more entry of each for the encoder's proposals with `two_stage`. num_queries: queries of each
@@ -61,7 +61,7 @@ class DeformableDETR(nn.Module):
     def forward(
         self, samples: NestedTensor | list[Tensor] | Tensor, targets: list[dict] | None = None
     ) -> dict:
-        """Pictures to class logits and boxes; arguments and result as `models.detr.DETR.forward`."""
+        """Images to class logits and boxes; arguments and result as `models.detr.DETR.forward`."""
         if not isinstance(samples, NestedTensor):
             samples = nested_tensor_from_tensor_list(samples)
         memory = self.transformer.encode(*self.levels(samples), samples.mask)

@@ -209,7 +209,7 @@ class DeformableTransformer(nn.Module):
         self, srcs: list[Tensor], masks: list[Tensor], pos: list[Tensor], pixel_mask: Tensor | None = None
     ) -> Memory:
         """Levels, finest first. srcs, pos: [B, C, H, W] each; masks: [B, H, W], True = padding; pixel_mask: that of
-        the pictures.
+        the images.
         """
         shapes = [tuple(src.shape[-2:]) for src in srcs]
         valid_ratios = torch.stack([valid_ratio(mask) for mask in masks], dim=1)  # [B, L, 2]
@@ -249,7 +249,7 @@ class DeformableTransformer(nn.Module):
         if not exporting() and num_tokens < num_proposals:
             raise ValueError(
                 f'{num_proposals} proposals, but the feature maps {memory.shapes} have {num_tokens} cells: lower '
-                '--num_queries (or what training adds to it), or use larger pictures'
+                '--num_queries (or what training adds to it), or use larger images'
             )
         anchors = proposal_logits(memory)  # infinite where there is no proposal
         absent = anchors[..., :1].isinf()

@@ -14,7 +14,7 @@ from .transformer import Transformer
 
 
 class DETR(nn.Module):
-    """A set of boxes from a batch of pictures.
+    """A set of boxes from a batch of images.
 
     num_queries: learned queries of each group, the inference group first. query_sources: modules that add
     query groups (and losses) from memory and targets while training. aux_loss: predictions of every decoder
@@ -46,7 +46,7 @@ class DETR(nn.Module):
     def forward(
         self, samples: NestedTensor | list[Tensor] | Tensor, targets: list[dict] | None = None
     ) -> dict:
-        """Pictures to class logits and boxes.
+        """Images to class logits and boxes.
 
         samples: padded batch, list of [3, H, W] or [B, 3, H, W]; uint8, or float and normalised.
         targets: read by query sources only, while training.

@@ -173,7 +173,7 @@ def add_model_args(parser: ArgumentParser) -> None:
                           help='Swin: 0 and 1 freeze the patches, 2 also the first stage, ... 5 all four; norms of the maps '
                                'always train (default: %(default)s, which freezes nothing)')  # fmt: skip
     backbone.add_argument('--position_embedding', default='sine', choices=('sine', 'learned', 'v2', 'v3'),
-                          help='positional encoding of the picture; v2 = sine, v3 = learned (default: %(default)s)')  # fmt: skip
+                          help='positional encoding of the image; v2 = sine, v3 = learned (default: %(default)s)')  # fmt: skip
     backbone.add_argument(
         '--pe_temperature',
         type=float,
@@ -197,7 +197,7 @@ def add_model_args(parser: ArgumentParser) -> None:
                        help=f'dropout probability (default: {family_default("dropout")}; 0 with --co_aux_heads)')  # fmt: skip
     model.add_argument('--nheads', default=8, type=int, help='attention heads (default: %(default)s)')
     model.add_argument('--num_queries', '--num_queries_one2one', type=int,
-                       help=f'object queries, the most boxes a picture can get (default: {family_default("num_queries")})')  # fmt: skip
+                       help=f'object queries, the most boxes an image can get (default: {family_default("num_queries")})')  # fmt: skip
     model.add_argument('--pre_norm', action='store_true', help='norm in front of each sub-layer (DETR only)')
     model.add_argument('--use_checkpoint', nargs='*', choices=RECOMPUTABLE, metavar='PART',
                        help='compute activations again in the backward pass instead of keeping them, in the stages (Swin: '
@@ -208,7 +208,7 @@ def add_model_args(parser: ArgumentParser) -> None:
 
     detections = parser.add_argument_group('detections')
     detections.add_argument('--topk_eval', '--topk', type=int,
-                            help='detections kept a picture (not DETR, which gives one a query; '
+                            help='detections kept an image (not DETR, which gives one a query; '
                                  f'default: {family_default("topk_eval")})')  # fmt: skip
     detections.add_argument('--nms_iou_threshold', type=float,
                             help='suppress overlapping detections of a class above this IoU (not DETR; default: none are)')  # fmt: skip
@@ -216,11 +216,11 @@ def add_model_args(parser: ArgumentParser) -> None:
                             help='lower the scores of detections of a class that overlap a better one by this IoU or more '
                                  '(Deformable DETR; 0: do not; default: 0.8 with --dino, else 0)')  # fmt: skip
     detections.add_argument('--clamp_boxes', action=BooleanOptionalAction,
-                            help='cut detections off at the edges of the picture (default: as official: with --dino or '
+                            help='cut detections off at the edges of the image (default: as official: with --dino or '
                                  '--co_aux_heads)')  # fmt: skip
     detections.add_argument('--eval_module', default='detr', choices=('detr', *AUXILIARY_HEADS),
                             help='who detects outside training: the decoder, or one of --co_aux_heads by itself, 100 boxes a '
-                                 'picture after its own suppression (default: %(default)s)')  # fmt: skip
+                                 'image after its own suppression (default: %(default)s)')  # fmt: skip
 
     matching = parser.add_argument_group('matching costs')
     matching.add_argument('--set_cost_class', type=float,
@@ -276,7 +276,7 @@ def add_scheme_args(parser: ArgumentParser) -> None:
         'contrastive denoising (DINO, arXiv:2203.03605; Deformable DETR in two stages)'
     )
     denoising.add_argument('--dn_number', default=0, type=int, metavar='N',
-                           help='queries that mend noised objects, about N positives and N negatives a picture; 0 = none, '
+                           help='queries that mend noised objects, about N positives and N negatives an image; 0 = none, '
                                 'usual: 100')  # fmt: skip
     denoising.add_argument('--dn_label_noise_ratio', default=0.5, type=float,
                            help='half of it is the share of labels that are drawn anew (default: %(default)s)')  # fmt: skip
@@ -294,7 +294,7 @@ def add_scheme_args(parser: ArgumentParser) -> None:
     collaborative.add_argument('--lambda_2', default=2.0, type=float,
                                help="of the heads' own losses, times --dec_layers (default: %(default)s)")  # fmt: skip
     collaborative.add_argument('--max_pos_coords', default=300, type=int,
-                               help='positives of a head and picture that become queries, at most (default: %(default)s)')  # fmt: skip
+                               help='positives of a head and image that become queries, at most (default: %(default)s)')  # fmt: skip
     collaborative.add_argument('--with_coord_feat', action=BooleanOptionalAction,
                                help='the content of those queries also has the feature that the head saw (default: yes, no '
                                     'with --dino)')  # fmt: skip

@@ -29,7 +29,7 @@ def sine_embedding(coordinates: Tensor, num_feats: int, temperature: float = 100
 
 
 class PositionEmbeddingSine(nn.Module):
-    """Sine encoding of a padded feature map, normalised by each picture's own size (DETR Sec. A.4).
+    """Sine encoding of a padded feature map, normalised by each image's own size (DETR Sec. A.4).
 
     Everything is float32 inside. `offset` is added to the running counts: 0 in DETR, -0.5 in Deformable DETR.
     `scale`: the angle of a whole side.
@@ -85,7 +85,7 @@ class PositionEmbeddingLearned(nn.Module):
         if max(height, width) > self.cells:
             raise ValueError(
                 f'learned position encodings cover {self.cells} x {self.cells} cells, this feature map has '
-                f'{height} x {width}: use --position_embedding sine, or smaller pictures (--img_size, --max_size)'
+                f'{height} x {width}: use --position_embedding sine, or smaller images (--img_size, --max_size)'
             )
         columns = self.col_embed.weight[:width].expand(height, -1, -1)
         rows = self.row_embed.weight[:height, None].expand(-1, width, -1)

@@ -13,7 +13,7 @@ Detections = list[dict[str, Tensor]]
 def scale_boxes(boxes: Tensor, target_sizes: Tensor) -> Tensor:
     """cxcywh in [0, 1] to xyxy in pixels; boxes: [B, N, 4], target_sizes: [B, 2] (height, width)."""
     if len(boxes) != len(target_sizes):
-        raise ValueError(f'{len(boxes)} pictures, but {len(target_sizes)} target sizes')
+        raise ValueError(f'{len(boxes)} images, but {len(target_sizes)} target sizes')
     scale = target_sizes.flip(-1).repeat(1, 2).to(boxes)  # [B, 4] W, H, W, H
     return box_cxcywh_to_xyxy(boxes) * scale[:, None]
 
@@ -26,7 +26,7 @@ class SoftmaxPostProcess(nn.Module):
     @torch.no_grad()
     def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> Detections:
         """target_sizes: [B, 2] height and width in pixels. Returns scores, labels [Q] and boxes [Q, 4] xyxy a
-        picture.
+        image.
         """
         scores, labels = outputs['pred_logits'].softmax(-1)[..., :-1].max(-1)
         boxes = scale_boxes(outputs['pred_boxes'], target_sizes)
@@ -36,7 +36,7 @@ class SoftmaxPostProcess(nn.Module):
 class TopKPostProcess(nn.Module):
     """The best `num_select` pairs of query and class, best first (Conditional and Deformable DETR).
 
-    clamp: boxes end at the edges of the picture (Co-DETR).
+    clamp: boxes end at the edges of the image (Co-DETR).
     """
 
     def __init__(self, num_select: int = 100, clamp: bool = False) -> None:
@@ -47,7 +47,7 @@ class TopKPostProcess(nn.Module):
     @torch.no_grad()
     def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> Detections:
         """target_sizes: [B, 2] height and width in pixels. Returns scores, labels [N] and boxes [N, 4] xyxy a
-        picture.
+        image.
         """
         probability = outputs['pred_logits'].sigmoid()  # [B, Q, K]
         num_classes = probability.shape[-1]
@@ -69,7 +69,7 @@ def clamp_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
 class NMSPostProcess(nn.Module):
     """The best `num_select` pairs of query and class after suppression within each class (MS-DETR's option).
 
-    Only the best `candidates` pairs of a picture take part.
+    Only the best `candidates` pairs of an image take part.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class NMSPostProcess(nn.Module):
 
     @torch.no_grad()
     def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> Detections:
-        """As `TopKPostProcess`; pictures may keep different numbers of detections."""
+        """As `TopKPostProcess`; images may keep different numbers of detections."""
         return [
             suppress(pairs, self.iou_threshold, self.num_select)
             for pairs in self.best_pairs(outputs, target_sizes)
@@ -90,7 +90,7 @@ class NMSPostProcess(nn.Module):
 
 
 def suppress(pairs: dict[str, Tensor], iou_threshold: float, num_select: int) -> dict[str, Tensor]:
-    """The best detections of a picture of which none overlaps a better one of its class by more than the threshold."""
+    """The best detections of an image of which none overlaps a better one of its class by more than the threshold."""
     kept = batched_nms(pairs['boxes'], pairs['scores'], pairs['labels'], iou_threshold)
     return {key: value[kept[:num_select]] for key, value in pairs.items()}
 
@@ -105,7 +105,7 @@ class CandidatePostProcess(nn.Module):
 
     @torch.no_grad()
     def forward(self, outputs: dict[str, list[dict[str, Tensor]]], target_sizes: Tensor) -> Detections:
-        """outputs: `candidates`, scores and labels [N] and boxes [N, 4] cxcywh in [0, 1] a picture."""
+        """outputs: `candidates`, scores and labels [N] and boxes [N, 4] cxcywh in [0, 1] an image."""
         detections = []
         for found, size in zip(outputs['candidates'], target_sizes, strict=True):
             scaled = scale_boxes(found['boxes'][None], size[None])[0]
@@ -117,7 +117,7 @@ class SoftNMSPostProcess(nn.Module):
     """The best `num_select` pairs of query and class after linear soft suppression within each class
     (arXiv:1704.04503; Co-DINO).
 
-    Only the best `candidates` pairs of a picture take part; boxes end at the edges of the picture.
+    Only the best `candidates` pairs of an image take part; boxes end at the edges of the image.
     """
 
     smallest_score = 1e-3
@@ -130,7 +130,7 @@ class SoftNMSPostProcess(nn.Module):
 
     @torch.no_grad()
     def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> Detections:
-        """As `TopKPostProcess`, with the lowered scores; pictures may keep different numbers of detections."""
+        """As `TopKPostProcess`, with the lowered scores; images may keep different numbers of detections."""
         return [self.suppress(pairs) for pairs in self.best_pairs(outputs, target_sizes)]
 
     def suppress(self, pairs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ class Memory:
     pos: Tensor | None = None  # [B, S, C] positional encoding
     valid_ratios: Tensor | None = None  # [B, L, 2] valid part of width and height; deformable attention
     sizes: Tensor | None = None  # [L, 2] width and height of each level, as `shapes`; deformable attention
-    pixel_mask: Tensor | None = None  # [B, H, W] of the pictures, True = padding; deformable detectors
+    pixel_mask: Tensor | None = None  # [B, H, W] of the images, True = padding; deformable detectors
 
 
 @dataclass

@@ -1,5 +1,5 @@
 """
-Swin Transformer (arXiv:2103.14030) as detectors use it: any picture size, a norm for each map that is read, official
+Swin Transformer (arXiv:2103.14030) as detectors use it: any image size, a norm for each map that is read, official
 parameter names.
 
 It differs from the classifier of the same name: maps are padded before they are shifted, and the shift stays on where
@@ -52,10 +52,10 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, embed_dim, kernel_size=4, stride=4)
         self.norm = nn.LayerNorm(embed_dim)
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] to [B, ceil(H / 4), ceil(W / 4), C]."""
-        height, width = pictures.shape[-2:]
-        padded = F.pad(pictures, (0, -width % 4, 0, -height % 4))
+        height, width = images.shape[-2:]
+        padded = F.pad(images, (0, -width % 4, 0, -height % 4))
         return self.norm(self.proj(padded).permute(0, 2, 3, 1))
 
 
@@ -135,7 +135,7 @@ class SwinBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, num_heads, window_size, shift)
-        self.drop_path = StochasticDepth(drop_path, 'row')  # whole branches of single pictures
+        self.drop_path = StochasticDepth(drop_path, 'row')  # whole branches of single images
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = MLP(dim)
 
@@ -173,7 +173,7 @@ class SwinStage(nn.Module):
 
 
 class SwinTransformer(nn.Module):
-    """Pictures to the normed maps of some stages.
+    """Images to the normed maps of some stages.
 
     stages: 1 to 4, of strides 4, 8, 16, 32; those behind the last are not built. drop_path_rate: of the last of
     all blocks; it grows from 0. use_checkpoint: compute activations of blocks again in the backward pass.
@@ -217,9 +217,9 @@ class SwinTransformer(nn.Module):
         self.freeze()
         return self
 
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         """[B, 3, H, W] to maps [B, C, ceil(H / stride), ceil(W / stride)] by the number of their stage."""
-        x, maps = self.patch_embed(pictures), {}
+        x, maps = self.patch_embed(images), {}
         for stage, layer in enumerate(self.layers, start=1):
             for block in layer.blocks:
                 x = call_layer(block, self.use_checkpoint, x)

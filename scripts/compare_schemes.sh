@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# How fast do the ways of supervision learn? Trains small detectors on built-in pictures, every one with the same seeds
-# and the same pictures, and compares them: output/compare/comparison.png and comparison.md.
+# How fast do the ways of supervision learn? Trains small detectors on built-in images, every one with the same seeds
+# and the same images, and compares them: output/compare/comparison.png and comparison.md.
 #
 #   bash scripts/compare_schemes.sh                       about two hours on two CPU cores
 #   JOBS=4 SEEDS="0 1 2" bash scripts/compare_schemes.sh --epochs 16

@@ -17,7 +17,7 @@
 #       --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
 #       -d WHEELS -c constraints.txt hotcoco pycocotools termcolor submitit
 #
-# Results go to $OUT (output/gpu_check): summary.md, log.txt with every table, pictures, and files.tar.gz with all logs and
+# Results go to $OUT (output/gpu_check): summary.md, log.txt with every table, images, and files.tar.gz with all logs and
 # curves. The exit status is 1 if a step failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -96,7 +96,7 @@ only_gpu() { # the same on a GPU; without one the table says why it is left out
     if [ $device = cuda ]; then step "$@"; else row "$1" 'left out' 0 'needs an NVIDIA GPU'; fi
 }
 
-pack() { # pictures beside the summary; everything but weights in one file
+pack() { # images beside the summary; everything but weights in one file
     cp "$work"/runs/*.png "$OUT" 2> /dev/null
     tar czf "$OUT/files.tar.gz" -C "$work" --exclude='*.pth' --exclude=site --exclude=bin . 2> /dev/null
     {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a small detector on built-in pictures, evaluate it, and draw what it finds: output/quickstart/.
+# Train a small detector on built-in images, evaluate it, and draw what it finds: output/quickstart/.
 #
 #   bash scripts/quickstart.sh
 #
@@ -22,4 +22,4 @@ echo "The results lie in $out:"
 echo "  predictions.png   ground truth beside predictions"
 echo "  curves.png        losses and AP against epochs"
 echo "  metrics.csv       the same as numbers; log.jsonl has everything"
-echo "  checkpoint.pth    the detector: python tools/predict.py --checkpoint $out/checkpoint.pth --source PICTURE"
+echo "  checkpoint.pth    the detector: python tools/predict.py --checkpoint $out/checkpoint.pth --source IMAGE"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Co-DINO, R50, five scales, 9 encoder layers, large-scale jitter: 52.6 AP on COCO val2017 after 12 epochs (Co-DETR's model zoo).
-# Trained there with 16 pictures a step, 2 on each of 8 GPUs, activations of 9 encoder layers recomputed (here: --use_checkpoint encoder); hours are not published.
+# Trained there with 16 images a step, 2 on each of 8 GPUs, activations of 9 encoder layers recomputed (here: --use_checkpoint encoder); hours are not published.
 #
 #   LAUNCH="torchrun --nproc_per_node 8" bash scripts/r50_co_dino_5scale_9encoder_lsj_12ep.sh --coco_path DATA
 #   bash scripts/r50_co_dino_5scale_9encoder_lsj_12ep.sh --coco_path DATA --total_batch_size 16          on one GPU

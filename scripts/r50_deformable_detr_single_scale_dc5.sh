@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Deformable DETR, R50-DC5, one feature level: 41.5 AP on COCO val2017 after 50 epochs (Deformable DETR's model zoo).
-# Trained there with 32 pictures a step, 2 on each of 16 V100s, 215 GPU hours.
+# Trained there with 32 images a step, 2 on each of 16 V100s, 215 GPU hours.
 #
 #   bash scripts/r50_deformable_detr_single_scale_dc5.sh --coco_path DATA
 #   LAUNCH="torchrun --nproc_per_node 8" bash scripts/r50_deformable_detr_single_scale_dc5.sh --coco_path DATA --total_batch_size 32

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # H-Deformable-DETR with the tricks, R50: 50.0 AP on COCO val2017 after 36 epochs (H-Deformable-DETR's model zoo).
-# Trained there with 16 pictures a step, 2 on each of 8 GPUs; hours are not published.
+# Trained there with 16 images a step, 2 on each of 8 GPUs; hours are not published.
 #
 #   LAUNCH="torchrun --nproc_per_node 8" bash scripts/r50_h_deformable_detr_36ep.sh --coco_path DATA
 #   bash scripts/r50_h_deformable_detr_36ep.sh --coco_path DATA --total_batch_size 16          on one GPU

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # MS-DETR on Deformable-DETR++, R50, 300 queries: 48.8 AP on COCO val2017 after 12 epochs (MS-DETR's model zoo).
-# Trained there with 16 pictures a step, 2 on each of 8 GPUs; hours are not published.
+# Trained there with 16 images a step, 2 on each of 8 GPUs; hours are not published.
 #
 #   LAUNCH="torchrun --nproc_per_node 8" bash scripts/r50_ms_detr_pp_300.sh --coco_path DATA
 #   bash scripts/r50_ms_detr_pp_300.sh --coco_path DATA --total_batch_size 16          on one GPU

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Co-DINO, Swin-L, five scales: 59.8 AP on COCO val2017 after 24 epochs (Co-DETR's model zoo).
-# Trained there with 16 pictures a step, 1 on each of 16 GPUs, activations of 6 encoder layers recomputed (here: --use_checkpoint encoder); hours are not published.
+# Trained there with 16 images a step, 1 on each of 16 GPUs, activations of 6 encoder layers recomputed (here: --use_checkpoint encoder); hours are not published.
 #
 #   LAUNCH="torchrun --nproc_per_node 16" bash scripts/swin_large_co_dino_5scale_24ep.sh --coco_path DATA --batch_size 1
 #   bash scripts/swin_large_co_dino_5scale_24ep.sh --coco_path DATA --total_batch_size 16          on one GPU

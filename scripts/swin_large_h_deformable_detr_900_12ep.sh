@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # H-Deformable-DETR with the tricks, Swin-L, 900 queries: 56.1 AP on COCO val2017 after 12 epochs (H-Deformable-DETR's model zoo).
-# Trained there with 16 pictures a step, 2 on each of 8 GPUs, blocks of Swin recomputed (here: --use_checkpoint backbone); hours are not published.
+# Trained there with 16 images a step, 2 on each of 8 GPUs, blocks of Swin recomputed (here: --use_checkpoint backbone); hours are not published.
 #
 #   LAUNCH="torchrun --nproc_per_node 8" bash scripts/swin_large_h_deformable_detr_900_12ep.sh --coco_path DATA
 #   bash scripts/swin_large_h_deformable_detr_900_12ep.sh --coco_path DATA --total_batch_size 16          on one GPU

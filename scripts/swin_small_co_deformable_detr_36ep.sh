@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Co-Deformable-DETR, Swin-S: 55.3 AP on COCO val2017 after 36 epochs (Co-DETR's model zoo).
-# Trained there with 16 pictures a step, 2 on each of 8 GPUs; hours are not published.
+# Trained there with 16 images a step, 2 on each of 8 GPUs; hours are not published.
 #
 #   LAUNCH="torchrun --nproc_per_node 8" bash scripts/swin_small_co_deformable_detr_36ep.sh --coco_path DATA
 #   bash scripts/swin_small_co_deformable_detr_36ep.sh --coco_path DATA --total_batch_size 16          on one GPU

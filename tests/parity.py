@@ -72,8 +72,8 @@ class Case:
     @property
     def samples(self) -> NestedTensor:
         salt = self.record['rule']['salt']
-        pictures = [rule.picture(salt + p['name'], p['height'], p['width']) for p in self.record['pictures']]
-        return nested_tensor_from_tensor_list(pictures)
+        images = [rule.image(salt + p['name'], p['height'], p['width']) for p in self.record['pictures']]
+        return nested_tensor_from_tensor_list(images)
 
     @property
     def targets(self) -> list[dict[str, Tensor]]:

@@ -1,5 +1,5 @@
 """
-Matching and losses the plain way, layer by layer and picture by picture, as the papers describe them: what the
+Matching and losses the plain way, layer by layer and image by image, as the papers describe them: what the
 stacked criterion is compared with, in numbers (tests) and in time (`tools/benchmark.py criterion`).
 """
 
@@ -12,7 +12,7 @@ from torchvision.ops import sigmoid_focal_loss
 from models.structures import Prediction
 from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
 
-Pairs = list[tuple[Tensor, Tensor]]  # queries and objects of each picture
+Pairs = list[tuple[Tensor, Tensor]]  # queries and objects of each image
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def match(prediction: Prediction, targets: list[dict]) -> Pairs:
     corners = box_cxcywh_to_xyxy(boxes)[:, None], box_cxcywh_to_xyxy(target_boxes)[None]
     cost = (cost - 2 * generalized_box_iou(*corners)).view(batch, num_queries, -1).cpu()
     parts = cost.split([len(target['boxes']) for target in targets], dim=-1)
-    found = [linear_sum_assignment(part[picture]) for picture, part in enumerate(parts)]
+    found = [linear_sum_assignment(part[image]) for image, part in enumerate(parts)]
     return [(torch.as_tensor(query), torch.as_tensor(target)) for query, target in found]
 
 

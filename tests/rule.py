@@ -1,4 +1,4 @@
-"""Deterministic weights and pictures from names alone: the same numbers on any machine.
+"""Deterministic weights and images from names alone: the same numbers on any machine.
 
 Element i of the tensor called `name` is the splitmix64 hash of crc32(name) * 2^32 + i, its top 53 bits mapped
 to [-1, 1). The recorded numbers of the official implementations were made with these weights.
@@ -45,6 +45,6 @@ def fill(module: nn.Module, salt: str = '') -> nn.Module:
     return module
 
 
-def picture(name: str, height: int, width: int) -> Tensor:
-    """A normalised [3, height, width] picture."""
+def image(name: str, height: int, width: int) -> Tensor:
+    """A normalised [3, height, width] image."""
     return torch.from_numpy(1.5 * uniform(name, (3, height, width)))

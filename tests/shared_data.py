@@ -23,7 +23,7 @@ def read_shared(name: str) -> dict:
     return json.loads((SHARED / name).read_text()) if SHARED.is_dir() else {}
 
 
-def rule_picture(name: str, height: int, width: int) -> np.ndarray:
+def rule_image(name: str, height: int, width: int) -> np.ndarray:
     """uint8 [height, width, 3], the same on every machine."""
     return np.floor((uniform(name, (height, width, 3)) + 1) / 2 * 256).astype(np.uint8)
 

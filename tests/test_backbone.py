@@ -65,9 +65,7 @@ def test_maps_of_several_stages(name: str, channels: list[int]) -> None:
     assert [x.tensors.shape[1:] for x in maps] == [
         (width, 64 // stride, 96 // stride) for width, stride in zip(channels, (4, 8, 16, 32), strict=True)
     ]
-    assert [x.mask[1, 0].sum().item() for x in maps] == [8, 4, 2, 1], (
-        'a third of the second picture is padding'
-    )
+    assert [x.mask[1, 0].sum().item() for x in maps] == [8, 4, 2, 1], 'a third of the second image is padding'
 
 
 def test_what_trains() -> None:

@@ -16,13 +16,13 @@ from datasets import build_dataset
 from datasets import transforms as T
 from datasets.class_map import COCO_IDS, ClassMap
 from datasets.coco_eval import CocoEvaluator
+from datasets.copy_paste import TRIES, LargeScaleJitter, jitter, mask_extents, paste, pick
 from datasets.loaders import build_loader
-from datasets.lsj import TRIES, LargeScaleJitter, jitter, mask_extents, paste, pick
 from datasets.samplers import AspectSampler
 from datasets.shapes import ShapesDetection
 from engine import draw_predictions, evaluate
 from models.postprocess import TopKPostProcess, scale_boxes
-from tests.shared_data import needs_shared, read_shared, rule_picture
+from tests.shared_data import needs_shared, read_shared, rule_image
 from tests.test_run import assert_same, load, run
 from tools.predict import detect
 from util.nested_tensor import collate_fn
@@ -33,15 +33,15 @@ COCO_CATEGORIES = [{'id': i, 'name': f'c{i}'} for i in sorted(COCO_IDS, reverse=
 
 
 def write_data(root: Path, images: list[dict], annotations: list[dict], categories: list[dict]) -> Path:
-    """The same training and validation part in COCO's layout; every picture file is height x width."""
+    """The same training and validation part in COCO's layout; every image file is height x width."""
     (root / 'annotations').mkdir(parents=True)
     for split in ('train', 'val'):
         (root / split).mkdir()
-        for image in images:
-            picture = rule_picture(str(image['id']), image['height'], image['width'])
-            PIL.Image.fromarray(picture).save(root / split / f'{image["id"]}.png')
+        for entry in images:
+            image = rule_image(str(entry['id']), entry['height'], entry['width'])
+            PIL.Image.fromarray(image).save(root / split / f'{entry["id"]}.png')
         data = {
-            'images': [{'file_name': f'{image["id"]}.png'} | image for image in images],
+            'images': [{'file_name': f'{entry["id"]}.png'} | entry for entry in images],
             'annotations': [{'id': i} | row for i, row in enumerate(annotations, start=1)],
             'categories': categories,
         }
@@ -50,7 +50,7 @@ def write_data(root: Path, images: list[dict], annotations: list[dict], categori
 
 
 def write_coco_like(root: Path) -> Path:
-    """Three pictures with COCO's 80 categories and one object each."""
+    """Three images with COCO's 80 categories and one object each."""
     images = [{'id': i, 'height': 40, 'width': 48} for i in (1, 2, 3)]
     objects = [{'image_id': i, 'category_id': 90, 'bbox': [4, 4, 20, 10]} for i in (1, 2, 3)]
     return write_data(root, images, objects, COCO_CATEGORIES)
@@ -89,27 +89,27 @@ def test_a_run_may_not_change_its_numbering(tmp_path: Path) -> None:
 @needs_shared
 @pytest.mark.parametrize('row', RESIZED, ids=lambda row: f'{row[0]}-{row[1]}')
 def test_rescaled_size_equals_mmdetection(row: list) -> None:
-    picture_wh, limits, new_wh, factor = row
-    assert list(T.rescaled_size(tuple(picture_wh), min(limits), max(limits))) == new_wh
-    ratios = torch.tensor(new_wh) / torch.tensor(picture_wh)
+    image_wh, limits, new_wh, factor = row
+    assert list(T.rescaled_size(tuple(image_wh), min(limits), max(limits))) == new_wh
+    ratios = torch.tensor(new_wh) / torch.tensor(image_wh)
     torch.testing.assert_close(ratios, torch.tensor(factor), rtol=1e-6, atol=0)
 
 
 def test_rescaling_multiplies_each_axis_and_clips() -> None:
-    picture = torch.from_numpy(rule_picture('a', 41, 67)).permute(2, 0, 1)
+    image = torch.from_numpy(rule_image('a', 41, 67)).permute(2, 0, 1)
     target = {'boxes': torch.tensor([[-3.0, 2, 30, 41], [10, 10, 70, 20]])}
-    resized, target = T.rescale(picture, target, size=30, max_size=50)
+    resized, target = T.rescale(image, target, size=30, max_size=50)
     assert resized.shape == (3, 30, 49)  # 30 / 41 of the width is 49.02
     factor = torch.tensor([49 / 67, 30 / 41] * 2)
     expected = torch.tensor([[0.0, 2, 30, 41], [10, 10, 67, 20]]) * factor
     torch.testing.assert_close(target['boxes'], expected)
-    assert T.rescale(picture, None, 1, 1)[0].shape == (3, 1, 1)
+    assert T.rescale(image, None, 1, 1)[0].shape == (3, 1, 1)
 
 
 @pytest.mark.parametrize('new_wh', [(100, 60), (31, 17)], ids=['larger', 'smaller'])
 def test_pixels_are_those_between_the_four_neighbours(new_wh: tuple[int, int]) -> None:
-    """Bilinear at half-pixel centres, also when a picture shrinks; within a grey level."""
-    pixels = rule_picture('b', 41, 67)
+    """Bilinear at half-pixel centres, also when an image shrinks; within a grey level."""
+    pixels = rule_image('b', 41, 67)
     ours, _ = T.resize_to(torch.from_numpy(pixels).permute(2, 0, 1), None, new_wh, antialias=False)
     expected = np.stack([between(pixels[..., channel].astype(float), new_wh) for channel in range(3)])
     assert np.abs(ours.numpy() - expected).max() <= 1
@@ -130,7 +130,7 @@ def between(grey: np.ndarray, new_wh: tuple[int, int]) -> np.ndarray:
 @pytest.mark.parametrize('new_wh', [(100, 60), (31, 17)], ids=['larger', 'smaller'])
 def test_pixels_equal_opencv(new_wh: tuple[int, int]) -> None:
     cv2 = pytest.importorskip('cv2')
-    pixels = rule_picture('b', 41, 67)
+    pixels = rule_image('b', 41, 67)
     ours, _ = T.resize_to(torch.from_numpy(pixels).permute(2, 0, 1), None, new_wh, antialias=False)
     expected = cv2.resize(pixels, new_wh, interpolation=cv2.INTER_LINEAR).transpose(2, 0, 1)
     assert np.abs(ours.numpy().astype(int) - expected).max() <= 1
@@ -155,16 +155,16 @@ def test_crops_draw_height_width_row_column(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(T.random, 'randint', lambda low, high: drawn.append((low, high)) or high - 1)
     monkeypatch.setattr(T.torch, 'randint', lambda low, high, size: drawn.append((low, high - 1)) or low)
     target = {'boxes': torch.tensor([[0.0, 0, 2, 2], [49, 0, 70, 9]]), 'labels': torch.tensor([1, 2])}
-    picture, target = T.HeightFirstSizeCrop(20, 50)(torch.zeros(3, 40, 80, dtype=torch.uint8), target)
+    image, target = T.HeightFirstSizeCrop(20, 50)(torch.zeros(3, 40, 80, dtype=torch.uint8), target)
     assert drawn == [(20, 40), (20, 50), (0, 1), (0, 31)]
-    assert picture.shape == (3, 39, 49)
+    assert image.shape == (3, 39, 49)
     assert target['labels'].tolist() == [1]
     empty = {'boxes': torch.tensor([[60.0, 0, 70, 9]]), 'labels': torch.tensor([1])}
     _, empty = T.HeightFirstSizeCrop(20, 50)(torch.zeros(3, 40, 80, dtype=torch.uint8), empty)
     assert empty['boxes'].shape == (0, 4)
 
 
-def test_tiny_objects_and_in_training_tiny_pictures_are_left_out(tmp_path: Path) -> None:
+def test_tiny_objects_and_in_training_tiny_images_are_left_out(tmp_path: Path) -> None:
     images = [{'id': i, 'height': 40, 'width': 48} for i in (1, 2)] + [{'id': 3, 'height': 31, 'width': 60}]
     boxes = [[0, 0, 0.9, 5], [0, 0, 5, 0.5], [3, 3, 1, 1], [48, 3, 9, 9], [-3, -3, 4.5, 4.5]]
     objects = [{'image_id': 1, 'category_id': 1, 'bbox': box} for box in boxes]
@@ -184,9 +184,9 @@ def test_tiny_objects_and_in_training_tiny_pictures_are_left_out(tmp_path: Path)
     assert usual.ids == [1, 2, 3] and len(usual.untransformed(0)[1]['boxes']) == 5
 
 
-def test_data_of_tiny_pictures_only_is_refused(tmp_path: Path) -> None:
+def test_data_of_tiny_images_only_is_refused(tmp_path: Path) -> None:
     root = write_data(tmp_path, [{'id': 1, 'height': 31, 'width': 60}], [], [{'id': 1}])
-    with pytest.raises(ValueError, match=r'all 1 pictures .* less than 32 pixels'):
+    with pytest.raises(ValueError, match=r'all 1 images .* less than 32 pixels'):
         build_dataset('train', arguments(root, aug='co_detr'))
 
 
@@ -196,22 +196,22 @@ def extent(mask: Tensor) -> list[int]:
 
 
 def no_other() -> T.Sample:
-    raise AssertionError('no second picture is wanted here')
+    raise AssertionError('no second image is wanted here')
 
 
 def test_jittered_boxes_are_the_extents_of_masks_in_a_grey_square() -> None:
-    data, found = ShapesDetection(6, picture_size=64, return_masks=True), []
+    data, found = ShapesDetection(6, image_size=64, return_masks=True), []
     for index in range(60):
         with local_seed(index):
             sample = jitter(*data.untransformed(index % 6), size=64)
         if sample is None:
             continue
-        picture, target = sample
-        assert picture.shape == (3, 64, 64) and picture.dtype == torch.uint8
+        image, target = sample
+        assert image.shape == (3, 64, 64) and image.dtype == torch.uint8
         assert target['size'].tolist() == [64, 64]
         assert {len(target[key]) for key in T.OBJECT_FIELDS} == {len(target['boxes'])}
         assert target['boxes'].tolist() == [extent(mask) for mask in target['masks']]
-        grey = (picture == 114).all(dim=0)
+        grey = (image == 114).all(dim=0)
         width, height = int((~grey).any(dim=0).sum()), int((~grey).any(dim=1).sum())
         assert grey[height:].all() and grey[:, width:].all()
         assert not target['masks'][:, height:].any() and not target['masks'][:, :, width:].any()
@@ -227,7 +227,7 @@ def test_extents_of_no_masks_and_of_empty_ones() -> None:
 
 
 def sample_of(boxes: list[list[int]], grey: int, size: int = 64, masks: bool = True) -> T.Sample:
-    """A grey picture with filled boxes as objects, labelled 0, 1, ..."""
+    """A grey image with filled boxes as objects, labelled 0, 1, ..."""
     target = {
         'boxes': torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         'labels': torch.arange(len(boxes)),
@@ -246,16 +246,16 @@ def sample_of(boxes: list[list[int]], grey: int, size: int = 64, masks: bool = T
 def test_pasted_objects_cover_and_what_is_hidden_goes() -> None:
     """Objects: far away; cut by 10 pixels; cut by 11 with 110 pixels left, and with 440; hidden near the origin."""
     boxes = [[0, 20, 5, 25], [30, 10, 50, 15], [29, 15, 51, 25], [29, 25, 51, 65], [2, 2, 9, 9]]
-    picture, target = sample_of(boxes, 10, size=80)
+    image, target = sample_of(boxes, 10, size=80)
     source, source_target = sample_of([[40, 0, 60, 75], [0, 0, 10, 10]], 200, size=80)
-    result, merged = paste(picture, target, source, source_target)
+    result, merged = paste(image, target, source, source_target)
     assert (result[:, 0:75, 40:60] == 200).all() and int((result == 200).sum()) == 3 * 1600
     assert merged['labels'].tolist() == [0, 1, 3, 0, 1]
     assert merged['boxes'][:3].tolist() == [[0, 20, 5, 25], [30, 10, 40, 15], [29, 25, 40, 65]]
     assert merged['boxes'].tolist() == [extent(mask) for mask in merged['masks']]
     assert merged['image_id'].tolist() == [10]
     nothing = sample_of([], 200, size=80)
-    assert paste(picture, target, *nothing)[1] is target
+    assert paste(image, target, *nothing)[1] is target
     assert paste(*nothing, source, source_target)[1]['labels'].tolist() == [0, 1]
 
 
@@ -272,7 +272,7 @@ def test_every_number_of_objects_is_picked_and_none_twice() -> None:
     assert max(len(pick(crowd)['labels']) for _ in range(300)) <= 99
 
 
-def test_a_picture_whose_objects_vanish_is_replaced() -> None:
+def test_a_image_whose_objects_vanish_is_replaced() -> None:
     vanishing = sample_of([[5, 5, 50, 50]], 1)
     vanishing[1]['masks'][:] = False
     usual, empty = sample_of([[0, 0, 64, 64]], 2), sample_of([], 3)
@@ -280,7 +280,7 @@ def test_a_picture_whose_objects_vanish_is_replaced() -> None:
     assert target['image_id'].tolist() == [2] and 'masks' not in target
     _, target = LargeScaleJitter(64)(*empty, lambda: empty)
     assert target['image_id'].tolist() == [3] and target['boxes'].shape == (0, 4)
-    with pytest.raises(ValueError, match=f'{TRIES} pictures one after another lost all their objects'):
+    with pytest.raises(ValueError, match=f'{TRIES} images one after another lost all their objects'):
         LargeScaleJitter(64)(*vanishing, lambda: vanishing)
 
 
@@ -288,15 +288,15 @@ def test_without_masks_boxes_are_cut_and_nothing_is_pasted() -> None:
     sides = set()
     for seed in range(20):
         with local_seed(seed):
-            picture, target = LargeScaleJitter(64)(*sample_of([[0, 0, 64, 64]], 9, masks=False), no_other)
+            image, target = LargeScaleJitter(64)(*sample_of([[0, 0, 64, 64]], 9, masks=False), no_other)
         assert 'masks' not in target
         sides.add(tuple((target['boxes'][0, 2:] - target['boxes'][0, :2]).tolist()))
-        assert int((picture == 9).sum()) == 3 * int(target['area'][0])
+        assert int((image == 9).sum()) == 3 * int(target['area'][0])
     assert len(sides) > 5 and (64.0, 64.0) in sides
 
 
 def square_data(root: Path, segmented: bool) -> Path:
-    """Three pictures of one object each, the last one without."""
+    """Three images of one object each, the last one without."""
     images = [{'id': i, 'height': 40, 'width': 50} for i in (1, 2, 3)]
     objects = [{'image_id': i, 'category_id': 1, 'bbox': [0, 0, 50, 40]} for i in (1, 2)]
     objects.append({'image_id': 1, 'category_id': 1, 'bbox': [0, 0, 9, 9], 'iscrowd': 1})
@@ -314,8 +314,8 @@ def test_masks_are_used_where_every_object_has_one(tmp_path: Path, segmented: bo
     objects = []
     for epoch in range(12):
         dataset.set_epoch(epoch)
-        for picture, target in dataset:
-            assert picture.shape == (3, 64, 64) and 'masks' not in target
+        for image, target in dataset:
+            assert image.shape == (3, 64, 64) and 'masks' not in target
             assert target['size'].tolist() == [64, 64]
             assert ((target['boxes'] >= 0) & (target['boxes'] <= 1)).all()
             objects.append(len(target['boxes']))
@@ -323,7 +323,7 @@ def test_masks_are_used_where_every_object_has_one(tmp_path: Path, segmented: bo
 
 
 @pytest.mark.parametrize('aug', ['lsj', 'co_detr'])
-def test_pictures_depend_on_seed_epoch_and_index_only(aug: str) -> None:
+def test_images_depend_on_seed_epoch_and_index_only(aug: str) -> None:
     args = Namespace(**vars(arguments(Path())) | {'dataset_file': 'shapes', 'aug': aug, 'lsj_size': 64})
     args.shapes_train, args.shapes_size, args.img_size = 4, 64, 64
     dataset = build_dataset('train', args)
@@ -332,25 +332,25 @@ def test_pictures_depend_on_seed_epoch_and_index_only(aug: str) -> None:
     sums = []
     for epoch in range(3):
         dataset.set_epoch(epoch)
-        for (picture, target), (expected, expected_target) in zip(workers, alone, strict=True):
-            assert torch.equal(picture, expected)
+        for (image, target), (expected, expected_target) in zip(workers, alone, strict=True):
+            assert torch.equal(image, expected)
             assert torch.equal(target['boxes'], expected_target['boxes'])
-        sums.append([int(picture.sum()) for picture, _ in alone])
+        sums.append([int(image.sum()) for image, _ in alone])
     dataset.set_epoch(1)
     assert [int(dataset[index][0].sum()) for index in range(4)] == sums[1]
     assert len({tuple(row) for row in sums}) == 3
     args.seed += 1
-    assert [int(picture.sum()) for picture, _ in build_dataset('train', args)] != sums[0]
+    assert [int(image.sum()) for image, _ in build_dataset('train', args)] != sums[0]
 
 
 @pytest.mark.parametrize('shape', [(40, 64), (51, 40), (30, 30)], ids=str)
 def test_boxes_come_back_to_original_pixels(shape: tuple[int, int]) -> None:
-    """Also where the fitted side was rounded, and beyond the picture."""
+    """Also where the fitted side was rounded, and beyond the image."""
     height, width = shape
-    picture = torch.full((3, *shape), 9, dtype=torch.uint8)
+    image = torch.full((3, *shape), 9, dtype=torch.uint8)
     boxes = torch.tensor([[0.0, 0, width, height], [3, 5, 21, 17]])
     target = {'boxes': boxes, 'orig_size': torch.tensor(shape)}
-    square, fitted = T.make_transforms('val', aug='lsj', lsj_size=96)(picture, target)
+    square, fitted = T.make_transforms('val', aug='lsj', lsj_size=96)(image, target)
     new_width, new_height = T.rescaled_size((width, height), 96, 96)
     assert (square[:, :new_height, :new_width] == 9).all() and (square[:, new_height:] == 114).all()
     assert (square[:, :, new_width:] == 114).all()
@@ -363,7 +363,7 @@ def test_boxes_come_back_to_original_pixels(shape: tuple[int, int]) -> None:
 
 
 class Oracle(nn.Module):
-    """Answers with the objects of the pictures of a data set, in turn."""
+    """Answers with the objects of the images of a data set, in turn."""
 
     def __init__(self, dataset: ShapesDetection) -> None:
         super().__init__()
@@ -379,15 +379,15 @@ class Oracle(nn.Module):
 @pytest.mark.parametrize('aug', ['detr', 'co_detr', 'lsj'])
 def test_true_objects_score_one_at_evaluation_and_in_predictions(tmp_path: Path, aug: str) -> None:
     transforms = T.make_transforms('val', img_size=80, aug=aug, lsj_size=96)
-    dataset = ShapesDetection(4, 'val', picture_size=64, transforms=transforms)
+    dataset = ShapesDetection(4, 'val', image_size=64, transforms=transforms)
     model, postprocess = Oracle(dataset), {'bbox': TopKPostProcess()}
     evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map, backend='pycocotools')
     loader = DataLoader(dataset, 1, collate_fn=collate_fn)
     assert evaluate(model, postprocess, loader, evaluator)['bbox'].stats[0] == pytest.approx(1)
     draw_predictions(model, postprocess, dataset, tmp_path / 'drawn.png', count=1)
-    picture, target = dataset.untransformed(1)
+    image, target = dataset.untransformed(1)
     result = detect(
-        model, postprocess['bbox'], picture, Namespace(img_size=80, max_size=None, aug=aug, lsj_size=96)
+        model, postprocess['bbox'], image, Namespace(img_size=80, max_size=None, aug=aug, lsj_size=96)
     )
     best = result['scores'] > 0.5
     order = [extent_order(boxes) for boxes in (result['boxes'][best], target['boxes'])]
@@ -404,7 +404,7 @@ def sizes_of(wide: list[bool]) -> np.ndarray:
 
 @pytest.mark.parametrize('wide_every', [2, 3, 100])
 @pytest.mark.parametrize(('processes', 'local_size'), [(1, 1), (2, 1), (2, 2), (4, 2)])
-def test_batches_are_of_one_kind_and_every_picture_is_seen(
+def test_batches_are_of_one_kind_and_every_image_is_seen(
     processes: int, local_size: int, wide_every: int
 ) -> None:
     """Without and with files kept in memory by each process of a machine (local_size > 1)."""
@@ -429,7 +429,7 @@ def test_batches_are_of_one_kind_and_every_picture_is_seen(
     assert epochs[0] == epochs[2] != epochs[1]
 
 
-def test_pictures_are_repeated_as_little_as_batches_allow() -> None:
+def test_images_are_repeated_as_little_as_batches_allow() -> None:
     sampler = AspectSampler(sizes_of([True] * 9 + [False] * 4), 4, 1, 0)
     assert len(sampler) == 12 + 4
     seen = np.bincount(list(sampler))
@@ -441,7 +441,7 @@ def test_pictures_are_repeated_as_little_as_batches_allow() -> None:
     assert len(kinds) > 1  # the order of the kinds is drawn too
 
 
-def test_sizes_come_from_the_annotations_or_the_picture(tmp_path: Path) -> None:
+def test_sizes_come_from_the_annotations_or_the_image(tmp_path: Path) -> None:
     images = [{'id': 1, 'height': 40, 'width': 50}, {'id': 2, 'height': 33, 'width': 32}]
     root = write_data(tmp_path, images, [], [{'id': 1, 'name': 'thing'}])
     file = root / 'annotations/instances_train.json'
@@ -450,22 +450,22 @@ def test_sizes_come_from_the_annotations_or_the_picture(tmp_path: Path) -> None:
     file.write_text(json.dumps(data))
     dataset = build_dataset('train', arguments(root, aug='co_detr'))
     (root / 'train/1.png').unlink()
-    assert dataset.picture_sizes().tolist() == [[40, 50], [33, 32]]
+    assert dataset.image_sizes().tolist() == [[40, 50], [33, 32]]
     (root / 'train/2.png').write_bytes(b'nothing')
-    with pytest.raises(ValueError, match=r'2\.png is not a readable picture'):
-        dataset.picture_sizes()
-    shapes = ShapesDetection(5, picture_size=64)
-    assert shapes.picture_sizes().tolist() == [list(picture.shape[1:]) for picture, _ in shapes]
+    with pytest.raises(ValueError, match=r'2\.png is not a readable image'):
+        dataset.image_sizes()
+    shapes = ShapesDetection(5, image_size=64)
+    assert shapes.image_sizes().tolist() == [list(image.shape[1:]) for image, _ in shapes]
 
 
-def test_loaders_batch_pictures_of_one_kind(tmp_path: Path) -> None:
+def test_loaders_batch_images_of_one_kind(tmp_path: Path) -> None:
     """With kept files, too; validation keeps its order."""
     images = [{'id': i, 'height': 40, 'width': 30 + 20 * (i % 3 > 0)} for i in range(1, 8)]
     root = write_data(tmp_path, images, [], [{'id': 1, 'name': 'thing'}])
     for cache_mode in (False, True):
         args = arguments(root, group_aspect_ratio=True, cache_mode=cache_mode, num_workers=0, img_size=40)
         train, val = (build_loader(build_dataset(part, args), part, args) for part in ('train', 'val'))
-        assert len(train) == 1 + 3  # 2 high pictures, 5 wide ones
+        assert len(train) == 1 + 3  # 2 high images, 5 wide ones
         for _, targets in train:
             assert len({bool(t['orig_size'][1] > t['orig_size'][0]) for t in targets}) == 1
         assert [int(t['image_id']) for _, targets in val for t in targets] == list(range(1, 8))
@@ -494,7 +494,7 @@ def test_a_run_of_this_recipe_resumes_bit_for_bit(tmp_path: Path) -> None:
     ('flags', 'message'),
     [
         ('--lsj_size 0', '--lsj_size must be at least 1, not 0'),
-        ('--dataset_file coco --cache_mode --aug lsj', '--aug lsj mixes any two pictures'),
+        ('--dataset_file coco --cache_mode --aug lsj', '--aug lsj mixes any two images'),
     ],
 )
 def test_impossible_flags_are_refused(

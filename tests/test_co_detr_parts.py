@@ -12,7 +12,9 @@ from torchvision.ops import batched_nms
 from models import build_model
 from models.position_encoding import PositionEmbeddingSine, sine_embedding
 from models.postprocess import SoftNMSPostProcess, soft_suppression
-from models.training.anchors import (
+from models.training.atss import ANCHOR_STRIDES, assign_adaptively
+from models.training.collaborative import FEWEST, choose_samples
+from models.training.dense_heads import (
     BACKGROUND,
     assign_by_iou,
     base_anchors,
@@ -23,8 +25,6 @@ from models.training.anchors import (
     shifted_anchors,
     undo_rounding,
 )
-from models.training.atss import ANCHOR_STRIDES, assign_adaptively
-from models.training.collaborative import FEWEST, choose_samples
 from models.training.faster_rcnn import RATIOS, SCALES, RoIHead
 from models.training.losses import FocalLoss, QualityFocalLoss, Stack
 from tests import rule
@@ -193,7 +193,7 @@ def test_roi_features_equal_official() -> None:
 
 
 def test_boxes_of_annotations_survive_normalising() -> None:
-    """Multiples of an eighth of a pixel, and thirds of one, divided by a picture's size and multiplied again."""
+    """Multiples of an eighth of a pixel, and thirds of one, divided by an image's size and multiplied again."""
     torch.manual_seed(0)
     for dtype, close in ((torch.float32, 2e-4), (torch.float64, 1e-8)):
         start = torch.randint(0, 700 * 8, (1000, 2)).to(dtype) / 8

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from datasets import build_dataset
 from datasets.class_map import COCO_IDS, ClassMap
 from datasets.coco import CocoDetection, find_files
-from datasets.pictures import read_picture
+from datasets.image_io import read_image
 from datasets.transforms import make_transforms
 from tests.shared_data import (
     SHARED,
@@ -27,7 +27,7 @@ from tests.shared_data import (
     needs_shared,
     read_shared,
     recorded_fields,
-    rule_picture,
+    rule_image,
 )
 from util.seeding import local_seed
 
@@ -35,18 +35,18 @@ RECORDED = read_shared('parity/transforms/coco_pipeline.json')
 
 
 def write_data(root: Path, data: dict, name: str = 'val2017') -> Path:
-    """A folder in COCO's layout, with the deterministic pictures of the recording as PNG."""
+    """A folder in COCO's layout, with the deterministic images of the recording as PNG."""
     (root / 'annotations').mkdir(parents=True, exist_ok=True)
     (root / name).mkdir(parents=True, exist_ok=True)
     (root / 'annotations' / f'instances_{name}.json').write_text(json.dumps(data))
-    for image in data['images']:
-        picture = rule_picture(f'coco/{image["id"]}', image['height'], image['width'])
-        PIL.Image.fromarray(picture).save(root / name / image['file_name'])
+    for entry in data['images']:
+        image = rule_image(f'coco/{entry["id"]}', entry['height'], entry['width'])
+        PIL.Image.fromarray(image).save(root / name / entry['file_name'])
     return root
 
 
 def small_data() -> dict:
-    """Two pictures and the second one empty; category ids with gaps and not in order."""
+    """Two images and the second one empty; category ids with gaps and not in order."""
     return {
         'images': [
             {'id': 12, 'file_name': 'b.png', 'height': 40, 'width': 50},
@@ -77,11 +77,11 @@ def test_items_equal_official(recorded_root: Path, kind: str) -> None:
     dataset = load(recorded_root, class_map=class_map, return_masks=kind.endswith('masks'))
     assert dataset.ids == RECORDED['ids_order']
     assert len(dataset) == RECORDED['dataset_length']
-    for (picture, target), recorded in zip(dataset, RECORDED[kind], strict=True):
+    for (image, target), recorded in zip(dataset, RECORDED[kind], strict=True):
         assert_target_equals(target, recorded)
         assert list(target) == recorded_fields(recorded)
-        expected = rule_picture(f'coco/{int(target["image_id"])}', *target['size'].tolist())
-        assert np.array_equal(picture.permute(1, 2, 0).numpy(), expected)
+        expected = rule_image(f'coco/{int(target["image_id"])}', *target['size'].tolist())
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
 
 
 @needs_shared
@@ -90,27 +90,27 @@ def test_evaluation_items_equal_official(recorded_root: Path) -> None:
     dataset = load(recorded_root, class_map=class_map, transforms=make_transforms('val'))
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-    for (picture, target), recorded in zip(dataset, RECORDED['items_val_transform'], strict=True):
+    for (image, target), recorded in zip(dataset, RECORDED['items_val_transform'], strict=True):
         assert_target_equals(target, recorded['target'])
-        assert list(picture.shape) == recorded['picture_shape']
-        normalized = (picture / 255 - mean) / std
+        assert list(image.shape) == recorded['picture_shape']
+        normalized = (image / 255 - mean) / std
         assert abs(float(normalized.mean()) - recorded['picture_mean']) < 1e-4
         assert abs(float(normalized.norm()) - recorded['picture_l2']) < 1e-4 * recorded['picture_l2']
 
 
 @needs_shared
 @pytest.mark.parametrize('name', ['train', 'val'])
-def test_true_coco_pictures_load(name: str) -> None:
+def test_true_coco_images_load(name: str) -> None:
     root = SHARED / 'data/coco_mini'
     folder, file = find_files(name, arguments(coco_path=str(root)))
     dataset = CocoDetection(folder, file, make_transforms(name, 100), return_masks=True)
     assert dataset.class_map.num_classes == 91
     objects = 0
     for idx in range(0, len(dataset), 4):
-        picture, target = dataset[idx]
-        assert picture.shape[0] == 3
-        assert picture.dtype == torch.uint8
-        assert target['masks'].shape[1:] == picture.shape[1:]
+        image, target = dataset[idx]
+        assert image.shape[0] == 3
+        assert image.dtype == torch.uint8
+        assert target['masks'].shape[1:] == image.shape[1:]
         objects += len(target['labels'])
     assert objects > 0
 
@@ -168,12 +168,12 @@ def test_bad_categories_are_refused(categories: list, message: str) -> None:
 
 
 BAD_ANNOTATIONS = [
-    ({'bbox': [1, 2, 3]}, r'annotation 1 \(picture 12\) has bbox \[1, 2, 3\]'),
+    ({'bbox': [1, 2, 3]}, r'annotation 1 \(image 12\) has bbox \[1, 2, 3\]'),
     ({'bbox': [1, 2, 3, float('nan')]}, 'four finite numbers'),
     ({'bbox': [1, 2, -3, 4]}, 'not negative'),
     ({'bbox': None}, 'has bbox None'),
     ({'bbox': ['1', 2, 3, 4]}, 'four finite numbers'),
-    ({'image_id': 99}, r'annotation 1 \(picture 99\) belongs to a picture'),
+    ({'image_id': 99}, r'annotation 1 \(image 99\) belongs to an image'),
     ({'category_id': 4}, 'has category 4, but the categories are 3, 7, 250'),
     ({'area': None}, 'has area None'),
 ]
@@ -197,7 +197,7 @@ def test_bad_annotations_are_named(tmp_path: Path, change: dict, message: str) -
         ('[]', 'no list "images"'),
         ('{"images": [], "annotations": []}', 'no list "categories"'),
         ('{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": [], '
-         '"categories": [{"id": 1}]}', 'picture id 1 occurs twice'),
+         '"categories": [{"id": 1}]}', 'image id 1 occurs twice'),
     ],
 )  # fmt: skip
 def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
@@ -210,11 +210,11 @@ def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
 def test_missing_files_are_named(tmp_path: Path) -> None:
     write_data(tmp_path, small_data())
     (tmp_path / 'val2017/a.png').unlink()
-    with pytest.raises(FileNotFoundError, match=r'1 of 2 pictures .* the first is a\.png'):
+    with pytest.raises(FileNotFoundError, match=r'1 of 2 images .* the first is a\.png'):
         load(tmp_path)
     with pytest.raises(FileNotFoundError, match='does not exist'):
         CocoDetection(tmp_path / 'val2017', tmp_path / 'nothing.json')
-    with pytest.raises(FileNotFoundError, match='picture folder'):
+    with pytest.raises(FileNotFoundError, match='image folder'):
         CocoDetection(tmp_path / 'nothing', tmp_path / 'annotations/instances_val2017.json')
 
 
@@ -223,7 +223,7 @@ def test_masks_need_segmentations(tmp_path: Path) -> None:
         load(write_data(tmp_path, small_data()), return_masks=True)
 
 
-def test_a_picture_of_another_size_is_refused(tmp_path: Path) -> None:
+def test_a_image_of_another_size_is_refused(tmp_path: Path) -> None:
     data = small_data()
     write_data(tmp_path, data)
     data['images'][1]['width'] = 21
@@ -245,8 +245,8 @@ def test_file_names_may_have_folders(tmp_path: Path) -> None:
     assert load(tmp_path)[0][0].shape == (3, 30, 20)
 
 
-GREY = rule_picture('grey', 24, 36)[:, :, 0]
-RGB = rule_picture('colour', 24, 36)
+GREY = rule_image('grey', 24, 36)[:, :, 0]
+RGB = rule_image('colour', 24, 36)
 
 
 def encoded(image: PIL.Image.Image, kind: str, **options: object) -> bytes:
@@ -261,7 +261,7 @@ def rotated_exif() -> PIL.Image.Exif:
     return exif
 
 
-ODD_PICTURES = {
+ODD_IMAGES = {
     'grey.jpg': lambda: encoded(PIL.Image.fromarray(GREY), 'JPEG'),
     'colour.jpg': lambda: encoded(PIL.Image.fromarray(RGB), 'JPEG', quality=90),
     'progressive.jpg': lambda: encoded(PIL.Image.fromarray(RGB), 'JPEG', progressive=True),
@@ -278,31 +278,31 @@ ODD_PICTURES = {
 }
 
 
-@pytest.mark.parametrize('name', ODD_PICTURES)
-def test_pictures_of_every_kind_decode_as_pillow_does(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize('name', ODD_IMAGES)
+def test_images_of_every_kind_decode_as_pillow_does(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    path.write_bytes(ODD_PICTURES[name]())
-    picture = read_picture(path)
-    with PIL.Image.open(path) as image:
-        expected = torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1)
-    assert picture.dtype == torch.uint8
-    assert picture.shape == (3, 24, 36)
-    assert (picture.int() - expected.int()).abs().max() <= 1
+    path.write_bytes(ODD_IMAGES[name]())
+    image = read_image(path)
+    with PIL.Image.open(path) as opened:
+        expected = torch.from_numpy(np.array(opened.convert('RGB'))).permute(2, 0, 1)
+    assert image.dtype == torch.uint8
+    assert image.shape == (3, 24, 36)
+    assert (image.int() - expected.int()).abs().max() <= 1
 
 
 def test_sixteen_bits_become_eight_and_not_white(tmp_path: Path) -> None:
     PIL.Image.fromarray(GREY.astype(np.uint16) * 256 + 77).save(tmp_path / 'deep.png')
-    picture = read_picture(tmp_path / 'deep.png')
-    assert np.array_equal(picture.numpy(), np.stack([GREY] * 3))
+    image = read_image(tmp_path / 'deep.png')
+    assert np.array_equal(image.numpy(), np.stack([GREY] * 3))
 
 
 @pytest.mark.parametrize('name', ['colour.jpg', 'grey.png', 'colour.tiff'])
-def test_broken_pictures_are_named(tmp_path: Path, name: str) -> None:
-    data = ODD_PICTURES[name]()
-    for content in (data[: len(data) // 2], b'', b'no picture at all'):
+def test_broken_images_are_named(tmp_path: Path, name: str) -> None:
+    data = ODD_IMAGES[name]()
+    for content in (data[: len(data) // 2], b'', b'no image at all'):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f'{name} is not a readable picture'):
-            read_picture(tmp_path / name)
+        with pytest.raises(ValueError, match=f'{name} is not a readable image'):
+            read_image(tmp_path / name)
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_only(tmp_path: Path) -> None:
@@ -313,26 +313,26 @@ def test_augmentation_depends_on_seed_epoch_and_index_only(tmp_path: Path) -> No
         dataset.set_epoch(epoch)
         random.seed(epoch)
         epochs.append([dataset[0][0], dataset[1][0]])
-    assert len({tuple(picture.shape) for pictures in epochs for picture in pictures}) > 2
+    assert len({tuple(image.shape) for images in epochs for image in images}) > 2
     dataset.set_epoch(2)
     assert torch.equal(dataset[1][0], epochs[2][1])
     other = load(root, transforms=make_transforms('train', img_size=64), seed=2)
-    pictures = []
+    images = []
     for epoch in range(4):
         other.set_epoch(epoch)
-        pictures.append(other[1][0])
-    assert any(mine.shape != theirs[1].shape for mine, theirs in zip(pictures, epochs, strict=True))
+        images.append(other[1][0])
+    assert any(mine.shape != theirs[1].shape for mine, theirs in zip(images, epochs, strict=True))
 
 
-def test_number_of_workers_does_not_change_pictures(tmp_path: Path) -> None:
+def test_number_of_workers_does_not_change_images(tmp_path: Path) -> None:
     """Also over epochs with workers that stay alive."""
     dataset = load(write_data(tmp_path, small_data()), transforms=make_transforms('train', img_size=64))
     alone = DataLoader(dataset, batch_size=None)
     workers = DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=True)
     for epoch in range(3):
         dataset.set_epoch(epoch)
-        for (picture, target), (expected, expected_target) in zip(workers, alone, strict=True):
-            assert torch.equal(picture, expected)
+        for (image, target), (expected, expected_target) in zip(workers, alone, strict=True):
+            assert torch.equal(image, expected)
             assert torch.equal(target['boxes'], expected_target['boxes'])
 
 
@@ -340,8 +340,8 @@ def test_number_of_workers_does_not_change_pictures(tmp_path: Path) -> None:
 def test_spawned_workers_work(tmp_path: Path) -> None:
     dataset = load(write_data(tmp_path, small_data()), transforms=make_transforms('train', img_size=64))
     loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context='spawn')
-    for (picture, _), (expected, _) in zip(loader, dataset, strict=True):
-        assert torch.equal(picture, expected)
+    for (image, _), (expected, _) in zip(loader, dataset, strict=True):
+        assert torch.equal(image, expected)
 
 
 def test_workers_get_no_ground_truth(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""COCO evaluation: the known answers, with either library, however the pictures arrive."""
+"""COCO evaluation: the known answers, with either library, however the images arrive."""
 
 import copy
 import itertools
@@ -53,7 +53,7 @@ def as_predictions(results: list[dict], ground_truth: dict, class_map: ClassMap)
 @needs_shared
 @pytest.mark.parametrize('iou_type', ['bbox', 'segm'])
 @pytest.mark.parametrize('make_map', [ClassMap.identity, ClassMap.from_categories])
-def test_known_answer_of_a_hundred_coco_pictures(backend: str, iou_type: str, make_map: object) -> None:
+def test_known_answer_of_a_hundred_coco_images(backend: str, iou_type: str, make_map: object) -> None:
     ground_truth = read_shared(f'{REFERENCE}/instances_val2014_100.json')
     results = read_shared(f'{REFERENCE}/{RESULTS[iou_type]}')
     class_map = make_map(ground_truth['categories'])
@@ -102,7 +102,7 @@ CLASS_MAP = ClassMap.from_categories(CATEGORIES)
 
 
 def tiny_ground_truth() -> dict:
-    """Three pictures: two objects (one has id 0), one object, none. No area, no iscrowd."""
+    """Three images: two objects (one has id 0), one object, none. No area, no iscrowd."""
     annotations = [
         {'id': 0, 'image_id': 1, 'category_id': 7, 'bbox': [10, 10, 50, 60]},
         {'id': 4, 'image_id': 1, 'category_id': 250, 'bbox': [100, 20, 40, 40]},
@@ -149,12 +149,12 @@ def test_no_detections_score_zero(backend: str) -> None:
     assert summary.stats[STAT_NAMES.index('AR100')] == 0
 
 
-def test_no_objects_or_no_pictures_give_minus_one(backend: str) -> None:
+def test_no_objects_or_no_images_give_minus_one(backend: str) -> None:
     assert summarize(backend, {3: {}}).stats == [-1] * 12
     assert summarize(backend, {}).stats == [-1] * 12
 
 
-def test_only_pictures_handed_in_count(backend: str) -> None:
+def test_only_images_handed_in_count(backend: str) -> None:
     truth = tiny_ground_truth()
     assert summarize(backend, {2: perfect(truth, 2)}).stats[0] == pytest.approx(1)
     missed = summarize(backend, {1: {}, 2: perfect(truth, 2)})
@@ -162,7 +162,7 @@ def test_only_pictures_handed_in_count(backend: str) -> None:
     assert sum(row['objects'] for row in missed.per_class) == 3
 
 
-def test_first_prediction_of_a_picture_wins(backend: str) -> None:
+def test_first_prediction_of_a_image_wins(backend: str) -> None:
     truth = tiny_ground_truth()
     evaluator = CocoEvaluator(truth, CLASS_MAP, backend=backend)
     evaluator.update({2: perfect(truth, 2)})
@@ -223,7 +223,7 @@ def test_wrong_input_is_refused() -> None:
     with pytest.raises(ValueError, match='bbox and segm'):
         CocoEvaluator(truth, CLASS_MAP, iou_types=('keypoints',))
     evaluator = CocoEvaluator(truth, CLASS_MAP)
-    with pytest.raises(ValueError, match='picture 17 is not among the 3'):
+    with pytest.raises(ValueError, match='image 17 is not among the 3'):
         evaluator.update({17: {}})
     with pytest.raises(ValueError, match='labels run from 0 to 90, but the data has 3 classes'):
         evaluator.update({2: perfect(truth, 2) | {'labels': torch.tensor([90, 0])}})
@@ -245,7 +245,7 @@ def gather_in_two_processes(rank: int, folder: str) -> None:
     dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
     truth = tiny_ground_truth()
     evaluator = CocoEvaluator(truth, CLASS_MAP)
-    # Picture 2 comes twice, as a sampler that fills up gives it; the copy of rank 0 counts.
+    # Image 2 comes twice, as a sampler that fills up gives it; the copy of rank 0 counts.
     evaluator.update({1: perfect(truth, 1), 2: perfect(truth, 2)} if rank == 0 else {3: {}, 2: {}})
     evaluator.synchronize_between_processes()
     torch.save(evaluator.summarize()['bbox'].stats, f'{folder}/{rank}.pth')
@@ -253,7 +253,7 @@ def gather_in_two_processes(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_processes_merge_and_count_a_picture_once(tmp_path: Path) -> None:
+def test_processes_merge_and_count_a_image_once(tmp_path: Path) -> None:
     mp.spawn(gather_in_two_processes, (str(tmp_path),), nprocs=2)
     stats = [torch.load(tmp_path / f'{rank}.pth') for rank in (0, 1)]
     alone = tiny_ground_truth()

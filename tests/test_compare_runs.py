@@ -67,7 +67,7 @@ def test_folders_that_are_no_runs_are_named(tmp_path: Path) -> None:
         compare_runs.read_run(tmp_path)
     record = {
         'epoch': 0,
-        'pictures': 5,
+        'images': 5,
         'train_seconds': 30,
         'train_loss_ce': 1,
         'train_loss_bbox': 1,
@@ -75,4 +75,4 @@ def test_folders_that_are_no_runs_are_named(tmp_path: Path) -> None:
     }
     (tmp_path / 'log.jsonl').write_text(json.dumps(record) + '\n')
     (epoch,) = compare_runs.read_run(tmp_path)
-    assert (epoch.pictures, epoch.minutes, epoch.loss, epoch.ap) == (5, 0.5, 9, None)
+    assert (epoch.images, epoch.minutes, epoch.loss, epoch.ap) == (5, 0.5, 9, None)

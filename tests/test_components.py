@@ -29,7 +29,7 @@ def boxes(name: str, *shape: int) -> Tensor:
 
 
 def padded_mask() -> Tensor:
-    """Pictures of 5 x 7 and 6 x 4 cells."""
+    """Images of 5 x 7 and 6 x 4 cells."""
     return nested_tensor_from_tensor_list([torch.zeros(3, 5, 7), torch.zeros(3, 6, 4)]).mask
 
 
@@ -118,28 +118,28 @@ def test_matcher_equals_official(name: str, case: str) -> None:
     targets = matcher_targets()[case]
     pairs = HungarianMatcher(*costs)(prediction, targets)
     offsets = [0, len(targets[0]['labels'])]
-    for picture, (query, target) in enumerate(RECORDED['matcher'][name][case]):
-        here = pairs.batch == picture
+    for image, (query, target) in enumerate(RECORDED['matcher'][name][case]):
+        here = pairs.batch == image
         assert pairs.query[here].tolist() == query
-        assert (pairs.target[here] - offsets[picture]).tolist() == target
+        assert (pairs.target[here] - offsets[image]).tolist() == target
 
 
-def test_one_picture_is_matched_as_in_a_batch() -> None:
+def test_one_image_is_matched_as_in_a_batch() -> None:
     prediction = Prediction(torch.randn(2, 12, 6), torch.rand(2, 12, 4) * 0.4 + 0.2)
     targets = [
         {'labels': torch.randint(0, 6, (num,)), 'boxes': torch.rand(num, 4) * 0.4 + 0.2} for num in (2, 9)
     ]
     together = HungarianMatcher(2, 5, 2)(prediction, targets)
-    for picture, first_target in ((0, 0), (1, 2)):
+    for image, first_target in ((0, 0), (1, 2)):
         alone = HungarianMatcher(2, 5, 2)(
-            Prediction(prediction.logits[picture, None], prediction.boxes[picture, None]), [targets[picture]]
+            Prediction(prediction.logits[image, None], prediction.boxes[image, None]), [targets[image]]
         )
-        here = together.batch == picture
+        here = together.batch == image
         assert alone.query.tolist() == together.query[here].tolist()
         assert alone.target.tolist() == (together.target[here] - first_target).tolist()
 
 
-def test_pictures_without_objects_give_no_pairs() -> None:
+def test_images_without_objects_give_no_pairs() -> None:
     prediction = Prediction(torch.randn(2, 12, 6), torch.rand(2, 12, 4))
     empty = {'labels': torch.zeros(0, dtype=torch.int64), 'boxes': torch.zeros(0, 4)}
     pairs = HungarianMatcher(1, 5, 2)(prediction, [empty, empty])
@@ -150,15 +150,15 @@ def test_predictions_that_are_not_finite_are_named() -> None:
     prediction = Prediction(torch.randn(2, 12, 6), torch.rand(2, 12, 4))
     prediction.boxes[1, 3, 2] = float('nan')
     target = {'labels': torch.tensor([1]), 'boxes': torch.full((1, 4), 0.3)}
-    with pytest.raises(FloatingPointError, match='picture 1'):
+    with pytest.raises(FloatingPointError, match='image 1'):
         HungarianMatcher(1, 5, 2)(prediction, [target, target])
 
 
 @needs_shared
 def test_batches_are_padded_as_official() -> None:
     recorded = read_shared('parity/transforms/transforms.json')['nested_tensor']
-    pictures = [rule.picture(p['name'], *p['hw']) for p in recorded['pictures']]
-    batch = nested_tensor_from_tensor_list(pictures)
+    images = [rule.image(p['name'], *p['hw']) for p in recorded['pictures']]
+    batch = nested_tensor_from_tensor_list(images)
     assert list(batch.tensors.shape) == recorded['tensor_shape']
     assert batch.mask.flatten(1).sum(1).tolist() == recorded['mask_true_count']
     for size, masks in recorded['feature_masks_nearest_true_is_padding'].items():

@@ -79,9 +79,9 @@ def test_a_stripped_file_is_the_plain_model(tmp_path: Path) -> None:
     plain, _, _ = build_model(Namespace(**stripped['args'] | {'backbone_weights': 'none'}))
     assert not list(plain.query_sources) and list(plain.num_queries) == ['one2one']
     load_checkpoint(plain, stripped)
-    pictures = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        ours, theirs = plain.eval()(pictures), model.eval()(pictures)
+        ours, theirs = plain.eval()(images), model.eval()(images)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 

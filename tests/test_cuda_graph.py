@@ -42,7 +42,7 @@ def test_only_evaluations_on_a_gpu_are_recorded() -> None:
 @pytest.mark.parametrize('mode', ['off', 'bf16'])
 @families
 def test_replayed_equals_eager(flags: dict, mode: str) -> None:
-    """Also for pictures and padding that the recording has not seen."""
+    """Also for images and padding that the recording has not seen."""
     device = torch.device('cuda')
     model, context = eval_model(flags).to(device), Precision(mode, device).autocast
     graphed = GraphedDetector(model, uint8_batch((96, 128), (96, 128)).to(device), context)

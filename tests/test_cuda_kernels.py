@@ -2,7 +2,7 @@
 The CUDA kernels of deformable attention without a GPU: `cuda_on_cpu.h` runs them on the CPU, thread by thread,
 and their results are compared with grid_sample in float64; and nvcc compiles them for several GPUs.
 
-Letters: N pictures, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
+Letters: N images, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
 """
 
 import platform

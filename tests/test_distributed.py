@@ -19,8 +19,8 @@ from models.training import collaborative
 from models.training.criterion import weighted_sum
 from tests.processes import end_group, in_processes, start_group
 from tests.test_run import TINY, load
-from util.dist import get_rank, get_world_size
-from util.parallel import gather, local_gradients, replicate, shard
+from util.distributed.collectives import get_rank, get_world_size
+from util.distributed.parallel import gather, local_gradients, replicate, shard
 
 SMALL = {
     'hidden_dim': 32, 'nheads': 4, 'enc_layers': 1, 'dec_layers': 2, 'dim_feedforward': 32, 'num_queries': 9, 'dropout': 0.0,
@@ -57,7 +57,7 @@ def content_of(x: Tensor) -> Tensor:
 
 @contextmanager
 def no_chance() -> Iterator[None]:
-    """What is drawn follows from what it is drawn for, not from how pictures are dealt out; and a head has the same number of
+    """What is drawn follows from what it is drawn for, not from how images are dealt out; and a head has the same number of
     queries in any batch.
     """
 
@@ -78,18 +78,18 @@ def no_chance() -> Iterator[None]:
 
 
 def batch(step: int, counts: list[int]) -> tuple[Tensor, list[dict]]:
-    """Pictures [B, 3, 64, 64] with so many objects."""
+    """Images [B, 3, 64, 64] with so many objects."""
     generator = torch.Generator().manual_seed(step)
-    pictures = torch.randn(len(counts), 3, 64, 64, generator=generator)
+    images = torch.randn(len(counts), 3, 64, 64, generator=generator)
     targets = []
     for count in counts:
         boxes = torch.rand(count, 4, generator=generator) * 0.4 + 0.1
         targets.append({'labels': torch.randint(0, 4, (count,), generator=generator), 'boxes': boxes})
-    return pictures, targets
+    return images, targets
 
 
 def train_some_steps(rank: int, flags: dict, counts: list[list[int]], accum_steps: int, wrap: str) -> dict:
-    """Weights after one optimizer step for each entry of `counts`, objects of all pictures of the step; and the mean of the
+    """Weights after one optimizer step for each entry of `counts`, objects of all images of the step; and the mean of the
     processes' losses.
     """
     torch.set_default_dtype(torch.float64)
@@ -101,17 +101,17 @@ def train_some_steps(rank: int, flags: dict, counts: list[list[int]], accum_step
     optimizer = build_optimizer(model, 1e-3, 1e-3, 1e-4)
     if wrap == 'ddp':
         model = replicate(model, [Prediction], accum_steps)
-    for step, per_picture in enumerate(counts):
-        pictures, targets = batch(step, per_picture)
-        size = len(per_picture) // get_world_size() // accum_steps
-        parts = [slice(i * size, (i + 1) * size) for i in range(len(per_picture) // size)]
+    for step, per_image in enumerate(counts):
+        images, targets = batch(step, per_image)
+        size = len(per_image) // get_world_size() // accum_steps
+        parts = [slice(i * size, (i + 1) * size) for i in range(len(per_image) // size)]
         mine = parts[rank * accum_steps : (rank + 1) * accum_steps]
         optimizer.zero_grad()
         with no_chance():
             for index, part in enumerate(mine):
                 with local_gradients(model) if index + 1 < len(mine) else nullcontext():
                     terms = criterion(
-                        model(pictures[part], targets[part]), targets[part], [targets[p] for p in mine]
+                        model(images[part], targets[part]), targets[part], [targets[p] for p in mine]
                     )
                     loss = weighted_sum(terms, criterion.weight_dict)
                     (loss / len(mine)).backward()
@@ -130,7 +130,7 @@ def assert_equal(ours: dict, theirs: dict, tolerance: float = 1e-6) -> None:
 
 
 def counts_of(name: str, steps: int = 20) -> list[list[int]]:
-    """Objects of four pictures; in every third step the second process has none, and once nobody has."""
+    """Objects of four images; in every third step the second process has none, and once nobody has."""
     if name in EQUAL_COUNTS:
         return [[3, 3, 3, 3]] * steps
     rows = [[2, 3, 1, 4] if step % 3 else [2, 1, 0, 0] for step in range(steps)]
@@ -205,7 +205,7 @@ FROZEN = [
 
 @pytest.mark.slow
 def test_evaluation_in_two_processes_gives_the_same_numbers(tmp_path: Path) -> None:
-    """Seven pictures of different sizes, two in a batch: the last batch is smaller, and one process has more to do."""
+    """Seven images of different sizes, two in a batch: the last batch is smaller, and one process has more to do."""
     run_one('--output_dir', str(tmp_path / 'run'), '--epochs', '1')
     flags = [
         '--eval',
@@ -240,16 +240,16 @@ def test_sharded_runs_go_on_with_any_number_of_processes(tmp_path: Path) -> None
 
 
 def disagree(rank: int) -> str:
-    from util.dist import check_agreement, together
+    from util.distributed.collectives import check_agreement, fail_together
 
     messages = []
     for facts in ({'--lr': 0.1 + rank}, {'PyTorch': '2.11'} if rank else {}):
         with pytest.raises(ValueError) as error:
             check_agreement(facts)
         messages.append(str(error.value))
-    with pytest.raises((ValueError, OSError)) as error, together():
+    with pytest.raises((ValueError, OSError)) as error, fail_together():
         if rank == 1:
-            raise FileNotFoundError('picture 7 is missing')
+            raise FileNotFoundError('image 7 is missing')
     return [*messages, str(error.value)]
 
 
@@ -257,7 +257,7 @@ def test_processes_that_disagree_say_so() -> None:
     expected = [
         '--lr is 0.1 in process 0 and 1.1 in process 1',
         'PyTorch is None in process 0 and 2.11',
-        'picture 7',
+        'image 7',
     ]
     for texts in in_processes(2, disagree):
         assert all(part in text for part, text in zip(expected, texts, strict=True)), texts

@@ -15,9 +15,9 @@ import engine
 import main
 from tests.processes import end_group, in_processes, print_to, start_group, start_main
 from tests.test_run import ROOT, TINY, assert_same, load
+from util.distributed.heartbeat import Heartbeat
+from util.distributed.preemption import UNFINISHED
 from util.files import lock_folder, unlock
-from util.heartbeat import Heartbeat
-from util.interrupts import UNFINISHED
 
 # Twelve steps an epoch for one process, six for two.
 LONG = [
@@ -75,7 +75,7 @@ def test_a_signal_saves_in_the_middle_of_an_epoch(tmp_path: Path, number: int) -
     process.join(60)
     assert process.exitcode == UNFINISHED
     within = load(tmp_path / 'parts')['within_epoch']
-    assert 2 * 4 <= within['pictures'] < 24
+    assert 2 * 4 <= within['images'] < 24
     assert 'asked to stop: saved after step' in log.read_text()
     process = start_main(log, command, {})
     process.join(120)
@@ -120,7 +120,7 @@ def test_a_loss_that_is_not_finite_is_not_saved(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(FloatingPointError, match='not finite'):
         main.main(main.get_args_parser().parse_args(flags))
     assert all(value.isfinite().all() for value in load(tmp_path)['model'].values())
-    assert load(tmp_path)['within_epoch']['pictures'] == 2 * 2
+    assert load(tmp_path)['within_epoch']['images'] == 2 * 2
     assert not list(tmp_path.glob('.*'))
 
 
@@ -130,7 +130,7 @@ def test_saving_every_few_steps_is_enough_for_a_run_that_is_killed(tmp_path: Pat
     wait_for(tmp_path / 'log', 'epoch 1/2   8/12')
     process.kill()
     process.join()
-    assert load(tmp_path / 'parts')['within_epoch']['pictures'] in (12, 18)
+    assert load(tmp_path / 'parts')['within_epoch']['images'] in (12, 18)
     process = start_main(tmp_path / 'log', command, {})
     process.join(120)
     assert process.exitcode == 0
@@ -218,7 +218,7 @@ def fail_in_one(rank: int, log: str) -> None:
     heartbeat = Heartbeat(interval=0.2, patience=5.0)
     heartbeat.start()
     if rank == 1:
-        heartbeat.fail(ValueError('picture.jpg is not a readable picture'))
+        heartbeat.fail(ValueError('image.jpg is not a readable image'))
         return
     time.sleep(20)
 
@@ -227,7 +227,7 @@ def fail_in_one(rank: int, log: str) -> None:
 def test_others_are_told_what_a_process_has_failed_of(tmp_path: Path) -> None:
     with pytest.raises((AssertionError, FileNotFoundError)):
         in_processes(2, fail_in_one, str(tmp_path / 'log'), seconds=10)
-    assert 'ValueError: picture.jpg is not a readable picture' in (tmp_path / 'log').read_text()
+    assert 'ValueError: image.jpg is not a readable image' in (tmp_path / 'log').read_text()
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_sees_the_rest_of_the_pictures(tmp_path: Path) -> None:
+def test_another_number_of_processes_sees_the_rest_of_the_images(tmp_path: Path) -> None:
     """Stopped in the middle of an epoch with two processes, resumed with one of twice the batch."""
     flags = [
         *LONG,

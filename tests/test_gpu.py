@@ -15,13 +15,13 @@ from engine import build_optimizer, train_one_epoch
 from models import build_model
 from models.ops.functions.ms_deform_attn_func import KERNELS, available
 from models.ops.test import make_inputs
-from models.regions import compile_regions
+from models.parts import compile_parts
 from models.structures import Prediction
 from models.training.criterion import weighted_sum
 from tests.test_distributed import SCHEMES, SMALL, batch, no_chance
 from tests.test_run import TINY, assert_same, load, parse
+from util.distributed.parallel import gather, replicate, shard
 from util.nested_tensor import nested_tensor_from_tensor_list
-from util.parallel import gather, replicate, shard
 from util.precision import Precision, set_tf32
 
 pytestmark = pytest.mark.gpu
@@ -48,15 +48,15 @@ def train_step(
 ) -> dict[str, Tensor]:
     """Losses, the total and gradients by name, on the CPU; draws follow from what they are drawn for."""
     device = next(model.parameters()).device
-    pictures, targets = batch(number, [3, 1])
-    pictures = pictures.to(device, torch.get_default_dtype())
+    images, targets = batch(number, [3, 1])
+    images = images.to(device, torch.get_default_dtype())
     targets = [{key: value.to(device) for key, value in target.items()} for target in targets]
     for target in targets:
-        target['boxes'] = target['boxes'].to(pictures.dtype)
+        target['boxes'] = target['boxes'].to(images.dtype)
     model.zero_grad(set_to_none=True)
     with no_chance():
         with precision.autocast():
-            outputs = model(pictures, targets)
+            outputs = model(images, targets)
         losses = criterion(outputs, targets)
     total = weighted_sum(losses, criterion.weight_dict)
     total.backward()
@@ -94,7 +94,7 @@ def test_compiled_parts_compute_the_same(scheme: str, mode: str) -> None:
     precision = Precision(mode, CUDA)
     model, criterion = build(scheme)
     expected = train_step(model.to(CUDA), criterion, precision)
-    compile_regions(model)
+    compile_parts(model)
     found = train_step(model, criterion, precision)
     close = 1e-3 if mode == 'off' else 0.05
     for name in criterion.weight_dict.keys() & expected.keys():

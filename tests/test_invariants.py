@@ -1,4 +1,4 @@
-"""What must hold for any weights and pictures, whatever the official code does."""
+"""What must hold for any weights and images, whatever the official code does."""
 
 import ast
 import re
@@ -100,7 +100,7 @@ def test_padding_does_not_reach_the_transformer(flags: dict, cells: list[tuple[i
     """A padded batch equals single runs without padding, whatever stands in the padded cells of the feature
     map.
 
-    (The convolutions in front of it see zeros beyond a picture's edge, and what their biases make of them
+    (The convolutions in front of it see zeros beyond an image's edge, and what their biases make of them
     behind the padding: that part of the official model depends on the batch, slightly.)
     """
     with float64():
@@ -128,7 +128,7 @@ def test_padding_does_not_reach_the_transformer(flags: dict, cells: list[tuple[i
 )
 @family
 def test_a_batch_of_two_equals_two_single_runs(flags: dict, dilation: bool) -> None:
-    """From pixels on: pictures padded to the same size, together and one at a time."""
+    """From pixels on: images padded to the same size, together and one at a time."""
     with float64():
         model, _, _ = build(flags | {'dilation': dilation, 'backbone': 'resnet50'})
         model.eval()
@@ -207,17 +207,17 @@ def test_more_objects_than_queries_leave_some_unanswered(flags: dict) -> None:
 
 
 @family
-def test_uint8_pictures_are_normalised_by_the_model(flags: dict) -> None:
+def test_uint8_images_are_normalised_by_the_model(flags: dict) -> None:
     model, _, _ = build(flags)
     model.eval()
-    picture = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
+    image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    normalised = (picture / 255 - mean[:, None, None]) / std[:, None, None]
+    normalised = (image / 255 - mean[:, None, None]) / std[:, None, None]
     small = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         expected = model([normalised, (small / 255 - mean[:, None, None]) / std[:, None, None]])
         torch.testing.assert_close(
-            model([picture, small])['pred_logits'], expected['pred_logits'], rtol=1e-4, atol=1e-4
+            model([image, small])['pred_logits'], expected['pred_logits'], rtol=1e-4, atol=1e-4
         )
 
 
@@ -521,9 +521,9 @@ def test_inference_reads_only_the_chosen_proposals_and_gets_the_same() -> None:
     """Evaluation computes boxes of the selected tokens alone; the numbers are those of a training pass."""
     with float64():
         model, _, _ = build(TWO_STAGE | {'dropout': 0.0})
-        pictures = torch.randn(2, 3, 64, 96)
+        images = torch.randn(2, 3, 64, 96)
         with torch.no_grad():
-            training, inference = model.train()(pictures), model.eval()(pictures)
+            training, inference = model.train()(images), model.eval()(images)
         for key in ('pred_logits', 'pred_boxes'):
             torch.testing.assert_close(inference[key], training[key])
 

@@ -11,7 +11,7 @@ import pytest
 from torch.distributed.run import get_args_parser as get_torchrun_parser
 
 from tests.test_run import TINY, load
-from util.launch import export_launcher_environment, first_host, is_preempted
+from util.distributed.launch import export_launcher_environment, first_host, is_preempted
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')

@@ -271,7 +271,7 @@ def test_flops_are_counted() -> None:
         (lambda v, s, x, w: (v, [30, 1, 0, 5], x, w), 'level 1 is empty'),
         (lambda v, s, x, w: (v, s, x[..., 0], w), r'must be \[N, Q, M, L, P, 2\]'),
         (lambda v, s, x, w: (v, s, x, w[..., :1]), 'attention_weights must be'),
-        (lambda v, s, x, w: (v[:1], s, x, w), 'differ in pictures or heads'),
+        (lambda v, s, x, w: (v[:1], s, x, w), 'differ in images or heads'),
         (lambda v, s, x, w: (v[0], s, x, w), r'value must be \[N, S, M, D\]'),
     ],
 )
@@ -322,8 +322,8 @@ class Detector(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = self.model(pictures)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.model(images)
         return outputs['pred_logits'], outputs['pred_boxes']
 
 
@@ -342,7 +342,7 @@ def small_detector() -> nn.Module:
     return Detector(model)
 
 
-PICTURES = [(1, 160, 192), (2, 224, 160), (2, 128, 288)]
+IMAGES = [(1, 160, 192), (2, 224, 160), (2, 128, 288)]
 
 
 @exports
@@ -362,12 +362,12 @@ def test_exported_detector_equals_eager_at_any_size(tmp_path: Path) -> None:
         runners['ONNX'] = lambda x: [
             torch.from_numpy(y) for y in session.run(None, {session.get_inputs()[0].name: x.numpy()})
         ]
-    for batch, height, width in PICTURES:
-        pictures = torch.randn(batch, 3, height, width)
+    for batch, height, width in IMAGES:
+        images = torch.randn(batch, 3, height, width)
         with torch.no_grad():
-            expected = detector(pictures)
+            expected = detector(images)
             for what, run in runners.items():
-                for ours, other in zip(expected, run(pictures), strict=True):
+                for ours, other in zip(expected, run(images), strict=True):
                     torch.testing.assert_close(other, ours, rtol=1e-4, atol=1e-4, msg=what)
 
 
@@ -404,10 +404,10 @@ def test_transformer_compiles_in_one_graph() -> None:
                 torch.testing.assert_close(other.grad, ours.grad, rtol=1e-4, atol=1e-5)
 
 
-def nested(pictures: Tensor) -> object:
+def nested(images: Tensor) -> object:
     from util.nested_tensor import nested_tensor_from_tensor_list
 
-    return nested_tensor_from_tensor_list(pictures)
+    return nested_tensor_from_tensor_list(images)
 
 
 ODD_PLACES = """

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from engine import build_optimizer
 from models import build_model, build_postprocessors, resolve_args
 from models.training import atss, faster_rcnn
-from models.training.anchors import BACKGROUND
 from models.training.collaborative import CollaborativeHeads
 from models.training.criterion import weighted_sum
+from models.training.dense_heads import BACKGROUND
 from tests import rule
 from tests.parity import assert_close, float64
 from tests.shared_data import SHARED, needs_shared
@@ -117,7 +117,7 @@ class Case:
         mask = torch.full((len(tensors), height, width), self.masked)
         for index, image in enumerate(self.record['images']):
             h, w = image['height'], image['width']
-            tensors[index, :, :h, :w] = rule.picture(image['name'], h, w)
+            tensors[index, :, :h, :w] = rule.image(image['name'], h, w)
             mask[index, :h, :w] = False
         return NestedTensor(tensors, mask)
 
@@ -130,7 +130,7 @@ class Case:
 
     @property
     def original_sizes(self) -> Tensor:
-        """[B, 2] height and width of the pictures that detections are scaled to."""
+        """[B, 2] height and width of the images that detections are scaled to."""
         factors = [torch.tensor(meta['scale_factor'][1::-1]) for meta in self.record['metas']]
         return torch.stack([size.flip(0) / factor for size, factor in zip(self.sizes, factors, strict=True)])
 
@@ -212,9 +212,9 @@ def test_training_equals_official(case: Case, noise: None, monkeypatch: pytest.M
     check_losses(case, losses, criterion.weight_dict)
     weighted_sum(losses, criterion.weight_dict).backward()
     check_gradients(case, model)
-    recorded, num_pictures = case.record['assignments'], len(targets)
-    check_samples(samples.returned[:num_pictures], recorded['rpn'])
-    check_samples(samples.returned[num_pictures:], recorded['rcnn'])
+    recorded, num_images = case.record['assignments'], len(targets)
+    check_samples(samples.returned[:num_images], recorded['rpn'])
+    check_samples(samples.returned[num_images:], recorded['rcnn'])
     for (_, found), expected in zip(adaptive.returned, recorded['atss'], strict=True):
         places = (found != BACKGROUND).nonzero()[:, 0]
         assert places.tolist() == expected['anchor_index_among_valid']
@@ -272,7 +272,7 @@ def check_queries(case: Case, groups: list) -> None:
 def check_matches(case: Case, criterion: nn.Module, predictions: list) -> None:
     layers = {f'd{index}': index for index in range(5)} | {'d5': None, 'enc': None}
     offset = np.cumsum([0] + [len(target['labels']) for target in case.targets])
-    for name, pictures in case.record['assignments']['query_head'].items():
+    for name, images in case.record['assignments']['query_head'].items():
         kind = 'enc' if name == 'enc' else 'one2one'
         (prediction,) = (p for p in predictions if (p.kind, p.layer) == (kind, layers[name]))
         row = criterion.table[kind]
@@ -280,7 +280,7 @@ def check_matches(case: Case, criterion: nn.Module, predictions: list) -> None:
             t | {'labels': torch.zeros_like(t['labels'])} if row.class_agnostic else t for t in case.targets
         ]
         pairs = row.matcher(prediction, shown)
-        for index, expected in enumerate(pictures):
+        for index, expected in enumerate(images):
             here = pairs.batch == index
             assert pairs.query[here].tolist() == expected['query'], name
             assert (pairs.target[here] - offset[index]).tolist() == expected['gt'], name

@@ -69,7 +69,7 @@ class Case:
     @property
     def samples(self) -> NestedTensor:
         return nested_tensor_from_tensor_list(
-            [rule.picture(p['name'], p['height'], p['width']) for p in self.record['images']]
+            [rule.image(p['name'], p['height'], p['width']) for p in self.record['images']]
         )
 
     def targets(self, target_set: str) -> list[dict[str, Tensor]]:
@@ -212,10 +212,10 @@ def check_assignments(
         if row.class_agnostic:
             targets = [target | {'labels': torch.zeros_like(target['labels'])} for target in targets]
         pairs = row.matcher(prediction, targets)
-        for picture, (query, target) in enumerate(call['indices']):
-            here = pairs.batch == picture
+        for image, (query, target) in enumerate(call['indices']):
+            here = pairs.batch == image
             assert pairs.query[here].tolist() == query
-            assert (pairs.target[here] - offsets[picture]).tolist() == target
+            assert (pairs.target[here] - offsets[image]).tolist() == target
 
 
 @pytest.mark.slow

@@ -94,10 +94,10 @@ def test_assignments_equal_official(case: Case) -> None:
     offsets = np.cumsum([0] + [len(target['labels']) for target in case.targets])
     for prediction, call in zip(by_call, case.record['matcher_calls']['calls'], strict=True):
         pairs = criterion.table['one2one'].matcher(prediction, case.targets)
-        for picture, (query, target) in enumerate(call):
-            here = pairs.batch == picture
+        for image, (query, target) in enumerate(call):
+            here = pairs.batch == image
             assert pairs.query[here].tolist() == query
-            assert (pairs.target[here] - offsets[picture]).tolist() == target
+            assert (pairs.target[here] - offsets[image]).tolist() == target
 
 
 @pytest.mark.slow

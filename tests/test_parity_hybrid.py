@@ -74,7 +74,7 @@ class Case:
 
     def samples(self, padding: bool = True) -> NestedTensor:
         samples = nested_tensor_from_tensor_list(
-            [rule.picture(p['rule_name'], p['height'], p['width']) for p in self.record['images']]
+            [rule.image(p['rule_name'], p['height'], p['width']) for p in self.record['images']]
         )
         return samples if padding else NestedTensor(samples.tensors, torch.zeros_like(samples.mask))
 
@@ -113,12 +113,12 @@ def check_assignments(case: Case, criterion: nn.Module, predictions: list) -> No
         (prediction,) = (p for p in predictions if (p.kind, p.layer) == (kind, layer))
         agnostic = [target | {'labels': torch.zeros_like(target['labels'])} for target in targets]
         pairs = criterion.table[kind].matcher(prediction, agnostic if kind == 'enc' else targets)
-        for picture, (query, target) in enumerate(recorded):
-            here = pairs.batch == picture
+        for image, (query, target) in enumerate(recorded):
+            here = pairs.batch == image
             assert pairs.query[here].tolist() == query, name
             # Objects are repeated as a block, and ours are counted once.
-            assert (pairs.target[here] - offsets[picture]).tolist() == [
-                t % len(targets[picture]['labels']) for t in target
+            assert (pairs.target[here] - offsets[image]).tolist() == [
+                t % len(targets[image]['labels']) for t in target
             ], name
 
 

@@ -44,7 +44,7 @@ def small_swin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def training_pass(flags: dict, mode: str) -> tuple[nn.Module, dict, Tensor]:
-    """A freshly built model, its outputs and its loss; the same pictures and objects every time."""
+    """A freshly built model, its outputs and its loss; the same images and objects every time."""
     model, criterion, _ = build(flags | {'dropout': 0.0})
     torch.manual_seed(1)
     targets = random_targets(3, 2)
@@ -139,11 +139,11 @@ def test_losses_do_not_depend_on_autocast() -> None:
 def test_bf16_detects_nearly_the_same(flags: dict) -> None:
     """At evaluation; with decoders that choose proposals only their best boxes can be compared."""
     model, _, _ = build(flags)
-    pictures = torch.randn(2, 3, 64, 96)
+    images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        expected = model.eval()(pictures)
+        expected = model.eval()(images)
         with Precision('bf16', CPU).autocast():
-            outputs = model(pictures)
+            outputs = model(images)
     for name, value in outputs.items():
         assert value.dtype == torch.float32
         if not (flags.get('two_stage') or flags.get('dino')):
@@ -191,13 +191,13 @@ def test_fp16_trains(steps: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('flags', [{}, {'conditional': True}, TWO_STAGE | CO_HEADS, {'dino': True}])
 def test_fp16_steps_of_whole_models(flags: dict) -> None:
-    """From pictures on; the scale finds its size within a few steps, each of which halves it."""
+    """From images on; the scale finds its size within a few steps, each of which halves it."""
     model, criterion, _ = build(flags)
     optimizer, precision = build_optimizer(model, 1e-4, 1e-5, 1e-4), Precision('fp16', CPU)
-    pictures, targets = torch.randn(2, 3, 64, 64), random_targets(3, 2)
+    images, targets = torch.randn(2, 3, 64, 64), random_targets(3, 2)
     for _ in range(4):
         with precision.autocast():
-            outputs = model.train()(pictures, targets)
+            outputs = model.train()(images, targets)
         loss = weighted_sum(criterion(outputs, targets), criterion.weight_dict)
         optimizer.zero_grad(set_to_none=True)
         precision.backward(loss)

@@ -1,4 +1,4 @@
-"""Whole runs of main.py on the built-in pictures: repeatable, resumable, able to learn, clear about what is
+"""Whole runs of main.py on the built-in images: repeatable, resumable, able to learn, clear about what is
 wrong.
 """
 
@@ -167,7 +167,7 @@ def test_pretrained_weights_fit_another_number_of_classes(
 
 
 def make_coco(folder: Path, ids: tuple[int, ...]) -> Path:
-    """A small data set in COCO form: two pictures a split, one of them without objects, a crowd and a box of
+    """A small data set in COCO form: two images a split, one of them without objects, a crowd and a box of
     no size.
     """
     from torchvision.io import write_png
@@ -330,15 +330,15 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('family', ['--conditional', ''], ids=['conditional', 'detr'])
-def test_overfits_8_pictures(tmp_path: Path, family: str) -> None:
-    """AP > 0.9 on the 8 pictures that it was trained on, exported and read back as COCO data."""
-    export(tmp_path / 'data', ShapesDetection(8, picture_size=64))
-    pictures, annotations = (
+def test_overfits_8_images(tmp_path: Path, family: str) -> None:
+    """AP > 0.9 on the 8 images that it was trained on, exported and read back as COCO data."""
+    export(tmp_path / 'data', ShapesDetection(8, image_size=64))
+    folder_of_images, annotations = (
         tmp_path / 'data/train2017',
         tmp_path / 'data/annotations/instances_train2017.json',
     )
     data = [f'--{split}_{what}={path}' for split in ('train', 'val') for what, path in
-            (('images', pictures), ('ann', annotations))]  # fmt: skip
+            (('images', folder_of_images), ('ann', annotations))]  # fmt: skip
     flags = """--dataset_file coco --aug none --epochs 400 --lr_drop 320 --eval_every 400 --save_every 400 --batch_size 8
         --dropout 0 --hidden_dim 64 --num_queries 20 --print_freq 100"""
     text = TINY.replace('--conditional', family)

@@ -20,21 +20,21 @@ from models import build_model
 from tests.test_distributed import SMALL, TWO_STAGE
 from tests.test_run import assert_same, load, run
 from tools.convert_checkpoint import convert
-from util.average import WeightAverage
 from util.checkpoint import load_checkpoint
+from util.ema import WeightAverage
 from util.precision import Precision
 
 
 def shapes(number: int, aug: str = 'detr') -> ShapesDetection:
-    data = ShapesDetection(number, picture_size=96)
+    data = ShapesDetection(number, image_size=96)
     data.transforms = make_transforms('train', 96, None, aug)
     return data
 
 
 @pytest.mark.parametrize('aug', ['detr', 'flip', 'co_detr'])
-def test_the_size_of_a_picture_is_known_before_it_is_read(aug: str) -> None:
+def test_the_size_of_a_image_is_known_before_it_is_read(aug: str) -> None:
     data = shapes(12, aug)
-    sizes = data.picture_sizes()
+    sizes = data.image_sizes()
     for epoch in (0, 3):
         data.set_epoch(epoch)
         for idx in range(len(data)):
@@ -42,8 +42,8 @@ def test_the_size_of_a_picture_is_known_before_it_is_read(aug: str) -> None:
 
 
 def padding(data: ShapesDetection, batches: list[list[int]]) -> float:
-    """Share of the batches' pixels that belongs to no picture."""
-    sizes, real, padded = data.picture_sizes(), 0, 0
+    """Share of the batches' pixels that belongs to no image."""
+    sizes, real, padded = data.image_sizes(), 0, 0
     for batch in batches:
         drawn = [data.drawn_size(idx, 0, sizes[idx]) for idx in batch]
         real += sum(height * width for height, width in drawn)
@@ -51,7 +51,7 @@ def padding(data: ShapesDetection, batches: list[list[int]]) -> float:
     return 1 - real / padded
 
 
-def test_batches_of_one_size_have_little_padding_and_every_picture_once() -> None:
+def test_batches_of_one_size_have_little_padding_and_every_image_once() -> None:
     data = shapes(300)
     ranks = [SizeBatches(data, 4, 3, rank, seed=1) for rank in range(3)]
     batches = [list(sampler) for sampler in ranks]
@@ -165,12 +165,12 @@ def test_the_worst_batch_is_as_large_as_any_that_comes() -> None:
     data = shapes(40)
     (height, width), most = worst_batch(data, 2, one_size=False)
     drawn = [data[idx] for idx in range(len(data))]
-    assert height >= max(picture.shape[1] for picture, _ in drawn)
-    assert width >= max(picture.shape[2] for picture, _ in drawn)
+    assert height >= max(image.shape[1] for image, _ in drawn)
+    assert width >= max(image.shape[2] for image, _ in drawn)
     assert most >= max(len(target['labels']) for _, target in drawn)
     (height, width), _ = worst_batch(data, 2, one_size=True)
     assert height * width == max(
-        math.prod(data.drawn_size(i, e, data.picture_sizes()[i])) for e in range(4) for i in range(40)
+        math.prod(data.drawn_size(i, e, data.image_sizes()[i])) for e in range(4) for i in range(40)
     )
 
 
@@ -182,7 +182,7 @@ def test_a_lack_of_memory_is_explained_before_the_first_step(monkeypatch: pytest
 
     monkeypatch.setattr(model.transformer, 'encode', lack)
     with pytest.raises(
-        ValueError, match=r'4 pictures of 96 x 64 pixels with 7 objects each.*lower --batch_size'
+        ValueError, match=r'4 images of 96 x 64 pixels with 7 objects each.*lower --batch_size'
     ):
         engine.rehearse(model, criterion, Precision('off', torch.device('cpu')), 4, (96, 64), 7)
 

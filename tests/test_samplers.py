@@ -1,4 +1,4 @@
-"""Which pictures a process sees: Deformable DETR's samplers, and files kept in memory."""
+"""Which images a process sees: Deformable DETR's samplers, and files kept in memory."""
 
 import json
 from pathlib import Path
@@ -29,14 +29,14 @@ def test_samplers_draw_the_official_indices(case: dict) -> None:
             assert len(sampler) == case['num_samples']
 
 
-def test_every_picture_is_seen_once_or_twice() -> None:
+def test_every_image_is_seen_once_or_twice() -> None:
     for length, world in ((11, 4), (8, 8), (5, 1)):
         parts = [list(ChunkSampler(range(length), world, rank, seed=3)) for rank in range(world)]
         seen = [index for part in parts for index in part]
         assert set(seen) == set(range(length)) and len(seen) - length < world
 
 
-def test_kept_files_give_the_same_pictures(tmp_path: Path) -> None:
+def test_kept_files_give_the_same_images(tmp_path: Path) -> None:
     images = []
     for index in range(3):
         pixels = torch.randint(0, 255, (8, 10, 3), dtype=torch.uint8).numpy()
@@ -50,5 +50,5 @@ def test_kept_files_give_the_same_pictures(tmp_path: Path) -> None:
     dataset.keep_files(local_rank=0, local_size=2)
     for index in (0, 2):  # this process's share needs no disk any more
         (tmp_path / f'{index}.png').unlink()
-    for index, picture in enumerate(expected):
-        assert torch.equal(dataset[index][0], picture)
+    for index, image in enumerate(expected):
+        assert torch.equal(dataset[index][0], image)

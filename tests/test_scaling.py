@@ -96,15 +96,15 @@ def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -
     monkeypatch.setitem(scaling.MODELS, 'detr', TINY)
     monkeypatch.setattr(scaling, 'import_seconds', lambda: 1.0)
     monkeypatch.setattr(scaling.torch, 'set_num_threads', lambda count: None)  # of the other tests' threads
-    command = 'scaling --models detr --gpus 2 1024 --num_pictures 4 --rounds 1 --gpu_ms detr=100 --write_mb 1'
+    command = 'scaling --models detr --gpus 2 1024 --num_images 4 --rounds 1 --gpu_ms detr=100 --write_mb 1'
     args = benchmark.get_args_parser().parse_args(command.split())
     args.run(args)
     lines = capsys.readouterr().out.splitlines()
     rows = {line[6:65].strip(): line[65:].split() for line in lines if line.startswith('  ')}
     assert rows['hours between failures'] == ['25,339', '49.5']
-    assert rows['pictures a step'] == ['4', '2,048']
-    assert float(rows['step, ms'][0]) >= 200, 'two pictures of 100 ms'
-    assert len(rows['days for 1,000,000,000 pictures']) == 2
+    assert rows['images a step'] == ['4', '2,048']
+    assert float(rows['step, ms'][0]) >= 200, 'two images of 100 ms'
+    assert len(rows['days for 1,000,000,000 images']) == 2
     sent = float(rows['DDP: MB sent a GPU and step'][0])
     file = 1e3 * float(rows['checkpoint, GB'][0])
     assert 4 * sent < file < 5 * sent, 'weights, their average and two moments a trained number'

@@ -24,8 +24,8 @@ from models.ms_detr import SecondReading
 from models.structures import Assignment, Memory, Prediction
 from models.training import atss, build_supervision, faster_rcnn
 from models.training.criterion import weighted_sum
-from models.training.ledger import epoch_ledger, ledger_text, supervision_table
 from models.training.matcher import OneToManyMatcher, Targets, merge, stack_predictions
+from models.training.report import epoch_ledger, ledger_text, supervision_table
 from tests.parity import float64, to_targets
 from tests.reference_criterion import hybrid_batch, reference_losses
 from tests.shared_data import SHARED, needs_shared, read_shared
@@ -114,11 +114,11 @@ def test_one_to_many_matcher_equals_official(name: str) -> None:
     pairs = matcher(prediction, targets)
     assert pairs.count == sum(len(target['labels']) for target in targets)
     offset = 0
-    for picture, recorded in enumerate(case['pictures']):
-        num_objects = len(targets[picture]['labels'])
-        expected = arrays[f'{name}__cost{picture}']
-        torch.testing.assert_close(scores[picture, :num_objects], expected, rtol=0, atol=1e-12)
-        here = pairs.batch == picture
+    for image, recorded in enumerate(case['pictures']):
+        num_objects = len(targets[image]['labels'])
+        expected = arrays[f'{name}__cost{image}']
+        torch.testing.assert_close(scores[image, :num_objects], expected, rtol=0, atol=1e-12)
+        here = pairs.batch == image
         assert pairs.query[here].tolist() == recorded['matched_query']
         assert (pairs.target[here] - offset).tolist() == recorded['matched_target']
         offset += num_objects
@@ -254,7 +254,7 @@ def test_accumulated_batches_share_the_count_of_noised_objects() -> None:
         assert group.assignment.count == count(list(sizes)) == len(group.assignment.query)
 
 
-def test_pictures_with_fewer_cells_than_queries_of_a_head() -> None:
+def test_images_with_fewer_cells_than_queries_of_a_head() -> None:
     """A head has nothing to fill its queries up with."""
     flags = flags_of('two stages', ('heads',)) | {'num_feature_levels': 1, 'num_queries': 1}
     model, criterion, _ = build_model(Namespace(**flags))
@@ -288,7 +288,7 @@ def test_random_numbers_are_drawn_in_the_official_order(monkeypatch: pytest.Monk
     permuted = [num for name, num in drawn[4:] if name == 'randperm']
     assert len(drawn) == 4 + len(permuted)
     anchors, regions = permuted[:2], permuted[2:4]
-    assert min(anchors) > 500, 'negatives of each picture; there are fewer than ten positives'
+    assert min(anchors) > 500, 'negatives of each image; there are fewer than ten positives'
     assert all(num < 400 for num in regions) and len(permuted) >= 6
 
 
@@ -297,13 +297,11 @@ def test_the_seed_decides_samples_and_noise(base: str) -> None:
     flags = flags_of(base, ('heads', 'denoising'))
     torch.manual_seed(0)
     model, criterion, _ = build_model(Namespace(**flags))
-    pictures, targets = [torch.randn(3, 64, 64), torch.randn(3, 64, 96)], random_targets(3, 2)
+    images, targets = [torch.randn(3, 64, 64), torch.randn(3, 64, 96)], random_targets(3, 2)
     totals = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        totals.append(
-            weighted_sum(criterion(model.train()(pictures, targets), targets), criterion.weight_dict)
-        )
+        totals.append(weighted_sum(criterion(model.train()(images, targets), targets), criterion.weight_dict))
     assert totals[0] == totals[1] != totals[2]
 
 
@@ -349,10 +347,10 @@ def test_schemes_leave_inference_alone(
     monkeypatch.setattr(SecondReading, 'second_reading', lambda *_: pytest.fail('training code at inference'))
     for source in model.query_sources.values():
         monkeypatch.setattr(source, 'forward', lambda *_: pytest.fail('training code at inference'))
-    pictures = [torch.randn(3, 64, 64), torch.randn(3, 64, 96)]
+    images = [torch.randn(3, 64, 64), torch.randn(3, 64, 96)]
     before = deepcopy(plain_state(model.eval()))
     with torch.no_grad():
-        ours, theirs = model(pictures), plain.eval()(pictures)
+        ours, theirs = model(images), plain.eval()(images)
     assert set(ours) == {'pred_logits', 'pred_boxes'}
     for name in ours:
         assert torch.equal(ours[name], theirs[name])
@@ -363,11 +361,11 @@ def test_schemes_leave_inference_alone(
 def test_inference_calls_no_training_code(base: str) -> None:
     """Every Python function that an evaluation of a model with all schemes enters is in a file of inference."""
     model, _, postprocessors = build_model(Namespace(**flags_of(base, EVERYTHING)))
-    pictures, called = torch.randn(2, 3, 64, 64), set()
+    images, called = torch.randn(2, 3, 64, 64), set()
     sys.setprofile(lambda frame, event, _: called.add(frame.f_code.co_filename) if event == 'call' else None)
     try:
         with torch.no_grad():
-            postprocessors['bbox'](model.eval()(pictures), torch.tensor([[64, 64], [64, 64]]))
+            postprocessors['bbox'](model.eval()(images), torch.tensor([[64, 64], [64, 64]]))
     finally:
         sys.setprofile(None)
     ours = {Path(name).relative_to(ROOT) for name in called if Path(name).is_relative_to(ROOT)}
@@ -400,7 +398,7 @@ def test_combinations_train_30_steps(base: str, names: tuple[str, ...]) -> None:
     optimizer = build_optimizer(model, 1e-3, 1e-3, 0.0)
     averages = train_one_epoch(model, criterion, batches, optimizer, max_norm=0.1)
     assert all(np.isfinite(value) for value in averages.values())
-    assert 0.9 < averages['positives_one2one'] <= 1, 'pictures may have more objects than queries'
+    assert 0.9 < averages['positives_one2one'] <= 1, 'images may have more objects than queries'
     assert sum(v for name, v in averages.items() if name.startswith('share_')) == pytest.approx(1)
     if 'hybrid' in names:
         assert averages['positives_one2many'] > 2
@@ -419,10 +417,10 @@ def test_the_one_to_one_group_does_not_notice_the_others_while_training() -> Non
     torch.manual_seed(0)
     flags = flags_of('two stages with tricks', EVERYTHING) | {'dropout': 0.0}
     model, _, _ = build_model(Namespace(**flags))
-    pictures = torch.randn(2, 3, 96, 96)
+    images = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
-        training = model.train()(pictures, random_targets(3, 2))
-        evaluated = model.eval()(pictures)
+        training = model.train()(images, random_targets(3, 2))
+        evaluated = model.eval()(images)
     for name in ('pred_logits', 'pred_boxes'):
         torch.testing.assert_close(training[name], evaluated[name], rtol=1e-4, atol=1e-5)
 
@@ -574,11 +572,11 @@ def test_stacked_losses_equal_layer_by_layer_ones(num_objects: tuple[int, int]) 
         agnostic = [t | {'labels': torch.zeros_like(t['labels'])} for t in targets]
         pairs = criterion.table[kind].matcher(prediction, agnostic if kind == 'enc' else targets)
         offset = 0
-        for picture, (query, target) in enumerate(reference):
-            here = pairs.batch == picture
+        for image, (query, target) in enumerate(reference):
+            here = pairs.batch == image
             assert pairs.query[here].tolist() == query.tolist()
-            assert (pairs.target[here] - offset).tolist() == (target % max(num_objects[picture], 1)).tolist()
-            offset += num_objects[picture]
+            assert (pairs.target[here] - offset).tolist() == (target % max(num_objects[image], 1)).tolist()
+            offset += num_objects[image]
 
 
 def test_criterion_of_hybrid_training_is_few_calls_and_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The built-in pictures: the same on every machine, and the same objects in every form."""
+"""The built-in images: the same on every machine, and the same objects in every form."""
 
 import argparse
 import json
@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 
 from datasets import shapes
 from datasets.shape_scenes import KINDS, MAX_OBJECTS, Dice, draw_scene
-from datasets.shapes import PICTURE_SEED, ShapesDetection
+from datasets.shapes import IMAGE_SEED, ShapesDetection
 
-RECORDED = {  # (split, number, size): crc32 of picture, labels, boxes and areas
+RECORDED = {  # (split, number, size): crc32 of image, labels, boxes and areas
     ('train', 0, 128): 1560046643,
     ('train', 1, 128): 264208437,
     ('train', 3999, 128): 3396735928,
@@ -29,7 +29,7 @@ DICE = [609, 886, 476, 897]
 
 
 def checksum(scene) -> int:
-    crc = zlib.crc32(np.ascontiguousarray(scene.picture))
+    crc = zlib.crc32(np.ascontiguousarray(scene.image))
     for part in (scene.kinds, scene.boxes_xyxy, scene.areas):
         crc = zlib.crc32(part.astype('<i8').tobytes(), crc)
     return crc
@@ -37,12 +37,12 @@ def checksum(scene) -> int:
 
 @pytest.fixture(scope='module')
 def scenes():
-    return [draw_scene(PICTURE_SEED, 'train', index) for index in range(150)]
+    return [draw_scene(IMAGE_SEED, 'train', index) for index in range(150)]
 
 
 @pytest.mark.parametrize('key', RECORDED)
-def test_pictures_are_the_recorded_ones(key):
-    assert checksum(draw_scene(PICTURE_SEED, *key)) == RECORDED[key]
+def test_images_are_the_recorded_ones(key):
+    assert checksum(draw_scene(IMAGE_SEED, *key)) == RECORDED[key]
 
 
 def test_random_numbers_are_the_recorded_ones():
@@ -56,13 +56,13 @@ def test_rotations_have_length_one():
         assert abs(cosine * cosine + sine * sine - 1) < 1e-15
 
 
-def test_a_picture_depends_on_its_own_number_only():
+def test_a_image_depends_on_its_own_number_only():
     few, many = ShapesDetection(3, 'val'), ShapesDetection(9, 'val', seed=5)
-    picture, target = many[2]
+    image, target = many[2]
     many[7]
     np.random.seed(1)
     again, again_target = few[2]
-    assert torch.equal(picture, again)
+    assert torch.equal(image, again)
     assert all(torch.equal(target[name], again_target[name]) for name in target)
 
 
@@ -89,7 +89,7 @@ def test_masks_agree_with_boxes_and_areas(scenes):
 def test_variety(scenes):
     counts = np.array([len(scene.kinds) for scene in scenes])
     sides = np.concatenate([scene.boxes_xyxy[:, 2:] - scene.boxes_xyxy[:, :2] for scene in scenes])
-    shapes_seen = {scene.picture.shape[1:] for scene in scenes}
+    shapes_seen = {scene.image.shape[1:] for scene in scenes}
     assert counts.min() == 0 and 10 <= counts.max() <= MAX_OBJECTS and 2 < counts.mean() < 6
     assert set(np.concatenate([scene.kinds for scene in scenes])) == set(range(len(KINDS)))
     assert (sides.max(axis=1) >= 10).mean() > 0.97 and sides.max() > 64
@@ -97,28 +97,28 @@ def test_variety(scenes):
 
 
 def test_the_longer_side_is_as_asked():
-    small, large = draw_scene(PICTURE_SEED, 'train', 3, 64), draw_scene(PICTURE_SEED, 'train', 3, 320)
-    assert max(small.picture.shape) == 64 and max(large.picture.shape) == 320
+    small, large = draw_scene(IMAGE_SEED, 'train', 3, 64), draw_scene(IMAGE_SEED, 'train', 3, 320)
+    assert max(small.image.shape) == 64 and max(large.image.shape) == 320
 
 
 def test_target_has_the_house_form():
     dataset = ShapesDetection(4, 'val', return_masks=True)
-    picture, target = dataset[0]
-    height, width = picture.shape[1:]
+    image, target = dataset[0]
+    height, width = image.shape[1:]
     num = len(target['labels'])
     assert list(target) == ['boxes', 'labels', 'masks', 'image_id', 'area', 'iscrowd', 'orig_size', 'size']
-    assert picture.dtype == torch.uint8 and target['masks'].shape == (num, height, width)
+    assert image.dtype == torch.uint8 and target['masks'].shape == (num, height, width)
     dtypes = [torch.float32, torch.int64, torch.uint8, torch.int64, torch.float32] + 3 * [torch.int64]
     assert [value.dtype for value in target.values()] == dtypes
     assert target['image_id'].tolist() == [0] and target['size'].tolist() == [height, width]
     assert 'masks' not in ShapesDetection(4, 'val')[0][1]
 
 
-def test_a_picture_without_objects_has_empty_targets(scenes):
+def test_a_image_without_objects_has_empty_targets(scenes):
     index = next(index for index, scene in enumerate(scenes) if not len(scene.kinds))
-    picture, target = ShapesDetection(index + 1, 'train', return_masks=True)[index]
+    image, target = ShapesDetection(index + 1, 'train', return_masks=True)[index]
     assert target['boxes'].shape == (0, 4) and target['labels'].shape == (0,)
-    assert target['masks'].shape == (0, *picture.shape[1:])
+    assert target['masks'].shape == (0, *image.shape[1:])
 
 
 def test_ground_truth_equals_targets():
@@ -127,11 +127,11 @@ def test_ground_truth_equals_targets():
     assert [annotation['id'] for annotation in truth['annotations']] == list(
         range(1, len(truth['annotations']) + 1)
     )
-    for index, image in enumerate(truth['images']):
-        picture, target = dataset[index]
-        objects = [obj for obj in truth['annotations'] if obj['image_id'] == image['id']]
+    for index, entry in enumerate(truth['images']):
+        image, target = dataset[index]
+        objects = [obj for obj in truth['annotations'] if obj['image_id'] == entry['id']]
         boxes = torch.tensor([obj['bbox'] for obj in objects], dtype=torch.float32).reshape(-1, 4)
-        assert (image['height'], image['width']) == picture.shape[1:] and image['id'] == dataset.ids[index]
+        assert (entry['height'], entry['width']) == image.shape[1:] and entry['id'] == dataset.ids[index]
         assert torch.equal(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1), target['boxes'])
         assert [obj['area'] for obj in objects] == target['area'].tolist()
         labels = [dataset.class_map.label_of[obj['category_id']] for obj in objects]
@@ -152,9 +152,9 @@ def test_class_indices_are_named_after_the_shapes():
     assert class_map.names == tuple(kind.__name__ for kind in KINDS)
 
 
-def shifted(picture, target):
+def shifted(image, target):
     """A transform whose outcome is a random number."""
-    return picture, {'drawn': torch.rand(1), 'image_id': target['image_id']}
+    return image, {'drawn': torch.rand(1), 'image_id': target['image_id']}
 
 
 def test_augmentation_depends_on_seed_epoch_and_number():
@@ -169,8 +169,8 @@ def test_augmentation_depends_on_seed_epoch_and_number():
 def test_workers_give_the_same_items():
     dataset = ShapesDetection(6, 'train', transforms=shifted)
     apart = list(DataLoader(dataset, batch_size=None, num_workers=2))
-    for index, (picture, target) in enumerate(apart):
-        assert torch.equal(picture, dataset[index][0])
+    for index, (image, target) in enumerate(apart):
+        assert torch.equal(image, dataset[index][0])
         assert torch.equal(target['drawn'], dataset[index][1]['drawn'])
 
 
@@ -204,18 +204,18 @@ def test_build_reads_the_flags(image_set, count):
         aug='detr',
     )
     dataset = shapes.build(image_set, args)
-    picture, target = dataset[1]
+    image, target = dataset[1]
     assert len(dataset) == count and dataset.split == image_set
-    assert min(picture.shape[1:]) > 60
-    assert target['boxes'].max() <= 1 and target['size'].tolist() == list(picture.shape[1:])
+    assert min(image.shape[1:]) > 60
+    assert target['boxes'].max() <= 1 and target['size'].tolist() == list(image.shape[1:])
     assert max(target['orig_size']) == 96
 
 
-def test_exported_files_hold_the_same_pictures(tmp_path):
+def test_exported_files_hold_the_same_images(tmp_path):
     shapes.main(['--out', str(tmp_path), '--count', '3', '--split', 'val', '--size', '80'])
-    dataset = ShapesDetection(3, 'val', picture_size=80)
+    dataset = ShapesDetection(3, 'val', image_size=80)
     truth = json.loads((tmp_path / 'annotations' / 'instances_val2017.json').read_text())
     assert truth == dataset.ground_truth
-    for index, image in enumerate(truth['images']):
-        stored = np.array(Image.open(tmp_path / 'val2017' / image['file_name']))
+    for index, entry in enumerate(truth['images']):
+        stored = np.array(Image.open(tmp_path / 'val2017' / entry['file_name']))
         assert (stored.transpose(2, 0, 1) == dataset[index][0].numpy()).all()

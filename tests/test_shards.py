@@ -1,4 +1,4 @@
-"""Pictures from tar shards: the items of files, each once an epoch, resumable at any batch, clear about what is wrong."""
+"""Images from tar shards: the items of files, each once an epoch, resumable at any batch, clear about what is wrong."""
 
 import io
 import json
@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 import main
 from datasets import build_dataset
 from datasets.class_map import ClassMap
-from datasets.coco import MIN_PICTURE_SIDE, CocoDetection, Reading
+from datasets.coco import MIN_IMAGE_SIDE, CocoDetection, Reading
 from datasets.coco_eval import CocoEvaluator
-from datasets.lsj import LargeScaleJitter
+from datasets.copy_paste import LargeScaleJitter
 from datasets.shard_index import read_index
 from datasets.shards import ShardedCoco, ShardStream, ShufflePool, build_shard_loader
 from datasets.transforms import make_transforms
@@ -31,7 +31,7 @@ from tools import make_shards
 
 pytest.importorskip('webdataset', reason='needs webdataset: pip install webdataset')
 
-PICTURES, SHARD = 23, 4
+IMAGES, SHARD = 23, 4
 Write = Callable[..., Path]
 
 
@@ -52,18 +52,18 @@ def annotation(number: int, image_id: int, side: int) -> dict:
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """23 pictures, some JPEG, one of them low; ids with gaps and not in order; one without objects."""
+    """23 images, some JPEG, one of them low; ids with gaps and not in order; one without objects."""
     root = tmp_path_factory.mktemp('files')
     (root / 'annotations').mkdir()
     (root / 'val').mkdir()
     generator = random.Random(0)
     images, annotations = [], []
-    for number in range(PICTURES):
-        image_id = 10 * ((number * 7) % PICTURES) + 3
+    for number in range(IMAGES):
+        image_id = 10 * ((number * 7) % IMAGES) + 3
         height, width = (20, 48) if number == 5 else (36 + number % 5, 40 + number % 9)
         name = f'{image_id}.{"png" if number % 2 else "JPG"}'
-        picture = PIL.Image.frombytes('RGB', (width, height), generator.randbytes(3 * width * height))
-        picture.save(root / 'val' / name)
+        image = PIL.Image.frombytes('RGB', (width, height), generator.randbytes(3 * width * height))
+        image.save(root / 'val' / name)
         images.append({'id': image_id, 'file_name': name, 'height': height, 'width': width})
         for _ in range(number % 4):
             annotations.append(annotation(len(annotations) + 1, image_id, height))
@@ -104,7 +104,7 @@ def small_data(shards: Path, **options: object) -> ShardedCoco:
 
 
 def drawn(data: ShardedCoco, epoch: int, start: int = 0, workers: int = 0, **place: int) -> list[list[int]]:
-    """Picture ids of the batches of an epoch."""
+    """Image ids of the batches of an epoch."""
     loader = build_shard_loader(
         data, **{'batch_size': 3, 'train': True, 'rank': 0, 'world_size': 1, 'num_workers': workers, **place}
     )
@@ -127,7 +127,7 @@ READINGS = {
     'augmented': {'transforms': make_transforms('train', 64)},
     'mmdetection': {
         'transforms': make_transforms('train', 64, aug='co_detr'),
-        'reading': Reading('contiguous', True, MIN_PICTURE_SIDE),
+        'reading': Reading('contiguous', True, MIN_IMAGE_SIDE),
     },
 }
 
@@ -140,15 +140,15 @@ def test_items_equal_those_of_files(files: Path, write: Write, options: dict, or
     ours = small_data(write(*order), **options)
     assert ours.ids == theirs.ids and len(ours) == len(theirs)
     assert ours.class_map == theirs.class_map
-    assert ours.picture_sizes().tolist() == theirs.picture_sizes().tolist()
+    assert ours.image_sizes().tolist() == theirs.image_sizes().tolist()
     assert ours.ground_truth == theirs.ground_truth
     for epoch in (0, 3):
         theirs.set_epoch(epoch)
         ours.set_epoch(epoch)
         items = list(ShardStream(ours, 1, True, 0, 1))
         assert len(items) == len(theirs)
-        for picture, target in items:
-            assert_items_equal((picture, target), theirs[theirs.ids.index(int(target['image_id']))])
+        for image, target in items:
+            assert_items_equal((image, target), theirs[theirs.ids.index(int(target['image_id']))])
     assert_items_equal(ours[2], theirs[2])
     assert_items_equal(ours[-1], theirs[-1])
 
@@ -159,21 +159,21 @@ def test_stored_files_are_unchanged(files: Path, shards: Path) -> None:
         with tarfile.open(path) as tar:
             names = tar.getnames()
             records = [json.load(tar.extractfile(name)) for name in names if name.endswith('.json')]
-            pictures = [tar.extractfile(name).read() for name in names if not name.endswith('.json')]
-        for record, picture in zip(records, pictures, strict=True):
-            assert picture == (files / 'val' / record['file_name']).read_bytes()
+            images = [tar.extractfile(name).read() for name in names if not name.endswith('.json')]
+        for record, image in zip(records, images, strict=True):
+            assert image == (files / 'val' / record['file_name']).read_bytes()
         seen += len(records)
-    assert seen == PICTURES
+    assert seen == IMAGES
     index = read_index(shards)
     assert index.bounds.tolist() == [0, 4, 8, 12, 16, 20, 23]
 
 
 @pytest.mark.parametrize('world_size', [1, 2, 3])
 @pytest.mark.parametrize('workers', [0, 1, 2])
-def test_no_picture_comes_twice_in_an_epoch(shards: Path, world_size: int, workers: int) -> None:
+def test_no_image_comes_twice_in_an_epoch(shards: Path, world_size: int, workers: int) -> None:
     """And less than one batch a process is left out."""
     data, orders = small_data(shards), []
-    batches = PICTURES // (world_size * 2)
+    batches = IMAGES // (world_size * 2)
     for epoch in range(3):
         ranks = [
             drawn(data, epoch, workers=workers, rank=rank, world_size=world_size, batch_size=2)
@@ -186,15 +186,15 @@ def test_no_picture_comes_twice_in_an_epoch(shards: Path, world_size: int, worke
     assert orders[0] != orders[1] != orders[2]
 
 
-def test_any_picture_may_be_left_out(shards: Path) -> None:
+def test_any_image_may_be_left_out(shards: Path) -> None:
     data, left_out = small_data(shards), Counter()
     for epoch in range(60):
         data.set_epoch(epoch)
-        left_out.update(set(range(PICTURES)).difference(data.training_rows(20).tolist()))
-    assert sum(left_out.values()) == 180 and len(left_out) == PICTURES
+        left_out.update(set(range(IMAGES)).difference(data.training_rows(20).tolist()))
+    assert sum(left_out.values()) == 180 and len(left_out) == IMAGES
 
 
-def test_one_process_without_rest_sees_every_picture(shards: Path) -> None:
+def test_one_process_without_rest_sees_every_image(shards: Path) -> None:
     assert sorted(chain(*drawn(small_data(shards), 0, batch_size=1))) == small_data(shards).ids
 
 
@@ -224,7 +224,7 @@ def test_lively_workers_start_anywhere_too(shards: Path, workers: int) -> None:
     for epoch in (0, 1):
         data.set_epoch(epoch)
         epochs[epoch] = list(loader)
-        assert len(epochs[epoch]) == len(loader) == PICTURES // 2
+        assert len(epochs[epoch]) == len(loader) == IMAGES // 2
     for epoch, start in ((1, 5), (0, 0), (0, 10)):
         data.set_epoch(epoch)
         data.start_at(start)
@@ -233,7 +233,7 @@ def test_lively_workers_start_anywhere_too(shards: Path, workers: int) -> None:
             assert all(len(target['boxes']) == len(target['labels']) for target in targets)
 
 
-def test_skipped_pictures_are_not_decoded_and_their_shards_not_opened(
+def test_skipped_images_are_not_decoded_and_their_shards_not_opened(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, opened, decoded = small_data(shards, buffer=2), [], []
@@ -257,7 +257,7 @@ def test_pool_shuffles_every_position_once() -> None:
 
 
 def test_copy_paste_takes_what_the_buffer_holds(shards: Path) -> None:
-    """Each picture beside another one of the stream: the same after a start in the middle."""
+    """Each image beside another one of the stream: the same after a start in the middle."""
     options = {'mix': LargeScaleJitter(64), 'return_masks': None, 'reading': Reading(drop_tiny=True)}
     data = small_data(shards, **options)
     assert data.return_masks
@@ -283,7 +283,7 @@ def test_without_segmentations_nothing_is_pasted(files: Path, write: Write, tmp_
 
 @pytest.mark.parametrize('world_size', [1, 2, 3, 30])
 @pytest.mark.parametrize('workers', [0, 2])
-def test_evaluation_sees_every_picture_once(shards: Path, world_size: int, workers: int) -> None:
+def test_evaluation_sees_every_image_once(shards: Path, world_size: int, workers: int) -> None:
     """In the same batches for any number of processes; those that would have a batch less than others share one."""
     if world_size == 30 and workers:
         pytest.skip('the same, slowly')
@@ -331,7 +331,7 @@ def test_shards_may_be_commands(shards: Path, write: Write) -> None:
 
 def test_workers_get_no_ground_truth(shards: Path) -> None:
     data = small_data(shards)
-    assert len(data.ground_truth['images']) == PICTURES
+    assert len(data.ground_truth['images']) == IMAGES
     assert pickle.loads(pickle.dumps(data))._ground_truth is None
 
 
@@ -377,19 +377,19 @@ def is_first(name: str) -> bool:
 
 
 BROKEN = {
-    'cut': (cut, 'cannot be read|holds 3 pictures'),
+    'cut': (cut, 'cannot be read|holds 3 images'),
     'no tar': (lambda shard: (shard.write_bytes(b'no tar' * 1000), tell_size(shard)), 'cannot be read'),
-    'no picture': (
-        lambda shard: rewrite(shard, lambda name, data: data if name.endswith('json') else b'no picture'),
-        r'shard .*000000.tar: 0+\d*3.\w+ is not a readable picture',
+    'no image': (
+        lambda shard: rewrite(shard, lambda name, data: data if name.endswith('json') else b'no image'),
+        r'shard .*000000.tar: 0+\d*3.\w+ is not a readable image',
     ),
     'one less': (
         lambda shard: rewrite(shard, lambda n, data: None if n > f'{33:012d}' else data),
-        'holds 3 pictures',
+        'holds 3 images',
     ),
     'another': (
         lambda shard: rewrite(shard, lambda name, data: None if is_first(name) else data),
-        r'has picture 000000000013 where .* has 3|holds 3 pictures',
+        r'has image 000000000013 where .* has 3|holds 3 images',
     ),
     'no annotations': (
         lambda shard: rewrite(shard, lambda name, data: b'{' if name.endswith('json') else data),
@@ -397,7 +397,7 @@ BROKEN = {
     ),
     'no json': (
         lambda shard: rewrite(shard, lambda name, data: None if name.endswith('json') else data),
-        'not a picture and a json',
+        'not an image and a json',
     ),
 }
 
@@ -417,9 +417,9 @@ def test_an_index_that_contradicts_itself_or_the_folder_is_refused(write: Write,
         ShardedCoco(str(tmp_path / 'nothing'))
     index = json.loads((place / 'shards.json').read_text())
     for change, message in (
-        ({'pictures': 24}, 'shards have 23 pictures, the total is 24'),
+        ({'images': 24}, 'shards have 23 images, the total is 24'),
         ({'version': 9}, 'version 9'),
-        ({'image_ids': [3] * PICTURES}, 'id twice'),
+        ({'image_ids': [3] * IMAGES}, 'id twice'),
         ({'shards': None}, 'is no index'),
         ({'categories': []}, 'no categories'),
     ):
@@ -468,7 +468,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_half(files: Path, write: Wri
 def test_an_empty_folder_may_be_there(write: Write, tmp_path: Path) -> None:
     (tmp_path / 'shards1').mkdir()
     assert write() == tmp_path / 'shards1'
-    assert len(small_data(tmp_path / 'shards1')) == PICTURES
+    assert len(small_data(tmp_path / 'shards1')) == IMAGES
 
 
 def test_other_classes_are_refused(shards: Path) -> None:
@@ -501,7 +501,7 @@ def arguments(*flags: str) -> Namespace:
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
-        ('--cache_mode', '--cache_mode keeps picture files'),
+        ('--cache_mode', '--cache_mode keeps image files'),
         ('--group_aspect_ratio', '--group_aspect_ratio chooses'),
         ('--dataset_file shapes', '--dataset_file shapes'),
         ('--train_ann a.json', '--train_shards and --train_ann'),
@@ -534,7 +534,7 @@ def test_a_run_from_shards(shards: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert 'coco, 23 train, 23 val' in text
     assert '5 an epoch' in text
     rows = [json.loads(line) for line in (tmp_path / 'run/log.jsonl').read_text().splitlines()]
-    assert [row['pictures'] for row in rows] == [20]
+    assert [row['images'] for row in rows] == [20]
     assert (tmp_path / 'run/predictions.png').is_file()
 
 

@@ -137,7 +137,7 @@ def test_only_tasks_of_srun_have_ranks(cluster: SlurmCluster, tmp_path: Path) ->
     """A batch script, which runs once, has SLURM_PROCID and SLURM_NTASKS too."""
     program = tmp_path / 'program.py'
     program.write_text(
-        'import os\nfrom util.launch import export_launcher_environment\nexport_launcher_environment()\n'
+        'import os\nfrom util.distributed.launch import export_launcher_environment\nexport_launcher_environment()\n'
         'print(*(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")))\n'
     )
     python = f'PYTHONPATH=. {sys.executable} {program}'
@@ -155,7 +155,7 @@ def test_preemption_without_a_signal_of_its_own_is_recognised(
     """SIGTERM comes with both; only one of the jobs is to be requeued."""
     program, out = tmp_path / 'program.py', tmp_path / 'out'
     program.write_text(
-        'import signal, time\nfrom util.launch import is_preempted\n'
+        'import signal, time\nfrom util.distributed.launch import is_preempted\n'
         'def told(*_):\n    print("preempted", is_preempted(), flush=True)\n    raise SystemExit\n'
         'signal.signal(signal.SIGTERM, told)\nprint("ready", flush=True)\ntime.sleep(60)\n'
     )

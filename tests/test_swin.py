@@ -1,4 +1,4 @@
-"""Swin equals the official detection backbone, whatever the size of the picture; its weights come from official files."""
+"""Swin equals the official detection backbone, whatever the size of the image; its weights come from official files."""
 
 import json
 from argparse import Namespace
@@ -46,11 +46,11 @@ def test_features_equal_official(variant: str) -> None:
     with float64():
         model = rule.fill(SwinTransformer(SWIN_SIZES[NAMES[variant]], range(1, 5)), 'swin/').eval()
         assert sum(p.numel() for p in model.parameters()) == case['n_parameters']
-        for number, picture in enumerate(case['images']):
-            pixels = rule.picture(picture['name'], picture['height'], picture['width'])
+        for number, image in enumerate(case['images']):
+            pixels = rule.image(image['name'], image['height'], image['width'])
             with torch.no_grad():
                 maps = model(pixels[None])
-            for index, level in enumerate(picture['levels']):
+            for index, level in enumerate(image['levels']):
                 found = maps[str(index + 1)]
                 assert list(found.shape) == level['shape']
                 key = f'{variant}_{number}_level{index}'
@@ -91,8 +91,8 @@ def test_maps_and_gradients_equal_those_of_co_detr(case: str, stages: range) -> 
         assert [[name, list(x.shape)] for name, x in model.state_dict().items()] == record['state_dict']
         for number in range(2):
             recorded = record[f'input{number}']
-            pictures = torch.stack([rule.picture(name, *recorded['size']) for name in recorded['names']])
-            maps = list(model.train()(pictures).values())
+            images = torch.stack([rule.image(name, *recorded['size']) for name in recorded['names']])
+            maps = list(model.train()(images).values())
             for x, expected in zip(maps, recorded['outputs'], strict=True):
                 assert list(x.shape) == expected['shape']
                 for key, found in (('mean', x.mean()), ('abs_mean', x.abs().mean())):
@@ -124,7 +124,7 @@ def test_the_shift_stays_on_where_one_window_covers_the_map() -> None:
         assert torch.equal(reached, expected)
 
 
-def test_paths_are_dropped_for_whole_pictures_in_training_only() -> None:
+def test_paths_are_dropped_for_whole_images_in_training_only() -> None:
     block = SwinBlock(16, 1, 5, 0, drop_path=0.5)
     nn.init.zeros_(block.mlp.fc2.weight)
     nn.init.zeros_(block.mlp.fc2.bias)
@@ -152,11 +152,11 @@ def test_frozen_stages_neither_train_nor_drop_paths(frozen_stages: int, num_stag
 
 def test_recomputed_blocks_give_the_same_gradients() -> None:
     """Also where paths are dropped: the same ones both times."""
-    pictures, gradients = torch.randn(2, 3, 50, 70), []
+    images, gradients = torch.randn(2, 3, 50, 70), []
     for use_checkpoint in (False, True):
         torch.manual_seed(0)
         model = SwinTransformer(SMALL, range(2, 5), 0.5, use_checkpoint)
-        sum(x.square().mean() for x in model(pictures).values()).backward()
+        sum(x.square().mean() for x in model(images).values()).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for first, second in zip(*gradients, strict=True):
         torch.testing.assert_close(first, second)

@@ -1,4 +1,4 @@
-"""Transforms: official numbers for one picture through every transform, and what has to hold for any picture."""
+"""Transforms: official numbers for one image through every transform, and what has to hold for any image."""
 
 import math
 import random
@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms import functional as classic
 
 from datasets import transforms as T
-from tests.shared_data import assert_target_equals, needs_shared, read_shared, rule_picture
+from tests.shared_data import assert_target_equals, needs_shared, read_shared, rule_image
 
 RECORDED = read_shared('parity/transforms/transforms.json')
 SINGLE = RECORDED.get('single', {})
@@ -21,7 +21,7 @@ SEEDED = RECORDED.get('train_transform_seeded', {'runs': []})['runs']
 
 
 def transform_of(name: str, call: dict) -> tuple[Callable, tuple]:
-    """The function of a recorded entry, and its arguments after (picture, target)."""
+    """The function of a recorded entry, and its arguments after (image, target)."""
     if name == 'hflip':
         return T.hflip, ()
     if name.startswith('resize'):
@@ -35,8 +35,8 @@ def transform_of(name: str, call: dict) -> tuple[Callable, tuple]:
     return {'to_tensor_normalize': T.NormalizeBoxes(), 'eval_transform': T.make_transforms('val')}[name], ()
 
 
-def recorded_picture() -> Tensor:
-    return torch.from_numpy(rule_picture('pil0', 150, 200)).permute(2, 0, 1).contiguous()
+def recorded_image() -> Tensor:
+    return torch.from_numpy(rule_image('pil0', 150, 200)).permute(2, 0, 1).contiguous()
 
 
 def recorded_target(expected: dict) -> dict[str, Tensor]:
@@ -58,31 +58,31 @@ def recorded_target(expected: dict) -> dict[str, Tensor]:
     return {key: value for key, value in target.items() if f'{key}_dtype' in expected}
 
 
-def assert_picture(picture: Tensor, recorded: dict) -> None:
-    """Within one grey level of the recorded samples, of a uint8 picture or a normalised float one."""
+def assert_image(image: Tensor, recorded: dict) -> None:
+    """Within one grey level of the recorded samples, of a uint8 image or a normalised float one."""
     if 'uint8_crc32' in recorded:
-        assert picture.shape == (3, recorded['height'], recorded['width'])
-        values = picture.permute(1, 2, 0).flatten()[recorded['sample_flat_indices_hwc']].float()
+        assert image.shape == (3, recorded['height'], recorded['width'])
+        values = image.permute(1, 2, 0).flatten()[recorded['sample_flat_indices_hwc']].float()
         expected = torch.tensor(recorded['sample_values'])
     else:
-        assert list(picture.shape) == recorded['shape']
+        assert list(image.shape) == recorded['shape']
         flat_idx = torch.tensor(recorded['sample_flat_indices_chw'])
-        values = picture.flatten()[flat_idx].float()
-        channel = flat_idx // picture[0].numel()
+        values = image.flatten()[flat_idx].float()
+        channel = flat_idx // image[0].numel()
         mean, std = torch.tensor(T.MEAN)[channel], torch.tensor(T.STD)[channel]
         expected = (torch.tensor(recorded['sample_values']) * std + mean) * 255
     assert (values - expected).abs().max() <= 1.001
-    assert picture.dtype == torch.uint8
+    assert image.dtype == torch.uint8
 
 
-def assert_bytes_of_pillow(picture: PIL.Image.Image | Tensor, recorded: dict) -> None:
+def assert_bytes_of_pillow(image: PIL.Image.Image | Tensor, recorded: dict) -> None:
     """Recorded checksums hold for one Pillow version."""
     if PIL.__version__ != RECORDED['versions']['PIL']:
         return
     if 'uint8_crc32' in recorded:
-        assert zlib.crc32(picture.tobytes()) == recorded['uint8_crc32']
+        assert zlib.crc32(image.tobytes()) == recorded['uint8_crc32']
     else:
-        normalized = classic.normalize(picture.float() / 255, T.MEAN, T.STD)
+        normalized = classic.normalize(image.float() / 255, T.MEAN, T.STD)
         assert zlib.crc32(normalized.numpy().tobytes()) == recorded['float32_bytes_crc32']
 
 
@@ -91,19 +91,19 @@ def assert_bytes_of_pillow(picture: PIL.Image.Image | Tensor, recorded: dict) ->
 def test_transform_equals_official(name: str) -> None:
     entry = SINGLE[name]
     transform, arguments = transform_of(name, entry.get('call', {}))
-    picture, target = transform(recorded_picture(), recorded_target(entry['target']), *arguments)
-    assert_picture(picture, entry['picture'])
+    image, target = transform(recorded_image(), recorded_target(entry['target']), *arguments)
+    assert_image(image, entry['picture'])
     assert_target_equals(target, entry['target'])
 
 
 @needs_shared
 @pytest.mark.parametrize('name', SINGLE)
-def test_pillow_picture_takes_the_same_path(name: str) -> None:
+def test_pillow_image_takes_the_same_path(name: str) -> None:
     entry = SINGLE[name]
     transform, arguments = transform_of(name, entry.get('call', {}))
-    image = PIL.Image.fromarray(rule_picture('pil0', 150, 200))
-    picture, target = transform(image, recorded_target(entry['target']), *arguments)
-    assert_bytes_of_pillow(picture, entry['picture'])
+    pil = PIL.Image.fromarray(rule_image('pil0', 150, 200))
+    image, target = transform(pil, recorded_target(entry['target']), *arguments)
+    assert_bytes_of_pillow(image, entry['picture'])
     assert_target_equals(target, entry['target'])
 
 
@@ -111,13 +111,13 @@ def test_pillow_picture_takes_the_same_path(name: str) -> None:
 @pytest.mark.parametrize('run', SEEDED, ids=lambda run: f'seed{run["seed"]}')
 @pytest.mark.parametrize('kind', ['tensor', 'pillow'])
 def test_training_recipe_draws_and_numbers_are_official(run: dict, kind: str) -> None:
-    picture = recorded_picture() if kind == 'tensor' else PIL.Image.fromarray(rule_picture('pil0', 150, 200))
+    image = recorded_image() if kind == 'tensor' else PIL.Image.fromarray(rule_image('pil0', 150, 200))
     random.seed(run['seed'])
     torch.manual_seed(run['seed'])
-    picture, target = T.make_transforms('train')(picture, recorded_target(run['target']))
-    assert_picture(picture, run['picture'])
+    image, target = T.make_transforms('train')(image, recorded_target(run['target']))
+    assert_image(image, run['picture'])
     if kind == 'pillow':
-        assert_bytes_of_pillow(picture, run['picture'])
+        assert_bytes_of_pillow(image, run['picture'])
     assert_target_equals(target, run['target'])
 
 
@@ -128,16 +128,16 @@ def test_resized_size_equals_official(entry: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ('picture_wh', 'max_size', 'expected'),
+    ('image_wh', 'max_size', 'expected'),
     [((640, 480), 1333, (1066, 800)), ((640, 128), 1333, (1335, 267)), ((1200, 400), 1333, (1332, 444))],
 )
-def test_long_side_is_truncated_not_rounded(picture_wh: tuple, max_size: int, expected: tuple) -> None:
-    assert T.resized_size(picture_wh, 800, max_size) == expected
+def test_long_side_is_truncated_not_rounded(image_wh: tuple, max_size: int, expected: tuple) -> None:
+    assert T.resized_size(image_wh, 800, max_size) == expected
 
 
 def make_sample(objects: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    picture = torch.randint(0, 256, (3, 60, 80), generator=generator, dtype=torch.uint8)
+    image = torch.randint(0, 256, (3, 60, 80), generator=generator, dtype=torch.uint8)
     corners = torch.rand(objects, 2, 2, generator=generator).sort(dim=1).values * torch.tensor([80, 60])
     target = {
         'boxes': corners.flatten(1),
@@ -149,7 +149,7 @@ def make_sample(objects: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
         'orig_size': torch.tensor([60, 80]),
         'size': torch.tensor([60, 80]),
     }
-    return picture, target
+    return image, target
 
 
 TRANSFORMS = {
@@ -168,13 +168,13 @@ TRANSFORMS = {
 @pytest.mark.parametrize('name', TRANSFORMS)
 @pytest.mark.parametrize('objects', [0, 3])
 def test_targets_stay_whole_and_the_input_unchanged(name: str, objects: int) -> None:
-    picture, target = make_sample(objects)
-    before = picture.clone(), {key: value.clone() for key, value in target.items()}
+    image, target = make_sample(objects)
+    before = image.clone(), {key: value.clone() for key, value in target.items()}
     for seed in range(4):
         random.seed(seed)
         torch.manual_seed(seed)
-        result, changed = TRANSFORMS[name](picture, target)
-        assert torch.equal(picture, before[0])
+        result, changed = TRANSFORMS[name](image, target)
+        assert torch.equal(image, before[0])
         assert all(torch.equal(target[key], before[1][key]) for key in before[1])
         kept = len(changed['boxes'])
         assert {len(changed[key]) for key in T.OBJECT_FIELDS} == {kept}
@@ -185,27 +185,27 @@ def test_targets_stay_whole_and_the_input_unchanged(name: str, objects: int) -> 
 
 
 @pytest.mark.parametrize('name', TRANSFORMS)
-def test_a_picture_without_target_passes(name: str) -> None:
-    picture, _ = make_sample()
-    result, target = TRANSFORMS[name](picture, None)
+def test_a_image_without_target_passes(name: str) -> None:
+    image, _ = make_sample()
+    result, target = TRANSFORMS[name](image, None)
     assert target is None
     assert result.shape[0] == 3
 
 
-def test_flipping_twice_gives_the_picture_back() -> None:
-    picture, target = make_sample()
-    result, flipped = T.hflip(*T.hflip(picture, target))
-    assert torch.equal(result, picture)
+def test_flipping_twice_gives_the_image_back() -> None:
+    image, target = make_sample()
+    result, flipped = T.hflip(*T.hflip(image, target))
+    assert torch.equal(result, image)
     torch.testing.assert_close(flipped['boxes'], target['boxes'])
 
 
 def test_memory_layout_does_not_change_pixels() -> None:
-    picture, _ = make_sample()
-    pixels_first = picture.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    image, _ = make_sample()
+    pixels_first = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     ours, _ = T.resize(pixels_first, None, 96)
-    assert torch.equal(ours, T.resize(picture, None, 96)[0])
-    image = PIL.Image.fromarray(picture.permute(1, 2, 0).numpy())
-    pillow = torch.from_numpy(np.array(T.resize(image, None, 96)[0])).permute(2, 0, 1)
+    assert torch.equal(ours, T.resize(image, None, 96)[0])
+    pil = PIL.Image.fromarray(image.permute(1, 2, 0).numpy())
+    pillow = torch.from_numpy(np.array(T.resize(pil, None, 96)[0])).permute(2, 0, 1)
     assert (ours.int() - pillow.int()).abs().max() <= 1
 
 
@@ -223,14 +223,14 @@ def test_another_img_size_scales_the_whole_recipe() -> None:
 def test_crops_fit_at_every_img_size(img_size: int) -> None:
     for seed in range(6):
         random.seed(seed)
-        picture, target = T.make_transforms('train', img_size=img_size)(*make_sample())
-        assert list(picture.shape[1:]) == target['size'].tolist()
+        image, target = T.make_transforms('train', img_size=img_size)(*make_sample())
+        assert list(image.shape[1:]) == target['size'].tolist()
 
 
 def test_training_without_augmentation_is_the_evaluation_transform() -> None:
-    picture, target = T.make_transforms('train', img_size=64, aug='none')(*make_sample())
+    image, target = T.make_transforms('train', img_size=64, aug='none')(*make_sample())
     expected, expected_target = T.make_transforms('val', img_size=64)(*make_sample())
-    assert torch.equal(picture, expected)
+    assert torch.equal(image, expected)
     assert all(torch.equal(target[key], expected_target[key]) for key in target)
 
 
@@ -240,6 +240,6 @@ def test_unknown_recipes_are_refused(arguments: tuple) -> None:
         T.make_transforms(*arguments)
 
 
-def test_float_pictures_are_refused() -> None:
+def test_float_images_are_refused() -> None:
     with pytest.raises(ValueError, match='uint8'):
         T.NormalizeBoxes()(torch.zeros(3, 4, 4), None)

@@ -38,7 +38,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     levels: tuple[tuple[int, int], ...] = ((5, 7), (1, 1))
     points: int = 1
-    pictures: int = 1
+    images: int = 1
     queries: int = 5
     heads: int = 2
     spread: float = 1.4  # of the locations around the middle: above 1 some are outside
@@ -52,11 +52,11 @@ class Case:
         """grad_output, value, locations, weights."""
         generator = torch.Generator().manual_seed(0)
         tokens = sum(height * width for height, width in self.levels)
-        per_query = self.pictures, self.queries, self.heads, len(self.levels), self.points
+        per_query = self.images, self.queries, self.heads, len(self.levels), self.points
         fine = torch.float64 if self.dtype == torch.float64 else torch.float32
         sizes = {
-            (self.pictures, self.queries, self.heads * self.channels): self.dtype,
-            (self.pictures, tokens, self.heads, self.channels): self.dtype,
+            (self.images, self.queries, self.heads * self.channels): self.dtype,
+            (self.images, tokens, self.heads, self.channels): self.dtype,
             (*per_query, 2): fine,
             per_query: fine,
         }
@@ -88,7 +88,7 @@ def reference(
         share = torch.where(inside, weights[:, :, :, level], 0).transpose(1, 2).flatten(0, 1)
         output = output + (samples * share[:, None]).sum(-1)
         first += height * width
-    output = output.unflatten(0, (case.pictures, case.heads)).permute(0, 3, 1, 2).flatten(2)
+    output = output.unflatten(0, (case.images, case.heads)).permute(0, 3, 1, 2).flatten(2)
     return [output.detach(), *torch.autograd.grad(output, inputs, grad_output.double())]
 
 
@@ -208,7 +208,7 @@ def check_shapes_that_do_not_fit(device: str) -> None:
 FOUR_LEVELS = ((5, 7), (3, 4), (1, 2), (1, 1))
 CASES = {
     **{f'32_channels_{str(dtype)[6:]}': Case(channels=32, dtype=dtype) for dtype in ROUNDING},
-    '1_channel_4_levels_3_points': Case(channels=1, levels=FOUR_LEVELS, points=3, pictures=2),
+    '1_channel_4_levels_3_points': Case(channels=1, levels=FOUR_LEVELS, points=3, images=2),
     '9_channels_1_level_4_points': Case(channels=9, levels=((6, 4),), points=4, queries=9),
     '30_channels_4_levels': Case(channels=30, levels=FOUR_LEVELS, heads=1),
     '71_channels': Case(channels=71, levels=((3, 5),), points=3, queries=2, heads=1),
@@ -217,7 +217,7 @@ CASES = {
     'far_outside': Case(levels=FOUR_LEVELS, points=3, queries=9, spread=6),
     'many_queries': Case(channels=1, queries=130),
     'no_queries': Case(queries=0),
-    'no_pictures': Case(pictures=0),
+    'no_images': Case(images=0),
     'no_queries_deterministic': Case(queries=0, deterministic=True),
     **{
         f'deterministic_{str(dtype)[6:]}': Case(channels=32, dtype=dtype, queries=3, deterministic=True)
@@ -261,7 +261,7 @@ def test_kernels_equal_grid_sample_on_the_gpu(name: str) -> None:
 def test_kernels_equal_grid_sample_for_a_detector(changes: dict) -> None:
     # Powers of two: rounding moves no point across the middle of a pixel, where the gradient jumps.
     levels = tuple((64 >> level, 128 >> level) for level in range(4))
-    case = Case(32, levels=levels, points=4, pictures=2, queries=2000, heads=8)
+    case = Case(32, levels=levels, points=4, images=2, queries=2000, heads=8)
     check_random(replace(case, **changes), 'cuda')
 
 
@@ -375,7 +375,7 @@ def test_other_types_compile_without_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_
             launch.compile(90)
 
 
-def test_a_new_picture_size_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_image_size_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = ((5, 7), (1, 1)), ((16, 32), (16, 16))
     small, large = (launches(Case(levels=levels, queries=8), monkeypatch) for levels in sizes)
     for a, b in zip(small, large, strict=True):

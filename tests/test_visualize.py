@@ -1,4 +1,4 @@
-"""Pictures for people are drawn whatever the model or the log holds, and land on disk whole."""
+"""Images for people are drawn whatever the model or the log holds, and land on disk whole."""
 
 import math
 
@@ -21,7 +21,7 @@ NAMES = ['disc', 'ring', 'Ärger ★ 猫']
 
 
 @pytest.fixture
-def picture():
+def image():
     return torch.randint(0, 256, (3, 60, 90), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
@@ -33,18 +33,18 @@ def objects(boxes, **more):
     }
 
 
-def test_small_pictures_are_enlarged_and_large_ones_are_not(picture):
+def test_small_images_are_enlarged_and_large_ones_are_not(image):
     nothing = objects([])
-    small = draw_boxes(picture, nothing['boxes'], nothing['labels'], NAMES)
+    small = draw_boxes(image, nothing['boxes'], nothing['labels'], NAMES)
     assert small.dtype == torch.uint8 and small.shape == (3, 360, 540) and MIN_SIDE <= 540
-    assert torch.equal(small[:, ::6, ::6], picture)
-    large = picture.repeat(1, 10, 10)
+    assert torch.equal(small[:, ::6, ::6], image)
+    large = image.repeat(1, 10, 10)
     assert torch.equal(draw_boxes(large, nothing['boxes'], nothing['labels'], NAMES), large)
 
 
-def test_a_box_is_drawn_in_the_colour_of_its_class_around_its_pixels(picture):
+def test_a_box_is_drawn_in_the_colour_of_its_class_around_its_pixels(image):
     truth = objects([[20, 30, 50, 45]])
-    drawn = draw_boxes(torch.zeros_like(picture), truth['boxes'], truth['labels'], NAMES)
+    drawn = draw_boxes(torch.zeros_like(image), truth['boxes'], truth['labels'], NAMES)
     colour = torch.tensor(class_colour(0), dtype=torch.uint8)
     for y, x in ((30 * 6, 35 * 6), (45 * 6 - 1, 35 * 6), (40 * 6, 20 * 6), (40 * 6, 50 * 6 - 1)):
         assert torch.equal(drawn[:, y, x], colour)
@@ -62,28 +62,28 @@ def test_a_box_is_drawn_in_the_colour_of_its_class_around_its_pixels(picture):
         [0, math.nan, 5, math.inf],
     ],
 )
-def test_strange_boxes_are_drawn(picture, box):
+def test_strange_boxes_are_drawn(image, box):
     truth = objects([box, [1, 1, 20, 20], [3, 50, 88, 59]])
     masks = torch.zeros(3, 1, 60, 90)
     masks[1, :, 5:9, 5:9] = 1
     scores = torch.tensor([0.3, 1.0, 0.0])
-    drawn = draw_boxes(picture, truth['boxes'], truth['labels'], NAMES, scores, masks)
+    drawn = draw_boxes(image, truth['boxes'], truth['labels'], NAMES, scores, masks)
     assert drawn.shape == (3, 360, 540)
 
 
-def test_the_picture_given_is_left_as_it_was(picture):
-    before, large = picture.repeat(1, 10, 10), picture.repeat(1, 10, 10)
+def test_the_image_given_is_left_as_it_was(image):
+    before, large = image.repeat(1, 10, 10), image.repeat(1, 10, 10)
     truth = objects([[5, 5, 400, 400]], masks=torch.ones(1, 600, 900, dtype=torch.bool))
     draw_boxes(large, truth['boxes'], truth['labels'], NAMES, masks=truth['masks'])
     assert torch.equal(large, before)
 
 
-def test_masks_wash_their_pixels_only(picture):
+def test_masks_wash_their_pixels_only(image):
     masks = torch.zeros(1, 60, 90, dtype=torch.bool)
     masks[0, 10:20, 10:20] = True
     truth = objects([[70, 50, 80, 58]])
-    plain = draw_boxes(picture, truth['boxes'], truth['labels'], NAMES)
-    washed = draw_boxes(picture, truth['boxes'], truth['labels'], NAMES, masks=masks)
+    plain = draw_boxes(image, truth['boxes'], truth['labels'], NAMES)
+    washed = draw_boxes(image, truth['boxes'], truth['labels'], NAMES, masks=masks)
     changed = (plain != washed).any(dim=0)
     assert changed[60:120, 60:120].float().mean() > 0.9 and changed.sum() == changed[60:120, 60:120].sum()
 
@@ -98,13 +98,13 @@ def test_classes_without_a_name_show_their_number():
 
 
 @pytest.mark.parametrize(('num', 'size'), [(1, (770, 396)), (3, (1540, 792))])
-def test_contact_sheet_has_its_size(tmp_path, picture, num, size):
+def test_contact_sheet_has_its_size(tmp_path, image, num, size):
     prediction = objects([[1, 2, 30, 40], [5, 5, 9, 9]], scores=torch.tensor([0.9, 0.1]), query=None)
     nothing = objects([], scores=torch.zeros(0), masks=torch.zeros(0, 60, 90))
     rows = [
-        (picture, prediction, objects([])),
-        (picture, nothing, objects([[3, 3, 9, 9]])),
-        (picture, nothing, nothing),
+        (image, prediction, objects([])),
+        (image, nothing, objects([[3, 3, 9, 9]])),
+        (image, nothing, nothing),
     ]
     contact_sheet(tmp_path / 'deep' / 'sheet.png', rows[:num], NAMES)
     assert Image.open(tmp_path / 'deep' / 'sheet.png').size == size

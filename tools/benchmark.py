@@ -2,8 +2,8 @@
 How fast are the parts? All contenders of a comparison run in one process, turn about, and must first agree in
 what they compute.
 
-    python tools/benchmark.py data                          # loading pictures that it draws itself
-    python tools/benchmark.py data --coco_path data/coco    # loading pictures of a data set
+    python tools/benchmark.py data                          # loading images that it draws itself
+    python tools/benchmark.py data --coco_path data/coco    # loading images of a data set
     python tools/benchmark.py op                            # deformable attention, forward and backward
     python tools/benchmark.py model                         # inference of two-stage Deformable DETR
     python tools/benchmark.py criterion                     # matching and losses of H-Deformable-DETR

@@ -1,10 +1,10 @@
 """
-Compare how runs of main.py converged: one picture and one Markdown table.
+Compare how runs of main.py converged: one image and one Markdown table.
 
   python tools/compare_runs.py output/compare/{plain,hybrid}/seed* --output output/compare
 
 The first is what the others are compared with. Runs in folders NAME/seedN are repetitions of NAME: their mean is drawn, and the range between them. A run trained
-with --save_every 1 also shows, from its checkpoints and the validation pictures, how many objects change the query
+with --save_every 1 also shows, from its checkpoints and the validation images, how many objects change the query
 that answers for them from one epoch to the next (the instability of DN-DETR, arXiv:2203.01305, Sec. 3.2; in two
 stages a query is a rank among the proposals), and how many objects are found more than once.
 """
@@ -30,7 +30,7 @@ from models.structures import Prediction
 from models.training import build_supervision
 from tools.predict import load_detector
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
-from util.dist import choose_device
+from util.distributed.collectives import choose_device
 from util.files import save_atomically
 from util.nested_tensor import collate_fn
 from util.visualize import new_figure
@@ -43,7 +43,7 @@ class Epoch:
     """What is known after an epoch; None where nothing was measured."""
 
     epoch: int
-    pictures: int  # seen so far
+    images: int  # seen so far
     minutes: float  # of training so far
     loss: float  # of the one-to-one queries' last layer, weighted
     ap: float | None = None
@@ -88,15 +88,15 @@ def read_run(folder: Path) -> list[Epoch]:
     log = folder / 'log.jsonl'
     if not log.is_file():
         raise ValueError(f'{folder} is no output folder of a run: there is no log.jsonl in it')
-    epochs, pictures, minutes = [], 0, 0.0
+    epochs, images, minutes = [], 0, 0.0
     for line in log.read_text().splitlines():
         record = json.loads(line)
-        pictures += record['pictures']
+        images += record['images']
         minutes += record['train_seconds'] / 60
         terms = (2, 'ce'), (5, 'bbox'), (2, 'giou')
         loss = sum(weight * record[f'train_loss_{term}'] for weight, term in terms)
         stats = record.get('test_coco_eval_bbox', [None, None])
-        epochs.append(Epoch(record['epoch'] + 1, pictures, minutes, loss, *stats[:2]))
+        epochs.append(Epoch(record['epoch'] + 1, images, minutes, loss, *stats[:2]))
     if not epochs:
         raise ValueError(f'{log} is empty: the run has finished no epoch')
     return epochs
@@ -157,11 +157,11 @@ def num_surplus(result: dict[str, Tensor], labels: Tensor, boxes: Tensor) -> int
 
 def draw(path: Path, schemes: list[Scheme]) -> None:
     panels = [
-        ('AP', 'ap', 'epoch'), ('AP', 'ap', 'pictures'), ('AP', 'ap', 'minutes'),
-        ('one-to-one loss', 'loss', 'epoch'), ('one-to-one loss', 'loss', 'pictures'), ('one-to-one loss', 'loss', 'minutes'),
+        ('AP', 'ap', 'epoch'), ('AP', 'ap', 'images'), ('AP', 'ap', 'minutes'),
+        ('one-to-one loss', 'loss', 'epoch'), ('one-to-one loss', 'loss', 'images'), ('one-to-one loss', 'loss', 'minutes'),
         ('objects whose query changed', 'changes', 'epoch'), ('detections too many, an object', 'duplicates', 'epoch'),
     ]  # fmt: skip
-    labels = {'epoch': 'epoch', 'pictures': 'pictures seen', 'minutes': 'minutes of training'}
+    labels = {'epoch': 'epoch', 'images': 'images seen', 'minutes': 'minutes of training'}
     figure = new_figure(12, 10)
     axes = figure.subplots(3, 3).ravel()
     for panel, (title, y, x) in zip(axes, panels, strict=False):

@@ -5,7 +5,7 @@ Tar shards from a data set in COCO form, for --train_shards and --val_shards of 
   python tools/make_shards.py --images my/train --ann my/train.json --output shards/train --shard_size 500MB
   python tools/make_shards.py ... --url 'pipe:aws s3 cp s3://bucket/train/{file} -'    where the shards will be
 
-A shard holds for each picture its file, unchanged, and a JSON with image_id, file_name, height, width and annotations. The
+A shard holds for each image its file, unchanged, and a JSON with image_id, file_name, height, width and annotations. The
 index, shards.json, and the annotation file lie beside the shards. All is written, or nothing.
 """
 
@@ -22,8 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.coco import Reading, check_size, find_files, objects_in
-from datasets.coco_json import Annotations, check_annotations, check_pictures, read_annotations
-from datasets.pictures import stored_size
+from datasets.coco_json import Annotations, check_annotations, check_files, read_annotations
+from datasets.image_io import stored_size
 from datasets.shard_index import ANNOTATIONS, INDEX, VERSION, import_webdataset
 from util.files import save_atomically
 
@@ -43,13 +43,13 @@ def get_args_parser() -> argparse.ArgumentParser:
         choices=('train', 'val'),
         help='part of --coco_path (default: %(default)s)',
     )
-    parser.add_argument('--images', metavar='DIR', help='pictures, instead of --coco_path')
+    parser.add_argument('--images', metavar='DIR', help='images, instead of --coco_path')
     parser.add_argument('--ann', metavar='FILE', help='annotations, instead of --coco_path')
     parser.add_argument('--output', required=True, metavar='DIR', help='new folder for shards and index')
     parser.add_argument('--shard_size', default='1000', metavar='SIZE',
-                        help='pictures a shard, or its size: 300MB, 1GB (default: %(default)s)')  # fmt: skip
+                        help='images a shard, or its size: 300MB, 1GB (default: %(default)s)')  # fmt: skip
     parser.add_argument('--shuffle', type=int, metavar='SEED',
-                        help='order of the pictures at random, for data whose neighbours are alike (default: by id)')  # fmt: skip
+                        help='order of the images at random, for data whose neighbours are alike (default: by id)')  # fmt: skip
     parser.add_argument('--url', default='{file}',
                         help='what the index says of where a shard is: a path from the index, or anything that WebDataset '
                              'opens (default: %(default)s)')  # fmt: skip
@@ -57,17 +57,17 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def shard_limit(text: str) -> dict[str, float]:
-    """WebDataset's limit of a shard: of pictures or of bytes. ValueError: neither."""
+    """WebDataset's limit of a shard: of images or of bytes. ValueError: neither."""
     number, unit = (text[:-2], text[-2:].upper()) if text[-2:].upper() in UNITS else (text, '')
     if not number.isdecimal() or int(number) < 1:
-        raise ValueError(f'--shard_size {text}: give a number of pictures, 1000, or a size, 300MB or 1GB')
+        raise ValueError(f'--shard_size {text}: give a number of images, 1000, or a size, 300MB or 1GB')
     if unit:
         return {'maxcount': sys.maxsize, 'maxsize': int(number) * UNITS[unit]}
     return {'maxcount': int(number), 'maxsize': sys.maxsize}
 
 
 def described(data: Annotations, folder: Path, file: Path, seed: int | None) -> Iterator[dict]:
-    """A record a picture, as shards hold it, in order of id, or shuffled. ValueError: a picture is not of the size
+    """A record an image, as shards hold it, in order of id, or shuffled. ValueError: an image is not of the size
     that the annotations tell.
     """
     annotations: dict[int, list[dict]] = {image['id']: [] for image in data['images']}
@@ -85,7 +85,7 @@ def described(data: Annotations, folder: Path, file: Path, seed: int | None) -> 
 
 
 def write_shards(
-    records: Iterator[dict], pictures: Path, output: Path, limit: dict[str, float], url: str
+    records: Iterator[dict], images: Path, output: Path, limit: dict[str, float], url: str
 ) -> dict:
     """Shards of the records. Returns the index but for the categories."""
     counts: Counter[str] = Counter()
@@ -95,9 +95,9 @@ def write_shards(
     )
     with writer:
         for record in records:
-            path = pictures / record['file_name']
+            path = images / record['file_name']
             suffix = path.suffix[1:].lower()
-            name = suffix if suffix.isalnum() and suffix != 'json' else 'picture'
+            name = suffix if suffix.isalnum() and suffix != 'json' else 'image'
             key = f'{record["image_id"]:012d}'
             writer.write({'__key__': key, name: path.read_bytes(), 'json': json.dumps(record).encode()})
             counts[Path(writer.fname).name] += 1
@@ -107,10 +107,10 @@ def write_shards(
             if not all(a.get('segmentation') for a in objects):
                 unsegmented.append(record['image_id'])
     shards = [
-        {'url': url.replace('{file}', name), 'pictures': count, 'bytes': (output / name).stat().st_size}
+        {'url': url.replace('{file}', name), 'images': count, 'bytes': (output / name).stat().st_size}
         for name, count in counts.items()
     ]
-    totals = {'pictures': len(image_ids), 'bytes': sum(shard['bytes'] for shard in shards)}
+    totals = {'images': len(image_ids), 'bytes': sum(shard['bytes'] for shard in shards)}
     return totals | {'shards': shards, 'unsegmented': unsegmented, 'image_ids': image_ids, 'sizes': sizes}
 
 
@@ -125,7 +125,7 @@ def make_shards(args: Namespace) -> str:
     folder, file = find_files(args.image_set, Namespace(coco_path=args.coco_path, **places))
     data = read_annotations(file)
     check_annotations(data, file)
-    check_pictures(data['images'], folder, file)
+    check_files(data['images'], folder, file)
 
     def write(partial: Path) -> None:
         partial.mkdir()
@@ -141,7 +141,9 @@ def make_shards(args: Namespace) -> str:
 
     save_atomically(output, write)
     index = json.loads((output / INDEX).read_bytes())
-    return f'{output}: {index["pictures"]} pictures in {len(index["shards"])} shards, {index["bytes"] / 1e6:.1f} MB'
+    return (
+        f'{output}: {index["images"]} images in {len(index["shards"])} shards, {index["bytes"] / 1e6:.1f} MB'
+    )
 
 
 if __name__ == '__main__':

@@ -1,10 +1,10 @@
 """
-Find objects in pictures with a trained checkpoint.
+Find objects in images with a trained checkpoint.
 
-  python tools/predict.py --checkpoint output/quickstart/checkpoint.pth --source PICTURE --output_dir OUT
+  python tools/predict.py --checkpoint output/quickstart/checkpoint.pth --source IMAGE --output_dir OUT
 
-Draws every picture and writes `predictions.json` in COCO's result form. The model's flags, the classes and
-the picture size come from the checkpoint.
+Draws every image and writes `predictions.json` in COCO's result form. The model's flags, the classes and
+the image size come from the checkpoint.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from torchvision.io import write_png
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.class_map import ClassMap
-from datasets.pictures import read_picture
+from datasets.image_io import read_image
 from datasets.transforms import frame_size, transforms_of
 from models import build_detector, build_postprocessors, resolve_args
 from util.checkpoint import load_checkpoint, read_checkpoint
-from util.dist import choose_device
+from util.distributed.collectives import choose_device
 from util.files import save_atomically
 from util.nested_tensor import nested_tensor_from_tensor_list
 from util.visualize import draw_boxes
@@ -41,7 +41,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('--checkpoint', required=True, metavar='FILE', help='checkpoint of a run of main.py')
     parser.add_argument(
-        '--source', required=True, help='a picture, a folder of pictures, or a pattern such as "*.jpg"'
+        '--source', required=True, help='an image, a folder of images, or a pattern such as "*.jpg"'
     )
     parser.add_argument(
         '--output_dir', default='output/predictions', metavar='DIR', help='(default: %(default)s)'
@@ -56,26 +56,26 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def find_pictures(source: str) -> list[Path]:
-    """Picture files of a path, folder or pattern, sorted. ValueError: there is none."""
+def find_images(source: str) -> list[Path]:
+    """Image files of a path, folder or pattern, sorted. ValueError: there is none."""
     path = Path(source)
     if path.is_dir():
-        pictures = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        images = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
     else:
-        pictures = [path] if path.is_file() else sorted(map(Path, glob.glob(source, recursive=True)))
-    if not pictures:
-        raise ValueError(f'--source {source}: no picture there ({", ".join(SUFFIXES)})')
-    return pictures
+        images = [path] if path.is_file() else sorted(map(Path, glob.glob(source, recursive=True)))
+    if not images:
+        raise ValueError(f'--source {source}: no image there ({", ".join(SUFFIXES)})')
+    return images
 
 
-def names_below(pictures: list[Path]) -> list[str]:
-    """Each picture's path below the folder that all have in common: no two are equal."""
-    common = Path(os.path.commonpath([path.parent for path in pictures]))
-    return [path.relative_to(common).as_posix() for path in pictures]
+def names_below(images: list[Path]) -> list[str]:
+    """Each image's path below the folder that all have in common: no two are equal."""
+    common = Path(os.path.commonpath([path.parent for path in images]))
+    return [path.relative_to(common).as_posix() for path in images]
 
 
 def drawing_name(name: str, names: list[str]) -> str:
-    """NAME.png, or NAME.jpg.png where another picture differs in the suffix only."""
+    """NAME.png, or NAME.jpg.png where another image differs in the suffix only."""
     stem = str(Path(name).with_suffix(''))
     alone = sum(str(Path(other).with_suffix('')) == stem for other in names) == 1
     return f'{stem}.png' if alone else f'{name}.png'
@@ -99,16 +99,16 @@ def load_detector(file: str) -> tuple[nn.Module, nn.Module, ClassMap, Namespace]
 
 
 @torch.no_grad()
-def detect(model: nn.Module, postprocess: nn.Module, picture: Tensor, args: Namespace) -> dict[str, Tensor]:
-    """Detections of one uint8 picture [3, H, W], boxes in its own pixels."""
-    resized, target = transforms_of('val', args)(picture, {'orig_size': torch.tensor(picture.shape[-2:])})
+def detect(model: nn.Module, postprocess: nn.Module, image: Tensor, args: Namespace) -> dict[str, Tensor]:
+    """Detections of one uint8 image [3, H, W], boxes in its own pixels."""
+    resized, target = transforms_of('val', args)(image, {'orig_size': torch.tensor(image.shape[-2:])})
     samples = nested_tensor_from_tensor_list([resized]).to(next(model.parameters()).device)
     result = postprocess(model(samples), frame_size(target)[None].to(samples.tensors.device))[0]
     return {key: value.cpu() for key, value in result.items()}
 
 
 def coco_results(name: str, result: dict[str, Tensor], class_map: ClassMap) -> list[dict]:
-    """COCO's result form. The id of a picture is the number that its file is named by, as COCO's are, else
+    """COCO's result form. The id of an image is the number that its file is named by, as COCO's are, else
     its name.
     """
     stem = Path(name).stem
@@ -133,22 +133,22 @@ def select(result: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
 
 
 def main(args: Namespace) -> None:
-    pictures, folder = find_pictures(args.source), Path(args.output_dir)
+    images, folder = find_images(args.source), Path(args.output_dir)
     model, postprocess, class_map, model_args = load_detector(args.checkpoint)
     model.to(choose_device(args.device))
-    names = names_below(pictures)
+    names = names_below(images)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for path, name in zip(pictures, names, strict=True):
-        picture = read_picture(path)
-        result = detect(model, postprocess, picture, model_args)
+    for path, name in zip(images, names, strict=True):
+        image = read_image(path)
+        result = detect(model, postprocess, image, model_args)
         rows += coco_results(name, select(result, args.json_score_thr), class_map)
         drawn = select(result, args.score_thr)
-        image = draw_boxes(picture, drawn['boxes'], drawn['labels'], class_map.names, drawn['scores'])
-        save_atomically(folder / drawing_name(name, names), partial(write_png_file, image))
+        drawing = draw_boxes(image, drawn['boxes'], drawn['labels'], class_map.names, drawn['scores'])
+        save_atomically(folder / drawing_name(name, names), partial(write_png_file, drawing))
         print(f'{path}: {len(drawn["scores"])} objects of score {args.score_thr} or more')
     save_atomically(folder / 'predictions.json', lambda path: path.write_text(json.dumps(rows)))
-    print(f'{len(pictures)} drawn pictures and predictions.json lie in {folder}')
+    print(f'{len(images)} drawn images and predictions.json lie in {folder}')
 
 
 def write_png_file(image: Tensor, path: Path) -> None:

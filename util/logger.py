@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from util.dist import all_reduce_sum, get_world_size, is_main_process
+from util.distributed.collectives import all_reduce_sum, get_world_size, is_main_process
 from util.files import save_atomically
 
 
@@ -105,17 +105,17 @@ class Progress:
 
     def __init__(self, title: str, total: int, every: int = 10, done: int = 0) -> None:
         self.title, self.total, self.every = title, total, max(every, 1)
-        self.first, self.done, self.num_pictures, self.start = done, done, 0, time.perf_counter()
+        self.first, self.done, self.num_images, self.start = done, done, 0, time.perf_counter()
         self.active = is_main_process()
         on_terminal = self.active and sys.stderr.isatty()
         self.bar = None
         if on_terminal:
             self.bar = tqdm(total=total, desc=title, dynamic_ncols=True, leave=False, initial=done)
 
-    def step(self, num_pictures: int, meter: Meter | None = None) -> None:
-        """One more step of `num_pictures`; reads the meter when it is time to show it."""
+    def step(self, num_images: int, meter: Meter | None = None) -> None:
+        """One more step of `num_images`; reads the meter when it is time to show it."""
         self.done += 1
-        self.num_pictures += num_pictures
+        self.num_images += num_images
         if self.bar is not None:
             self.bar.update()
         if self.done % self.every == 0 or self.done == self.total:
@@ -135,15 +135,15 @@ class Progress:
             print('  '.join(field for field in fields if field), flush=True)
 
     def speed(self) -> float:
-        """Pictures a second, all processes together."""
-        return self.num_pictures * get_world_size() / (time.perf_counter() - self.start)
+        """Images a second, all processes together."""
+        return self.num_images * get_world_size() / (time.perf_counter() - self.start)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
 
-def say(text: str) -> None:
+def print_main(text: str) -> None:
     """Print on the main process."""
     if is_main_process():
         print(text, flush=True)

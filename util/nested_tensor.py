@@ -1,4 +1,4 @@
-"""A padded batch of pictures and the mask that says where the padding is."""
+"""A padded batch of images and the mask that says where the padding is."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass
 class NestedTensor:
-    """Pictures of different sizes in one tensor, each in the upper left corner.
+    """Images of different sizes in one tensor, each in the upper left corner.
 
     tensors: [B, 3, H, W], zero on padding. mask: [B, H, W] bool, True = padding.
     """
@@ -31,22 +31,22 @@ class NestedTensor:
         return self.tensors, self.mask
 
 
-def nested_tensor_from_tensor_list(pictures: Sequence[Tensor] | Tensor) -> NestedTensor:
-    """Pad [3, h, w] pictures on the right and below to the largest height and width of the batch.
+def nested_tensor_from_tensor_list(images: Sequence[Tensor] | Tensor) -> NestedTensor:
+    """Pad [3, h, w] images on the right and below to the largest height and width of the batch.
 
-    A [B, 3, H, W] tensor is taken as pictures of one size. No rounding to a divisor (official DETR).
+    A [B, 3, H, W] tensor is taken as images of one size. No rounding to a divisor (official DETR).
     """
-    if isinstance(pictures, Tensor) and pictures.ndim == 4:
-        return NestedTensor(pictures, pictures.new_zeros(pictures[:, 0].shape, dtype=torch.bool))
-    if any(picture.ndim != 3 for picture in pictures):
-        raise ValueError(f'pictures must be [3, h, w], not {[tuple(picture.shape) for picture in pictures]}')
-    height, width = (max(picture.shape[side] for picture in pictures) for side in (1, 2))
-    first = pictures[0]
-    tensors = first.new_zeros(len(pictures), first.shape[0], height, width)
-    mask = torch.ones(len(pictures), height, width, dtype=torch.bool, device=first.device)
-    for index, picture in enumerate(pictures):
-        _, h, w = picture.shape
-        tensors[index, :, :h, :w] = picture
+    if isinstance(images, Tensor) and images.ndim == 4:
+        return NestedTensor(images, images.new_zeros(images[:, 0].shape, dtype=torch.bool))
+    if any(image.ndim != 3 for image in images):
+        raise ValueError(f'images must be [3, h, w], not {[tuple(image.shape) for image in images]}')
+    height, width = (max(image.shape[side] for image in images) for side in (1, 2))
+    first = images[0]
+    tensors = first.new_zeros(len(images), first.shape[0], height, width)
+    mask = torch.ones(len(images), height, width, dtype=torch.bool, device=first.device)
+    for index, image in enumerate(images):
+        _, h, w = image.shape
+        tensors[index, :, :h, :w] = image
         mask[index, :h, :w] = False
     return NestedTensor(tensors, mask)
 
@@ -58,5 +58,5 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 def collate_fn(batch: list[tuple[Tensor, dict]]) -> tuple[NestedTensor, list[dict]]:
     """Items of a dataset to a padded batch and its targets."""
-    pictures, targets = zip(*batch, strict=True)
-    return nested_tensor_from_tensor_list(pictures), list(targets)
+    images, targets = zip(*batch, strict=True)
+    return nested_tensor_from_tensor_list(images), list(targets)

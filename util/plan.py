@@ -8,10 +8,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from util.dist import get_world_size
+from util.distributed.collectives import get_world_size
 from util.nested_tensor import NestedTensor
 
-FROM_SCRATCH_NEEDS = 10_000  # pictures; DETR's authors' advice
+FROM_SCRATCH_NEEDS = 10_000  # images; DETR's authors' advice
 
 
 def print_plan(
@@ -46,7 +46,7 @@ def print_plan(
         batch = args.batch_size * args.accum_steps * get_world_size()
         steps = len(loaders['train']) // args.accum_steps
         rows |= {
-            'batch': f'{batch} pictures a step ({args.batch_size} x {args.accum_steps} accumulated x '
+            'batch': f'{batch} images a step ({args.batch_size} x {args.accum_steps} accumulated x '
             f'{get_world_size()} processes)',
             'learning rate': learning_rate_text(args, optimizer, scheduler),
             'steps': f'{steps} an epoch, {steps * args.epochs} in {args.epochs} epochs',
@@ -66,7 +66,7 @@ def print_plan(
         and len(datasets['train']) < FROM_SCRATCH_NEEDS
     ):
         print(
-            f'warning: {len(datasets["train"])} pictures are few to train from random numbers; --backbone_weights imagenet '
+            f'warning: {len(datasets["train"])} images are few to train from random numbers; --backbone_weights imagenet '
             'or --pretrained learn much faster'
         )
 
@@ -94,21 +94,21 @@ def learning_rate_text(
 
 
 def flops_text(model: nn.Module, dataset: Dataset) -> str:
-    """For the first picture of a data set."""
+    """For the first image of a data set."""
     height, width = dataset[0][0].shape[-2:]
     if getattr(model, 'eval_module', None) is not None:
         return 'not counted: those of an auxiliary head depend on what it finds'
     flops = count_flops(model, height, width)
-    return f'{flops / 1e9:.3g} G ({flops / 2e9:.3g} G multiply-adds) for a picture of {width} x {height}'
+    return f'{flops / 1e9:.3g} G ({flops / 2e9:.3g} G multiply-adds) for an image of {width} x {height}'
 
 
 def count_flops(model: nn.Module, height: int, width: int) -> int:
-    """Multiplications and additions of one picture's forward pass, without running it (two a
+    """Multiplications and additions of one image's forward pass, without running it (two a
     multiply-accumulate).
     """
     shadow = copy.deepcopy(model).to('meta').eval()
-    picture = torch.zeros(1, 3, height, width, device='meta')
-    samples = NestedTensor(picture, torch.zeros(1, height, width, dtype=torch.bool, device='meta'))
+    image = torch.zeros(1, 3, height, width, device='meta')
+    samples = NestedTensor(image, torch.zeros(1, height, width, dtype=torch.bool, device='meta'))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shadow(samples)
     return counter.get_total_flops()

@@ -1,5 +1,5 @@
 """
-Pictures for people: boxes drawn into a picture, truth beside predictions, curves of a run.
+Images for people: boxes drawn into an image, truth beside predictions, curves of a run.
 
 Pillow and matplotlib are imported where they draw, so that training does not need them. Files appear whole or
 not at all: each is written beside its place and then moved there. Source: ours.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Colour = tuple[int, int, int]
 Names = Sequence[str | None] | dict[int, str]
 
-MIN_SIDE = 480  # pictures whose longer side is shorter are enlarged, so that labels can be read
+MIN_SIDE = 480  # images whose longer side is shorter are enlarged, so that labels can be read
 LOSS_TERMS_SHOWN = 10
 PRECISIONS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')
 PER_OBJECT = ('scores', 'labels', 'boxes', 'masks')
@@ -62,17 +62,17 @@ def class_name(names: Names, label: int) -> str:
     return str(label if name is None else name)
 
 
-def enlarged(picture: Tensor) -> tuple[Tensor, int]:
-    """The picture [3, H, W], repeated to a longer side of at least MIN_SIDE, and the whole factor."""
-    factor = max(1, math.ceil(MIN_SIDE / max(picture.shape[-2:])))
-    return picture.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1), factor
+def enlarged(image: Tensor) -> tuple[Tensor, int]:
+    """The image [3, H, W], repeated to a longer side of at least MIN_SIDE, and the whole factor."""
+    factor = max(1, math.ceil(MIN_SIDE / max(image.shape[-2:])))
+    return image.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1), factor
 
 
-def paint_masks(picture: Tensor, masks: Tensor, labels: list[int]) -> Tensor:
-    """The picture [3, H, W] uint8 with masks [N, (1,) h, w], in any resolution, > 0.5 = object, washed in."""
-    painted = picture.float()
+def paint_masks(image: Tensor, masks: Tensor, labels: list[int]) -> Tensor:
+    """The image [3, H, W] uint8 with masks [N, (1,) h, w], in any resolution, > 0.5 = object, washed in."""
+    painted = image.float()
     masks = masks.reshape(1, -1, *masks.shape[-2:]).float()
-    masks = interpolate(masks, size=picture.shape[-2:], mode='nearest')[0] > 0.5
+    masks = interpolate(masks, size=image.shape[-2:], mode='nearest')[0] > 0.5
     for mask, label in zip(masks, labels, strict=True):
         colour = painted.new_tensor(class_colour(label))[:, None, None]
         painted = torch.where(mask, 0.55 * painted + 0.45 * colour, painted)
@@ -80,27 +80,27 @@ def paint_masks(picture: Tensor, masks: Tensor, labels: list[int]) -> Tensor:
 
 
 def draw_boxes(
-    picture: Tensor,
+    image: Tensor,
     boxes_xyxy: Tensor,
     labels: Tensor,
     names: Names,
     scores: Tensor | None = None,
     masks: Tensor | None = None,
 ) -> Tensor:
-    """The picture with its boxes and class names drawn in, enlarged by a whole factor when it is small.
+    """The image with its boxes and class names drawn in, enlarged by a whole factor when it is small.
 
-    picture: [3, H, W] uint8; boxes_xyxy: [N, 4] in pixels of the picture, may reach outside; labels, scores:
+    image: [3, H, W] uint8; boxes_xyxy: [N, 4] in pixels of the image, may reach outside; labels, scores:
     [N]; masks: [N, (1,) H, W] bool or probabilities. Better scores are drawn over worse ones.
     Returns [3, fH, fW] uint8 on the CPU.
     """
     from PIL import Image, ImageDraw
 
-    canvas, factor = enlarged(picture.cpu())
+    canvas, factor = enlarged(image.cpu())
     if masks is not None and len(masks):
         canvas = paint_masks(canvas, masks.cpu(), labels.tolist())
-    image = Image.fromarray(canvas.permute(1, 2, 0).contiguous().numpy())
-    draw = ImageDraw.Draw(image)
-    boxes = [clipped(box, image.size) for box in (boxes_xyxy.detach().float().cpu() * factor).tolist()]
+    pil = Image.fromarray(canvas.permute(1, 2, 0).contiguous().numpy())
+    draw = ImageDraw.Draw(pil)
+    boxes = [clipped(box, pil.size) for box in (boxes_xyxy.detach().float().cpu() * factor).tolist()]
     texts = texts_of(labels, names, scores)
     colours = [class_colour(label) for label in labels.tolist()]
     order = list(range(len(boxes)) if scores is None else scores.argsort().tolist())
@@ -108,8 +108,8 @@ def draw_boxes(
         draw_box(draw, boxes[number], colours[number])
     for number in order:
         draw_text(draw, boxes[number], texts[number], colours[number])
-    drawn = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return drawn.view(image.height, image.width, 3).permute(2, 0, 1)
+    drawn = torch.frombuffer(bytearray(pil.tobytes()), dtype=torch.uint8)
+    return drawn.view(pil.height, pil.width, 3).permute(2, 0, 1)
 
 
 def texts_of(labels: Tensor, names: Names, scores: Tensor | None) -> list[str]:
@@ -121,7 +121,7 @@ def texts_of(labels: Tensor, names: Names, scores: Tensor | None) -> list[str]:
 
 
 def clipped(box: list[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Corner pixels x1, y1, x2 >= x1, y2 >= y1 of a box cut to a picture of `size` (width, height)."""
+    """Corner pixels x1, y1, x2 >= x1, y2 >= y1 of a box cut to an image of `size` (width, height)."""
     edges = [edge if math.isfinite(edge) else 0.0 for edge in box]
     x1, y1 = min(max(edges[0], 0), size[0] - 1), min(max(edges[1], 0), size[1] - 1)
     return x1, y1, min(max(edges[2] - 1, x1), size[0] - 1), min(max(edges[3] - 1, y1), size[1] - 1)
@@ -157,27 +157,27 @@ def contact_sheet(
     names: Names,
     score_threshold: float = 0.5,
 ) -> None:
-    """Truth and, right of it, predictions of a few pictures, two pictures a line.
+    """Truth and, right of it, predictions of a few images, two images a line.
 
-    rows: (picture [3, H, W] uint8, prediction {'scores', 'labels', 'boxes'}, target {'labels', 'boxes'}),
-    boxes xyxy in pixels of the picture; `masks` [N, H, W] are drawn where present. Predictions with a score
+    rows: (image [3, H, W] uint8, prediction {'scores', 'labels', 'boxes'}, target {'labels', 'boxes'}),
+    boxes xyxy in pixels of the image; `masks` [N, H, W] are drawn where present. Predictions with a score
     under `score_threshold` are left out.
     """
     if not rows:
-        raise ValueError('a contact sheet needs at least one picture')
+        raise ValueError('a contact sheet needs at least one image')
     lines, columns = (1, 2) if len(rows) == 1 else (math.ceil(len(rows) / 2), 4)
     figure = new_figure(3.5 * columns, 3.6 * lines)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for panel in axes:
         panel.axis('off')
-    for number, (picture, prediction, target) in enumerate(rows):
+    for number, (image, prediction, target) in enumerate(rows):
         truth, found = axes[2 * number], axes[2 * number + 1]
-        drawn = draw_boxes(picture, target['boxes'], target['labels'], names, masks=target.get('masks'))
+        drawn = draw_boxes(image, target['boxes'], target['labels'], names, masks=target.get('masks'))
         truth.imshow(drawn.permute(1, 2, 0).numpy())
         truth.set_title(f'truth: {len(target["boxes"])}', fontsize=9)
         chosen = prediction['scores'] >= score_threshold
         kept = {name: values[chosen] for name, values in prediction.items() if name in PER_OBJECT}
-        drawn = draw_boxes(picture, kept['boxes'], kept['labels'], names, kept['scores'], kept.get('masks'))
+        drawn = draw_boxes(image, kept['boxes'], kept['labels'], names, kept['scores'], kept.get('masks'))
         found.imshow(drawn.permute(1, 2, 0).numpy())
         found.set_title(f'found with score {score_threshold:g} or more: {len(kept["boxes"])}', fontsize=9)
     save_atomically(path, lambda partial: figure.savefig(partial, dpi=110))

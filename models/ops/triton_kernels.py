@@ -2,11 +2,11 @@
 Triton kernels of multi-scale deformable attention (arXiv:2010.04159, Eq. 3): for CUDA machines on which nothing
 was built.
 
-One program serves a block of consecutive queries of one head of one picture; a row of the block is one query, its
+One program serves a block of consecutive queries of one head of one image; a row of the block is one query, its
 columns are the head's channels. Sums are float32 (float64 for float64 values), whatever the type of the values.
-Level sizes reach the kernels in memory, so that a new picture size compiles nothing. Nobody waits for the device.
+Level sizes reach the kernels in memory, so that a new image size compiles nothing. Nobody waits for the device.
 
-Letters: N pictures, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
+Letters: N images, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,12 +28,12 @@ MAX_WARPS = 16
 
 @triton.jit
 def place_block(num_queries, M: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """This program's picture and head, its rows of [N, Q, M], and which of them exist."""
+    """This program's image and head, its rows of [N, Q, M], and which of them exist."""
     num_blocks = tl.cdiv(num_queries, BLOCK_Q)
-    picture_head = tl.program_id(0) // num_blocks
-    picture, head = (picture_head // M).to(tl.int64), picture_head % M
+    image_head = tl.program_id(0) // num_blocks
+    image, head = (image_head // M).to(tl.int64), image_head % M
     queries = tl.program_id(0) % num_blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    return picture, head, (picture * num_queries + queries) * M + head, queries < num_queries
+    return image, head, (image * num_queries + queries) * M + head, queries < num_queries
 
 
 @triton.jit
@@ -73,8 +73,8 @@ def forward_kernel(
     value, levels, locations, weights, output, num_tokens, num_queries,
     M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    picture, head, rows, exists = place_block(num_queries, M, BLOCK_Q)
-    value += picture * num_tokens * (M * D) + head * D
+    image, head, rows, exists = place_block(num_queries, M, BLOCK_Q)
+    value += image * num_tokens * (M * D) + head * D
     channels = tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_Q, BLOCK_D], dtype=weights.dtype.element_ty)
     for level in range(L):
@@ -102,8 +102,8 @@ def backward_kernel(
     num_tokens, num_queries,
     M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    picture, head, rows, exists = place_block(num_queries, M, BLOCK_Q)
-    first = picture * num_tokens * (M * D) + head * D
+    image, head, rows, exists = place_block(num_queries, M, BLOCK_Q)
+    first = image * num_tokens * (M * D) + head * D
     channels = tl.arange(0, BLOCK_D)
     mask = exists[:, None] & (channels < D)[None, :]
     grad = tl.load(grad_output + rows[:, None] * D + channels[None, :], mask=mask, other=0.0)

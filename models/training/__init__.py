@@ -16,10 +16,10 @@ from models.deformable_transformer import DeformableDecoder
 from models.dino import DinoDecoder
 from models.structures import Supervision
 
-from .anchors import EPS
 from .collaborative import CollaborativeHeads
 from .criterion import SetCriterion, loss_suffix
 from .denoising import Denoising
+from .dense_heads import EPS
 from .losses import FocalLoss, QualityFocalLoss, SoftmaxLoss
 from .matcher import HungarianMatcher, OneToManyMatcher, focal_cost, softmax_cost
 

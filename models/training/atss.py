@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from util.box_ops import box_iou, generalized_box_iou
 
-from .anchors import (
+from .dense_heads import (
     BACKGROUND,
     EPS,
     SMALLEST_AREA,
-    Pictures,
+    Images,
     Samples,
     anchor_major,
     average,
@@ -99,7 +99,7 @@ class ATSS(nn.Module):
         return level_anchors(maps, self.strides, [ANCHOR_STRIDES], [1.0])
 
     def forward(
-        self, maps: list[Tensor], pictures: Pictures, with_features: bool = True
+        self, maps: list[Tensor], images: Images, with_features: bool = True
     ) -> tuple[dict[str, Tensor], Samples]:
         """Returns unweighted losses, and every anchor with the object that it answers for; those in the padding lie at
         the origin.
@@ -107,19 +107,18 @@ class ATSS(nn.Module):
         anchors = self.anchors(maps)
         sizes = [x.shape[-2:] for x in maps]
         owned = [
-            owned_cells(pictures.sizes, stride, *size)
-            for stride, size in zip(self.strides, sizes, strict=True)
+            owned_cells(images.sizes, stride, *size) for stride, size in zip(self.strides, sizes, strict=True)
         ]
-        assigned = []  # [S] of each picture, numbers of its own objects
-        for index, objects in enumerate(pictures.boxes):
+        assigned = []  # [S] of each image, numbers of its own objects
+        for index, objects in enumerate(images.boxes):
             here = [mask[index] for mask in owned]
             found = assign_adaptively([a[m] for a, m in zip(anchors, here, strict=True)], objects)
             everywhere = torch.full((sum(map(len, anchors)),), BACKGROUND, device=found.device)
             everywhere[torch.cat(here)] = found
             assigned.append(everywhere)
         owned, anchors, assigned = torch.cat(owned, dim=1), torch.cat(anchors), torch.stack(assigned)
-        losses = self.losses(self.read(maps), anchors, owned, assigned, pictures)
-        offsets = torch.tensor(pictures.offsets(), device=assigned.device)[:, None]
+        losses = self.losses(self.read(maps), anchors, owned, assigned, images)
+        offsets = torch.tensor(images.offsets(), device=assigned.device)[:, None]
         target = torch.where(assigned == BACKGROUND, assigned, assigned + offsets)
         boxes = anchors * owned[..., None]
         features = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1) if with_features else None
@@ -131,15 +130,15 @@ class ATSS(nn.Module):
         anchors: Tensor,
         owned: Tensor,
         assigned: Tensor,
-        pictures: Pictures,
+        images: Images,
     ) -> dict[str, Tensor]:
         """anchors: [S, 4]; owned, assigned: [B, S]."""
         logits, deltas, centerness = (
             anchor_major(maps, width) for maps, width in zip(outputs, (self.num_classes, 4, 1), strict=True)
         )
         batch, place = (assigned != BACKGROUND).nonzero().unbind(1)
-        target = assigned[batch, place] + torch.tensor(pictures.offsets(), device=batch.device)[batch]
-        boxes, labels = torch.cat(pictures.boxes)[target], torch.cat(pictures.labels)[target]
+        target = assigned[batch, place] + torch.tensor(images.offsets(), device=batch.device)[batch]
+        boxes, labels = torch.cat(images.boxes)[target], torch.cat(images.labels)[target]
         wanted = target_centerness(anchors[place], boxes)
         counts = torch.bincount(batch, minlength=len(assigned)).clamp(min=1).sum()
         count, weight = average(torch.stack([counts.to(wanted), wanted.sum()]))
@@ -156,7 +155,7 @@ class ATSS(nn.Module):
 
     @torch.no_grad()
     def detect(self, maps: list[Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
-        """Candidates of each picture: scores [N], labels [N], and boxes [N, 4] in its pixels."""
+        """Candidates of each image: scores [N], labels [N], and boxes [N, 4] in its pixels."""
         found = [[] for _ in sizes]
         for anchors, logits, deltas, centerness in zip(self.anchors(maps), *self.read(maps), strict=True):
             scores = anchor_major([logits], self.num_classes).sigmoid().flatten(1)  # [B, H W K]
@@ -165,8 +164,8 @@ class ATSS(nn.Module):
             deltas = anchor_major([deltas], 4).gather(1, place[..., None].expand(-1, -1, 4))
             boxes = clip_boxes(decode_boxes(anchors[place], deltas, STDS), sizes[:, None])
             scores = scores * anchor_major([centerness], 1)[..., 0].sigmoid().gather(1, place)
-            for picture, *parts in zip(found, scores, labels, boxes, strict=True):
-                picture.append(parts)
+            for image, *parts in zip(found, scores, labels, boxes, strict=True):
+                image.append(parts)
         return [
             {
                 key: torch.cat(parts)

@@ -14,8 +14,8 @@ from models.structures import Assignment, Memory, QueryGroup
 from util.box_ops import box_xyxy_to_cxcywh
 from util.precision import full_precision, without_autocast
 
-from .anchors import BACKGROUND, Pictures, Samples, permutation
 from .atss import ATSS
+from .dense_heads import BACKGROUND, Images, Samples, permutation
 from .faster_rcnn import FasterRCNN
 from .positions import BoxPositions
 
@@ -26,7 +26,7 @@ FEWEST = 9  # queries of a head, even without positives
 class CollaborativeHeads(nn.Module):
     """Auxiliary heads by name, in the order given.
 
-    strides: of the encoder's maps. max_queries: the most positives of a picture that become queries. with_features:
+    strides: of the encoder's maps. max_queries: the most positives of an image that become queries. with_features:
     their content also has the feature that the head saw. derived_positions: the decoder derives the position of a
     query from its box (DINO).
     """
@@ -63,11 +63,11 @@ class CollaborativeHeads(nn.Module):
         """
         samples, losses = {}, {}
         with without_autocast(memory.tokens):  # pixel coordinates and losses are never computed in 16 bit
-            maps, pictures = self.maps(memory), Pictures.of(memory, targets)
+            maps, images = self.maps(memory), Images.of(memory, targets)
             for name, head in self.heads.items():
-                more, samples[name] = head(maps, pictures, self.pos_feats_trans is not None)
+                more, samples[name] = head(maps, images, self.pos_feats_trans is not None)
                 losses |= more
-            groups = [self.queries(name, places, pictures.sizes) for name, places in samples.items()]
+            groups = [self.queries(name, places, images.sizes) for name, places in samples.items()]
         return groups, losses
 
     def maps(self, memory: Memory) -> list[Tensor]:
@@ -82,12 +82,12 @@ class CollaborativeHeads(nn.Module):
         return [*maps, self.downsample(maps[-1])]
 
     def queries(self, name: str, samples: Samples, sizes: Tensor) -> QueryGroup:
-        """Positives of a head as a query group, filled up with negatives where a picture has fewer than another; sizes:
-        [B, 2] width and height of the pictures.
+        """Positives of a head as a query group, filled up with negatives where an image has fewer than another; sizes:
+        [B, 2] width and height of the images.
         """
         chosen = choose_samples(samples.target, self.max_queries)  # [B, M]
         boxes = pick(samples.boxes, chosen) / sizes.repeat(1, 2)[:, None]
-        reference = box_xyxy_to_cxcywh(boxes)  # may lie outside the picture
+        reference = box_xyxy_to_cxcywh(boxes)  # may lie outside the image
         encoded = self.aux_pos_trans[name](inverse_sigmoid(reference).sigmoid())  # [B, M, C or 2 C]
         query_pos, tgt = (None, encoded) if self.derived_positions else encoded.chunk(2, dim=-1)
         if self.pos_feats_trans is not None:
@@ -95,17 +95,17 @@ class CollaborativeHeads(nn.Module):
             if query_pos is not None:
                 query_pos = query_pos + self.head_pos_embed.weight[list(HEADS).index(name)]
         target = samples.target.gather(1, chosen).cpu()
-        picture, query = (target != BACKGROUND).nonzero().unbind(1)
-        positives = Assignment(picture, query, target[picture, query], float(len(query)))
+        image, query = (target != BACKGROUND).nonzero().unbind(1)
+        positives = Assignment(image, query, target[image, query], float(len(query)))
         return QueryGroup(self.heads[name].kind, tgt, query_pos, reference, assignment=positives)
 
     @torch.no_grad()
     def detect(self, memory: Memory, name: str) -> dict[str, list[dict[str, Tensor]]]:
-        """What one head finds by itself: `candidates`, a dictionary a picture of `scores` [N], `labels` [N] and `boxes`
+        """What one head finds by itself: `candidates`, a dictionary an image of `scores` [N], `labels` [N] and `boxes`
         [N, 4] cxcywh in [0, 1], before suppression.
         """
         with without_autocast(memory.tokens):
-            sizes = Pictures.of(memory, None).sizes
+            sizes = Images.of(memory, None).sizes
             found = self.heads[name].detect(self.maps(memory), sizes)
         for candidates, size in zip(found, sizes, strict=True):
             candidates['boxes'] = box_xyxy_to_cxcywh(candidates['boxes'] / size.repeat(2))
@@ -127,7 +127,7 @@ class FeatureContent(nn.Module):
 
 @torch.no_grad()
 def choose_samples(target: Tensor, most: int) -> Tensor:
-    """[B, M] places of the queries of each picture: positives in their order (drawn at random if there are more than
+    """[B, M] places of the queries of each image: positives in their order (drawn at random if there are more than
     `most`), then random negatives.
 
     M is the largest number of positives, within FEWEST and `most`, and the number of places. target: [B, N] objects,

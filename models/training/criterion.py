@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from models.structures import Assignment, Prediction, Supervision
-from util.dist import all_gather_object, all_reduce_sum, get_world_size
+from util.distributed.collectives import all_gather_object, all_reduce_sum, get_world_size
 from util.precision import without_autocast
 
-from .ledger import epoch_ledger
 from .losses import Stack, box_losses, cardinality_error, class_error, from_host
 from .matcher import Targets, merge, stack_predictions
+from .report import epoch_ledger
 
 
 def loss_suffix(kind: str, layer: int | None) -> str:
@@ -49,7 +49,7 @@ class SetCriterion(nn.Module):
         """Unweighted loss terms, scalars by official name.
 
         outputs: what the model returns while training (or `pred_logits` and `pred_boxes` alone). targets: one
-        dictionary a picture with `labels` [T_i] and `boxes` [T_i, 4] cxcywh in [0, 1]. step_targets: the
+        dictionary an image with `labels` [T_i] and `boxes` [T_i, 4] cxcywh in [0, 1]. step_targets: the
         targets of every batch that shares this optimizer step, this one among them; losses are then divided
         by the average of their counts, so that accumulated batches give the gradient of one large batch.
         """

@@ -16,7 +16,7 @@ class Denoising(nn.Module):
 
     A group has a positive and a negative copy of every object; the negative one is moved further, and is to be
     recognised as background. num_queries: the groups are num_queries over the largest number of objects of a
-    picture. label_noise: share of the labels that are drawn anew is half of it. box_noise: largest displacement of a
+    image. label_noise: share of the labels that are drawn anew is half of it. box_noise: largest displacement of a
     positive's corner, in halves of its sides. eps: of the decoder's inverse sigmoids. positions: for decoders that do
     not derive the position of a query from its box.
     """
@@ -46,18 +46,18 @@ class Denoising(nn.Module):
             torch.cat([target['boxes'] for target in targets]),
             num_groups,
         )
-        # Row copy * total + object goes to slot copy * most + its number in the picture.
+        # Row copy * total + object goes to slot copy * most + its number in the image.
         number = torch.tensor([index for count in counts for index in range(count)], dtype=torch.int64)
-        picture = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         copies = torch.arange(2 * num_groups)[:, None]
         slot = (copies * most + number).flatten()
-        place = (picture.repeat(2 * num_groups).to(labels.device), slot.to(labels.device))
+        place = (image.repeat(2 * num_groups).to(labels.device), slot.to(labels.device))
         shape = len(counts), 2 * num_groups * most
         embedded = self.label_embedding(labels)
         tgt = embedded.new_zeros(*shape, embedded.shape[-1]).index_put(place, embedded)
         reference = logits.new_zeros(*shape, 4).index_put(place, logits).sigmoid()
         positives = Assignment(
-            picture.repeat(num_groups),
+            image.repeat(num_groups),
             (copies[::2] * most + number).flatten(),
             torch.arange(total).repeat(num_groups),
             self.count(counts),
@@ -68,7 +68,7 @@ class Denoising(nn.Module):
         return [group], {}
 
     def num_groups(self, sizes: list[int]) -> int:
-        """sizes: objects of each picture."""
+        """sizes: objects of each image."""
         return max(1, self.num_queries // max(*sizes, 1))
 
     def count(self, sizes: list[int]) -> float:

@@ -10,11 +10,11 @@ from torchvision.ops import batched_nms, roi_align
 
 from util.box_ops import generalized_box_iou
 
-from .anchors import (
+from .dense_heads import (
     BACKGROUND,
     EPS,
     SMALLEST_AREA,
-    Pictures,
+    Images,
     Samples,
     anchor_major,
     assign_by_iou,
@@ -37,7 +37,7 @@ ROI_SIZE = 7
 class RegionProposals(nn.Module):
     """Objectness and boxes of nine anchors a cell.
 
-    strides: of the maps. Losses are sums over 256 sampled anchors a picture, divided by their number.
+    strides: of the maps. Losses are sums over 256 sampled anchors an image, divided by their number.
     """
 
     num_samples, positive_fraction = 256, 0.5
@@ -63,11 +63,11 @@ class RegionProposals(nn.Module):
         """Of every level, [H W 9, 4]."""
         return level_anchors(maps, self.strides, SCALES, RATIOS)
 
-    def losses(self, logits: list[Tensor], deltas: list[Tensor], pictures: Pictures) -> dict[str, Tensor]:
+    def losses(self, logits: list[Tensor], deltas: list[Tensor], images: Images) -> dict[str, Tensor]:
         anchors = torch.cat(self.anchors(logits))
         owned = torch.cat(
             [
-                owned_cells(pictures.sizes, stride, *x.shape[-2:]).repeat_interleave(x.shape[1], dim=1)
+                owned_cells(images.sizes, stride, *x.shape[-2:]).repeat_interleave(x.shape[1], dim=1)
                 for stride, x in zip(self.strides, logits, strict=True)
             ],
             dim=1,
@@ -75,7 +75,7 @@ class RegionProposals(nn.Module):
         flat_logits, flat_deltas = anchor_major(logits, 1)[..., 0], anchor_major(deltas, 4)
         cls = bbox = flat_logits.new_zeros(())
         count = 0
-        for index, objects in enumerate(pictures.boxes):
+        for index, objects in enumerate(images.boxes):
             place = owned[index].nonzero()[:, 0]
             assigned = assign_by_iou(anchors[place], objects, 0.7, 0.3, low_quality=True)
             positives, negatives = sample(assigned, self.num_samples, self.positive_fraction)
@@ -91,7 +91,7 @@ class RegionProposals(nn.Module):
     def proposals(
         self, logits: list[Tensor], deltas: list[Tensor], sizes: Tensor, num_candidates: int
     ) -> list[Tensor]:
-        """Up to 1,000 boxes a picture, [N_i, 4], best first; num_candidates: of each level before suppression."""
+        """Up to 1,000 boxes an image, [N_i, 4], best first; num_candidates: of each level before suppression."""
         scores, boxes, levels = [], [], []
         for level, anchors in enumerate(self.anchors(logits)):
             score = anchor_major([logits[level]], 1)[..., 0].sigmoid()  # [B, H W 9]
@@ -133,7 +133,7 @@ class RoIHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, maps: list[Tensor], regions: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """regions: [N_i, 4] of each picture. Returns features [N, C, 7, 7] (N over all pictures), class logits
+        """regions: [N_i, 4] of each image. Returns features [N, C, 7, 7] (N over all images), class logits
         [N, K + 1] and offsets [N, K, 4].
         """
         features = self.align(maps, regions)
@@ -144,12 +144,12 @@ class RoIHead(nn.Module):
 
     def align(self, maps: list[Tensor], regions: list[Tensor]) -> Tensor:
         """RoI features [N, C, 7, 7], each region from the level that suits its size (FPN, Sec. 4.2)."""
-        picture = torch.cat([x.new_full((len(x), 1), index) for index, x in enumerate(regions)])
+        image = torch.cat([x.new_full((len(x), 1), index) for index, x in enumerate(regions)])
         regions = torch.cat(regions)
         side = ((regions[:, 2] - regions[:, 0]) * (regions[:, 3] - regions[:, 1])).sqrt()
         finest = 14 * self.strides[0]
         levels = torch.floor(torch.log2(side / finest + 1e-6)).clamp(0, len(self.strides) - 1)
-        rois = torch.cat([picture, regions], dim=1)
+        rois = torch.cat([image, regions], dim=1)
         order, parts = [], []
         for level, (x, stride) in enumerate(zip(maps, self.strides, strict=False)):
             here = (levels == level).nonzero()[:, 0]
@@ -175,22 +175,22 @@ class FasterRCNN(nn.Module):
         self.roi = RoIHead(channels, num_classes, strides[:-1])
 
     def forward(
-        self, maps: list[Tensor], pictures: Pictures, with_features: bool = True
+        self, maps: list[Tensor], images: Images, with_features: bool = True
     ) -> tuple[dict[str, Tensor], Samples]:
         """maps: [B, C, H, W]. Returns unweighted losses, and the RoIs that the head was trained on."""
         proposed = self.rpn(maps)
-        losses = self.rpn.losses(*proposed, pictures)
-        proposals = self.rpn.proposals(*proposed, pictures.sizes, self.train_candidates)
+        losses = self.rpn.losses(*proposed, images)
+        proposals = self.rpn.proposals(*proposed, images.sizes, self.train_candidates)
         sampled = [
-            self.choose(boxes, objects) for boxes, objects in zip(proposals, pictures.boxes, strict=True)
+            self.choose(boxes, objects) for boxes, objects in zip(proposals, images.boxes, strict=True)
         ]
         regions, objects = zip(*sampled, strict=True)
         features, logits, deltas = self.roi(maps, list(regions))
-        losses |= self.losses(logits, deltas, torch.cat(regions), list(objects), pictures)
+        losses |= self.losses(logits, deltas, torch.cat(regions), list(objects), images)
         shortest = min(len(boxes) for boxes in regions)
         target = [
             torch.where(found == BACKGROUND, found, found + offset)
-            for found, offset in zip(objects, pictures.offsets(), strict=True)
+            for found, offset in zip(objects, images.offsets(), strict=True)
         ]
         means = features.mean((2, 3)).split([len(boxes) for boxes in regions]) if with_features else None
         return losses, Samples(
@@ -201,7 +201,7 @@ class FasterRCNN(nn.Module):
         )
 
     def choose(self, proposals: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
-        """RoIs [N, 4] of a picture, positives first, and the object of each or BACKGROUND; objects themselves are in
+        """RoIs [N, 4] of an image, positives first, and the object of each or BACKGROUND; objects themselves are in
         front of the proposals, and match.
         """
         assigned = assign_by_iou(proposals, objects, self.overlap, self.overlap, low_quality=False)
@@ -211,12 +211,12 @@ class FasterRCNN(nn.Module):
         return boxes[chosen], assigned[chosen]
 
     def losses(
-        self, logits: Tensor, deltas: Tensor, regions: Tensor, assigned: list[Tensor], pictures: Pictures
+        self, logits: Tensor, deltas: Tensor, regions: Tensor, assigned: list[Tensor], images: Images
     ) -> dict[str, Tensor]:
-        """assigned: object of each RoI, for each picture."""
+        """assigned: object of each RoI, for each image."""
         background = logits.shape[1] - 1
         classes, boxes = [], []
-        for found, labels, objects in zip(assigned, pictures.labels, pictures.boxes, strict=True):
+        for found, labels, objects in zip(assigned, images.labels, images.boxes, strict=True):
             with_background = torch.cat([labels, labels.new_tensor([background])])  # the last is number -1
             classes.append(with_background[found])
             boxes.append(objects[found[found >= 0]])
@@ -233,7 +233,7 @@ class FasterRCNN(nn.Module):
 
     @torch.no_grad()
     def detect(self, maps: list[Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
-        """Candidates of each picture: scores [N], labels [N], and boxes [N, 4] in its pixels."""
+        """Candidates of each image: scores [N], labels [N], and boxes [N, 4] in its pixels."""
         proposals = self.rpn.proposals(*self.rpn(maps), sizes, self.test_candidates)
         _, logits, deltas = self.roi(maps, proposals)
         counts = [len(boxes) for boxes in proposals]

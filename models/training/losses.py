@@ -35,7 +35,7 @@ class Stack:
     labels: Tensor  # [N] class of the pair's object
     target_boxes: Tensor  # [N, 4]
     num_pairs: list[int]  # of each layer
-    num_objects: list[int]  # of each picture, as often as they are to be answered for
+    num_objects: list[int]  # of each image, as often as they are to be answered for
     count: float = 0.0  # of the assignments
     deciding: Tensor | None = None  # [N] 1 where a pair decides the class of its query, else 0; None: all do
 
@@ -76,7 +76,7 @@ class FocalLoss:
         return torch.sub(self.weights[0] * positive, negative, alpha=self.weights[1])
 
     def denominator(self, matcher: Matcher, sizes: list[int], num_queries: int) -> float:
-        """sizes: objects of each picture of a batch; num_queries: of a picture."""
+        """sizes: objects of each image of a batch; num_queries: of an image."""
         return matcher.count(sizes)
 
 
@@ -124,7 +124,7 @@ class SoftmaxLoss:
         return loss.view(len(stack.logits), -1).sum(1)
 
     def denominator(self, matcher: HungarianMatcher, sizes: list[int], num_queries: int) -> float:
-        """sizes: objects of each picture of a batch; num_queries: of a picture."""
+        """sizes: objects of each image of a batch; num_queries: of an image."""
         num_pairs = matcher.num_pairs(sizes, num_queries)
         return num_pairs + self.eos_coef * (num_queries * len(sizes) - num_pairs)
 
@@ -141,7 +141,7 @@ def box_losses(stacks: list[Stack]) -> list[Tensor]:
 
 @torch.no_grad()
 def cardinality_error(stack: Stack, scale: float = 1.0) -> Tensor:
-    """[L] `scale` times the mean over pictures of |queries whose best class is not the last - objects|; a log entry of the
+    """[L] `scale` times the mean over images of |queries whose best class is not the last - objects|; a log entry of the
     official code.
 
     With focal losses the last class is a real one, so the number says nothing there. It is kept as it was for

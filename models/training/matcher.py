@@ -1,7 +1,7 @@
 """
 Which query answers for which object. Training only.
 
-A matcher first builds the costs of all layers and pictures on the device (`cost`), then solves them on the
+A matcher first builds the costs of all layers and images on the device (`cost`), then solves them on the
 host (`solve`). Between the two, the criterion copies the costs of every kind of prediction at once: one
 synchronisation a step.
 """
@@ -24,14 +24,14 @@ from util.precision import full_precision
 
 @dataclass
 class Targets:
-    """The objects of a batch, one after the other and padded to the largest number of a picture, T_max."""
+    """The objects of a batch, one after the other and padded to the largest number of an image, T_max."""
 
     labels: Tensor  # [T]
     boxes: Tensor  # [T, 4]
     padded_labels: Tensor  # [B, T_max]
     padded_boxes: Tensor  # [B, T_max, 4]
     padded_corners: Tensor  # the same as xyxy
-    sizes: list[int]  # objects of each picture
+    sizes: list[int]  # objects of each image
 
     @classmethod
     def pack(cls, targets: list[dict]) -> 'Targets':
@@ -119,7 +119,7 @@ class HungarianMatcher(SingleMatch):
     """One-to-one assignment of least total cost (DETR Sec. 3.1).
 
     repeats: times each object is to be answered for (hybrid matching); pairs are min(Q, repeats * T_i) a
-    picture. on: what is compared with the objects, `boxes` or `anchors` (encoder proposals before
+    image. on: what is compared with the objects, `boxes` or `anchors` (encoder proposals before
     refinement).
     """
 
@@ -167,26 +167,26 @@ class HungarianMatcher(SingleMatch):
     def solve(self, cost: np.ndarray, sizes: list[int]) -> list[Assignment]:
         """Costs [L, B, T_max, Q] on the host to one assignment a layer, indices on the host.
 
-        Queries ascend within a picture. FloatingPointError: a cost is not finite; the message names layer and
-        picture.
+        Queries ascend within an image. FloatingPointError: a cost is not finite; the message names layer and
+        image.
         """
         offsets = list(accumulate(sizes, initial=0))
         return [self.solve_layer(layer, cost[layer], sizes, offsets) for layer in range(len(cost))]
 
     def solve_layer(self, layer: int, cost: np.ndarray, sizes: list[int], offsets: list[int]) -> Assignment:
         pairs = [np.zeros((3, 0), dtype=np.int64)]
-        for picture, (num_objects, offset) in enumerate(zip(sizes, offsets, strict=False)):
-            block = np.tile(cost[picture, :num_objects], (self.repeats, 1))
-            check_finite(block, layer, picture)
+        for image, (num_objects, offset) in enumerate(zip(sizes, offsets, strict=False)):
+            block = np.tile(cost[image, :num_objects], (self.repeats, 1))
+            check_finite(block, layer, image)
             target, query = linear_sum_assignment(block)
             order = query.argsort()
             query, target = query[order], target[order] % max(num_objects, 1)
-            pairs.append(np.stack([np.full_like(query, picture), query, offset + target]))
+            pairs.append(np.stack([np.full_like(query, image), query, offset + target]))
         batch, query, target = torch.from_numpy(np.concatenate(pairs, axis=1))
         return Assignment(batch, query, target, self.count(sizes))
 
     def count(self, sizes: list[int]) -> float:
-        """What box losses are divided by, from the objects of each picture."""
+        """What box losses are divided by, from the objects of each image."""
         return float(self.repeats * sum(sizes))
 
     def num_pairs(self, sizes: list[int], num_queries: int) -> int:
@@ -234,10 +234,10 @@ class OneToManyMatcher(SingleMatch):
         return self.iou_weight * iou + self.score_weight * probability
 
     def solve(self, cost: np.ndarray, sizes: list[int]) -> list[Assignment]:
-        """Scores [L, B, T_max, Q] on the host to one assignment a layer, pairs of a picture by ascending score.
+        """Scores [L, B, T_max, Q] on the host to one assignment a layer, pairs of an image by ascending score.
 
-        Random numbers come from torch's CPU generator: two permutations a picture, used or not; the last layer draws
-        first. FloatingPointError: a score is not finite; the message names layer and picture.
+        Random numbers come from torch's CPU generator: two permutations an image, used or not; the last layer draws
+        first. FloatingPointError: a score is not finite; the message names layer and image.
         """
         last = len(cost) - 1
         solved = {layer: self.solve_layer(layer, cost[layer], sizes) for layer in (last, *range(last))}
@@ -245,17 +245,17 @@ class OneToManyMatcher(SingleMatch):
 
     def solve_layer(self, layer: int, scores: np.ndarray, sizes: list[int]) -> Assignment:
         parts, offset = [np.zeros((4, 0), dtype=np.int64)], 0
-        for picture, num_objects in enumerate(sizes):
-            block = scores[picture, :num_objects]  # [T_i, Q]
-            check_finite(block, layer, picture)
+        for image, num_objects in enumerate(sizes):
+            block = scores[image, :num_objects]  # [T_i, Q]
+            check_finite(block, layer, image)
             query, target, deciding = self.pairs(block)
-            parts.append(np.stack([np.full_like(query, picture), query, offset + target, deciding]))
+            parts.append(np.stack([np.full_like(query, image), query, offset + target, deciding]))
             offset += num_objects
         batch, query, target, deciding = torch.from_numpy(np.concatenate(parts, axis=1))
         return Assignment(batch, query, target, self.count(sizes), deciding.bool())
 
     def pairs(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Query, object, and whether the pair decides the query's class, of one picture; scores: [T, Q]."""
+        """Query, object, and whether the pair decides the query's class, of one image; scores: [T, Q]."""
         num_objects, num_queries = scores.shape
         positive = np.zeros(num_queries, dtype=bool)
         if num_objects:
@@ -300,8 +300,8 @@ def merge(pairs: Assignment, more: Assignment) -> Assignment:
     )
 
 
-def check_finite(block: np.ndarray, layer: int, picture: int) -> None:
+def check_finite(block: np.ndarray, layer: int, image: int) -> None:
     if not np.isfinite(block).all():
         raise FloatingPointError(
-            f'predictions of decoder layer {layer} for picture {picture} of the batch are not finite'
+            f'predictions of decoder layer {layer} for image {image} of the batch are not finite'
         )

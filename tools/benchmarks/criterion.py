@@ -1,6 +1,6 @@
 """
 Matching and losses of H-Deformable-DETR at its training size (6 layers, 300 + 1500 queries, 22,223 proposals, every
-object 6 times), forward and backward: stacked, against layer by layer and picture by picture.
+object 6 times), forward and backward: stacked, against layer by layer and image by image.
 """
 
 import argparse
@@ -20,7 +20,7 @@ REPEATS = 6
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser('criterion', help='matching and losses of H-Deformable-DETR')
-    parser.add_argument('--objects', default=20, type=int, help='of each of the two pictures')
+    parser.add_argument('--objects', default=20, type=int, help='of each of the two images')
     parser.add_argument(
         '--threads', default=torch.get_num_threads(), type=int, help='CPU threads (default: all)'
     )
@@ -45,7 +45,7 @@ def benchmark_criterion(args: argparse.Namespace) -> None:
     totals = stacked(), plain()
     torch.testing.assert_close(*totals, rtol=1e-5, atol=0)
     print(
-        f'criterion of H-Deformable-DETR, {args.objects} objects a picture, {args.threads} thread(s), median of {args.rounds} '
+        f'criterion of H-Deformable-DETR, {args.objects} objects an image, {args.threads} thread(s), median of {args.rounds} '
         'rounds in turn'
     )
     for title, contenders in (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import functional as classic
 
-from datasets.pictures import read_picture
+from datasets.image_io import read_image
 from datasets.transforms import MEAN, STD, Compose, Target, make_transforms
 from tools.benchmarks.shards import report_shards
 from util.seeding import local_seed
@@ -27,9 +27,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         'data', help='from JPEG file to network input: Pillow and floats, or our loader'
     )
     parser.add_argument(
-        '--coco_path', default=None, help='folder searched for JPEGs; by default pictures are drawn'
+        '--coco_path', default=None, help='folder searched for JPEGs; by default images are drawn'
     )
-    parser.add_argument('--num_pictures', default=32, type=int, help='pictures a round')
+    parser.add_argument('--num_images', default=32, type=int, help='images a round')
     parser.add_argument(
         '--rounds', default=7, type=int, help='timed rounds of each contender, after one to warm up'
     )
@@ -40,9 +40,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 def benchmark_data(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        paths = find_pictures(args.coco_path) if args.coco_path else draw_pictures(folder, args)
-        paths = paths[: args.num_pictures]
-        print(f'{len(paths)} JPEG pictures, one thread, {args.rounds} rounds of each contender in turn')
+        paths = find_images(args.coco_path) if args.coco_path else draw_images(folder, args)
+        paths = paths[: args.num_images]
+        print(f'{len(paths)} JPEG images, one thread, {args.rounds} rounds of each contender in turn')
         for image_set, name in (('val', 'evaluation, 800/1333'), ('train', 'training, same seeds')):
             samples = [(path, make_target(path), make_transforms(image_set)) for path in paths]
             print(
@@ -54,18 +54,18 @@ def benchmark_data(args: argparse.Namespace) -> None:
             report_shards(root, paths, Path(place), args)
 
 
-def find_pictures(root: str) -> list[Path]:
+def find_images(root: str) -> list[Path]:
     paths = sorted(Path(root).rglob('*.jpg'))
     if not paths:
         raise ValueError(f'--coco_path {root} has no .jpg file in it or below: give the folder of a data set')
     return paths
 
 
-def draw_pictures(folder: str, args: argparse.Namespace) -> list[Path]:
+def draw_images(folder: str, args: argparse.Namespace) -> list[Path]:
     """JPEGs of 640 x 480, quality 90: a smooth background, some shapes, sensor noise."""
     generator = np.random.default_rng(args.seed)
     paths = []
-    for idx in range(args.num_pictures):
+    for idx in range(args.num_images):
         coarse = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
         image = PIL.Image.fromarray(coarse).resize((640, 480), PIL.Image.Resampling.BICUBIC)
         draw = PIL.ImageDraw.Draw(image)
@@ -79,7 +79,7 @@ def draw_pictures(folder: str, args: argparse.Namespace) -> list[Path]:
 
 
 def make_target(path: Path) -> Target:
-    """Seven boxes, as many as COCO has a picture."""
+    """Seven boxes, as many as COCO has an image."""
     with PIL.Image.open(path) as image:
         width, height = image.size
     corners = torch.rand(7, 2, 2, generator=torch.Generator().manual_seed(len(path.name))).sort(dim=1).values
@@ -93,11 +93,11 @@ def load_with_pillow(path: Path, target: Target, transforms: Compose) -> tuple[T
     """The chain of the official code: Pillow decodes, flips, crops and resizes; float32, normalised, on the
     CPU.
     """
-    with PIL.Image.open(path) as image:
-        picture = image.convert('RGB')
+    with PIL.Image.open(path) as opened:
+        image = opened.convert('RGB')
     *geometry, normalize_boxes = transforms.transforms
-    picture, target = Compose(geometry)(picture, target)
-    normalized = classic.normalize(classic.to_tensor(picture), MEAN, STD)
+    image, target = Compose(geometry)(image, target)
+    normalized = classic.normalize(classic.to_tensor(image), MEAN, STD)
     _, target = normalize_boxes(
         torch.empty(normalized.shape, dtype=torch.uint8), target
     )  # only its size counts
@@ -106,7 +106,7 @@ def load_with_pillow(path: Path, target: Target, transforms: Compose) -> tuple[T
 
 def load_with_tensors(path: Path, target: Target, transforms: Compose) -> tuple[Tensor, Target]:
     """Ours: uint8 from the file to the batch; the model normalises on its device."""
-    return transforms(read_picture(path), target)
+    return transforms(read_image(path), target)
 
 
 CONTENDERS: dict[str, Loader] = {'Pillow, float32': load_with_pillow, 'ours, uint8': load_with_tensors}
@@ -119,13 +119,13 @@ def check_agreement(samples: list[tuple[Path, Target, Compose]], seed: int) -> f
         with local_seed(seed, idx):
             reference, target_reference = load_with_pillow(*sample)
         with local_seed(seed, idx):
-            picture, target = load_with_tensors(*sample)
-        if reference.shape != picture.shape or not torch.equal(target['boxes'], target_reference['boxes']):
+            image, target = load_with_tensors(*sample)
+        if reference.shape != image.shape or not torch.equal(target['boxes'], target_reference['boxes']):
             raise ValueError(f'{sample[0]}: size or boxes differ between the contenders')
         mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-        worst = max(worst, float(((reference * std + mean) * 255 - picture).abs().max()))
+        worst = max(worst, float(((reference * std + mean) * 255 - image).abs().max()))
     if worst > 1.01:
-        raise ValueError(f'pictures differ by {worst:.2f} grey levels between the contenders')
+        raise ValueError(f'images differ by {worst:.2f} grey levels between the contenders')
     return worst
 
 
@@ -136,7 +136,7 @@ def report_speed(samples: list[tuple[Path, Target, Compose]], args: argparse.Nam
             seconds[name].append(time_round(load, samples, args.seed))
     speeds = {name: len(samples) / statistics.median(times[1:]) for name, times in seconds.items()}
     for name, speed in speeds.items():
-        print(f'  {name:<16}{speed:8.1f} pictures/s a core {1e3 / speed:8.2f} ms')
+        print(f'  {name:<16}{speed:8.1f} images/s a core {1e3 / speed:8.2f} ms')
     slow, fast = speeds.values()
     print(f'  ratio {fast / slow:.2f}')
 

@@ -19,8 +19,8 @@ from tools.benchmarks.official_op import load_official
 from tools.benchmarks.timing import time_in_turn
 
 HEADS, CHANNELS, POINTS = 8, 32, 4
-PICTURES = {'160x192': (160, 192), '320x480': (320, 480), '800x1333': (800, 1333)}
-# name -> picture, batch, queries (0: every token is one, as in an encoder)
+IMAGES = {'160x192': (160, 192), '320x480': (320, 480), '800x1333': (800, 1333)}
+# name -> image, batch, queries (0: every token is one, as in an encoder)
 CPU_CASES = {
     'encoder 160x192 b1': ('160x192', 1, 0),
     'encoder 320x480 b1': ('320x480', 1, 0),
@@ -82,8 +82,8 @@ def report(
     case: str, sizes: tuple[str, int, int], dtype: torch.dtype, official: object, args: argparse.Namespace
 ) -> None:
     """Rows of one case; a ratio is that of the peer's time to the row's, forward and backward."""
-    picture, batch, queries = sizes
-    shapes = level_shapes(*PICTURES[picture])
+    image, batch, queries = sizes
+    shapes = level_shapes(*IMAGES[image])
     value, locations, weights = make_inputs(shapes, batch, queries, args.device)
     grad = torch.randn(batch, locations.shape[1], HEADS * CHANNELS, device=args.device)
     inputs = value, [side for shape in shapes for side in shape], locations, weights

@@ -4,7 +4,7 @@ What training on many GPUs costs: a table by their number, for each model.
 Sizes of messages and checkpoints, the loader's speed and the time of saving are measured here, in the same run
 (`scaling_inputs.py`); step times and links of GPUs are flags, whose defaults name their source (`scaling_formulas.py`
 puts both together). Marks of the rows: M measured here, P published, E an estimate; a row carries those of all that
-went into it. Padding and the largest batch are drawn from the sizes of the pictures that were loaded.
+went into it. Padding and the largest batch are drawn from the sizes of the images that were loaded.
 """
 
 import argparse
@@ -39,8 +39,8 @@ from tools.benchmarks.scaling_inputs import (
     random_state_bytes,
 )
 
-# Milliseconds of GPU work a training picture in bf16. Estimates from counted FLOPs and bytes at 800 x 1333 on an H200, with
-# fused attention kernels, times 0.64 for the mean picture; Swin-L: Co-DINO's by the ratio of FLOPs (plan.count_flops).
+# Milliseconds of GPU work a training image in bf16. Estimates from counted FLOPs and bytes at 800 x 1333 on an H200, with
+# fused attention kernels, times 0.64 for the mean image; Swin-L: Co-DINO's by the ratio of FLOPs (plan.count_flops).
 GPU_MS = {'detr': 1.5, 'deformable': 5.7, 'h_detr': 6.7, 'co_dino': 23.0, 'co_dino_swin_l': 39.0}
 # Llama 3 (arXiv:2407.21783, Sec. 3.3.4): 419 unexpected interruptions in 54 days on 16,384 GPUs.
 LLAMA3_MTBF_HOURS = 54 * 24 * 16384 / 419
@@ -50,7 +50,7 @@ MB, GB, HOUR, DAY = 1e6, 1e9, 3600.0, 86400.0
 
 # Flag -> default and help with its source.
 ASSUMED = {
-    'batch_size': (2, "pictures a GPU and step [P, the recipes']"),
+    'batch_size': (2, "images a GPU and step [P, the recipes']"),
     'host_ms': (25.0, 'least milliseconds of a step: launches and matching on the host [E, from counted calls]'),
     'backward_share': (0.65, 'backward pass as a share of a step [E, from counted FLOPs]'),
     'bucket_mb': (25.0, "MiB of gradients that DDP sends at once [P, PyTorch's default]"),
@@ -64,11 +64,11 @@ ASSUMED = {
     'mtbf_hours': (LLAMA3_MTBF_HOURS, 'mean hours of a GPU between failures that end a run [P, Llama 3, Sec. 3.3.4]'),
     'detect_s': (60.0, 'seconds from a death to the end of the run [E, heartbeat]'),
     'requeue_s': (300.0, 'seconds until all processes are started again and have met [E]'),
-    'detections': (300, "detections a picture at evaluation [P, the recipes' most]"),
-    'eval_pictures': (5000, 'evaluated pictures [P, COCO val2017]'),
-    'base_batch': (16, "pictures a step of most recipes, which their learning rates are for [P, scripts/]"),
-    'largest_batch': (64, 'most pictures a step in published training of DETRs that we know [P, DETR, Sec. 4]'),
-    'pictures': (1_000_000_000, 'pictures to train on, epochs included'),
+    'detections': (300, "detections an image at evaluation [P, the recipes' most]"),
+    'eval_images': (5000, 'evaluated images [P, COCO val2017]'),
+    'base_batch': (16, "images a step of most recipes, which their learning rates are for [P, scripts/]"),
+    'largest_batch': (64, 'most images a step in published training of DETRs that we know [P, DETR, Sec. 4]'),
+    'images': (1_000_000_000, 'images to train on, epochs included'),
 }  # fmt: skip
 
 Cells = Callable[[int], str]  # number of GPUs to text
@@ -83,7 +83,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Shared:
-    """What holds for every model. ranks: bytes of random states a process; found: bytes of detections a picture;
+    """What holds for every model. ranks: bytes of random states a process; found: bytes of detections an image;
     start: seconds of importing; slowest: GPUs to pixels of the largest batch over those of the mean one.
     """
 
@@ -111,9 +111,9 @@ def add_measuring_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('what is measured')
     group.add_argument('--models', nargs='+', default=list(MODELS), choices=MODELS, help='(default: all)')
     group.add_argument(
-        '--coco_path', help="data set to load; by default pictures are drawn, smaller files than COCO's"
+        '--coco_path', help="data set to load; by default images are drawn, smaller files than COCO's"
     )
-    group.add_argument('--num_pictures', default=64, type=int, help='pictures a round (default: %(default)s)')
+    group.add_argument('--num_images', default=64, type=int, help='images a round (default: %(default)s)')
     group.add_argument(
         '--rounds', default=5, type=int, help='timed rounds of the loader (default: %(default)s)'
     )
@@ -126,7 +126,7 @@ def add_assumed_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('what cannot be measured here (each default names its source)')
     group.add_argument('--gpus', nargs='+', default=[8, 64, 512, 4096], type=int, help='columns of the table')
     group.add_argument('--gpu_ms', nargs='+', default=[], metavar='MODEL=MS',
-                       help=f'GPU milliseconds a training picture in bf16 [E, from counted FLOPs and bytes] (default: {GPU_MS})')  # fmt: skip
+                       help=f'GPU milliseconds a training image in bf16 [E, from counted FLOPs and bytes] (default: {GPU_MS})')  # fmt: skip
     for name, (default, text) in ASSUMED.items():
         text = f'{text} (default: %(default).6g)'
         group.add_argument(f'--{name}', default=default, type=type(default), help=text)
@@ -135,7 +135,7 @@ def add_assumed_args(parser: argparse.ArgumentParser) -> None:
 def check_args(args: argparse.Namespace) -> None:
     if min(args.gpus) < 2:
         raise ValueError(f'--gpus {min(args.gpus)} has nobody to talk to: give numbers from 2')
-    for name in ('num_pictures', 'rounds', *ASSUMED):
+    for name in ('num_images', 'rounds', *ASSUMED):
         if getattr(args, name) <= 0 and name != 'write_mb':
             raise ValueError(f'--{name} must be above 0, not {getattr(args, name)}')
     if args.folder and not Path(args.folder).is_dir():
@@ -170,7 +170,7 @@ def parse_times(given: list[str]) -> dict[str, float]:
 
 
 def measure_shared(args: argparse.Namespace) -> Shared:
-    loader = measure_loader(args.coco_path, args.num_pictures, args.rounds, args.batch_size)
+    loader = measure_loader(args.coco_path, args.num_images, args.rounds, args.batch_size)
     return Shared(
         loader=loader,
         ranks=random_state_bytes(),
@@ -190,17 +190,17 @@ def print_inputs(args: argparse.Namespace, shared: Shared, gpu_ms: dict[str, flo
     loader = shared.loader
     height, width = loader.sizes.double().mean(dim=0).tolist()
     print(
-        f'measured here [M], {loader.name}: {loader.rate:.0f} pictures/s of one core from file to batch, '
-        f'{loader.stored / 1e3:.0f} kB a file, {loader.sent / MB:.2f} MB a picture in a uint8 batch of {args.batch_size} with its '
+        f'measured here [M], {loader.name}: {loader.rate:.0f} images/s of one core from file to batch, '
+        f'{loader.stored / 1e3:.0f} kB a file, {loader.sent / MB:.2f} MB an image in a uint8 batch of {args.batch_size} with its '
         f'mask, mean size {height:.0f} x {width:.0f}\n'
-        f'  {args.pictures:,} such pictures: {loader.stored * args.pictures / 1e12:.0f} TB of files, '
-        f'{loader.annotated * args.pictures / GB:.0f} GB of annotations, {index_bytes(args.pictures) / GB:.0f} GB for one '
+        f'  {args.images:,} such images: {loader.stored * args.images / 1e12:.0f} TB of files, '
+        f'{loader.annotated * args.images / GB:.0f} GB of annotations, {index_bytes(args.images) / GB:.0f} GB for one '
         f"sampler's list of their indices\n"
-        f'  {shared.found / 1e3:.1f} kB of detections an evaluated picture, {shared.ranks / 1e3:.1f} kB of random states a '
+        f'  {shared.found / 1e3:.1f} kB of detections an evaluated image, {shared.ranks / 1e3:.1f} kB of random states a '
         f'process in a checkpoint, {shared.start:.1f} s to import main.py'
     )
     times = ', '.join(f'{name} {gpu_ms[name]:g}' for name in args.models)
-    print(f'assumed [E]: ms of GPU work a picture: {times}; at least {args.host_ms:g} ms a step')
+    print(f'assumed [E]: ms of GPU work an image: {times}; at least {args.host_ms:g} ms a step')
 
 
 def print_models(models: dict[str, ModelFigures]) -> None:
@@ -223,7 +223,7 @@ def print_table(title: str, gpus: list[int], rows: list[Row]) -> None:
 
 def common_rows(args: argparse.Namespace, shared: Shared) -> list[Row]:
     sizes, batch, links = shared.loader.sizes, args.batch_size, shared.links
-    gathered = args.eval_pictures * shared.found
+    gathered = args.eval_images * shared.found
 
     def grouped(n: int) -> float:
         return waiting(sizes, n, batch, bucketed=True)[1]
@@ -233,7 +233,7 @@ def common_rows(args: argparse.Namespace, shared: Shared) -> list[Row]:
         return f'{factor**0.5:.3g}, {factor:.4g}'
 
     return [
-        Row('P', 'pictures a step', lambda n: f'{n * batch:,}'),
+        Row('P', 'images a step', lambda n: f'{n * batch:,}'),
         Row('P', 'the same / the largest published', lambda n: number(n * batch / args.largest_batch)),
         Row('P', f'learning rate x, square root and linear, from {args.base_batch}', rates),
         Row('M', 'padding, %', lambda n: number(100 * waiting(sizes, n, batch, bucketed=False)[0])),
@@ -248,7 +248,7 @@ def common_rows(args: argparse.Namespace, shared: Shared) -> list[Row]:
 
 @dataclass(frozen=True)
 class ModelTable:
-    """One model's part of the table. gpu: seconds of GPU work a picture."""
+    """One model's part of the table. gpu: seconds of GPU work an image."""
 
     args: argparse.Namespace
     shared: Shared
@@ -270,7 +270,7 @@ class ModelTable:
         return self.compute(n) + self.exposed(n) + tree_latency(n, self.shared.links)
 
     def gpu_rate(self, n: int) -> float:
-        """Pictures a second and GPU."""
+        """Images a second and GPU."""
         return self.args.batch_size / self.step(n)
 
     def file(self, n: int) -> float:
@@ -288,7 +288,7 @@ class ModelTable:
         return saving.lost_share(saving.best_interval())
 
     def days(self, n: int) -> float:
-        worked = self.args.pictures / (n * self.gpu_rate(n))
+        worked = self.args.images / (n * self.gpu_rate(n))
         return worked / max(1 - self.lost(n), 1e-9) / DAY
 
     def rows(self) -> list[Row]:
@@ -307,7 +307,7 @@ class ModelTable:
             Row('MPE', 'step, ms', lambda n: number(1e3 * self.step(n))),
             Row('MPE', 'speed / that of one GPU and mean batches, %',
                 lambda n: number(100 * self.compute(1) / self.step(n))),
-            Row('MPE', 'pictures/s', lambda n: f'{n * self.gpu_rate(n):,.0f}'),
+            Row('MPE', 'images/s', lambda n: f'{n * self.gpu_rate(n):,.0f}'),
         ]  # fmt: skip
 
     def loading_rows(self) -> list[Row]:
@@ -334,7 +334,7 @@ class ModelTable:
             Row('MP', 'best interval between checkpoints, minutes', lambda n: number(interval(n) / 60)),
             Row('MPE', '  in steps: --checkpoint_steps', lambda n: f'{interval(n) / self.step(n):,.0f}'),
             Row('MPE', 'work lost to saving and failures, %', lambda n: number(100 * self.lost(n))),
-            Row('MPE', f'days for {self.args.pictures:,} pictures', lambda n: number(self.days(n))),
+            Row('MPE', f'days for {self.args.images:,} images', lambda n: number(self.days(n))),
         ]
 
 

@@ -97,7 +97,7 @@ def waiting(
 ) -> tuple[float, float]:
     """Padding as a share of a batch, and pixels of the largest batch of a step over those of the mean batch.
 
-    sizes: [N, 2] heights and widths to draw from, with replacement. bucketed: pictures of `steps` steps are sorted by
+    sizes: [N, 2] heights and widths to draw from, with replacement. bucketed: images of `steps` steps are sorted by
     size before they are dealt out, else as they come.
     """
     generator = torch.Generator().manual_seed(0)

@@ -24,7 +24,7 @@ from datasets import build_dataset
 from datasets.coco_eval import Detections
 from engine import build_optimizer
 from models import build_model, resolve_args
-from tools.benchmarks.data import draw_pictures, make_target
+from tools.benchmarks.data import draw_images, make_target
 from tools.benchmarks.train import TRICKS
 from util.checkpoint import get_rng_state, read_checkpoint, save_checkpoint
 from util.nested_tensor import collate_fn
@@ -66,8 +66,8 @@ class ModelFigures:
 
 @dataclass(frozen=True)
 class LoaderFigures:
-    """rate: pictures a second of processor time of one core, from the file to the padded uint8 batch. stored, sent,
-    annotated: bytes a picture of the file, of the batch with its mask, and of the annotation file. sizes: [N, 2]
+    """rate: images a second of processor time of one core, from the file to the padded uint8 batch. stored, sent,
+    annotated: bytes an image of the file, of the batch with its mask, and of the annotation file. sizes: [N, 2]
     heights and widths after augmentation.
     """
 
@@ -135,17 +135,17 @@ def total_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
-def measure_loader(coco_path: str | None, num_pictures: int, rounds: int, batch_size: int) -> LoaderFigures:
-    """The project's training pictures, without workers on one thread; every round draws its own augmentation.
+def measure_loader(coco_path: str | None, num_images: int, rounds: int, batch_size: int) -> LoaderFigures:
+    """The project's training images, without workers on one thread; every round draws its own augmentation.
 
-    coco_path: None = pictures are drawn first.
+    coco_path: None = images are drawn first.
     """
     with tempfile.TemporaryDirectory() as folder:
         if coco_path is None:
-            draw_coco(Path(folder), num_pictures)
+            draw_coco(Path(folder), num_images)
         flags = ['--coco_path', coco_path or folder]
         dataset = build_dataset('train', resolve_args(main.get_args_parser().parse_args(flags)))
-        chosen = Subset(dataset, range(min(num_pictures, len(dataset))))
+        chosen = Subset(dataset, range(min(num_images, len(dataset))))
         loader = DataLoader(chosen, batch_size, collate_fn=collate_fn)
         seconds, sent, sizes = [], 0, []
         for epoch in range(rounds + 1):
@@ -157,7 +157,7 @@ def measure_loader(coco_path: str | None, num_pictures: int, rounds: int, batch_
             sizes += [target['size'] for _, targets in batches for target in targets]
         kept = [image['file_name'] for image in dataset.ground_truth['images']]
         return LoaderFigures(
-            name='drawn pictures' if coco_path is None else 'pictures of --coco_path',
+            name='drawn images' if coco_path is None else 'images of --coco_path',
             rate=len(chosen) / statistics.median(seconds[1:]),
             stored=statistics.mean((dataset.image_dir / name).stat().st_size for name in kept),
             sent=sent / len(sizes),
@@ -166,11 +166,11 @@ def measure_loader(coco_path: str | None, num_pictures: int, rounds: int, batch_
         )
 
 
-def draw_coco(folder: Path, num_pictures: int) -> None:
+def draw_coco(folder: Path, num_images: int) -> None:
     """A data set of drawn JPEGs in COCO's layout."""
     (folder / 'train2017').mkdir()
     (folder / 'annotations').mkdir()
-    paths = draw_pictures(folder / 'train2017', Namespace(seed=0, num_pictures=num_pictures))
+    paths = draw_images(folder / 'train2017', Namespace(seed=0, num_images=num_images))
     images, annotations = [], []
     for idx, path in enumerate(paths):
         target = make_target(path)
@@ -196,10 +196,10 @@ def random_state_bytes(ranks: int = 32) -> float:
     return (sizes[1] - sizes[0]) / ranks
 
 
-def detection_bytes(detections: int, pictures: int = 64) -> float:
-    """What a picture adds to the message that every process sends to all others after an evaluation."""
-    found = {index: Detections(np.random.rand(detections, 6)) for index in range(pictures)}
-    return len(pickle.dumps(found)) / pictures
+def detection_bytes(detections: int, images: int = 64) -> float:
+    """What an image adds to the message that every process sends to all others after an evaluation."""
+    found = {index: Detections(np.random.rand(detections, 6)) for index in range(images)}
+    return len(pickle.dumps(found)) / images
 
 
 def import_seconds() -> float:
@@ -209,6 +209,6 @@ def import_seconds() -> float:
     return time.perf_counter() - start
 
 
-def index_bytes(pictures: int) -> int:
+def index_bytes(images: int) -> int:
     """The shuffled order of a sampler: a list of Python integers, in every process."""
-    return pictures * (sys.getsizeof(pictures) + np.dtype(np.intp).itemsize)
+    return images * (sys.getsizeof(images) + np.dtype(np.intp).itemsize)

@@ -42,15 +42,13 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=benchmark_schemes)
 
 
-def training_step(
-    flags: dict, pictures: Tensor, targets: list[dict]
-) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """A model on the pictures' device, and what computes its loss."""
+def training_step(flags: dict, images: Tensor, targets: list[dict]) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A model on the images' device, and what computes its loss."""
     model, criterion, _ = build_model(resolve_args(Namespace(**TRICKS | SAME | flags)))
-    model.to(pictures.device).train()
+    model.to(images.device).train()
 
     def loss() -> Tensor:
-        return weighted_sum(criterion(model(pictures, targets), targets), criterion.weight_dict)
+        return weighted_sum(criterion(model(images, targets), targets), criterion.weight_dict)
 
     return model, loss
 
@@ -76,7 +74,7 @@ def kept_bytes(loss: Callable[[], Tensor], model: nn.Module) -> int:
 def benchmark_schemes(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    pictures = torch.randn(args.batch_size, 3, args.height, args.width, device=args.device)
+    images = torch.randn(args.batch_size, 3, args.height, args.width, device=args.device)
     targets = [
         {
             'labels': torch.randint(1, 91, (7,), device=args.device),
@@ -87,7 +85,7 @@ def benchmark_schemes(args: argparse.Namespace) -> None:
         for _ in range(args.batch_size)
     ]
     names = ['plain', *(name for name in args.schemes if name != 'plain')]
-    built = {name: training_step(SCHEMES[name], pictures, targets) for name in names}
+    built = {name: training_step(SCHEMES[name], images, targets) for name in names}
 
     def step(name: str) -> None:
         model, loss = built[name]

@@ -1,4 +1,4 @@
-"""The same pictures from files and from tar shards: reading alone, and up to the network's input."""
+"""The same images from files and from tar shards: reading alone, and up to the network's input."""
 
 import argparse
 import json
@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 
 from datasets.coco import CocoDetection
-from datasets.pictures import stored_size
+from datasets.image_io import stored_size
 from datasets.shard_index import import_webdataset
 from datasets.shards import ShardedCoco, ShardStream
 from datasets.transforms import make_transforms
 from tools.make_shards import make_shards
 
-BOXES = 7  # as many as COCO has a picture
+BOXES = 7  # as many as COCO has an image
 
 
 def report_shards(root: Path, paths: list[Path], folder: Path, args: argparse.Namespace) -> None:
-    """Writes shards of the pictures into the folder and prints pictures a second; says so where WebDataset is absent."""
+    """Writes shards of the images into the folder and prints images a second; says so where WebDataset is absent."""
     try:
         import_webdataset()
     except ValueError as error:
@@ -43,12 +43,12 @@ def report_shards(root: Path, paths: list[Path], folder: Path, args: argparse.Na
     })  # fmt: skip
     report('training input', len(paths), args.rounds, {
         'files': lambda: sum(files[idx][0].shape[0] for idx in range(len(paths))),
-        'tar shards': lambda: sum(picture.shape[0] for picture, _ in stream),
+        'tar shards': lambda: sum(image.shape[0] for image, _ in stream),
     })  # fmt: skip
 
 
 def coco_form(root: Path, paths: list[Path]) -> dict:
-    """Annotations of the pictures with a row of boxes each."""
+    """Annotations of the images with a row of boxes each."""
     images, annotations = [], []
     for number, path in enumerate(paths):
         height, width = stored_size(path)
@@ -65,13 +65,13 @@ def coco_form(root: Path, paths: list[Path]) -> dict:
 
 def check_agreement(files: CocoDetection, stream: ShardStream) -> None:
     """Raise ValueError where an item differs."""
-    for picture, target in stream:
+    for image, target in stream:
         expected, expected_target = files[files.ids.index(int(target['image_id']))]
-        if not torch.equal(picture, expected) or not torch.equal(target['boxes'], expected_target['boxes']):
-            raise ValueError(f'picture {int(target["image_id"])} differs between files and shards')
+        if not torch.equal(image, expected) or not torch.equal(target['boxes'], expected_target['boxes']):
+            raise ValueError(f'image {int(target["image_id"])} differs between files and shards')
 
 
-def report(title: str, pictures: int, rounds: int, contenders: dict[str, Callable[[], object]]) -> None:
+def report(title: str, images: int, rounds: int, contenders: dict[str, Callable[[], object]]) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + 1):  # one to warm up
         for name, load in contenders.items():
@@ -80,6 +80,4 @@ def report(title: str, pictures: int, rounds: int, contenders: dict[str, Callabl
             seconds[name].append(time.perf_counter() - start)
     for name, times in seconds.items():
         median = statistics.median(times[1:])
-        print(
-            f'  {title}, {name:<12}{pictures / median:10.1f} pictures/s a core {1e3 * median / pictures:8.2f} ms'
-        )
+        print(f'  {title}, {name:<12}{images / median:10.1f} images/s a core {1e3 * median / images:8.2f} ms')

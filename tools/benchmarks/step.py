@@ -1,6 +1,6 @@
 """
 A whole training step (forward, losses, backward, clipping, optimizer) of each method in each precision, as a table in
-markdown, beside the models of the transformers library with their losses. R50, random weights, 7 objects a picture.
+markdown, beside the models of the transformers library with their losses. R50, random weights, 7 objects an image.
 """
 
 import argparse
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from engine import build_optimizer
 from models import build_model, level_strides, resolve_args
-from models.folding import FoldedNorm
+from models.frozen_norm import FoldedNorm
 from models.ops.functions import describe
-from models.regions import compile_regions
+from models.parts import compile_parts
 from models.training.criterion import weighted_sum
 from tools.benchmarks.timing import time_in_turn
 from tools.benchmarks.train import TRICKS
@@ -51,7 +51,7 @@ PEERS = {
     ),
 }
 PRECISIONS = ('fp32', 'tf32', 'bf16', 'bf16 + compile')
-# Predictions, not measurements, of one picture of 800 x 1333, forward and backward, from counted operations and bytes of
+# Predictions, not measurements, of one image of 800 x 1333, forward and backward, from counted operations and bytes of
 # the official code at rates of an H200 (67, 350 and 650 TFLOP/s in fp32, TF32 and bf16; 4.3 TB/s): milliseconds of matrix
 # products and convolutions in each of these, milliseconds of reading and writing for all other operators in 32 bits
 # (half of it in 16), milliseconds of deformable attention.
@@ -107,7 +107,7 @@ def benchmark_steps(args: argparse.Namespace) -> None:
         f'A training step, R50, {args.batch_size} x {args.height} x {args.width}, {name}, PyTorch {torch.__version__}, '
         f'median of {args.rounds} rounds in turn; {describe(args.device)}.\n'
     )
-    print('| method | precision | ms | pictures/s | peak GB | waits | loss | floor ms | of the floor |')
+    print('| method | precision | ms | images/s | peak GB | waits | loss | floor ms | of the floor |')
     print('| --- | --- | --- | --- | --- | --- | --- | --- | --- |')
     problems = []
     for method in args.models:
@@ -151,8 +151,8 @@ def benchmark_method(
 
 def make_batch(args: argparse.Namespace) -> tuple[Tensor, list[dict[str, Tensor]]]:
     torch.manual_seed(0)
-    pictures = torch.randn(args.batch_size, 3, args.height, args.width, device=args.device)
-    return pictures, [random_objects(7, args.device) for _ in range(args.batch_size)]
+    images = torch.randn(args.batch_size, 3, args.height, args.width, device=args.device)
+    return images, [random_objects(7, args.device) for _ in range(args.batch_size)]
 
 
 def method_flags(method: str, args: argparse.Namespace) -> Namespace:
@@ -172,7 +172,7 @@ def make_contenders(flags: Namespace, precisions: list[str], batch: tuple) -> di
     for name in precisions:
         own = copy.deepcopy(model) if 'compile' in name else model
         if own is not model:
-            compile_regions(own)
+            compile_parts(own)
         contenders[name] = make_contender(own, our_loss(own, criterion, batch), name, batch[0])
     return contenders
 
@@ -206,20 +206,20 @@ def make_peers(method: str, precisions: list[str], batch: tuple, ours: Namespace
         auxiliary_loss=True,
         dropout=0.0,
     )
-    pictures, targets = batch
-    model = getattr(transformers, f'{family}ForObjectDetection')(config).to(pictures.device).train()
+    images, targets = batch
+    model = getattr(transformers, f'{family}ForObjectDetection')(config).to(images.device).train()
     for name, parameter in model.named_parameters():  # it freezes a ResNet as a whole
         if any(f'.stages.{stage}.' in name for stage in (1, 2, 3)) and 'normalization' not in name:
             parameter.requires_grad_()
     labels = [{'class_labels': target['labels'], 'boxes': target['boxes']} for target in targets]
-    mask = torch.ones_like(pictures[:, 0], dtype=torch.long)
+    mask = torch.ones_like(images[:, 0], dtype=torch.long)
 
     def loss(precision: Precision) -> Tensor:
         with precision.autocast():
-            return model(pixel_values=pictures, pixel_mask=mask, labels=labels).loss
+            return model(pixel_values=images, pixel_mask=mask, labels=labels).loss
 
     peers = {
-        f'transformers {transformers.__version__}, {name}': make_contender(model, loss, name, pictures)
+        f'transformers {transformers.__version__}, {name}': make_contender(model, loss, name, images)
         for name in precisions
         if 'compile' not in name
     }
@@ -233,13 +233,13 @@ def make_peers(method: str, precisions: list[str], batch: tuple, ours: Namespace
 
 
 def make_contender(
-    model: nn.Module, forward: Callable[[Precision], Tensor], name: str, pictures: Tensor
+    model: nn.Module, forward: Callable[[Precision], Tensor], name: str, images: Tensor
 ) -> Contender:
-    precision = Precision('bf16' if name.startswith('bf16') else 'off', pictures.device)
+    precision = Precision('bf16' if name.startswith('bf16') else 'off', images.device)
     optimizer = build_optimizer(model, 0.0, 0.0, 0.0)  # weights stay, so that all steps are the same
 
     def step() -> Tensor:
-        if pictures.is_cuda:
+        if images.is_cuda:
             set_tf32(name != 'fp32')
         torch.manual_seed(0)  # what samples queries draws the same
         loss = forward(precision)
@@ -252,7 +252,7 @@ def make_contender(
 
 
 def limit_queries(flags: Namespace, height: int, width: int) -> None:
-    """Two stages cannot have more queries than tokens, of which small pictures have few."""
+    """Two stages cannot have more queries than tokens, of which small images have few."""
     if flags.family == 'deformable':
         tokens = sum(
             math.ceil(height / stride) * math.ceil(width / stride) for stride in level_strides(flags)

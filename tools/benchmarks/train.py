@@ -71,7 +71,7 @@ def benchmark_train(args: argparse.Namespace) -> None:
     model, criterion, _ = build_model(resolved)
     model.to(args.device).train()
     optimizer = build_optimizer(model, 0.0, 0.0, 0.0)  # weights stay, so that all steps are the same
-    pictures = torch.randn(args.batch_size, 3, args.height, args.width, device=args.device)
+    images = torch.randn(args.batch_size, 3, args.height, args.width, device=args.device)
     targets = [
         {
             'labels': torch.randint(1, 91, (7,), device=args.device),
@@ -83,7 +83,7 @@ def benchmark_train(args: argparse.Namespace) -> None:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        losses = criterion(model(pictures, targets), targets)
+        losses = criterion(model(images, targets), targets)
         total = weighted_sum(losses, criterion.weight_dict)
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)

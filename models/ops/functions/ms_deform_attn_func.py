@@ -6,7 +6,7 @@ Behind it, the first of these that the device has and that agrees with the pure-
 and whenever a model is exported, `pytorch` runs: grid_sample, on any device, without the operator. The choice is
 made at import for the CPU and at the first use of other devices.
 
-Letters: N pictures, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
+Letters: N images, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
 """
 
 import importlib.util

@@ -71,7 +71,7 @@ class MSDeformAttn(nn.Module):
         sizes: Tensor | None = None,
     ) -> Tensor:
         """query: [N, Q, C], positions added. reference_points: [N, Q, L, 2] centres or [N, Q, L, 4] boxes
-        cxcywh, in units of the padded picture. input_flatten: [N, S, C], without positions.
+        cxcywh, in units of the padded image. input_flatten: [N, S, C], without positions.
         input_spatial_shapes: (H, W) of each level; a tensor is accepted, and waited for.
         input_padding_mask: [N, S], True = padding. input_level_start_index is not needed. sizes:
         `level_sizes` of the shapes, where the caller has them already.

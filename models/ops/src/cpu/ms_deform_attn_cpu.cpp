@@ -1,10 +1,10 @@
 // Multi-scale deformable attention on the CPU (arXiv:2010.04159, Eq. 3), float and double.
 //
-// Forward runs in parallel over (picture, query), backward over (picture, head) or (picture, head, level): each task owns its part
+// Forward runs in parallel over (image, query), backward over (image, head) or (image, head, level): each task owns its part
 // of every gradient, so nothing is atomic and the result has the same bits for any number of threads. Loops over channels are
 // vectorised by the compiler, once for each instruction set; the loader of the machine picks the widest.
 //
-// Letters: N pictures, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
+// Letters: N images, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -97,11 +97,11 @@ INLINE void forward_rows(const Sizes& sizes, const T* value, const T* locations,
   const int64_t channels = D ? D : sizes.channels, stride = sizes.heads * channels;
   const int64_t points_a_head = sizes.num_levels() * sizes.points;
   for (int64_t row = begin; row < end; ++row) {
-    const T* picture = value + row / sizes.queries * sizes.tokens * stride;
+    const T* image = value + row / sizes.queries * sizes.tokens * stride;
     for (int64_t head = 0; head < sizes.heads; ++head) {
       const T* location = locations + (row * sizes.heads + head) * points_a_head * 2;
       const T* weight = weights + (row * sizes.heads + head) * points_a_head;
-      const T* slice = picture + head * channels;
+      const T* slice = image + head * channels;
       T* RESTRICT out = output + row * stride + head * channels;
       T registers[D ? D : 1] = {};
       if constexpr (D == 0) std::memset(out, 0, channels * sizeof(T));
@@ -131,9 +131,9 @@ struct Backward {
   T *grad_value, *grad_locations, *grad_weights;
 };
 
-// What one thread works on: a head of a picture, levels first to last - 1.
+// What one thread works on: a head of an image, levels first to last - 1.
 struct Part {
-  int64_t picture, head, first, last;
+  int64_t image, head, first, last;
 };
 
 // The numbers of one query and head lie far from those of the next query: the hardware does not foresee that they will be needed.
@@ -158,7 +158,7 @@ INLINE void backward_part(const Sizes& sizes, const Backward<T>& data, const Par
   const int64_t first_token = sizes.levels[part.first].start;
   const Level& last_level = sizes.levels[part.last - 1];
   const int64_t tokens = last_level.start + last_level.height * last_level.width - first_token;
-  const int64_t offset = (part.picture * sizes.tokens + first_token) * stride + part.head * channels;
+  const int64_t offset = (part.image * sizes.tokens + first_token) * stride + part.head * channels;
   const bool copy = sizes.queries * sizes.points * (part.last - part.first) > tokens;
   scratch.resize(tokens * channels * (copy ? 2 : 1));
   T* RESTRICT grad_rows = scratch.data();
@@ -171,7 +171,7 @@ INLINE void backward_part(const Sizes& sizes, const Backward<T>& data, const Par
     rows = copied;
   }
   for (int64_t query = 0; query < sizes.queries; ++query) {
-    const int64_t index_of_head = (part.picture * sizes.queries + query) * sizes.heads + part.head;
+    const int64_t index_of_head = (part.image * sizes.queries + query) * sizes.heads + part.head;
     const T* RESTRICT grad = data.grad_output + index_of_head * channels;
     prefetch_query(sizes, data, index_of_head + kQueriesAhead * sizes.heads);
     for (int64_t l = part.first; l < part.last; ++l) {
@@ -280,7 +280,7 @@ Sizes check_sizes(const at::Tensor& value, at::IntArrayRef shapes, const at::Ten
   const int64_t num_levels = locations.size(3);
   Sizes sizes{value.size(0), value.size(1), value.size(2), value.size(3), locations.size(1), locations.size(4), {}};
   TORCH_CHECK(locations.size(0) == sizes.batch && locations.size(2) == sizes.heads, "ms_deform_attn: value ", value.sizes(),
-              " and sampling_locations ", locations.sizes(), " differ in pictures or heads");
+              " and sampling_locations ", locations.sizes(), " differ in images or heads");
   TORCH_CHECK(weights.sizes() == locations.sizes().slice(0, 5), "ms_deform_attn: attention_weights must be ",
               locations.sizes().slice(0, 5), ", not ", weights.sizes());
   TORCH_CHECK(static_cast<int64_t>(shapes.size()) == 2 * num_levels, "ms_deform_attn: sampling_locations have ", num_levels,

@@ -1,7 +1,7 @@
 // Multi-scale deformable attention on CUDA: checks the tensors, allocates the results and launches the kernels. Nothing here
 // waits for the device.
 //
-// Letters: N pictures, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
+// Letters: N images, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
 
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
@@ -41,7 +41,7 @@ kernels::Sizes check_sizes(const at::Tensor& value, at::IntArrayRef shapes, cons
   TORCH_CHECK(locations.dim() == 6 && locations.size(5) == 2,
               "ms_deform_attn: sampling_locations must be [N, Q, M, L, P, 2], not ", locations.sizes());
   TORCH_CHECK(locations.size(0) == value.size(0) && locations.size(2) == value.size(2), "ms_deform_attn: value ", value.sizes(),
-              " and sampling_locations ", locations.sizes(), " differ in pictures or heads");
+              " and sampling_locations ", locations.sizes(), " differ in images or heads");
   TORCH_CHECK(weights.sizes() == locations.sizes().slice(0, 5), "ms_deform_attn: attention_weights must be ",
               locations.sizes().slice(0, 5), ", not ", weights.sizes());
   const int64_t num_levels = locations.size(3), num_points = locations.size(4);
@@ -51,7 +51,7 @@ kernels::Sizes check_sizes(const at::Tensor& value, at::IntArrayRef shapes, cons
               " levels of ", num_points, " points are more than the CUDA kernels take, ", kernels::kMaxLevels, " of ",
               kernels::kMaxPoints);
   kernels::Sizes sizes = {};
-  sizes.batch = to_int(value.size(0), "pictures"), sizes.tokens = to_int(value.size(1), "tokens");
+  sizes.batch = to_int(value.size(0), "images"), sizes.tokens = to_int(value.size(1), "tokens");
   sizes.heads = to_int(value.size(2), "heads"), sizes.channels = to_int(value.size(3), "channels");
   sizes.queries = to_int(locations.size(1), "queries");
   sizes.num_levels = static_cast<int>(num_levels), sizes.points = static_cast<int>(num_points);
@@ -98,7 +98,7 @@ Call check_call(const at::Tensor& value, at::IntArrayRef shapes, const at::Tenso
   check_companion(locations, "sampling_locations", value, dtype);
   check_companion(weights, "attention_weights", value, dtype);
   const int64_t steps = value.numel() / std::max<int64_t>(value.size(0), 1) / kernels::vec_of(call.type, call.sizes.channels);
-  TORCH_CHECK(steps <= std::numeric_limits<uint32_t>::max(), "ms_deform_attn: pictures of ", value.sizes().slice(1),
+  TORCH_CHECK(steps <= std::numeric_limits<uint32_t>::max(), "ms_deform_attn: images of ", value.sizes().slice(1),
               " values are too large for the CUDA kernels");
   call.value = dense(value), call.locations = dense(locations), call.weights = dense(weights);
   call.inputs = {call.value.const_data_ptr(), call.locations.const_data_ptr(), call.weights.const_data_ptr()};

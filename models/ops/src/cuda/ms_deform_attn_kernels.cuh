@@ -5,7 +5,7 @@
 // four pixels of each and their weights; then all of them walk over these points, without branches. A block is one head of
 // neighbouring queries, which sample the same pixels: in an encoder, where queries are pixels, a tile of one level.
 //
-// Letters: N pictures, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
+// Letters: N images, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -169,11 +169,11 @@ struct Corners {
   }
 };
 
-// Calls run(picture, head) for all that this block works on.
+// Calls run(image, head) for all that this block works on.
 template <typename Run>
 __device__ void for_each_head(const Layout& layout, Run run) {
-  for (int picture = blockIdx.z; picture < layout.batch; picture += gridDim.z) {
-    for (int head = blockIdx.y; head < layout.heads; head += gridDim.y) run(picture, head);
+  for (int image = blockIdx.z; image < layout.batch; image += gridDim.z) {
+    for (int head = blockIdx.y; head < layout.heads; head += gridDim.y) run(image, head);
   }
 }
 
@@ -190,9 +190,9 @@ __global__ void __launch_bounds__(C::kForwardThreads, C::kForwardBlocks)
   const int channels = C::kChannels ? C::kChannels : layout.channels, num_points = layout.num_levels * layout.points;
   const int query = find_query<C::kLanes>(layout);
 
-  for_each_head(layout, [&](int picture, int head) {
-    const int64_t slice = (static_cast<int64_t>(picture) * layout.queries + max(query, 0)) * layout.heads + head;
-    const int64_t origin = (static_cast<int64_t>(picture) * layout.tokens * layout.heads + head) * channels;
+  for_each_head(layout, [&](int image, int head) {
+    const int64_t slice = (static_cast<int64_t>(image) * layout.queries + max(query, 0)) * layout.heads + head;
+    const int64_t origin = (static_cast<int64_t>(image) * layout.tokens * layout.heads + head) * channels;
     for (int first_channel = 0; first_channel < channels; first_channel += C::kLanes * C::kVec) {
       const int channel = first_channel + lane * C::kVec;
       const bool active = C::kChannels || channel < channels;
@@ -346,9 +346,9 @@ __global__ void __launch_bounds__(C::kBackwardThreads, sizeof(Sum) == 4 ? C::kBa
   Math* own_dots = shared.dots[group][0].at + lane / (C::kLanes / 4);
   const double scale = std::is_same_v<Sum, Math> ? 1 : fixed_scale(*bound);
 
-  for_each_head(layout, [&](int picture, int head) {
-    const int64_t slice = (static_cast<int64_t>(picture) * layout.queries + max(query, 0)) * layout.heads + head;
-    const int64_t origin = (static_cast<int64_t>(picture) * layout.tokens * layout.heads + head) * channels;
+  for_each_head(layout, [&](int image, int head) {
+    const int64_t slice = (static_cast<int64_t>(image) * layout.queries + max(query, 0)) * layout.heads + head;
+    const int64_t origin = (static_cast<int64_t>(image) * layout.tokens * layout.heads + head) * channels;
     const Value* pixels = settle(value + origin + lane * C::kVec);
     Sum* grad_pixels = settle(grad_value + origin + lane * run);
     OutputGrad<C, run> grad;

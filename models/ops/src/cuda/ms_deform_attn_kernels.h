@@ -1,6 +1,6 @@
 // Launchers of the CUDA kernels of multi-scale deformable attention, free of PyTorch. They only queue work on `stream`.
 //
-// Letters: N pictures, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
+// Letters: N images, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
 #pragma once
 
 #include <cuda_runtime.h>

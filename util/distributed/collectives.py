@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from util.launch import export_launcher_environment
+from util.distributed.launch import export_launcher_environment
 
 
 def is_distributed() -> bool:
@@ -103,7 +103,7 @@ def all_gather_object(value: object) -> list:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def fail_together() -> Iterator[None]:
     """What one process finds wrong inside (ValueError, OSError) stops all of them at the end of the block, instead of
     leaving the others to wait for it. The block must not hold a collective that only some processes reach.
     """

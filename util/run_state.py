@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from util.average import WeightAverage
 from util.checkpoint import get_rng_state, save_checkpoint, set_rng_state
-from util.dist import all_gather_object, get_rank, get_world_size, is_main_process
+from util.distributed.collectives import all_gather_object, get_rank, get_world_size, is_main_process
+from util.distributed.parallel import gather, load_model_state, load_optimizer_state
+from util.distributed.preemption import StopRequests
+from util.ema import WeightAverage
 from util.files import save_atomically
-from util.interrupts import StopRequests
 from util.logger import Meter
-from util.parallel import gather, load_model_state, load_optimizer_state
 from util.precision import Precision
 from util.seeding import seed_everything
 
@@ -58,7 +58,7 @@ class Run:
         return len(self.loaders['train']) // self.args.accum_steps
 
     @property
-    def pictures_a_step(self) -> int:
+    def images_a_step(self) -> int:
         return self.args.batch_size * self.args.accum_steps * get_world_size()
 
 
@@ -95,7 +95,7 @@ def save(
         checkpoint['metrics'] = metrics
     if within is not None:
         checkpoint['within_epoch'] = {
-            'pictures': within.step * run.pictures_a_step,
+            'images': within.step * run.images_a_step,
             'meters': [each['meter'] for each in everyone],
             'tallies': [each['tally'] for each in everyone],
         }
@@ -128,7 +128,7 @@ def restore(run: Run, checkpoint: dict) -> tuple[int, EpochState]:
     come.
 
     Files that hold weights only (official ones) start at epoch 0. The number of processes may be another one: the
-    pictures that were seen are not seen again, if a step has as many as before (and pictures are files without
+    images that were seen are not seen again, if a step has as many as before (and images are files without
     --cache_mode or --group_aspect_ratio: the order of streams and shares depends on the processes).
     """
     if 'optimizer' not in checkpoint:
@@ -153,7 +153,7 @@ def restore(run: Run, checkpoint: dict) -> tuple[int, EpochState]:
 
 def restore_epoch(run: Run, saved: dict) -> EpochState:
     """A process takes up the sums of the process of its number, and those of processes that are no more."""
-    state = EpochState(saved['pictures'] // run.pictures_a_step)
+    state = EpochState(saved['images'] // run.images_a_step)
     device = next(run.model.parameters()).device
     names = saved['meters'][0]['names']
     state.meter.load_state_dict({'names': names, 'totals': dict.fromkeys(names, 0.0)}, device)

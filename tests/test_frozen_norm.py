@@ -10,7 +10,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from models.backbone import MOBILENET_STAGES, build_backbone
-from models.folding import FoldedConvolution, FoldedNorm
+from models.frozen_norm import FoldedConvolution, FoldedNorm
 from tests import rule
 from tests.parity import float64
 
@@ -40,12 +40,12 @@ def both(name: str, dilation: bool = False) -> tuple[nn.Module, nn.Module]:
     return ours.requires_grad_(True), plain
 
 
-def results(body: nn.Module, pictures: Tensor) -> list[Tensor]:
-    """Maps, and the gradients of all parameters and of the pictures."""
-    pictures = pictures.clone().requires_grad_()
-    maps = list(body(pictures).values())
+def results(body: nn.Module, images: Tensor) -> list[Tensor]:
+    """Maps, and the gradients of all parameters and of the images."""
+    images = images.clone().requires_grad_()
+    maps = list(body(images).values())
     sum(x.square().mean() for x in maps).backward()
-    return [*maps, pictures.grad, *(p.grad for p in body.parameters())]
+    return [*maps, images.grad, *(p.grad for p in body.parameters())]
 
 
 @pytest.mark.parametrize(
@@ -58,11 +58,11 @@ def test_equals_the_unfolded_network(name: str, dilation: bool) -> None:
     torch.manual_seed(0)
     with float64():
         ours, plain = both(name, dilation)
-        pictures = torch.randn(2, 3, 64, 96)
-    for first, second in zip(results(ours, pictures), results(plain, pictures), strict=True):
+        images = torch.randn(2, 3, 64, 96)
+    for first, second in zip(results(ours, images), results(plain, images), strict=True):
         assert first.shape == second.shape
         assert (first - second).norm() <= 1e-12 * second.norm()
-    maps = [body.float()(pictures.float()).values() for body in (ours, plain)]
+    maps = [body.float()(images.float()).values() for body in (ours, plain)]
     for first, second in zip(*maps, strict=True):
         assert first.dtype == torch.float32
         assert (first - second).norm() <= 1e-5 * second.norm()
@@ -88,16 +88,16 @@ def test_norms_that_train_are_left_alone() -> None:
 
 def test_a_copy_has_its_own_norms() -> None:
     body, _ = both('resnet18')
-    pictures = torch.randn(1, 3, 64, 64)
-    expected = body(pictures)['4']
+    images = torch.randn(1, 3, 64, 64)
+    expected = body(images)['4']
     other = copy.deepcopy(body)
     with torch.no_grad():
         for module in other.modules():
             if isinstance(module, FoldedNorm):
                 module.weight.zero_()
                 module.bias.zero_()
-    assert not other(pictures)['4'].any()
-    torch.testing.assert_close(body(pictures)['4'], expected, rtol=0, atol=0)
+    assert not other(images)['4'].any()
+    torch.testing.assert_close(body(images)['4'], expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('name', ['resnet18', pytest.param('mobilenet_v2', marks=pytest.mark.slow)])
@@ -105,15 +105,15 @@ def test_a_copy_has_its_own_norms() -> None:
 def test_exports_and_compiles(name: str) -> None:
     """Buffers are the program's own, and may change behind a compiled network."""
     body, _ = both(name)
-    pictures, expected = torch.randn(1, 3, 64, 96), []
+    images, expected = torch.randn(1, 3, 64, 96), []
     compiled = torch.compile(body.eval(), fullgraph=True, backend='eager')
     for _ in range(2):
-        expected.append(body(pictures)['4'])
-        torch.testing.assert_close(compiled(pictures)['4'], expected[-1])
+        expected.append(body(images)['4'])
+        torch.testing.assert_close(compiled(images)['4'], expected[-1])
         body.get_buffer(next(key for key, _ in body.named_buffers() if key.endswith('bias'))).add_(0.5)
     assert not torch.allclose(*expected)
-    program = torch.export.export(body, (pictures,))
-    torch.testing.assert_close(program.module()(pictures)['4'], body(pictures)['4'])
+    program = torch.export.export(body, (images,))
+    torch.testing.assert_close(program.module()(images)['4'], body(images)['4'])
     assert set(program.state_dict) == set(body.state_dict())
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from util.dist import all_gather_object, get_rank, get_world_size
+from util.distributed.collectives import all_gather_object, get_rank, get_world_size
 
 INTERVAL = 1.0  # seconds between two signs of life
 PATIENCE = 40.0  # seconds without one after which a process counts as lost

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from util.dist import get_world_size, is_main_process, leave_distributed
-from util.launch import is_preempted
+from util.distributed.collectives import get_world_size, is_main_process, leave_distributed
+from util.distributed.launch import is_preempted
 
 # SIGTERM: torchrun, Slurm and Kubernetes send it before they kill. SIGUSR1, SIGUSR2: time is nearly up (`sbatch
 # --signal`, submitit). Where they do not exist (Windows), nothing listens.

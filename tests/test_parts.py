@@ -1,4 +1,4 @@
-"""Compiled stages and layers compute what they did, for pictures of any size, with few programs."""
+"""Compiled stages and layers compute what they did, for images of any size, with few programs."""
 
 from argparse import Namespace
 
@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from models import build_model
 from models.ops.modules import MSDeformAttn
-from models.regions import compile_regions, regions
+from models.parts import compile_parts, parts
 from models.training.criterion import weighted_sum
 from tests.test_invariants import SMALL, TWO_STAGE, random_targets
 
@@ -34,11 +34,11 @@ def build(flags: dict) -> tuple[nn.Module, nn.Module]:
 
 
 def step(model: nn.Module, criterion: nn.Module, size: tuple[int, int]) -> dict[str, Tensor]:
-    """Outputs, and gradients by name, of two pictures of which one is padded."""
+    """Outputs, and gradients by name, of two images of which one is padded."""
     torch.manual_seed(1)
-    pictures, targets = [torch.randn(3, *size), torch.randn(3, size[0] - 20, size[1])], random_targets(3, 2)
+    images, targets = [torch.randn(3, *size), torch.randn(3, size[0] - 20, size[1])], random_targets(3, 2)
     model.zero_grad(set_to_none=True)
-    outputs = model.train()(pictures, targets)
+    outputs = model.train()(images, targets)
     weighted_sum(criterion(outputs, targets), criterion.weight_dict).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return gradients | {name: outputs[name] for name in ('pred_logits', 'pred_boxes')}
@@ -60,7 +60,7 @@ def test_equals_eager_with_few_programs(flags: dict, backend: str) -> None:
     counters.clear()
     (model, criterion), (eager, _) = build(flags), build(flags)
     names = list(model.state_dict())
-    compile_regions(model, backend=backend)
+    compile_parts(model, backend=backend)
     assert list(model.state_dict()) == names
     programs = []
     for size in SIZES:
@@ -69,7 +69,7 @@ def test_equals_eager_with_few_programs(flags: dict, backend: str) -> None:
         for name, value in expected.items():
             assert (ours[name] - value).norm() <= 1e-5 * value.norm() + 1e-6, (name, size)
         programs.append(counters['stats']['unique_graphs'])
-    assert programs[0] <= len(regions(model)) + 2
+    assert programs[0] <= len(parts(model)) + 2
     assert programs[1] <= programs[0] + 2 and programs[2] == programs[1]
     assert not counters['graph_break']
 
@@ -85,10 +85,10 @@ def test_equals_eager_with_few_programs(flags: dict, backend: str) -> None:
 )
 def test_regions_are_stages_and_layers(flags: dict, number: int) -> None:
     model, _ = build(flags)
-    assert len(regions(model)) == number
+    assert len(parts(model)) == number
 
 
 def test_recomputed_batch_norms_are_refused() -> None:
     model, _ = build({'backbone_norm': 'batch', 'use_checkpoint': ['backbone']})
     with pytest.raises(ValueError, match='leave backbone out of --use_checkpoint'):
-        compile_regions(model)
+        compile_parts(model)

@@ -15,7 +15,7 @@ from torch import Tensor
 from models.deformable_transformer import valid_sizes
 from models.structures import Memory
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
-from util.dist import all_reduce_sum, get_world_size
+from util.distributed.collectives import all_reduce_sum, get_world_size
 from util.precision import full_precision
 
 EPS = torch.finfo(torch.float32).eps  # added to every divisor, whatever the precision
@@ -25,7 +25,7 @@ BACKGROUND = -1
 
 
 @dataclass
-class Pictures:
+class Images:
     """A batch as dense detectors see it."""
 
     sizes: Tensor  # [B, 2] width and height without the batch's padding
@@ -33,8 +33,8 @@ class Pictures:
     labels: list[Tensor]  # [T_i]
 
     @classmethod
-    def of(cls, memory: Memory, targets: list[dict] | None) -> 'Pictures':
-        """targets: dictionaries of `labels` and `boxes` cxcywh in [0, 1] of a picture; None: no objects."""
+    def of(cls, memory: Memory, targets: list[dict] | None) -> 'Images':
+        """targets: dictionaries of `labels` and `boxes` cxcywh in [0, 1] of an image; None: no objects."""
         sizes = valid_sizes(memory.pixel_mask).to(full_precision(memory.tokens).dtype)
         if targets is None:
             return cls(sizes, [], [])
@@ -45,13 +45,13 @@ class Pictures:
         return cls(sizes, boxes, [target['labels'] for target in targets])
 
     def offsets(self) -> list[int]:
-        """Number of the first object of each picture in the batch."""
+        """Number of the first object of each image in the batch."""
         counts = [len(labels) for labels in self.labels]
         return [sum(counts[:index]) for index in range(len(counts))]
 
 
 def undo_rounding(boxes: Tensor) -> Tensor:
-    """Coordinates on a fine grid (1/4096 pixel in float32), so that dividing by the picture's size and multiplying
+    """Coordinates on a fine grid (1/4096 pixel in float32), so that dividing by the image's size and multiplying
     by it again gives the box of the annotations: anchors at equal distances from it stay so.
     """
     steps = 2.0**12 if boxes.dtype == torch.float32 else 2.0**30
@@ -94,7 +94,7 @@ def level_anchors(
 
 
 def owned_cells(sizes: Tensor, stride: int, height: int, width: int) -> Tensor:
-    """[B, H W] whether a cell belongs to its picture, not to the batch's padding; sizes: [B, 2] width, height."""
+    """[B, H W] whether a cell belongs to its image, not to the batch's padding; sizes: [B, 2] width, height."""
     columns, rows = (sizes / stride).ceil().unbind(-1)
     x, y = (torch.arange(side, device=sizes.device) for side in (width, height))
     return ((y < rows[:, None])[:, :, None] & (x < columns[:, None])[:, None]).flatten(1)
@@ -125,7 +125,7 @@ def center_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def clip_boxes(boxes: Tensor, size: Tensor) -> Tensor:
-    """To a picture; size: [..., 2] width, height."""
+    """To an image; size: [..., 2] width, height."""
     return torch.minimum(boxes.clamp(min=0), torch.cat([size, size], dim=-1))
 
 

@@ -10,12 +10,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from util.dist import get_world_size
+from util.distributed.collectives import get_world_size
 
 KNOWN: set[type] = set()
 
 
-def same_everywhere(tensors: Iterable[Tensor]) -> None:
+def broadcast_from_main(tensors: Iterable[Tensor]) -> None:
     """Every process takes those of the main process: weights, since it alone has read the backbone's; buffers before an
     evaluation, since statistics of batch norms are those of each process.
     """

@@ -20,9 +20,9 @@ from datasets.transforms import (
     Sample,
     Target,
     crop,
+    image_size,
     keep_objects,
     pad_to_square,
-    picture_size,
     random_region,
     rescale,
 )
@@ -36,7 +36,7 @@ TRIES = 100
 
 
 class LargeScaleJitter:
-    """A picture of size x size pixels: scaled, cropped, flipped, padded, and with objects of a second one in it.
+    """An image of size x size pixels: scaled, cropped, flipped, padded, and with objects of a second one in it.
 
     Targets lose their masks here: only this step reads them.
     """
@@ -44,44 +44,44 @@ class LargeScaleJitter:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def __call__(self, picture: Tensor, target: Target, random_item: Callable[[], Sample]) -> Sample:
-        """random_item: gives the second picture, and one in place of a picture whose objects all vanish."""
-        picture, target = self.jittered(picture, target, random_item)
+    def __call__(self, image: Tensor, target: Target, random_item: Callable[[], Sample]) -> Sample:
+        """random_item: gives the second image, and one in place of an image whose objects all vanish."""
+        image, target = self.jittered(image, target, random_item)
         if 'masks' not in target:
-            return picture, target
+            return image, target
         source, source_target = self.jittered(*random_item(), random_item)
-        picture, target = paste(picture, target, source, pick(source_target))
-        return picture, {key: value for key, value in target.items() if key != 'masks'}
+        image, target = paste(image, target, source, pick(source_target))
+        return image, {key: value for key, value in target.items() if key != 'masks'}
 
-    def jittered(self, picture: Tensor, target: Target, random_item: Callable[[], Sample]) -> Sample:
-        """ValueError: picture after picture loses its objects."""
+    def jittered(self, image: Tensor, target: Target, random_item: Callable[[], Sample]) -> Sample:
+        """ValueError: image after image loses its objects."""
         for _ in range(TRIES):
-            sample = jitter(picture, target, self.size)
+            sample = jitter(image, target, self.size)
             if sample is not None:
                 return sample
-            picture, target = random_item()
+            image, target = random_item()
         raise ValueError(
-            f'{TRIES} pictures one after another lost all their objects when they were scaled for --aug lsj: are '
+            f'{TRIES} images one after another lost all their objects when they were scaled for --aug lsj: are '
             'their segmentations empty?'
         )
 
 
-def jitter(picture: Tensor, target: Target, size: int) -> Sample | None:
-    """One picture in a square of size x size pixels; None if no object that is in the crop has a box left.
+def jitter(image: Tensor, target: Target, size: int) -> Sample | None:
+    """One image in a square of size x size pixels; None if no object that is in the crop has a box left.
 
     A crop without objects is a result like others.
     """
     limit = max(1, int(size * random.uniform(*SCALES)))
-    picture, target = rescale(picture, target, limit, limit)
-    height, width = (min(side, size) for side in picture_size(picture))
-    picture, target = crop(picture, target, random_region(picture, height, width))
+    image, target = rescale(image, target, limit, limit)
+    height, width = (min(side, size) for side in image_size(image))
+    image, target = crop(image, target, random_region(image, height, width))
     if 'masks' in target:
         target = fit_to_masks(target)
     sides = target['boxes'][:, 2:] - target['boxes'][:, :2]
     kept = keep_objects(target, (sides > MIN_BOX_SIDE).all(dim=1))
     if len(sides) and not len(kept['boxes']):
         return None
-    return pad_to_square(*RandomHorizontalFlip()(picture, kept), size)
+    return pad_to_square(*RandomHorizontalFlip()(image, kept), size)
 
 
 def fit_to_masks(target: Target) -> Target:
@@ -107,14 +107,14 @@ def pick(target: Target) -> Target:
     return keep_objects(target, torch.randperm(objects)[:count])
 
 
-def paste(picture: Tensor, target: Target, source: Tensor, source_target: Target) -> Sample:
-    """Put all objects of a source of the same size over the picture, by their masks.
+def paste(image: Tensor, target: Target, source: Tensor, source_target: Target) -> Sample:
+    """Put all objects of a source of the same size over the image, by their masks.
 
     An object stays if enough is seen of it: no side of its box moves far, or many pixels are left; not if nothing is
     left (the official code would keep a small one with a box of no size).
     """
     if not len(source_target['boxes']):
-        return picture, target
+        return image, target
     covered = source_target['masks'].view(torch.uint8).amax(dim=0).bool()  # [S, S]
     seen = fit_to_masks({**target, 'masks': target['masks'] & ~covered})
     moved = (seen['boxes'] - target['boxes']).abs().amax(dim=1)
@@ -122,9 +122,9 @@ def paste(picture: Tensor, target: Target, source: Tensor, source_target: Target
     enough = ((moved <= MOVED) | (pixels > STILL_SEEN)) & (pixels > 0)
     kept = keep_objects(seen, enough)
     merged = {key: torch.cat([kept[key], source_target[key]]) for key in OBJECT_FIELDS if key in kept}
-    return torch.where(covered, source, picture), {**kept, **merged}
+    return torch.where(covered, source, image), {**kept, **merged}
 
 
 def build_mix(image_set: str, args: argparse.Namespace) -> LargeScaleJitter | None:
-    """What --aug asks for beyond transforms of one picture."""
+    """What --aug asks for beyond transforms of one image."""
     return LargeScaleJitter(args.lsj_size) if image_set == 'train' and args.aug == 'lsj' else None

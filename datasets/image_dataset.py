@@ -1,4 +1,4 @@
-"""What all data sets of pictures share: random numbers of their own, and a step that may see other pictures."""
+"""What all data sets of images share: random numbers of their own, and a step that may see other images."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -11,12 +11,12 @@ from datasets.transforms import Sample, Transform
 from util.nested_tensor import collate_fn
 from util.seeding import local_seed
 
-# Picture, target and a function that gives a further one, drawn at random and untransformed, to picture and target.
+# Image, target and a function that gives a further one, drawn at random and untransformed, to image and target.
 Mix = Callable[..., Sample]
 
 
 def loader_options(num_workers: int) -> dict[str, object]:
-    """What all loaders of pictures have in common."""
+    """What all loaders of images have in common."""
     return {
         'num_workers': num_workers,
         'collate_fn': collate_fn,
@@ -26,15 +26,15 @@ def loader_options(num_workers: int) -> dict[str, object]:
     }
 
 
-class PictureDataset(Dataset):
+class ImageDataset(Dataset):
     """Item: what `untransformed` gives, after `mix`, if there is one, and `transforms`.
 
-    A subclass has `ids`, one a picture, `untransformed(idx)`, a uint8 picture [3, H, W] and its target, and
-    `picture_sizes()`. All randomness depends on (seed, epoch, index) only, whatever the number of workers.
+    A subclass has `ids`, one an image, `untransformed(idx)`, a uint8 image [3, H, W] and its target, and
+    `image_sizes()`. All randomness depends on (seed, epoch, index) only, whatever the number of workers.
     """
 
     ids: list[int]
-    most_objects = 100  # of a picture, where a subclass does not count them
+    most_objects = 100  # of an image, where a subclass does not count them
 
     def __init__(self, transforms: Transform | None, mix: Mix | None, seed: int) -> None:
         self.transforms, self.mix, self.seed = transforms, mix, seed
@@ -53,22 +53,22 @@ class PictureDataset(Dataset):
         return self.made(idx, partial(self.untransformed, idx), self.random_item)
 
     def made(self, idx: int, item: Callable[[], Sample], random_item: Callable[[], Sample]) -> Sample:
-        """Picture idx by its own random numbers, from where its untransformed item and that of any other come."""
+        """Image idx by its own random numbers, from where its untransformed item and that of any other come."""
         with local_seed(self.seed, int(self._epoch), idx):
-            picture, target = item()
+            image, target = item()
             if self.mix is not None:
-                picture, target = self.mix(picture, target, random_item)
-            return (picture, target) if self.transforms is None else self.transforms(picture, target)
+                image, target = self.mix(image, target, random_item)
+            return (image, target) if self.transforms is None else self.transforms(image, target)
 
     def drawn_size(self, idx: int, epoch: int, original: Sequence[int]) -> tuple[int, int]:
-        """(height, width) that picture `idx` will have in that epoch, from its `original` one; nothing is read: the
-        transforms act on a picture without pixels. Not for data sets that mix pictures.
+        """(height, width) that image `idx` will have in that epoch, from its `original` one; nothing is read: the
+        transforms act on an image without pixels. Not for data sets that mix images.
         """
         with local_seed(self.seed, epoch, idx):
-            picture = torch.empty(3, *map(int, original), dtype=torch.uint8, device='meta')
-            picture, _ = self.transforms(picture, None)
-        return tuple(picture.shape[-2:])
+            image = torch.empty(3, *map(int, original), dtype=torch.uint8, device='meta')
+            image, _ = self.transforms(image, None)
+        return tuple(image.shape[-2:])
 
     def random_item(self) -> Sample:
-        """Any picture, untransformed; drawn from Python's `random`."""
+        """Any image, untransformed; drawn from Python's `random`."""
         return self.untransformed(random.randrange(len(self)))

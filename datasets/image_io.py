@@ -1,4 +1,4 @@
-"""Picture files to uint8 RGB tensors. EXIF rotation is ignored, because COCO's boxes are drawn on the stored
+"""Image files to uint8 RGB tensors. EXIF rotation is ignored, because COCO's boxes are drawn on the stored
 pixels.
 """
 
@@ -17,17 +17,17 @@ from torchvision.io import ImageReadMode, decode_jpeg
 JPEG_START = b'\xff\xd8\xff'
 
 
-def read_picture(path: str | os.PathLike[str]) -> Tensor:
+def read_image(path: str | os.PathLike[str]) -> Tensor:
     """uint8 [3, H, W]; every mode that Pillow knows becomes RGB, 16-bit grey by its upper byte.
 
     The three values of a pixel lie side by side in memory (the strides of a permuted [H, W, 3]).
-    Raises ValueError with the file's name when it is no whole picture.
+    Raises ValueError with the file's name when it is no whole image.
     """
     return decode_file(path, Path(path).read_bytes())
 
 
 def decode_file(path: str | os.PathLike[str], data: bytes) -> Tensor:
-    """As `read_picture`, where the file's bytes are at hand."""
+    """As `read_image`, where the file's bytes are at hand."""
     with naming(path):
         return decode(data)
 
@@ -40,13 +40,11 @@ def stored_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What goes wrong inside with a picture becomes a ValueError with the file's name."""
+    """What goes wrong inside with an image becomes a ValueError with the file's name."""
     try:
         yield
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(
-            f'{path} is not a readable picture ({error}): fetch it again, or remove it'
-        ) from error
+        raise ValueError(f'{path} is not a readable image ({error}): fetch it again, or remove it') from error
 
 
 def decode(data: bytes) -> Tensor:
@@ -55,22 +53,20 @@ def decode(data: bytes) -> Tensor:
     """
     if data.startswith(JPEG_START):
         try:
-            picture = decode_jpeg(
-                torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED
-            )
+            image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
         except RuntimeError:
             return decode_with_pillow(data)
-        if picture.shape[0] == 3:
-            return picture
-        if picture.shape[0] == 1:
-            return picture[0, :, :, None].expand(-1, -1, 3).contiguous().permute(2, 0, 1)
+        if image.shape[0] == 3:
+            return image
+        if image.shape[0] == 1:
+            return image[0, :, :, None].expand(-1, -1, 3).contiguous().permute(2, 0, 1)
     return decode_with_pillow(data)
 
 
 def decode_with_pillow(data: bytes) -> Tensor:
-    with PIL.Image.open(io.BytesIO(data)) as image:
-        if image.mode.startswith('I'):  # Pillow's own conversion would cut 16 bits off at 255
-            grey = (np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)
-            image = PIL.Image.fromarray(grey)
-        pixels = np.array(image.convert('RGB'))
+    with PIL.Image.open(io.BytesIO(data)) as opened:
+        if opened.mode.startswith('I'):  # Pillow's own conversion would cut 16 bits off at 255
+            grey = (np.asarray(opened).clip(0, 65535) >> 8).astype(np.uint8)
+            opened = PIL.Image.fromarray(grey)
+        pixels = np.array(opened.convert('RGB'))
     return torch.from_numpy(pixels).permute(2, 0, 1)

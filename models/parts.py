@@ -2,7 +2,7 @@
 Compiled parts: `torch.compile` on backbone stages, encoder layers and decoder layers.
 
 What lies between them has little to fuse, and would compile anew for every combination of query groups. Layers that
-are alike share one program; heights and widths stay variable, so that pictures of other sizes need no other.
+are alike share one program; heights and widths stay variable, so that images of other sizes need no other.
 """
 
 import torch
@@ -15,7 +15,7 @@ from .swin import SwinTransformer
 MOST_PROGRAMS = 64
 
 
-def compile_regions(model: nn.Module, **options: object) -> None:
+def compile_parts(model: nn.Module, **options: object) -> None:
     """In place; parameters, buffers and their names stay. model: a detector. options: of `torch.compile`.
 
     ValueError: stages with batch norms are to be computed again in the backward pass.
@@ -27,7 +27,7 @@ def compile_regions(model: nn.Module, **options: object) -> None:
             'compile'
         )
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, MOST_PROGRAMS)
-    for part in regions(model):
+    for part in parts(model):
         part.compile(**{'dynamic': True} | options)
 
 
@@ -35,7 +35,7 @@ def has_batch_norms(body: nn.Module) -> bool:
     return any(isinstance(module, nn.BatchNorm2d) for module in body.modules())
 
 
-def regions(model: nn.Module) -> list[nn.Module]:
+def parts(model: nn.Module) -> list[nn.Module]:
     """Stages of the backbone (blocks of Swin and MobileNetV2, a network of timm as a whole) and layers of encoder and
     decoder.
     """
