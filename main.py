@@ -30,7 +30,7 @@ from datasets.transforms import AUGMENTATIONS, LSJ_SIZE
 from engine import build_optimizer, draw_predictions, evaluate, rehearse, train_one_epoch
 from models import add_model_args, build_model, family_default, resolve_args
 from models.ops.functions import describe as describe_kernels
-from models.parts import compile_parts
+from models.parts import all_parts, compile_parts
 from models.structures import Prediction
 from models.training.report import ledger_text, supervision_table
 from util.checkpoint import load_checkpoint, read_checkpoint
@@ -301,9 +301,9 @@ def set_up(
     if args.compile:
         compile_parts(model)
     if args.fsdp:
-        shard(model, [Prediction])
+        shard(model, all_parts(model), [Prediction])
         if average:
-            shard(average.module)
+            shard(average.module, all_parts(average.module))
     loaders = {split: build_loader(dataset, split, args) for split, dataset in datasets.items()}
     precision = Precision(args.amp, device)
     if not args.eval and (

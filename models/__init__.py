@@ -7,7 +7,7 @@ from torch import nn
 
 from .backbone import Joiner, build_backbone
 from .conditional_detr import ConditionalDecoder, ConditionalDecoderLayer
-from .defaults import backbone_maps, level_strides, recomputes, resolve_args
+from .defaults import backbone_maps, level_strides, resolve_args
 from .deformable_detr import DeformableDETR
 from .deformable_transformer import (
     DeformableDecoder,
@@ -27,6 +27,7 @@ from .ms_detr import (
     TwiceReadDecoderLayer,
 )
 from .ops.modules import MSDeformAttn
+from .parts import recompute
 from .position_encoding import build_position_encoding
 from .postprocess import (
     CandidatePostProcess,
@@ -62,18 +63,17 @@ def build_transformer(args: Namespace) -> Transformer:
         TransformerEncoderLayer(*sizes, args.pre_norm),
         args.enc_layers,
         nn.LayerNorm(args.hidden_dim) if args.pre_norm else None,
-        recomputes(args, 'encoder'),
     )
-    norm, use_checkpoint = nn.LayerNorm(args.hidden_dim), recomputes(args, 'decoder')
+    norm = nn.LayerNorm(args.hidden_dim)
     if args.family == 'detr':
         layer = TransformerDecoderLayer(*sizes, args.pre_norm)
-        return Transformer(encoder, TransformerDecoder(layer, args.dec_layers, norm, use_checkpoint))
+        return Transformer(encoder, TransformerDecoder(layer, args.dec_layers, norm))
     layer = build_decoder_layer(
         args,
         (ConditionalDecoderLayer, TwiceReadConditionalDecoderLayer, MixedConditionalDecoderLayer),
         sizes,
     )
-    decoder = ConditionalDecoder(layer, args.dec_layers, norm, args.pe_temperature, use_checkpoint)
+    decoder = ConditionalDecoder(layer, args.dec_layers, norm, args.pe_temperature)
     transformer = Transformer(encoder, decoder)
     if args.local_init:
         transformer.decoder.start_local(args.local_init)
@@ -100,15 +100,13 @@ def build_deformable_transformer(args: Namespace) -> DeformableTransformer:
         return MSDeformAttn(args.hidden_dim, args.num_feature_levels, args.nheads, num_points)
 
     encoder_layer = DeformableEncoderLayer(attention(args.enc_n_points), *sizes)
-    encoder = DeformableEncoder(encoder_layer, args.enc_layers, recomputes(args, 'encoder'))
+    encoder = DeformableEncoder(encoder_layer, args.enc_layers)
     layers = DeformableDecoderLayer, TwiceReadDecoderLayer, MixedDecoderLayer
     decoder_layer = build_decoder_layer(args, layers, (attention(args.dec_n_points), *sizes))
     decoder_class, transformer_class = (
         (DinoDecoder, DinoTransformer) if args.dino else (DeformableDecoder, DeformableTransformer)
     )
-    decoder = decoder_class(
-        decoder_layer, args.dec_layers, args.look_forward_twice, recomputes(args, 'decoder')
-    )
+    decoder = decoder_class(decoder_layer, args.dec_layers, args.look_forward_twice)
     return transformer_class(
         encoder, decoder, args.hidden_dim, args.num_feature_levels, args.two_stage, args.pe_temperature
     )
@@ -147,7 +145,6 @@ def build_detector(
             backbone_maps(args),
             train=getattr(args, 'lr_backbone', 1) > 0,
             drop_path_rate=args.drop_path_rate,
-            use_checkpoint=recomputes(args, 'backbone'),
             frozen_stages=args.backbone_frozen_stages,
         ),
         build_position_encoding(
@@ -158,35 +155,39 @@ def build_detector(
             scale=args.position_embedding_scale,
         ),
     )
+    options = {
+        'num_queries': num_queries,
+        'aux_loss': args.aux_loss,
+        'query_sources': query_sources,
+    }
     second_heads = args.use_ms_detr and args.ms_variant == 'a'
     if args.family == 'deformable':
         transformer = build_deformable_transformer(args)
         heads = build_layer_heads(args)
-        return DeformableDETR(
+        model = DeformableDETR(
             backbone,
             transformer,
             heads,
-            num_queries,
-            args.with_box_refine,
-            args.two_stage,
-            args.mixed_selection,
-            args.aux_loss,
-            query_sources,
-            copy.deepcopy(heads[0][: args.dec_layers]) if second_heads else None,
-            None if args.eval_module == 'detr' else args.eval_module,
-            args.input_proj_bias,
+            **options,
+            with_box_refine=args.with_box_refine,
+            two_stage=args.two_stage,
+            mixed_selection=args.mixed_selection,
+            class_embed_o2m=copy.deepcopy(heads[0][: args.dec_layers]) if second_heads else None,
+            eval_module=None if args.eval_module == 'detr' else args.eval_module,
+            input_bias=args.input_proj_bias,
         )
-    focal = args.family != 'detr'
-    heads = (
-        class_head(args.hidden_dim, args.num_classes, prior=0.01)
-        if focal
-        else class_head(args.hidden_dim, args.num_classes + 1),
-        box_head(args.hidden_dim, start_at_reference=focal),
-    )
-    class_embed_o2m = copy.deepcopy(heads[0]) if second_heads else None
-    return DETR(
-        backbone, build_transformer(args), heads, num_queries, args.aux_loss, query_sources, class_embed_o2m
-    )
+    else:
+        focal = args.family != 'detr'
+        num_outputs = args.num_classes if focal else args.num_classes + 1  # with 'no object'
+        heads = (
+            class_head(args.hidden_dim, num_outputs, prior=0.01 if focal else None),
+            box_head(args.hidden_dim, start_at_reference=focal),
+        )
+        class_embed_o2m = copy.deepcopy(heads[0]) if second_heads else None
+        transformer = build_transformer(args)
+        model = DETR(backbone, transformer, heads, **options, class_embed_o2m=class_embed_o2m)
+    recompute(model, args.use_checkpoint or ())
+    return model
 
 
 def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, nn.Module]]:

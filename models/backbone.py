@@ -7,15 +7,12 @@ the official ones) under `backbone.0.body`.
 """
 
 import urllib.error
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -24,6 +21,7 @@ from util.distributed.collectives import is_main_process
 from util.nested_tensor import NestedTensor, resize_mask
 
 from .frozen_norm import fold_frozen_norms
+from .parts import call_part
 from .swin import SWIN_SIZES, WEIGHTS_URL, SwinTransformer, load_pretrained
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -89,48 +87,20 @@ class Joiner(nn.Sequential):
 class StageBody(IntermediateLayerGetter):
     """A torchvision network up to the last map that is read.
 
-    maps: names of the children whose outputs are returned, and what they are called. use_checkpoint: compute
-    activations of stages (MobileNetV2: of blocks) again in the backward pass.
+    maps: names of the children whose outputs are returned, and what they are called.
     """
 
-    def __init__(self, network: nn.Module, maps: dict[str, str], use_checkpoint: bool = False) -> None:
-        super().__init__(network, maps)
-        self.use_checkpoint = use_checkpoint
-
-    def stages(self) -> list[nn.Module]:
-        """Its parts but for the single layers of a stem, whose ReLU overwrites what it reads."""
+    def parts(self) -> list[nn.Module]:
+        """Return its children but for the single layers of a stem, whose ReLU overwrites what it reads (`models.parts`)."""
         return [part for part in self.values() if len(list(part.children())) > 0]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        maps, again = {}, self.stages() if self.use_checkpoint and torch.is_grad_enabled() else []
+        maps = {}
         for name, part in self.items():
-            x = recomputed(part, x) if part in again else part(x)
+            x = call_part(part, x)
             if name in self.return_layers:
                 maps[self.return_layers[name]] = x
         return maps
-
-
-def recomputed(stage: nn.Module, x: Tensor) -> Tensor:
-    """stage(x), whose activations are not kept. Running statistics of its norms count the batch once."""
-
-    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        return nullcontext(), unchanged_statistics(stage)
-
-    return checkpoint(stage, x, use_reentrant=False, context_fn=contexts)
-
-
-@contextmanager
-def unchanged_statistics(stage: nn.Module) -> Iterator[None]:
-    """Batch norms normalise, and keep for the backward pass what they always do, but their statistics stay."""
-    norms = [module for module in stage.modules() if isinstance(module, nn.BatchNorm2d)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, number) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, number
 
 
 class TimmBody(nn.Module):
@@ -139,6 +109,10 @@ class TimmBody(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+
+    def parts(self) -> list[nn.Module]:
+        """Return the network as a whole, whose own parts have no common names (`models.parts`)."""
+        return [self.network]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         features = self.network(x)
@@ -154,15 +128,13 @@ def build_backbone(
     norm: str,
     stages: range,
     train: bool,
-    use_checkpoint: bool = False,
     **swin_options: object,
 ) -> Backbone:
     """The backbone of a detector that reads the maps of some of its stages.
 
     weights: `imagenet`, `none` or a file of a state dict under the names of torchvision, timm or the official Swin.
     norm: `frozen`, `batch` or `group`. stages: whose maps are returned; stage 4 has stride 32 (16 with dilation), 3
-    has 16, 2 has 8, 1 has 4. train: False freezes all parameters. use_checkpoint: compute activations again in the
-    backward pass (not timm). Stem and first stage of torchvision's networks are
+    has 16, 2 has 8, 1 has 4. train: False freezes all parameters. Stem and first stage of torchvision's networks are
     frozen when their norms are (official rule). swin_options: of `SwinTransformer`; other networks have none.
 
     ValueError: unknown name, or a combination that the network does not have.
@@ -170,10 +142,9 @@ def build_backbone(
     if name.startswith('timm/'):
         backbone = build_timm(name.removeprefix('timm/'), weights, dilation, norm, stages)
     elif name in SWIN_SIZES:
-        options = swin_options | {'use_checkpoint': use_checkpoint}
-        backbone = build_swin(name, weights, dilation, norm, stages, options)
+        backbone = build_swin(name, weights, dilation, norm, stages, swin_options)
     else:
-        backbone = build_torchvision(name, weights, dilation, norm, stages, use_checkpoint)
+        backbone = build_torchvision(name, weights, dilation, norm, stages)
     trainable = () if not train else trainable_stages(name, norm)
     for parameter_name, parameter in backbone.body.named_parameters():
         if trainable is not None and not parameter_name.startswith(trainable):
@@ -190,9 +161,7 @@ def trainable_stages(name: str, norm: str) -> tuple[str, ...] | None:
     return tuple(f'{index}.' for index in range(int(MOBILENET_STAGES[0]) + 1, int(MOBILENET_STAGES[-1]) + 1))
 
 
-def build_torchvision(
-    name: str, weights: str, dilation: bool, norm: str, stages: range, use_checkpoint: bool
-) -> Backbone:
+def build_torchvision(name: str, weights: str, dilation: bool, norm: str, stages: range) -> Backbone:
     if name not in (*RESNETS, 'mobilenet_v2'):
         names = ', '.join((*RESNETS, 'mobilenet_v2', *SWIN_SIZES))
         raise ValueError(f"unknown backbone '{name}': choose {names} or timm/NAME")
@@ -207,9 +176,9 @@ def build_torchvision(
     network = torchvision_network(name, weights, norm_layer=NORM_LAYERS[norm], **options)
     if name == 'mobilenet_v2':
         layers = {MOBILENET_STAGES[stage - 1]: str(stage) for stage in stages}
-        body = StageBody(network.features, layers, use_checkpoint)
+        body = StageBody(network.features, layers)
     else:
-        body = StageBody(network, {f'layer{stage}': str(stage) for stage in stages}, use_checkpoint)
+        body = StageBody(network, {f'layer{stage}': str(stage) for stage in stages})
     fold_frozen_norms(body)
     with torch.no_grad():
         num_channels = [x.shape[1] for x in body.eval()(torch.zeros(1, 3, 64, 64)).values()]

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .heads import MLP, ExactMLP, inverse_sigmoid
+from .parts import call_part
 from .position_encoding import sine_embedding
 from .structures import LayerOutput, Memory, QueryGroup, attention_blocks
-from .transformer import Blocks, call_layer, clones, read_twice
+from .transformer import Blocks, clones, read_twice
 
 
 class Attention(nn.Module):
@@ -122,10 +123,8 @@ class ConditionalDecoder(nn.Module):
         num_layers: int,
         norm: nn.LayerNorm,
         temperature: float = 10000,
-        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        self.use_checkpoint = use_checkpoint
         self.temperature = temperature
         d_model = norm.normalized_shape[0]
         self.layers = clones(layer, num_layers)
@@ -160,8 +159,8 @@ class ConditionalDecoder(nn.Module):
         blocks, states, seconds = attention_blocks(groups), [], []
         for index, layer in enumerate(self.layers):
             query_sine = sine if index == 0 else sine * self.query_scale(tgt)
-            tgt, between = call_layer(layer, self.use_checkpoint, tgt, query_pos, query_sine, memory, blocks)
-            second = read_twice(layer, self.use_checkpoint, between, groups) if self.training else None
+            tgt, between = call_part(layer, tgt, query_pos, query_sine, memory, blocks)
+            second = read_twice(layer, between, groups) if self.training else None
             states.append(tgt)
             seconds.append(None if second is None else self.norm(second))
         reference = inverse_sigmoid(points)

@@ -11,9 +11,9 @@ from .flags import (
     HYBRID_FLAGS,
     NUM_CLASSES,
     OFFICIAL_NAMES,
-    RECOMPUTABLE,
     add_model_args,
 )
+from .parts import PLACES
 from .swin import SWIN_SIZES
 
 
@@ -93,7 +93,7 @@ def resolve_checkpointing(args: Namespace) -> None:
         args.use_checkpoint = None
     if args.use_checkpoint is True or args.use_checkpoint == []:
         own = not args.backbone.startswith('timm/')  # we know the parts of the others
-        args.use_checkpoint = list(RECOMPUTABLE if own else RECOMPUTABLE[1:])
+        args.use_checkpoint = list(PLACES if own else PLACES[1:])
 
 
 def check_args(args: Namespace) -> None:
@@ -154,20 +154,13 @@ def check_swin_args(args: Namespace) -> None:
 
 def check_checkpointing(args: Namespace) -> None:
     parts = args.use_checkpoint or ()
-    unknown = set(parts) - set(RECOMPUTABLE)
+    unknown = set(parts) - set(PLACES)
     if unknown:
-        raise ValueError(
-            f'--use_checkpoint {unknown.pop()} is not known: choose of {", ".join(RECOMPUTABLE)}'
-        )
+        raise ValueError(f'--use_checkpoint {unknown.pop()} is not known: choose of {", ".join(PLACES)}')
     if 'backbone' in parts and args.backbone.startswith('timm/'):
         raise ValueError(
             f'--use_checkpoint backbone is not for --backbone {args.backbone}: leave it out, or name encoder and decoder'
         )
-
-
-def recomputes(args: Namespace, part: str) -> bool:
-    """Whether activations of this part are computed again in the backward pass."""
-    return part in (args.use_checkpoint or ())
 
 
 def check_scheme_args(args: Namespace) -> None:

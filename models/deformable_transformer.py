@@ -17,9 +17,10 @@ from .heads import ExactLinear, add_reference, inverse_sigmoid
 from .ops.functions import exporting
 from .ops.modules import MSDeformAttn
 from .ops.modules.ms_deform_attn import level_sizes
+from .parts import call_part
 from .position_encoding import sine_embedding
 from .structures import LayerOutput, Memory, Prediction, QueryGroup, attention_blocks
-from .transformer import Blocks, call_layer, clones, compare_queries, read_twice
+from .transformer import Blocks, clones, compare_queries, read_twice
 
 
 class DeformableEncoderLayer(nn.Module):
@@ -88,17 +89,16 @@ class DeformableDecoderLayer(nn.Module):
 
 
 class DeformableEncoder(nn.Module):
-    def __init__(self, layer: nn.Module, num_layers: int, use_checkpoint: bool = False) -> None:
+    def __init__(self, layer: nn.Module, num_layers: int) -> None:
         super().__init__()
         self.layers = clones(layer, num_layers)
-        self.use_checkpoint = use_checkpoint
 
     def forward(self, memory: Memory) -> Memory:
         centers = torch.cat(cell_centers(memory.shapes, memory.valid_ratios), dim=1)  # [B, S, 2]
         reference = centers[:, :, None] * memory.valid_ratios[:, None]  # [B, S, L, 2]
         src = memory.tokens
         for layer in self.layers:
-            src = call_layer(layer, self.use_checkpoint, src, reference, memory)
+            src = call_part(layer, src, reference, memory)
         return replace(memory, tokens=src)
 
 
@@ -111,17 +111,10 @@ class DeformableDecoder(nn.Module):
 
     eps = 1e-5  # of inverse sigmoids
 
-    def __init__(
-        self,
-        layer: nn.Module,
-        num_layers: int,
-        look_forward_twice: bool = False,
-        use_checkpoint: bool = False,
-    ) -> None:
+    def __init__(self, layer: nn.Module, num_layers: int, look_forward_twice: bool = False) -> None:
         super().__init__()
         self.layers = clones(layer, num_layers)
         self.look_forward_twice = look_forward_twice
-        self.use_checkpoint = use_checkpoint
 
     def forward(
         self, groups: list[QueryGroup], memory: Memory, refine_with: nn.ModuleList | None = None
@@ -136,9 +129,9 @@ class DeformableDecoder(nn.Module):
             ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # [B, L, 2 or 4]
             scaled = reference[:, :, None] * ratios[:, None]  # [B, Q, L, 2 or 4]
             query_pos = self.query_pos(groups, scaled)
-            tgt, between = call_layer(layer, self.use_checkpoint, tgt, query_pos, scaled, memory, blocks)
+            tgt, between = call_part(layer, tgt, query_pos, scaled, memory, blocks)
             delta = None if refine_with is None else self.refinement(refine_with[index], tgt, last)
-            second = read_twice(layer, self.use_checkpoint, between, groups) if self.training else None
+            second = read_twice(layer, between, groups) if self.training else None
             outputs.append(self.output(tgt, shown, delta, second))
             if delta is not None and not last:
                 refined = add_reference(delta, logits)  # [B, Q, 4]

@@ -19,14 +19,8 @@ class DinoDecoder(DeformableDecoder):
 
     eps = 1e-3
 
-    def __init__(
-        self,
-        layer: nn.Module,
-        num_layers: int,
-        look_forward_twice: bool = True,
-        use_checkpoint: bool = False,
-    ) -> None:
-        super().__init__(layer, num_layers, look_forward_twice, use_checkpoint)
+    def __init__(self, layer: nn.Module, num_layers: int, look_forward_twice: bool = True) -> None:
+        super().__init__(layer, num_layers, look_forward_twice)
         d_model = layer.norm1.normalized_shape[0]
         self.ref_point_head = MLP(2 * d_model, d_model, d_model, num_layers=2)
         self.norm = nn.LayerNorm(d_model)

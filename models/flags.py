@@ -4,6 +4,7 @@ import math
 from argparse import ArgumentParser, BooleanOptionalAction
 
 from .backbone import NORM_LAYERS
+from .parts import PLACES
 
 # What a flag means when it is not given: the official value of the family.
 FAMILY_DEFAULTS = {
@@ -87,7 +88,6 @@ OFFICIAL_NAMES = {
     'lambda_one2many': 'hybrid_lambda',
     'topk': 'topk_eval',
 }
-RECOMPUTABLE = ('backbone', 'encoder', 'decoder')
 NUM_CLASSES = 91  # of COCO, where no data set has said otherwise
 DROP_PATH_RATE = 0.2
 
@@ -199,7 +199,7 @@ def add_model_args(parser: ArgumentParser) -> None:
     model.add_argument('--num_queries', '--num_queries_one2one', type=int,
                        help=f'object queries, the most boxes an image can get (default: {family_default("num_queries")})')  # fmt: skip
     model.add_argument('--pre_norm', action='store_true', help='norm in front of each sub-layer (DETR only)')
-    model.add_argument('--use_checkpoint', nargs='*', choices=RECOMPUTABLE, metavar='PART',
+    model.add_argument('--use_checkpoint', nargs='*', choices=PLACES, metavar='PART',
                        help='compute activations again in the backward pass instead of keeping them, in the stages (Swin: '
                             'blocks) of the backbone, in encoder or decoder layers: less memory, about a third more time there; '
                             'PART: backbone, encoder, decoder, any of them, or nothing for all (default: nowhere)')  # fmt: skip

@@ -23,6 +23,7 @@ class SecondReading:
 
     reads_memory_first = True
     has_aux_ffn = False
+    entry_points = ('second_reading',)  # besides forward
 
     def add_aux_ffn(self, d_model: int, dim_feedforward: int, dropout: float) -> None:
         self.has_aux_ffn = True
@@ -64,6 +65,8 @@ class MixedConditionalDecoderLayer(SecondReading, ConditionalDecoderLayer):
 
 class SameReading:
     """What variant a adds to a layer: its output is handed out twice."""
+
+    entry_points = ('second_reading',)
 
     def forward(self, *args: object) -> tuple[Tensor, Tensor]:
         tgt, _ = super().forward(*args)

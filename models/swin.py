@@ -16,7 +16,7 @@ from torchvision.ops import StochasticDepth
 
 from util.checkpoint import read_checkpoint
 
-from .transformer import call_layer
+from .parts import call_part
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class SwinTransformer(nn.Module):
     """Images to the normed maps of some stages.
 
     stages: 1 to 4, of strides 4, 8, 16, 32; those behind the last are not built. drop_path_rate: of the last of
-    all blocks; it grows from 0. use_checkpoint: compute activations of blocks again in the backward pass.
+    all blocks; it grows from 0.
     frozen_stages (official count): -1 = none, 0 and 1 = the patches, 2 = also stage 1, ... 5 = also stage 4. Norms
     of maps are never frozen.
     """
@@ -186,11 +186,10 @@ class SwinTransformer(nn.Module):
         size: SwinSize,
         stages: range,
         drop_path_rate: float = 0.2,
-        use_checkpoint: bool = False,
         frozen_stages: int = -1,
     ) -> None:
         super().__init__()
-        self.stages, self.use_checkpoint, self.frozen_stages = stages, use_checkpoint, frozen_stages
+        self.stages, self.frozen_stages = stages, frozen_stages
         self.num_channels = [size.embed_dim * 2 ** (stage - 1) for stage in stages]
         self.patch_embed = PatchEmbed(size.embed_dim)
         rates = torch.linspace(0, drop_path_rate, sum(size.depths)).split(size.depths)
@@ -205,6 +204,10 @@ class SwinTransformer(nn.Module):
             self.add_module(f'norm{stage - 1}', nn.LayerNorm(channels))
         self.apply(initialise)
         self.freeze()
+
+    def parts(self) -> list[nn.Module]:
+        """Return its blocks (`models.parts`)."""
+        return [block for stage in self.layers for block in stage.blocks]
 
     def freeze(self) -> None:
         """Frozen parts do not train, and drop no paths."""
@@ -222,7 +225,7 @@ class SwinTransformer(nn.Module):
         x, maps = self.patch_embed(images), {}
         for stage, layer in enumerate(self.layers, start=1):
             for block in layer.blocks:
-                x = call_layer(block, self.use_checkpoint, x)
+                x = call_part(block, x)
             if stage in self.stages:
                 maps[str(stage)] = getattr(self, f'norm{stage - 1}')(x).permute(0, 3, 1, 2)
             if layer.downsample is not None:

@@ -6,13 +6,12 @@ and keys of every layer, never to values.
 """
 
 import copy
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from .parts import call_part
 from .structures import AttentionBlock, LayerOutput, Memory, QueryGroup, attention_blocks
 
 Blocks = list[AttentionBlock]
@@ -23,13 +22,6 @@ def clones(layer: nn.Module, num_layers: int) -> nn.ModuleList:
     official code.
     """
     return nn.ModuleList(copy.deepcopy(layer) for _ in range(num_layers))
-
-
-def call_layer(layer: Callable, use_checkpoint: bool, *args: object) -> object:
-    """layer(*args); with `use_checkpoint` its activations are computed again in the backward pass, not kept."""
-    if use_checkpoint and torch.is_grad_enabled():
-        return checkpoint(layer, *args, use_reentrant=False)
-    return layer(*args)
 
 
 def compare_queries(attention: nn.MultiheadAttention, q: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
@@ -43,16 +35,15 @@ def compare_queries(attention: nn.MultiheadAttention, q: Tensor, v: Tensor, bloc
     return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
 
 
-def read_twice(
-    layer: nn.Module, use_checkpoint: bool, between: Tensor | None, groups: list[QueryGroup]
-) -> Tensor | None:
+def read_twice(layer: nn.Module, between: Tensor | None, groups: list[QueryGroup]) -> Tensor | None:
     """Second reading of the inference group, [B, Q, C], where a decoder layer has one.
 
     between: the state that it begins with, of the queries of all groups.
     """
     if between is None:
         return None
-    return call_layer(layer.second_reading, use_checkpoint, between[:, : groups[0].tgt.shape[1]])
+    own = between[:, : groups[0].tgt.shape[1]]
+    return call_part(layer, own, method=layer.second_reading)
 
 
 class SubLayers(nn.Module):
@@ -106,17 +97,14 @@ class TransformerEncoderLayer(SubLayers):
 class TransformerEncoder(nn.Module):
     """Encoder layers, and the final norm that exists with pre-norm only."""
 
-    def __init__(
-        self, layer: nn.Module, num_layers: int, norm: nn.Module | None = None, use_checkpoint: bool = False
-    ) -> None:
+    def __init__(self, layer: nn.Module, num_layers: int, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.layers = clones(layer, num_layers)
         self.norm = norm
-        self.use_checkpoint = use_checkpoint
 
     def forward(self, src: Tensor, pos: Tensor, padding_mask: Tensor) -> Tensor:
         for layer in self.layers:
-            src = call_layer(layer, self.use_checkpoint, src, pos, padding_mask)
+            src = call_part(layer, src, pos, padding_mask)
         return src if self.norm is None else self.norm(src)
 
 
@@ -159,20 +147,17 @@ class TransformerDecoderLayer(SubLayers):
 class TransformerDecoder(nn.Module):
     """Decoder layers; every layer's output is normed for the heads, the state passed on is not."""
 
-    def __init__(
-        self, layer: nn.Module, num_layers: int, norm: nn.Module, use_checkpoint: bool = False
-    ) -> None:
+    def __init__(self, layer: nn.Module, num_layers: int, norm: nn.Module) -> None:
         super().__init__()
         self.layers = clones(layer, num_layers)
         self.norm = norm
-        self.use_checkpoint = use_checkpoint
 
     def forward(self, groups: list[QueryGroup], memory: Memory) -> list[LayerOutput]:
         tgt = torch.cat([group.tgt for group in groups], dim=1)  # [B, Q, C]
         query_pos = torch.cat([group.query_pos for group in groups], dim=1)
         key, blocks, states = memory.tokens + memory.pos, attention_blocks(groups), []
         for layer in self.layers:
-            tgt = call_layer(layer, self.use_checkpoint, tgt, query_pos, memory, key, blocks)
+            tgt = call_part(layer, tgt, query_pos, memory, key, blocks)
             states.append(tgt)
         return [LayerOutput(hs) for hs in self.norm(torch.stack(states))]
 

@@ -126,9 +126,11 @@ def test_no_download_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_recomputed_stages_give_the_same(name: str, norm: str) -> None:
     """Maps, gradients, and statistics of batch norms, which see the batch once."""
     results = []
-    for use_checkpoint in (False, True):
+    for recompute in (False, True):
         torch.manual_seed(0)
-        backbone = build_backbone(name, 'none', False, norm, range(2, 5), True, use_checkpoint)
+        backbone = build_backbone(name, 'none', False, norm, range(2, 5), True)
+        for part in backbone.body.parts():
+            part.recompute = recompute
         maps = backbone.train()(nested_tensor_from_tensor_list(torch.randn(2, 3, 64, 96)))
         kept = count_kept(
             lambda backbone=backbone: backbone(nested_tensor_from_tensor_list(torch.randn(2, 3, 64, 96)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import main
 from engine import build_optimizer
 from models import build_model
+from models.parts import all_parts
 from models.structures import Prediction
 from models.training import collaborative
 from models.training.criterion import weighted_sum
@@ -97,7 +98,7 @@ def train_some_steps(rank: int, flags: dict, counts: list[list[int]], accum_step
     model, criterion, _ = build_model(Namespace(**SMALL | flags))
     bare, losses = model.train(), []
     if wrap == 'fsdp':
-        shard(model, [Prediction])
+        shard(model, all_parts(model), [Prediction])
     optimizer = build_optimizer(model, 1e-3, 1e-3, 1e-4)
     if wrap == 'ddp':
         model = replicate(model, [Prediction], accum_steps)
@@ -177,6 +178,23 @@ def test_sharded_weights_train_as_whole_ones(name: str) -> None:
     one = train_some_steps(0, SCHEMES[name], counts, 1, 'none')
     for result in in_processes(2, train_some_steps, SCHEMES[name], counts, 1, 'fsdp'):
         assert_equal(result['model'], one['model'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('backbone', ['swin_tiny', 'mobilenet_v2'])
+def test_the_backbone_is_sharded_block_by_block(backbone: str) -> None:
+    """No unit of FSDP holds most of it; and two processes train as one."""
+    flags = {'backbone': backbone, 'backbone_norm': 'frozen', 'backbone_stages': 4, 'drop_path_rate': 0.0}
+    flags = {key: value for key, value in flags.items() if key != 'drop_path_rate' or 'swin' in backbone}
+    counts = counts_of('detr', 3)
+    one = train_some_steps(0, flags, counts, 1, 'none')
+    for result in in_processes(2, train_some_steps, flags, counts, 1, 'fsdp'):
+        assert_equal(result['model'], one['model'])
+    model, _, _ = build_model(Namespace(**SMALL | flags))
+    body = model.backbone[0].body
+    sizes = [sum(p.numel() for p in part.parameters()) for part in body.parts()]
+    assert max(sizes) < 0.3 * sum(p.numel() for p in body.parameters())
+    assert sum(sizes) > 0.9 * sum(p.numel() for p in body.parameters())
 
 
 def run_two(folder: Path, *flags: str) -> None:

@@ -15,7 +15,7 @@ from engine import build_optimizer, train_one_epoch
 from models import build_model
 from models.ops.functions.ms_deform_attn_func import KERNELS, available
 from models.ops.test import make_inputs
-from models.parts import compile_parts
+from models.parts import all_parts, compile_parts
 from models.structures import Prediction
 from models.training.criterion import weighted_sum
 from tests.test_distributed import SCHEMES, SMALL, batch, no_chance
@@ -123,7 +123,7 @@ def test_wrapped_for_nccl_it_trains_the_same(scheme: str, wrap: str, nccl: None)
         model, criterion = build(scheme, torch.float64)
         bare = model.to(CUDA)
         if wrapped and wrap == 'fsdp':
-            shard(model, [Prediction])
+            shard(model, all_parts(model), [Prediction])
         optimizer = build_optimizer(model, 1e-3, 1e-3, 1e-4)
         if wrapped and wrap == 'ddp':
             model = replicate(model, [Prediction])

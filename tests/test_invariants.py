@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from engine import build_optimizer, train_one_epoch
 from main import get_args_parser
 from models import DEFORMABLE_FLAGS, build_model, resolve_args
+from models.parts import parts
 from models.position_encoding import PositionEmbeddingSine
 from models.structures import Assignment, Prediction, QueryGroup, Supervision, attention_blocks
 from models.training.criterion import weighted_sum
@@ -586,16 +587,11 @@ def test_parts_that_are_recomputed(line: str, parts: list[str] | None) -> None:
 
 
 def test_flags_say_which_parts_are_recomputed() -> None:
-    for parts in ([], ['backbone'], ['encoder'], ['decoder', 'encoder']):
+    for places in ([], ['backbone'], ['encoder'], ['decoder', 'encoder']):
         for flags in ({}, {'conditional': True}, {'deformable': True}, {'dino': True}):
-            model, _, _ = build(flags | {'use_checkpoint': parts or False})
-            transformer = model.transformer
-            places = {
-                'backbone': model.backbone[0].body,
-                'encoder': transformer.encoder,
-                'decoder': transformer.decoder,
-            }
-            assert {name for name, place in places.items() if place.use_checkpoint} == set(parts)
+            model, _, _ = build(flags | {'use_checkpoint': places or False})
+            for place, each in parts(model).items():
+                assert {part.recompute for part in each} == {place in places}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from models import build_model
 from models.ops.modules import MSDeformAttn
-from models.parts import compile_parts, parts
+from models.parts import all_parts, compile_parts
 from models.training.criterion import weighted_sum
 from tests.test_invariants import SMALL, TWO_STAGE, random_targets
 
@@ -69,7 +69,7 @@ def test_equals_eager_with_few_programs(flags: dict, backend: str) -> None:
         for name, value in expected.items():
             assert (ours[name] - value).norm() <= 1e-5 * value.norm() + 1e-6, (name, size)
         programs.append(counters['stats']['unique_graphs'])
-    assert programs[0] <= len(parts(model)) + 2
+    assert programs[0] <= len(all_parts(model)) + 2
     assert programs[1] <= programs[0] + 2 and programs[2] == programs[1]
     assert not counters['graph_break']
 
@@ -83,9 +83,9 @@ def test_equals_eager_with_few_programs(flags: dict, backend: str) -> None:
         ({'dino': True}, 2 + 2 + 2),
     ],
 )
-def test_regions_are_stages_and_layers(flags: dict, number: int) -> None:
+def test_parts_are_stages_and_layers(flags: dict, number: int) -> None:
     model, _ = build(flags)
-    assert len(parts(model)) == number
+    assert len(all_parts(model)) == number
 
 
 def test_recomputed_batch_norms_are_refused() -> None:

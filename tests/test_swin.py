@@ -153,9 +153,11 @@ def test_frozen_stages_neither_train_nor_drop_paths(frozen_stages: int, num_stag
 def test_recomputed_blocks_give_the_same_gradients() -> None:
     """Also where paths are dropped: the same ones both times."""
     images, gradients = torch.randn(2, 3, 50, 70), []
-    for use_checkpoint in (False, True):
+    for recompute in (False, True):
         torch.manual_seed(0)
-        model = SwinTransformer(SMALL, range(2, 5), 0.5, use_checkpoint)
+        model = SwinTransformer(SMALL, range(2, 5), 0.5)
+        for block in model.parts():
+            block.recompute = recompute
         sum(x.square().mean() for x in model(images).values()).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for first, second in zip(*gradients, strict=True):
@@ -270,7 +272,7 @@ def test_flags_choose_swin_in_every_family(
     }  # fmt: skip
     model, criterion, _ = build_model(Namespace(**flags | family))
     body = model.backbone[0].body
-    assert body.use_checkpoint
+    assert all(block.recompute for block in body.parts())
     assert body.layers[-1].blocks[-1].drop_path.p == pytest.approx(0.4 if num_stages == 4 else 0.4 * 5 / 7)
     targets = [{'labels': torch.tensor([1]), 'boxes': torch.tensor([[0.5, 0.5, 0.3, 0.3]])}]
     losses = criterion(model.train()(torch.randn(1, 3, 90, 70), targets), targets)

@@ -45,11 +45,12 @@ def replicate(model: nn.Module, result_types: Sequence[type] = (), accum_steps: 
     )
 
 
-def shard(model: nn.Module, result_types: Sequence[type] = ()) -> nn.Module:
-    """Every process keeps a part of each weight, gradient and optimizer state; layers gather theirs as they run, and let
-    them go again. In place.
+def shard(model: nn.Module, units: Sequence[nn.Module], result_types: Sequence[type] = ()) -> nn.Module:
+    """Let every process keep a part of each weight, gradient and optimizer state (FSDP2). In place.
 
-    Numbers without a dimension cannot be cut: they stay whole, and their gradients are averaged one by one.
+    units: modules that gather their weights as they run, and let them go again; what they list as `entry_points` are methods
+    besides forward that do so too. Numbers without a dimension cannot be cut: they stay whole, and their gradients are averaged
+    one by one. result_types: see `know_results`.
     """
     know_results(result_types)
     whole = {parameter for parameter in model.parameters() if parameter.ndim == 0}
@@ -58,12 +59,10 @@ def shard(model: nn.Module, result_types: Sequence[type] = ()) -> nn.Module:
             parameter.register_post_accumulate_grad_hook(average_gradient)
     options = {'ignored_params': whole} if whole else {}
     model.to(memory_format=torch.contiguous_format)  # only such weights can be cut
-    transformer, body = model.transformer, model.backbone[0].body
-    stages = [part for part in body.children() if isinstance(part, nn.Sequential)] or [body]
-    for unit in [*transformer.encoder.layers, *transformer.decoder.layers, *stages]:
+    for unit in units:
         fully_shard(unit, **options)
-        if hasattr(unit, 'second_reading'):
-            register_fsdp_forward_method(unit, 'second_reading')
+        for method in getattr(unit, 'entry_points', ()):
+            register_fsdp_forward_method(unit, method)
     # By default the outermost weights would stay whole until a backward pass, which does not follow an evaluation.
     fully_shard(model, reshard_after_forward=True, **options)
     return model
