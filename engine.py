@@ -5,8 +5,11 @@ The only synchronisation inside a training step is the criterion's copy of the m
 sample and suppress boxes, and denoising add some).
 """
 
+import math
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -70,6 +73,75 @@ def build_optimizer(
         how = {'foreach': False} if sharded else {'fused': fused}
         return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=weight_decay, **how)
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=fused)
+
+
+@dataclass
+class Schedule:
+    """Factor of the learning rate at each optimizer step.
+
+    kind: `step` multiplies by 0.1 after the epochs of `drops`, or after every `drop_every`; `cosine` falls to 0 over `epochs`
+    (SGDR, arXiv:1608.03983, Eq. 5). warmup_steps: over the first of them it rises linearly. A checkpoint holds all of this, and
+    wins over flags.
+    """
+
+    kind: str
+    epochs: int
+    drop_every: int
+    drops: list[int]
+    warmup_steps: int
+    steps_per_epoch: int = 1
+
+    def __call__(self, step: int) -> float:
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.kind == 'cosine':
+            done = min(step / (self.epochs * self.steps_per_epoch), 1.0)
+            return warm * 0.5 * (1 + math.cos(math.pi * done))
+        return warm * 0.1 ** self.num_drops(step // self.steps_per_epoch)
+
+    def num_drops(self, epochs_done: int) -> int:
+        if self.kind == 'cosine':
+            return 0
+        if self.drops:
+            return sum(epochs_done >= epoch for epoch in self.drops)
+        return epochs_done // self.drop_every
+
+    def drops_after(self, epoch: int) -> bool:
+        """Return whether the rate is divided at the end of this epoch, counted from 0."""
+        return self.num_drops(epoch + 1) > self.num_drops(epoch)
+
+    def __str__(self) -> str:
+        warm = f'warm-up over {self.warmup_steps} steps, ' if self.warmup_steps else ''
+        if self.kind == 'cosine':
+            return f'{warm}cosine to 0 over {self.epochs} epochs'
+        if self.drops:
+            return f'{warm}divided by 10 after epochs {" ".join(map(str, self.drops))}'
+        return f'{warm}divided by 10 every {self.drop_every} epochs'
+
+
+def make_schedule(args: Namespace, steps_per_epoch: int) -> Schedule:
+    drops = sorted(args.lr_drop_epochs or [])
+    epochs = args.epochs if args.lr_schedule == 'cosine' else 0  # a step schedule has no end
+    return Schedule(args.lr_schedule, epochs, args.lr_drop, drops, args.warmup_steps, steps_per_epoch)
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, args: Namespace, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Build the schedule that the flags ask for; call its `step` after every optimizer step."""
+    schedule = make_schedule(args, steps_per_epoch)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, [schedule] * len(optimizer.param_groups))
+
+
+def describe_rates(args: Namespace, scheduler: torch.optim.lr_scheduler.LambdaLR) -> str:
+    """Describe the rates and the schedule in force: those of a resumed checkpoint win over the flags."""
+    schedule = scheduler.lr_lambdas[0]
+    names = ('', 'backbone ', ' and '.join(args.lr_linear_proj_names) + ' ')
+    rates = [f'{name}{rate:g}' for name, rate in zip(names, scheduler.base_lrs, strict=False)]
+    text = f'{", ".join(rates)}, {schedule}'
+    asked = asdict(make_schedule(args, schedule.steps_per_epoch)), [args.lr, args.lr_backbone]
+    if asked == (asdict(schedule), scheduler.base_lrs[:2]):
+        return text
+    return f'{text} (of the resumed checkpoint; the flags say otherwise and are not used)'
 
 
 def train_one_epoch(

@@ -21,17 +21,24 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from datasets import DATASETS
-from datasets.class_map import CLASS_IDS, ClassMap
+from datasets.class_map import ClassMap
 from datasets.coco_eval import STAT_NAMES, CocoEvaluator, Summary
+from datasets.flags import add_data_args, check_data_args
 from datasets.loaders import begin_epoch, build_datasets, build_loader, worst_batch
-from datasets.shards import SHUFFLE_BUFFER
-from datasets.transforms import AUGMENTATIONS, LSJ_SIZE
-from engine import build_optimizer, draw_predictions, evaluate, rehearse, train_one_epoch
-from models import add_model_args, build_model, family_default, resolve_args
+from engine import (
+    build_optimizer,
+    build_scheduler,
+    describe_rates,
+    draw_predictions,
+    evaluate,
+    rehearse,
+    train_one_epoch,
+)
+from models import add_model_args, build_model
 from models.ops.functions import describe as describe_kernels
 from models.parts import all_parts, compile_parts
 from models.structures import Prediction
+from models.training.flags import add_training_args, default_of, resolve_all
 from models.training.report import ledger_text, supervision_table
 from util.checkpoint import load_checkpoint, read_checkpoint
 from util.distributed.collectives import (
@@ -39,7 +46,6 @@ from util.distributed.collectives import (
     check_agreement,
     choose_device,
     fail_together,
-    get_local_size,
     get_rank,
     get_world_size,
     init_distributed,
@@ -53,7 +59,7 @@ from util.ema import WeightAverage
 from util.files import code_checksum, lock_folder, remove_partial_files, save_atomically, unlock
 from util.logger import RunLog, format_time, import_summary_writer, print_main
 from util.plan import flops_text, print_plan
-from util.precision import Precision, set_tf32
+from util.precision import Precision, avoid_plans_per_shape, set_tf32
 from util.run_state import EpochState, Run, keep_copy, keep_numbered, restore, save
 from util.seeding import seed_everything
 from util.visualize import plot_curves
@@ -66,97 +72,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    data = parser.add_argument_group('data')
-    data.add_argument('--dataset_file', default='coco', choices=DATASETS,
-                      help='coco: any data in COCO form; shapes: built-in images, drawn as they are needed '
-                           '(default: %(default)s)')  # fmt: skip
-    data.add_argument('--coco_path', metavar='DIR',
-                      help='folder with annotations/instances_{train,val}2017.json and {train,val}2017/ or '
-                           'images/{train,val}2017/ (2017 may be missing)')  # fmt: skip
-    for split in ('train', 'val'):
-        data.add_argument(f'--{split}_images', metavar='DIR', help=f'{split} images, instead of --coco_path')
-        data.add_argument(
-            f'--{split}_ann', metavar='FILE', help=f'{split} annotations, instead of --coco_path'
-        )
-        data.add_argument(
-            f'--{split}_shards',
-            metavar='PLACE',
-            help=f'{split} data in tar shards: shards.json of tools/make_shards.py, or its folder',
-        )
-    data.add_argument('--shard_buffer', default=SHUFFLE_BUFFER, type=int,
-                      help='images among which a loader process shuffles --train_shards; it holds their files in memory '
-                           '(default: %(default)s)')  # fmt: skip
-    data.add_argument('--class_ids', default='auto', choices=CLASS_IDS,
-                      help="class indices of a model. auto: COCO's 91 ids for COCO, 0 to K-1 in order of id for other data; "
-                           'contiguous: 0 to K-1 for COCO too, 80 classes (default: %(default)s)')  # fmt: skip
-    data.add_argument('--img_size', default=800, type=int,
-                      help='shorter side of an image, pixels, at evaluation; the scales of training shrink and grow with '
-                           'it (default: %(default)s)')  # fmt: skip
-    data.add_argument('--max_size', type=int,
-                      help='longest side of an image, pixels (default: 1333, in proportion to --img_size)')  # fmt: skip
-    data.add_argument('--aug', default='detr', choices=AUGMENTATIONS,
-                      help='training images. detr: flipped, scaled and cropped; flip: only flipped; none: as at evaluation; '
-                           "co_detr: as detr by mmdetection's rules of resizing and its choice of objects, at evaluation "
-                           'too; lsj: large-scale jitter in a square and, where objects have masks, copy-paste '
-                           '(default: %(default)s)')  # fmt: skip
-    data.add_argument('--lsj_size', default=LSJ_SIZE, type=int,
-                      help='side of the squares of --aug lsj, pixels, instead of --img_size and --max_size '
-                           '(default: %(default)s)')  # fmt: skip
-    data.add_argument(
-        '--shapes_train', default=4000, type=int, help='built-in training images (default: %(default)s)'
-    )
-    data.add_argument(
-        '--shapes_val', default=200, type=int, help='built-in validation images (default: %(default)s)'
-    )
-    data.add_argument('--shapes_size', default=128, type=int,
-                      help='longer side of a built-in image, pixels (default: %(default)s)')  # fmt: skip
-    data.add_argument(
-        '--num_workers', default=2, type=int, help='loader processes a process (default: %(default)s)'
-    )
-
-    data.add_argument('--group_aspect_ratio', action='store_true',
-                      help='training batches of images that are all wider than high, or all not')  # fmt: skip
-    data.add_argument('--bucket_sizes', action='store_true',
-                      help='training batches of images that have about the same size once they are scaled and cropped, the '
-                           'same on all processes: a quarter of the padding, and nobody waits')  # fmt: skip
-    data.add_argument('--cache_mode', action='store_true',
-                      help='keep the image files in memory, compressed; each process of a machine its own share')  # fmt: skip
-
-    train = parser.add_argument_group('training')
-    train.add_argument('--lr', type=float, help=f'learning rate (default: {family_default("lr")})')
-    train.add_argument('--lr_backbone', type=float,
-                       help=f'learning rate of the backbone; 0 freezes it (default: {family_default("lr_backbone")})')  # fmt: skip
-    train.add_argument('--lr_backbone_names', nargs='+', metavar='PART',
-                       help='parameters that count as the backbone have one of these in their names '
-                            f'(default: {family_default("lr_backbone_names")})')  # fmt: skip
-    train.add_argument('--lr_linear_proj_names', nargs='*', metavar='PART',
-                       help='parameters that learn at --lr times --lr_linear_proj_mult '
-                            f'(default: {family_default("lr_linear_proj_names")})')  # fmt: skip
-    train.add_argument(
-        '--lr_linear_proj_mult', default=0.1, type=float, help='see above (default: %(default)s)'
-    )
-    train.add_argument('--sgd', action='store_true', help='SGD with momentum 0.9 instead of AdamW')
-    train.add_argument(
-        '--batch_size', default=2, type=int, help='images a process at a time (default: %(default)s)'
-    )
-    train.add_argument('--accum_steps', default=1, type=int,
-                       help='batches whose gradients make one optimizer step, as if they were one batch (but for the averages of '
-                            '--co_aux_heads; default: %(default)s)')  # fmt: skip
-    train.add_argument('--total_batch_size', type=int,
-                       help='images an optimizer step, all processes together; sets --accum_steps')  # fmt: skip
-    train.add_argument('--weight_decay', default=1e-4, type=float, help='(default: %(default)s)')
-    train.add_argument('--epochs', type=int, help=f'(default: {family_default("epochs")})')
-    train.add_argument('--lr_drop', type=int,
-                       help=f'epochs after which the learning rate is divided by 10 (default: {family_default("lr_drop")})')  # fmt: skip
-    train.add_argument('--lr_drop_epochs', nargs='+', type=int, metavar='EPOCH',
-                       help='divide the learning rate by 10 after each of these, instead of every --lr_drop')  # fmt: skip
-    train.add_argument('--clip_max_norm', default=0.1, type=float,
-                       help='largest norm of the gradient, 0 = any (default: %(default)s)')  # fmt: skip
-
-    train.add_argument('--ema', default=0.0, type=float, metavar='DECAY',
-                       help='keep a moving average of the weights, which is evaluated and saved too; usual: 0.9997 (default: 0, '
-                            'none)')  # fmt: skip
-
+    add_data_args(parser)
+    add_training_args(parser)
     scale = parser.add_argument_group('precision, memory, processes')
     scale.add_argument('--amp', default='off', choices=('off', 'bf16', 'fp16'),
                        help='16-bit arithmetic in the model; places, boxes, matching and losses stay in float32 '
@@ -195,7 +112,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     run.add_argument('--pretrained', default='', metavar='FILE',
                      help='start from these weights (path or address); heads of another number of classes start anew')  # fmt: skip
     run.add_argument('--save_every', type=int,
-                     help=f'epochs between checkpoints that are kept (default: {family_default("save_every")})')  # fmt: skip
+                     help=f'epochs between checkpoints that are kept (default: {default_of("save_every")})')  # fmt: skip
     run.add_argument('--checkpoint_steps', type=int, metavar='N',
                      help='write checkpoint.pth every N steps of an epoch too (default: after each epoch, and when the run is '
                           'asked to stop)')  # fmt: skip
@@ -218,9 +135,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: Namespace) -> None:
-    args = resolve_args(args)
+    args = resolve_all(args)
     device = choose_device(args.device)
     set_tf32(args.tf32)
+    avoid_plans_per_shape()
     init_distributed(device, args.dist_url)
     heartbeat, stops = Heartbeat(), StopRequests(device)
     try:
@@ -266,6 +184,7 @@ def read_data(args: Namespace) -> tuple[dict, dict[str, Dataset]]:
     check_agreement(facts_of(args))
     restarted = any(all_gather_object(was_restarted()))
     with fail_together():
+        check_data_args(args)
         check_run_args(args)
         checkpoint = find_checkpoint(args, restarted)
         seed_everything(args.seed + get_rank())
@@ -312,7 +231,8 @@ def set_up(
         worst = worst_batch(datasets['train'], args.batch_size, args.bucket_sizes)
         rehearse(model, criterion, precision, args.batch_size, *worst)
     optimizer = optimizer_of(model, args)
-    scheduler = build_scheduler(optimizer, args)
+    steps_per_epoch = 1 if args.eval else len(loaders['train']) // args.accum_steps
+    scheduler = build_scheduler(optimizer, args, steps_per_epoch)
     if get_world_size() > 1 and not args.fsdp:
         model = replicate(model, [Prediction], args.accum_steps)
     parts = model, criterion, postprocessors, datasets, loaders, optimizer, scheduler
@@ -320,7 +240,7 @@ def set_up(
     first_epoch, state = restore(run, checkpoint) if args.resume and not args.eval else (0, EpochState())
     if is_main_process():
         notes = {'FLOPs': flops} | plan_notes(run, device)
-        print_plan(args, run.bare_model, datasets, loaders, optimizer, scheduler, notes)
+        print_plan(args, run.bare_model, datasets, loaders, describe_rates(args, scheduler), notes)
     return run, first_epoch, state
 
 
@@ -379,7 +299,6 @@ def train(run: Run, first_epoch: int, state: EpochState, checkpoint: dict) -> No
             state=state,
             after_step=partial(after_step, run, folder, epoch),
         )
-        run.scheduler.step()
         metrics = {'epoch': epoch, 'lr': lr, 'lr_backbone': lr_backbone}
         metrics |= {f'train_{name}': value for name, value in averages.items()}
         if folder:
@@ -390,7 +309,10 @@ def train(run: Run, first_epoch: int, state: EpochState, checkpoint: dict) -> No
 
 
 def after_step(run: Run, folder: Path | None, epoch: int, state: EpochState) -> None:
-    """Average the weights, save every --checkpoint_steps, and stop if that was asked for, with everything saved."""
+    """Move the learning rate, average the weights, save every --checkpoint_steps, and stop if that was asked for, with
+    everything saved.
+    """
+    run.scheduler.step()
     if run.average is not None:
         run.average.update(run.bare_model)
     steps = run.args.checkpoint_steps
@@ -473,14 +395,6 @@ def optimizer_of(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
     )
 
 
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, args: Namespace
-) -> torch.optim.lr_scheduler.LRScheduler:
-    if args.lr_drop_epochs:
-        return torch.optim.lr_scheduler.MultiStepLR(optimizer, args.lr_drop_epochs)
-    return torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
-
-
 def check_run_args(args: Namespace) -> None:
     """Refuse impossible combinations, and settle --accum_steps."""
     if args.tensorboard:
@@ -493,25 +407,8 @@ def check_run_args(args: Namespace) -> None:
         raise ValueError('--resume auto looks into --output_dir: give it')
     if args.tensorboard and not args.output_dir:
         raise ValueError('--tensorboard writes into --output_dir: give it')
-    if args.cache_mode and args.aug == 'lsj' and get_local_size() > 1:
-        raise ValueError(
-            '--aug lsj mixes any two images, but with --cache_mode a process keeps only its share: leave one out'
-        )
-    if args.cache_mode and args.dataset_file == 'shapes':
-        raise ValueError('--cache_mode keeps image files; built-in images have none: leave it out')
     if args.no_validate and args.eval:
         raise ValueError('--eval evaluates, --no_validate does not: leave one out')
-    ways = {
-        'group_aspect_ratio': args.group_aspect_ratio,
-        'cache_mode': args.cache_mode,
-        'train_shards': args.train_shards,
-        'aug lsj': args.aug == 'lsj',
-    }
-    if args.bucket_sizes and any(ways.values()):
-        other = next(flag for flag, given in ways.items() if given)
-        raise ValueError(f'--bucket_sizes makes batches in another way than --{other}: leave one out')
-    if not 0 <= args.ema < 1:
-        raise ValueError(f'--ema {args.ema} must be at least 0 and less than 1, usually near 1')
     if args.fsdp and get_world_size() == 1:
         raise ValueError(
             '--fsdp shares a model among processes, and there is one: start several, or leave it out'
@@ -525,8 +422,7 @@ def check_run_args(args: Namespace) -> None:
             raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
     if args.checkpoint_steps and not args.output_dir:
         raise ValueError('--checkpoint_steps writes into --output_dir: give it')
-    positive = ('batch_size', 'accum_steps', 'epochs', 'lr_drop', 'eval_every', 'save_every', 'img_size')
-    for flag in (*positive, 'lsj_size', 'shapes_train', 'shapes_val', 'shapes_size'):
+    for flag in ('eval_every', 'save_every'):
         if getattr(args, flag) < 1:
             raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
     if args.total_batch_size is not None:

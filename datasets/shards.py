@@ -313,7 +313,6 @@ class ShardStream(IterableDataset):
 
 def build_shards(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> ShardedCoco:
     """The 'train' or 'val' part, where --train_shards or --val_shards is given."""
-    check_flags(image_set, args)
     mix = build_mix(image_set, args)
     return ShardedCoco(
         getattr(args, f'{image_set}_shards'),
@@ -325,24 +324,6 @@ def build_shards(image_set: str, args: argparse.Namespace, class_map: ClassMap |
         mix,
         args.shard_buffer,
     )
-
-
-def check_flags(image_set: str, args: argparse.Namespace) -> None:
-    """Refuse what makes no sense with shards."""
-    flag = f'--{image_set}_shards'
-    if args.dataset_file != 'coco':
-        raise ValueError(f'{flag} holds data in COCO form: leave --dataset_file {args.dataset_file} out')
-    for other in (f'{image_set}_images', f'{image_set}_ann'):
-        if getattr(args, other) is not None:
-            raise ValueError(f'{flag} and --{other} name the same images twice: give one of them')
-    if args.cache_mode:
-        raise ValueError(f'--cache_mode keeps image files, and {flag} has none: leave it out')
-    if args.group_aspect_ratio and image_set == 'train':
-        raise ValueError(
-            f'--group_aspect_ratio chooses images for a batch, and {flag} streams them: leave it out'
-        )
-    if args.shard_buffer < 1:
-        raise ValueError(f'--shard_buffer must be at least 1, not {args.shard_buffer}')
 
 
 def build_shard_loader(

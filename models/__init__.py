@@ -196,8 +196,9 @@ def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, nn.Mod
     `args.num_classes` is 91 unless the data set has set it. ValueError: impossible flags.
     """
     from .training import build_supervision
+    from .training.flags import resolve_all
 
-    args = resolve_args(args)
+    args = resolve_all(args)
     criterion, num_queries, query_sources = build_supervision(args)
     model = build_detector(args, num_queries, query_sources)
     if args.two_stage and not any('_enc' in name for name in criterion.weight_dict):

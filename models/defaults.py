@@ -1,9 +1,8 @@
-"""Flags to settled values: the family is named, defaults are filled in, and what cannot be is refused."""
+"""Settle the flags of the detector: name the family, fill in its defaults, and refuse what cannot be."""
 
 from argparse import ArgumentParser, Namespace
 
 from .flags import (
-    AUXILIARY_HEADS,
     DEFORMABLE_FLAGS,
     DINO_FLAGS,
     DROP_PATH_RATE,
@@ -18,10 +17,10 @@ from .swin import SWIN_SIZES
 
 
 def resolve_args(args: Namespace) -> Namespace:
-    """A copy of `args` with every model flag present, the family named, and its defaults where a flag was not
-    given.
+    """Return a copy of `args` with every flag of the detector settled, and the family named; other flags stay as they are.
 
-    ValueError: flags that contradict each other.
+    Raises:
+        ValueError: flags contradict each other.
     """
     parser = ArgumentParser()
     add_model_args(parser)
@@ -40,29 +39,13 @@ def resolve_args(args: Namespace) -> Namespace:
         family_defaults = family_defaults | {'dim_feedforward': 2048}
     if given.get('co_aux_heads'):
         family_defaults = family_defaults | {'dropout': 0.0}
-    resolved = Namespace(**{'num_classes': NUM_CLASSES} | defaults | vars(args) | family_defaults | given)
+    usual = {'num_classes': NUM_CLASSES, 'aux_loss': True, 'co_aux_heads': []}
+    resolved = Namespace(**usual | defaults | vars(args) | family_defaults | given)
     resolved.family = family
-    resolve_hybrid(resolved)
     resolve_co_detr(resolved)
     resolve_checkpointing(resolved)
-    for term, value in (('cls', 2.0), ('bbox', 5.0), ('giou', 2.0)):
-        if getattr(resolved, f'enc_{term}_loss_coef') is None:
-            usual = value if resolved.use_ms_detr else getattr(resolved, f'{term}_loss_coef')
-            setattr(resolved, f'enc_{term}_loss_coef', usual)
     check_args(resolved)
     return resolved
-
-
-def resolve_hybrid(args: Namespace) -> None:
-    """Numbers that were not given; all stay None where no flag of hybrid matching was given."""
-    if all(getattr(args, flag) is None for flag in HYBRID_FLAGS):
-        return
-    if args.hybrid_queries is None:
-        args.hybrid_queries = 1500 if args.hybrid_k else 0
-    if args.hybrid_k is None:
-        args.hybrid_k = 5 if args.hybrid_queries else 0
-    if args.hybrid_lambda is None:
-        args.hybrid_lambda = 1.0
 
 
 def resolve_co_detr(args: Namespace) -> None:
@@ -77,8 +60,6 @@ def resolve_co_detr(args: Namespace) -> None:
         'input_proj_bias': not co_detr,
         'clamp_boxes': co_detr,
         'soft_nms_threshold': 0.8 if args.dino else 0.0,
-        'class_loss': 'quality_focal' if args.dino else 'focal',
-        'with_coord_feat': not args.dino,
     }
     for flag, value in defaults.items():
         if getattr(args, flag) is None:
@@ -106,12 +87,6 @@ def check_args(args: Namespace) -> None:
         raise ValueError(
             f'--pre_norm exists for DETR only, and the other flags choose {args.family}: leave it out'
         )
-    if args.family == 'detr' and args.nms_iou_threshold is not None:
-        raise ValueError(
-            '--nms_iou_threshold is not for DETR, which gives one detection a query: leave it out'
-        )
-    if args.nms_iou_threshold is not None and not 0 <= args.nms_iou_threshold <= 1:
-        raise ValueError(f'--nms_iou_threshold {args.nms_iou_threshold} must be between 0 and 1')
     if args.family == 'deformable':
         check_deformable_args(args)
     if args.family != 'conditional' and args.local_init:
@@ -122,18 +97,9 @@ def check_args(args: Namespace) -> None:
         )
     check_swin_args(args)
     check_checkpointing(args)
-    check_scheme_args(args)
-    check_co_detr_args(args)
-    for flag in (
-        'enc_layers',
-        'dec_layers',
-        'num_queries',
-        'num_classes',
-        'topk_eval',
-        'o2m_matcher_k',
-        'group_detr',
-        'max_pos_coords',
-    ):
+    check_ms_detr_args(args)
+    check_detection_args(args)
+    for flag in ('enc_layers', 'dec_layers', 'num_queries', 'num_classes', 'topk_eval'):
         if getattr(args, flag) < 1:
             raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
 
@@ -163,17 +129,9 @@ def check_checkpointing(args: Namespace) -> None:
         )
 
 
-def check_scheme_args(args: Namespace) -> None:
-    if args.hybrid_queries and not args.hybrid_k:
-        raise ValueError(
-            f'--hybrid_queries {args.hybrid_queries} would be trained by nothing with --hybrid_k 0: raise --hybrid_k, or give 0 for both'
-        )
-    for flag in HYBRID_FLAGS:
-        if (getattr(args, flag) or 0) < 0:
-            raise ValueError(f'--{flag} must not be negative, as {getattr(args, flag)} is')
-    for flag in ('use_aux_ffn', 'use_indices_merge'):
-        if getattr(args, flag) and not args.use_ms_detr:
-            raise ValueError(f'--{flag} needs --use_ms_detr: add it')
+def check_ms_detr_args(args: Namespace) -> None:
+    if args.use_aux_ffn and not args.use_ms_detr:
+        raise ValueError('--use_aux_ffn needs --use_ms_detr: add it')
     if args.use_aux_ffn and args.ms_variant == 'a':
         raise ValueError(
             '--use_aux_ffn belongs to the second reading after the cross-attention: leave it out, or leave --ms_variant a out'
@@ -182,27 +140,16 @@ def check_scheme_args(args: Namespace) -> None:
         raise ValueError('--ms_variant a needs --use_ms_detr: add it')
 
 
-def check_co_detr_args(args: Namespace) -> None:
-    for flag in ('dn_number', 'co_aux_heads'):
-        if getattr(args, flag) and not args.two_stage:
-            raise ValueError(f'--{flag} needs --two_stage and --with_box_refine (or --dino): add them')
-    if len(set(args.co_aux_heads)) < len(args.co_aux_heads):
-        raise ValueError(f'--co_aux_heads {" ".join(args.co_aux_heads)} names a head twice')
-    unknown = set(args.co_aux_heads) - set(AUXILIARY_HEADS)
-    if unknown:
+def check_detection_args(args: Namespace) -> None:
+    if args.family == 'detr' and args.nms_iou_threshold is not None:
         raise ValueError(
-            f'--co_aux_heads {unknown.pop()} is not known: choose of {", ".join(AUXILIARY_HEADS)}'
+            '--nms_iou_threshold is not for DETR, which gives one detection a query: leave it out'
         )
+    if args.nms_iou_threshold is not None and not 0 <= args.nms_iou_threshold <= 1:
+        raise ValueError(f'--nms_iou_threshold {args.nms_iou_threshold} must be between 0 and 1')
     if args.eval_module not in ('detr', *args.co_aux_heads):
         raise ValueError(
             f'--eval_module {args.eval_module} is not among --co_aux_heads: add it there, or evaluate detr'
-        )
-    for flag in ('dn_number', 'dn_label_noise_ratio', 'dn_box_noise_scale', 'lambda_1', 'lambda_2'):
-        if getattr(args, flag) < 0:
-            raise ValueError(f'--{flag} must not be negative, as {getattr(args, flag)} is')
-    if args.dn_label_noise_ratio > 2:
-        raise ValueError(
-            f'--dn_label_noise_ratio {args.dn_label_noise_ratio}: half of it is a share, so 2 is the most'
         )
     if not 0 <= args.soft_nms_threshold <= 1:
         raise ValueError(f'--soft_nms_threshold {args.soft_nms_threshold} must be between 0 and 1')
@@ -215,7 +162,6 @@ def check_co_detr_args(args: Namespace) -> None:
         usual = {
             'soft_nms_threshold': 0,
             'clamp_boxes': False,
-            'class_loss': 'focal',
             'input_proj_bias': True,
             'finest_stride': 8,
         }
@@ -258,7 +204,7 @@ def check_deformable_args(args: Namespace) -> None:
 
 
 def backbone_maps(args: Namespace) -> range:
-    """Stages of the backbone whose maps the detector reads: the last, or all from the second on."""
+    """Return the stages of the backbone whose maps the detector reads: the last, or all from the first or second on."""
     if args.family != 'deformable' or args.num_feature_levels == 1:
         first = args.backbone_stages
     else:
@@ -267,7 +213,7 @@ def backbone_maps(args: Namespace) -> range:
 
 
 def level_strides(args: Namespace) -> list[int]:
-    """Of the feature maps of Deformable DETR, finest first."""
+    """Return the strides of Deformable DETR's feature maps, finest first."""
     strides = [2 ** (stage + 1) for stage in backbone_maps(args)]
     if args.dilation:
         strides[-1] //= 2

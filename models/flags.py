@@ -1,4 +1,4 @@
-"""The flags of model, matching and losses, and what each means when it is not given."""
+"""Declare the flags of the detector: what inference needs. What each means when it is not given stands here too."""
 
 import math
 from argparse import ArgumentParser, BooleanOptionalAction
@@ -14,15 +14,6 @@ FAMILY_DEFAULTS = {
         'dropout': 0.1,
         'pe_temperature': 10000.0,
         'topk_eval': 100,
-        'set_cost_class': 1.0,
-        'cls_loss_coef': 1.0,
-        'lr': 1e-4,
-        'lr_backbone': 1e-5,
-        'lr_backbone_names': ['backbone'],
-        'lr_linear_proj_names': [],
-        'epochs': 300,
-        'lr_drop': 200,
-        'save_every': 100,
     },
     'conditional': {
         'num_queries': 300,
@@ -30,15 +21,6 @@ FAMILY_DEFAULTS = {
         'dropout': 0.1,
         'pe_temperature': 10000.0,
         'topk_eval': 100,
-        'set_cost_class': 2.0,
-        'cls_loss_coef': 2.0,
-        'lr': 1e-4,
-        'lr_backbone': 1e-5,
-        'lr_backbone_names': ['backbone'],
-        'lr_linear_proj_names': [],
-        'epochs': 50,
-        'lr_drop': 40,
-        'save_every': 10,
     },
     'deformable': {
         'num_queries': 300,
@@ -47,15 +29,6 @@ FAMILY_DEFAULTS = {
         'pe_temperature': 10000.0,
         'topk_eval': 100,
         'num_feature_levels': 4,
-        'set_cost_class': 2.0,
-        'cls_loss_coef': 2.0,
-        'lr': 2e-4,
-        'lr_backbone': 2e-5,
-        'lr_backbone_names': ['backbone.0'],
-        'lr_linear_proj_names': ['reference_points', 'sampling_offsets'],
-        'epochs': 50,
-        'lr_drop': 40,
-        'save_every': 5,
     },
 }
 # Deformable DETR with DINO's decoder.
@@ -65,10 +38,6 @@ FAMILY_DEFAULTS['dino'] = FAMILY_DEFAULTS['deformable'] | {
     'dropout': 0.0,
     'pe_temperature': 20.0,
     'topk_eval': 300,
-    'cls_loss_coef': 1.0,
-    'lr_linear_proj_names': [],
-    'epochs': 12,
-    'lr_drop': 11,
 }
 # What --dino is made of.
 DINO_FLAGS = ('with_box_refine', 'two_stage', 'mixed_selection', 'look_forward_twice')
@@ -92,10 +61,10 @@ NUM_CLASSES = 91  # of COCO, where no data set has said otherwise
 DROP_PATH_RATE = 0.2
 
 
-def family_default(flag: str) -> str:
-    """Text for the help of a flag whose default depends on the family."""
+def family_default(flag: str, tables: dict[str, dict] = FAMILY_DEFAULTS) -> str:
+    """Describe, for a help text, a default that depends on the family. tables: values of flags by family."""
     families: dict[str, list[str]] = {}
-    for family, table in FAMILY_DEFAULTS.items():
+    for family, table in tables.items():
         value = table[flag]
         text = f'{value:g}' if isinstance(value, int | float) else ' '.join(value) or 'none'
         families.setdefault(text, []).append(family)
@@ -103,7 +72,7 @@ def family_default(flag: str) -> str:
 
 
 def add_model_args(parser: ArgumentParser) -> None:
-    """Declare the flags of model, matching and losses."""
+    """Declare the flags of the detector and its detections."""
     family = parser.add_argument_group('model family (plain DETR when no flag of a variant is given)')
     family.add_argument('--conditional', action='store_true', help='Conditional DETR (arXiv:2108.06152)')
     family.add_argument(
@@ -204,7 +173,16 @@ def add_model_args(parser: ArgumentParser) -> None:
                             'blocks) of the backbone, in encoder or decoder layers: less memory, about a third more time there; '
                             'PART: backbone, encoder, decoder, any of them, or nothing for all (default: nowhere)')  # fmt: skip
 
-    add_scheme_args(parser)
+    mixed = parser.add_argument_group(
+        'mixed supervision (MS-DETR, arXiv:2401.03989; Deformable or Conditional DETR)'
+    )
+    mixed.add_argument('--use_ms_detr', action='store_true',
+                       help='read the queries a second time while training, and supervise that reading one-to-many')  # fmt: skip
+    mixed.add_argument('--ms_variant', default='b', choices=('a', 'b'),
+                       help='b reads after the cross-attention, which moves in front of the self-attention, at inference too; a '
+                            'reads at the output of a layer, by class heads of their own (default: %(default)s)')  # fmt: skip
+    mixed.add_argument('--use_aux_ffn', action='store_true',
+                       help='give the second reading a feed-forward block of its own (variant b)')  # fmt: skip
 
     detections = parser.add_argument_group('detections')
     detections.add_argument('--topk_eval', '--topk', type=int,
@@ -221,106 +199,3 @@ def add_model_args(parser: ArgumentParser) -> None:
     detections.add_argument('--eval_module', default='detr', choices=('detr', *AUXILIARY_HEADS),
                             help='who detects outside training: the decoder, or one of --co_aux_heads by itself, 100 boxes a '
                                  'image after its own suppression (default: %(default)s)')  # fmt: skip
-
-    matching = parser.add_argument_group('matching costs')
-    matching.add_argument('--set_cost_class', type=float,
-                          help=f'class (default: {family_default("set_cost_class")})')  # fmt: skip
-    matching.add_argument(
-        '--set_cost_bbox', default=5, type=float, help='L1 distance of boxes (default: %(default)s)'
-    )
-    matching.add_argument(
-        '--set_cost_giou', default=2, type=float, help='generalised IoU (default: %(default)s)'
-    )
-
-    loss = parser.add_argument_group('loss coefficients')
-    loss.add_argument(
-        '--no_aux_loss', dest='aux_loss', action='store_false', help='supervise the last decoder layer only'
-    )
-    loss.add_argument(
-        '--cls_loss_coef', type=float, help=f'class (default: {family_default("cls_loss_coef")})'
-    )
-    loss.add_argument(
-        '--bbox_loss_coef', default=5, type=float, help='L1 distance of boxes (default: %(default)s)'
-    )
-    loss.add_argument(
-        '--giou_loss_coef', default=2, type=float, help='generalised IoU (default: %(default)s)'
-    )
-    loss.add_argument('--eos_coef', default=0.1, type=float,
-                      help="weight of the class 'no object' (DETR only; default: %(default)s)")  # fmt: skip
-    loss.add_argument('--class_loss', choices=('focal', 'quality_focal'),
-                      help='of sigmoid classes; quality_focal asks a positive for the IoU of its box (default: quality_focal '
-                           'with --dino, else focal)')  # fmt: skip
-    loss.add_argument('--focal_alpha', default=0.25, type=float,
-                      help='weight of positives in the focal loss (not DETR; default: %(default)s)')  # fmt: skip
-
-
-def add_scheme_args(parser: ArgumentParser) -> None:
-    """Flags of further supervision while training. All combine. Inference stays what it is, but for the order of
-    sub-layers in variant b of MS-DETR.
-    """
-    hybrid = parser.add_argument_group(
-        'hybrid matching (H-DETR, arXiv:2207.13080; Deformable or Conditional DETR)'
-    )
-    hybrid.add_argument('--hybrid_k', '--k_one2many', type=int, metavar='K',
-                        help='a second group of queries, in which K queries answer for each object; 0 = none '
-                             '(default: 5 with --hybrid_queries, else 0)')  # fmt: skip
-    hybrid.add_argument('--hybrid_queries', '--num_queries_one2many', type=int, metavar='N',
-                        help='queries of that group (default: 1500 with --hybrid_k, else 0)')  # fmt: skip
-    hybrid.add_argument('--hybrid_lambda', '--lambda_one2many', type=float, metavar='FACTOR',
-                        help='of the losses of that group (default: 1)')  # fmt: skip
-    groups = parser.add_argument_group('groups of queries (Group DETR, arXiv:2207.13085; any family)')
-    groups.add_argument('--group_detr', default=1, type=int, metavar='G',
-                        help='G groups of --num_queries queries, each matched one-to-one (default: %(default)s)')  # fmt: skip
-
-    denoising = parser.add_argument_group(
-        'contrastive denoising (DINO, arXiv:2203.03605; Deformable DETR in two stages)'
-    )
-    denoising.add_argument('--dn_number', default=0, type=int, metavar='N',
-                           help='queries that mend noised objects, about N positives and N negatives an image; 0 = none, '
-                                'usual: 100')  # fmt: skip
-    denoising.add_argument('--dn_label_noise_ratio', default=0.5, type=float,
-                           help='half of it is the share of labels that are drawn anew (default: %(default)s)')  # fmt: skip
-    denoising.add_argument('--dn_box_noise_scale', default=1.0, type=float,
-                           help='largest move of a corner, in halves of the sides (default: %(default)s)')  # fmt: skip
-
-    collaborative = parser.add_argument_group(
-        'collaborative heads (Co-DETR, arXiv:2211.12860; Deformable DETR in two stages)'
-    )
-    collaborative.add_argument('--co_aux_heads', nargs='+', default=[], choices=AUXILIARY_HEADS, metavar='HEAD',
-                               help="detectors that train on the encoder's output, and whose positives become decoder "
-                                    'queries: faster_rcnn, atss, or both (default: none)')  # fmt: skip
-    collaborative.add_argument('--lambda_1', default=1.0, type=float,
-                               help='of the losses of those queries (default: %(default)s)')  # fmt: skip
-    collaborative.add_argument('--lambda_2', default=2.0, type=float,
-                               help="of the heads' own losses, times --dec_layers (default: %(default)s)")  # fmt: skip
-    collaborative.add_argument('--max_pos_coords', default=300, type=int,
-                               help='positives of a head and image that become queries, at most (default: %(default)s)')  # fmt: skip
-    collaborative.add_argument('--with_coord_feat', action=BooleanOptionalAction,
-                               help='the content of those queries also has the feature that the head saw (default: yes, no '
-                                    'with --dino)')  # fmt: skip
-
-    mixed = parser.add_argument_group(
-        'mixed supervision (MS-DETR, arXiv:2401.03989; Deformable or Conditional DETR)'
-    )
-    mixed.add_argument('--use_ms_detr', action='store_true',
-                       help='the queries are read a second time and supervised one-to-many')  # fmt: skip
-    mixed.add_argument('--ms_variant', default='b', choices=('a', 'b'),
-                       help='b: read after the cross-attention, which moves in front of the self-attention; a: read at the '
-                            'output of a layer, by class heads of their own (default: %(default)s)')  # fmt: skip
-    mixed.add_argument('--use_aux_ffn', action='store_true',
-                       help='a feed-forward block of its own for the second reading (variant b)')  # fmt: skip
-    mixed.add_argument('--o2m_matcher_k', default=6, type=int,
-                       help='queries an object gets at most (default: %(default)s)')  # fmt: skip
-    mixed.add_argument('--o2m_matcher_threshold', default=0.4, type=float,
-                       help='score from which a query counts for its best object (default: %(default)s)')  # fmt: skip
-    mixed.add_argument('--o2m_iou_weight', default=0.7, type=float,
-                       help='weight of the IoU in that score (default: %(default)s)')  # fmt: skip
-    mixed.add_argument('--o2m_score_weight', default=0.3, type=float,
-                       help="weight of the class's probability in that score (default: %(default)s)")  # fmt: skip
-    mixed.add_argument('--use_indices_merge', action='store_true',
-                       help='pairs of the one-to-one matching are added, for queries that have none')  # fmt: skip
-    for kind, title in (('o2m', 'second reading'), ('enc', 'proposals of two stages')):
-        for term, default in (('cls', 2), ('bbox', 5), ('giou', 2)):
-            otherwise = '' if kind == 'o2m' else f' with --use_ms_detr, else as --{term}_loss_coef'
-            mixed.add_argument(f'--{kind}_{term}_loss_coef', type=float, default=default if kind == 'o2m' else None,
-                               help=f'{title}: coefficient (default: {default}{otherwise})')  # fmt: skip

@@ -53,8 +53,9 @@ class PositionEmbeddingSine(nn.Module):
     def forward(self, mask: Tensor) -> Tensor:
         """Padding mask [B, H, W], True = padding, to [B, 2 * num_pos_feats, H, W], y before x, float32."""
         valid = ~mask
-        y = valid.cumsum(1, dtype=torch.float32)
-        x = valid.cumsum(2, dtype=torch.float32)
+        # Integers: sums of floats have no deterministic order on a GPU.
+        y = valid.cumsum(1, dtype=torch.int32).float()
+        x = valid.cumsum(2, dtype=torch.int32).float()
         if self.normalize:
             y = (y + self.offset) / (y[:, -1:, :] + 1e-6) * self.scale
             x = (x + self.offset) / (x[:, :, -1:] + 1e-6) * self.scale

@@ -6,18 +6,11 @@ each kind is supervised. Letters in shapes: B images, Q queries, S memory tokens
 classes, M matched pairs, T objects of the batch.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from numpy import ndarray
-
-    from models.training.matcher import Targets
 
 
 @dataclass
@@ -81,36 +74,6 @@ class Prediction:
     anchors: Tensor | None = None  # [B, Q, 4] encoder proposals before refinement
     masks: Tensor | None = None  # [B, Q, h, w] logits
     assignment: Assignment | None = None
-
-
-class Matcher(Protocol):
-    """Which query answers for which object, in two halves: costs on the device, pairs on the host.
-
-    `stacked` is a prediction whose tensors have the layers in front: logits [L, B, Q, K], boxes and anchors
-    [L, B, Q, 4].
-    """
-
-    def cost(self, stacked: Prediction, targets: 'Targets') -> Tensor: ...
-
-    def solve(self, cost: 'ndarray', sizes: list[int]) -> list[Assignment]: ...
-
-    def count(self, sizes: list[int]) -> float:
-        """`Assignment.count`, from the numbers of objects alone."""
-
-
-@dataclass(frozen=True)
-class Supervision:
-    """How one kind of prediction is supervised: a row of the table."""
-
-    matcher: Matcher | None  # None: the predictions bring their assignments
-    coef: dict[str, float]  # {'ce': 2, 'bbox': 5, 'giou': 2}
-    class_loss: Callable  # models.training.losses: FocalLoss, SoftmaxLoss
-    class_agnostic: bool = False  # every object is class 0
-    scale: float = 1.0  # every term is multiplied by it
-    source: str = ''  # where such predictions are read, if not from queries of their own
-    merge: str | None = None  # kind whose pairs are added, where this kind leaves a query free
-    # Without a matcher: `Assignment.count` from the numbers of objects, if they say it.
-    count: Callable[[list[int]], float] | None = None
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from models.training.dense_heads import (
     undo_rounding,
 )
 from models.training.faster_rcnn import RATIOS, SCALES, RoIHead
-from models.training.losses import FocalLoss, QualityFocalLoss, Stack
+from models.training.losses import FocalLoss, QualityFocalLoss
+from models.training.structures import Stack
 from tests import rule
 from tests.parity import assert_close, float64
 from tests.shared_data import needs_shared, read_shared

@@ -10,8 +10,9 @@ from torch import Tensor
 from models.heads import add_reference, inverse_sigmoid
 from models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from models.structures import Prediction
-from models.training.losses import FocalLoss, Stack
+from models.training.losses import FocalLoss
 from models.training.matcher import HungarianMatcher, focal_cost, softmax_cost
+from models.training.structures import Stack
 from tests import rule
 from tests.shared_data import needs_shared, read_shared
 from util.box_ops import box_cxcywh_to_xyxy, box_iou, box_xyxy_to_cxcywh, generalized_box_iou

@@ -66,14 +66,14 @@ def train_step(
 
 @schemes
 def test_a_training_step_equals_that_of_the_cpu(scheme: str) -> None:
-    """In float64: losses and gradients."""
+    """In float64: losses and gradients; positional encodings are float32, whose sines differ in the last bits."""
     model, criterion = build(scheme, torch.float64)
     expected = train_step(model, criterion, Precision('off', torch.device('cpu')))
     found = train_step(model.to(CUDA), criterion, Precision('off', CUDA))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(
-            found[name], value, rtol=1e-5, atol=1e-7, msg=lambda text, n=name: f'{n}: {text}'
+            found[name], value, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f'{n}: {text}'
         )
 
 
@@ -130,7 +130,7 @@ def test_wrapped_for_nccl_it_trains_the_same(scheme: str, wrap: str, nccl: None)
         batches = [(nested_tensor_from_tensor_list(x), y) for x, y in (batch(n, [3, 1]) for n in range(3))]
         with no_chance():
             train_one_epoch(model, criterion, batches, optimizer, max_norm=0.1)
-        weights.append(gather(bare.state_dict()))
+        weights.append({name: value.cpu() for name, value in gather(bare.state_dict()).items()})
     for name, value in weights[0].items():
         torch.testing.assert_close(
             weights[1][name], value, rtol=1e-5, atol=1e-7, msg=lambda t, n=name: f'{n}: {t}'

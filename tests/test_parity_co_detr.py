@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from engine import build_optimizer
-from models import build_model, build_postprocessors, resolve_args
+from models import build_model, build_postprocessors
 from models.training import atss, faster_rcnn
 from models.training.collaborative import CollaborativeHeads
 from models.training.criterion import weighted_sum
 from models.training.dense_heads import BACKGROUND
+from models.training.flags import resolve_all
 from tests import rule
 from tests.parity import assert_close, float64
 from tests.shared_data import SHARED, needs_shared
@@ -291,7 +292,7 @@ def check_matches(case: Case, criterion: nn.Module, predictions: list) -> None:
 def test_optimizer_steps_equal_official(case: Case, noise: None) -> None:
     model, criterion, _ = case.built
     case.fill(model)
-    args, recorded = resolve_args(Namespace(**case.flags)), case.record['optimizer_steps']
+    args, recorded = resolve_all(Namespace(**case.flags)), case.record['optimizer_steps']
     names = args.lr_backbone_names, args.lr_linear_proj_names, 0.1
     optimizer = build_optimizer(model, args.lr, args.lr_backbone, 1e-4, *names)
     official = {}  # learning rate -> parameters
@@ -355,7 +356,7 @@ def test_detections_of_every_module_equal_official(case: Case) -> None:
 def test_auxiliary_heads_detect_as_official(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _, _ = case.built
     monkeypatch.setattr(model, 'eval_module', name)
-    postprocessors = build_postprocessors(resolve_args(Namespace(**case.flags, eval_module=name)))
+    postprocessors = build_postprocessors(resolve_all(Namespace(**case.flags, eval_module=name)))
     with torch.no_grad():
         results = postprocessors['bbox'](model.eval()(case.samples), case.original_sizes)
     stage = {'faster_rcnn': 'two', 'atss': 'one'}[name]

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from engine import build_optimizer
 from main import get_args_parser
-from models import build_model, resolve_args
+from models import build_model
 from models.training.criterion import weighted_sum
+from models.training.flags import resolve_all
 from tests import rule
 from tests.parity import assert_close, check_losses, float64, to_targets
 from tests.shared_data import SHARED, needs_shared, read_shared
@@ -45,7 +46,7 @@ class Case:
     def args(self) -> Namespace:
         # The official variants are two programs with the same flags.
         variant = {'ms_variant': 'a'} if self.record['case'].startswith('ms_detr_a') else {}
-        return resolve_args(Namespace(**self.record['arguments'], **variant, backbone_weights='none'))
+        return resolve_all(Namespace(**self.record['arguments'], **variant, backbone_weights='none'))
 
     @cached_property
     def built(self) -> tuple[nn.Module, nn.Module, dict]:

@@ -11,7 +11,7 @@ import torch
 
 from engine import build_optimizer
 from models.training.criterion import weighted_sum
-from models.training.matcher import Targets
+from models.training.structures import Targets
 from tests.parity import Case, assert_close, float64
 from tests.shared_data import SHARED, needs_shared
 

@@ -16,8 +16,9 @@ import models.training.losses
 import models.training.matcher
 from engine import build_optimizer
 from main import get_args_parser
-from models import build_model, resolve_args
+from models import build_model
 from models.training.criterion import weighted_sum
+from models.training.flags import resolve_all
 from tests import rule
 from tests.parity import assert_close, check_losses, float64, to_targets
 from tests.shared_data import SHARED, needs_shared
@@ -46,7 +47,7 @@ class Case:
         self.record = json.loads(path.read_text())
         with np.load(path.with_suffix('.npz')) as archive:
             self.arrays = dict(archive)
-        self.args = resolve_args(
+        self.args = resolve_all(
             get_args_parser().parse_args(
                 [*self.record.get('argv', DETREX_FLAGS.split()), '--backbone_weights', 'none']
             )

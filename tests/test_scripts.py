@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from main import get_args_parser
-from models import build_model, resolve_args
+from models import build_model
+from models.training.flags import resolve_all
 
 SCRIPTS = Path(__file__).resolve().parents[1] / 'scripts'
 # Parameters of the official models, in all (Co-DETR's without its 53,120 of frozen norms, which are no parameters here);
@@ -172,7 +173,7 @@ def num_parameters(flags: str) -> int:
 )
 def test_recipe_builds_the_official_model(path: Path) -> None:
     flags = flags_of(path, '--coco_path', 'DATA', '--backbone_weights', 'none')
-    args = resolve_args(get_args_parser().parse_args(flags))
+    args = resolve_all(get_args_parser().parse_args(flags))
     assert args.output_dir == f'exps/{path.stem}' and args.coco_path == 'DATA'
     parameters, epochs, lr_drop = RECIPES[path.stem]
     assert (args.lr, args.lr_backbone, args.epochs, args.lr_drop) == (2e-4, 2e-5, epochs, lr_drop)
@@ -182,7 +183,7 @@ def test_recipe_builds_the_official_model(path: Path) -> None:
     assert num_parameters(json.dumps({**vars(args), **SCHEDULE}, sort_keys=True)) == parameters
     if official := OFFICIAL.get(path.stem, OFFICIAL.get(re.sub(r'_\d+ep$', '', path.stem))):
         schedule = ['--epochs', str(epochs), '--lr_drop', str(lr_drop), '--backbone_weights', 'none']
-        meant = resolve_args(get_args_parser().parse_args([*official.split(), *schedule]))
+        meant = resolve_all(get_args_parser().parse_args([*official.split(), *schedule]))
         meant.num_classes = args.num_classes  # the data's
         differing = {key for key, value in vars(meant).items() if vars(args)[key] != value}
         assert differing == {'output_dir', 'coco_path'}

@@ -23,6 +23,7 @@ from datasets.class_map import ClassMap
 from datasets.coco import MIN_IMAGE_SIDE, CocoDetection, Reading
 from datasets.coco_eval import CocoEvaluator
 from datasets.copy_paste import LargeScaleJitter
+from datasets.flags import check_data_args
 from datasets.shard_index import read_index
 from datasets.shards import ShardedCoco, ShardStream, ShufflePool, build_shard_loader
 from datasets.transforms import make_transforms
@@ -510,7 +511,7 @@ def arguments(*flags: str) -> Namespace:
 )
 def test_flags_that_make_no_sense_are_refused(shards: Path, flags: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_dataset('train', arguments('--train_shards', str(shards), *flags.split()))
+        check_data_args(arguments('--train_shards', str(shards), *flags.split()))
 
 
 @pytest.mark.parametrize('aug', ['detr', 'co_detr', 'lsj'])

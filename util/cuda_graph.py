@@ -38,7 +38,7 @@ class GraphedDetector:
                 with context():
                     model(self.samples)
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.no_grad(), torch.cuda.graph(self.graph), context():
+        with torch.no_grad(), torch.cuda.graph(self.graph, capture_error_mode='thread_local'), context():
             self.outputs = model(self.samples)
 
     def __call__(self, samples: NestedTensor) -> dict[str, Tensor]:

@@ -19,11 +19,13 @@ def print_plan(
     model: nn.Module,
     datasets: dict[str, Dataset],
     loaders: dict[str, DataLoader],
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    rates: str,
     notes: dict[str, str],
 ) -> None:
-    """Data, classes, effective batch, learning rates, size of the model, steps; notes: further rows."""
+    """Print data, classes, effective batch, learning rates, size of the model, steps.
+
+    rates: learning rates and their schedule in words. notes: further rows.
+    """
     shown = list(datasets.values())[-1]  # without validation that of training
     names = [name for name in shown.class_map.names if name is not None]
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -48,7 +50,7 @@ def print_plan(
         rows |= {
             'batch': f'{batch} images a step ({args.batch_size} x {args.accum_steps} accumulated x '
             f'{get_world_size()} processes)',
-            'learning rate': learning_rate_text(args, optimizer, scheduler),
+            'learning rate': rates,
             'steps': f'{steps} an epoch, {steps * args.epochs} in {args.epochs} epochs',
             'output': args.output_dir or 'nothing is written (no --output_dir)',
         }
@@ -69,28 +71,6 @@ def print_plan(
             f'warning: {len(datasets["train"])} images are few to train from random numbers; --backbone_weights imagenet '
             'or --pretrained learn much faster'
         )
-
-
-def learning_rate_text(
-    args: Namespace, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler
-) -> str:
-    """What is in force: a resumed schedule wins over the flags."""
-    groups = optimizer.param_groups
-    names = ('', 'backbone ', ' and '.join(args.lr_linear_proj_names) + ' ')
-    text = ', '.join(f'{name}{group["lr"]:g}' for name, group in zip(names, groups, strict=False))
-    if args.lr_drop_epochs:
-        drops, wanted = sorted(scheduler.milestones.elements()), sorted(args.lr_drop_epochs)
-        text += f', divided by 10 after epochs {" ".join(map(str, drops))}'
-    else:
-        drops, wanted = scheduler.step_size, args.lr_drop
-        text += f', divided by 10 every {drops} epochs'
-    given = args.lr, args.lr_backbone, wanted
-    settled = *(group['initial_lr'] for group in groups[:2]), drops
-    return (
-        text
-        if given == settled
-        else f'{text} (of the resumed checkpoint; the flags say otherwise and are not used)'
-    )
 
 
 def flops_text(model: nn.Module, dataset: Dataset) -> str:

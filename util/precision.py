@@ -87,6 +87,13 @@ def set_tf32(allowed: bool | None) -> None:
         torch.backends.cudnn.allow_tf32 = allowed
 
 
+def avoid_plans_per_shape() -> None:
+    """Leave cuDNN's attention out, which Hopper would prefer in 16 bits: it builds a plan for every new shape, and images and
+    query groups have many.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Inside, operations on the device of x keep the precision of what they are given."""
     # Nothing where nothing changes: exported programs have no place for it.

@@ -39,7 +39,7 @@ class Run:
     datasets: dict[str, Dataset]
     loaders: dict[str, DataLoader]
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scheduler: torch.optim.lr_scheduler.LambdaLR
     precision: Precision
     average: WeightAverage | None = None
     stops: StopRequests | None = None
@@ -112,9 +112,9 @@ def keep_numbered(run: Run, folder: Path, epoch: int) -> None:
     """A copy that stays, at learning-rate drops and every --save_every epochs; the oldest go if there are more than
     --keep_checkpoints.
     """
-    args = run.args
-    drops = epoch + 1 in args.lr_drop_epochs if args.lr_drop_epochs else (epoch + 1) % args.lr_drop == 0
-    if not is_main_process() or not (drops or (epoch + 1) % args.save_every == 0):
+    args, schedule = run.args, run.scheduler.lr_lambdas[0]
+    due = schedule.drops_after(epoch) or (epoch + 1) % args.save_every == 0
+    if not is_main_process() or not due:
         return
     keep_copy(folder, f'checkpoint{epoch:04}.pth')
     if args.keep_checkpoints is not None:
@@ -134,7 +134,6 @@ def restore(run: Run, checkpoint: dict) -> tuple[int, EpochState]:
     if 'optimizer' not in checkpoint:
         return 0, EpochState()
     load_optimizer_state(run.optimizer, checkpoint['optimizer'])
-    run.scheduler.load_state_dict(checkpoint['lr_scheduler'])
     if 'scaler' in checkpoint:
         run.precision.load_state_dict(checkpoint['scaler'])
     if run.average is not None and 'model_ema' in checkpoint:
@@ -143,12 +142,34 @@ def restore(run: Run, checkpoint: dict) -> tuple[int, EpochState]:
     epoch, state = checkpoint['epoch'] + 1, EpochState()
     if 'within_epoch' in checkpoint:
         state = restore_epoch(run, checkpoint['within_epoch'])
+    restore_schedule(run.scheduler, checkpoint['lr_scheduler'], epoch * run.steps_an_epoch + state.step)
     states = checkpoint.get('rng', [])
     if len(states) == get_world_size():
         set_rng_state(states[get_rank()])
     else:  # another number of processes, or an official file: repeatable, though not as if undisturbed
         seed_everything(run.args.seed + get_rank() + 1000 * (epoch + 1) + state.step)
     return epoch, state
+
+
+def restore_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR, saved: dict, steps_done: int) -> None:
+    """Go on with a saved schedule after so many optimizer steps.
+
+    saved: state of ours, or of PyTorch's StepLR or MultiStepLR, which official checkpoints hold.
+    """
+    schedule = scheduler.lr_lambdas[0]
+    steps_per_epoch = schedule.steps_per_epoch  # of this run, whose batches may be of another size
+    if 'lr_lambdas' in saved:
+        scheduler.load_state_dict(saved)
+    else:
+        schedule.kind, schedule.warmup_steps = 'step', 0
+        schedule.drop_every = saved.get('step_size', schedule.drop_every)
+        schedule.drops = sorted(saved['milestones'].elements()) if 'milestones' in saved else []
+        scheduler.base_lrs = saved['base_lrs']
+    schedule.steps_per_epoch = steps_per_epoch
+    scheduler.last_epoch = steps_done
+    for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+        group['lr'] = base * schedule(steps_done)
+    scheduler._last_lr = [group['lr'] for group in scheduler.optimizer.param_groups]
 
 
 def restore_epoch(run: Run, saved: dict) -> EpochState:

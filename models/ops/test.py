@@ -85,6 +85,11 @@ def relative_errors(name: str, size: str, device: str, dtype: torch.dtype) -> li
     ]
 
 
+def largest(errors: list[float]) -> float:
+    """Return the maximum; NaN if there is one, which Python's own would pass over."""
+    return torch.tensor(errors, dtype=torch.float64).amax().item()
+
+
 class Direct(torch.autograd.Function):
     """One implementation, past the choice of the operator."""
 
@@ -112,6 +117,7 @@ def numerical_gradients_agree(name: str, channels: int, device: str) -> bool:
         lambda v, x, w: Direct.apply(name, v, shapes, x, w),
         inputs,
         nondet_tol=0.0 if device == 'cpu' else 1e-12,
+        fast_mode=device != 'cpu',  # thousands of launches otherwise
     )
 
 
@@ -200,11 +206,11 @@ def main(args: argparse.Namespace) -> int:
             for deterministic in (False, True) if args.brief else (False,):
                 torch.use_deterministic_algorithms(deterministic, warn_only=True)
                 errors = [relative_errors(name, size, device, dtype) for size in SIZES if size != 'gradcheck']
-                worst = [max(column) for column in zip(*errors, strict=True)]
+                worst = [largest(column) for column in zip(*errors, strict=True)]
                 columns = '  '.join(f'{error:9.1e}' for error in worst)
                 label = f'{device} {name} {str(dtype).removeprefix("torch.")}'
                 label += ' fixed' if deterministic else ''
-                report(max(worst) <= TOLERANCES[dtype], f'{label:<32}{columns}')
+                report(largest(worst) <= TOLERANCES[dtype], f'{label:<32}{columns}')
     torch.use_deterministic_algorithms(False)
     if args.brief:
         return int(failures > 0)

@@ -11,33 +11,37 @@ from functools import partial
 
 from torch import nn
 
-from models import level_strides
+from models.defaults import level_strides
 from models.deformable_transformer import DeformableDecoder
 from models.dino import DinoDecoder
-from models.structures import Supervision
 
 from .collaborative import CollaborativeHeads
 from .criterion import SetCriterion, loss_suffix
 from .denoising import Denoising
 from .dense_heads import EPS
-from .losses import FocalLoss, QualityFocalLoss, SoftmaxLoss
+from .flags import resolve_training
+from .losses import BOX_LOSSES, FocalLoss, QualityFocalLoss, SoftmaxLoss
 from .matcher import HungarianMatcher, OneToManyMatcher, focal_cost, softmax_cost
+from .structures import Supervision
 
 # Ends of loss names that H-DETR's official dictionary has no second copy of.
 OF_QUERIES_ADDED = ('_one2many', '_o2m', '_dn', '_rcnn', '_atss')
 
 
 def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn.ModuleDict]:
-    """The table of supervision, the learned queries of each group (inference group first), and the query
-    sources.
+    """Build the table of supervision; return the criterion that reads it, the learned queries of each group (inference group
+    first), and the query sources.
+
+    args: of a settled model (`models.resolve_args`); flags of training are settled here.
     """
+    args = resolve_training(args)
     focal = args.family != 'detr'
     cost = args.set_cost_class, args.set_cost_bbox, args.set_cost_giou
     co_detr = args.dino or bool(args.co_aux_heads)
     class_cost = partial(focal_cost, eps=1e-12 if co_detr else 1e-8) if focal else softmax_cost
     plain = one2one = Supervision(
         HungarianMatcher(*cost, class_cost),
-        {'ce': args.cls_loss_coef, 'bbox': args.bbox_loss_coef, 'giou': args.giou_loss_coef},
+        coefficients(args),
         class_loss(args),
     )
     table = {'one2one': one2one}
@@ -79,12 +83,19 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
     return SetCriterion(table, weight_dict, EPS if co_detr else 0.0), num_queries, sources
 
 
+def coefficients(args: Namespace, prefix: str = '') -> dict[str, float]:
+    """Return the coefficients of class ('ce') and box losses; a term of coefficient 0 is left out."""
+    names = {'ce': 'cls'} | {term: term for term in BOX_LOSSES}
+    coef = {term: getattr(args, f'{prefix}{name}_loss_coef') for term, name in names.items()}
+    return {term: value for term, value in coef.items() if value}
+
+
 def mixed_supervision(args: Namespace, one2one: Supervision) -> Supervision:
     """Of the second reading of MS-DETR."""
     matcher = OneToManyMatcher(
         args.o2m_matcher_k, args.o2m_matcher_threshold, args.o2m_iou_weight, args.o2m_score_weight
     )
-    coef = {'ce': args.o2m_cls_loss_coef, 'bbox': args.o2m_bbox_loss_coef, 'giou': args.o2m_giou_loss_coef}
+    coef = coefficients(args, 'o2m_')
     merge = 'one2one' if args.use_indices_merge else None
     return replace(one2one, matcher=matcher, coef=coef, source='one2one, read twice', merge=merge)
 
@@ -121,7 +132,7 @@ def class_loss(args: Namespace) -> Callable:
 
 def proposal_supervision(args: Namespace, one2one: Supervision) -> Supervision:
     """Of the encoder's proposals, which are matched as the queries are, or, in MS-DETR, by their anchors alone."""
-    coef = {'ce': args.enc_cls_loss_coef, 'bbox': args.enc_bbox_loss_coef, 'giou': args.enc_giou_loss_coef}
+    coef = coefficients(args, 'enc_')
     matcher = one2one.matcher
     if args.use_ms_detr:
         matcher = HungarianMatcher(0, args.set_cost_bbox, args.set_cost_giou, on='anchors')

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.structures import Assignment, Prediction, Supervision
+from models.structures import Assignment, Prediction
 from util.distributed.collectives import all_gather_object, all_reduce_sum, get_world_size
 from util.precision import without_autocast
 
-from .losses import Stack, box_losses, cardinality_error, class_error, from_host
-from .matcher import Targets, merge, stack_predictions
+from .losses import BOX_LOSSES, box_losses, cardinality_error, class_error
+from .matcher import merge, stack_predictions
 from .report import epoch_ledger
+from .structures import Stack, Supervision, Targets, from_host
 
 
 def loss_suffix(kind: str, layer: int | None) -> str:
@@ -64,15 +65,17 @@ class SetCriterion(nn.Module):
         stacks = self.assign(kinds, targets)
         denominators = self.denominators(stacks, step_sizes)
         losses = dict(outputs.get('losses', {}))
-        boxes = box_losses(list(stacks.values()))
+        asked = [term for term in BOX_LOSSES if any(term in self.table[kind].coef for kind in stacks)]
+        boxes = box_losses(list(stacks.values()), asked)
         for (kind, stack), box_terms, divisors in zip(stacks.items(), boxes, denominators, strict=True):
             row = self.table[kind]
             suffixes = [loss_suffix(kind, prediction.layer) for prediction in kinds[kind]]
-            terms = torch.cat([row.class_loss(stack)[None], box_terms]) / divisors[:, None]  # [3, L]
-            names = [
-                f'{term}{suffix}' for term in ('loss_ce', 'loss_bbox', 'loss_giou') for suffix in suffixes
-            ]
-            losses |= zip(names, terms.flatten().unbind(), strict=True)
+            if 'ce' in row.coef:
+                names = [f'loss_ce{suffix}' for suffix in suffixes]
+                losses |= zip(names, (row.class_loss(stack) / divisors[0]).unbind(), strict=True)
+            names = [f'loss_{term}{suffix}' for term in asked for suffix in suffixes]
+            values = zip(names, (box_terms / divisors[1]).flatten().unbind(), strict=True)
+            losses |= (pair for pair in values if pair[0].split('_')[1] in row.coef)
             names = [f'cardinality_error{suffix}' for suffix in suffixes]
             losses |= zip(names, cardinality_error(stack, row.scale).unbind(), strict=True)
             if not row.class_agnostic:
@@ -137,8 +140,8 @@ class SetCriterion(nn.Module):
         )
 
     def denominators(self, stacks: dict[str, Stack], step_sizes: list[list[int]]) -> Tensor:
-        """[kinds, 3]: what the class loss and the two box losses of each kind are divided by, averaged over processes
-        and batches of a step.
+        """Return what class and box losses of each kind are divided by, [kinds, 2], averaged over processes and batches of
+        a step.
 
         A total count of objects is at least 1 (the official code clamps the average; the difference shows
         only where there is less than one object a process, and this way the number of processes does not
@@ -148,14 +151,14 @@ class SetCriterion(nn.Module):
         totals, smallest = [], []
         for kind, stack in stacks.items():
             row, num_queries = self.table[kind], stack.logits.shape[2]
-            smallest.append([row.class_loss.smallest_denominator, 1.0, 1.0])
+            smallest.append([row.class_loss.smallest_denominator, 1.0])
             if row.matcher is None:
                 counts = [stack.count if row.count is None else row.count(sizes) for sizes in step_sizes]
-                totals.append([sum(counts)] * 3)
+                totals.append([sum(counts)] * 2)
                 continue
             classes = [row.class_loss.denominator(row.matcher, sizes, num_queries) for sizes in step_sizes]
             objects = sum(row.matcher.count(sizes) for sizes in step_sizes)
-            totals.append([sum(classes), objects, objects])
+            totals.append([sum(classes), objects])
         like = next(iter(stacks.values())).logits
         totals = torch.maximum(all_reduce_sum(from_host(totals, like)), from_host(smallest, like))
         parts = get_world_size() * len(step_sizes)

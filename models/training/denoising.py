@@ -51,7 +51,9 @@ class Denoising(nn.Module):
         image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         copies = torch.arange(2 * num_groups)[:, None]
         slot = (copies * most + number).flatten()
-        place = (image.repeat(2 * num_groups).to(labels.device), slot.to(labels.device))
+        place = (
+            torch.stack([image.repeat(2 * num_groups), slot]).to(labels.device, non_blocking=True).unbind()
+        )
         shape = len(counts), 2 * num_groups * most
         embedded = self.label_embedding(labels)
         tgt = embedded.new_zeros(*shape, embedded.shape[-1]).index_put(place, embedded)

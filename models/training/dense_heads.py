@@ -18,6 +18,8 @@ from util.box_ops import box_cxcywh_to_xyxy, box_iou
 from util.distributed.collectives import all_reduce_sum, get_world_size
 from util.precision import full_precision
 
+from .structures import from_host
+
 EPS = torch.finfo(torch.float32).eps  # added to every divisor, whatever the precision
 SMALLEST_AREA = 1e-6  # square pixels, of unions and hulls
 MAX_LOG_RATIO = abs(math.log(16 / 1000))  # a decoded box has at most 62.5 times the side of its anchor
@@ -88,7 +90,7 @@ def level_anchors(
 ) -> list[Tensor]:
     """Anchors of every cell of maps [B, C, H, W]: [H W A, 4] a level."""
     return [
-        shifted_anchors(base_anchors(stride, scales, ratios).to(x), stride, *x.shape[-2:])
+        shifted_anchors(base_anchors(stride, scales, ratios).to(x, non_blocking=True), stride, *x.shape[-2:])
         for stride, x in zip(strides, maps, strict=True)
     ]
 
@@ -107,13 +109,13 @@ def encode_boxes(anchors: Tensor, boxes: Tensor, stds: Sequence[float] = (1, 1, 
     center, size = center_and_size(anchors)
     box_center, box_size = center_and_size(boxes)
     deltas = torch.cat([(box_center - center) / size, torch.log(box_size / size)], dim=-1)
-    return deltas / deltas.new_tensor(stds)
+    return deltas / from_host(stds, deltas)
 
 
 def decode_boxes(anchors: Tensor, deltas: Tensor, stds: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
     """Inverse of `encode_boxes`, [..., 4]; sides are bounded."""
     center, size = center_and_size(anchors)
-    deltas = deltas * deltas.new_tensor(stds)
+    deltas = deltas * from_host(stds, deltas)
     center = center + size * deltas[..., :2]
     half = 0.5 * size * deltas[..., 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     return torch.cat([center - half, center + half], dim=-1)

@@ -26,7 +26,7 @@ from .dense_heads import (
     owned_cells,
     sample,
 )
-from .losses import from_host
+from .structures import from_host
 
 SCALES = tuple(4 * 2 ** (octave / 3) for octave in range(3))
 RATIOS = (0.5, 1.0, 2.0)

@@ -6,44 +6,17 @@ statistics) for every layer, [L]; the criterion divides. Class losses are object
 sum is divided by, known from the targets alone.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.structures import Matcher
 from util.box_ops import box_cxcywh_to_xyxy, box_iou, generalized_box_iou
 
 from .matcher import HungarianMatcher
-
-
-def from_host(values: list, like: Tensor) -> Tensor:
-    """Numbers of the host as a tensor beside `like`, without waiting for the device."""
-    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
-
-
-@dataclass
-class Stack:
-    """Predictions of one kind stacked over their layers, the last decoder layer at the end, and their N pairs with
-    objects, one layer after the other.
-    """
-
-    logits: Tensor  # [L, B, Q, K]
-    boxes: Tensor  # [L, B, Q, 4]
-    index: tuple[Tensor, Tensor, Tensor]  # layer, batch, query of each pair, [N] each
-    labels: Tensor  # [N] class of the pair's object
-    target_boxes: Tensor  # [N, 4]
-    num_pairs: list[int]  # of each layer
-    num_objects: list[int]  # of each image, as often as they are to be answered for
-    count: float = 0.0  # of the assignments
-    deciding: Tensor | None = None  # [N] 1 where a pair decides the class of its query, else 0; None: all do
-
-    def per_layer(self, values: Tensor) -> Tensor:
-        """Sums of values of pairs, [..., N] to [..., L]."""
-        if len(set(self.num_pairs)) == 1:
-            return values.unflatten(-1, (len(self.num_pairs), -1)).sum(-1)
-        return torch.stack([part.sum(-1) for part in values.split(self.num_pairs, dim=-1)], dim=-1)
+from .structures import Matcher, Stack, from_host
 
 
 class FocalLoss:
@@ -129,12 +102,36 @@ class SoftmaxLoss:
         return num_pairs + self.eos_coef * (num_queries * len(sizes) - num_pairs)
 
 
-def box_losses(stacks: list[Stack]) -> list[Tensor]:
-    """L1 distance (cxcywh) and 1 - GIoU of the pairs (DETR Sec. 3.1), [2, L] for each stack."""
+def l1_loss(boxes: Tensor, target_boxes: Tensor) -> Tensor:
+    """Sum the absolute differences of pairs of boxes cxcywh in [0, 1], [N, 4] to [N] (DETR Sec. 3.1)."""
+    return (boxes - target_boxes).abs().sum(-1)
+
+
+def giou_loss(boxes: Tensor, target_boxes: Tensor) -> Tensor:
+    """Return 1 - GIoU of pairs of boxes cxcywh in [0, 1], [N, 4] to [N] (DETR Sec. 3.1)."""
+    return 1 - generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes))
+
+
+class BoxLoss(NamedTuple):
+    function: Callable[[Tensor, Tensor], Tensor]  # boxes and target boxes of N pairs to [N]
+    coef: float  # default; 0: the term does not exist unless a flag gives it another
+    title: str  # for help texts
+
+
+# Every loss of boxes, by the name that its terms and its flag `--NAME_loss_coef` have. A new one is a new entry.
+BOX_LOSSES = {
+    'bbox': BoxLoss(l1_loss, 5, 'the L1 distance of boxes'),
+    'giou': BoxLoss(giou_loss, 2, 'the generalized IoU of boxes'),
+}
+
+
+def box_losses(stacks: list[Stack], terms: list[str]) -> list[Tensor]:
+    """Sum some of `BOX_LOSSES` over the pairs of every layer, [terms, L] for each stack."""
+    if not terms:
+        return [stack.logits.new_zeros(0, len(stack.logits)) for stack in stacks]
     boxes = torch.cat([stack.boxes[stack.index] for stack in stacks])  # [N, 4]
     target_boxes = torch.cat([stack.target_boxes for stack in stacks])
-    giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes))
-    values = torch.stack([(boxes - target_boxes).abs().sum(-1), 1 - giou])  # [2, N]
+    values = torch.stack([BOX_LOSSES[term].function(boxes, target_boxes) for term in terms])  # [terms, N]
     parts = values.split([sum(stack.num_pairs) for stack in stacks], dim=1)
     return [stack.per_layer(part) for stack, part in zip(stacks, parts, strict=True)]
 

@@ -7,7 +7,6 @@ synchronisation a step.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import accumulate
 
@@ -15,44 +14,12 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from models.structures import Assignment, Prediction
 from util.box_ops import box_cxcywh_to_xyxy, box_iou, generalized_box_iou
 from util.precision import full_precision
 
-
-@dataclass
-class Targets:
-    """The objects of a batch, one after the other and padded to the largest number of an image, T_max."""
-
-    labels: Tensor  # [T]
-    boxes: Tensor  # [T, 4]
-    padded_labels: Tensor  # [B, T_max]
-    padded_boxes: Tensor  # [B, T_max, 4]
-    padded_corners: Tensor  # the same as xyxy
-    sizes: list[int]  # objects of each image
-
-    @classmethod
-    def pack(cls, targets: list[dict]) -> 'Targets':
-        """targets: dictionaries with `labels` [T_i] and `boxes` [T_i, 4]."""
-        labels = [target['labels'] for target in targets]
-        boxes = [target['boxes'] for target in targets]
-        padded_boxes = pad_sequence(boxes, batch_first=True)
-        return cls(
-            torch.cat(labels),
-            torch.cat(boxes),
-            pad_sequence(labels, batch_first=True),
-            padded_boxes,
-            box_cxcywh_to_xyxy(padded_boxes),
-            [len(label) for label in labels],
-        )
-
-    def as_one_class(self) -> 'Targets':
-        """The same objects, all of class 0."""
-        return replace(
-            self, labels=torch.zeros_like(self.labels), padded_labels=torch.zeros_like(self.padded_labels)
-        )
+from .structures import Targets
 
 
 def stack_predictions(rows: list[Prediction]) -> Prediction:

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 
-from models.structures import Supervision
+from .structures import Supervision
 
 
 def supervision_table(
@@ -16,7 +16,8 @@ def supervision_table(
     for kind, row in table.items():
         suffix = '' if kind == 'one2one' else f'_{kind}'
         coef = {term: weight_dict.get(f'loss_{term}{suffix}') for term in row.coef}
-        layers = sum(re.fullmatch(rf'loss_ce(_\d+)?{suffix}', name) is not None for name in weight_dict)
+        first = next(iter(row.coef), 'ce')
+        layers = sum(re.fullmatch(rf'loss_{first}(_\d+)?{suffix}', name) is not None for name in weight_dict)
         if None in coef.values():
             continue
         source = f'{num_queries[kind]} queries' if kind in num_queries else row.source

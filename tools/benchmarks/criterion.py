@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from models import resolve_args
 from models.training import build_supervision
 from models.training.criterion import weighted_sum
+from models.training.flags import resolve_all
 from tests.reference_criterion import hybrid_batch, reference_losses
 from tools.benchmarks.timing import time_in_turn
 
@@ -32,7 +32,7 @@ def benchmark_criterion(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     flags = argparse.Namespace(two_stage=True, with_box_refine=True, hybrid_k=REPEATS)
-    criterion, _, _ = build_supervision(resolve_args(flags))
+    criterion, _, _ = build_supervision(resolve_all(flags))
     predictions, targets = hybrid_batch((args.objects, args.objects))
     leaves = [x for p in predictions for x in (p.logits, p.boxes)]
 

@@ -17,13 +17,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from models import build_model, resolve_args
+from models import build_model
 from models.ops.functions import describe
+from models.training.flags import resolve_all
 from tools.benchmarks.step import MODELS, limit_queries
 from tools.benchmarks.timing import time_in_turn
 from util.cuda_graph import GraphedDetector
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
-from util.precision import Precision, set_tf32
+from util.precision import Precision, avoid_plans_per_shape, set_tf32
 
 PRECISIONS = ('fp32', 'tf32', 'bf16')
 NAMES = [name for name in MODELS if name != 'Co-Deformable-DETR']  # at inference it is H-Deformable-DETR
@@ -54,6 +55,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 def benchmark_fps(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
+    avoid_plans_per_shape()
     on_gpu = args.device == 'cuda'
     where = torch.cuda.get_device_name() if on_gpu else f'CPU, {args.threads} thread(s)'
     print(
@@ -78,13 +80,11 @@ def benchmark_fps(args: argparse.Namespace) -> None:
 def chosen(args: argparse.Namespace) -> dict[str, Namespace]:
     """Settled flags by the name of a row."""
     if not args.flags:
-        return {
-            name: resolve_args(Namespace(**MODELS[name], backbone_weights='none')) for name in args.models
-        }
+        return {name: resolve_all(Namespace(**MODELS[name], backbone_weights='none')) for name in args.models}
     from main import get_args_parser
 
     flags = get_args_parser().parse_args([*args.flags, '--backbone_weights', 'none'])
-    return {' '.join(args.flags): resolve_args(flags)}
+    return {' '.join(args.flags): resolve_all(flags)}
 
 
 @torch.no_grad()

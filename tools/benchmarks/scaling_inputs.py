@@ -23,7 +23,8 @@ import main
 from datasets import build_dataset
 from datasets.coco_eval import Detections
 from engine import build_optimizer
-from models import build_model, resolve_args
+from models import build_model
+from models.training.flags import resolve_all
 from tools.benchmarks.data import draw_images, make_target
 from tools.benchmarks.train import TRICKS
 from util.checkpoint import get_rng_state, read_checkpoint, save_checkpoint
@@ -82,7 +83,7 @@ class LoaderFigures:
 def measure_model(flags: dict, folder: str | None) -> ModelFigures:
     """Builds a model on the CPU, gives its optimizer a state, and saves what main.save does and an average."""
     start = time.perf_counter()
-    args = resolve_args(Namespace(**{'backbone_weights': 'none'} | flags))
+    args = resolve_all(Namespace(**{'backbone_weights': 'none'} | flags))
     model = build_model(args)[0]
     build = time.perf_counter() - start
     optimizer = build_optimizer(model, 0.0, 0.0, 0.0)
@@ -144,7 +145,7 @@ def measure_loader(coco_path: str | None, num_images: int, rounds: int, batch_si
         if coco_path is None:
             draw_coco(Path(folder), num_images)
         flags = ['--coco_path', coco_path or folder]
-        dataset = build_dataset('train', resolve_args(main.get_args_parser().parse_args(flags)))
+        dataset = build_dataset('train', resolve_all(main.get_args_parser().parse_args(flags)))
         chosen = Subset(dataset, range(min(num_images, len(dataset))))
         loader = DataLoader(chosen, batch_size, collate_fn=collate_fn)
         seconds, sent, sizes = [], 0, []

@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from models import build_model, resolve_args
+from models import build_model
 from models.ops.functions import describe
 from models.training.criterion import weighted_sum
+from models.training.flags import resolve_all
 from tools.benchmarks.timing import time_in_turn
 from tools.benchmarks.train import TRICKS
 
@@ -44,7 +45,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 def training_step(flags: dict, images: Tensor, targets: list[dict]) -> tuple[nn.Module, Callable[[], Tensor]]:
     """A model on the images' device, and what computes its loss."""
-    model, criterion, _ = build_model(resolve_args(Namespace(**TRICKS | SAME | flags)))
+    model, criterion, _ = build_model(resolve_all(Namespace(**TRICKS | SAME | flags)))
     model.to(images.device).train()
 
     def loss() -> Tensor:

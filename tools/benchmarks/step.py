@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from engine import build_optimizer
-from models import build_model, level_strides, resolve_args
+from models import build_model, level_strides
 from models.frozen_norm import FoldedNorm
 from models.ops.functions import describe
 from models.parts import compile_parts
 from models.training.criterion import weighted_sum
+from models.training.flags import resolve_all
 from tools.benchmarks.timing import time_in_turn
 from tools.benchmarks.train import TRICKS
-from util.precision import Precision, set_tf32
+from util.precision import Precision, avoid_plans_per_shape, set_tf32
 
 WIDE = TRICKS | {'dim_feedforward': 2048, 'dropout': 0.0}
 MODELS = {
@@ -100,6 +101,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 def benchmark_steps(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
+    avoid_plans_per_shape()
     on_gpu = args.device == 'cuda'
     precisions = [name for name in args.precisions if on_gpu or name != 'tf32']  # CPUs have none
     name = torch.cuda.get_device_name() if on_gpu else f'CPU, {args.threads} thread(s)'
@@ -156,7 +158,7 @@ def make_batch(args: argparse.Namespace) -> tuple[Tensor, list[dict[str, Tensor]
 
 
 def method_flags(method: str, args: argparse.Namespace) -> Namespace:
-    flags = resolve_args(Namespace(**MODELS[method], backbone_weights='none'))
+    flags = resolve_all(Namespace(**MODELS[method], backbone_weights='none'))
     limit_queries(flags, args.height, args.width)
     return flags
 
@@ -195,6 +197,19 @@ def make_peers(method: str, precisions: list[str], batch: tuple, ours: Namespace
     except ImportError:
         print('transformers is not installed: not compared with it')
         return {}
+    try:
+        peers = build_peers(method, precisions, batch, ours)
+        for peer in peers.values():
+            peer.step()
+    except Exception as error:  # another program's, of any version: ours is timed without it
+        print(f'{method}: transformers {transformers.__version__} does not train here ({error})')
+        return {}
+    return peers
+
+
+def build_peers(method: str, precisions: list[str], batch: tuple, ours: Namespace) -> dict[str, Contender]:
+    import transformers
+
     family, stages, flags = PEERS[method]
     backbone = transformers.ResNetConfig(out_features=stages)
     options = {'use_timm_backbone': False, 'use_pretrained_backbone': False, 'backbone_config': backbone}
@@ -218,18 +233,11 @@ def make_peers(method: str, precisions: list[str], batch: tuple, ours: Namespace
         with precision.autocast():
             return model(pixel_values=images, pixel_mask=mask, labels=labels).loss
 
-    peers = {
+    return {
         f'transformers {transformers.__version__}, {name}': make_contender(model, loss, name, images)
         for name in precisions
         if 'compile' not in name
     }
-    try:
-        for peer in peers.values():
-            peer.step()
-    except (RuntimeError, ValueError, TypeError) as error:  # another program's: ours is timed without it
-        print(f'{method}: transformers {transformers.__version__} does not train here ({error})')
-        return {}
-    return peers
 
 
 def make_contender(

@@ -11,10 +11,11 @@ import torch
 
 import models.deformable_transformer as deformable
 from engine import build_optimizer
-from models import build_model, resolve_args
+from models import build_model
 from models.ops.functions import describe, use_implementation
 from models.structures import AttentionBlock, QueryGroup, attention_blocks
 from models.training.criterion import weighted_sum
+from models.training.flags import resolve_all
 from models.transformer import Blocks
 from tools.benchmarks.timing import time_in_turn
 
@@ -67,7 +68,7 @@ def benchmark_train(args: argparse.Namespace) -> None:
     flags = argparse.Namespace(
         **TRICKS, hybrid_queries=1500, hybrid_k=6, dropout=0.0, backbone_weights='none'
     )
-    resolved = resolve_args(flags)
+    resolved = resolve_all(flags)
     model, criterion, _ = build_model(resolved)
     model.to(args.device).train()
     optimizer = build_optimizer(model, 0.0, 0.0, 0.0)  # weights stay, so that all steps are the same

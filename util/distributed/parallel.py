@@ -103,9 +103,11 @@ def gather(state: object) -> object:
 
 
 def split_like(whole: Tensor, part: Tensor) -> Tensor:
-    """This process's part of a whole tensor, cut as `part` is; the tensor itself where nothing is cut."""
+    """Cut this process's part out of a whole tensor, as `part` is cut; where nothing is cut, lay it out in memory as `part`
+    lies: fused optimizers read states and weights side by side.
+    """
     if not isinstance(part, DTensor):
-        return whole
+        return torch.empty_like(part, dtype=whole.dtype, device=whole.device).copy_(whole)
     return distribute_tensor(whole.to(part.device), part.device_mesh, part.placements)
 
 

@@ -1,0 +1,137 @@
+"""Declare the flags of data: where they lie, how images are prepared, how batches are made; and refuse what cannot be."""
+
+from argparse import ArgumentParser, Namespace
+
+from datasets import DATASETS
+from datasets.class_map import CLASS_IDS
+from datasets.shards import SHUFFLE_BUFFER
+from datasets.transforms import AUGMENTATIONS, LSJ_SIZE
+from util.distributed.collectives import get_local_size
+
+
+def add_data_args(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group('data')
+    group.add_argument(
+        '--dataset_file', default='coco', choices=DATASETS,
+        help='coco: any data in COCO form; shapes: built-in images, drawn as they are needed (default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--coco_path', metavar='DIR',
+        help='folder with annotations/instances_{train,val}2017.json and {train,val}2017/ or images/{train,val}2017/ (2017 may '
+        'be missing)',
+    )  # fmt: skip
+    for split in ('train', 'val'):
+        group.add_argument(
+            f'--{split}_images', metavar='DIR', help=f'folder of {split} images, instead of --coco_path'
+        )
+        group.add_argument(
+            f'--{split}_ann', metavar='FILE', help=f'file of {split} annotations, instead of --coco_path'
+        )
+        group.add_argument(
+            f'--{split}_shards', metavar='PLACE',
+            help=f'{split} data in tar shards: shards.json of tools/make_shards.py, or its folder',
+        )  # fmt: skip
+    group.add_argument(
+        '--class_ids', default='auto', choices=CLASS_IDS,
+        help="class indices of the model. auto: COCO's 91 ids for COCO, 0 to K-1 in order of id for other data; contiguous: 0 "
+        'to K-1 for COCO too, 80 classes (default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--img_size', default=800, type=int,
+        help='shorter side of an image at evaluation, pixels; the scales of training shrink and grow with it '
+        '(default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--max_size', type=int,
+        help='longest side of an image, pixels (default: 1333, in proportion to --img_size)',
+    )  # fmt: skip
+    group.add_argument(
+        '--aug', default='detr', choices=AUGMENTATIONS,
+        help='augmentation of training images. detr: flip, scale and crop; flip: flip only; none: as at evaluation; co_detr: as '
+        "detr by mmdetection's rules of resizing and its choice of objects, at evaluation too; lsj: large-scale jitter in a "
+        'square and, where objects have masks, copy-paste (default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--lsj_size', default=LSJ_SIZE, type=int,
+        help='side of the squares of --aug lsj, pixels, instead of --img_size and --max_size (default: %(default)s)',
+    )  # fmt: skip
+    for flag, default, text in (
+        ('shapes_train', 4000, 'number of built-in training images'),
+        ('shapes_val', 200, 'number of built-in validation images'),
+        ('shapes_size', 128, 'longer side of a built-in image, pixels'),
+    ):
+        group.add_argument(f'--{flag}', default=default, type=int, help=f'{text} (default: %(default)s)')
+    add_loader_args(parser)
+
+
+def add_loader_args(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group('loading')
+    group.add_argument(
+        '--num_workers',
+        default=2,
+        type=int,
+        help='loader workers per training process (default: %(default)s)',
+    )
+    group.add_argument(
+        '--group_aspect_ratio', action='store_true',
+        help='make training batches of images that are all wider than high, or all not',
+    )  # fmt: skip
+    group.add_argument(
+        '--bucket_sizes', action='store_true',
+        help='make training batches of images that have about the same size after scaling and cropping, the same on all '
+        'processes: a quarter of the padding, and no process waits',
+    )  # fmt: skip
+    group.add_argument(
+        '--cache_mode', action='store_true',
+        help='keep the compressed image files in memory; each process of a machine keeps its own share',
+    )  # fmt: skip
+    group.add_argument(
+        '--shard_buffer', default=SHUFFLE_BUFFER, type=int,
+        help='images among which a loader worker shuffles --train_shards; it holds their files in memory '
+        '(default: %(default)s)',
+    )  # fmt: skip
+
+
+def check_data_args(args: Namespace) -> None:
+    """Refuse impossible combinations.
+
+    Raises:
+        ValueError: flags contradict each other, or a number makes no sense.
+    """
+    for flag in ('img_size', 'lsj_size', 'shapes_train', 'shapes_val', 'shapes_size', 'shard_buffer'):
+        if getattr(args, flag) < 1:
+            raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
+    if args.cache_mode and args.aug == 'lsj' and get_local_size() > 1:
+        raise ValueError(
+            '--aug lsj mixes any two images, but with --cache_mode a process keeps only its share: leave one out'
+        )
+    if args.cache_mode and args.dataset_file == 'shapes':
+        raise ValueError('--cache_mode keeps image files; built-in images have none: leave it out')
+    others = {
+        'group_aspect_ratio': args.group_aspect_ratio,
+        'cache_mode': args.cache_mode,
+        'train_shards': args.train_shards,
+        'aug lsj': args.aug == 'lsj',
+    }
+    if args.bucket_sizes and any(others.values()):
+        other = next(flag for flag, given in others.items() if given)
+        raise ValueError(f'--bucket_sizes makes batches in another way than --{other}: leave one out')
+    for split in ('train', 'val'):
+        if getattr(args, f'{split}_shards') is not None and not (args.eval and split == 'train'):
+            check_shard_args(split, args)
+
+
+def check_shard_args(split: str, args: Namespace) -> None:
+    """Refuse what makes no sense with shards of the 'train' or 'val' part."""
+    flag = f'--{split}_shards'
+    if args.dataset_file != 'coco':
+        raise ValueError(f'{flag} holds data in COCO form: leave --dataset_file {args.dataset_file} out')
+    for other in (f'{split}_images', f'{split}_ann'):
+        if getattr(args, other) is not None:
+            raise ValueError(f'{flag} and --{other} name the same images twice: give one of them')
+    if args.cache_mode:
+        raise ValueError(f'--cache_mode keeps image files, and {flag} has none: leave it out')
+    if args.group_aspect_ratio and split == 'train':
+        raise ValueError(
+            f'--group_aspect_ratio chooses images for a batch, and {flag} streams them: leave it out'
+        )

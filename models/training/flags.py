@@ -1,0 +1,404 @@
+"""
+Declare the flags of training: optimization, matching, losses, and every further way of supervision.
+
+What each means when it is not given, and what cannot be combined, stands here too. Inference reads none of them.
+"""
+
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+
+from models.defaults import resolve_args
+from models.flags import AUXILIARY_HEADS, HYBRID_FLAGS, family_default
+
+from .losses import BOX_LOSSES
+
+SCHEDULES = ('step', 'cosine')
+# What a flag means when it is not given: the official value of the family.
+TRAINING_DEFAULTS = {
+    'detr': {
+        'set_cost_class': 1.0,
+        'cls_loss_coef': 1.0,
+        'lr': 1e-4,
+        'lr_backbone': 1e-5,
+        'lr_backbone_names': ['backbone'],
+        'lr_linear_proj_names': [],
+        'epochs': 300,
+        'lr_drop': 200,
+        'save_every': 100,
+    },
+    'conditional': {
+        'set_cost_class': 2.0,
+        'cls_loss_coef': 2.0,
+        'lr': 1e-4,
+        'lr_backbone': 1e-5,
+        'lr_backbone_names': ['backbone'],
+        'lr_linear_proj_names': [],
+        'epochs': 50,
+        'lr_drop': 40,
+        'save_every': 10,
+    },
+    'deformable': {
+        'set_cost_class': 2.0,
+        'cls_loss_coef': 2.0,
+        'lr': 2e-4,
+        'lr_backbone': 2e-5,
+        'lr_backbone_names': ['backbone.0'],
+        'lr_linear_proj_names': ['reference_points', 'sampling_offsets'],
+        'epochs': 50,
+        'lr_drop': 40,
+        'save_every': 5,
+    },
+}
+# Deformable DETR with DINO's decoder.
+TRAINING_DEFAULTS['dino'] = TRAINING_DEFAULTS['deformable'] | {
+    'cls_loss_coef': 1.0,
+    'lr_linear_proj_names': [],
+    'epochs': 12,
+    'lr_drop': 11,
+}
+# Coefficients of the second reading of MS-DETR, and of its proposals.
+MIXED_COEFFICIENTS = {'cls': 2.0, 'bbox': 5.0, 'giou': 2.0}
+
+
+def default_of(flag: str) -> str:
+    return family_default(flag, TRAINING_DEFAULTS)
+
+
+def add_training_args(parser: ArgumentParser) -> None:
+    add_optimization_args(parser)
+    add_matching_args(parser)
+    add_loss_args(parser)
+    add_scheme_args(parser)
+
+
+def add_optimization_args(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group('optimization')
+    group.add_argument(
+        '--epochs', type=int, help=f'passes over the training images (default: {default_of("epochs")})'
+    )
+    group.add_argument(
+        '--batch_size', default=2, type=int, help='images per process and forward pass (default: %(default)s)'
+    )
+    group.add_argument(
+        '--accum_steps', default=1, type=int,
+        help='batches whose gradients make one optimizer step, as if they were one batch, except for averages inside '
+        '--co_aux_heads (default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--total_batch_size',
+        type=int,
+        help='images per optimizer step over all processes; sets --accum_steps',
+    )
+    group.add_argument('--lr', type=float, help=f'learning rate (default: {default_of("lr")})')
+    group.add_argument(
+        '--lr_backbone', type=float,
+        help=f'learning rate of the backbone; 0 freezes it (default: {default_of("lr_backbone")})',
+    )  # fmt: skip
+    group.add_argument(
+        '--lr_backbone_names', nargs='+', metavar='PART',
+        help='a parameter belongs to the backbone if its name contains one of these '
+        f'(default: {default_of("lr_backbone_names")})',
+    )  # fmt: skip
+    group.add_argument(
+        '--lr_linear_proj_names', nargs='*', metavar='PART',
+        help='a parameter learns at --lr times --lr_linear_proj_mult if its name contains one of these '
+        f'(default: {default_of("lr_linear_proj_names")})',
+    )  # fmt: skip
+    group.add_argument(
+        '--lr_linear_proj_mult', default=0.1, type=float,
+        help='factor of the learning rate for --lr_linear_proj_names (default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument('--sgd', action='store_true', help='use SGD with momentum 0.9 instead of AdamW')
+    group.add_argument(
+        '--weight_decay',
+        default=1e-4,
+        type=float,
+        help='weight decay of all parameters (default: %(default)s)',
+    )
+    group.add_argument(
+        '--lr_schedule', default='step', choices=SCHEDULES,
+        help='step divides the learning rate by 10 after --lr_drop epochs; cosine lowers it to 0 over all --epochs '
+        '(default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--lr_drop', type=int,
+        help=f'epochs after which the learning rate is divided by 10 (default: {default_of("lr_drop")})',
+    )  # fmt: skip
+    group.add_argument(
+        '--lr_drop_epochs', nargs='+', type=int, metavar='EPOCH',
+        help='divide the learning rate by 10 after each of these epochs, instead of every --lr_drop',
+    )  # fmt: skip
+    group.add_argument(
+        '--warmup_steps', default=0, type=int, metavar='N',
+        help='raise the learning rate linearly over the first N optimizer steps (default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--clip_max_norm', default=0.1, type=float,
+        help='clip the gradient to this norm; 0 leaves it alone (default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--ema', default=0.0, type=float, metavar='DECAY',
+        help='keep an exponential moving average of the weights, which is evaluated and saved too; usual: 0.9997 '
+        '(default: 0, none)',
+    )  # fmt: skip
+
+
+def add_matching_args(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group('matching costs')
+    group.add_argument(
+        '--set_cost_class',
+        type=float,
+        help=f'weight of the class cost (default: {default_of("set_cost_class")})',
+    )
+    group.add_argument(
+        '--set_cost_bbox', default=5, type=float,
+        help='weight of the L1 distance of boxes in the matching cost (default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--set_cost_giou', default=2, type=float,
+        help='weight of the generalized IoU in the matching cost (default: %(default)s)',
+    )  # fmt: skip
+
+
+def add_loss_args(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group('losses (a term of coefficient 0 does not exist)')
+    group.add_argument(
+        '--no_aux_loss', dest='aux_loss', action='store_false', help='supervise the last decoder layer only'
+    )
+    group.add_argument(
+        '--cls_loss_coef', type=float,
+        help=f'coefficient of the class loss (default: {default_of("cls_loss_coef")})',
+    )  # fmt: skip
+    for term, loss in BOX_LOSSES.items():
+        group.add_argument(
+            f'--{term}_loss_coef', default=loss.coef, type=float,
+            help=f'coefficient of {loss.title} (default: %(default)s)',
+        )  # fmt: skip
+    group.add_argument(
+        '--eos_coef', default=0.1, type=float,
+        help="weight of the class 'no object' in the class loss (DETR only; default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        '--class_loss', choices=('focal', 'quality_focal'),
+        help='loss of sigmoid classes; quality_focal asks a positive for the IoU of its box (default: quality_focal with '
+        '--dino, else focal)',
+    )  # fmt: skip
+    group.add_argument(
+        '--focal_alpha', default=0.25, type=float,
+        help='weight of positives in the focal loss (not DETR; default: %(default)s)',
+    )  # fmt: skip
+
+
+def add_scheme_args(parser: ArgumentParser) -> None:
+    """Declare what adds supervision. All of it combines, and leaves inference as it is."""
+    group = parser.add_argument_group(
+        'hybrid matching (H-DETR, arXiv:2207.13080; Deformable or Conditional DETR)'
+    )
+    group.add_argument(
+        '--hybrid_k', '--k_one2many', type=int, metavar='K',
+        help='add a second group of queries, K of which answer for each object; 0 adds none (default: 5 with '
+        '--hybrid_queries, else 0)',
+    )  # fmt: skip
+    group.add_argument(
+        '--hybrid_queries', '--num_queries_one2many', type=int, metavar='N',
+        help='number of queries in the group of --hybrid_k (default: 1500 with --hybrid_k, else 0)',
+    )  # fmt: skip
+    group.add_argument(
+        '--hybrid_lambda', '--lambda_one2many', type=float, metavar='FACTOR',
+        help='factor of the losses of the group of --hybrid_k (default: 1)',
+    )  # fmt: skip
+    group = parser.add_argument_group('groups of queries (Group DETR, arXiv:2207.13085; any family)')
+    group.add_argument(
+        '--group_detr', default=1, type=int, metavar='G',
+        help='train G groups of --num_queries queries, each matched one-to-one (default: %(default)s)',
+    )  # fmt: skip
+    add_denoising_args(parser)
+    add_collaborative_args(parser)
+    add_mixed_args(parser)
+
+
+def add_denoising_args(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        'contrastive denoising (DINO, arXiv:2203.03605; Deformable DETR in two stages)'
+    )
+    group.add_argument(
+        '--dn_number', default=0, type=int, metavar='N',
+        help='add queries that mend noised objects, about N positives and N negatives an image; 0 adds none, usual: 100 '
+        '(default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--dn_label_noise_ratio', default=0.5, type=float,
+        help='replace this share of noised labels, halved, by random ones (default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--dn_box_noise_scale', default=1.0, type=float,
+        help='move corners of noised boxes by up to this many halves of a side (default: %(default)s)',
+    )  # fmt: skip
+
+
+def add_collaborative_args(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        'collaborative heads (Co-DETR, arXiv:2211.12860; Deformable DETR in two stages)'
+    )
+    group.add_argument(
+        '--co_aux_heads', nargs='+', default=[], choices=AUXILIARY_HEADS, metavar='HEAD',
+        help="train these detectors on the encoder's output, and turn their positives into decoder queries: faster_rcnn, "
+        'atss, or both (default: none)',
+    )  # fmt: skip
+    group.add_argument(
+        '--lambda_1', default=1.0, type=float,
+        help='factor of the losses of queries made from positives of --co_aux_heads (default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--lambda_2', default=2.0, type=float,
+        help='factor of the losses of --co_aux_heads themselves, times --dec_layers (default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--max_pos_coords', default=300, type=int,
+        help='largest number of positives of a head and image that become queries (default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--with_coord_feat', action=BooleanOptionalAction,
+        help='give these queries the feature that the head saw as content (default: yes, no with --dino)',
+    )  # fmt: skip
+
+
+def add_mixed_args(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group('one-to-many matching of --use_ms_detr')
+    group.add_argument(
+        '--o2m_matcher_k', default=6, type=int,
+        help='largest number of queries that an object gets one-to-many (default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--o2m_matcher_threshold', default=0.4, type=float,
+        help='score from which a query counts for its best object (default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--o2m_iou_weight', default=0.7, type=float,
+        help='weight of the IoU in the one-to-many score (default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--o2m_score_weight', default=0.3, type=float,
+        help="weight of the class's probability in the one-to-many score (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        '--use_indices_merge', action='store_true',
+        help='add the pairs of the one-to-one matching, for queries that have no one-to-many pair',
+    )  # fmt: skip
+    for term in ('cls', *BOX_LOSSES):
+        default = MIXED_COEFFICIENTS.get(term, 0.0)
+        group.add_argument(
+            f'--o2m_{term}_loss_coef', type=float, default=default,
+            help=f'--{term}_loss_coef of the second reading (default: %(default)s)',
+        )  # fmt: skip
+        group.add_argument(
+            f'--enc_{term}_loss_coef', type=float,
+            help=f'--{term}_loss_coef of the proposals of two stages (default: {default:g} with --use_ms_detr, else as '
+            f'--{term}_loss_coef)',
+        )  # fmt: skip
+
+
+def resolve_all(args: Namespace) -> Namespace:
+    """Return a copy of `args` with every flag of detector and training settled.
+
+    Raises:
+        ValueError: flags contradict each other.
+    """
+    return resolve_training(resolve_args(args))
+
+
+def resolve_training(args: Namespace) -> Namespace:
+    """Return a copy of `args`, whose model is settled (`models.resolve_args`), with every flag of training settled too.
+
+    Raises:
+        ValueError: flags contradict each other.
+    """
+    parser = ArgumentParser()
+    add_training_args(parser)
+    defaults = vars(parser.parse_args([]))
+    family_defaults = TRAINING_DEFAULTS['dino' if args.dino else args.family]
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    resolved = Namespace(**vars(args) | defaults | family_defaults | given)
+    resolve_hybrid(resolved)
+    if resolved.class_loss is None:
+        resolved.class_loss = 'quality_focal' if args.dino else 'focal'
+    if resolved.with_coord_feat is None:
+        resolved.with_coord_feat = not args.dino
+    for term in ('cls', *BOX_LOSSES):
+        if getattr(resolved, f'enc_{term}_loss_coef') is None:
+            own = getattr(resolved, f'{term}_loss_coef')
+            usual = MIXED_COEFFICIENTS.get(term, 0.0) if args.use_ms_detr else own
+            setattr(resolved, f'enc_{term}_loss_coef', usual)
+    check_training(resolved)
+    return resolved
+
+
+def resolve_hybrid(args: Namespace) -> None:
+    """Fill in numbers that were not given; all stay None where no flag of hybrid matching was given."""
+    if all(getattr(args, flag) is None for flag in HYBRID_FLAGS):
+        return
+    if args.hybrid_queries is None:
+        args.hybrid_queries = 1500 if args.hybrid_k else 0
+    if args.hybrid_k is None:
+        args.hybrid_k = 5 if args.hybrid_queries else 0
+    if args.hybrid_lambda is None:
+        args.hybrid_lambda = 1.0
+
+
+def check_training(args: Namespace) -> None:
+    for flag in (
+        'epochs',
+        'lr_drop',
+        'batch_size',
+        'accum_steps',
+        'o2m_matcher_k',
+        'group_detr',
+        'max_pos_coords',
+    ):
+        if getattr(args, flag) < 1:
+            raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
+    not_negative = (
+        'dn_number',
+        'dn_label_noise_ratio',
+        'dn_box_noise_scale',
+        'lambda_1',
+        'lambda_2',
+        'warmup_steps',
+    )
+    for flag in (*not_negative, *HYBRID_FLAGS):
+        if (getattr(args, flag) or 0) < 0:
+            raise ValueError(f'--{flag} must not be negative, as {getattr(args, flag)} is')
+    if not 0 <= args.ema < 1:
+        raise ValueError(f'--ema {args.ema} must be at least 0 and less than 1, usually near 1')
+    if args.lr_schedule == 'cosine' and args.lr_drop_epochs:
+        raise ValueError(
+            '--lr_drop_epochs is for --lr_schedule step, and cosine has no drops: leave one of them out'
+        )
+    if args.hybrid_queries and not args.hybrid_k:
+        raise ValueError(
+            f'--hybrid_queries {args.hybrid_queries} would be trained by nothing with --hybrid_k 0: raise --hybrid_k, or give '
+            '0 for both'
+        )
+    if args.use_indices_merge and not args.use_ms_detr:
+        raise ValueError('--use_indices_merge needs --use_ms_detr: add it')
+    if args.class_loss != 'focal' and args.family != 'deformable':
+        raise ValueError(
+            f'--class_loss {args.class_loss} is for Deformable DETR, and the other flags choose {args.family}: leave it out'
+        )
+    check_heads(args)
+
+
+def check_heads(args: Namespace) -> None:
+    for flag in ('dn_number', 'co_aux_heads'):
+        if getattr(args, flag) and not args.two_stage:
+            raise ValueError(f'--{flag} needs --two_stage and --with_box_refine (or --dino): add them')
+    if len(set(args.co_aux_heads)) < len(args.co_aux_heads):
+        raise ValueError(f'--co_aux_heads {" ".join(args.co_aux_heads)} names a head twice')
+    unknown = set(args.co_aux_heads) - set(AUXILIARY_HEADS)
+    if unknown:
+        raise ValueError(
+            f'--co_aux_heads {unknown.pop()} is not known: choose of {", ".join(AUXILIARY_HEADS)}'
+        )
+    if args.dn_label_noise_ratio > 2:
+        raise ValueError(
+            f'--dn_label_noise_ratio {args.dn_label_noise_ratio}: half of it is a share, so 2 is the most'
+        )
