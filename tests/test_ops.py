@@ -302,15 +302,21 @@ print(describe('cpu'))
 
 
 def test_an_implementation_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One wrong number, or an exception, and plain PyTorch is used; the reason is kept."""
+    """One wrong number, a NaN in the last gradient, or an exception, and plain PyTorch is used; the reason is kept."""
     forward, backward = module.KERNELS['pytorch']
-    for wrong, reason in (
-        (lambda *inputs: 1.01 * forward(*inputs), 'differs from PyTorch'),
-        (lambda *inputs: 1 / 0, 'failed'),
+
+    def nan_at_last(*inputs: object) -> tuple[Tensor, ...]:
+        *good, last = backward(*inputs)
+        return *good, torch.full_like(last, torch.nan)
+
+    for kernels, reason in (
+        ((lambda *inputs: 1.01 * forward(*inputs), backward), 'differs from PyTorch'),
+        ((forward, nan_at_last), 'differs from PyTorch by nan'),
+        ((lambda *inputs: 1 / 0, backward), 'failed'),
     ):
         monkeypatch.setattr(module, 'problems', {})
         monkeypatch.setattr(module, 'chosen', {})
-        monkeypatch.setitem(module.KERNELS, 'cpp', (wrong, backward))
+        monkeypatch.setitem(module.KERNELS, 'cpp', kernels)
         assert module.implementation('cpu') == 'pytorch'
         assert reason in module.describe('cpu')
 

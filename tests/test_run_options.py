@@ -21,8 +21,10 @@ from tests.test_distributed import SMALL, TWO_STAGE
 from tests.test_run import assert_same, load, run
 from tools.convert_checkpoint import convert
 from util.checkpoint import load_checkpoint
+from util.distributed.parallel import load_optimizer_state
 from util.ema import WeightAverage
 from util.precision import Precision
+from util.run_state import restore_schedule
 
 
 def shapes(number: int, aug: str = 'detr') -> ShapesDetection:
@@ -216,3 +218,72 @@ def test_a_run_in_16_bits_resumes(tmp_path: Path, amp: str) -> None:
 def test_impossible_options_get_one_clear_error(tmp_path: Path, flags: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(tmp_path, *flags.split())
+
+
+def test_states_of_the_optimizer_lie_in_memory_as_their_weights() -> None:
+    """Wherever they come from: fused steps read both side by side, whatever their strides say."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
+    optimizer = engine.build_optimizer(conv, 1e-3, 1e-3, 0.0)
+    optimizer.zero_grad()
+    conv(torch.randn(1, 8, 6, 6)).square().mean().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    for state in saved['state'].values():
+        state.update({name: state[name].contiguous() for name in ('exp_avg', 'exp_avg_sq')})
+    load_optimizer_state(optimizer, saved)
+    state = optimizer.state[conv.weight]
+    assert state['exp_avg'].stride() == state['exp_avg_sq'].stride() == conv.weight.stride()
+    assert torch.equal(state['exp_avg'], saved['state'][0]['exp_avg'])
+
+
+@pytest.mark.parametrize(
+    'flags', ['--lr_schedule cosine --warmup_steps 5', '--lr_drop_epochs 1 2 --warmup_steps 2']
+)
+def test_a_schedule_goes_on_in_the_middle(
+    tmp_path: Path, flags: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as a run that nobody interrupts, and the rates that the flags ask for."""
+    rates = []
+    original = engine.Precision.step
+
+    def step(self: Precision, optimizer: torch.optim.Optimizer, *rest: object) -> None:
+        rates.append(optimizer.param_groups[0]['lr'])
+        if len(rates) == 8 and stop:
+            raise KeyboardInterrupt
+        original(self, optimizer, *rest)
+
+    monkeypatch.setattr(engine.Precision, 'step', step)
+    stop = False
+    run(tmp_path / 'whole', *flags.split())
+    whole, stop = list(rates), True
+    rates.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / 'parts', *flags.split(), '--checkpoint_steps', '1')
+    stop = False
+    run(tmp_path / 'parts', *flags.split(), '--checkpoint_steps', '1', '--resume', 'auto')
+    ours, theirs = load(tmp_path / 'whole'), load(tmp_path / 'parts')
+    for name in ('model', 'optimizer', 'lr_scheduler', 'rng'):
+        assert_same(ours[name], theirs[name])
+    steps = 3  # of an epoch: 12 images in batches of 4
+    warm, cosine = (5, True) if 'cosine' in flags else (2, False)
+    for number, rate in enumerate(whole):
+        shape = 0.5 * (1 + math.cos(math.pi * number / 9)) if cosine else 0.1 ** min(number // steps, 2)
+        assert rate == pytest.approx(1e-3 * min(1, (number + 1) / warm) * shape)
+
+
+def test_official_schedules_go_on() -> None:
+    """StepLR's and MultiStepLR's states, as official checkpoints hold them."""
+    conv = nn.Conv2d(1, 1, 1)
+    for official, expected in (
+        (lambda x: torch.optim.lr_scheduler.StepLR(x, 3), [1, 1, 1, 0.1, 0.1, 0.1, 0.01]),
+        (lambda x: torch.optim.lr_scheduler.MultiStepLR(x, [2, 5]), [1, 1, 0.1, 0.1, 0.1, 0.01, 0.01]),
+    ):
+        theirs = torch.optim.SGD(conv.parameters(), lr=0.5)
+        saved = official(theirs).state_dict()
+        optimizer = torch.optim.SGD(conv.parameters(), lr=7.0)
+        args = Namespace(lr_schedule='cosine', epochs=9, lr_drop=4, lr_drop_epochs=None, warmup_steps=3)
+        scheduler = engine.build_scheduler(optimizer, args, steps_per_epoch=2)
+        for epoch, factor in enumerate(expected):
+            restore_schedule(scheduler, saved, 2 * epoch + 1)
+            assert optimizer.param_groups[0]['lr'] == pytest.approx(0.5 * factor), epoch
