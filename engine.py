@@ -121,7 +121,14 @@ class Schedule:
 def make_schedule(args: Namespace, steps_per_epoch: int) -> Schedule:
     drops = sorted(args.lr_drop_epochs or [])
     epochs = args.epochs if args.lr_schedule == 'cosine' else 0  # a step schedule has no end
-    return Schedule(args.lr_schedule, epochs, args.lr_drop, drops, args.warmup_steps, steps_per_epoch)
+    return Schedule(
+        kind=args.lr_schedule,
+        epochs=epochs,
+        drop_every=args.lr_drop,
+        drops=drops,
+        warmup_steps=args.warmup_steps,
+        steps_per_epoch=steps_per_epoch,
+    )
 
 
 def build_scheduler(

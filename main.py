@@ -235,8 +235,19 @@ def set_up(
     scheduler = build_scheduler(optimizer, args, steps_per_epoch)
     if get_world_size() > 1 and not args.fsdp:
         model = replicate(model, [Prediction], args.accum_steps)
-    parts = model, criterion, postprocessors, datasets, loaders, optimizer, scheduler
-    run = Run(args, *parts, precision, average, stops)
+    run = Run(
+        args=args,
+        model=model,
+        criterion=criterion,
+        postprocessors=postprocessors,
+        datasets=datasets,
+        loaders=loaders,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        precision=precision,
+        average=average,
+        stops=stops,
+    )
     first_epoch, state = restore(run, checkpoint) if args.resume and not args.eval else (0, EpochState())
     if is_main_process():
         notes = {'FLOPs': flops} | plan_notes(run, device)
@@ -385,13 +396,13 @@ def evaluate_alone(run: Run) -> None:
 def optimizer_of(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
     return build_optimizer(
         model,
-        args.lr,
-        args.lr_backbone,
-        args.weight_decay,
-        args.lr_backbone_names,
-        args.lr_linear_proj_names,
-        args.lr_linear_proj_mult,
-        args.sgd,
+        lr=args.lr,
+        lr_backbone=args.lr_backbone,
+        weight_decay=args.weight_decay,
+        backbone_names=args.lr_backbone_names,
+        slow_names=args.lr_linear_proj_names,
+        slow_factor=args.lr_linear_proj_mult,
+        sgd=args.sgd,
     )
 
 

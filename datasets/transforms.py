@@ -283,37 +283,6 @@ class HeightFirstSizeCrop(RandomSizeCrop):
         return crop(image, target, random_region(image, height, width))
 
 
-class RandomCrop:
-    """Crop of (height, width) anywhere in the image."""
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.size = size
-
-    def __call__(self, image: Image, target: Target | None) -> Sample:
-        return crop(image, target, random_region(image, *self.size))
-
-
-class CenterCrop:
-    """Crop of (height, width) in the middle."""
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.size = size
-
-    def __call__(self, image: Image, target: Target | None) -> Sample:
-        return center_crop(image, target, self.size)
-
-
-class RandomPad:
-    """Up to max_pad zero columns on the right, then up to max_pad rows below."""
-
-    def __init__(self, max_pad: int) -> None:
-        self.max_pad = max_pad
-
-    def __call__(self, image: Image, target: Target | None) -> Sample:
-        right, bottom = random.randint(0, self.max_pad), random.randint(0, self.max_pad)
-        return pad(image, target, (right, bottom))
-
-
 class FitSquare:
     """The image, as large as it fits, in the upper left corner of a square of size x size pixels, grey around it.
 

@@ -108,7 +108,12 @@ def build_deformable_transformer(args: Namespace) -> DeformableTransformer:
     )
     decoder = decoder_class(decoder_layer, args.dec_layers, args.look_forward_twice)
     return transformer_class(
-        encoder, decoder, args.hidden_dim, args.num_feature_levels, args.two_stage, args.pe_temperature
+        encoder,
+        decoder,
+        d_model=args.hidden_dim,
+        num_levels=args.num_feature_levels,
+        two_stage=args.two_stage,
+        temperature=args.pe_temperature,
     )
 
 
@@ -139,10 +144,10 @@ def build_detector(
     backbone = Joiner(
         build_backbone(
             args.backbone,
-            args.backbone_weights,
-            args.dilation,
-            args.backbone_norm,
-            backbone_maps(args),
+            weights=args.backbone_weights,
+            dilation=args.dilation,
+            norm=args.backbone_norm,
+            stages=backbone_maps(args),
             train=getattr(args, 'lr_backbone', 1) > 0,
             drop_path_rate=args.drop_path_rate,
             frozen_stages=args.backbone_frozen_stages,

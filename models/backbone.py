@@ -25,7 +25,11 @@ from .parts import call_part
 from .swin import SWIN_SIZES, WEIGHTS_URL, SwinTransformer, load_pretrained
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-RESNETS = ('resnet10', 'resnet18', 'resnet34', 'resnet50', 'resnet101')
+# Every ResNet of torchvision (ResNeXt and Wide ResNet too), and a smaller one.
+RESNETS = (
+    'resnet10',
+    *torchvision.models.list_models(torchvision.models, include=['resnet*', 'resnext*', 'wide_resnet*']),
+)
 # Last module of each stage of mobilenet_v2().features: strides 4, 8, 16, 32 (as layer1..layer4 of a ResNet).
 MOBILENET_STAGES = ('3', '6', '13', '18')
 NORM_LAYERS = {'frozen': FrozenBatchNorm2d, 'batch': nn.BatchNorm2d, 'group': partial(nn.GroupNorm, 32)}
@@ -156,7 +160,7 @@ def trainable_stages(name: str, norm: str) -> tuple[str, ...] | None:
     """Prefixes of the parameters that train; None = all of them."""
     if norm != 'frozen' or name.startswith('timm/') or name in SWIN_SIZES:
         return None
-    if name.startswith('resnet'):
+    if name in RESNETS:
         return ('layer2', 'layer3', 'layer4')
     return tuple(f'{index}.' for index in range(int(MOBILENET_STAGES[0]) + 1, int(MOBILENET_STAGES[-1]) + 1))
 
@@ -165,8 +169,8 @@ def build_torchvision(name: str, weights: str, dilation: bool, norm: str, stages
     if name not in (*RESNETS, 'mobilenet_v2'):
         names = ', '.join((*RESNETS, 'mobilenet_v2', *SWIN_SIZES))
         raise ValueError(f"unknown backbone '{name}': choose {names} or timm/NAME")
-    if dilation and name not in ('resnet50', 'resnet101'):
-        raise ValueError(f'--dilation (DC5) needs resnet50 or resnet101: {name} has no dilated last stage')
+    if dilation and name in ('resnet10', 'resnet18', 'resnet34', 'mobilenet_v2'):
+        raise ValueError(f'--dilation (DC5) needs resnet50 or deeper: {name} has no dilated last stage')
     if norm == 'group' and (weights == 'imagenet' or name == 'mobilenet_v2'):
         raise ValueError(
             '--backbone_norm group is for ResNets that start from random numbers or a file (--backbone_weights none or '

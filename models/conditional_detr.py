@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .heads import MLP, ExactMLP, inverse_sigmoid
 from .parts import call_part
 from .position_encoding import sine_embedding
-from .structures import LayerOutput, Memory, QueryGroup, attention_blocks
+from .structures import LayerOutput, Memory, QueryGroup, attention_blocks, check_groups
 from .transformer import Blocks, clones, read_twice
 
 
@@ -84,9 +84,9 @@ class ConditionalDecoderLayer(nn.Module):
         """
         tgt = self.norm1(tgt + self.dropout1(self.compare_queries(tgt, query_pos, blocks)))
         tgt = self.norm2(tgt + self.dropout2(self.read_memory(tgt, query_pos, query_sine, memory)))
-        return self.think(tgt), None
+        return self.ffn(tgt), None
 
-    def think(self, tgt: Tensor) -> Tensor:
+    def ffn(self, tgt: Tensor) -> Tensor:
         return self.norm3(tgt + self.dropout3(self.linear2(self.dropout(F.relu(self.linear1(tgt))))))
 
     def compare_queries(self, tgt: Tensor, query_pos: Tensor, blocks: Blocks) -> Tensor:
@@ -150,6 +150,7 @@ class ConditionalDecoder(nn.Module):
             nn.init.ones_(self.query_scale.layers[-1].bias)
 
     def forward(self, groups: list[QueryGroup], memory: Memory) -> list[LayerOutput]:
+        check_groups(groups, self, needs=('query_pos',), ignores=('reference_points',))
         tgt = torch.cat([group.tgt for group in groups], dim=1)  # [B, Q, C]
         query_pos = torch.cat([group.query_pos for group in groups], dim=1)
         points = self.ref_point_head(query_pos).sigmoid()  # [B, Q, 2] x, y

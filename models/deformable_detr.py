@@ -3,14 +3,13 @@ Deformable DETR (arXiv:2010.04159): feature maps of several sizes, a deformable 
 to one decoder layer each (or one for all, without box refinement).
 """
 
-import torch
 from torch import Tensor, nn
 
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list, resize_mask
 
 from .deformable_transformer import DeformableTransformer
-from .heads import add_reference
-from .structures import LayerOutput, Memory, Prediction, QueryGroup, split_groups, split_predictions
+from .heads import read_layers
+from .structures import Memory, Prediction, QueryGroup, split_groups
 
 
 class DeformableDETR(nn.Module):
@@ -76,7 +75,10 @@ class DeformableDETR(nn.Module):
                 losses |= more_losses
         refine_with = self.bbox_embed if self.with_box_refine else None
         layers = self.transformer.decode(groups, memory, refine_with)
-        predictions = self.read(layers, groups) + predictions
+        first = 0 if self.training else len(layers) - 1
+        read = slice(first, len(layers))  # behind them the heads of proposals
+        heads = self.class_embed[read], self.bbox_embed[read]
+        predictions += read_layers(layers[read], groups, *heads, self.class_embed_o2m, self.aux_loss)
         last = next(p for p in predictions if p.kind == groups[0].name and p.layer is None)
         outputs = {'pred_logits': last.logits, 'pred_boxes': last.boxes}
         return outputs | {'predictions': predictions, 'losses': losses} if self.training else outputs
@@ -108,40 +110,6 @@ class DeformableDETR(nn.Module):
         content = self.query_embed.weight[:total] if self.mixed_selection else None
         every = self.transformer.queries_from_proposals(boxes, content)
         return split_groups(every, groups), [everywhere] if self.training else []
-
-    def read(self, layers: list[LayerOutput], groups: list[QueryGroup]) -> list[Prediction]:
-        """Class logits and boxes of every layer and group; outside training of the last layer only.
-
-        While training all heads take part, read or not, so that each has a gradient.
-        """
-        first = 0 if self.training else len(layers) - 1
-        logits = [self.class_embed[i](layers[i].hs) for i in range(first, len(layers))]
-        boxes = [
-            add_reference(
-                self.bbox_embed[i](layers[i].hs) if layers[i].delta is None else layers[i].delta,
-                layers[i].reference,
-            )
-            for i in range(first, len(layers))
-        ]
-        shown = slice(None) if self.aux_loss else slice(-1, None)
-        logits, boxes = torch.stack(logits)[shown], torch.stack(boxes)[shown]  # [L, B, Q, K], [L, B, Q, 4]
-        predictions = split_predictions(logits, boxes, groups)
-        if layers[-1].hs_o2m is None:
-            return predictions
-        # The inference group once more, from the second reading, with the same references.
-        second = QueryGroup('o2m', layers[-1].hs_o2m)
-        num_queries = second.tgt.shape[1]
-        class_heads = self.class_embed if self.class_embed_o2m is None else self.class_embed_o2m
-        logits = [head(layer.hs_o2m) for head, layer in zip(class_heads, layers, strict=False)]
-        if self.class_embed_o2m is not None:  # variant a reads the same state, whose boxes are known
-            boxes = boxes[:, :, :num_queries]
-        else:
-            boxes = [
-                add_reference(head(layer.hs_o2m), layer.reference[:, :num_queries])
-                for head, layer in zip(self.bbox_embed, layers, strict=False)
-            ]
-            boxes = torch.stack(boxes)[shown]
-        return predictions + split_predictions(torch.stack(logits)[shown], boxes, [second])
 
 
 def input_projections(

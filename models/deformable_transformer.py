@@ -19,7 +19,7 @@ from .ops.modules import MSDeformAttn
 from .ops.modules.ms_deform_attn import level_sizes
 from .parts import call_part
 from .position_encoding import sine_embedding
-from .structures import LayerOutput, Memory, Prediction, QueryGroup, attention_blocks
+from .structures import LayerOutput, Memory, Prediction, QueryGroup, attention_blocks, check_groups
 from .transformer import Blocks, clones, compare_queries, read_twice
 
 
@@ -41,7 +41,12 @@ class DeformableEncoderLayer(nn.Module):
     def forward(self, src: Tensor, reference: Tensor, memory: Memory) -> Tensor:
         """src: [B, S, C]; reference: [B, S, L, 2] centre of each token; memory: everything but the tokens."""
         attended = self.self_attn(
-            src + memory.pos, reference, src, memory.shapes, None, memory.padding_mask, memory.sizes
+            src + memory.pos,
+            reference,
+            src,
+            memory.shapes,
+            input_padding_mask=memory.padding_mask,
+            sizes=memory.sizes,
         )
         src = self.norm1(src + self.dropout1(attended))
         hidden = self.linear2(self.dropout2(F.relu(self.linear1(src))))
@@ -49,7 +54,7 @@ class DeformableEncoderLayer(nn.Module):
 
 
 class DeformableDecoderLayer(nn.Module):
-    """Queries compare themselves, read the memory, think. Norms are numbered as in the official code: 2, 1, 3."""
+    """Self-attention, cross-attention, feed-forward. Norms are numbered as in the official code: 2, 1, 3."""
 
     def __init__(self, attention: MSDeformAttn, dim_feedforward: int = 1024, dropout: float = 0.1) -> None:
         super().__init__()
@@ -76,15 +81,20 @@ class DeformableDecoderLayer(nn.Module):
         attended = compare_queries(self.self_attn, tgt + query_pos, tgt, blocks)
         tgt = self.norm2(tgt + self.dropout2(attended))
         tgt = self.norm1(tgt + self.dropout1(self.read_memory(tgt + query_pos, reference, memory)))
-        return self.think(tgt), None
+        return self.ffn(tgt), None
 
-    def think(self, tgt: Tensor) -> Tensor:
+    def ffn(self, tgt: Tensor) -> Tensor:
         hidden = self.linear2(self.dropout3(F.relu(self.linear1(tgt))))
         return self.norm3(tgt + self.dropout4(hidden))
 
     def read_memory(self, query: Tensor, reference: Tensor, memory: Memory) -> Tensor:
         return self.cross_attn(
-            query, reference, memory.tokens, memory.shapes, None, memory.padding_mask, memory.sizes
+            query,
+            reference,
+            memory.tokens,
+            memory.shapes,
+            input_padding_mask=memory.padding_mask,
+            sizes=memory.sizes,
         )
 
 
@@ -120,6 +130,7 @@ class DeformableDecoder(nn.Module):
         self, groups: list[QueryGroup], memory: Memory, refine_with: nn.ModuleList | None = None
     ) -> list[LayerOutput]:
         """refine_with: box heads of the layers; None: the references stay."""
+        self.check(groups)
         tgt = torch.cat([group.tgt for group in groups], dim=1)  # [B, Q, C]
         reference = torch.cat([group.reference_points for group in groups], dim=1)  # [B, Q, 2 or 4]
         blocks, outputs = attention_blocks(groups), []
@@ -139,6 +150,9 @@ class DeformableDecoder(nn.Module):
                 logits = inverse_sigmoid(reference, self.eps)
                 shown = inverse_sigmoid(refined, self.eps) if self.look_forward_twice else logits
         return outputs
+
+    def check(self, groups: list[QueryGroup]) -> None:
+        check_groups(groups, self, needs=('query_pos', 'reference_points'))
 
     def query_pos(self, groups: list[QueryGroup], scaled: Tensor) -> Tensor:
         """Positions of all queries, [B, Q, C]; scaled: [B, Q, L, 2 or 4] their references on every level."""
@@ -208,13 +222,13 @@ class DeformableTransformer(nn.Module):
         valid_ratios = torch.stack([valid_ratio(mask) for mask in masks], dim=1)  # [B, L, 2]
         level_pos = [tokens(encoding) + embed for encoding, embed in zip(pos, self.level_embed, strict=True)]
         memory = Memory(
-            torch.cat([tokens(src) for src in srcs], dim=1),
-            torch.cat([mask.flatten(1) for mask in masks], dim=1),
-            shapes,
-            torch.cat(level_pos, dim=1),
-            valid_ratios,
-            level_sizes(shapes, valid_ratios),
-            pixel_mask,
+            tokens=torch.cat([tokens(src) for src in srcs], dim=1),
+            padding_mask=torch.cat([mask.flatten(1) for mask in masks], dim=1),
+            shapes=shapes,
+            pos=torch.cat(level_pos, dim=1),
+            valid_ratios=valid_ratios,
+            sizes=level_sizes(shapes, valid_ratios),
+            pixel_mask=pixel_mask,
         )
         return self.encoder(memory)
 

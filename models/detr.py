@@ -3,13 +3,12 @@ DETR (arXiv:2005.12872): a backbone, a transformer, and two heads that read ever
 Conditional DETR, whose decoder and heads differ but whose forward does not.
 """
 
-import torch
 from torch import Tensor, nn
 
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
-from .heads import add_reference
-from .structures import LayerOutput, Prediction, QueryGroup, learned_groups, split_predictions
+from .heads import read_layers
+from .structures import learned_groups
 from .transformer import Transformer
 
 
@@ -68,25 +67,10 @@ class DETR(nn.Module):
                 groups += more_groups
                 losses |= more_losses
         layers = self.transformer.decode(groups, memory)
-        predictions = self.read(layers if self.training else layers[-1:], groups)
+        layers = layers if self.training else layers[-1:]
+        heads = [self.class_embed] * len(layers), [self.bbox_embed] * len(layers)
+        second = None if self.class_embed_o2m is None else [self.class_embed_o2m] * len(layers)
+        predictions = read_layers(layers, groups, *heads, second, self.aux_loss)
         last = next(p for p in predictions if p.kind == groups[0].name and p.layer is None)
         outputs = {'pred_logits': last.logits, 'pred_boxes': last.boxes}
         return outputs | {'predictions': predictions, 'losses': losses} if self.training else outputs
-
-    def read(self, layers: list[LayerOutput], groups: list[QueryGroup]) -> list[Prediction]:
-        """Class logits and boxes of every layer and group; the heads are shared by all layers."""
-        shown = slice(None) if self.aux_loss else slice(-1, None)
-        hs = torch.stack([layer.hs for layer in layers])[shown]  # [L, B, Q, C]
-        logits = self.class_embed(hs)
-        boxes = add_reference(self.bbox_embed(hs), layers[-1].reference)
-        predictions = split_predictions(logits, boxes, groups)
-        if layers[-1].hs_o2m is None:
-            return predictions
-        # The inference group once more, from the second reading, with the same references.
-        hs = torch.stack([layer.hs_o2m for layer in layers])[shown]
-        class_head = self.class_embed if self.class_embed_o2m is None else self.class_embed_o2m
-        if self.class_embed_o2m is not None:  # variant a reads the same state, whose boxes are known
-            boxes = boxes[:, :, : hs.shape[2]]
-        else:
-            boxes = add_reference(self.bbox_embed(hs), layers[-1].reference[:, : hs.shape[2]])
-        return predictions + split_predictions(class_head(hs), boxes, [QueryGroup('o2m', hs[-1])])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .deformable_transformer import DeformableDecoder, DeformableTransformer, pick
 from .heads import MLP
 from .position_encoding import sine_embedding
-from .structures import LayerOutput, Memory, Prediction, QueryGroup
+from .structures import LayerOutput, Memory, Prediction, QueryGroup, check_groups
 
 
 class DinoDecoder(DeformableDecoder):
@@ -24,6 +24,9 @@ class DinoDecoder(DeformableDecoder):
         d_model = layer.norm1.normalized_shape[0]
         self.ref_point_head = MLP(2 * d_model, d_model, d_model, num_layers=2)
         self.norm = nn.LayerNorm(d_model)
+
+    def check(self, groups: list[QueryGroup]) -> None:
+        check_groups(groups, self, needs=('reference_points',), ignores=('query_pos',))
 
     def query_pos(self, groups: list[QueryGroup], scaled: Tensor) -> Tensor:
         """From the boxes as the first level has them, [B, Q, C]; the code's order is y, x, width, height."""

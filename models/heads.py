@@ -6,6 +6,7 @@ losses begin with, which makes ties of best scores, and of several pixels in box
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util.precision import without_autocast
+
+from .structures import LayerOutput, Prediction, QueryGroup, split_predictions
 
 
 class MLP(nn.Module):
@@ -43,7 +46,7 @@ class ExactLinear(nn.Linear):
 
 
 class ExactMLP(MLP):
-    """The same of `MLP`."""
+    """Linear layers with ReLU between them, in the precision of their parameters, under autocast too."""
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x):
@@ -85,3 +88,47 @@ def add_reference(delta: Tensor, reference: Tensor | None) -> Tensor:
     if reference.shape[-1] == 2:
         reference = F.pad(reference, (0, 2))
     return (delta + reference).sigmoid()
+
+
+def read_layers(
+    layers: list[LayerOutput],
+    groups: list[QueryGroup],
+    class_heads: Sequence[nn.Module],
+    box_heads: Sequence[nn.Module],
+    second_class_heads: Sequence[nn.Module] | None = None,
+    aux_loss: bool = True,
+) -> list[Prediction]:
+    """Read class logits and boxes of every layer and group, and of the second reading of MS-DETR if there is one.
+
+    Args:
+        class_heads, box_heads: one for each layer; all layers may share one.
+        second_class_heads: class heads of second readings alone, whose boxes are then those of the first (variant a).
+        aux_loss: False: return the last layer only. All heads take part all the same, so that each has a gradient.
+    """
+    shown = slice(None) if aux_loss else slice(-1, None)
+    hs = [layer.hs for layer in layers]
+    logits = apply_heads(class_heads, hs)  # [L, B, Q, K]
+    deltas = [layer.delta for layer in layers]
+    if any(delta is None for delta in deltas):
+        deltas = apply_heads(box_heads, hs).unbind()
+    boxes = torch.stack([add_reference(d, x.reference) for d, x in zip(deltas, layers, strict=True)])
+    predictions = split_predictions(logits[shown], boxes[shown], groups)
+    if layers[-1].hs_o2m is None:
+        return predictions
+    # The inference group once more, with the same references.
+    hs = [layer.hs_o2m for layer in layers]
+    second = QueryGroup('o2m', hs[-1])
+    num_queries = second.tgt.shape[1]
+    if second_class_heads is None:
+        deltas = apply_heads(box_heads, hs).unbind()
+        references = [layer.reference[:, :num_queries] for layer in layers]
+        boxes = torch.stack([add_reference(*both) for both in zip(deltas, references, strict=True)])
+    logits = apply_heads(second_class_heads or class_heads, hs)
+    return predictions + split_predictions(logits[shown], boxes[shown, :, :num_queries], [second])
+
+
+def apply_heads(heads: Sequence[nn.Module], states: list[Tensor]) -> Tensor:
+    """Apply one head to each of L states, in one call where all of them are the same head; returns [L, ...]."""
+    if all(head is heads[0] for head in heads):
+        return heads[0](torch.stack(states))
+    return torch.stack([head(state) for head, state in zip(heads, states, strict=True)])

@@ -42,14 +42,14 @@ class SecondReading:
 
 
 class MixedDecoderLayer(SecondReading, DeformableDecoderLayer):
-    """Queries read the memory, then compare themselves, then think (variant b)."""
+    """Cross-attention, self-attention, feed-forward (variant b)."""
 
     def forward(
         self, tgt: Tensor, query_pos: Tensor, reference: Tensor, memory: Memory, blocks: Blocks
     ) -> tuple[Tensor, Tensor]:
         x = self.norm1(tgt + self.dropout1(self.read_memory(tgt + query_pos, reference, memory)))
         attended = compare_queries(self.self_attn, x + query_pos, x, blocks)
-        return self.think(self.norm2(x + self.dropout2(attended))), x
+        return self.ffn(self.norm2(x + self.dropout2(attended))), x
 
 
 class MixedConditionalDecoderLayer(SecondReading, ConditionalDecoderLayer):
@@ -60,7 +60,7 @@ class MixedConditionalDecoderLayer(SecondReading, ConditionalDecoderLayer):
     ) -> tuple[Tensor, Tensor]:
         x = self.norm2(tgt + self.dropout2(self.read_memory(tgt, query_pos, query_sine, memory)))
         y = self.norm1(x + self.dropout1(self.compare_queries(x, query_pos, blocks)))
-        return self.think(y), x
+        return self.ffn(y), x
 
 
 class SameReading:

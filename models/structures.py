@@ -90,6 +90,28 @@ class AttentionBlock:
         return runs[0] if len(runs) == 1 else torch.cat(runs, dim=dim)
 
 
+def check_groups(
+    groups: list[QueryGroup], decoder: object, needs: tuple[str, ...] = (), ignores: tuple[str, ...] = ()
+) -> None:
+    """Refuse query groups that a decoder cannot honour.
+
+    Args:
+        needs: fields that every group must bring.
+        ignores: fields that the decoder would not read.
+
+    Raises:
+        ValueError: a group lacks or brings such a field.
+    """
+    name = type(decoder).__name__
+    for group in groups:
+        for field in needs:
+            if getattr(group, field) is None:
+                raise ValueError(f'{name} needs {field} of every query group, and {group.name} has none')
+        for field in ignores:
+            if getattr(group, field) is not None:
+                raise ValueError(f'{name} does not read {field}, which the query group {group.name} brings')
+
+
 def attention_blocks(groups: list[QueryGroup]) -> list[AttentionBlock]:
     """Self-attention between query groups (H-DETR Sec. 3.2, DINO Sec. 3.3), one block a group that is not empty.
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .parts import call_part
-from .structures import AttentionBlock, LayerOutput, Memory, QueryGroup, attention_blocks
+from .structures import AttentionBlock, LayerOutput, Memory, QueryGroup, attention_blocks, check_groups
 
 Blocks = list[AttentionBlock]
 
@@ -153,6 +153,7 @@ class TransformerDecoder(nn.Module):
         self.norm = norm
 
     def forward(self, groups: list[QueryGroup], memory: Memory) -> list[LayerOutput]:
+        check_groups(groups, self, needs=('query_pos',), ignores=('reference_points',))
         tgt = torch.cat([group.tgt for group in groups], dim=1)  # [B, Q, C]
         query_pos = torch.cat([group.query_pos for group in groups], dim=1)
         key, blocks, states = memory.tokens + memory.pos, attention_blocks(groups), []

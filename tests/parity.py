@@ -4,17 +4,19 @@ holds.
 
 import json
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
+from engine import build_optimizer
 from models import build_model
+from models.structures import Assignment
 from models.training.criterion import weighted_sum
 from tests import rule
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
@@ -39,16 +41,17 @@ def to_targets(recorded: list[dict]) -> list[dict[str, Tensor]]:
     ]
 
 
-@dataclass
 class Case:
-    """A recorded case, and our model built and filled as its file says. Use under `float64()`."""
+    """A recorded case, and our model built and filled as its file says. Use under `float64()`.
 
-    path: Path
-    flags: dict = field(default_factory=dict)
+    Systems override what their files say in another way: the flags, how values get into the model, the images.
+    """
 
-    @cached_property
-    def record(self) -> dict:
-        return json.loads(self.path.read_text())
+    images_key, name_key = 'images', 'name'  # where the record lists its images, and the name of each
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record = json.loads(path.read_text())
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -56,34 +59,72 @@ class Case:
             return dict(archive)
 
     @cached_property
-    def built(self) -> tuple[nn.Module, nn.Module, dict]:
-        args = self.record['args'] | {'backbone_weights': 'none'} | self.flags
-        model, criterion, postprocessors = build_model(Namespace(**args))
-        self.fill(model)
-        return model, criterion.double(), postprocessors
+    def args(self) -> Namespace:
+        """Our flags."""
+        raise NotImplementedError
 
-    @torch.no_grad()
+    @cached_property
+    def built(self) -> tuple[nn.Module, nn.Module, dict]:
+        model, criterion, postprocessors = build_model(self.args)
+        self.fill(model)
+        return model, criterion, postprocessors
+
     def fill(self, model: nn.Module) -> None:
-        rule.fill(model, self.record['rule']['salt'])
-        parameters = dict(model.named_parameters())
-        for step in self.record['rule']['after_fill']:
-            parameters[step['parameter']] *= step['multiply_in_place_by']
+        raise NotImplementedError
+
+    @property
+    def salt(self) -> str:
+        return self.record.get('rule', {}).get('salt', '')
+
+    @property
+    def images(self) -> list[Tensor]:
+        return [
+            rule.image(self.salt + image[self.name_key], image['height'], image['width'])
+            for image in self.record[self.images_key]
+        ]
 
     @property
     def samples(self) -> NestedTensor:
-        salt = self.record['rule']['salt']
-        images = [rule.image(salt + p['name'], p['height'], p['width']) for p in self.record['pictures']]
-        return nested_tensor_from_tensor_list(images)
+        return nested_tensor_from_tensor_list(self.images)
 
     @property
     def targets(self) -> list[dict[str, Tensor]]:
         return to_targets(self.record['targets'])
 
-    def train_losses(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Loss terms and total of a training pass."""
-        model, criterion, _ = self.built
-        losses = criterion(model.train()(self.samples, self.targets), self.targets)
-        return losses, weighted_sum(losses, criterion.weight_dict)
+
+def case_params(paths: Sequence[Path], quick: Sequence[str], folder: bool = False) -> list:
+    """Cases as parameters, named after their files (and folders); those that are not `quick` are slow."""
+    return [
+        pytest.param(
+            path,
+            id=f'{path.parent.name}-{path.stem}' if folder else path.stem,
+            marks=() if path.stem in quick else pytest.mark.slow,
+        )
+        for path in paths
+    ]
+
+
+def optimizer_of(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
+    """As main.py builds it for these flags."""
+    names = args.lr_backbone_names, args.lr_linear_proj_names, args.lr_linear_proj_mult
+    return build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay, *names)
+
+
+def without_classes(targets: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The targets of class-agnostic predictions."""
+    return [target | {'labels': torch.zeros_like(target['labels'])} for target in targets]
+
+
+def check_pairs(
+    pairs: Assignment, recorded: Sequence[tuple[list[int], list[int]]], targets: list[dict], what: str = ''
+) -> None:
+    """Each image has the recorded queries and objects, in their order; objects are counted within the image."""
+    offset = 0
+    for image, (query, target) in enumerate(recorded):
+        here = pairs.batch == image
+        assert pairs.query[here].tolist() == query, what
+        assert (pairs.target[here] - offset).tolist() == target, what
+        offset += len(targets[image]['labels'])
 
 
 def check_losses(losses: dict[str, Tensor], weight_dict: dict[str, float], recorded: dict) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import hubconf
 from models import build_model
+from tests.models import TWO_STAGE
 from tests.rule import fill
 from tests.shared_data import SHARED, needs_shared, read_shared
 from util.checkpoint import download, load_checkpoint, read_checkpoint, save_checkpoint
@@ -181,7 +182,7 @@ def check_same_detections(theirs: nn.Module, folder: Path | None, layout: str, *
 DEFORMABLE_VARIANTS = {
     'plain': {},
     'box refinement': {'with_box_refine': True},
-    'two stages': {'with_box_refine': True, 'two_stage': True},
+    'two stages': TWO_STAGE,
     'single scale': {'num_feature_levels': 1},
     'single scale, DC5': {'num_feature_levels': 1, 'dilation': True},
 }

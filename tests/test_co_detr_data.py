@@ -23,8 +23,8 @@ from datasets.samplers import AspectSampler
 from datasets.shapes import ShapesDetection
 from engine import draw_predictions, evaluate
 from models.postprocess import TopKPostProcess, scale_boxes
+from tests.runs import assert_same, load, run
 from tests.shared_data import needs_shared, read_shared, rule_image
-from tests.test_run import assert_same, load, run
 from tools.predict import detect
 from util.nested_tensor import collate_fn
 from util.seeding import local_seed

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_run import run
+from tests.runs import run
 from tools import compare_runs
 
 

@@ -10,13 +10,11 @@ from torch import Tensor, nn
 
 from models import build_detector, build_model
 from models.training.flags import resolve_all
-from tests.test_invariants import SMALL
+from tests.models import HEADS, SMALL, TRICKS
 from tools.convert_checkpoint import convert
 from util.checkpoint import load_checkpoint, read_checkpoint
 from util.foreign_names import COCO_IDS, to_mmdetection, to_official
 
-TRICKS = {'with_box_refine': True, 'two_stage': True, 'mixed_selection': True, 'look_forward_twice': True}
-HEADS = {'co_aux_heads': ['faster_rcnn', 'atss']}
 CO_DEFORMABLE, CO_DINO = TRICKS | HEADS, {'dino': True, 'dn_number': 10} | HEADS
 
 

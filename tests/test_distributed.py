@@ -2,91 +2,29 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import main
 from engine import build_optimizer
 from models import build_model
 from models.parts import all_parts
 from models.structures import Prediction
-from models.training import collaborative
 from models.training.criterion import weighted_sum
+from tests.models import SCHEMES, SMALLER, batch, no_chance
 from tests.processes import end_group, in_processes, start_group
-from tests.test_run import TINY, load
+from tests.runs import TINY, load
 from util.distributed.collectives import get_rank, get_world_size
 from util.distributed.parallel import gather, local_gradients, replicate, shard
 
-SMALL = {
-    'hidden_dim': 32, 'nheads': 4, 'enc_layers': 1, 'dec_layers': 2, 'dim_feedforward': 32, 'num_queries': 9, 'dropout': 0.0,
-    'backbone': 'resnet10', 'backbone_weights': 'none', 'num_classes': 4, 'backbone_norm': 'group',
-    'backbone_stages': 3,
-}  # fmt: skip
-TWO_STAGE = {'two_stage': True, 'with_box_refine': True, 'mixed_selection': True, 'look_forward_twice': True}
-HEADS = {'co_aux_heads': ['faster_rcnn', 'atss']}
-SCHEMES = {
-    'detr': {},
-    'conditional': {'conditional': True},
-    'deformable': {'deformable': True},
-    'refine': {'with_box_refine': True},
-    'two_stage': {'two_stage': True, 'with_box_refine': True},
-    'one_loss': {'two_stage': True, 'with_box_refine': True, 'aux_loss': False},  # a head without a gradient
-    'hybrid': TWO_STAGE | {'hybrid_k': 2, 'hybrid_queries': 12},
-    'mixed': TWO_STAGE | {'use_ms_detr': True, 'use_aux_ffn': True},
-    'mixed_a': {'use_ms_detr': True, 'ms_variant': 'a', 'with_box_refine': True},
-    'groups': {'group_detr': 2},
-    'denoising': TWO_STAGE | {'dn_number': 4},
-    'co_deformable': TWO_STAGE | HEADS,
-    'co_dino': HEADS | {'dino': True, 'dn_number': 4},
-}
 EQUAL_COUNTS = (
     'denoising',
     'co_dino',
 )  # noised queries are padded to the largest number of objects of a batch
-
-
-def content_of(x: Tensor) -> Tensor:
-    """Numbers in [0, 1) that follow from the values of x alone."""
-    return (x.double() * 77.7 + 0.3).sin().abs() * 0.999
-
-
-@contextmanager
-def no_chance() -> Iterator[None]:
-    """What is drawn follows from what it is drawn for, not from how images are dealt out; and a head has the same number of
-    queries in any batch.
-    """
-
-    def randint_like(x: Tensor, low: int, high: int) -> Tensor:
-        return (
-            low + (content_of(x) * (high - low)).to(x.dtype).floor()
-            if x.is_floating_point()
-            else torch.ones_like(x)
-        )
-
-    with (
-        mock.patch.object(torch, 'rand_like', lambda x, dtype=None: content_of(x).to(dtype or x.dtype)),
-        mock.patch.object(torch, 'randint_like', randint_like),
-        mock.patch.object(torch, 'randperm', lambda n, **options: torch.arange(n)),
-        mock.patch.object(collaborative, 'FEWEST', 40),
-    ):
-        yield
-
-
-def batch(step: int, counts: list[int]) -> tuple[Tensor, list[dict]]:
-    """Images [B, 3, 64, 64] with so many objects."""
-    generator = torch.Generator().manual_seed(step)
-    images = torch.randn(len(counts), 3, 64, 64, generator=generator)
-    targets = []
-    for count in counts:
-        boxes = torch.rand(count, 4, generator=generator) * 0.4 + 0.1
-        targets.append({'labels': torch.randint(0, 4, (count,), generator=generator), 'boxes': boxes})
-    return images, targets
 
 
 def train_some_steps(rank: int, flags: dict, counts: list[list[int]], accum_steps: int, wrap: str) -> dict:
@@ -95,7 +33,7 @@ def train_some_steps(rank: int, flags: dict, counts: list[list[int]], accum_step
     """
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    model, criterion, _ = build_model(Namespace(**SMALL | flags))
+    model, criterion, _ = build_model(Namespace(**SMALLER | flags))
     bare, losses = model.train(), []
     if wrap == 'fsdp':
         shard(model, all_parts(model), [Prediction])
@@ -190,7 +128,7 @@ def test_the_backbone_is_sharded_block_by_block(backbone: str) -> None:
     one = train_some_steps(0, flags, counts, 1, 'none')
     for result in in_processes(2, train_some_steps, flags, counts, 1, 'fsdp'):
         assert_equal(result['model'], one['model'])
-    model, _, _ = build_model(Namespace(**SMALL | flags))
+    model, _, _ = build_model(Namespace(**SMALLER | flags))
     body = model.backbone[0].body
     sizes = [sum(p.numel() for p in part.parameters()) for part in body.parts()]
     assert max(sizes) < 0.3 * sum(p.numel() for p in body.parameters())

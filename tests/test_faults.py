@@ -14,7 +14,7 @@ import torch
 import engine
 import main
 from tests.processes import end_group, in_processes, print_to, start_group, start_main
-from tests.test_run import ROOT, TINY, assert_same, load
+from tests.runs import ROOT, TINY, assert_same, load
 from util.distributed.heartbeat import Heartbeat
 from util.distributed.preemption import UNFINISHED
 from util.files import lock_folder, unlock

@@ -18,8 +18,8 @@ from models.ops.test import make_inputs
 from models.parts import all_parts, compile_parts
 from models.structures import Prediction
 from models.training.criterion import weighted_sum
-from tests.test_distributed import SCHEMES, SMALL, batch, no_chance
-from tests.test_run import TINY, assert_same, load, parse
+from tests.models import SCHEMES, SMALLER, batch, no_chance
+from tests.runs import TINY, assert_same, load, parse
 from util.distributed.parallel import gather, replicate, shard
 from util.nested_tensor import nested_tensor_from_tensor_list
 from util.precision import Precision, set_tf32
@@ -39,7 +39,7 @@ def exact_float32() -> Iterator[None]:
 def build(scheme: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
     torch.set_default_dtype(dtype)
     torch.manual_seed(0)
-    model, criterion, _ = build_model(Namespace(**SMALL | SCHEMES[scheme]))
+    model, criterion, _ = build_model(Namespace(**SMALLER | SCHEMES[scheme]))
     return model.train(), criterion
 
 

@@ -13,50 +13,30 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from engine import build_optimizer, train_one_epoch
 from main import get_args_parser
-from models import DEFORMABLE_FLAGS, build_model, resolve_args
+from models import DEFORMABLE_FLAGS, resolve_args
 from models.parts import parts
-from models.position_encoding import PositionEmbeddingSine
 from models.structures import Assignment, Prediction, QueryGroup, attention_blocks
 from models.training.criterion import weighted_sum
 from models.training.structures import Supervision
+from tests.models import (
+    DENSE,
+    FAMILIES,
+    SMALL,
+    TWO_STAGE,
+    CountSyncs,
+    GivenFeatures,
+    build,
+    random_targets,
+    under_one_mask,
+)
 from tests.parity import float64
-from tools.benchmarks.train import under_one_mask
+from tests.runs import ROOT
 from util.logger import Meter
 from util.nested_tensor import NestedTensor, collate_fn, nested_tensor_from_tensor_list
 
-ROOT = Path(__file__).resolve().parents[1]
-SMALL = {
-    'backbone': 'resnet18',
-    'backbone_weights': 'none',
-    'hidden_dim': 32,
-    'nheads': 4,
-    'enc_layers': 2,
-    'dec_layers': 3,
-    'dim_feedforward': 64,
-    'num_queries': 12,
-    'num_classes': 6,
-}
-TWO_STAGE = {'with_box_refine': True, 'two_stage': True}
-# So few queries reach this score that none are drawn at random.
-MIXED = {'use_ms_detr': True, 'num_queries': 24, 'o2m_matcher_threshold': 2.0}
-DENSE = {'detr': {}, 'conditional': {'conditional': True}}
-FAMILIES = DENSE | {
-    'deformable': {'deformable': True},
-    'box refinement': {'with_box_refine': True, 'use_checkpoint': True},
-    'two stages': TWO_STAGE,
-    'two stages with tricks': TWO_STAGE | {'mixed_selection': True, 'look_forward_twice': True},
-    'hybrid': TWO_STAGE | {'mixed_selection': True, 'hybrid_k': 3, 'hybrid_queries': 24},
-    'mixed': TWO_STAGE | MIXED | {'use_aux_ffn': True},
-    'mixed, variant a, one stage': MIXED | {'ms_variant': 'a'},
-    'dino': {'dino': True},
-    'all, conditional': MIXED
-    | {'conditional': True, 'hybrid_queries': 24, 'group_detr': 2, 'use_indices_merge': True},
-}
 QUICK_FAMILIES = ('detr', 'two stages with tricks', 'all, conditional')
 family = pytest.mark.parametrize(
     'flags',
@@ -66,31 +46,6 @@ family = pytest.mark.parametrize(
     ],
 )
 dense = pytest.mark.parametrize('flags', DENSE.values(), ids=DENSE)
-
-
-def build(flags: dict) -> tuple[nn.Module, nn.Module, dict]:
-    torch.manual_seed(0)
-    return build_model(Namespace(**SMALL | flags))
-
-
-def random_targets(*num_objects: int) -> list[dict[str, Tensor]]:
-    dtype = torch.get_default_dtype()
-    return [
-        {'labels': torch.randint(0, 6, (num,)), 'boxes': torch.rand(num, 4, dtype=dtype) * 0.4 + 0.2}
-        for num in num_objects
-    ]
-
-
-class GivenFeatures(nn.Module):
-    """In place of a backbone: the samples are feature maps."""
-
-    def __init__(self, num_channels: int, hidden_dim: int, offset: float) -> None:
-        super().__init__()
-        self.num_channels = [num_channels]
-        self.encoding = PositionEmbeddingSine(hidden_dim // 2, offset=offset)
-
-    def forward(self, samples: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
-        return [samples], [self.encoding(samples.mask).to(samples.tensors.dtype)]
 
 
 @pytest.mark.parametrize('cells', [[(7, 5), (4, 6)], [(14, 10), (9, 13)]], ids=['stride 32', 'DC5'])
@@ -222,34 +177,6 @@ def test_uint8_images_are_normalised_by_the_model(flags: dict) -> None:
         torch.testing.assert_close(
             model([image, small])['pred_logits'], expected['pred_logits'], rtol=1e-4, atol=1e-4
         )
-
-
-class CountSyncs(TorchDispatchMode):
-    """Counts operators that make a GPU's host wait: reading a scalar, shapes that depend on values, boolean
-    indices.
-    """
-
-    names = (
-        'aten._local_scalar_dense',
-        'aten.nonzero',
-        'aten.masked_select',
-        'aten._unique',
-        'aten.is_nonzero',
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
-        by_mask = str(func).startswith('aten.index') and any(
-            isinstance(index, Tensor) and index.dtype == torch.bool for index in tree_leaves(args[1:2])
-        )
-        if by_mask or str(func).startswith(self.names):
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def test_the_counter_sees_what_it_is_for() -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser as get_torchrun_parser
 
-from tests.test_run import TINY, load
+from tests.runs import ROOT, TINY, load
 from util.distributed.launch import export_launcher_environment, first_host, is_preempted
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
 # As Slurm 22.05 sets them.
 BATCH = {'SLURM_JOB_ID': '7', 'SLURM_JOB_NODELIST': 'n[1-2]', 'SLURM_NTASKS': '4', 'SLURM_PROCID': '0',

@@ -17,6 +17,7 @@ from models.ops.functions import MSDeformAttnFunction, available, ms_deform_attn
 from models.ops.functions import ms_deform_attn_func as module
 from models.ops.modules import MSDeformAttn
 from tests import rule
+from tests.models import TWO_STAGE
 from tests.shared_data import SHARED, needs_shared
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -339,7 +340,7 @@ def small_detector() -> nn.Module:
     from models import build_model
 
     torch.manual_seed(0)
-    flags = {'with_box_refine': True, 'two_stage': True, 'backbone': 'resnet10', 'backbone_weights': 'none'}
+    flags = TWO_STAGE | {'backbone': 'resnet10', 'backbone_weights': 'none'}
     sizes = {'hidden_dim': 32, 'nheads': 4, 'enc_layers': 1, 'dec_layers': 2, 'dim_feedforward': 64}
     model = build_model(Namespace(**flags, **sizes, num_queries=20, num_classes=6))[0].eval()
     for name, parameter in model.named_parameters():

@@ -1,28 +1,33 @@
 """Co-Deformable-DETR and Co-DINO equal the official implementation, loaded by its own names."""
 
-import json
 import os
 import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import build_optimizer
-from models import build_model, build_postprocessors
+from models import build_postprocessors
 from models.training import atss, faster_rcnn
 from models.training.collaborative import CollaborativeHeads
 from models.training.criterion import weighted_sum
 from models.training.dense_heads import BACKGROUND
 from models.training.flags import resolve_all
 from tests import rule
-from tests.parity import assert_close, float64
+from tests.models import HEADS, TRICKS
+from tests.parity import (
+    Case,
+    assert_close,
+    case_params,
+    check_pairs,
+    float64,
+    optimizer_of,
+    without_classes,
+)
 from tests.shared_data import SHARED, needs_shared
 from util.checkpoint import load_checkpoint
 from util.foreign_names import from_mmdetection, to_mmdetection
@@ -39,7 +44,6 @@ CLOSE = {'rtol': 1e-9, 'atol': 1e-9} if TIGHT else {'rtol': 1e-6, 'atol': 1e-6}
 GRADIENT = {'rtol': 1e-8, 'atol': 1e-9} if TIGHT else {'rtol': 1e-5, 'atol': 1e-6}
 STEP = 1e-8 if TIGHT else 1e-4
 PIXELS = {'rtol': 1e-8, 'atol': 1e-8} if TIGHT else {'rtol': 1e-6, 'atol': 1e-5}
-TRICKS = {'with_box_refine': True, 'two_stage': True, 'mixed_selection': True, 'look_forward_twice': True}
 # Official name -> ours; the rest of a name is the layer or the auxiliary head.
 TERMS = {'loss_cls': 'loss_ce', 'loss_bbox': 'loss_bbox', 'loss_iou': 'loss_giou'}
 HEAD_TERMS = {
@@ -65,8 +69,8 @@ def our_flags(arguments: dict) -> dict:
     head, transformer = 'query_head.', 'query_head.transformer.'
     dino = arguments['query_head.type'] == 'CoDINOHead'
     flags = {
+        **HEADS,
         'dino': dino,
-        'co_aux_heads': ['faster_rcnn', 'atss'],
         'num_queries': arguments[f'{head}num_query'],
         'num_feature_levels': 5 if dino else 4,
         'max_pos_coords': arguments.get(f'{head}max_pos_coords', 300),
@@ -83,22 +87,23 @@ def our_flags(arguments: dict) -> dict:
     return flags | TRICKS | {'look_forward_twice': twice}
 
 
-class Case:
-    """A recorded case and our model, filled by official names. Use under `float64()`."""
-
-    def __init__(self, path: Path) -> None:
-        self.record = json.loads(path.read_text())
-        with np.load(path.with_suffix('.npz')) as archive:
-            self.arrays = dict(archive)
-        self.flags = our_flags(self.record['arguments'])
-        self.masked = self.record['arguments'].get('query_head.transformer.with_attn_mask', True)
-        self.masked = self.record['arguments'].get('with_attn_mask', self.masked)
+class CollaborativeCase(Case):
+    """Our model is filled by official names."""
 
     @cached_property
-    def built(self) -> tuple[nn.Module, nn.Module, dict]:
-        model, criterion, postprocessors = build_model(Namespace(**self.flags))
-        self.fill(model)
-        return model, criterion, postprocessors
+    def flags(self) -> dict:
+        return our_flags(self.record['arguments'])
+
+    @cached_property
+    def args(self) -> Namespace:
+        return resolve_all(Namespace(**self.flags))
+
+    @property
+    def masked(self) -> bool:
+        """Padding is hidden from attention."""
+        arguments = self.record['arguments']
+        masked = arguments.get('query_head.transformer.with_attn_mask', True)
+        return arguments.get('with_attn_mask', masked)
 
     def official_state(self) -> dict[str, Tensor]:
         return {
@@ -113,12 +118,12 @@ class Case:
 
     @property
     def samples(self) -> NestedTensor:
-        height, width = self.record['batch_input_shape']
-        tensors = torch.zeros(len(self.record['images']), 3, height, width)
+        images, (height, width) = self.images, self.record['batch_input_shape']
+        tensors = torch.zeros(len(images), 3, height, width)
         mask = torch.full((len(tensors), height, width), self.masked)
-        for index, image in enumerate(self.record['images']):
-            h, w = image['height'], image['width']
-            tensors[index, :, :h, :w] = rule.image(image['name'], h, w)
+        for index, image in enumerate(images):
+            _, h, w = image.shape
+            tensors[index, :, :h, :w] = image
             mask[index, :h, :w] = False
         return NestedTensor(tensors, mask)
 
@@ -153,7 +158,7 @@ def precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def noise(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def noise(case: CollaborativeCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule's numbers in place of the denoising noise."""
 
     def unit(name: str, like: Tensor) -> Tensor:
@@ -171,18 +176,10 @@ def noise(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, 'randint_like', randint_like)
 
 
-@pytest.fixture(
-    scope='module',
-    params=[
-        pytest.param(
-            path, id=f'{path.parent.name}-{path.stem}', marks=() if path.stem in QUICK else pytest.mark.slow
-        )
-        for path in CASES
-    ],
-)
-def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+@pytest.fixture(scope='module', params=case_params(CASES, QUICK, folder=True))
+def case(request: pytest.FixtureRequest) -> Iterator[CollaborativeCase]:
     with float64():
-        yield Case(request.param)
+        yield CollaborativeCase(request.param)
 
 
 class Spy:
@@ -200,7 +197,9 @@ class Spy:
 
 
 @needs_shared
-def test_training_equals_official(case: Case, noise: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_equals_official(
+    case: CollaborativeCase, noise: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Losses, gradients, and who was matched and sampled."""
     model, criterion, _ = case.built
     samples = Spy(faster_rcnn, 'sample', monkeypatch)
@@ -224,7 +223,7 @@ def test_training_equals_official(case: Case, noise: None, monkeypatch: pytest.M
     check_matches(case, criterion, outputs['predictions'])
 
 
-def check_losses(case: Case, losses: dict[str, Tensor], weight_dict: dict[str, float]) -> None:
+def check_losses(case: CollaborativeCase, losses: dict[str, Tensor], weight_dict: dict[str, float]) -> None:
     recorded = case.record
     named = {our_name(name): value for name, value in recorded['losses'].items() if name != 'acc0'}
     assert named.keys() == {name for name in losses if name in weight_dict}
@@ -234,7 +233,7 @@ def check_losses(case: Case, losses: dict[str, Tensor], weight_dict: dict[str, f
     assert_close(weighted_sum(losses, weight_dict), recorded['total'], 'total', **CLOSE)
 
 
-def check_gradients(case: Case, model: nn.Module) -> None:
+def check_gradients(case: CollaborativeCase, model: nn.Module) -> None:
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     official = {
         name: torch.tensor(value) for name, value in case.record['grad_norm'].items() if value is not None
@@ -255,7 +254,7 @@ def check_samples(samples: list, recorded: list[dict]) -> None:
         assert int((assigned < BACKGROUND).sum()) == expected['num_ignored']
 
 
-def check_queries(case: Case, groups: list) -> None:
+def check_queries(case: CollaborativeCase, groups: list) -> None:
     """Positives of the auxiliary heads, as decoder queries."""
     labels, boxes = (torch.cat([target[key] for target in case.targets]) for key in ('labels', 'boxes'))
     for index, group in enumerate(groups):
@@ -270,31 +269,24 @@ def check_queries(case: Case, groups: list) -> None:
         assert_close(recorded['targets'][pairs.batch, pairs.query], boxes[pairs.target], 'targets')
 
 
-def check_matches(case: Case, criterion: nn.Module, predictions: list) -> None:
+def check_matches(case: CollaborativeCase, criterion: nn.Module, predictions: list) -> None:
     layers = {f'd{index}': index for index in range(5)} | {'d5': None, 'enc': None}
-    offset = np.cumsum([0] + [len(target['labels']) for target in case.targets])
     for name, images in case.record['assignments']['query_head'].items():
         kind = 'enc' if name == 'enc' else 'one2one'
         (prediction,) = (p for p in predictions if (p.kind, p.layer) == (kind, layers[name]))
         row = criterion.table[kind]
-        shown = [
-            t | {'labels': torch.zeros_like(t['labels'])} if row.class_agnostic else t for t in case.targets
-        ]
-        pairs = row.matcher(prediction, shown)
-        for index, expected in enumerate(images):
-            here = pairs.batch == index
-            assert pairs.query[here].tolist() == expected['query'], name
-            assert (pairs.target[here] - offset[index]).tolist() == expected['gt'], name
+        shown = without_classes(case.targets) if row.class_agnostic else case.targets
+        recorded = [(expected['query'], expected['gt']) for expected in images]
+        check_pairs(row.matcher(prediction, shown), recorded, case.targets, name)
 
 
 @pytest.mark.slow
 @needs_shared
-def test_optimizer_steps_equal_official(case: Case, noise: None) -> None:
+def test_optimizer_steps_equal_official(case: CollaborativeCase, noise: None) -> None:
     model, criterion, _ = case.built
     case.fill(model)
-    args, recorded = resolve_all(Namespace(**case.flags)), case.record['optimizer_steps']
-    names = args.lr_backbone_names, args.lr_linear_proj_names, 0.1
-    optimizer = build_optimizer(model, args.lr, args.lr_backbone, 1e-4, *names)
+    args, recorded = case.args, case.record['optimizer_steps']
+    optimizer = optimizer_of(model, args)
     official = {}  # learning rate -> parameters
     for name, (_, numbers) in recorded['param_groups'].items():
         if 'requires_grad=True' in name:
@@ -325,7 +317,7 @@ def test_optimizer_steps_equal_official(case: Case, noise: None) -> None:
 
 
 @needs_shared
-def test_checkpoints_go_to_mmdetection_and_back(case: Case) -> None:
+def test_checkpoints_go_to_mmdetection_and_back(case: CollaborativeCase) -> None:
     """Every official entry is read, and written again under its name."""
     model, _, _ = case.built
     state = case.official_state()
@@ -338,7 +330,7 @@ def test_checkpoints_go_to_mmdetection_and_back(case: Case) -> None:
 
 
 @needs_shared
-def test_detections_of_every_module_equal_official(case: Case) -> None:
+def test_detections_of_every_module_equal_official(case: CollaborativeCase) -> None:
     model, _, postprocessors = case.built
     model.eval()
     with torch.no_grad():
@@ -353,7 +345,9 @@ def test_detections_of_every_module_equal_official(case: Case) -> None:
 
 @needs_shared
 @pytest.mark.parametrize('name', ['faster_rcnn', 'atss'])
-def test_auxiliary_heads_detect_as_official(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auxiliary_heads_detect_as_official(
+    case: CollaborativeCase, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, _, _ = case.built
     monkeypatch.setattr(model, 'eval_module', name)
     postprocessors = build_postprocessors(resolve_all(Namespace(**case.flags, eval_module=name)))

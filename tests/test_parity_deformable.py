@@ -2,7 +2,6 @@
 steps.
 """
 
-import json
 import re
 from argparse import Namespace
 from collections.abc import Iterator
@@ -15,15 +14,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import build_optimizer
 from main import get_args_parser
 from models import build_model
 from models.training.criterion import weighted_sum
 from models.training.flags import resolve_all
 from tests import rule
-from tests.parity import assert_close, check_losses, float64, to_targets
+from tests.models import TWO_STAGE
+from tests.parity import (
+    Case,
+    assert_close,
+    case_params,
+    check_losses,
+    check_pairs,
+    float64,
+    optimizer_of,
+    to_targets,
+    without_classes,
+)
 from tests.shared_data import SHARED, needs_shared, read_shared
-from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
 CASES = sorted(
     [*SHARED.glob('parity/deformable_detr/r50*.json'), *SHARED.glob('parity/ms_detr/ms_detr_*.json')]
@@ -32,15 +40,11 @@ CASES = sorted(
 HEAD_ALIASES = ('transformer.decoder.bbox_embed.', 'transformer.decoder.class_embed.', 'bbox_embed_o2m.')
 
 
-class Case:
-    """A recorded case, and our model built and filled as its file says. Use under `float64()`."""
-
-    def __init__(self, path: Path) -> None:
-        self.record = json.loads(path.read_text())
-        with np.load(path.with_suffix('.npz')) as archive:
-            self.arrays = dict(archive)
-        # Names that the official code gives to the same tensor: ours -> the one that values are recorded under.
-        self.first_names = {name: first for name, _, first in self.record['state_dict']}
+class DeformableCase(Case):
+    @cached_property
+    def first_names(self) -> dict[str, str]:
+        """Of names that the official code gives to the same tensor: ours -> the one that values are recorded under."""
+        return {name: first for name, _, first in self.record['state_dict']}
 
     @cached_property
     def args(self) -> Namespace:
@@ -48,18 +52,11 @@ class Case:
         variant = {'ms_variant': 'a'} if self.record['case'].startswith('ms_detr_a') else {}
         return resolve_all(Namespace(**self.record['arguments'], **variant, backbone_weights='none'))
 
-    @cached_property
-    def built(self) -> tuple[nn.Module, nn.Module, dict]:
-        model, criterion, postprocessors = build_model(self.args)
-        self.fill(model)
-        return model, criterion, postprocessors
-
     @torch.no_grad()
     def fill(self, model: nn.Module) -> None:
-        salt = self.record['rule']['salt']
         for name, tensor in model.state_dict(keep_vars=True).items():
             if tensor.is_floating_point() and tensor.ndim:
-                value = rule.parameter(salt + self.first_names[name], tuple(tensor.shape))
+                value = rule.parameter(self.salt + self.first_names[name], tuple(tensor.shape))
                 tensor.copy_(torch.from_numpy(value))
 
     @property
@@ -67,14 +64,8 @@ class Case:
         """Of outputs. Proposals are float32 logarithms, whose last bit depends on the processor; recorded so."""
         return {'rtol': 1e-6, 'atol': 1e-6} if self.args.two_stage else {'rtol': 1e-8, 'atol': 1e-9}
 
-    @property
-    def samples(self) -> NestedTensor:
-        return nested_tensor_from_tensor_list(
-            [rule.image(p['name'], p['height'], p['width']) for p in self.record['images']]
-        )
-
-    def targets(self, target_set: str) -> list[dict[str, Tensor]]:
-        return to_targets(self.record['target_sets'][target_set]['targets'])
+    def target_set(self, name: str) -> list[dict[str, Tensor]]:
+        return to_targets(self.record['target_sets'][name]['targets'])
 
     def official_names(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return {self.first_names[name]: p for name, p in model.named_parameters()}
@@ -83,15 +74,9 @@ class Case:
 QUICK = ('r50_box_refine_two_stage', 'ms_detr_pp_300')
 
 
-@pytest.fixture(
-    scope='module',
-    params=[
-        pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
-        for path in CASES
-    ],
-)
-def case(request: pytest.FixtureRequest) -> Case:
-    return Case(request.param)
+@pytest.fixture(scope='module', params=case_params(CASES, QUICK))
+def case(request: pytest.FixtureRequest) -> DeformableCase:
+    return DeformableCase(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -100,14 +85,14 @@ def precision(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def trained(case: Case) -> Case:
+def trained(case: DeformableCase) -> DeformableCase:
     if 'target_sets' not in case.record:
         pytest.skip('this case was recorded in evaluation only')
     return case
 
 
 @needs_shared
-def test_parameters_have_official_names_shapes_and_order(case: Case) -> None:
+def test_parameters_have_official_names_shapes_and_order(case: DeformableCase) -> None:
     model, criterion, _ = case.built
     entries = [[name, list(tensor.shape)] for name, tensor in model.state_dict().items()]
     assert entries == [
@@ -121,7 +106,7 @@ def test_parameters_have_official_names_shapes_and_order(case: Case) -> None:
 
 
 @needs_shared
-def test_evaluation_equals_official(case: Case) -> None:
+def test_evaluation_equals_official(case: DeformableCase) -> None:
     model, _, postprocessors = case.built
     with torch.no_grad():
         outputs = model.eval()(case.samples)
@@ -136,7 +121,7 @@ def test_evaluation_equals_official(case: Case) -> None:
 
 
 @needs_shared
-def test_training_outputs_equal_official(case: Case) -> None:
+def test_training_outputs_equal_official(case: DeformableCase) -> None:
     """Dropout is 0, so that the layers of a training pass are those that were recorded in evaluation."""
     steps = trained(case).record['npz']
     model, _, _ = case.built
@@ -181,13 +166,13 @@ def test_training_outputs_equal_official(case: Case) -> None:
         ),
     ],
 )
-def test_training_equals_official(case: Case, target_set: str) -> None:
+def test_training_equals_official(case: DeformableCase, target_set: str) -> None:
     if target_set not in trained(case).record['target_sets']:
         pytest.skip('this case has no such objects')
     recorded = case.record['target_sets'][target_set]
     model, criterion, _ = case.built
     model.train().zero_grad()
-    targets = case.targets(target_set)
+    targets = case.target_set(target_set)
     outputs = model(case.samples, targets)
     losses = criterion(outputs, targets)
     check_losses(losses, criterion.weight_dict, recorded).backward()
@@ -198,45 +183,35 @@ def test_training_equals_official(case: Case, target_set: str) -> None:
     assert_close(norm, recorded['grad_norm_total'], 'norm of all gradients')
     missing = {name for name, p in case.official_names(model).items() if p.requires_grad} - set(gradients)
     assert missing == set(recorded.get('parameters_without_gradient', []))
-    check_assignments(case, criterion, outputs['predictions'], targets, recorded)
+    check_assignments(criterion, outputs['predictions'], targets, recorded)
 
 
-def check_assignments(
-    case: Case, criterion: nn.Module, predictions: list, targets: list[dict], recorded: dict
-) -> None:
+def check_assignments(criterion: nn.Module, predictions: list, targets: list[dict], recorded: dict) -> None:
     """Matcher calls were recorded in this order: kind by kind, of each the last layer, then the earlier ones."""
     order = ('one2one', 'o2m', 'enc')
     ordered = sorted(predictions, key=lambda p: (order.index(p.kind), -1 if p.layer is None else p.layer))
-    offsets = np.cumsum([0] + [len(target['labels']) for target in targets])
     for prediction, call in zip(ordered, recorded['matches'], strict=True):
         row = criterion.table[prediction.kind]
-        if row.class_agnostic:
-            targets = [target | {'labels': torch.zeros_like(target['labels'])} for target in targets]
-        pairs = row.matcher(prediction, targets)
-        for image, (query, target) in enumerate(call['indices']):
-            here = pairs.batch == image
-            assert pairs.query[here].tolist() == query
-            assert (pairs.target[here] - offsets[image]).tolist() == target
+        shown = without_classes(targets) if row.class_agnostic else targets
+        check_pairs(row.matcher(prediction, shown), call['indices'], targets)
 
 
 @pytest.mark.slow
 @needs_shared
-def test_optimizer_steps_equal_official(case: Case) -> None:
+def test_optimizer_steps_equal_official(case: DeformableCase) -> None:
     recorded = trained(case).record.get('optimizer')
     if not recorded:
         pytest.skip('no optimizer steps were recorded for this case')
     model, criterion, _ = case.built
     case.fill(model)
-    args = case.args
-    names = args.lr_backbone_names, args.lr_linear_proj_names, args.lr_linear_proj_mult
-    optimizer = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay, *names)
+    optimizer = optimizer_of(model, case.args)
     groups = [
         [len(group['params']), sum(p.numel() for p in group['params']), group['lr']]
         for group in optimizer.param_groups
     ]
     np.testing.assert_allclose(groups, recorded['groups_tensors_elements_lr'])
     before = {name: p.detach().clone() for name, p in case.official_names(model).items()}
-    targets = case.targets(recorded['on_target_set'])
+    targets = case.target_set(recorded['on_target_set'])
     for step, entry in enumerate(recorded['steps']):
         losses = criterion(model.train()(case.samples, targets), targets)
         for name, value in entry['losses'].items():
@@ -278,22 +253,21 @@ def test_initial_values_equal_official(name: str) -> None:
         assert_close(torch.stack(found), numbers, entry, atol=1e-7)
 
 
+class RecordedCase(DeformableCase):
+    args = Namespace(**TWO_STAGE, dropout=0.0, backbone_weights='none')
+
+    @cached_property
+    def first_names(self) -> dict[str, str]:
+        ours = build_model(self.args)[0].state_dict()
+        return {name: re.sub(r'^(class|bbox)_embed', r'transformer.decoder.\1_embed', name) for name in ours}
+
+
 def test_recorded_numbers_equal_official() -> None:
     """A part of the same, from numbers that lie in this repository: losses and gradient of a training step."""
-    file = Path(__file__).parent / 'recorded/deformable_detr_r50_two_stage.json'
     with float64():
-        case = object.__new__(Case)
-        case.record = json.loads(file.read_text())
-        case.record |= {'rule': {'salt': ''}, 'target_sets': {'recorded': case.record}}
-        flags = {'with_box_refine': True, 'two_stage': True, 'dropout': 0.0, 'backbone_weights': 'none'}
-        model, criterion, _ = build_model(Namespace(**flags))
-        case.first_names = {
-            name: re.sub(r'^(class|bbox)_embed', r'transformer.decoder.\1_embed', name)
-            for name in model.state_dict()
-        }
-        case.fill(model)
-        targets = case.targets('recorded')
-        losses = criterion(model.train()(case.samples, targets), targets)
+        case = RecordedCase(Path(__file__).parent / 'recorded/deformable_detr_r50_two_stage.json')
+        model, criterion, _ = case.built
+        losses = criterion(model.train()(case.samples, case.targets), case.targets)
         assert set(losses) == set(case.record['losses'])
         for name, value in case.record['losses'].items():
             assert_close(losses[name], value, name)

@@ -2,17 +2,20 @@
 optimizer steps.
 """
 
+from argparse import Namespace
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from engine import build_optimizer
 from models.training.criterion import weighted_sum
 from models.training.structures import Targets
-from tests.parity import Case, assert_close, float64
+from tests import rule
+from tests.parity import Case, assert_close, case_params, check_pairs, float64
 from tests.shared_data import SHARED, needs_shared
 
 FLAGS = {'detr': {}, 'conditional_detr': {'conditional': True}}
@@ -24,22 +27,39 @@ CASES = [
 ]
 
 
-@pytest.fixture(
-    scope='module',
-    params=[
-        pytest.param(
-            path, id=f'{path.parent.name}-{path.stem}', marks=() if path.stem == 'r50' else pytest.mark.slow
-        )
-        for path in CASES
-    ],
-)
-def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+class DenseCase(Case):
+    images_key = 'pictures'
+
+    def __init__(self, path: Path, system: str) -> None:
+        super().__init__(path)
+        self.system = system
+
+    @cached_property
+    def args(self) -> Namespace:
+        return Namespace(**self.record['args'] | {'backbone_weights': 'none'} | FLAGS[self.system])
+
+    @torch.no_grad()
+    def fill(self, model: nn.Module) -> None:
+        rule.fill(model, self.salt)
+        parameters = dict(model.named_parameters())
+        for step in self.record['rule']['after_fill']:
+            parameters[step['parameter']] *= step['multiply_in_place_by']
+
+    def train_losses(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Loss terms and total of a training pass."""
+        model, criterion, _ = self.built
+        losses = criterion(model.train()(self.samples, self.targets), self.targets)
+        return losses, weighted_sum(losses, criterion.weight_dict)
+
+
+@pytest.fixture(scope='module', params=case_params(CASES, ('r50',), folder=True))
+def case(request: pytest.FixtureRequest) -> Iterator[DenseCase]:
     with float64():
-        yield Case(request.param, FLAGS[request.param.parent.name])
+        yield DenseCase(request.param, request.param.parent.name)
 
 
 @needs_shared
-def test_parameters_have_official_names_shapes_and_order(case: Case) -> None:
+def test_parameters_have_official_names_shapes_and_order(case: DenseCase) -> None:
     model, criterion, _ = case.built
     entries = [[name, list(tensor.shape)] for name, tensor in model.state_dict().items()]
     assert entries == case.record['state_dict']
@@ -49,7 +69,7 @@ def test_parameters_have_official_names_shapes_and_order(case: Case) -> None:
 
 
 @needs_shared
-def test_evaluation_equals_official(case: Case) -> None:
+def test_evaluation_equals_official(case: DenseCase) -> None:
     model, _, postprocessors = case.built
     with torch.no_grad():
         outputs = model.eval()(case.samples)
@@ -64,7 +84,7 @@ def test_evaluation_equals_official(case: Case) -> None:
 
 
 @needs_shared
-def test_training_equals_official(case: Case) -> None:
+def test_training_equals_official(case: DenseCase) -> None:
     model, criterion, _ = case.built
     model.train().zero_grad()
     outputs = model(case.samples, case.targets)
@@ -86,23 +106,18 @@ def test_training_equals_official(case: Case) -> None:
 
 
 @needs_shared
-def test_assignments_equal_official(case: Case) -> None:
+def test_assignments_equal_official(case: DenseCase) -> None:
     model, criterion, _ = case.built
     with torch.no_grad():
         predictions = model.train()(case.samples, case.targets)['predictions']
     by_call = sorted(predictions, key=lambda p: -1 if p.layer is None else p.layer)
-    offsets = np.cumsum([0] + [len(target['labels']) for target in case.targets])
     for prediction, call in zip(by_call, case.record['matcher_calls']['calls'], strict=True):
-        pairs = criterion.table['one2one'].matcher(prediction, case.targets)
-        for image, (query, target) in enumerate(call):
-            here = pairs.batch == image
-            assert pairs.query[here].tolist() == query
-            assert (pairs.target[here] - offsets[image]).tolist() == target
+        check_pairs(criterion.table['one2one'].matcher(prediction, case.targets), call, case.targets)
 
 
 @pytest.mark.slow
 @needs_shared
-def test_optimizer_steps_equal_official(case: Case) -> None:
+def test_optimizer_steps_equal_official(case: DenseCase) -> None:
     recorded = case.record.get('optimizer_steps')
     if not recorded:
         pytest.skip('no optimizer steps were recorded for this case')
@@ -131,7 +146,7 @@ def test_optimizer_steps_equal_official(case: Case) -> None:
 def test_recorded_numbers_equal_official(system: str) -> None:
     """A part of the same, from numbers that lie in this repository."""
     with float64():
-        case = Case(Path(__file__).parent / f'recorded/{system}_r50_empty.json', FLAGS[system])
+        case = DenseCase(Path(__file__).parent / f'recorded/{system}_r50_empty.json', system)
         model = case.built[0]
         with torch.no_grad():
             outputs = model.eval()(case.samples)

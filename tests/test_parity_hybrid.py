@@ -2,11 +2,10 @@
 
 import json
 import re
+from argparse import Namespace
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,17 +13,25 @@ from torch import Tensor, nn
 import models.deformable_transformer
 import models.training.losses
 import models.training.matcher
-from engine import build_optimizer
 from main import get_args_parser
 from models import build_model
 from models.training.criterion import weighted_sum
 from models.training.flags import resolve_all
 from tests import rule
-from tests.parity import assert_close, check_losses, float64, to_targets
+from tests.parity import (
+    Case,
+    assert_close,
+    case_params,
+    check_losses,
+    check_pairs,
+    float64,
+    optimizer_of,
+    without_classes,
+)
 from tests.shared_data import SHARED, needs_shared
 from util.box_ops import box_iou
 from util.checkpoint import load_checkpoint
-from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from util.nested_tensor import NestedTensor
 
 CASES = [
     path
@@ -32,34 +39,24 @@ CASES = [
     for path in sorted(SHARED.glob(f'parity/h_deformable_detr/{name}_*.json'))
 ]
 DETREX = SHARED / 'parity/h_deformable_detr/detrex_r50_60_120_k3.json'
-TRICKS = '--with_box_refine --two_stage --dim_feedforward 2048 --dropout 0.0 --mixed_selection --look_forward_twice'
-DETREX_FLAGS = f'{TRICKS} --num_queries 60 --hybrid_queries 120 --hybrid_k 3 --hybrid_lambda 0.5 --topk 300'
-CLOSE = {
-    'rtol': 1e-6,
-    'atol': 1e-6,
-}  # proposals are float32 logarithms, whose last bit depends on the processor
+DETREX_FLAGS = """--with_box_refine --two_stage --dim_feedforward 2048 --dropout 0.0 --mixed_selection --look_forward_twice
+    --num_queries 60 --hybrid_queries 120 --hybrid_k 3 --hybrid_lambda 0.5 --topk 300"""
+# Proposals are float32 logarithms, whose last bit depends on the processor.
+CLOSE = {'rtol': 1e-6, 'atol': 1e-6}
 
 
-class Case:
-    """A recorded case, and our model built from its command line. Use under `float64()`."""
+class HybridCase(Case):
+    """Our model is built from the official command line."""
 
-    def __init__(self, path: Path) -> None:
-        self.record = json.loads(path.read_text())
-        with np.load(path.with_suffix('.npz')) as archive:
-            self.arrays = dict(archive)
-        self.args = resolve_all(
-            get_args_parser().parse_args(
-                [*self.record.get('argv', DETREX_FLAGS.split()), '--backbone_weights', 'none']
-            )
-        )
-        if 'argv' not in self.record:
-            self.args.num_classes = 80
+    name_key = 'rule_name'
 
     @cached_property
-    def built(self) -> tuple[nn.Module, nn.Module, dict]:
-        model, criterion, postprocessors = build_model(self.args)
-        self.fill(model)
-        return model, criterion, postprocessors
+    def args(self) -> Namespace:
+        argv = self.record.get('argv', DETREX_FLAGS.split())
+        args = resolve_all(get_args_parser().parse_args([*argv, '--backbone_weights', 'none']))
+        if 'argv' not in self.record:
+            args.num_classes = 80
+        return args
 
     def first_name(self, name: str) -> str:
         """The name under which the value of a tensor with several official names is recorded."""
@@ -73,15 +70,11 @@ class Case:
             state[name] = kept[name] if dtype else torch.from_numpy(ruled)
         load_checkpoint(model, state)
 
-    def samples(self, padding: bool = True) -> NestedTensor:
-        samples = nested_tensor_from_tensor_list(
-            [rule.image(p['rule_name'], p['height'], p['width']) for p in self.record['images']]
-        )
-        return samples if padding else NestedTensor(samples.tensors, torch.zeros_like(samples.mask))
-
     @property
-    def targets(self) -> list[dict[str, Tensor]]:
-        return to_targets(self.record['targets'])
+    def unpadded_samples(self) -> NestedTensor:
+        """As if the images filled the batch."""
+        samples = self.samples
+        return NestedTensor(samples.tensors, torch.zeros_like(samples.mask))
 
 
 @pytest.fixture(autouse=True)
@@ -93,38 +86,29 @@ def precision() -> Iterator[None]:
 QUICK = ('r50_onestage_hybrid', 'r50_hybrid_notricks_overflow')
 
 
-@pytest.fixture(
-    scope='module',
-    params=[
-        pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
-        for path in CASES
-    ],
-)
-def case(request: pytest.FixtureRequest) -> Case:
-    return Case(request.param)
+@pytest.fixture(scope='module', params=case_params(CASES, QUICK))
+def case(request: pytest.FixtureRequest) -> HybridCase:
+    return HybridCase(request.param)
 
 
-def check_assignments(case: Case, criterion: nn.Module, predictions: list) -> None:
+def check_assignments(case: HybridCase, criterion: nn.Module, predictions: list) -> None:
     targets = case.targets
-    offsets = np.cumsum([0] + [len(target['labels']) for target in targets])
     for name, recorded in case.record['matcher_indices'].items():
         kind, layer = name.split('_')
         kind = 'enc' if layer == 'enc' else kind
         layer = int(layer[3:]) if layer.startswith('aux') else None
         (prediction,) = (p for p in predictions if (p.kind, p.layer) == (kind, layer))
-        agnostic = [target | {'labels': torch.zeros_like(target['labels'])} for target in targets]
-        pairs = criterion.table[kind].matcher(prediction, agnostic if kind == 'enc' else targets)
-        for image, (query, target) in enumerate(recorded):
-            here = pairs.batch == image
-            assert pairs.query[here].tolist() == query, name
-            # Objects are repeated as a block, and ours are counted once.
-            assert (pairs.target[here] - offsets[image]).tolist() == [
-                t % len(targets[image]['labels']) for t in target
-            ], name
+        shown = without_classes(targets) if kind == 'enc' else targets
+        # Objects are repeated as a block, and ours are counted once.
+        recorded = [
+            (query, [index % len(target['labels']) for index in block])
+            for (query, block), target in zip(recorded, targets, strict=True)
+        ]
+        check_pairs(criterion.table[kind].matcher(prediction, shown), recorded, targets, name)
 
 
 @needs_shared
-def test_the_command_line_builds_the_official_model(case: Case) -> None:
+def test_the_command_line_builds_the_official_model(case: HybridCase) -> None:
     model, criterion, _ = case.built
     record = case.record
     official = {name: shape for name, shape, *_ in record['state_dict']}
@@ -136,9 +120,7 @@ def test_the_command_line_builds_the_official_model(case: Case) -> None:
     assert sum(p.numel() for p in parameters) == record['n_parameters_total']
     assert sum(p.numel() for p in parameters if p.requires_grad) == record['n_parameters_trainable']
     assert criterion.weight_dict == record['weight_dict']
-    args = case.args
-    names = args.lr_backbone_names, args.lr_linear_proj_names, args.lr_linear_proj_mult
-    groups = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay, *names).param_groups
+    groups = optimizer_of(model, case.args).param_groups
     for ours, theirs in zip(groups, record['optimizer_groups'], strict=True):
         assert ours['lr'] == pytest.approx(theirs['lr']) and ours['weight_decay'] == theirs['weight_decay']
         assert len(ours['params']) == theirs['n_tensors']
@@ -146,10 +128,10 @@ def test_the_command_line_builds_the_official_model(case: Case) -> None:
 
 
 @needs_shared
-def test_evaluation_equals_official(case: Case) -> None:
+def test_evaluation_equals_official(case: HybridCase) -> None:
     model, _, postprocessors = case.built
     with torch.no_grad():
-        outputs = model.eval()(case.samples())
+        outputs = model.eval()(case.samples)
     logits = outputs['pred_logits'][:, :: case.record['eval']['pred_logits_query_stride']]
     assert_close(logits, case.arrays['eval_pred_logits'], 'logits', **CLOSE)
     assert_close(outputs['pred_boxes'], case.arrays['eval_pred_boxes'], 'boxes', **CLOSE)
@@ -161,11 +143,11 @@ def test_evaluation_equals_official(case: Case) -> None:
 
 
 @needs_shared
-def test_training_equals_official(case: Case) -> None:
+def test_training_equals_official(case: HybridCase) -> None:
     model, criterion, _ = case.built
     recorded, targets = case.record['train'], case.targets
     model.train().zero_grad()
-    outputs = model(case.samples(), targets)
+    outputs = model(case.samples, targets)
     strides = {kind: recorded[f'{kind}_query_stride'] for kind in ('one2one', 'one2many')}
     last = {p.kind: p for p in outputs['predictions'] if p.layer is None}
     assert_close(
@@ -185,15 +167,13 @@ def test_training_equals_official(case: Case) -> None:
 
 @pytest.mark.slow
 @needs_shared
-def test_optimizer_steps_equal_official(case: Case) -> None:
+def test_optimizer_steps_equal_official(case: HybridCase) -> None:
     model, criterion, _ = case.built
     case.fill(model)
-    args, recorded = case.args, case.record['optimizer_steps']['steps']
-    names = args.lr_backbone_names, args.lr_linear_proj_names, args.lr_linear_proj_mult
-    optimizer = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay, *names)
+    optimizer = optimizer_of(model, case.args)
     model.train()
-    for entry in recorded:
-        losses = criterion(model(case.samples(), case.targets), case.targets)
+    for entry in case.record['optimizer_steps']['steps']:
+        losses = criterion(model(case.samples, case.targets), case.targets)
         total = weighted_sum(losses, criterion.weight_dict)
         optimizer.zero_grad()
         total.backward()
@@ -229,14 +209,14 @@ def test_detrex_port_loads_by_its_own_names_and_gives_its_numbers(monkeypatch: p
     monkeypatch.setattr(models.deformable_transformer.DeformableDecoder, 'eps', 1e-3)
     for module in (models.training.matcher, models.training.losses):
         monkeypatch.setattr(module, 'generalized_box_iou', giou)
-    case = Case(DETREX)
+    case = HybridCase(DETREX)
     model, criterion, _ = case.built
     model.backbone[0].body.layer1.requires_grad_(True)
     with torch.no_grad():
-        outputs = model.eval()(case.samples(padding=False))
+        outputs = model.eval()(case.unpadded_samples)
     assert_close(outputs['pred_logits'][:, ::2], case.arrays['eval_pred_logits'], 'logits', **CLOSE)
     assert_close(outputs['pred_boxes'], case.arrays['eval_pred_boxes'], 'boxes', **CLOSE)
-    outputs = model.train()(case.samples(), case.targets)
+    outputs = model.train()(case.samples, case.targets)
     losses = criterion(outputs, case.targets)
     for name, value in case.record['train']['weighted_losses'].items():
         name = name.replace('loss_class', 'loss_ce')

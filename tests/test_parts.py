@@ -11,7 +11,7 @@ from models import build_model
 from models.ops.modules import MSDeformAttn
 from models.parts import all_parts, compile_parts
 from models.training.criterion import weighted_sum
-from tests.test_invariants import SMALL, TWO_STAGE, random_targets
+from tests.models import SMALL, TWO_STAGE, random_targets
 
 # Few stages, which take the compiler longest.
 TINY = SMALL | {

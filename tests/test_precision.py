@@ -10,12 +10,12 @@ from engine import build_optimizer
 from models.ops.modules import MSDeformAttn, ms_deform_attn
 from models.swin import SWIN_SIZES, SwinSize
 from models.training.criterion import weighted_sum
-from tests.test_invariants import FAMILIES, TWO_STAGE, GivenFeatures, build, random_targets
+from tests.models import FAMILIES, HEADS, TWO_STAGE, GivenFeatures, build, random_targets
 from util.precision import Precision, set_tf32
 
 CPU = torch.device('cpu')
 SWIN = SwinSize(32, (1, 1, 2, 1), (1, 2, 4, 8), 4)
-CO_HEADS = {'co_aux_heads': ['faster_rcnn', 'atss'], 'dn_number': 10}
+CO_HEADS = HEADS | {'dn_number': 10}
 EVERY = FAMILIES | {
     'denoising': TWO_STAGE | {'dn_number': 10},
     'co-deformable': TWO_STAGE | CO_HEADS,

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -17,42 +16,8 @@ import engine
 import main
 from datasets.class_map import ClassMap
 from datasets.shapes import ShapesDetection, export
+from tests.runs import ROOT, TINY, assert_same, load, run
 from tools import predict
-
-ROOT = Path(__file__).resolve().parents[1]
-TINY = """--dataset_file shapes --shapes_train 12 --shapes_val 4 --shapes_size 64 --img_size 64 --max_size 64
-    --backbone resnet10 --backbone_weights none --backbone_norm batch --backbone_stages 3 --hidden_dim 32 --nheads 4
-    --enc_layers 1 --dec_layers 2 --dim_feedforward 64 --num_queries 10 --conditional --batch_size 4 --num_workers 0
-    --epochs 3 --lr_drop 2 --device cpu --lr 1e-3 --lr_backbone 1e-3"""
-
-
-def run(folder: Path | str, *more: str) -> None:
-    main.main(parse(folder, *more))
-
-
-def parse(folder: Path | str, *more: str) -> Namespace:
-    return main.get_args_parser().parse_args([*TINY.split(), '--output_dir', str(folder), *more])
-
-
-def load(folder: Path) -> dict:
-    return torch.load(folder / 'checkpoint.pth', weights_only=True)
-
-
-def assert_same(ours: object, theirs: object, where: str = 'checkpoint') -> None:
-    """Equal to the last bit, all the way down; the folder of a run may differ."""
-    assert type(ours) is type(theirs), where
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in set(ours) - {'output_dir', 'resume', 'num_workers'}:
-            assert_same(ours[key], theirs[key], f'{where}.{key}')
-    elif isinstance(ours, (list, tuple)):
-        assert len(ours) == len(theirs), where
-        for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(one, other, f'{where}[{index}]')
-    else:
-        assert ours == theirs, where
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(
@@ -341,12 +306,7 @@ def test_overfits_8_images(tmp_path: Path, family: str) -> None:
             (('images', folder_of_images), ('ann', annotations))]  # fmt: skip
     flags = """--dataset_file coco --aug none --epochs 400 --lr_drop 320 --eval_every 400 --save_every 400 --batch_size 8
         --dropout 0 --hidden_dim 64 --num_queries 20 --print_freq 100"""
-    text = TINY.replace('--conditional', family)
-    main.main(
-        main.get_args_parser().parse_args(
-            [*text.split(), *flags.split(), *data, '--output_dir', str(tmp_path)]
-        )
-    )
+    run(tmp_path, *flags.split(), *data, flags=TINY.replace('--conditional', family))
     with (tmp_path / 'metrics.csv').open() as file:
         assert float(list(csv.DictReader(file))[-1]['test_AP']) > 0.9
 
@@ -370,9 +330,9 @@ def test_deformable_run_resumes_on_any_schedule(
     """Interrupted after two epochs of four: the same metrics as undisturbed, random samples and noise too, and the
     rates that were asked for.
     """
-    monkeypatch.setattr(f'{__name__}.TINY', TINY.replace('--conditional', f'{family} --hidden_dim 64'))
+    tiny = TINY.replace('--conditional', f'{family} --hidden_dim 64')
     flags = [*schedule, '--epochs', '4', '--eval_every', '4']
-    run(tmp_path / 'whole', *flags)
+    run(tmp_path / 'whole', *flags, flags=tiny)
     finish, calls = main.finish_epoch, []
 
     def stop(*args: object) -> None:
@@ -383,8 +343,8 @@ def test_deformable_run_resumes_on_any_schedule(
 
     monkeypatch.setattr(main, 'finish_epoch', stop)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / 'parts', *flags)
-    run(tmp_path / 'parts', *flags, '--resume', 'auto')
+        run(tmp_path / 'parts', *flags, flags=tiny)
+    run(tmp_path / 'parts', *flags, '--resume', 'auto', flags=tiny)
     rows = {}
     for name in ('whole', 'parts'):
         with (tmp_path / name / 'metrics.csv').open() as file:
@@ -395,16 +355,15 @@ def test_deformable_run_resumes_on_any_schedule(
 
 
 @pytest.mark.slow
-def test_auxiliary_heads_are_evaluated_on_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_auxiliary_heads_are_evaluated_on_their_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     heads = '--dino --dn_number 10 --co_aux_heads faster_rcnn atss --hidden_dim 64'
-    monkeypatch.setattr(f'{__name__}.TINY', TINY.replace('--conditional', heads))
-    run(tmp_path / 'run', '--epochs', '1')
+    tiny = TINY.replace('--conditional', heads)
+    run(tmp_path / 'run', '--epochs', '1', flags=tiny)
     found = {}
     for module in ('detr', 'faster_rcnn', 'atss'):
         folder = tmp_path / module
-        run(folder, '--eval', '--resume', str(tmp_path / 'run/checkpoint.pth'), '--eval_module', module)
+        more = ['--eval', '--resume', str(tmp_path / 'run/checkpoint.pth'), '--eval_module', module]
+        run(folder, *more, flags=tiny)
         found[module] = json.loads((folder / 'eval.json').read_text())['test_coco_eval_bbox']
     assert len({tuple(stats) for stats in found.values()}) == 3, 'three detectors'
     assert 'FLOPs  not counted' in capsys.readouterr().out

@@ -17,8 +17,8 @@ from datasets.samplers import EvalBatches, SizeBatches
 from datasets.shapes import ShapesDetection
 from datasets.transforms import make_transforms
 from models import build_model
-from tests.test_distributed import SMALL, TWO_STAGE
-from tests.test_run import assert_same, load, run
+from tests.models import SMALLER, TRICKS
+from tests.runs import assert_same, load, run
 from tools.convert_checkpoint import convert
 from util.checkpoint import load_checkpoint
 from util.distributed.parallel import load_optimizer_state
@@ -177,7 +177,7 @@ def test_the_worst_batch_is_as_large_as_any_that_comes() -> None:
 
 
 def test_a_lack_of_memory_is_explained_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, criterion, _ = build_model(Namespace(**SMALL | TWO_STAGE))
+    model, criterion, _ = build_model(Namespace(**SMALLER | TRICKS))
 
     def lack(*args: object) -> None:
         raise torch.OutOfMemoryError('CUDA out of memory')

@@ -28,18 +28,18 @@ from models.training.flags import resolve_all
 from models.training.matcher import OneToManyMatcher, merge, stack_predictions
 from models.training.report import epoch_ledger, ledger_text, supervision_table
 from models.training.structures import Targets
-from tests.parity import float64, to_targets
+from tests.models import HEADS, SMALL, TRICKS, TWO_STAGE, CountSyncs, random_targets
+from tests.parity import check_pairs, float64, optimizer_of, to_targets, without_classes
 from tests.reference_criterion import hybrid_batch, reference_losses
+from tests.runs import ROOT
 from tests.shared_data import SHARED, needs_shared, read_shared
-from tests.test_invariants import ROOT, SMALL, CountSyncs, random_targets
 from util.checkpoint import load_checkpoint
 from util.nested_tensor import collate_fn
 
 MATCHER = read_shared('parity/ms_detr/matcher_one_to_many.json').get('cases', {})
-TRICKS = {'with_box_refine': True, 'two_stage': True, 'mixed_selection': True, 'look_forward_twice': True}
 BASES = {
     'one stage': {'deformable': True},
-    'two stages': {'with_box_refine': True, 'two_stage': True},
+    'two stages': TWO_STAGE,
     'two stages with tricks': TRICKS,
     'conditional': {'conditional': True},
     'dino': {'dino': True},
@@ -48,7 +48,7 @@ SCHEMES = {
     'hybrid': {'hybrid_k': 3, 'hybrid_queries': 24},
     'mixed': {'use_ms_detr': True, 'use_aux_ffn': True},
     'groups': {'group_detr': 2},
-    'heads': {'co_aux_heads': ['faster_rcnn', 'atss']},
+    'heads': HEADS,
     'one head': {'co_aux_heads': ['atss']},
     'denoising': {'dn_number': 10},
 }
@@ -115,15 +115,11 @@ def test_one_to_many_matcher_equals_official(name: str) -> None:
     torch.manual_seed(case['torch_manual_seed'])
     pairs = matcher(prediction, targets)
     assert pairs.count == sum(len(target['labels']) for target in targets)
-    offset = 0
-    for image, recorded in enumerate(case['pictures']):
-        num_objects = len(targets[image]['labels'])
+    for image, target in enumerate(targets):
         expected = arrays[f'{name}__cost{image}']
-        torch.testing.assert_close(scores[image, :num_objects], expected, rtol=0, atol=1e-12)
-        here = pairs.batch == image
-        assert pairs.query[here].tolist() == recorded['matched_query']
-        assert (pairs.target[here] - offset).tolist() == recorded['matched_target']
-        offset += num_objects
+        torch.testing.assert_close(scores[image, : len(target['labels'])], expected, rtol=0, atol=1e-12)
+    recorded = [(image['matched_query'], image['matched_target']) for image in case['pictures']]
+    check_pairs(pairs, recorded, targets)
 
 
 def test_a_query_of_two_objects_has_the_class_of_the_better_one() -> None:
@@ -457,8 +453,7 @@ def test_official_command_lines_of_ms_detr_build_the_official_model(name: str) -
     named = {official for _, _, official in record['state_dict']}
     assert sum(1 for _ in model.parameters()) == len(record['parameter_order'])
     assert {n for n, _ in model.named_parameters() if not re.match('(class|bbox)_embed[.]', n)} <= named
-    names = args.lr_backbone_names, args.lr_linear_proj_names, args.lr_linear_proj_mult
-    groups = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay, *names).param_groups
+    groups = optimizer_of(model, args).param_groups
     found = [[len(g['params']), sum(p.numel() for p in g['params']), g['lr']] for g in groups]
     np.testing.assert_allclose(found, record['optimizer']['groups_tensors_elements_lr'])
 
@@ -550,7 +545,7 @@ def count_method(name: str, copies: Counter, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize('num_objects', [(20, 20), (7, 0), (40, 3), (0, 0)])
 def test_stacked_losses_equal_layer_by_layer_ones(num_objects: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    flags = {'two_stage': True, 'with_box_refine': True, 'hybrid_k': 6}
+    flags = TWO_STAGE | {'hybrid_k': 6}
     criterion, _, _ = build_supervision(resolve_all(Namespace(**flags)))
     predictions, targets = hybrid_batch(num_objects, num_tokens=2000, queries=(300, 600))
     losses = criterion({'predictions': predictions}, targets)
@@ -571,20 +566,18 @@ def test_stacked_losses_equal_layer_by_layer_ones(num_objects: tuple[int, int]) 
         layer = '' if prediction.layer is None else f'_{prediction.layer}'
         kind = prediction.kind
         reference = matches[layer + ('' if kind == 'one2one' else f'_{kind}')]
-        agnostic = [t | {'labels': torch.zeros_like(t['labels'])} for t in targets]
-        pairs = criterion.table[kind].matcher(prediction, agnostic if kind == 'enc' else targets)
-        offset = 0
-        for image, (query, target) in enumerate(reference):
-            here = pairs.batch == image
-            assert pairs.query[here].tolist() == query.tolist()
-            assert (pairs.target[here] - offset).tolist() == (target % max(num_objects[image], 1)).tolist()
-            offset += num_objects[image]
+        shown = without_classes(targets) if kind == 'enc' else targets
+        expected = [
+            (query.tolist(), (target % max(number, 1)).tolist())
+            for (query, target), number in zip(reference, num_objects, strict=True)
+        ]
+        check_pairs(criterion.table[kind].matcher(prediction, shown), expected, targets)
 
 
 def test_criterion_of_hybrid_training_is_few_calls_and_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """At H-DETR's training size: calls of matching, losses and their backward pass; copies to the host."""
     torch.manual_seed(0)
-    flags = {'two_stage': True, 'with_box_refine': True, 'hybrid_k': 6}
+    flags = TWO_STAGE | {'hybrid_k': 6}
     criterion, _, _ = build_supervision(resolve_all(Namespace(**flags)))
     predictions, targets = hybrid_batch()
     leaves = [x for p in predictions for x in (p.logits, p.boxes)]

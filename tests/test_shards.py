@@ -27,7 +27,7 @@ from datasets.flags import check_data_args
 from datasets.shard_index import read_index
 from datasets.shards import ShardedCoco, ShardStream, ShufflePool, build_shard_loader
 from datasets.transforms import make_transforms
-from tests.test_run import TINY, assert_same
+from tests.runs import TINY, assert_same
 from tools import make_shards
 
 pytest.importorskip('webdataset', reason='needs webdataset: pip install webdataset')

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import run_with_submitit
+from tests.runs import ROOT, TINY, assert_same, load
 from tests.slurm_cluster import SlurmCluster, slurm_cluster
-from tests.test_run import ROOT, TINY, assert_same, load
 
 pytestmark = pytest.mark.slow
 EPOCH = 60  # steps

@@ -7,7 +7,7 @@ import pytest
 
 import run_with_submitit
 from run_with_submitit import Training, find_job_dir, get_submit_parser, job_parameters, submit
-from tests.test_run import TINY
+from tests.runs import TINY
 
 
 def test_the_job_asks_for_what_the_official_script_asks_for() -> None:

@@ -23,6 +23,7 @@ from models.swin import (
     resize_table,
 )
 from tests import rule
+from tests.models import TWO_STAGE
 from tests.parity import assert_close, float64
 from tests.shared_data import SHARED, needs_shared, read_shared
 from util.foreign_names import to_official
@@ -259,7 +260,7 @@ def test_what_swin_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert not any(p.requires_grad for p in build_small(monkeypatch, train=False).parameters())
 
 
-@pytest.mark.parametrize('family', [{}, {'conditional': True}, {'with_box_refine': True, 'two_stage': True}])
+@pytest.mark.parametrize('family', [{}, {'conditional': True}, TWO_STAGE])
 @pytest.mark.parametrize('num_stages', [3, 4])
 def test_flags_choose_swin_in_every_family(
     monkeypatch: pytest.MonkeyPatch, family: dict, num_stages: int

@@ -9,7 +9,6 @@ what they compute.
     python tools/benchmark.py criterion                     # matching and losses of H-Deformable-DETR
     python tools/benchmark.py train                         # a training step of H-Deformable-DETR
     python tools/benchmark.py schemes                       # what each way of supervision costs
-    python tools/benchmark.py scaling                       # what thousands of GPUs cost: a table by their number
     python tools/benchmark.py step                          # a training step of each method in each precision
     python tools/benchmark.py fps                           # inference of each method, in images a second
 """
@@ -20,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.benchmarks import criterion, data, fps, model, op, scaling, schemes, step, train
+from tools.benchmarks import criterion, data, fps, model, op, schemes, step, train
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -28,7 +27,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    for part in (data, op, model, criterion, train, schemes, step, fps, scaling):
+    for part in (data, op, model, criterion, train, schemes, step, fps):
         part.add_command(commands)
     return parser
 

@@ -104,10 +104,10 @@ def build_denoising(args: Namespace) -> Denoising:
     return Denoising(
         args.num_classes,
         args.hidden_dim,
-        args.dn_number,
-        args.dn_label_noise_ratio,
-        args.dn_box_noise_scale,
-        DinoDecoder.eps if args.dino else DeformableDecoder.eps,
+        num_queries=args.dn_number,
+        label_noise=args.dn_label_noise_ratio,
+        box_noise=args.dn_box_noise_scale,
+        eps=DinoDecoder.eps if args.dino else DeformableDecoder.eps,
         positions=not args.dino,
     )
 
@@ -117,10 +117,10 @@ def build_heads(args: Namespace) -> CollaborativeHeads:
         args.co_aux_heads,
         args.num_classes,
         args.hidden_dim,
-        level_strides(args),
-        args.max_pos_coords,
-        args.with_coord_feat,
-        args.dino,
+        strides=level_strides(args),
+        max_queries=args.max_pos_coords,
+        with_features=args.with_coord_feat,
+        derived_positions=args.dino,
     )
 
 

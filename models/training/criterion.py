@@ -128,15 +128,15 @@ class SetCriterion(nn.Module):
         layer, batch, query, target, deciding = pairs
         matcher = self.table[stacked.kind].matcher
         return Stack(
-            stacked.logits,
-            stacked.boxes,
-            (layer, batch, query),
-            packed.labels[target],
-            packed.boxes[target],
-            [len(a.query) for a in assignments],
-            packed.sizes if matcher is None else [matcher.count([size]) for size in packed.sizes],
-            assignments[0].count,
-            None if assignments[0].deciding is None else deciding,
+            logits=stacked.logits,
+            boxes=stacked.boxes,
+            index=(layer, batch, query),
+            labels=packed.labels[target],
+            target_boxes=packed.boxes[target],
+            num_pairs=[len(a.query) for a in assignments],
+            num_objects=packed.sizes if matcher is None else [matcher.count([size]) for size in packed.sizes],
+            count=assignments[0].count,
+            deciding=None if assignments[0].deciding is None else deciding,
         )
 
     def denominators(self, stacks: dict[str, Stack], step_sizes: list[list[int]]) -> Tensor:

@@ -66,7 +66,9 @@ class Denoising(nn.Module):
         )
         with without_autocast(reference):
             query_pos = None if self.positions is None else self.positions(reference)
-        group = QueryGroup('dn', tgt, query_pos, reference, ('one2one',), 2 * most, positives)
+        group = QueryGroup(
+            'dn', tgt, query_pos, reference, sees=('one2one',), block=2 * most, assignment=positives
+        )
         return [group], {}
 
     def num_groups(self, sizes: list[int]) -> int:

@@ -35,12 +35,12 @@ class Targets:
         boxes = [target['boxes'] for target in targets]
         padded_boxes = pad_sequence(boxes, batch_first=True)
         return cls(
-            torch.cat(labels),
-            torch.cat(boxes),
-            pad_sequence(labels, batch_first=True),
-            padded_boxes,
-            box_cxcywh_to_xyxy(padded_boxes),
-            [len(label) for label in labels],
+            labels=torch.cat(labels),
+            boxes=torch.cat(boxes),
+            padded_labels=pad_sequence(labels, batch_first=True),
+            padded_boxes=padded_boxes,
+            padded_corners=box_cxcywh_to_xyxy(padded_boxes),
+            sizes=[len(label) for label in labels],
         )
 
     def as_one_class(self) -> 'Targets':

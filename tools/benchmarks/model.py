@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from models import build_model, resolve_args
 from models.ops.functions import describe, use_implementation
+from tools.benchmarks.cuda_graph import GraphedDetector
 from tools.benchmarks.timing import time_in_turn
 from util.checkpoint import load_checkpoint
-from util.cuda_graph import GraphedDetector
 from util.nested_tensor import NestedTensor
 
 Outputs = tuple[Tensor, Tensor]

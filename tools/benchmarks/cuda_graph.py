@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from .nested_tensor import NestedTensor
+from util.nested_tensor import NestedTensor
 
 
 class GraphedDetector:

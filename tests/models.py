@@ -1,0 +1,170 @@
+"""Small models of every kind, batches for them, and what tests do to them."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from models import build_model
+from models.position_encoding import PositionEmbeddingSine
+from models.structures import AttentionBlock
+from models.training import collaborative
+from util.nested_tensor import NestedTensor
+
+SMALL = {
+    'backbone': 'resnet18',
+    'backbone_weights': 'none',
+    'hidden_dim': 32,
+    'nheads': 4,
+    'enc_layers': 2,
+    'dec_layers': 3,
+    'dim_feedforward': 64,
+    'num_queries': 12,
+    'num_classes': 6,
+}
+# The same for any split of a batch into smaller ones.
+SMALLER = {
+    'hidden_dim': 32, 'nheads': 4, 'enc_layers': 1, 'dec_layers': 2, 'dim_feedforward': 32, 'num_queries': 9, 'dropout': 0.0,
+    'backbone': 'resnet10', 'backbone_weights': 'none', 'num_classes': 4, 'backbone_norm': 'group',
+    'backbone_stages': 3,
+}  # fmt: skip
+TWO_STAGE = {'with_box_refine': True, 'two_stage': True}
+TRICKS = TWO_STAGE | {'mixed_selection': True, 'look_forward_twice': True}
+HEADS = {'co_aux_heads': ['faster_rcnn', 'atss']}
+# So few queries reach this score that none are drawn at random.
+MIXED = {'use_ms_detr': True, 'num_queries': 24, 'o2m_matcher_threshold': 2.0}
+DENSE = {'detr': {}, 'conditional': {'conditional': True}}
+FAMILIES = DENSE | {
+    'deformable': {'deformable': True},
+    'box refinement': {'with_box_refine': True, 'use_checkpoint': True},
+    'two stages': TWO_STAGE,
+    'two stages with tricks': TRICKS,
+    'hybrid': TWO_STAGE | {'mixed_selection': True, 'hybrid_k': 3, 'hybrid_queries': 24},
+    'mixed': TWO_STAGE | MIXED | {'use_aux_ffn': True},
+    'mixed, variant a, one stage': MIXED | {'ms_variant': 'a'},
+    'dino': {'dino': True},
+    'all, conditional': MIXED
+    | {'conditional': True, 'hybrid_queries': 24, 'group_detr': 2, 'use_indices_merge': True},
+}
+SCHEMES = {
+    'detr': {},
+    'conditional': {'conditional': True},
+    'deformable': {'deformable': True},
+    'refine': {'with_box_refine': True},
+    'two_stage': TWO_STAGE,
+    'one_loss': TWO_STAGE | {'aux_loss': False},  # a head without a gradient
+    'hybrid': TRICKS | {'hybrid_k': 2, 'hybrid_queries': 12},
+    'mixed': TRICKS | {'use_ms_detr': True, 'use_aux_ffn': True},
+    'mixed_a': {'use_ms_detr': True, 'ms_variant': 'a', 'with_box_refine': True},
+    'groups': {'group_detr': 2},
+    'denoising': TRICKS | {'dn_number': 4},
+    'co_deformable': TRICKS | HEADS,
+    'co_dino': HEADS | {'dino': True, 'dn_number': 4},
+}
+
+
+def build(flags: dict) -> tuple[nn.Module, nn.Module, dict]:
+    torch.manual_seed(0)
+    return build_model(Namespace(**SMALL | flags))
+
+
+def random_targets(*num_objects: int) -> list[dict[str, Tensor]]:
+    dtype = torch.get_default_dtype()
+    return [
+        {'labels': torch.randint(0, 6, (num,)), 'boxes': torch.rand(num, 4, dtype=dtype) * 0.4 + 0.2}
+        for num in num_objects
+    ]
+
+
+class GivenFeatures(nn.Module):
+    """In place of a backbone: the samples are feature maps."""
+
+    def __init__(self, num_channels: int, hidden_dim: int, offset: float) -> None:
+        super().__init__()
+        self.num_channels = [num_channels]
+        self.encoding = PositionEmbeddingSine(hidden_dim // 2, offset=offset)
+
+    def forward(self, samples: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
+        return [samples], [self.encoding(samples.mask).to(samples.tensors.dtype)]
+
+
+def under_one_mask(blocks: list[AttentionBlock]) -> AttentionBlock:
+    """The same attention as one block over all queries."""
+    total = blocks[-1].queries.stop
+    hidden = torch.ones(total, total, dtype=torch.bool)
+    for block in blocks:
+        columns = block.pick(torch.arange(total), dim=0)
+        hidden[block.queries, columns] = False if block.hidden is None else block.hidden
+    everything = slice(0, total)
+    return AttentionBlock(everything, [everything], hidden)
+
+
+class CountSyncs(TorchDispatchMode):
+    """Counts operators that make a GPU's host wait: reading a scalar, shapes that depend on values, boolean
+    indices.
+    """
+
+    names = (
+        'aten._local_scalar_dense',
+        'aten.nonzero',
+        'aten.masked_select',
+        'aten._unique',
+        'aten.is_nonzero',
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        by_mask = str(func).startswith('aten.index') and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool for index in tree_leaves(args[1:2])
+        )
+        if by_mask or str(func).startswith(self.names):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def content_of(x: Tensor) -> Tensor:
+    """Numbers in [0, 1) that follow from the values of x alone."""
+    return (x.double() * 77.7 + 0.3).sin().abs() * 0.999
+
+
+@contextmanager
+def no_chance() -> Iterator[None]:
+    """What is drawn follows from what it is drawn for, not from how images are dealt out; and a head has the same number of
+    queries in any batch.
+    """
+
+    def randint_like(x: Tensor, low: int, high: int) -> Tensor:
+        return (
+            low + (content_of(x) * (high - low)).to(x.dtype).floor()
+            if x.is_floating_point()
+            else torch.ones_like(x)
+        )
+
+    with (
+        mock.patch.object(torch, 'rand_like', lambda x, dtype=None: content_of(x).to(dtype or x.dtype)),
+        mock.patch.object(torch, 'randint_like', randint_like),
+        mock.patch.object(torch, 'randperm', lambda n, **options: torch.arange(n)),
+        mock.patch.object(collaborative, 'FEWEST', 40),
+    ):
+        yield
+
+
+def batch(step: int, counts: list[int]) -> tuple[Tensor, list[dict]]:
+    """Images [B, 3, 64, 64] with so many objects."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(len(counts), 3, 64, 64, generator=generator)
+    targets = []
+    for count in counts:
+        boxes = torch.rand(count, 4, generator=generator) * 0.4 + 0.1
+        targets.append({'labels': torch.randint(0, 4, (count,), generator=generator), 'boxes': boxes})
+    return images, targets
