@@ -1,37 +1,38 @@
 """Data sets by the name of their format."""
 
 import argparse
-
-from torch.utils.data import Dataset
+from importlib import import_module
 
 from datasets.class_map import ClassMap
+from datasets.image_dataset import ImageDataset
 
-DATASETS = ('coco', 'shapes')
-
-
-def shards_of(image_set: str, args: argparse.Namespace) -> str | None:
-    """Where the flags say that this part's tar shards are; None = it is read from files."""
-    if image_set == 'train':
-        return getattr(args, 'train_shards', None)
-    return getattr(args, 'val_shards', None)
+# Value of --dataset_file -> module whose `build(image_set, args, class_map)` makes the data set.
+DATASETS = {'coco': 'datasets.coco', 'shapes': 'datasets.shapes'}
 
 
-def build_dataset(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> Dataset:
-    """The 'train' or 'val' part of --dataset_file; class_map: class indices that are already settled, for
-    instance those of the training part or of a checkpoint.
+def build_dataset(
+    image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None
+) -> ImageDataset:
+    """Build the 'train' or 'val' part of --dataset_file, or of --train_shards and --val_shards.
+
+    Args:
+        class_map: class indices that are settled already, for instance those of the training part or of a checkpoint.
+
+    Raises:
+        ValueError: the format is not known, or the data are wrong.
+        TypeError: the data set does not keep the contract of `datasets.image_dataset.ImageDataset`.
     """
-    if shards_of(image_set, args):
-        from datasets import shards
-
-        return shards.build_shards(image_set, args, class_map)
-    if args.dataset_file == 'coco':
-        from datasets import coco
-
-        return coco.build(image_set, args, class_map)
-    if args.dataset_file == 'shapes':
-        from datasets import shapes
-
-        return shapes.build(image_set, args)
-    raise ValueError(
-        f'--dataset_file {args.dataset_file!r} is not known: choose one of {", ".join(DATASETS)}'
-    )
+    if getattr(args, f'{image_set}_shards', None):
+        module = 'datasets.streaming.shards'
+    elif args.dataset_file in DATASETS:
+        module = DATASETS[args.dataset_file]
+    else:
+        raise ValueError(
+            f'--dataset_file {args.dataset_file!r} is not known: choose one of {", ".join(DATASETS)}'
+        )
+    dataset = import_module(module).build(image_set, args, class_map)
+    missing = [name for name in ('ids', 'class_map') if not hasattr(dataset, name)]
+    if not isinstance(dataset, ImageDataset) or missing:
+        lacks = f'lacks {" and ".join(missing)}' if missing else 'is no ImageDataset'
+        raise TypeError(f'{type(dataset).__name__} of {module} {lacks}: see datasets/image_dataset.py')
+    return dataset

@@ -291,7 +291,15 @@ def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None =
     files, reading = find_files(image_set, args), reading_of(image_set, args)
     mix = build_mix(image_set, args)
     masks = None if mix else False
-    return CocoDetection(*files, transforms_of(image_set, args), class_map, masks, args.seed, reading, mix)
+    return CocoDetection(
+        *files,
+        transforms=transforms_of(image_set, args),
+        class_map=class_map,
+        return_masks=masks,
+        seed=args.seed,
+        reading=reading,
+        mix=mix,
+    )
 
 
 def find_files(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:

@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 
 from datasets import DATASETS
 from datasets.class_map import CLASS_IDS
-from datasets.shards import SHUFFLE_BUFFER
+from datasets.streaming.shards import SHUFFLE_BUFFER
 from datasets.transforms import AUGMENTATIONS, LSJ_SIZE
 from util.distributed.collectives import get_local_size
 

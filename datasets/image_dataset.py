@@ -1,12 +1,14 @@
-"""What all data sets of images share: random numbers of their own, and a step that may see other images."""
+"""The contract of a data set of images. Whoever adds one reads this file."""
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch.utils.data import Dataset
 
+from datasets.class_map import ClassMap
 from datasets.transforms import Sample, Transform
 from util.nested_tensor import collate_fn
 from util.seeding import local_seed
@@ -26,20 +28,43 @@ def loader_options(num_workers: int) -> dict[str, object]:
     }
 
 
-class ImageDataset(Dataset):
-    """Item: what `untransformed` gives, after `mix`, if there is one, and `transforms`.
+class ImageDataset(Dataset[Sample], ABC):
+    """Images with objects. An item is what `untransformed` gives, after `mix`, if there is one, and `transforms`.
 
-    A subclass has `ids`, one an image, `untransformed(idx)`, a uint8 image [3, H, W] and its target, and
-    `image_sizes()`. All randomness depends on (seed, epoch, index) only, whatever the number of workers.
+    A subclass sets `ids` and `class_map`, and defines the abstract members; `datasets.build_dataset` refuses one that does not.
+    All randomness depends on (seed, epoch, index) only, whatever the number of loader workers.
     """
 
-    ids: list[int]
-    most_objects = 100  # of an image, where a subclass does not count them
+    ids: list[int]  # of the images, unique
+    class_map: ClassMap  # class index of the model for each category of the annotations
+    most_objects = 100  # in one image; for the rehearsal of the largest batch
+    return_masks = False  # targets have masks
 
     def __init__(self, transforms: Transform | None, mix: Mix | None, seed: int) -> None:
         self.transforms, self.mix, self.seed = transforms, mix, seed
         # In shared memory, so that workers that outlive an epoch see the next number too.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @abstractmethod
+    def untransformed(self, idx: int) -> Sample:
+        """Return image idx as it is stored, uint8 [3, H, W], and its target (the fields of `datasets.coco.CocoDetection`)."""
+
+    @abstractmethod
+    def image_sizes(self) -> Sequence[Sequence[int]]:
+        """Return height and width of every image, [N, 2]."""
+
+    @property
+    @abstractmethod
+    def ground_truth(self) -> dict:
+        """Annotations in COCO form, which evaluation compares with."""
+
+    def keep_files(self, local_rank: int, local_size: int) -> None:
+        """Keep this process's share of the compressed files in memory (`--cache_mode`).
+
+        Raises:
+            ValueError: the data set has no files.
+        """
+        raise ValueError(f'--cache_mode keeps image files, and {type(self).__name__} has none: leave it out')
 
     def __len__(self) -> int:
         return len(self.ids)

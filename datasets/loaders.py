@@ -9,7 +9,7 @@ from datasets import build_dataset
 from datasets.class_map import ClassMap
 from datasets.image_dataset import loader_options
 from datasets.samplers import AspectSampler, EpochBatches, EvalBatches, NodeSampler, SizeBatches
-from datasets.shards import ShardedCoco, ShardStream, build_shard_loader
+from datasets.streaming.shards import ShardedCoco, ShardStream, build_shard_loader
 from util.distributed.collectives import get_local_rank, get_local_size, get_rank, get_world_size
 
 

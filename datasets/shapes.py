@@ -138,8 +138,8 @@ def annotations_of(scene: Scene, image_id: int, first_id: int) -> list[dict]:
     ]
 
 
-def build(image_set: str, args: argparse.Namespace) -> ShapesDetection:
-    """The split `image_set` ('train' or 'val') as the command line wants it."""
+def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> ShapesDetection:
+    """Build the split `image_set` ('train' or 'val') as the flags ask; its classes are always the same."""
     mix = build_mix(image_set, args)
     return ShapesDetection(
         num_images=args.shapes_train if image_set == 'train' else args.shapes_val,

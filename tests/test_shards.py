@@ -24,8 +24,8 @@ from datasets.coco import MIN_IMAGE_SIDE, CocoDetection, Reading
 from datasets.coco_eval import CocoEvaluator
 from datasets.copy_paste import LargeScaleJitter
 from datasets.flags import check_data_args
-from datasets.shard_index import read_index
-from datasets.shards import ShardedCoco, ShardStream, ShufflePool, build_shard_loader
+from datasets.streaming.index import read_index
+from datasets.streaming.shards import ShardedCoco, ShardStream, ShufflePool, build_shard_loader
 from datasets.transforms import make_transforms
 from tests.runs import TINY, assert_same
 from tools import make_shards

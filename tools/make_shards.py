@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.coco import Reading, check_size, find_files, objects_in
 from datasets.coco_json import Annotations, check_annotations, check_files, read_annotations
 from datasets.image_io import stored_size
-from datasets.shard_index import ANNOTATIONS, INDEX, VERSION, import_webdataset
+from datasets.streaming.index import ANNOTATIONS, INDEX, VERSION, import_webdataset
 from util.files import save_atomically
 
 UNITS = {'MB': 10**6, 'GB': 10**9}

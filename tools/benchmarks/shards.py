@@ -12,8 +12,8 @@ import torch
 
 from datasets.coco import CocoDetection
 from datasets.image_io import stored_size
-from datasets.shard_index import import_webdataset
-from datasets.shards import ShardedCoco, ShardStream
+from datasets.streaming.index import import_webdataset
+from datasets.streaming.shards import ShardedCoco, ShardStream
 from datasets.transforms import make_transforms
 from tools.make_shards import make_shards
 

@@ -30,7 +30,7 @@ from datasets.copy_paste import build_mix
 from datasets.image_dataset import ImageDataset, Mix, loader_options
 from datasets.image_io import decode_file
 from datasets.samplers import EvalBatches
-from datasets.shard_index import (
+from datasets.streaming.index import (
     ANNOTATIONS,
     WRITE_AGAIN,
     ShardIndex,
@@ -311,18 +311,18 @@ class ShardStream(IterableDataset):
                 del held[drawn]
 
 
-def build_shards(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> ShardedCoco:
+def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> ShardedCoco:
     """The 'train' or 'val' part, where --train_shards or --val_shards is given."""
     mix = build_mix(image_set, args)
     return ShardedCoco(
         getattr(args, f'{image_set}_shards'),
-        transforms_of(image_set, args),
-        class_map,
-        None if mix else False,
-        args.seed,
-        reading_of(image_set, args),
-        mix,
-        args.shard_buffer,
+        transforms=transforms_of(image_set, args),
+        class_map=class_map,
+        return_masks=None if mix else False,
+        seed=args.seed,
+        reading=reading_of(image_set, args),
+        mix=mix,
+        buffer=args.shard_buffer,
     )
 
 
