@@ -1,8 +1,8 @@
 """
-One epoch of training, and one evaluation: plain loops that know no scheme by name.
+Run one epoch of training, or one evaluation: plain loops that know no scheme by name.
 
-The only synchronisation inside a training step is the criterion's copy of the matching costs (Co-DETR's heads, which
-sample and suppress boxes, and denoising add some).
+A training step synchronises with the device once, when the criterion copies the matching costs. Co-DETR's heads and denoising
+add some.
 """
 
 import math
@@ -42,11 +42,13 @@ def build_optimizer(
     slow_factor: float = 0.1,
     sgd: bool = False,
 ) -> torch.optim.Optimizer:
-    """AdamW (or SGD) with the official groups: the rest at `lr`, the backbone at `lr_backbone`, and what
-    `slow_names` name, if anything, at `lr * slow_factor`. A parameter belongs to a group if its name contains one
-    of the group's names.
+    """Build AdamW (or SGD) with the official parameter groups.
 
-    ValueError: a parameter belongs to both.
+    The backbone learns at `lr_backbone`, parameters of `slow_names` at `lr * slow_factor`, the rest at `lr`. A parameter belongs
+    to a group if its name contains one of the group's names.
+
+    Raises:
+        ValueError: a parameter belongs to two groups.
     """
     params: dict[str, list[nn.Parameter]] = {'rest': [], 'backbone': [], 'slow': []}
     for name, parameter in model.named_parameters():
@@ -166,14 +168,19 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train on every batch once.
 
-    accum_steps: batches whose gradients make one optimizer step; the gradient is that of one batch of all
-    their images. max_norm: gradients are clipped to this total norm; 0 = not at all. print_freq: optimizer
-    steps between two readings. state: how far an interrupted epoch had come; the loader begins there. after_step: called
-    after each optimizer step.
+    Args:
+        max_norm: gradients are clipped to this total norm; 0 leaves them alone.
+        accum_steps: batches whose gradients make one optimizer step; the gradient is that of one batch of all their images.
+        print_freq: optimizer steps between two progress lines.
+        state: how far an interrupted epoch had come; the loader begins there.
+        after_step: called after each optimizer step.
 
-    Returns averages over epoch and processes: `loss`, and every unweighted term; and for each kind of prediction
-    `positives_KIND`, queries an object, and `share_KIND`, of the loss. FloatingPointError:
-    predictions or losses are not finite.
+    Returns:
+        Averages over epoch and processes: `loss`, every unweighted term, and for each kind of prediction `positives_KIND`
+        (queries per object) and `share_KIND` (of the loss).
+
+    Raises:
+        FloatingPointError: predictions or losses are not finite.
     """
     model.train()
     criterion.train()
@@ -209,10 +216,15 @@ def rehearse(
     size: tuple[int, int],
     num_objects: int,
 ) -> None:
-    """One forward and backward pass over the largest batch there can be, beside memory for AdamW's two moments. Nothing
-    changes: no step is made, and random numbers, statistics and counts are put back.
+    """Run forward and backward once on the largest batch that can come, beside memory for AdamW's two moments.
 
-    size: (height, width). ValueError: the memory does not suffice.
+    Nothing changes: no step is made, and random numbers, statistics and counts are put back.
+
+    Args:
+        size: height and width of the images, pixels.
+
+    Raises:
+        ValueError: the memory does not suffice.
     """
     model.train()
     device = next(model.parameters()).device
@@ -253,7 +265,7 @@ def evaluate(
     precision: Precision | None = None,
     after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Summary]:
-    """COCO metrics of a model on a data set; no losses, no targets go in."""
+    """Return COCO metrics of a model on a data set; no targets go in, and no losses come out."""
     model.eval()
     device = next(model.parameters()).device
     precision = precision or Precision('off', device)
@@ -281,8 +293,10 @@ def draw_predictions(
     path: Path | None,
     count: int = 6,
 ) -> None:
-    """A contact sheet of the first images of a data set: ground truth beside predictions. path: None = detect only, in
-    company with the process that draws.
+    """Draw the first images of a data set, ground truth beside predictions.
+
+    Args:
+        path: image file to write; None: only detect, as other ranks must where weights are sharded.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -299,14 +313,14 @@ def draw_predictions(
 
 
 def grouped(batches: Iterable, size: int) -> Iterator[list]:
-    """Runs of `size` batches; what is left at the end is dropped, like an incomplete batch."""
+    """Yield runs of `size` batches; drop an incomplete run at the end."""
     iterator = iter(batches)
     while len(run := list(islice(iterator, size))) == size:
         yield run
 
 
 def targets_to(targets: list[dict[str, Tensor]], device: torch.device) -> list[dict[str, Tensor]]:
-    """What losses and query sources read, on the device."""
+    """Copy labels and boxes, which losses and query sources read, to the device."""
     keys = ('labels', 'boxes')
     return [{key: target[key].to(device, non_blocking=True) for key in keys} for target in targets]
 

@@ -31,7 +31,7 @@ TRICKS = {
 def build(
     flags: dict, url: str | None, pretrained: bool, num_classes: int, return_postprocessor: bool
 ) -> object:
-    """A detector for inference. num_classes: class indices, 'no object' not counted; 91 for official COCO
+    """Build a detector for inference. num_classes: class indices, 'no object' not counted; 91 for official COCO
     weights.
 
     ValueError: `pretrained` with another number of classes, or without published weights.

@@ -57,6 +57,7 @@ from util.distributed.parallel import broadcast_from_main, replicate, shard
 from util.distributed.preemption import Interrupted, StopRequests, was_restarted
 from util.ema import WeightAverage
 from util.files import code_checksum, lock_folder, remove_partial_files, save_atomically, unlock
+from util.flags import add_run_args, check_run_args, make_parser
 from util.logger import RunLog, format_time, import_summary_writer, print_main
 from util.plan import flops_text, print_plan
 from util.precision import Precision, avoid_plans_per_shape, set_tf32
@@ -66,71 +67,12 @@ from util.visualize import plot_curves
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """All flags: data, training, evaluation and files here, the model's from `models.add_model_args`."""
-    parser = argparse.ArgumentParser(
-        usage='python main.py [flags]',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Return the parser of all flags; `--help TOPIC` shows them by topic."""
+    parser = make_parser(__doc__)
     add_data_args(parser)
-    add_training_args(parser)
-    scale = parser.add_argument_group('precision, memory, processes')
-    scale.add_argument('--amp', default='off', choices=('off', 'bf16', 'fp16'),
-                       help='16-bit arithmetic in the model; places, boxes, matching and losses stay in float32 '
-                            '(default: %(default)s)')  # fmt: skip
-    scale.add_argument('--tf32', action=argparse.BooleanOptionalAction,
-                       help='float32 products of NVIDIA GPUs with 10 bits of the mantissa, several times as fast (default: of '
-                            "convolutions only, PyTorch's default)")  # fmt: skip
-    scale.add_argument('--compile', action='store_true',
-                       help='torch.compile of backbone stages and transformer layers, for any image size; the first steps take '
-                            'minutes')  # fmt: skip
-    scale.add_argument('--fsdp', action='store_true',
-                       help='each process keeps a part of the weights, gradients and optimizer states, for models that do not '
-                            'fit; checkpoints are the same')  # fmt: skip
-    scale.add_argument('--worst_batch_first', action=argparse.BooleanOptionalAction,
-                       help='before the first step, try a batch of the largest images with the most objects, so that a lack '
-                            'of memory shows at once (default: on GPUs)')  # fmt: skip
-
-    evaluation = parser.add_argument_group('evaluation')
-    evaluation.add_argument(
-        '--eval', action='store_true', help='evaluate --resume or --pretrained, then stop'
-    )
-    evaluation.add_argument('--eval_every', default=1, type=int,
-                            help='epochs between evaluations; the last is always evaluated (default: %(default)s)')  # fmt: skip
-    evaluation.add_argument(
-        '--no_validate', action='store_true', help='train without evaluating; validation data are not read'
-    )
-    evaluation.add_argument('--coco_eval', default='auto', choices=('auto', 'hotcoco', 'pycocotools'),
-                            help='who computes COCO metrics; auto: hotcoco if it is there (default: %(default)s)')  # fmt: skip
-
-    run = parser.add_argument_group('run')
-    run.add_argument('--output_dir', default='', metavar='DIR',
-                     help='checkpoints, metrics.csv, log.jsonl and images; nothing is written without it')  # fmt: skip
-    run.add_argument('--resume', default='', metavar='FILE',
-                     help='go on with this checkpoint (path or address): weights, optimizer, schedule, random numbers; '
-                          'auto = the one in --output_dir, if any')  # fmt: skip
-    run.add_argument('--pretrained', default='', metavar='FILE',
-                     help='start from these weights (path or address); heads of another number of classes start anew')  # fmt: skip
-    run.add_argument('--save_every', type=int,
-                     help=f'epochs between checkpoints that are kept (default: {default_of("save_every")})')  # fmt: skip
-    run.add_argument('--checkpoint_steps', type=int, metavar='N',
-                     help='write checkpoint.pth every N steps of an epoch too (default: after each epoch, and when the run is '
-                          'asked to stop)')  # fmt: skip
-    run.add_argument('--keep_checkpoints', type=int, metavar='N',
-                     help='of the checkpoints that are kept, only the newest N (default: all)')  # fmt: skip
-    run.add_argument(
-        '--device',
-        default='auto',
-        help='cuda, mps, cpu; auto takes the first there is (default: %(default)s)',
-    )
-    run.add_argument('--seed', default=42, type=int, help='of all random numbers (default: %(default)s)')
-    run.add_argument(
-        '--print_freq', default=10, type=int, help='steps between two progress lines (default: %(default)s)'
-    )
-    run.add_argument('--tensorboard', action='store_true', help='write TensorBoard events into --output_dir')
-    run.add_argument('--dist_url', default='env://', help='where processes meet (default: %(default)s)')
-
     add_model_args(parser)
+    add_training_args(parser)
+    add_run_args(parser, save_every=default_of('save_every'))
     return parser
 
 
@@ -164,7 +106,11 @@ def main(args: Namespace) -> None:
 
 @contextmanager
 def one_run_a_folder(args: Namespace) -> Iterator[None]:
-    """Inside, no other run can train into --output_dir. ValueError: one does."""
+    """Lock --output_dir for this run.
+
+    Raises:
+        ValueError: another run holds it.
+    """
     with fail_together():
         lock = None
         if args.output_dir and not args.eval and is_main_process():
@@ -178,8 +124,10 @@ def one_run_a_folder(args: Namespace) -> Iterator[None]:
 
 
 def read_data(args: Namespace) -> tuple[dict, dict[str, Dataset]]:
-    """The checkpoint in use, {} if there is none, and the data sets. ValueError: flags, checkpoint or data are wrong, or the
-    processes disagree about them.
+    """Return the checkpoint in use ({} if there is none) and the data sets.
+
+    Raises:
+        ValueError: flags, checkpoint or data are wrong, or the processes disagree about them.
     """
     check_agreement(facts_of(args))
     restarted = any(all_gather_object(was_restarted()))
@@ -200,7 +148,7 @@ def read_data(args: Namespace) -> tuple[dict, dict[str, Dataset]]:
 def set_up(
     args: Namespace, device: torch.device, stops: StopRequests, checkpoint: dict, datasets: dict[str, Dataset]
 ) -> tuple[Run, int, EpochState]:
-    """The run, the epoch to begin with, and how far that has come."""
+    """Build everything that a run needs; return it, the epoch to begin with, and how far that epoch has come."""
     args.num_classes = list(datasets.values())[-1].class_map.num_classes
     if checkpoint:
         args.backbone_weights = 'none'  # the checkpoint holds the backbone
@@ -256,14 +204,14 @@ def set_up(
 
 
 def facts_of(args: Namespace) -> dict[str, object]:
-    """What all processes must have in common before they begin."""
+    """Return what all processes must agree on before they begin."""
     own = ('device', 'num_workers')
     facts = {f'--{flag}': value for flag, value in vars(args).items() if flag not in own}
     return facts | {'PyTorch': torch.__version__, 'the code': code_checksum(Path(__file__).parent)}
 
 
 def summary_of(dataset: Dataset) -> str:
-    """Number of images and classes, and a number that tells other images apart."""
+    """Describe a data set in one line, with a checksum of its image ids."""
     checksum = zlib.crc32(repr(dataset.ids).encode())
     return f'{len(dataset)} images of {dataset.class_map.num_classes} class indices ({checksum:08x})'
 
@@ -281,7 +229,12 @@ def plan_notes(run: Run, device: torch.device) -> dict[str, str]:
 
 
 def train(run: Run, first_epoch: int, state: EpochState, checkpoint: dict) -> None:
-    """The epoch loop. state: how far the first epoch has come. checkpoint: what is resumed, if anything."""
+    """Run the epoch loop.
+
+    Args:
+        state: how far the first epoch has come.
+        checkpoint: the resumed checkpoint, {} for a new run.
+    """
     args, folder = run.args, Path(run.args.output_dir) if run.args.output_dir else None
     log = RunLog(folder, first_epoch - 1) if folder else None
     board = import_summary_writer()(folder) if args.tensorboard and is_main_process() else None
@@ -320,9 +273,7 @@ def train(run: Run, first_epoch: int, state: EpochState, checkpoint: dict) -> No
 
 
 def after_step(run: Run, folder: Path | None, epoch: int, state: EpochState) -> None:
-    """Move the learning rate, average the weights, save every --checkpoint_steps, and stop if that was asked for, with
-    everything saved.
-    """
+    """Step the schedule, update the EMA, save every --checkpoint_steps, and stop if a signal asked for it."""
     run.scheduler.step()
     if run.average is not None:
         run.average.update(run.bare_model)
@@ -342,7 +293,7 @@ def after_step(run: Run, folder: Path | None, epoch: int, state: EpochState) -> 
 def finish_epoch(
     run: Run, epoch: int, metrics: dict, log: RunLog | None, board: object | None, seconds: float = 0.0
 ) -> None:
-    """Evaluate if it is time, and write what is known about the epoch."""
+    """Evaluate if an evaluation is due, and log the epoch."""
     args, row, record = run.args, dict(metrics), dict(metrics)
     due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
     due = due and not args.no_validate
@@ -370,7 +321,7 @@ def finish_epoch(
 
 
 def evaluate_once(run: Run, title: str = 'evaluate') -> Summary:
-    """Metrics of the validation images, printed; drawn predictions go to the output folder."""
+    """Evaluate the validation images, print the metrics, and draw predictions into the output folder."""
     dataset, model = run.datasets['val'], run.best_model
     evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map, backend=run.args.coco_eval)
     loader, precision, check = run.loaders['val'], run.precision, run.stops.check
@@ -385,7 +336,7 @@ def evaluate_once(run: Run, title: str = 'evaluate') -> Summary:
 
 
 def evaluate_alone(run: Run) -> None:
-    """--eval: the metrics also go to `eval.json`."""
+    """Evaluate for --eval, and write the metrics to `eval.json`."""
     summary = evaluate_once(run)
     if run.args.output_dir and is_main_process():
         record = {'test_coco_eval_bbox': summary.stats, 'per_class': summary.per_class}
@@ -406,51 +357,14 @@ def optimizer_of(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
     )
 
 
-def check_run_args(args: Namespace) -> None:
-    """Refuse impossible combinations, and settle --accum_steps."""
-    if args.tensorboard:
-        import_summary_writer()
-    if args.eval and not (args.resume or args.pretrained):
-        raise ValueError('--eval needs weights: add --resume FILE (or --pretrained FILE)')
-    if args.resume and args.pretrained and args.resume != 'auto':
-        raise ValueError('--resume goes on with a run, --pretrained starts one: give one of them')
-    if args.resume == 'auto' and not args.output_dir:
-        raise ValueError('--resume auto looks into --output_dir: give it')
-    if args.tensorboard and not args.output_dir:
-        raise ValueError('--tensorboard writes into --output_dir: give it')
-    if args.no_validate and args.eval:
-        raise ValueError('--eval evaluates, --no_validate does not: leave one out')
-    if args.fsdp and get_world_size() == 1:
-        raise ValueError(
-            '--fsdp shares a model among processes, and there is one: start several, or leave it out'
-        )
-    if args.fsdp and args.amp == 'fp16':
-        raise ValueError(
-            '--fsdp with --amp fp16: a process would scale its part of the gradient alone; use --amp bf16'
-        )
-    for flag in ('checkpoint_steps', 'keep_checkpoints'):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
-    if args.checkpoint_steps and not args.output_dir:
-        raise ValueError('--checkpoint_steps writes into --output_dir: give it')
-    for flag in ('eval_every', 'save_every'):
-        if getattr(args, flag) < 1:
-            raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
-    if args.total_batch_size is not None:
-        at_a_time = args.batch_size * get_world_size()
-        if args.total_batch_size < 1 or args.total_batch_size % at_a_time:
-            raise ValueError(
-                f'--total_batch_size {args.total_batch_size} is not a multiple of --batch_size {args.batch_size} x '
-                f'{get_world_size()} processes'
-            )
-        args.accum_steps = args.total_batch_size // at_a_time
-
-
 def find_checkpoint(args: Namespace, restarted: bool) -> dict:
-    """The checkpoint named by --resume or --pretrained, {} if none; creates the output folder. restarted: a launcher has
-    started this job again.
+    """Create the output folder, and read the checkpoint of --resume or --pretrained; return {} if there is none.
 
-    ValueError: the output folder holds another run, which would be overwritten.
+    Args:
+        restarted: a launcher has started this job again.
+
+    Raises:
+        ValueError: the output folder holds another run, which would be overwritten.
     """
     if args.output_dir:
         existing = Path(args.output_dir) / 'checkpoint.pth'

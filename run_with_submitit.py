@@ -20,7 +20,7 @@ SHARED = Path('/checkpoint')  # where the official script keeps everything
 
 
 def get_submit_parser() -> argparse.ArgumentParser:
-    """All flags of main.py, and the job's."""
+    """Return the parser of all flags of main.py and of the job."""
     parser = get_args_parser()
     parser.usage, parser.description = 'python run_with_submitit.py [flags]', __doc__
     job = parser.add_argument_group('Slurm')
@@ -52,7 +52,7 @@ def get_submit_parser() -> argparse.ArgumentParser:
 
 
 class Training:
-    """What every task of the job runs. Pickled; the tasks may start in another folder."""
+    """Program of every task of the job. It is pickled; the tasks may start in another folder."""
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
@@ -71,7 +71,7 @@ class Training:
         main.main(args)
 
     def checkpoint(self) -> object:
-        """Called by submitit in the first task when time is over or another job needs the place. main has saved the state
+        """Requeue the job: submitit calls this in the first task when time is over or another job preempts it. main has saved the state
         by then, or has nothing to save yet. Returns what the job runs when Slurm starts it again.
         """
         import submitit
@@ -81,7 +81,7 @@ class Training:
 
 
 def find_job_dir(args: Namespace) -> str:
-    """ValueError: none is named, or two."""
+    """Raise ValueError if no folder is named, or two."""
     if args.job_dir and args.output_dir and args.job_dir != args.output_dir:
         raise ValueError('--job_dir is the output folder too: leave --output_dir out')
     if args.job_dir or args.output_dir:
@@ -92,7 +92,7 @@ def find_job_dir(args: Namespace) -> str:
 
 
 def job_parameters(args: Namespace) -> dict[str, object]:
-    """What submitit asks Slurm for. ValueError: impossible numbers."""
+    """Return what submitit asks Slurm for; raise ValueError for impossible numbers."""
     tasks = args.tasks_per_node if args.tasks_per_node is not None else max(args.ngpus, 1)
     if args.ngpus < 0:
         raise ValueError(f'--ngpus must be at least 0, not {args.ngpus}')
@@ -133,7 +133,7 @@ def job_parameters(args: Namespace) -> dict[str, object]:
 
 
 def submit(args: Namespace) -> str:
-    """Returns the number of the job. ValueError: impossible flags, or no Slurm."""
+    """Submit the job and return its number; raise ValueError for impossible flags, or without Slurm."""
     args.output_dir = find_job_dir(args)
     parameters = job_parameters(args)
     if not shutil.which('sbatch'):

@@ -30,8 +30,8 @@ RESNETS = (
     'resnet10',
     *torchvision.models.list_models(torchvision.models, include=['resnet*', 'resnext*', 'wide_resnet*']),
 )
-# Last module of each stage of mobilenet_v2().features: strides 4, 8, 16, 32 (as layer1..layer4 of a ResNet).
-MOBILENET_STAGES = ('3', '6', '13', '18')
+# Networks of torchvision with `features`: the last module of each stage, of strides 4, 8, 16, 32 (as layer1..layer4 of a ResNet).
+FEATURE_STAGES = {'mobilenet_v2': ('3', '6', '13', '18')}
 NORM_LAYERS = {'frozen': FrozenBatchNorm2d, 'batch': nn.BatchNorm2d, 'group': partial(nn.GroupNorm, 32)}
 
 
@@ -162,24 +162,25 @@ def trainable_stages(name: str, norm: str) -> tuple[str, ...] | None:
         return None
     if name in RESNETS:
         return ('layer2', 'layer3', 'layer4')
-    return tuple(f'{index}.' for index in range(int(MOBILENET_STAGES[0]) + 1, int(MOBILENET_STAGES[-1]) + 1))
+    first, *_, last = map(int, FEATURE_STAGES[name])
+    return tuple(f'{index}.' for index in range(first + 1, last + 1))
 
 
 def build_torchvision(name: str, weights: str, dilation: bool, norm: str, stages: range) -> Backbone:
-    if name not in (*RESNETS, 'mobilenet_v2'):
-        names = ', '.join((*RESNETS, 'mobilenet_v2', *SWIN_SIZES))
+    if name not in (*RESNETS, *FEATURE_STAGES):
+        names = ', '.join((*RESNETS, *FEATURE_STAGES, *SWIN_SIZES))
         raise ValueError(f"unknown backbone '{name}': choose {names} or timm/NAME")
-    if dilation and name in ('resnet10', 'resnet18', 'resnet34', 'mobilenet_v2'):
+    if dilation and name in ('resnet10', 'resnet18', 'resnet34', *FEATURE_STAGES):
         raise ValueError(f'--dilation (DC5) needs resnet50 or deeper: {name} has no dilated last stage')
-    if norm == 'group' and (weights == 'imagenet' or name == 'mobilenet_v2'):
+    if norm == 'group' and (weights == 'imagenet' or name in FEATURE_STAGES):
         raise ValueError(
             '--backbone_norm group is for ResNets that start from random numbers or a file (--backbone_weights none or '
             f'FILE): the weights of {name} have batch norms'
         )
     options = {'replace_stride_with_dilation': [False, False, True]} if dilation else {}
     network = torchvision_network(name, weights, norm_layer=NORM_LAYERS[norm], **options)
-    if name == 'mobilenet_v2':
-        layers = {MOBILENET_STAGES[stage - 1]: str(stage) for stage in stages}
+    if name in FEATURE_STAGES:
+        layers = {FEATURE_STAGES[name][stage - 1]: str(stage) for stage in stages}
         body = StageBody(network.features, layers)
     else:
         body = StageBody(network, {f'layer{stage}': str(stage) for stage in stages})

@@ -1,0 +1,220 @@
+"""
+Declare the flags of a run: precision, processes, evaluation, files; and show the help of all flags by topic.
+"""
+
+import argparse
+import sys
+import textwrap
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Sequence
+
+from util.distributed.collectives import get_world_size
+from util.logger import import_summary_writer
+
+# What a first run needs; `--help` shows these alone.
+ESSENTIAL = (
+    'dataset_file', 'coco_path', 'output_dir', 'resume', 'pretrained', 'eval', 'conditional', 'deformable', 'epochs',
+    'batch_size', 'lr', 'amp', 'device',
+)  # fmt: skip
+
+
+class HelpByTopic(argparse.Action):
+    """`--help` shows what a first run needs, `--help all` every flag, `--help TOPIC` the groups whose title has that word."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: object) -> None:
+        options |= {'nargs': '?', 'const': '', 'default': argparse.SUPPRESS, 'metavar': 'TOPIC'}
+        super().__init__(option_strings, dest, **options)  # type: ignore[arg-type]
+
+    def __call__(
+        self, parser: ArgumentParser, namespace: object, topic: object, option: str | None = None
+    ) -> None:
+        print(help_text(parser, str(topic)))
+        sys.exit(0)
+
+
+def help_text(parser: ArgumentParser, topic: str) -> str:
+    """Return the help of a topic ('' for a first run, 'all', or a word of a group's title)."""
+    if topic == 'all':
+        return parser.format_help()
+    formatter = parser.formatter_class(parser.prog)
+    groups = [group for group in parser._action_groups if group._group_actions]
+    if topic:
+        chosen = [group for group in groups if group.title and topic.lower() in group.title.lower()]
+        for group in chosen:
+            formatter.start_section(group.title)
+            formatter.add_arguments(group._group_actions)
+            formatter.end_section()
+        if chosen:
+            return formatter.format_help()
+        formatter.add_text(f"no group of flags has '{topic}' in its title; these are the groups:")
+    else:
+        formatter.add_usage(parser.usage, [], [])
+        formatter.add_text(parser.description)
+        formatter.start_section('what a first run needs')
+        by_name = {action.dest: action for action in parser._actions}
+        formatter.add_arguments([by_name[name] for name in ESSENTIAL if name in by_name])
+        formatter.end_section()
+    titles = [str(group.title).split(' (')[0] for group in groups if group.title != 'options']
+    formatter.start_section('more, by --help all, or --help and a word of one of these')
+    formatter.add_text(textwrap.fill('; '.join(titles), 100))
+    formatter.end_section()
+    return formatter.format_help()
+
+
+def make_parser(description: str | None) -> ArgumentParser:
+    """Make the parser of main.py, whose help goes by topics."""
+    parser = ArgumentParser(
+        usage='python main.py [flags]',
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument(
+        '-h',
+        '--help',
+        action=HelpByTopic,
+        help='show what a first run needs; all: every flag; else flags of a topic',
+    )
+    return parser
+
+
+def add_run_args(parser: ArgumentParser, save_every: str) -> None:
+    """Declare precision, processes, evaluation and files. save_every: default of that flag in words."""
+    add_scale_args(parser)
+    add_evaluation_args(parser)
+    group = parser.add_argument_group('run')
+    group.add_argument(
+        '--output_dir', default='', metavar='DIR',
+        help='folder of checkpoints, metrics.csv, log.jsonl and drawn images; nothing is written without it',
+    )  # fmt: skip
+    group.add_argument(
+        '--resume', default='', metavar='FILE',
+        help='go on with this checkpoint (path or address): weights, optimizer, schedule, random numbers; auto: the one in '
+        '--output_dir, if any',
+    )  # fmt: skip
+    group.add_argument(
+        '--pretrained', default='', metavar='FILE',
+        help='start from these weights (path or address); heads of another number of classes start anew',
+    )  # fmt: skip
+    group.add_argument(
+        '--save_every', type=int, help=f'epochs between numbered checkpoints (default: {save_every})'
+    )
+    group.add_argument(
+        '--checkpoint_steps', type=int, metavar='N',
+        help='write checkpoint.pth every N steps of an epoch too (default: after each epoch, and when the run is asked to stop)',
+    )  # fmt: skip
+    group.add_argument(
+        '--keep_checkpoints',
+        type=int,
+        metavar='N',
+        help='keep only the newest N numbered checkpoints (default: all)',
+    )
+    group.add_argument(
+        '--device',
+        default='auto',
+        help='cuda, mps or cpu; auto takes the first there is (default: %(default)s)',
+    )
+    group.add_argument(
+        '--seed', default=42, type=int, help='seed of all random numbers (default: %(default)s)'
+    )
+    group.add_argument(
+        '--print_freq',
+        default=10,
+        type=int,
+        help='optimizer steps between two progress lines (default: %(default)s)',
+    )
+    group.add_argument(
+        '--tensorboard', action='store_true', help='write TensorBoard events into --output_dir'
+    )
+    group.add_argument(
+        '--dist_url',
+        default='env://',
+        help='address where processes meet (default: %(default)s, as torchrun says)',
+    )
+
+
+def add_scale_args(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group('precision, memory, processes')
+    group.add_argument(
+        '--amp', default='off', choices=('off', 'bf16', 'fp16'),
+        help='16-bit arithmetic in the model; boxes, matching and losses stay in float32 (default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--tf32', action=BooleanOptionalAction,
+        help='compute float32 products of NVIDIA GPUs with 10 bits of the mantissa, several times as fast (default: in '
+        "convolutions only, PyTorch's default)",
+    )  # fmt: skip
+    group.add_argument(
+        '--compile', action='store_true',
+        help='torch.compile of backbone stages and transformer layers, for any image size; the first steps take minutes',
+    )  # fmt: skip
+    group.add_argument(
+        '--fsdp', action='store_true',
+        help='keep a part of the weights, gradients and optimizer states in each process (FSDP2), for models that do not fit; '
+        'checkpoints are the same',
+    )  # fmt: skip
+    group.add_argument(
+        '--worst_batch_first', action=BooleanOptionalAction,
+        help='try a batch of the largest images with the most objects before the first step, so that a lack of memory shows at '
+        'once (default: on GPUs)',
+    )  # fmt: skip
+
+
+def add_evaluation_args(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group('evaluation')
+    group.add_argument('--eval', action='store_true', help='evaluate --resume or --pretrained, then stop')
+    group.add_argument(
+        '--eval_every', default=1, type=int,
+        help='epochs between evaluations; the last epoch is always evaluated (default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--no_validate', action='store_true', help='train without evaluating; validation data are not read'
+    )
+    group.add_argument(
+        '--coco_eval', default='auto', choices=('auto', 'hotcoco', 'pycocotools'),
+        help='library that computes COCO metrics; auto: hotcoco if it is installed (default: %(default)s)',
+    )  # fmt: skip
+
+
+def check_run_args(args: Namespace) -> None:
+    """Refuse impossible combinations, and settle --accum_steps.
+
+    Raises:
+        ValueError: flags contradict each other, or a number makes no sense.
+    """
+    if args.tensorboard:
+        import_summary_writer()
+    if args.eval and not (args.resume or args.pretrained):
+        raise ValueError('--eval needs weights: add --resume FILE (or --pretrained FILE)')
+    if args.resume and args.pretrained and args.resume != 'auto':
+        raise ValueError('--resume goes on with a run, --pretrained starts one: give one of them')
+    if args.resume == 'auto' and not args.output_dir:
+        raise ValueError('--resume auto looks into --output_dir: give it')
+    if args.tensorboard and not args.output_dir:
+        raise ValueError('--tensorboard writes into --output_dir: give it')
+    if args.no_validate and args.eval:
+        raise ValueError('--eval evaluates, --no_validate does not: leave one out')
+    if args.fsdp and get_world_size() == 1:
+        raise ValueError(
+            '--fsdp shares a model among processes, and there is one: start several, or leave it out'
+        )
+    if args.fsdp and args.amp == 'fp16':
+        raise ValueError(
+            '--fsdp with --amp fp16: a process would scale its part of the gradient alone; use --amp bf16'
+        )
+    for flag in ('checkpoint_steps', 'keep_checkpoints'):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
+    if args.checkpoint_steps and not args.output_dir:
+        raise ValueError('--checkpoint_steps writes into --output_dir: give it')
+    for flag in ('eval_every', 'save_every'):
+        if getattr(args, flag) < 1:
+            raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
+    if args.total_batch_size is not None:
+        at_a_time = args.batch_size * get_world_size()
+        if args.total_batch_size < 1 or args.total_batch_size % at_a_time:
+            raise ValueError(
+                f'--total_batch_size {args.total_batch_size} is not a multiple of --batch_size {args.batch_size} x '
+                f'{get_world_size()} processes'
+            )
+        args.accum_steps = args.total_batch_size // at_a_time
