@@ -101,7 +101,7 @@ class Schedule:
         return warm * 0.1 ** self.num_drops(step // self.steps_per_epoch)
 
     def num_drops(self, epochs_done: int) -> int:
-        if self.kind == 'cosine':
+        if self.kind != 'step':
             return 0
         if self.drops:
             return sum(epochs_done >= epoch for epoch in self.drops)
@@ -113,8 +113,8 @@ class Schedule:
 
     def __str__(self) -> str:
         warm = f'warm-up over {self.warmup_steps} steps, ' if self.warmup_steps else ''
-        if self.kind == 'cosine':
-            return f'{warm}cosine to 0 over {self.epochs} epochs'
+        if self.kind != 'step':
+            return f'{warm}{self.kind} to 0 over {self.epochs} epochs'
         if self.drops:
             return f'{warm}divided by 10 after epochs {" ".join(map(str, self.drops))}'
         return f'{warm}divided by 10 every {self.drop_every} epochs'
@@ -122,7 +122,7 @@ class Schedule:
 
 def make_schedule(args: Namespace, steps_per_epoch: int) -> Schedule:
     drops = sorted(args.lr_drop_epochs or [])
-    epochs = args.epochs if args.lr_schedule == 'cosine' else 0  # a step schedule has no end
+    epochs = 0 if args.lr_schedule == 'step' else args.epochs  # a step schedule has no end
     return Schedule(
         kind=args.lr_schedule,
         epochs=epochs,

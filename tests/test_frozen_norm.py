@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from models.backbone import MOBILENET_STAGES, build_backbone
+from models.backbone import FEATURE_STAGES, build_backbone
 from models.frozen_norm import FoldedConvolution, FoldedNorm
 from tests import rule
 from tests.parity import float64
@@ -24,7 +24,7 @@ def unfolded(name: str, dilation: bool = False) -> nn.Module:
     options = {'replace_stride_with_dilation': [False, False, True]} if dilation else {}
     network = torchvision.models.get_model(name, weights=None, norm_layer=FrozenBatchNorm2d, **options)
     if name == 'mobilenet_v2':
-        layers = {MOBILENET_STAGES[stage - 1]: str(stage) for stage in STAGES}
+        layers = {FEATURE_STAGES[name][stage - 1]: str(stage) for stage in STAGES}
         return IntermediateLayerGetter(network.features, layers)
     return IntermediateLayerGetter(network, {f'layer{stage}': str(stage) for stage in STAGES})
 

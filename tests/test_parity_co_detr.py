@@ -5,6 +5,7 @@ import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 import pytest
@@ -157,9 +158,8 @@ def precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def noise(case: CollaborativeCase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rule's numbers in place of the denoising noise."""
+def draw_by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule's numbers in place of the denoising noise, and no shuffling of samples."""
 
     def unit(name: str, like: Tensor) -> Tensor:
         return torch.from_numpy(rule.uniform(name, tuple(like.shape)) + 1) / 2
@@ -172,6 +172,7 @@ def noise(case: CollaborativeCase, monkeypatch: pytest.MonkeyPatch) -> None:
         drawn = (unit(name, like) * high).floor()
         return drawn.long() if like.dim() == 1 else drawn
 
+    monkeypatch.setattr(torch, 'randperm', lambda num, **_: torch.arange(num))
     monkeypatch.setattr(torch, 'rand_like', rand_like)
     monkeypatch.setattr(torch, 'randint_like', randint_like)
 
@@ -196,31 +197,52 @@ class Spy:
         monkeypatch.setattr(owner, name, spied)
 
 
-@needs_shared
-def test_training_equals_official(
-    case: CollaborativeCase, noise: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Losses, gradients, and who was matched and sampled."""
+@dataclass
+class FirstPass:
+    """A training pass of the recorded weights, whose gradients are left at the parameters."""
+
+    losses: dict[str, Tensor]
+    predictions: list
+    gradient_norms: dict[str, Tensor]
+    samples: list  # calls of the heads' functions, and what they returned
+    adaptive: list
+    queries: list
+
+
+@pytest.fixture(scope='module')
+def first_pass(case: CollaborativeCase) -> FirstPass:
     model, criterion, _ = case.built
-    samples = Spy(faster_rcnn, 'sample', monkeypatch)
-    adaptive = Spy(atss, 'assign_adaptively', monkeypatch)
-    queries = Spy(CollaborativeHeads, 'queries', monkeypatch)
-    targets = case.targets
-    model.train().zero_grad()
-    outputs = model(case.samples, targets)
-    losses = criterion(outputs, targets)
-    check_losses(case, losses, criterion.weight_dict)
-    weighted_sum(losses, criterion.weight_dict).backward()
-    check_gradients(case, model)
-    recorded, num_images = case.record['assignments'], len(targets)
-    check_samples(samples.returned[:num_images], recorded['rpn'])
-    check_samples(samples.returned[num_images:], recorded['rcnn'])
-    for (_, found), expected in zip(adaptive.returned, recorded['atss'], strict=True):
+    with float64(), pytest.MonkeyPatch.context() as monkeypatch:
+        draw_by_rule(monkeypatch)
+        spies = (
+            Spy(faster_rcnn, 'sample', monkeypatch),
+            Spy(atss, 'assign_adaptively', monkeypatch),
+            Spy(CollaborativeHeads, 'queries', monkeypatch),
+        )
+        model.train().zero_grad()
+        outputs = model(case.samples, case.targets)
+        losses = criterion(outputs, case.targets)
+        weighted_sum(losses, criterion.weight_dict).backward()
+        norms = {name: p.grad.norm() for name, p in model.named_parameters() if p.requires_grad}
+        losses = {name: value.detach() for name, value in losses.items()}
+        return FirstPass(losses, outputs['predictions'], norms, *(spy.returned for spy in spies))
+
+
+@needs_shared
+def test_training_equals_official(case: CollaborativeCase, first_pass: FirstPass) -> None:
+    """Losses, gradients, and who was matched and sampled."""
+    _, criterion, _ = case.built
+    check_losses(case, first_pass.losses, criterion.weight_dict)
+    check_gradients(case, first_pass.gradient_norms)
+    recorded, num_images = case.record['assignments'], len(case.targets)
+    check_samples(first_pass.samples[:num_images], recorded['rpn'])
+    check_samples(first_pass.samples[num_images:], recorded['rcnn'])
+    for (_, found), expected in zip(first_pass.adaptive, recorded['atss'], strict=True):
         places = (found != BACKGROUND).nonzero()[:, 0]
         assert places.tolist() == expected['anchor_index_among_valid']
         assert found[places].tolist() == expected['gt'] and len(found) == expected['num_valid_anchors']
-    check_queries(case, [group for _, group in queries.returned])
-    check_matches(case, criterion, outputs['predictions'])
+    check_queries(case, [group for _, group in first_pass.queries])
+    check_matches(case, criterion, first_pass.predictions)
 
 
 def check_losses(case: CollaborativeCase, losses: dict[str, Tensor], weight_dict: dict[str, float]) -> None:
@@ -233,15 +255,14 @@ def check_losses(case: CollaborativeCase, losses: dict[str, Tensor], weight_dict
     assert_close(weighted_sum(losses, weight_dict), recorded['total'], 'total', **CLOSE)
 
 
-def check_gradients(case: CollaborativeCase, model: nn.Module) -> None:
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+def check_gradients(case: CollaborativeCase, norms: dict[str, Tensor]) -> None:
     official = {
         name: torch.tensor(value) for name, value in case.record['grad_norm'].items() if value is not None
     }
     expected = from_mmdetection(official)
-    assert set(gradients) == set(expected)
-    for name, gradient in gradients.items():
-        assert_close(gradient.norm(), expected[name], f'gradient of {name}', **GRADIENT)
+    assert set(norms) == set(expected)
+    for name, norm in norms.items():
+        assert_close(norm, expected[name], f'gradient of {name}', **GRADIENT)
 
 
 def check_samples(samples: list, recorded: list[dict]) -> None:
@@ -282,9 +303,12 @@ def check_matches(case: CollaborativeCase, criterion: nn.Module, predictions: li
 
 @pytest.mark.slow
 @needs_shared
-def test_optimizer_steps_equal_official(case: CollaborativeCase, noise: None) -> None:
+def test_optimizer_steps_equal_official(
+    case: CollaborativeCase, first_pass: FirstPass, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first goes on from the pass that the test above looks at."""
+    draw_by_rule(monkeypatch)
     model, criterion, _ = case.built
-    case.fill(model)
     args, recorded = case.args, case.record['optimizer_steps']
     optimizer = optimizer_of(model, args)
     official = {}  # learning rate -> parameters
@@ -299,20 +323,23 @@ def test_optimizer_steps_equal_official(case: CollaborativeCase, noise: None) ->
     assert ours == official
     model.train()
     steps = [*recorded['steps'], {'total': recorded['total_after_three_steps']}]
-    for entry in steps:
-        optimizer.zero_grad()
-        losses = criterion(model(case.samples, case.targets), case.targets)
+    losses = first_pass.losses
+    for index, entry in enumerate(steps):
+        if index:
+            losses = criterion(model(case.samples, case.targets), case.targets)
         total = weighted_sum(losses, criterion.weight_dict)
         assert_close(total, entry['total'], 'total', rtol=STEP)
-        total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         if 'losses' in entry:
+            if index:
+                optimizer.zero_grad()
+                total.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             assert_close(norm, entry['grad_norm_before_clip'], 'gradient', rtol=STEP)
             for name, value in entry['losses'].items():
                 if name != 'acc0':
                     found = losses[our_name(name)] * criterion.weight_dict[our_name(name)]
                     assert_close(found, value, name, rtol=STEP)
-        optimizer.step()
+            optimizer.step()
     case.fill(model)
 
 

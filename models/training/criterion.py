@@ -73,9 +73,9 @@ class SetCriterion(nn.Module):
             if 'ce' in row.coef:
                 names = [f'loss_ce{suffix}' for suffix in suffixes]
                 losses |= zip(names, (row.class_loss(stack) / divisors[0]).unbind(), strict=True)
-            names = [f'loss_{term}{suffix}' for term in asked for suffix in suffixes]
-            values = zip(names, (box_terms / divisors[1]).flatten().unbind(), strict=True)
-            losses |= (pair for pair in values if pair[0].split('_')[1] in row.coef)
+            places = [(term, suffix) for term in asked for suffix in suffixes]
+            values = zip(places, (box_terms / divisors[1]).flatten().unbind(), strict=True)
+            losses |= {f'loss_{term}{suffix}': x for (term, suffix), x in values if term in row.coef}
             names = [f'cardinality_error{suffix}' for suffix in suffixes]
             losses |= zip(names, cardinality_error(stack, row.scale).unbind(), strict=True)
             if not row.class_agnostic:
