@@ -24,9 +24,9 @@ def get_submit_parser() -> argparse.ArgumentParser:
     parser = get_args_parser()
     parser.usage, parser.description = 'python run_with_submitit.py [flags]', __doc__
     job = parser.add_argument_group('Slurm')
-    job.add_argument('--ngpus', default=8, type=int, help='GPUs a node; 0 = none (default: %(default)s)')
-    job.add_argument('--nodes', default=4, type=int, help='(default: %(default)s)')
-    job.add_argument('--tasks_per_node', type=int, help='processes a node (default: --ngpus, at least 1)')
+    job.add_argument('--ngpus', default=8, type=int, help='GPUs per node; 0: none (default: %(default)s)')
+    job.add_argument('--nodes', default=4, type=int, help='number of nodes (default: %(default)s)')
+    job.add_argument('--tasks_per_node', type=int, help='processes per node (default: --ngpus, at least 1)')
     job.add_argument('--timeout', default=60, type=int,
                      help=f'minutes after which the job is interrupted; it goes on, up to {MAX_TIMEOUTS} times '
                           '(default: %(default)s)')  # fmt: skip
@@ -36,10 +36,12 @@ def get_submit_parser() -> argparse.ArgumentParser:
     job.add_argument('--job_dir', default='', metavar='DIR',
                      help='folder that all nodes share, for logs and as --output_dir; %%j is the number of the job '
                           f'(default: --output_dir, or {SHARED}/USER/experiments/%%j)')  # fmt: skip
-    job.add_argument('--job_name', default='detr', help='(default: %(default)s)')
-    job.add_argument('--cpus_per_task', default=10, type=int, help='(default: %(default)s)')
+    job.add_argument('--job_name', default='detr', help='name of the job (default: %(default)s)')
+    job.add_argument(
+        '--cpus_per_task', default=10, type=int, help='CPU cores per process (default: %(default)s)'
+    )
     job.add_argument('--mem_gb', type=float,
-                     help='memory a node, GB (default: 40 a GPU; without GPUs what the cluster gives)')  # fmt: skip
+                     help='memory per node, GB (default: 40 per GPU; without GPUs what the cluster gives)')  # fmt: skip
     for flag, what in (
         ('partition', 'partitions, separated by commas'),
         ('constraint', 'features that the nodes must have'),

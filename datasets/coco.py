@@ -9,9 +9,10 @@ loader share, instead of millions of Python objects, which every worker would co
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +119,7 @@ class CocoDetection(ImageDataset):
     def image_sizes(self) -> np.ndarray:
         """[N, 2] height and width of all images; only those that the annotations do not tell are opened."""
         sizes = self._json_sizes.copy()
-        for idx in np.flatnonzero((sizes <= 0).any(axis=1)):
+        for idx in np.flatnonzero((sizes <= 0).any(axis=1)).tolist():
             sizes[idx] = stored_size(self.image_dir / self._file_names[idx])
         return sizes
 
@@ -131,6 +132,7 @@ class CocoDetection(ImageDataset):
             self._bytes(self.image_dir / self._file_names[idx])
 
     def _bytes(self, path: Path) -> bytes:
+        assert self._files is not None
         if path not in self._files:
             self._files[path] = path.read_bytes()
         return self._files[path]
@@ -146,8 +148,11 @@ class PackedList:
         self.starts = np.cumsum([0] + [len(row) for row in rows])
         self.data = np.frombuffer(b''.join(rows), dtype=np.uint8)
 
-    def __getitem__(self, idx: int) -> object:
+    def __getitem__(self, idx: int) -> Any:
         return json.loads(self.data[self.starts[idx] : self.starts[idx + 1]].tobytes())
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[idx] for idx in range(len(self.starts) - 1))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import importlib.util
 import io
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -41,7 +42,7 @@ class Summary:
         wide = max([len(name) for name in [*names, 'class', 'all']])
         columns = ('AP', 'AP50', 'AP75', 'AR100')
         lines = [f'{"class":<{wide}}' + ''.join(f'{column:>8}' for column in columns) + f'{"objects":>9}']
-        total = dict(zip(STAT_NAMES, self.stats, strict=True))
+        total: dict[str, Any] = dict(zip(STAT_NAMES, self.stats, strict=True))
         total |= {'name': 'all', 'objects': sum(row['objects'] for row in self.per_class)}
         for row in [*self.per_class, total]:
             cells = ''.join(f'{format_percent(row[column]):>8}' for column in columns)
@@ -51,6 +52,15 @@ class Summary:
 
 def format_percent(value: float) -> str:
     return '-' if value < 0 else f'{100 * value:.1f}'
+
+
+class Evaluator(Protocol):
+    """Part of COCOeval that pycocotools and hotcoco share."""
+
+    @property
+    def eval(self) -> Any: ...
+    def evaluate(self) -> None: ...
+    def accumulate(self) -> None: ...
 
 
 class CocoEvaluator:
@@ -166,7 +176,7 @@ def prepare_ground_truth(ground_truth: dict, image_ids: set[int], iou_type: str)
     Ids are counted anew from 1, since they take an object of id 0 for no match at all. Without iscrowd an
     object is none; without area it is the box's.
     """
-    annotations = []
+    annotations: list[dict] = []
     for annotation in ground_truth['annotations']:
         if annotation['image_id'] not in image_ids:
             continue
@@ -202,7 +212,7 @@ def result_rows(detections: dict[int, Detections], iou_type: str) -> np.ndarray 
     return [
         {'image_id': image_id, 'category_id': int(row[5]), 'segmentation': mask, 'score': float(row[4])}
         for image_id, one in sorted(detections.items())
-        for row, mask in zip(one.rows, one.masks, strict=True)
+        for row, mask in zip(one.rows, one.masks or [], strict=True)
     ]
 
 
@@ -224,14 +234,14 @@ def evaluate(
     return np.asarray(evaluator.eval['precision']), np.asarray(evaluator.eval['recall'])
 
 
-def hotcoco_evaluator(truth: dict, rows: np.ndarray | list[dict], iou_type: str) -> object:
+def hotcoco_evaluator(truth: dict, rows: np.ndarray | list[dict], iou_type: str) -> Evaluator:
     import hotcoco
 
     coco = hotcoco.COCO(truth)
     return hotcoco.COCOeval(coco, coco.load_res(rows), iou_type)
 
 
-def pycocotools_evaluator(truth: dict, rows: np.ndarray | list[dict], iou_type: str) -> object:
+def pycocotools_evaluator(truth: dict, rows: np.ndarray | list[dict], iou_type: str) -> Evaluator:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 

@@ -8,7 +8,7 @@ Legal, as in the official pipeline: boxes of no size, boxes that leave the image
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from datasets.class_map import ClassMap, names_by_id
@@ -82,7 +82,7 @@ def check_images(images: list[dict]) -> set[int]:
     return ids
 
 
-def annotation_problem(annotation: dict, image_ids: set[int], category_ids: Iterable[int]) -> str | None:
+def annotation_problem(annotation: dict, image_ids: set[int], category_ids: Collection[int]) -> str | None:
     """What is wrong with it and what to do, or None."""
     if annotation.get('image_id') not in image_ids:
         return 'belongs to an image that "images" does not list: add the image or remove the annotation'

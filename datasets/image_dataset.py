@@ -2,22 +2,26 @@
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.class_map import ClassMap
-from datasets.transforms import Sample, Transform
+from datasets.coco_json import Annotations
+from datasets.transforms import Sample, Target, Transform
 from util.nested_tensor import collate_fn
 from util.seeding import local_seed
 
 # Image, target and a function that gives a further one, drawn at random and untransformed, to image and target.
-Mix = Callable[..., Sample]
+Mix = Callable[[Tensor, Target, Callable[[], Sample]], Sample]
 
 
-def loader_options(num_workers: int) -> dict[str, object]:
+def loader_options(num_workers: int) -> dict[str, Any]:
     """What all loaders of images have in common."""
     return {
         'num_workers': num_workers,
@@ -50,12 +54,12 @@ class ImageDataset(Dataset[Sample], ABC):
         """Return image idx as it is stored, uint8 [3, H, W], and its target (the fields of `datasets.coco.CocoDetection`)."""
 
     @abstractmethod
-    def image_sizes(self) -> Sequence[Sequence[int]]:
+    def image_sizes(self) -> np.ndarray:
         """Return height and width of every image, [N, 2]."""
 
     @property
     @abstractmethod
-    def ground_truth(self) -> dict:
+    def ground_truth(self) -> Annotations:
         """Annotations in COCO form, which evaluation compares with."""
 
     def keep_files(self, local_rank: int, local_size: int) -> None:
@@ -75,9 +79,9 @@ class ImageDataset(Dataset[Sample], ABC):
 
     def __getitem__(self, idx: int) -> Sample:
         idx = range(len(self))[idx]
-        return self.made(idx, partial(self.untransformed, idx), self.random_item)
+        return self.transformed(idx, partial(self.untransformed, idx), self.random_item)
 
-    def made(self, idx: int, item: Callable[[], Sample], random_item: Callable[[], Sample]) -> Sample:
+    def transformed(self, idx: int, item: Callable[[], Sample], random_item: Callable[[], Sample]) -> Sample:
         """Image idx by its own random numbers, from where its untransformed item and that of any other come."""
         with local_seed(self.seed, int(self._epoch), idx):
             image, target = item()
@@ -85,14 +89,16 @@ class ImageDataset(Dataset[Sample], ABC):
                 image, target = self.mix(image, target, random_item)
             return (image, target) if self.transforms is None else self.transforms(image, target)
 
-    def drawn_size(self, idx: int, epoch: int, original: Sequence[int]) -> tuple[int, int]:
+    def drawn_size(self, idx: int, epoch: int, original: Iterable[int]) -> tuple[int, int]:
         """(height, width) that image `idx` will have in that epoch, from its `original` one; nothing is read: the
         transforms act on an image without pixels. Not for data sets that mix images.
         """
+        assert self.transforms is not None
         with local_seed(self.seed, epoch, idx):
             image = torch.empty(3, *map(int, original), dtype=torch.uint8, device='meta')
             image, _ = self.transforms(image, None)
-        return tuple(image.shape[-2:])
+        height, width = image.shape[-2:]
+        return height, width
 
     def random_item(self) -> Sample:
         """Any image, untransformed; drawn from Python's `random`."""

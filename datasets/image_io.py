@@ -65,8 +65,8 @@ def decode(data: bytes) -> Tensor:
 
 def decode_with_pillow(data: bytes) -> Tensor:
     with PIL.Image.open(io.BytesIO(data)) as opened:
+        image: PIL.Image.Image = opened
         if opened.mode.startswith('I'):  # Pillow's own conversion would cut 16 bits off at 255
-            grey = (np.asarray(opened).clip(0, 65535) >> 8).astype(np.uint8)
-            opened = PIL.Image.fromarray(grey)
-        pixels = np.array(opened.convert('RGB'))
+            image = PIL.Image.fromarray((np.asarray(opened).clip(0, 65535) >> 8).astype(np.uint8))
+        pixels = np.array(image.convert('RGB'))
     return torch.from_numpy(pixels).permute(2, 0, 1)

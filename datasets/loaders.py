@@ -3,17 +3,24 @@
 from argparse import Namespace
 
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from datasets import build_dataset
 from datasets.class_map import ClassMap
-from datasets.image_dataset import loader_options
-from datasets.samplers import AspectSampler, EpochBatches, EvalBatches, NodeSampler, SizeBatches
+from datasets.image_dataset import ImageDataset, loader_options
+from datasets.samplers import (
+    AspectSampler,
+    ChunkSampler,
+    EpochBatches,
+    EvalBatches,
+    NodeSampler,
+    SizeBatches,
+)
 from datasets.streaming.shards import ShardedCoco, ShardStream, build_shard_loader
 from util.distributed.collectives import get_local_rank, get_local_size, get_rank, get_world_size
 
 
-def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Dataset]:
+def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, ImageDataset]:
     """Training and validation images, with the same class indices; only those that the run will read.
 
     class_map: that of the checkpoint in use, None if it has none. ValueError: --resume of a checkpoint with
@@ -45,7 +52,7 @@ def describe(class_map: ClassMap) -> str:
     return f'{len(names)} classes ({", ".join(names[:5])}{", ..." if len(names) > 5 else ""})'
 
 
-def build_loader(dataset: Dataset, split: str, args: Namespace) -> DataLoader:
+def build_loader(dataset: ImageDataset, split: str, args: Namespace) -> DataLoader:
     """Batches of a data set; this process's share of them. Its length is that of a whole epoch, wherever the epoch is
     resumed (`begin_epoch`).
     """
@@ -64,45 +71,49 @@ def build_loader(dataset: Dataset, split: str, args: Namespace) -> DataLoader:
     return loader
 
 
-def build_batches(dataset: Dataset, train: bool, args: Namespace) -> Sampler[list[int]]:
+def build_batches(dataset: ImageDataset, train: bool, args: Namespace) -> Sampler[list[int]]:
     """This process's batches of an epoch, each a list of images."""
-    place, share = (get_world_size(), get_rank()), (0, 1)
+    replica, share = (get_world_size(), get_rank()), (0, 1)
     if args.cache_mode:
         share = get_local_rank(), get_local_size()
         dataset.keep_files(*share)
     if train and args.bucket_sizes:
-        return SizeBatches(dataset, args.batch_size, *place, args.seed)
+        return SizeBatches(dataset, args.batch_size, *replica, args.seed)
+    sampler: ChunkSampler | DistributedSampler[int]
     if train and args.group_aspect_ratio:
-        sampler = AspectSampler(dataset.image_sizes(), args.batch_size, *place, *share, seed=args.seed)
+        sampler = AspectSampler(dataset.image_sizes(), args.batch_size, *replica, *share, seed=args.seed)
     elif args.cache_mode:
-        sampler = NodeSampler(dataset, *place, *share, train, args.seed)
+        sampler = NodeSampler(dataset, *replica, *share, train, args.seed)
     elif train:
         drop_last = get_world_size() > 1
-        sampler = DistributedSampler(dataset, *place, shuffle=True, seed=args.seed, drop_last=drop_last)
+        sampler = DistributedSampler(dataset, *replica, shuffle=True, seed=args.seed, drop_last=drop_last)
     else:
-        return EvalBatches(len(dataset), args.batch_size, *place)
+        return EvalBatches(len(dataset), args.batch_size, *replica)
     return EpochBatches(sampler, args.batch_size, drop_last=train)
 
 
 def begin_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
     """The next pass over a training loader is that of this epoch, from this batch on; what is skipped is not read."""
-    if isinstance(loader.dataset, ShardStream):
-        loader.dataset.set_epoch(epoch)
-        loader.dataset.data.start_at(first_batch)
+    dataset, batches = loader.dataset, loader.batch_sampler
+    if isinstance(dataset, ShardStream):
+        dataset.set_epoch(epoch)
+        dataset.data.start_at(first_batch)
     else:
-        loader.dataset.set_epoch(epoch)
-        loader.batch_sampler.set_epoch(epoch, first_batch)
+        assert isinstance(dataset, ImageDataset) and isinstance(batches, EpochBatches | SizeBatches)
+        dataset.set_epoch(epoch)
+        batches.set_epoch(epoch, first_batch)
 
 
-def worst_batch(dataset: Dataset, batch_size: int, one_size: bool) -> tuple[tuple[int, int], int]:
+def worst_batch(dataset: ImageDataset, batch_size: int, one_size: bool) -> tuple[tuple[int, int], int]:
     """Height and width of the largest batch that training can meet, and the most objects of an image. The sizes are the
     largest of a few thousand drawn ones; one_size: all images of a batch have about the same.
     """
     if dataset.mix is not None:
-        return tuple(dataset[0][0].shape[-2:]), dataset.most_objects
+        height, width = dataset[0][0].shape[-2:]
+        return (height, width), dataset.most_objects
     originals = dataset.image_sizes()
     chosen = torch.linspace(0, len(originals) - 1, min(len(originals), 500)).long().tolist()
     drawn = [dataset.drawn_size(idx, epoch, originals[idx]) for epoch in range(4) for idx in chosen]
     if one_size or batch_size == 1:
         return max(drawn, key=lambda size: size[0] * size[1]), dataset.most_objects
-    return (max(height for height, _ in drawn), max(width for _, width in drawn)), dataset.most_objects
+    return (max(size[0] for size in drawn), max(size[1] for size in drawn)), dataset.most_objects

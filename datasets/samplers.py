@@ -5,12 +5,12 @@ holds in memory, those that are wider than high together, or those that will hav
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from itertools import cycle, islice
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler, Dataset, Sampler
+from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
 from datasets.image_dataset import ImageDataset
 
@@ -23,7 +23,7 @@ class ChunkSampler(Sampler[int]):
     """
 
     def __init__(
-        self, dataset: Dataset, num_replicas: int, rank: int, shuffle: bool = True, seed: int = 0
+        self, dataset: Sized, num_replicas: int, rank: int, shuffle: bool = True, seed: int = 0
     ) -> None:
         self.dataset = dataset
         self.num_replicas = num_replicas
@@ -61,7 +61,7 @@ class NodeSampler(ChunkSampler):
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Sized,
         num_replicas: int,
         rank: int,
         local_rank: int,
@@ -131,7 +131,9 @@ class AspectSampler(ChunkSampler):
 class EpochBatches(Sampler[list[int]]):
     """Batches of the images that a sampler gives to a process."""
 
-    def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool) -> None:
+    def __init__(
+        self, sampler: ChunkSampler | DistributedSampler[int], batch_size: int, drop_last: bool
+    ) -> None:
         self.sampler = sampler
         self.batches = BatchSampler(sampler, batch_size, drop_last)
         self.first = 0

@@ -172,7 +172,8 @@ def slope(dice: Dice, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def grain(dice: Dice, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return smooth_noise(dice, *u.shape, cell=dice.real(1.5, 4))
+    height, width = u.shape
+    return smooth_noise(dice, height, width, cell=dice.real(1.5, 4))
 
 
 TEXTURES = (
@@ -252,7 +253,8 @@ def arrange(dice: Dice, height: int, width: int) -> list[Pose]:
     crowd = many * many * many * many * many  # no power: libm's is not the same everywhere
     # One to five objects in most images, rarely up to MAX_OBJECTS.
     count = 0 if dice.chance(0.04) else 1 + int(4 * many + (MAX_OBJECTS - 5) * crowd * crowd * crowd)
-    size, poses = max(height, width), []
+    poses: list[Pose] = []
+    size = max(height, width)
     largest = size * (0.36 if count < 5 else 0.26 if count < 10 else 0.18)
     smallest = max(0.08 * size, 5)
     for _ in range(count):

@@ -104,7 +104,8 @@ class ShapesDetection(ImageDataset):
     @cached_property
     def ground_truth(self) -> dict[str, list[dict]]:
         """The split as COCO's json would hold it, for COCO's evaluation; objects in the targets' order."""
-        images, annotations = [], []
+        images: list[dict] = []
+        annotations: list[dict] = []
         for index, image_id in enumerate(self.ids):
             scene = self.draw(index)
             height, width = scene.image.shape[1:]

@@ -13,6 +13,7 @@ import argparse
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import PIL.Image
 import torch
@@ -24,8 +25,16 @@ from util.box_ops import box_area, box_xyxy_to_cxcywh
 
 Image = Tensor | PIL.Image.Image
 Target = dict[str, Tensor]
-Sample = tuple[Image, Target | None]
-Transform = Callable[[Image, Target | None], Sample]
+Sample = tuple[Tensor, Target]
+ImageT = TypeVar('ImageT', Tensor, Image)
+TargetT = TypeVar('TargetT', Target, Target | None)
+
+
+class Transform(Protocol):
+    """Callable that changes an image and its target together."""
+
+    def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]: ...
+
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -49,7 +58,7 @@ def image_size(image: Image) -> tuple[int, int]:
     return height, width
 
 
-def crop(image: Image, target: Target | None, region: Sequence[int]) -> Sample:
+def crop(image: ImageT, target: TargetT, region: Sequence[int]) -> tuple[ImageT, TargetT]:
     """Cut out region = (top, left, height, width); what lies outside the image is zero.
 
     Objects keep what is left of their boxes, and `area` becomes that of the cut box. An object without a box
@@ -78,7 +87,7 @@ def keep_objects(target: Target, keep: Tensor) -> Target:
     return {key: value[keep] if key in OBJECT_FIELDS else value for key, value in target.items()}
 
 
-def hflip(image: Image, target: Target | None) -> Sample:
+def hflip(image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
     """Mirror left and right."""
     flipped = F.horizontal_flip(image)
     if target is None:
@@ -116,14 +125,14 @@ def resized_size(
 
 
 def resize(
-    image: Image, target: Target | None, size: int | Sequence[int], max_size: int | None = None
-) -> Sample:
+    image: ImageT, target: TargetT, size: int | Sequence[int], max_size: int | None = None
+) -> tuple[ImageT, TargetT]:
     """Bilinear with antialiasing, to `resized_size`. Masks: nearest, and bool afterwards."""
     height, width = image_size(image)
     return resize_to(image, target, resized_size((width, height), size, max_size), antialias=True)
 
 
-def rescale(image: Image, target: Target | None, size: int, max_size: int) -> Sample:
+def rescale(image: ImageT, target: TargetT, size: int, max_size: int) -> tuple[ImageT, TargetT]:
     """To `rescaled_size`, bilinear without antialiasing as OpenCV does, boxes clipped (mmdetection)."""
     height, width = image_size(image)
     new_width, new_height = rescaled_size((width, height), size, max_size)
@@ -144,10 +153,12 @@ def rescaled_size(image_wh: tuple[int, int], size: int, max_size: int) -> tuple[
     return width, height
 
 
-def resize_to(image: Image, target: Target | None, new_wh: tuple[int, int], antialias: bool) -> Sample:
+def resize_to(
+    image: ImageT, target: TargetT, new_wh: tuple[int, int], antialias: bool
+) -> tuple[ImageT, TargetT]:
     """Bilinear, to (width, height). Masks: nearest, and bool afterwards."""
     (old_height, old_width), (width, height) = image_size(image), new_wh
-    resized = F.resize(pixels_together(image), [height, width], antialias=antialias)
+    resized = F.resize(channels_last(image), [height, width], antialias=antialias)
     if target is None:
         return resized, None
     target = {**target, 'size': torch.tensor([height, width])}
@@ -162,7 +173,7 @@ def resize_to(image: Image, target: Target | None, new_wh: tuple[int, int], anti
     return resized, target
 
 
-def pixels_together(image: Image) -> Image:
+def channels_last(image: ImageT) -> ImageT:
     """The same image with the three values of a pixel side by side in memory: torch resizes that three
     times faster.
     """
@@ -171,7 +182,7 @@ def pixels_together(image: Image) -> Image:
     return image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
-def pad(image: Image, target: Target | None, padding: tuple[int, int], fill: int = 0) -> Sample:
+def pad(image: ImageT, target: TargetT, padding: tuple[int, int], fill: int = 0) -> tuple[ImageT, TargetT]:
     """Add (right, bottom) columns and rows of the value `fill`. Boxes and areas stay."""
     sides = [0, 0, *padding]
     padded = F.pad(image, sides, fill=fill)
@@ -183,7 +194,7 @@ def pad(image: Image, target: Target | None, padding: tuple[int, int], fill: int
     return padded, target
 
 
-def pad_to_square(image: Image, target: Target | None, size: int) -> Sample:
+def pad_to_square(image: ImageT, target: TargetT, size: int) -> tuple[ImageT, TargetT]:
     """Grey on the right and below, up to size x size pixels."""
     height, width = image_size(image)
     return pad(image, target, (size - width, size - height), GREY)
@@ -196,7 +207,7 @@ def frame_size(target: Target) -> Tensor:
     return target.get('frame_size', target['orig_size'])
 
 
-def center_crop(image: Image, target: Target | None, size: tuple[int, int]) -> Sample:
+def center_crop(image: ImageT, target: TargetT, size: tuple[int, int]) -> tuple[ImageT, TargetT]:
     """Cut (height, width) out of the middle."""
     (image_h, image_w), (height, width) = image_size(image), size
     top, left = round((image_h - height) / 2), round((image_w - width) / 2)
@@ -219,7 +230,7 @@ class Compose:
     def __init__(self, transforms: Sequence[Transform]) -> None:
         self.transforms = list(transforms)
 
-    def __call__(self, image: Image, target: Target | None) -> Sample:
+    def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
         for transform in self.transforms:
             image, target = transform(image, target)
         return image, target
@@ -231,7 +242,7 @@ class RandomSelect:
     def __init__(self, first: Transform, second: Transform, p: float = 0.5) -> None:
         self.first, self.second, self.p = first, second, p
 
-    def __call__(self, image: Image, target: Target | None) -> Sample:
+    def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
         chosen = self.first if random.random() < self.p else self.second
         return chosen(image, target)
 
@@ -240,7 +251,7 @@ class RandomHorizontalFlip:
     def __init__(self, p: float = 0.5) -> None:
         self.p = p
 
-    def __call__(self, image: Image, target: Target | None) -> Sample:
+    def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
         return hflip(image, target) if random.random() < self.p else (image, target)
 
 
@@ -251,11 +262,11 @@ class RandomResize:
     """
 
     def __init__(
-        self, sizes: Sequence[int], max_size: int | None = None, rule: Callable[..., Sample] = resize
+        self, sizes: Sequence[int], max_size: int | None = None, rule: Callable[..., Any] = resize
     ) -> None:
         self.sizes, self.max_size, self.rule = list(sizes), max_size, rule
 
-    def __call__(self, image: Image, target: Target | None) -> Sample:
+    def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
         return self.rule(image, target, random.choice(self.sizes), self.max_size)
 
 
@@ -265,7 +276,7 @@ class RandomSizeCrop:
     def __init__(self, min_size: int, max_size: int) -> None:
         self.min_size, self.max_size = min_size, max_size
 
-    def __call__(self, image: Image, target: Target | None) -> Sample:
+    def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
         image_h, image_w = image_size(image)
         width = self.draw_side(image_w)  # the official code draws the width first
         height = self.draw_side(image_h)
@@ -278,7 +289,7 @@ class RandomSizeCrop:
 class HeightFirstSizeCrop(RandomSizeCrop):
     """The same, with the height drawn before the width (mmdetection)."""
 
-    def __call__(self, image: Image, target: Target | None) -> Sample:
+    def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
         height, width = map(self.draw_side, image_size(image))
         return crop(image, target, random_region(image, height, width))
 
@@ -292,7 +303,7 @@ class FitSquare:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def __call__(self, image: Image, target: Target | None) -> Sample:
+    def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
         image, target = rescale(image, target, self.size, self.size)
         fitted = torch.tensor(image_size(image))
         image, target = pad_to_square(image, target, self.size)
@@ -306,16 +317,15 @@ class NormalizeBoxes:
     in pixels.
     """
 
-    def __call__(self, image: Image, target: Target | None) -> tuple[Tensor, Target | None]:
-        if not isinstance(image, Tensor):
-            image = F.pil_to_tensor(image.convert('RGB'))
-        if image.dtype != torch.uint8:
-            raise ValueError(f'images stay uint8 until they reach the model, but this one is {image.dtype}')
+    def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
+        pixels: Tensor = image if isinstance(image, Tensor) else F.pil_to_tensor(image.convert('RGB'))
+        if pixels.dtype != torch.uint8:
+            raise ValueError(f'images stay uint8 until they reach the model, but this one is {pixels.dtype}')
         if target is None or 'boxes' not in target:
-            return image, target
-        height, width = image_size(image)
+            return pixels, target
+        height, width = image_size(pixels)
         scale = torch.tensor([width, height, width, height], dtype=torch.float32)
-        return image, {**target, 'boxes': box_xyxy_to_cxcywh(target['boxes']) / scale}
+        return pixels, {**target, 'boxes': box_xyxy_to_cxcywh(target['boxes']) / scale}
 
 
 def make_transforms(
@@ -345,14 +355,16 @@ def make_transforms(
             [NormalizeBoxes()] if image_set == 'train' else [FitSquare(lsj_size), NormalizeBoxes()]
         )
     max_size = max_size or scaled(BASE_MAX_SIZE, img_size)
-    size_crop, crop_max_size, rule = RandomSizeCrop, None, resize
+    size_crop: type[RandomSizeCrop] = RandomSizeCrop
+    crop_max_size: int | None = None
+    rule: Callable[..., Any] = resize
     if aug == 'co_detr':
         size_crop, crop_max_size, rule = HeightFirstSizeCrop, scaled(BASE_CROP_MAX_SIZE, img_size), rescale
     if image_set == 'val' or aug in ('flip', 'none'):
         flip = [RandomHorizontalFlip()] if image_set == 'train' and aug == 'flip' else []
         return Compose([*flip, RandomResize([img_size], max_size, rule), NormalizeBoxes()])
     final = RandomResize([scaled(size, img_size) for size in BASE_SCALES], max_size, rule)
-    zoomed = [
+    zoomed: list[Transform] = [
         RandomResize([scaled(size, img_size) for size in BASE_CROP_SCALES], crop_max_size, rule),
         size_crop(*(scaled(size, img_size) for size in BASE_CROP_RANGE)),
         final,

@@ -1,4 +1,7 @@
-"""Flags become modules, here only: `add_model_args`, `resolve_args`, `build_detector`, `build_model`."""
+"""
+Build detectors, criteria and postprocessors from flags. No other module of `models/` reads parsed flags, except those
+that declare and settle them.
+"""
 
 import copy
 from argparse import Namespace
@@ -58,6 +61,7 @@ __all__ = [
 
 
 def build_transformer(args: Namespace) -> Transformer:
+    """Build the dense transformer of DETR or Conditional DETR."""
     sizes = args.hidden_dim, args.nheads, args.dim_feedforward, args.dropout
     encoder = TransformerEncoder(
         TransformerEncoderLayer(*sizes, args.pre_norm),
@@ -81,7 +85,12 @@ def build_transformer(args: Namespace) -> Transformer:
 
 
 def build_decoder_layer(args: Namespace, layers: tuple[type[nn.Module], ...], sizes: tuple) -> nn.Module:
-    """layers: the plain one, and those of MS-DETR's variants a and b; sizes: arguments of each."""
+    """Build the decoder layer that the flags choose.
+
+    Args:
+        layers: three classes: the plain layer, and those of MS-DETR's variants a and b.
+        sizes: positional arguments that all three classes take.
+    """
     plain, variant_a, variant_b = layers
     if not args.use_ms_detr:
         return plain(*sizes)
@@ -94,6 +103,7 @@ def build_decoder_layer(args: Namespace, layers: tuple[type[nn.Module], ...], si
 
 
 def build_deformable_transformer(args: Namespace) -> DeformableTransformer:
+    """Build the transformer of Deformable DETR, with DINO's decoder if the flags ask for it."""
     sizes = args.dim_feedforward, args.dropout
 
     def attention(num_points: int) -> MSDeformAttn:
@@ -118,8 +128,10 @@ def build_deformable_transformer(args: Namespace) -> DeformableTransformer:
 
 
 def build_layer_heads(args: Namespace) -> tuple[nn.ModuleList, nn.ModuleList]:
-    """Class and box heads of Deformable DETR: one a decoder layer with box refinement (and one for proposals in
-    two stages), else one in every place.
+    """Build the class and box heads of Deformable DETR.
+
+    With box refinement each decoder layer has its own heads, and two stages add a pair for the proposals. Without
+    it all layers share one pair.
     """
     class_embed = class_head(args.hidden_dim, args.num_classes, prior=0.01)
     bbox_embed = box_head(args.hidden_dim, start_at_reference=True)
@@ -138,8 +150,12 @@ def build_layer_heads(args: Namespace) -> tuple[nn.ModuleList, nn.ModuleList]:
 def build_detector(
     args: Namespace, num_queries: dict[str, int], query_sources: nn.ModuleDict | None = None
 ) -> nn.Module:
-    """The detector alone. args: resolved. num_queries: learned queries of each group, the inference group
-    first.
+    """Build the detector alone.
+
+    Args:
+        args: flags settled by `resolve_args`.
+        num_queries: number of learned queries of each group, the inference group first.
+        query_sources: modules that add query groups while training.
     """
     backbone = Joiner(
         build_backbone(
@@ -196,9 +212,14 @@ def build_detector(
 
 
 def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, nn.Module]]:
-    """Model, criterion and postprocessors from parsed flags (`main.get_args_parser`, or a part of its names).
+    """Build model, criterion and postprocessors.
 
-    `args.num_classes` is 91 unless the data set has set it. ValueError: impossible flags.
+    Args:
+        args: flags parsed by `main.get_args_parser`, or some of them. `num_classes` is 91 unless the data set has
+            set it.
+
+    Raises:
+        ValueError: flags contradict each other.
     """
     from .training import build_supervision
     from .training.flags import resolve_all
@@ -207,14 +228,14 @@ def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, nn.Mod
     criterion, num_queries, query_sources = build_supervision(args)
     model = build_detector(args, num_queries, query_sources)
     if args.two_stage and not any('_enc' in name for name in criterion.weight_dict):
-        # Nothing trains these heads (--no_aux_loss): no gradient is asked of them, which processes would wait for.
+        # No loss reaches these heads (--no_aux_loss). DDP would wait for their gradients.
         model.class_embed[-1].requires_grad_(False)
         model.bbox_embed[-1].requires_grad_(False)
     return model, criterion, build_postprocessors(args)
 
 
 def build_postprocessors(args: Namespace) -> dict[str, nn.Module]:
-    """`bbox`: outputs to detections in pixels."""
+    """Build the postprocessor `bbox`, which turns outputs into detections in pixels."""
     if args.family == 'detr':
         return {'bbox': SoftmaxPostProcess()}
     if args.eval_module != 'detr':

@@ -1,9 +1,9 @@
 """
 Backbones: torchvision's ResNet and MobileNetV2, Swin (`swin.py`), and any feature network of timm as `timm/NAME`.
 
-The backbone owns the statistics that its weights were trained with: uint8 images are normalised here, on
-the device; floating-point images are taken as normalised already. Parameter names are torchvision's (of Swin
-the official ones) under `backbone.0.body`.
+The backbone holds the mean and standard deviation that its weights were trained with. It normalises uint8 images on
+the device, and takes floating-point images as normalised already. Parameter names under `backbone.0.body` are
+torchvision's, or the official ones of Swin.
 """
 
 import urllib.error
@@ -25,7 +25,7 @@ from .parts import call_part
 from .swin import SWIN_SIZES, WEIGHTS_URL, SwinTransformer, load_pretrained
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Every ResNet of torchvision (ResNeXt and Wide ResNet too), and a smaller one.
+# Every ResNet of torchvision, ResNeXt and Wide ResNet included, and a smaller one of ours.
 RESNETS = (
     'resnet10',
     *torchvision.models.list_models(torchvision.models, include=['resnet*', 'resnext*', 'wide_resnet*']),
@@ -38,7 +38,10 @@ NORM_LAYERS = {'frozen': FrozenBatchNorm2d, 'batch': nn.BatchNorm2d, 'group': pa
 class Backbone(nn.Module):
     """Feature maps of an image batch, with padding masks at their size.
 
-    body: module from [B, 3, H, W] to a dictionary of feature maps, coarsest last. num_channels: of each map.
+    Args:
+        body: module that turns [B, 3, H, W] into a dictionary of feature maps, coarsest last.
+        num_channels: number of channels of each map.
+        mean, std: statistics of the training images, for pixels in [0, 1].
     """
 
     def __init__(
@@ -49,14 +52,14 @@ class Backbone(nn.Module):
         std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
         super().__init__()
-        self.body = body.to(memory_format=torch.channels_last)  # convolutions and pooling are faster so
+        self.body = body.to(memory_format=torch.channels_last)  # makes convolutions and pooling faster
         self.num_channels = num_channels
-        # In units of uint8 pixels. Not saved: they follow from the backbone's name.
+        # In units of uint8 pixels. Checkpoints do not hold them, because they follow from the backbone's name.
         self.register_buffer('pixel_mean', 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer('pixel_std', 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def normalize(self, samples: NestedTensor) -> NestedTensor:
-        """uint8 pixels to normalised floats with padding 0, as if padded after normalising (official order)."""
+        """Normalise uint8 pixels. The padding becomes 0, as if it were added after normalising (official order)."""
         if samples.tensors.is_floating_point():
             return samples
         tensors = (samples.tensors - self.pixel_mean) / self.pixel_std
@@ -79,23 +82,23 @@ class Joiner(nn.Sequential):
         return self[0].num_channels
 
     def forward(self, samples: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
-        """Returns feature maps [B, C, h, w] and their encodings [B, hidden_dim, h, w], coarsest last."""
+        """Return feature maps [B, C, h, w] and their encodings [B, hidden_dim, h, w], coarsest last."""
         features = self[0](samples)
         return features, [self.encode_positions(x.mask).to(x.tensors.dtype) for x in features]
 
     def encode_positions(self, mask: Tensor) -> Tensor:
-        """Encoding [B, hidden_dim, h, w] of a padding mask [B, h, w]."""
+        """Return the position encoding [B, hidden_dim, h, w] for a padding mask [B, h, w]."""
         return self[1](mask)
 
 
 class StageBody(IntermediateLayerGetter):
-    """A torchvision network up to the last map that is read.
+    """A torchvision network, cut off after the last feature map that the detector reads.
 
-    maps: names of the children whose outputs are returned, and what they are called.
+    `return_layers` maps the name of each child whose output is returned to the name of that map.
     """
 
     def parts(self) -> list[nn.Module]:
-        """Return its children but for the single layers of a stem, whose ReLU overwrites what it reads (`models.parts`)."""
+        """Return the children for `models.parts`, without single layers of a stem: its ReLU overwrites its input."""
         return [part for part in self.values() if len(list(part.children())) > 0]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -108,14 +111,14 @@ class StageBody(IntermediateLayerGetter):
 
 
 class TimmBody(nn.Module):
-    """A timm feature network as a dictionary of maps; batch norms frozen unless they are to be trained."""
+    """A timm feature network that returns its maps in a dictionary."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def parts(self) -> list[nn.Module]:
-        """Return the network as a whole, whose own parts have no common names (`models.parts`)."""
+        """Return the whole network for `models.parts`, because the stages of timm's networks share no names."""
         return [self.network]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -134,14 +137,19 @@ def build_backbone(
     train: bool,
     **swin_options: object,
 ) -> Backbone:
-    """The backbone of a detector that reads the maps of some of its stages.
+    """Build a backbone, and freeze what is not to be trained.
 
-    weights: `imagenet`, `none` or a file of a state dict under the names of torchvision, timm or the official Swin.
-    norm: `frozen`, `batch` or `group`. stages: whose maps are returned; stage 4 has stride 32 (16 with dilation), 3
-    has 16, 2 has 8, 1 has 4. train: False freezes all parameters. Stem and first stage of torchvision's networks are
-    frozen when their norms are (official rule). swin_options: of `SwinTransformer`; other networks have none.
+    Stem and first stage of torchvision's networks are frozen whenever their norms are (official rule).
 
-    ValueError: unknown name, or a combination that the network does not have.
+    Args:
+        weights: `imagenet`, `none`, or a file of a state dict under the names of torchvision, timm or official Swin.
+        norm: `frozen`, `batch` or `group`.
+        stages: stages whose maps are returned. Stages 1 to 4 have strides 4, 8, 16 and 32 (16 with dilation).
+        train: False freezes all parameters.
+        swin_options: arguments of `SwinTransformer`; other networks ignore them.
+
+    Raises:
+        ValueError: the name is unknown, or the network lacks one of the options.
     """
     if name.startswith('timm/'):
         backbone = build_timm(name.removeprefix('timm/'), weights, dilation, norm, stages)
@@ -157,7 +165,7 @@ def build_backbone(
 
 
 def trainable_stages(name: str, norm: str) -> tuple[str, ...] | None:
-    """Prefixes of the parameters that train; None = all of them."""
+    """Return the prefixes of the parameters that train, or None if all of them do."""
     if norm != 'frozen' or name.startswith('timm/') or name in SWIN_SIZES:
         return None
     if name in RESNETS:
@@ -191,7 +199,7 @@ def build_torchvision(name: str, weights: str, dilation: bool, norm: str, stages
 
 
 def torchvision_network(name: str, weights: str, **options: object) -> nn.Module:
-    """A torchvision classifier with the asked weights; ImageNet's are fetched by the main process only."""
+    """Build a torchvision classifier and load its weights. Only the main process downloads those of ImageNet."""
     if name == 'resnet10':  # one block a stage; torchvision has the class, but neither the name nor weights
         if weights == 'imagenet':
             raise ValueError('resnet10 has no ImageNet weights: give --backbone_weights none or FILE')
@@ -215,9 +223,10 @@ def no_download(name: str, error: Exception) -> str:
 
 
 def load_backbone_file(network: nn.Module, path: str) -> nn.Module:
-    """A torchvision network filled from a state dict; only the classifier may be absent.
+    """Load a state dict into a torchvision network; only the classifier may be absent.
 
-    ValueError: the file is missing, or lacks or adds anything else.
+    Raises:
+        ValueError: the file is missing, or other entries are missing or unexpected.
     """
     if not Path(path).is_file():
         raise ValueError(
@@ -241,7 +250,7 @@ def load_backbone_file(network: nn.Module, path: str) -> nn.Module:
 def build_swin(
     name: str, weights: str, dilation: bool, norm: str, stages: range, options: dict[str, object]
 ) -> Backbone:
-    """A file at an address is fetched by the main process only."""
+    """Build a Swin backbone. Only the main process downloads weights from a URL."""
     if dilation or norm != 'frozen':
         flag = '--dilation' if dilation else f'--backbone_norm {norm}'
         raise ValueError(

@@ -1,6 +1,8 @@
 """
-The decoder of Conditional DETR (arXiv:2108.06152, Sec. 3.3): cross-attention compares content with content
-and place with place, side by side in each head. The rest of the detector is DETR's.
+The decoder of Conditional DETR (arXiv:2108.06152, Sec. 3.3).
+
+Each head of its cross-attention compares content with content and position with position, in separate channels. The
+rest of the detector is DETR's.
 """
 
 import torch
@@ -15,10 +17,10 @@ from .transformer import Blocks, clones, read_twice
 
 
 class Attention(nn.Module):
-    """Multi-head attention without input projections: softmax(q k / sqrt(width of q a head)) v, then
-    `out_proj`.
+    """Multi-head attention without input projections.
 
-    The widths of q and k may differ from that of v.
+    It computes softmax(q k / sqrt(d)) v and applies `out_proj`; d is the number of channels of a head in q and k, which
+    may differ from that in v.
     """
 
     def __init__(self, d_model: int, nhead: int, dropout: float) -> None:
@@ -29,11 +31,15 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def split(self, x: Tensor) -> Tensor:
-        """[B, N, C] to heads [B, M, N, C / M]."""
+        """Split [B, N, C] into heads [B, M, N, C / M]."""
         return x.unflatten(-1, (self.nhead, -1)).transpose(1, 2)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """q, k, v: [B, M, N, width] heads; hidden: bool, broadcast to [B, M, Q, K], True = may not attend."""
+        """Attend with q, k and v of [B, M, N, width]; return [B, Q, C].
+
+        Args:
+            hidden: bool, broadcast to [B, M, Q, K]; True = may not attend.
+        """
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -45,9 +51,10 @@ class Attention(nn.Module):
 
 
 class ConditionalDecoderLayer(nn.Module):
-    """Official names: sa_* project the self-attention, ca_* the cross-attention; content and position apart.
+    """Self-attention, cross-attention and feed-forward, with separate projections of content and position.
 
-    Only the first layer of a decoder has `ca_qpos_proj`: there the learned query position joins the content.
+    Names are the official ones: sa_* belong to the self-attention, ca_* to the cross-attention. Only the first layer of
+    a decoder has `ca_qpos_proj`, which adds the learned query position to the content.
     """
 
     def __init__(self, d_model: int, nhead: int, dim_feedforward: int, dropout: float) -> None:
@@ -78,18 +85,23 @@ class ConditionalDecoderLayer(nn.Module):
     def forward(
         self, tgt: Tensor, query_pos: Tensor, query_sine: Tensor, memory: Memory, blocks: Blocks
     ) -> tuple[Tensor, Tensor | None]:
-        """tgt, query_pos, query_sine: [B, Q, C]; blocks: who attends to whom.
+        """Run the layer.
 
-        Returns the new state, and the one that a second reading begins with (`models.ms_detr`), if any.
+        Args:
+            tgt, query_pos, query_sine: [B, Q, C].
+            blocks: which queries attend to which (`attention_blocks`).
+
+        Returns:
+            The new state, and the state that a second reading starts from (`models.ms_detr`); here None.
         """
-        tgt = self.norm1(tgt + self.dropout1(self.compare_queries(tgt, query_pos, blocks)))
-        tgt = self.norm2(tgt + self.dropout2(self.read_memory(tgt, query_pos, query_sine, memory)))
+        tgt = self.norm1(tgt + self.dropout1(self.self_attention(tgt, query_pos, blocks)))
+        tgt = self.norm2(tgt + self.dropout2(self.cross_attention(tgt, query_pos, query_sine, memory)))
         return self.ffn(tgt), None
 
     def ffn(self, tgt: Tensor) -> Tensor:
         return self.norm3(tgt + self.dropout3(self.linear2(self.dropout(F.relu(self.linear1(tgt))))))
 
-    def compare_queries(self, tgt: Tensor, query_pos: Tensor, blocks: Blocks) -> Tensor:
+    def self_attention(self, tgt: Tensor, query_pos: Tensor, blocks: Blocks) -> Tensor:
         q = self.self_attn.split(self.sa_qcontent_proj(tgt) + self.sa_qpos_proj(query_pos))
         k = self.self_attn.split(self.sa_kcontent_proj(tgt) + self.sa_kpos_proj(query_pos))
         v = self.self_attn.split(self.sa_v_proj(tgt))
@@ -99,7 +111,7 @@ class ConditionalDecoderLayer(nn.Module):
         ]
         return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
 
-    def read_memory(self, tgt: Tensor, query_pos: Tensor, query_sine: Tensor, memory: Memory) -> Tensor:
+    def cross_attention(self, tgt: Tensor, query_pos: Tensor, query_sine: Tensor, memory: Memory) -> Tensor:
         split = self.cross_attn.split
         q, k = self.ca_qcontent_proj(tgt), self.ca_kcontent_proj(memory.tokens)
         k_pos = self.ca_kpos_proj(memory.pos)
@@ -111,10 +123,10 @@ class ConditionalDecoderLayer(nn.Module):
 
 
 class ConditionalDecoder(nn.Module):
-    """Decoder layers that share one reference point a query, taken from its learned position.
+    """Decoder layers that share one reference point per query, computed from its learned position.
 
-    The sine code of the reference is scaled by a function of the state from the second layer on (official
-    code; the paper scales it in every layer). The reference never changes and nothing is detached.
+    From the second layer on, the sine embedding of the reference is scaled by a function of the state (official code;
+    the paper scales it in every layer). The reference never changes, and no gradient is cut.
     """
 
     def __init__(
@@ -131,17 +143,16 @@ class ConditionalDecoder(nn.Module):
         for later in self.layers[1:]:
             later.ca_qpos_proj = None
         self.norm = norm
-        # Read from the second layer on; a parameter that is never used would stop distributed training.
+        # Only later layers use it; DDP refuses parameters without a gradient.
         self.query_scale = MLP(d_model, d_model, d_model, num_layers=2) if num_layers > 1 else None
         self.ref_point_head = ExactMLP(d_model, d_model, 2, num_layers=2)
 
     @torch.no_grad()
     def start_local(self, gain: float) -> None:
-        """Initial values with which every head begins by looking around the reference point (ours, not the
-        paper's).
+        """Initialise every head so that it attends around the reference point (ours, not the paper's).
 
-        Place is compared with place by the same projection on both sides, times `gain`; the scale of the sine
-        code begins as 1. From random numbers this halves the steps that the attention takes to become local.
+        Queries and keys project positions with the same weights, times `gain`. The scale of the sine embedding starts
+        at 1. Without pretrained weights the attention becomes local in half as many steps.
         """
         for layer in self.layers:
             layer.ca_qpos_sine_proj.weight.copy_(gain * layer.ca_kpos_proj.weight)

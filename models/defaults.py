@@ -17,7 +17,7 @@ from .swin import SWIN_SIZES
 
 
 def resolve_args(args: Namespace) -> Namespace:
-    """Return a copy of `args` with every flag of the detector settled, and the family named; other flags stay as they are.
+    """Return a copy of `args` with every flag of the detector settled, and `family` set. Other flags stay as they are.
 
     Raises:
         ValueError: flags contradict each other.
@@ -49,7 +49,7 @@ def resolve_args(args: Namespace) -> Namespace:
 
 
 def resolve_co_detr(args: Namespace) -> None:
-    """What DINO's decoder and Co-DETR's heads change where nothing was given."""
+    """Fill in defaults that depend on --dino and --co_aux_heads."""
     if args.dino:
         for flag in DINO_FLAGS:
             setattr(args, flag, True)
@@ -67,18 +67,16 @@ def resolve_co_detr(args: Namespace) -> None:
 
 
 def resolve_checkpointing(args: Namespace) -> None:
-    """The parts that are recomputed, None for none. Namespaces of official code, and older ones of ours, hold True or
-    False.
-    """
+    """Settle `use_checkpoint`: a list of parts, or None. Official namespaces, and older ones of ours, hold a bool."""
     if args.use_checkpoint is False:
         args.use_checkpoint = None
     if args.use_checkpoint is True or args.use_checkpoint == []:
-        own = not args.backbone.startswith('timm/')  # we know the parts of the others
+        own = not args.backbone.startswith('timm/')  # networks of timm cannot be recomputed in parts
         args.use_checkpoint = list(PLACES if own else PLACES[1:])
 
 
 def check_args(args: Namespace) -> None:
-    """Refuse what cannot be, before anything is built."""
+    """Refuse flags that contradict each other, before anything is built."""
     if args.hidden_dim % args.nheads or args.hidden_dim % 4:
         raise ValueError(
             f'--hidden_dim {args.hidden_dim} must be a multiple of --nheads {args.nheads} and of 4'
@@ -105,7 +103,7 @@ def check_args(args: Namespace) -> None:
 
 
 def check_swin_args(args: Namespace) -> None:
-    """Official namespaces hold Swin's default beside other backbones too."""
+    """Refuse impossible flags of Swin. Its defaults pass with any backbone, since official namespaces hold them."""
     for flag, default in (('drop_path_rate', DROP_PATH_RATE), ('backbone_frozen_stages', -1)):
         if args.backbone not in SWIN_SIZES and getattr(args, flag) != default:
             raise ValueError(f'--{flag} is for Swin, and --backbone is {args.backbone}: leave it out')
@@ -204,7 +202,10 @@ def check_deformable_args(args: Namespace) -> None:
 
 
 def backbone_maps(args: Namespace) -> range:
-    """Return the stages of the backbone whose maps the detector reads: the last, or all from the first or second on."""
+    """Return the stages of the backbone whose maps the detector reads.
+
+    Only the last is read for one feature level, otherwise all from the first or second on.
+    """
     if args.family != 'deformable' or args.num_feature_levels == 1:
         first = args.backbone_stages
     else:

@@ -1,6 +1,7 @@
 """
-Deformable DETR (arXiv:2010.04159): feature maps of several sizes, a deformable transformer, and heads that belong
-to one decoder layer each (or one for all, without box refinement).
+Deformable DETR (arXiv:2010.04159): feature maps of several sizes, a deformable transformer, and heads.
+
+With box refinement each decoder layer has its own heads; without it all layers share one pair.
 """
 
 from torch import Tensor, nn
@@ -13,15 +14,18 @@ from .structures import Memory, Prediction, QueryGroup, split_groups
 
 
 class DeformableDETR(nn.Module):
-    """A set of boxes from a batch of images.
+    """The detector: it turns a batch of images into sets of boxes.
 
-    heads: class and box heads, one entry a decoder layer (with box refinement) or the same module in every
-    entry; one more entry of each for the encoder's proposals with `two_stage`. num_queries: queries of each
-    group, the inference group first. mixed_selection: two-stage queries with learned content. query_sources:
-    modules that add query groups (and losses) from memory and targets while training. aux_loss: predictions of
-    every decoder layer, while training. class_embed_o2m: class heads of second readings (`models.ms_detr`); None:
-    those of the first. eval_module: the auxiliary head that finds the boxes outside training, instead of the decoder.
-    input_bias: the projections of the backbone's maps have biases.
+    Args:
+        heads: class heads and box heads, one of each per decoder layer. Without box refinement all entries are the
+            same module. With `two_stage` a last entry of each reads the encoder's proposals.
+        num_queries: number of queries of each group, the inference group first.
+        mixed_selection: give two-stage queries learned content.
+        aux_loss: predict from every decoder layer while training.
+        query_sources: modules that add query groups and losses from memory and targets while training.
+        class_embed_o2m: class heads of second readings (`models.ms_detr`); None: the usual class heads.
+        eval_module: auxiliary head that detects outside training, in place of the decoder.
+        input_bias: give the projections of the backbone's maps biases.
     """
 
     def __init__(
@@ -60,7 +64,7 @@ class DeformableDETR(nn.Module):
     def forward(
         self, samples: NestedTensor | list[Tensor] | Tensor, targets: list[dict] | None = None
     ) -> dict:
-        """Images to class logits and boxes; arguments and result as `models.detr.DETR.forward`."""
+        """Predict class logits and boxes; arguments and result are those of `models.detr.DETR.forward`."""
         if not isinstance(samples, NestedTensor):
             samples = nested_tensor_from_tensor_list(samples)
         memory = self.transformer.encode(*self.levels(samples), samples.mask)
@@ -76,7 +80,7 @@ class DeformableDETR(nn.Module):
         refine_with = self.bbox_embed if self.with_box_refine else None
         layers = self.transformer.decode(groups, memory, refine_with)
         first = 0 if self.training else len(layers) - 1
-        read = slice(first, len(layers))  # behind them the heads of proposals
+        read = slice(first, len(layers))  # the last heads may belong to the proposals
         heads = self.class_embed[read], self.bbox_embed[read]
         predictions += read_layers(layers[read], groups, *heads, self.class_embed_o2m, self.aux_loss)
         last = next(p for p in predictions if p.kind == groups[0].name and p.layer is None)
@@ -84,12 +88,12 @@ class DeformableDETR(nn.Module):
         return outputs | {'predictions': predictions, 'losses': losses} if self.training else outputs
 
     def levels(self, samples: NestedTensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Projected feature maps [B, C, H, W], padding masks and encodings of every level, finest first."""
+        """Return projected feature maps [B, C, H, W], padding masks and encodings of every level, finest first."""
         features, pos = self.backbone(samples)
         srcs = [project(x.tensors) for project, x in zip(self.input_proj, features, strict=False)]
         masks = [x.mask for x in features]
         for index in range(len(features), len(self.input_proj)):
-            # The first further level is made from the last map itself, the others from the level before.
+            # The first additional level is computed from the backbone's last map, each other from the level before.
             source = features[-1].tensors if index == len(features) else srcs[-1]
             srcs.append(self.input_proj[index](source))
             masks.append(resize_mask(samples.mask, srcs[-1].shape[-2:]))
@@ -97,7 +101,10 @@ class DeformableDETR(nn.Module):
         return srcs, masks, pos
 
     def queries(self, memory: Memory) -> tuple[list[QueryGroup], list[Prediction]]:
-        """Learned groups or the best proposals, and what the encoder predicted on the way (while training)."""
+        """Return the query groups, and while training the predictions of the encoder.
+
+        Queries are learned, or with `two_stage` made from the best proposals.
+        """
         groups = self.num_queries if self.training else dict(list(self.num_queries.items())[:1])
         total = sum(groups.values())
         if not self.two_stage:
@@ -115,7 +122,7 @@ class DeformableDETR(nn.Module):
 def input_projections(
     num_channels: list[int], hidden_dim: int, num_levels: int, bias: bool = True
 ) -> nn.ModuleList:
-    """Each backbone map to `hidden_dim` channels, and strided convolutions for the levels beyond."""
+    """Build the convolutions to `hidden_dim` channels: one per backbone map, and strided ones for additional levels."""
     convolutions = [nn.Conv2d(channels, hidden_dim, kernel_size=1, bias=bias) for channels in num_channels]
     channels = num_channels[-1]
     for _ in range(len(num_channels), num_levels):

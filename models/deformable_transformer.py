@@ -1,10 +1,12 @@
 """
-The transformer of Deformable DETR (arXiv:2010.04159, Sec. 4): every token and every query reads a few places of
-several feature maps. With box refinement (Sec. 4.2), each decoder layer corrects the boxes of the one before; in
-two stages, the encoder's best proposals are the first boxes.
+The transformer of Deformable DETR (arXiv:2010.04159, Sec. 4): tokens and queries sample a few points of several
+feature maps.
 
-Shapes travel as plain integers. References, valid ratios and proposals are float32 whatever the model's
-precision, as in the official code, and under autocast.
+With box refinement (Sec. 4.2), each decoder layer corrects the boxes of the layer before. In two stages, the encoder's
+best proposals are the first boxes.
+
+Shapes are plain integers. Reference points, valid ratios and proposals are float32 whatever the model's precision and
+under autocast, as in the official code.
 """
 
 from dataclasses import replace
@@ -20,11 +22,11 @@ from .ops.modules.ms_deform_attn import level_sizes
 from .parts import call_part
 from .position_encoding import sine_embedding
 from .structures import LayerOutput, Memory, Prediction, QueryGroup, attention_blocks, check_groups
-from .transformer import Blocks, clones, compare_queries, read_twice
+from .transformer import Blocks, clones, read_twice, self_attention
 
 
 class DeformableEncoderLayer(nn.Module):
-    """Post-norm; names and numbers of the sub-layers are the official ones."""
+    """Self-attention and feed-forward, with post-norm. Names and numbers of the sub-layers are the official ones."""
 
     def __init__(self, attention: MSDeformAttn, dim_feedforward: int = 1024, dropout: float = 0.1) -> None:
         super().__init__()
@@ -39,7 +41,12 @@ class DeformableEncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(d_model)
 
     def forward(self, src: Tensor, reference: Tensor, memory: Memory) -> Tensor:
-        """src: [B, S, C]; reference: [B, S, L, 2] centre of each token; memory: everything but the tokens."""
+        """Run the layer on src [B, S, C].
+
+        Args:
+            reference: [B, S, L, 2] centre of each token.
+            memory: its tokens are not read, only what describes them.
+        """
         attended = self.self_attn(
             src + memory.pos,
             reference,
@@ -54,7 +61,7 @@ class DeformableEncoderLayer(nn.Module):
 
 
 class DeformableDecoderLayer(nn.Module):
-    """Self-attention, cross-attention, feed-forward. Norms are numbered as in the official code: 2, 1, 3."""
+    """Self-attention, cross-attention and feed-forward, whose norms have the official numbers 2, 1 and 3."""
 
     def __init__(self, attention: MSDeformAttn, dim_feedforward: int = 1024, dropout: float = 0.1) -> None:
         super().__init__()
@@ -74,20 +81,26 @@ class DeformableDecoderLayer(nn.Module):
     def forward(
         self, tgt: Tensor, query_pos: Tensor, reference: Tensor, memory: Memory, blocks: Blocks
     ) -> tuple[Tensor, Tensor | None]:
-        """tgt, query_pos: [B, Q, C]; reference: [B, Q, L, 2 or 4]; blocks: who attends to whom.
+        """Run the layer.
 
-        Returns the new state, and the one that a second reading begins with (`models.ms_detr`), if any.
+        Args:
+            tgt, query_pos: [B, Q, C].
+            reference: [B, Q, L, 2 or 4].
+            blocks: which queries attend to which (`attention_blocks`).
+
+        Returns:
+            The new state, and the state that a second reading starts from (`models.ms_detr`); here None.
         """
-        attended = compare_queries(self.self_attn, tgt + query_pos, tgt, blocks)
+        attended = self_attention(self.self_attn, tgt + query_pos, tgt, blocks)
         tgt = self.norm2(tgt + self.dropout2(attended))
-        tgt = self.norm1(tgt + self.dropout1(self.read_memory(tgt + query_pos, reference, memory)))
+        tgt = self.norm1(tgt + self.dropout1(self.cross_attention(tgt + query_pos, reference, memory)))
         return self.ffn(tgt), None
 
     def ffn(self, tgt: Tensor) -> Tensor:
         hidden = self.linear2(self.dropout3(F.relu(self.linear1(tgt))))
         return self.norm3(tgt + self.dropout4(hidden))
 
-    def read_memory(self, query: Tensor, reference: Tensor, memory: Memory) -> Tensor:
+    def cross_attention(self, query: Tensor, reference: Tensor, memory: Memory) -> Tensor:
         return self.cross_attn(
             query,
             reference,
@@ -113,13 +126,13 @@ class DeformableEncoder(nn.Module):
 
 
 class DeformableDecoder(nn.Module):
-    """Decoder layers, with references that stay or that each layer refines.
+    """Decoder layers, with reference points that are fixed or refined by each layer.
 
-    look_forward_twice: a layer's box loss also trains the refinement of the layer before (DINO, arXiv:2203.03605,
-    Sec. 3.5).
+    look_forward_twice: let the box loss of a layer also train the refinement of the layer before (DINO,
+    arXiv:2203.03605, Sec. 3.5).
     """
 
-    eps = 1e-5  # of inverse sigmoids
+    eps = 1e-5  # smallest argument of the logarithms in inverse sigmoids
 
     def __init__(self, layer: nn.Module, num_layers: int, look_forward_twice: bool = False) -> None:
         super().__init__()
@@ -129,12 +142,13 @@ class DeformableDecoder(nn.Module):
     def forward(
         self, groups: list[QueryGroup], memory: Memory, refine_with: nn.ModuleList | None = None
     ) -> list[LayerOutput]:
-        """refine_with: box heads of the layers; None: the references stay."""
+        """Return the output of every layer. refine_with: box heads of the layers; None keeps the reference points."""
         self.check(groups)
         tgt = torch.cat([group.tgt for group in groups], dim=1)  # [B, Q, C]
         reference = torch.cat([group.reference_points for group in groups], dim=1)  # [B, Q, 2 or 4]
         blocks, outputs = attention_blocks(groups), []
-        logits = shown = inverse_sigmoid(reference, self.eps)  # what is refined, and what boxes are added to
+        # The layers refine `logits`; the box heads add their output to `head_reference`.
+        logits = head_reference = inverse_sigmoid(reference, self.eps)
         for index, layer in enumerate(self.layers):
             last = index + 1 == len(self.layers)
             ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # [B, L, 2 or 4]
@@ -143,38 +157,45 @@ class DeformableDecoder(nn.Module):
             tgt, between = call_part(layer, tgt, query_pos, scaled, memory, blocks)
             delta = None if refine_with is None else self.refinement(refine_with[index], tgt, last)
             second = read_twice(layer, between, groups) if self.training else None
-            outputs.append(self.output(tgt, shown, delta, second))
+            outputs.append(self.output(tgt, head_reference, delta, second))
             if delta is not None and not last:
                 refined = add_reference(delta, logits)  # [B, Q, 4]
                 reference = refined.detach()
                 logits = inverse_sigmoid(reference, self.eps)
-                shown = inverse_sigmoid(refined, self.eps) if self.look_forward_twice else logits
+                head_reference = inverse_sigmoid(refined, self.eps) if self.look_forward_twice else logits
         return outputs
 
     def check(self, groups: list[QueryGroup]) -> None:
         check_groups(groups, self, needs=('query_pos', 'reference_points'))
 
     def query_pos(self, groups: list[QueryGroup], scaled: Tensor) -> Tensor:
-        """Positions of all queries, [B, Q, C]; scaled: [B, Q, L, 2 or 4] their references on every level."""
+        """Return the positions of all queries, [B, Q, C].
+
+        scaled: [B, Q, L, 2 or 4], reference points in units of each level.
+        """
         return torch.cat([group.query_pos for group in groups], dim=1)
 
     def refinement(self, box_head: nn.Module, tgt: Tensor, last: bool) -> Tensor | None:
-        """What a layer's boxes are refined by, [B, Q, 4]."""
+        """Return what the box head adds to the reference points of a layer, [B, Q, 4]."""
         return box_head(tgt)
 
-    def output(self, tgt: Tensor, shown: Tensor, delta: Tensor | None, second: Tensor | None) -> LayerOutput:
-        """What the heads read."""
-        return LayerOutput(tgt, shown, delta, second)
+    def output(
+        self, tgt: Tensor, reference: Tensor, delta: Tensor | None, second: Tensor | None
+    ) -> LayerOutput:
+        """Return what the heads read."""
+        return LayerOutput(tgt, reference, delta, second)
 
 
 class DeformableTransformer(nn.Module):
-    """Feature maps to `Memory`, memory to proposals, query groups over memory to layer outputs.
+    """Encoder, first stage and decoder.
 
-    two_stage: has what turns proposals into queries; otherwise what turns learned positions into reference
-    points.
+    `encode` turns feature maps into `Memory`, `propose` finds boxes in it, and `decode` runs query groups over it.
+
+    two_stage: create the layers that turn proposals into queries, instead of the one that turns learned positions into
+    reference points.
     """
 
-    places_proposals = True  # has what gives proposals their query positions
+    places_proposals = True  # has the layers that compute query positions from proposals
 
     def __init__(
         self,
@@ -215,8 +236,12 @@ class DeformableTransformer(nn.Module):
     def encode(
         self, srcs: list[Tensor], masks: list[Tensor], pos: list[Tensor], pixel_mask: Tensor | None = None
     ) -> Memory:
-        """Levels, finest first. srcs, pos: [B, C, H, W] each; masks: [B, H, W], True = padding; pixel_mask: that of
-        the images.
+        """Run the encoder over all levels, finest first.
+
+        Args:
+            srcs, pos: feature maps and position encodings, [B, C, H, W] each.
+            masks: [B, H, W] each, True = padding.
+            pixel_mask: [B, H, W] padding mask of the images.
         """
         shapes = [tuple(src.shape[-2:]) for src in srcs]
         valid_ratios = torch.stack([valid_ratio(mask) for mask in masks], dim=1)  # [B, L, 2]
@@ -235,23 +260,26 @@ class DeformableTransformer(nn.Module):
     def propose(
         self, memory: Memory, class_head: ExactLinear, box_head: nn.Module, num_proposals: int
     ) -> tuple[Tensor, Prediction | None]:
-        """First stage: the boxes [B, num_proposals, 4] with the best logit of class 0, which stands for 'object'
-        here; gradients do not pass. While training also the prediction of every token, kind 'enc'.
+        """Find proposals (first stage): boxes of the tokens with the largest logit of class 0, which means 'object' here.
 
-        ValueError: fewer tokens than proposals.
+        Returns:
+            Boxes [B, num_proposals, 4] without gradient, and while training the prediction of every token (kind 'enc').
+
+        Raises:
+            ValueError: there are fewer tokens than proposals.
         """
         features, anchors = self.proposal_features(memory, num_proposals)
         if self.training:
             boxes = (box_head(features) + anchors).sigmoid()
             everywhere = Prediction(class_head(features), boxes, 'enc', anchors=anchors.sigmoid())
             best = everywhere.logits[..., 0].topk(num_proposals, dim=1).indices
-            return pick(everywhere.boxes, best).detach(), everywhere
-        # At inference only the selected tokens need a box, and none of them other classes.
+            return gather_rows(everywhere.boxes, best).detach(), everywhere
+        # At inference only the selected tokens need a box, and no token needs logits of other classes.
         best = class_head.first(features).topk(num_proposals, dim=1).indices
-        return (box_head(pick(features, best)) + pick(anchors, best)).sigmoid(), None
+        return (box_head(gather_rows(features, best)) + gather_rows(anchors, best)).sigmoid(), None
 
     def proposal_features(self, memory: Memory, num_proposals: int) -> tuple[Tensor, Tensor]:
-        """What proposals are read from, [B, S, C], and the logits of the box around each cell, [B, S, 4]."""
+        """Return features of every cell for the heads, [B, S, C], and its default box in logit space, [B, S, 4]."""
         num_tokens = memory.tokens.shape[1]
         if not exporting() and num_tokens < num_proposals:
             raise ValueError(
@@ -263,8 +291,11 @@ class DeformableTransformer(nn.Module):
         return self.enc_output_norm(self.enc_output(memory.tokens.masked_fill(absent, 0))), anchors
 
     def queries_from_proposals(self, boxes: Tensor, content: Tensor | None) -> QueryGroup:
-        """Second stage: queries that begin at the proposals. boxes: [B, Q, 4]; content: [Q, C] learned
-        (`--mixed_selection`, DINO Sec. 3.4), or None: from the boxes as well.
+        """Make queries that start at proposals (second stage).
+
+        Args:
+            boxes: [B, Q, 4].
+            content: [Q, C] learned (`--mixed_selection`, DINO Sec. 3.4); None: computed from the boxes, as the positions.
         """
         d_model = self.level_embed.shape[-1]
         embedding = sine_embedding(boxes, d_model // 2, self.temperature).to(boxes.dtype)  # [B, Q, 2 C]
@@ -274,7 +305,7 @@ class DeformableTransformer(nn.Module):
         return QueryGroup('all', tgt, query_pos, boxes)
 
     def queries_from_embeddings(self, query_embed: Tensor, batch_size: int) -> QueryGroup:
-        """One stage: learned queries. query_embed: [Q, 2 C], position and content."""
+        """Make learned queries (one stage). query_embed: [Q, 2 C], position and content."""
         query_pos, tgt = query_embed.expand(batch_size, -1, -1).chunk(2, dim=-1)
         return QueryGroup('all', tgt, query_pos, self.reference_points(query_pos).sigmoid())
 
@@ -285,35 +316,35 @@ class DeformableTransformer(nn.Module):
 
 
 def tokens(feature_map: Tensor) -> Tensor:
-    """[B, C, H, W] to [B, H W, C]."""
+    """Flatten [B, C, H, W] to [B, H W, C]."""
     return feature_map.flatten(2).transpose(1, 2)
 
 
-def pick(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of [B, S, n] by index [B, K]."""
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Gather rows of [B, S, n] by index [B, K], to [B, K, n]."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def valid_sizes(mask: Tensor) -> Tensor:
-    """[B, 2] columns and rows of a padding mask [B, H, W] that are not padding."""
+    """Count the columns and rows of a padding mask [B, H, W] that are not padding, [B, 2]."""
     return torch.stack([(~mask[:, 0]).sum(1), (~mask[:, :, 0]).sum(1)], dim=-1)
 
 
 def valid_ratio(mask: Tensor) -> Tensor:
-    """[B, 2] share of width and height that is not padding, float32."""
+    """Return the share of width and height that is not padding, [B, 2] float32."""
     width, height = valid_sizes(mask).float().unbind(-1)
     return torch.stack([width / mask.shape[2], height / mask.shape[1]], dim=-1)
 
 
 def cell_grid(height: int, width: int, device: torch.device) -> Tensor:
-    """[H W, 2] x, y of the centres of a map's cells, in cells, float32."""
+    """Return the centres x, y of a map's cells in units of cells, [H W, 2] float32."""
     y = torch.arange(height, dtype=torch.float32, device=device) + 0.5
     x = torch.arange(width, dtype=torch.float32, device=device) + 0.5
     return torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=-1).flatten(0, 1)
 
 
 def cell_centers(shapes: list[tuple[int, int]], valid_ratios: Tensor) -> list[Tensor]:
-    """For each level [B, H W, 2] x, y of its cells' centres; 1 is the end of the valid part."""
+    """Return the centres x, y of the cells of each level, [B, H W, 2]; 1 is the end of the part without padding."""
     return [
         cell_grid(height, width, ratios.device)
         / torch.stack([ratios[:, 0] * width, ratios[:, 1] * height], dim=-1)[:, None]
@@ -322,9 +353,9 @@ def cell_centers(shapes: list[tuple[int, int]], valid_ratios: Tensor) -> list[Te
 
 
 def proposal_logits(memory: Memory) -> Tensor:
-    """[B, S, 4] a box around every cell, logits of cxcywh, float32 (Sec. A.4).
+    """Return a default box around every cell, [B, S, 4] cxcywh in logit space, float32 (Sec. A.4).
 
-    Infinite on padding and where a box comes close to 0 or 1.
+    Entries are infinite in the padding, and where a coordinate is not between 0.01 and 0.99.
     """
     start, levels = 0, []
     for level, (height, width) in enumerate(memory.shapes):

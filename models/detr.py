@@ -1,6 +1,7 @@
 """
-DETR (arXiv:2005.12872): a backbone, a transformer, and two heads that read every query. Also hosts
-Conditional DETR, whose decoder and heads differ but whose forward does not.
+DETR (arXiv:2005.12872): a backbone, a transformer, and two heads that read every query.
+
+Conditional DETR is the same module, built with another decoder and other heads.
 """
 
 from torch import Tensor, nn
@@ -13,11 +14,14 @@ from .transformer import Transformer
 
 
 class DETR(nn.Module):
-    """A set of boxes from a batch of images.
+    """The detector: it turns a batch of images into sets of boxes.
 
-    num_queries: learned queries of each group, the inference group first. query_sources: modules that add
-    query groups (and losses) from memory and targets while training. aux_loss: predictions of every decoder
-    layer, while training. class_embed_o2m: class head of second readings (`models.ms_detr`); None: that of the first.
+    Args:
+        heads: class head and box head.
+        num_queries: number of learned queries of each group, the inference group first.
+        aux_loss: predict from every decoder layer while training.
+        query_sources: modules that add query groups and losses from memory and targets while training.
+        class_embed_o2m: class head of second readings (`models.ms_detr`); None: the usual class head.
     """
 
     def __init__(
@@ -45,14 +49,15 @@ class DETR(nn.Module):
     def forward(
         self, samples: NestedTensor | list[Tensor] | Tensor, targets: list[dict] | None = None
     ) -> dict:
-        """Images to class logits and boxes.
+        """Predict class logits and boxes.
 
-        samples: padded batch, list of [3, H, W] or [B, 3, H, W]; uint8, or float and normalised.
-        targets: read by query sources only, while training.
+        Args:
+            samples: padded batch, list of [3, H, W] or [B, 3, H, W]; uint8, or float and normalised.
+            targets: objects of each image; only query sources read them, while training.
 
-        Returns `pred_logits` [B, Q, K] and `pred_boxes` [B, Q, 4] (cxcywh in [0, 1]) of the last layer; while
-        training also `predictions`, the flat list of all, and `losses`, the terms that query sources computed
-        themselves.
+        Returns:
+            `pred_logits` [B, Q, K] and `pred_boxes` [B, Q, 4] (cxcywh in [0, 1]) of the last layer. While training also
+            `predictions`, the flat list of all, and `losses`, the terms that query sources computed themselves.
         """
         if not isinstance(samples, NestedTensor):
             samples = nested_tensor_from_tensor_list(samples)

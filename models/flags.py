@@ -1,4 +1,4 @@
-"""Declare the flags of the detector: what inference needs. What each means when it is not given stands here too."""
+"""Declare the flags of the detector, all that inference needs, and their defaults by family."""
 
 import math
 from argparse import ArgumentParser, BooleanOptionalAction
@@ -6,7 +6,7 @@ from argparse import ArgumentParser, BooleanOptionalAction
 from .backbone import NORM_LAYERS
 from .parts import PLACES
 
-# What a flag means when it is not given: the official value of the family.
+# Defaults of flags: the official values of each family.
 FAMILY_DEFAULTS = {
     'detr': {
         'num_queries': 100,
@@ -39,17 +39,17 @@ FAMILY_DEFAULTS['dino'] = FAMILY_DEFAULTS['deformable'] | {
     'pe_temperature': 20.0,
     'topk_eval': 300,
 }
-# What --dino is made of.
+# Flags that --dino implies.
 DINO_FLAGS = ('with_box_refine', 'two_stage', 'mixed_selection', 'look_forward_twice')
-# Any of these makes the model a Deformable DETR.
+# Any of these flags makes the model a Deformable DETR.
 DEFORMABLE_FLAGS = (
     'deformable', *DINO_FLAGS, 'num_feature_levels', 'dino', 'dn_number', 'co_aux_heads',
 )  # fmt: skip
-# So do these and --use_ms_detr, unless --conditional is there; H-DETR's even at 0, as in its baselines.
+# These and --use_ms_detr do so too, unless --conditional is given; these even at 0, as in H-DETR's baselines.
 HYBRID_FLAGS = ('hybrid_k', 'hybrid_queries', 'hybrid_lambda')
-# IoU above which detections of an auxiliary head suppress one another.
+# Threshold of NMS between detections of an auxiliary head (IoU).
 AUXILIARY_HEADS = {'faster_rcnn': 0.5, 'atss': 0.6}
-# Names of official namespaces (as in their checkpoints) -> ours.
+# Names of flags in official namespaces (as in their checkpoints) -> our names.
 OFFICIAL_NAMES = {
     'num_queries_one2one': 'num_queries',
     'num_queries_one2many': 'hybrid_queries',
@@ -57,12 +57,12 @@ OFFICIAL_NAMES = {
     'lambda_one2many': 'hybrid_lambda',
     'topk': 'topk_eval',
 }
-NUM_CLASSES = 91  # of COCO, where no data set has said otherwise
+NUM_CLASSES = 91  # ids of COCO; used unless a data set has set another number
 DROP_PATH_RATE = 0.2
 
 
 def family_default(flag: str, tables: dict[str, dict] = FAMILY_DEFAULTS) -> str:
-    """Describe, for a help text, a default that depends on the family. tables: values of flags by family."""
+    """Describe in words a default that depends on the family, for a help text. tables: values of flags by family."""
     families: dict[str, list[str]] = {}
     for family, table in tables.items():
         value = table[flag]
@@ -74,128 +74,140 @@ def family_default(flag: str, tables: dict[str, dict] = FAMILY_DEFAULTS) -> str:
 def add_model_args(parser: ArgumentParser) -> None:
     """Declare the flags of the detector and its detections."""
     family = parser.add_argument_group('model family (plain DETR when no flag of a variant is given)')
-    family.add_argument('--conditional', action='store_true', help='Conditional DETR (arXiv:2108.06152)')
+    family.add_argument(
+        '--conditional', action='store_true', help='build Conditional DETR (arXiv:2108.06152)'
+    )
     family.add_argument(
         '--local_init',
         default=0.0,
         type=float,
         metavar='GAIN',
-        help='Conditional DETR: start with attention around the reference points, as sharp as GAIN says; helps small models that '
-        'learn from random numbers, for instance 12 (default: 0, the official initial values)',
+        help='initialise the attention of Conditional DETR around the reference points, the sharper the larger GAIN is; helps '
+        'small models that train from scratch, usual: 12 (default: 0, the official initialisation)',
     )
 
     deformable = parser.add_argument_group(
         'Deformable DETR (arXiv:2010.04159; any of these flags chooses it)'
     )
-    deformable.add_argument('--deformable', action='store_true', help='Deformable DETR without more')
+    deformable.add_argument(
+        '--deformable', action='store_true', help='build Deformable DETR without further options'
+    )
     deformable.add_argument(
         '--with_box_refine',
         action='store_true',
-        help='each decoder layer refines the boxes of the one before',
+        help='let each decoder layer refine the boxes of the layer before',
     )
     deformable.add_argument('--two_stage', action='store_true',
-                            help="the encoder's best proposals are the queries; needs --with_box_refine")  # fmt: skip
+                            help="make queries from the encoder's best proposals; needs --with_box_refine")  # fmt: skip
     deformable.add_argument('--mixed_selection', action='store_true',
-                            help='two-stage queries take only their place from the proposals; their content is learned')  # fmt: skip
+                            help='take only the positions of two-stage queries from proposals, and learn their content')  # fmt: skip
     deformable.add_argument('--look_forward_twice', action='store_true',
-                            help="a layer's box loss also trains the refinement of the layer before")  # fmt: skip
+                            help='let the box loss of a layer also train the refinement of the layer before')  # fmt: skip
     deformable.add_argument('--num_feature_levels', type=int,
-                            help='feature maps: 1 = the last of the backbone, else all from its second stage on and '
-                                 'strided ones beyond (default: 4)')  # fmt: skip
+                            help="number of feature maps; 1 is the backbone's last, more are its maps from the second stage on "
+                                 'and strided convolutions of the last (default: 4)')  # fmt: skip
     deformable.add_argument('--finest_stride', type=int, choices=(4, 8),
-                            help='of several feature maps: 4 adds that of the first stage of the backbone (default: 8; with '
-                                 '--dino and 5 or more levels 4)')  # fmt: skip
+                            help="stride in pixels of the finest of several feature maps; 4 adds that of the backbone's first "
+                                 'stage (default: 4 with --dino and 5 or more levels, else 8)')  # fmt: skip
     deformable.add_argument('--input_proj_bias', action=BooleanOptionalAction,
-                            help='the projections of feature maps have biases (default: as official: without with --dino '
-                                 'or --co_aux_heads)')  # fmt: skip
+                            help='give the projections of feature maps biases (default, as official: no with --dino or '
+                                 '--co_aux_heads, else yes)')  # fmt: skip
     deformable.add_argument('--dino', action='store_true',
-                            help="DINO's decoder (arXiv:2203.03605): positions follow from the boxes, proposals are chosen by "
-                                 'their best class; implies two stages and all flags above that change them')  # fmt: skip
+                            help="use DINO's decoder (arXiv:2203.03605), which computes positions from boxes and chooses "
+                                 'proposals by their best class; implies --with_box_refine, --two_stage, --mixed_selection and '
+                                 '--look_forward_twice')  # fmt: skip
     for part in ('enc', 'dec'):
         deformable.add_argument(
             f'--{part}_n_points',
             default=4,
             type=int,
-            help='places that a head reads on each level (default: %(default)s)',
+            help=f'points that an attention head of the {part}oder samples on each level (default: %(default)s)',
         )
 
     backbone = parser.add_argument_group('backbone')
     backbone.add_argument('--backbone', default='resnet50', metavar='NAME',
-                          help='resnet10, any ResNet of torchvision (resnet18 ... resnet152, resnext..., wide_resnet...), mobilenet_v2, swin_tiny, swin_small, swin_base, swin_large (the last '
+                          help='network that extracts features: resnet10, any ResNet of torchvision (resnet18 ... resnet152, '
+                               'resnext..., wide_resnet...), mobilenet_v2, swin_tiny, swin_small, swin_base, swin_large (the last '
                                'two also with _window12), or timm/NAME for any feature network of timm (default: %(default)s)')  # fmt: skip
     backbone.add_argument('--backbone_weights', '--pretrained_backbone_path', default='imagenet', metavar='SOURCE',
-                          help='imagenet (downloaded), none (random), or a file of a state dict under the names of '
-                               'torchvision, timm or the official Swin; not read when a checkpoint is loaded '
+                          help='initial weights of the backbone: imagenet (downloaded), none (random), or a file of a state dict '
+                               'under the names of torchvision, timm or official Swin; not read when a checkpoint is loaded '
                                '(default: %(default)s)')  # fmt: skip
     backbone.add_argument('--backbone_norm', default='frozen', choices=NORM_LAYERS,
-                          help='norm layers: frozen statistics with stem and first stage frozen (official), or batch or '
-                               'group norms with everything trained, to start from random numbers; Swin has layer norms '
-                               'and takes none of these (default: %(default)s)')  # fmt: skip
+                          help='norm layers of the backbone: frozen batch norms, with stem and first stage frozen too (official), '
+                               'or batch or group norms with everything trained, for training from scratch; Swin always has '
+                               'layer norms (default: %(default)s)')  # fmt: skip
     backbone.add_argument('--backbone_stages', default=4, type=int, choices=(2, 3, 4),
-                          help='stages used; 4 ends at stride 32, 3 at 16, 2 at 8 (default: %(default)s)')  # fmt: skip
+                          help='number of stages of the backbone; 4 ends at stride 32, 3 at 16, 2 at 8 (default: %(default)s)')  # fmt: skip
     backbone.add_argument('--dilation', action='store_true',
-                          help='dilate the last stage instead of striding: DC5, stride 16')  # fmt: skip
+                          help='dilate the last stage of the backbone instead of striding it (DC5, stride 16)')  # fmt: skip
     backbone.add_argument('--drop_path_rate', default=DROP_PATH_RATE, type=float,
-                          help='Swin, while training: probability that the last block is skipped; it grows from 0 over the '
-                               'blocks (default: %(default)s)')  # fmt: skip
+                          help='probability that the last block of Swin is skipped while training; it grows linearly from 0 over '
+                               'the blocks (default: %(default)s)')  # fmt: skip
     backbone.add_argument('--backbone_frozen_stages', default=-1, type=int, metavar='N',
-                          help='Swin: 0 and 1 freeze the patches, 2 also the first stage, ... 5 all four; norms of the maps '
-                               'always train (default: %(default)s, which freezes nothing)')  # fmt: skip
+                          help='stages of Swin to freeze: 0 and 1 freeze the patch embedding, 2 also the first stage, ... 5 all '
+                               'four; norms of the maps always train (default: %(default)s, which freezes nothing)')  # fmt: skip
     backbone.add_argument('--position_embedding', default='sine', choices=('sine', 'learned', 'v2', 'v3'),
-                          help='positional encoding of the image; v2 = sine, v3 = learned (default: %(default)s)')  # fmt: skip
+                          help='position encoding of the feature maps; v2 = sine, v3 = learned (default: %(default)s)')  # fmt: skip
     backbone.add_argument(
         '--pe_temperature',
         type=float,
-        help='of sine encodings; about 20 resolves places better where there are few tokens '
+        help='temperature of sine encodings; about 20 resolves positions better on small feature maps '
         f'(default: {family_default("pe_temperature")})',
     )
 
     backbone.add_argument('--position_embedding_scale', default=2 * math.pi, type=float,
-                          help='angle of a whole side in sine encodings (default: 2 pi)')  # fmt: skip
+                          help='angle in radians that a whole side spans in sine encodings (default: 2 pi)')  # fmt: skip
 
     model = parser.add_argument_group('transformer')
     model.add_argument('--enc_layers', default=6, type=int, help='encoder layers (default: %(default)s)')
     model.add_argument('--dec_layers', default=6, type=int, help='decoder layers (default: %(default)s)')
     model.add_argument('--dim_feedforward', type=int,
-                       help=f'hidden width of the feed-forward blocks (default: {family_default("dim_feedforward")}; '
+                       help=f'hidden channels of the feed-forward blocks (default: {family_default("dim_feedforward")}; '
                             '2048 with --hybrid_k or --co_aux_heads)')  # fmt: skip
     model.add_argument(
-        '--hidden_dim', default=256, type=int, help='width of tokens and queries (default: %(default)s)'
+        '--hidden_dim', default=256, type=int, help='channels of tokens and queries (default: %(default)s)'
     )
     model.add_argument('--dropout', type=float,
-                       help=f'dropout probability (default: {family_default("dropout")}; 0 with --co_aux_heads)')  # fmt: skip
+                       help='dropout probability in the transformer (default: '
+                            f'{family_default("dropout")}; 0 with --co_aux_heads)')  # fmt: skip
     model.add_argument('--nheads', default=8, type=int, help='attention heads (default: %(default)s)')
     model.add_argument('--num_queries', '--num_queries_one2one', type=int,
-                       help=f'object queries, the most boxes an image can get (default: {family_default("num_queries")})')  # fmt: skip
-    model.add_argument('--pre_norm', action='store_true', help='norm in front of each sub-layer (DETR only)')
+                       help='number of object queries, the most objects an image can get '
+                            f'(default: {family_default("num_queries")})')  # fmt: skip
+    model.add_argument(
+        '--pre_norm', action='store_true', help='put norms in front of the sub-layers (DETR only)'
+    )
     model.add_argument('--use_checkpoint', nargs='*', choices=PLACES, metavar='PART',
-                       help='compute activations again in the backward pass instead of keeping them, in the stages (Swin: '
-                            'blocks) of the backbone, in encoder or decoder layers: less memory, about a third more time there; '
-                            'PART: backbone, encoder, decoder, any of them, or nothing for all (default: nowhere)')  # fmt: skip
+                       help='recompute activations in the backward pass instead of keeping them, which saves memory and takes '
+                            'about a third more time; PART is any of backbone, encoder and decoder, none named means all '
+                            '(default: recompute nothing)')  # fmt: skip
 
     mixed = parser.add_argument_group(
         'mixed supervision (MS-DETR, arXiv:2401.03989; Deformable or Conditional DETR)'
     )
     mixed.add_argument('--use_ms_detr', action='store_true',
-                       help='read the queries a second time while training, and supervise that reading one-to-many')  # fmt: skip
+                       help='predict from the queries a second time while training, and supervise that one-to-many')  # fmt: skip
     mixed.add_argument('--ms_variant', default='b', choices=('a', 'b'),
-                       help='b reads after the cross-attention, which moves in front of the self-attention, at inference too; a '
-                            'reads at the output of a layer, by class heads of their own (default: %(default)s)')  # fmt: skip
+                       help='where --use_ms_detr predicts a second time: b after the cross-attention, which moves in front of '
+                            'the self-attention, at inference too; a at the output of each layer, with class heads of their own '
+                            '(default: %(default)s)')  # fmt: skip
     mixed.add_argument('--use_aux_ffn', action='store_true',
-                       help='give the second reading a feed-forward block of its own (variant b)')  # fmt: skip
+                       help='give the second predictions of --ms_variant b a feed-forward block of their own')  # fmt: skip
 
     detections = parser.add_argument_group('detections')
     detections.add_argument('--topk_eval', '--topk', type=int,
-                            help='detections kept an image (not DETR, which gives one a query; '
+                            help='number of detections kept per image (not DETR, which gives one per query; '
                                  f'default: {family_default("topk_eval")})')  # fmt: skip
     detections.add_argument('--nms_iou_threshold', type=float,
-                            help='suppress overlapping detections of a class above this IoU (not DETR; default: none are)')  # fmt: skip
+                            help='suppress detections that overlap a better one of their class by more than this IoU (not DETR; '
+                                 'default: no suppression)')  # fmt: skip
     detections.add_argument('--soft_nms_threshold', type=float,
-                            help='lower the scores of detections of a class that overlap a better one by this IoU or more '
-                                 '(Deformable DETR; 0: do not; default: 0.8 with --dino, else 0)')  # fmt: skip
+                            help='lower the scores of detections that overlap a better one of their class by this IoU or more '
+                                 '(Deformable DETR; 0 turns it off; default: 0.8 with --dino, else 0)')  # fmt: skip
     detections.add_argument('--clamp_boxes', action=BooleanOptionalAction,
-                            help='cut detections off at the edges of the image (default: as official: with --dino or '
-                                 '--co_aux_heads)')  # fmt: skip
+                            help='clip detections to the image (default, as official: yes with --dino or --co_aux_heads, else '
+                                 'no)')  # fmt: skip
     detections.add_argument('--eval_module', default='detr', choices=('detr', *AUXILIARY_HEADS),
-                            help='who detects outside training: the decoder, or one of --co_aux_heads by itself, 100 boxes a '
-                                 'image after its own suppression (default: %(default)s)')  # fmt: skip
+                            help='module that detects outside training: the decoder (detr), or one of --co_aux_heads, with 100 '
+                                 'boxes per image after its own NMS (default: %(default)s)')  # fmt: skip

@@ -1,8 +1,8 @@
 """
-Frozen batch norms inside the convolutions in front of them: a factor and a bias a channel need no pass over the map.
+Fold frozen batch norms into the convolutions in front of them, which saves a pass over the feature map.
 
-The weight is multiplied in every forward, so that it trains as before. Parameters and buffers keep their places and
-names; results differ by rounding.
+The weight is multiplied by the norm's factor in every forward, so that it trains as before. Parameters and buffers keep
+their places and names. Results differ by rounding.
 """
 
 from itertools import pairwise
@@ -13,7 +13,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 
 class FoldedNorm(FrozenBatchNorm2d):
-    """Holds the buffers of a norm whose work is done by the convolution in front of it."""
+    """The identity, with the buffers of a norm that the convolution in front of it applies."""
 
     def __init__(self, norm: FrozenBatchNorm2d) -> None:
         super().__init__(len(norm.weight), norm.eps)
@@ -21,7 +21,7 @@ class FoldedNorm(FrozenBatchNorm2d):
             setattr(self, name, buffer)
 
     def factor_and_bias(self) -> tuple[Tensor, Tensor]:
-        """[C] twice, of each channel."""
+        """Return factor and bias of each channel, [C] each."""
         factor = self.weight * (self.running_var + self.eps).rsqrt()
         return factor, self.bias - self.running_mean * factor
 
@@ -30,7 +30,7 @@ class FoldedNorm(FrozenBatchNorm2d):
 
 
 class FoldedConvolution(nn.Module):
-    """A convolution without bias, and the frozen norm behind it."""
+    """A convolution without bias that also applies the frozen norm behind it."""
 
     def __init__(self, convolution: nn.Conv2d, norm: FoldedNorm) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class FoldedConvolution(nn.Module):
         self.options = {
             name: getattr(convolution, name) for name in ('stride', 'padding', 'dilation', 'groups')
         }
-        self._norm = (norm,)  # in a tuple: as a part of the network it stands elsewhere
+        self._norm = (norm,)  # in a tuple, since it is already registered elsewhere in the network
 
     def forward(self, x: Tensor) -> Tensor:
         factor, bias = self._norm[0].factor_and_bias()
@@ -46,9 +46,7 @@ class FoldedConvolution(nn.Module):
 
 
 def fold_frozen_norms(network: nn.Module) -> None:
-    """In place, wherever a frozen norm is defined next to the convolution that it follows, as in torchvision's ResNet
-    and MobileNetV2.
-    """
+    """Fold, in place, every frozen norm that is defined right after its convolution, as torchvision's networks do."""
     for part in list(network.modules()):
         for (name, convolution), (norm_name, norm) in pairwise(list(part.named_children())):
             plain = type(convolution) is nn.Conv2d and convolution.padding_mode == 'zeros'

@@ -1,8 +1,8 @@
 """
-What reads classes and boxes from decoder states, and the arithmetic of reference points.
+Class and box heads, and the arithmetic of reference points.
 
-Heads keep the precision of their parameters under autocast: bfloat16 has steps of 1/32 around the logits that focal
-losses begin with, which makes ties of best scores, and of several pixels in boxes. Heads are small.
+Heads keep the precision of their parameters under autocast, at little cost. In bfloat16 the first logits of focal losses
+have steps of 1/32, which makes best scores equal, and boxes have steps of several pixels.
 """
 
 import math
@@ -40,7 +40,7 @@ class ExactLinear(nn.Linear):
             return super().forward(x.to(self.weight.dtype))
 
     def first(self, x: Tensor) -> Tensor:
-        """The first output alone, [..., n] to [...]."""
+        """Compute the first output only, [..., n] to [...]."""
         with without_autocast(x):
             return F.linear(x.to(self.weight.dtype), self.weight[:1], self.bias[:1])[..., 0]
 
@@ -54,7 +54,7 @@ class ExactMLP(MLP):
 
 
 def class_head(hidden_dim: int, num_outputs: int, prior: float | None = None) -> ExactLinear:
-    """Class logits. `prior`: the probability that a focal-loss head starts with (RetinaNet Sec. 4.1)."""
+    """Build a class head. prior: probability that a head with focal loss starts with (RetinaNet Sec. 4.1)."""
     head = ExactLinear(hidden_dim, num_outputs)
     if prior is not None:
         nn.init.constant_(head.bias, -math.log((1 - prior) / prior))
@@ -62,8 +62,9 @@ def class_head(hidden_dim: int, num_outputs: int, prior: float | None = None) ->
 
 
 def box_head(hidden_dim: int, start_at_reference: bool = False) -> ExactMLP:
-    """Box numbers in logit space; `start_at_reference` zeroes the last layer, so that boxes begin as the
-    reference.
+    """Build a box head, whose output is in logit space.
+
+    start_at_reference: zero the last layer, so that boxes start at their reference.
     """
     head = ExactMLP(hidden_dim, hidden_dim, 4, num_layers=3)
     if start_at_reference:
@@ -73,15 +74,17 @@ def box_head(hidden_dim: int, start_at_reference: bool = False) -> ExactMLP:
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Logit of x clamped to [0, 1]; numerator and denominator are at least `eps`."""
+    """Return the logit of x clamped to [0, 1]; numerator and denominator are at least `eps`."""
     x = x.clamp(min=0, max=1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
 def add_reference(delta: Tensor, reference: Tensor | None) -> Tensor:
-    """Boxes from the box head's output and the reference that it refines, both in logit space.
+    """Add the box head's output to the reference that it refines, and return boxes [..., 4] cxcywh in [0, 1].
 
-    delta: [..., 4]. reference: [..., 4], [..., 2] (centre only) or None. Returns [..., 4] cxcywh in [0, 1].
+    Args:
+        delta: [..., 4] in logit space.
+        reference: [..., 4], [..., 2] (centre only) or None, in logit space.
     """
     if reference is None:
         return delta.sigmoid()
@@ -102,20 +105,20 @@ def read_layers(
 
     Args:
         class_heads, box_heads: one for each layer; all layers may share one.
-        second_class_heads: class heads of second readings alone, whose boxes are then those of the first (variant a).
-        aux_loss: False: return the last layer only. All heads take part all the same, so that each has a gradient.
+        second_class_heads: class heads of second readings, which then have the boxes of the first reading (variant a).
+        aux_loss: return all layers, not only the last. All heads are applied in any case, so that each has a gradient.
     """
-    shown = slice(None) if aux_loss else slice(-1, None)
+    returned = slice(None) if aux_loss else slice(-1, None)
     hs = [layer.hs for layer in layers]
     logits = apply_heads(class_heads, hs)  # [L, B, Q, K]
     deltas = [layer.delta for layer in layers]
     if any(delta is None for delta in deltas):
         deltas = apply_heads(box_heads, hs).unbind()
     boxes = torch.stack([add_reference(d, x.reference) for d, x in zip(deltas, layers, strict=True)])
-    predictions = split_predictions(logits[shown], boxes[shown], groups)
+    predictions = split_predictions(logits[returned], boxes[returned], groups)
     if layers[-1].hs_o2m is None:
         return predictions
-    # The inference group once more, with the same references.
+    # The second reading: the inference group again, with the same references.
     hs = [layer.hs_o2m for layer in layers]
     second = QueryGroup('o2m', hs[-1])
     num_queries = second.tgt.shape[1]
@@ -124,11 +127,11 @@ def read_layers(
         references = [layer.reference[:, :num_queries] for layer in layers]
         boxes = torch.stack([add_reference(*both) for both in zip(deltas, references, strict=True)])
     logits = apply_heads(second_class_heads or class_heads, hs)
-    return predictions + split_predictions(logits[shown], boxes[shown, :, :num_queries], [second])
+    return predictions + split_predictions(logits[returned], boxes[returned, :, :num_queries], [second])
 
 
 def apply_heads(heads: Sequence[nn.Module], states: list[Tensor]) -> Tensor:
-    """Apply one head to each of L states, in one call where all of them are the same head; returns [L, ...]."""
+    """Apply one head to each of L states and return [L, ...], in one call if all heads are the same module."""
     if all(head is heads[0] for head in heads):
         return heads[0](torch.stack(states))
     return torch.stack([head(state) for head, state in zip(heads, states, strict=True)])

@@ -1,10 +1,9 @@
 """
-MS-DETR (arXiv:2401.03989, Sec. 3): decoder queries are supervised twice, one-to-one and one-to-many, without further
-queries.
+MS-DETR (arXiv:2401.03989, Sec. 3): the same decoder queries are supervised twice, one-to-one and one-to-many.
 
-The second reading exists while training only. Variant b (the main one) takes it after the cross-attention, which
-therefore comes before the self-attention: this order stays at inference. Variant a takes it from the layer's
-output, which second class heads read.
+The heads read the queries a second time while training. Variant b (the main one) reads them after the cross-attention,
+which therefore comes before the self-attention, at inference too. Variant a reads the layer's output with second class
+heads.
 """
 
 import torch.nn.functional as F
@@ -13,17 +12,18 @@ from torch import Tensor, nn
 from .conditional_detr import ConditionalDecoderLayer
 from .deformable_transformer import DeformableDecoderLayer
 from .structures import Memory
-from .transformer import Blocks, compare_queries
+from .transformer import Blocks, self_attention
 
 
 class SecondReading:
-    """What variant b adds to a layer for its second reading: nothing, or a feed-forward block of its own
-    (`--use_aux_ffn`). Parameter names are the official ones.
+    """A mixin of decoder layers for variant b, with or without a feed-forward block for the second reading.
+
+    Parameter names are the official ones; the block belongs to `--use_aux_ffn`.
     """
 
     reads_memory_first = True
     has_aux_ffn = False
-    entry_points = ('second_reading',)  # besides forward
+    entry_points = ('second_reading',)  # methods called besides forward, which FSDP must know
 
     def add_aux_ffn(self, d_model: int, dim_feedforward: int, dropout: float) -> None:
         self.has_aux_ffn = True
@@ -34,7 +34,7 @@ class SecondReading:
         self.norm4 = nn.LayerNorm(d_model)
 
     def second_reading(self, x: Tensor) -> Tensor:
-        """What the heads read, from the state between cross-attention and self-attention; [B, Q, C]."""
+        """Turn the state after the cross-attention into what the heads read, [B, Q, C]."""
         if not self.has_aux_ffn:
             return x
         hidden = self.linear4(self.dropout5(F.relu(self.linear3(x))))
@@ -47,24 +47,24 @@ class MixedDecoderLayer(SecondReading, DeformableDecoderLayer):
     def forward(
         self, tgt: Tensor, query_pos: Tensor, reference: Tensor, memory: Memory, blocks: Blocks
     ) -> tuple[Tensor, Tensor]:
-        x = self.norm1(tgt + self.dropout1(self.read_memory(tgt + query_pos, reference, memory)))
-        attended = compare_queries(self.self_attn, x + query_pos, x, blocks)
+        x = self.norm1(tgt + self.dropout1(self.cross_attention(tgt + query_pos, reference, memory)))
+        attended = self_attention(self.self_attn, x + query_pos, x, blocks)
         return self.ffn(self.norm2(x + self.dropout2(attended))), x
 
 
 class MixedConditionalDecoderLayer(SecondReading, ConditionalDecoderLayer):
-    """The same for Conditional DETR (ours; the paper has Deformable DETR only)."""
+    """Variant b for Conditional DETR (ours; the paper has Deformable DETR only)."""
 
     def forward(
         self, tgt: Tensor, query_pos: Tensor, query_sine: Tensor, memory: Memory, blocks: Blocks
     ) -> tuple[Tensor, Tensor]:
-        x = self.norm2(tgt + self.dropout2(self.read_memory(tgt, query_pos, query_sine, memory)))
-        y = self.norm1(x + self.dropout1(self.compare_queries(x, query_pos, blocks)))
+        x = self.norm2(tgt + self.dropout2(self.cross_attention(tgt, query_pos, query_sine, memory)))
+        y = self.norm1(x + self.dropout1(self.self_attention(x, query_pos, blocks)))
         return self.ffn(y), x
 
 
 class SameReading:
-    """What variant a adds to a layer: its output is handed out twice."""
+    """A mixin of decoder layers for variant a, which reads the layer's output twice."""
 
     entry_points = ('second_reading',)
 
@@ -77,8 +77,8 @@ class SameReading:
 
 
 class TwiceReadDecoderLayer(SameReading, DeformableDecoderLayer):
-    """The usual layer, whose output two class heads read (variant a)."""
+    """Variant a for Deformable DETR."""
 
 
 class TwiceReadConditionalDecoderLayer(SameReading, ConditionalDecoderLayer):
-    """The same for Conditional DETR."""
+    """Variant a for Conditional DETR."""

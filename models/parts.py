@@ -1,7 +1,8 @@
 """
-Answer what a detector is made of, in one place: `torch.compile`, FSDP2 and the recomputation of activations all ask here.
+List the parts of a detector that `torch.compile`, FSDP2 and the recomputation of activations work on.
 
-What lies between the parts has little to fuse, and would compile anew for every combination of query groups.
+The code between the parts is not compiled: it has little to fuse, and would be compiled again for every combination of
+query groups.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,16 +13,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 PLACES = ('backbone', 'encoder', 'decoder')
-# Programs of one function that PyTorch keeps: more than usual, for stages of four kinds, layers of two, training and
-# evaluation.
+# Compiled programs of one function that PyTorch may keep. There are four kinds of stages and two of layers, each in
+# training and evaluation.
 MOST_PROGRAMS = 64
 
 
 def parts(model: nn.Module) -> dict[str, list[nn.Module]]:
     """Return the parts of a detector by place, in the order in which they run.
 
-    backbone: what its body names (stages of a ResNet, blocks of Swin and MobileNetV2, a network of timm as a whole). encoder,
-    decoder: their layers.
+    Parts of the backbone are stages of a ResNet, blocks of Swin and MobileNetV2, or a whole network of timm. Parts of
+    encoder and decoder are their layers.
     """
     transformer = model.transformer
     return {
@@ -36,16 +37,16 @@ def all_parts(model: nn.Module) -> list[nn.Module]:
 
 
 def recompute(model: nn.Module, places: Sequence[str]) -> None:
-    """Mark the parts of some places: `call_part` computes their activations again in the backward pass."""
+    """Mark the parts of some places, so that `call_part` recomputes their activations in the backward pass."""
     for place, each in parts(model).items():
         for part in each:
             part.recompute = place in places
 
 
 def call_part(part: nn.Module, *args: object, method: Callable | None = None) -> object:
-    """Call a part, or one of its methods; if it is marked by `recompute`, without keeping its activations.
+    """Call a part, or one of its methods. Activations of parts marked by `recompute` are not kept.
 
-    Running statistics of its batch norms count the batch once.
+    Batch norms of such parts update their running statistics once per batch.
     """
     call = method or part
     if not getattr(part, 'recompute', False) or not torch.is_grad_enabled():
@@ -59,7 +60,7 @@ def call_part(part: nn.Module, *args: object, method: Callable | None = None) ->
 
 @contextmanager
 def unchanged_statistics(part: nn.Module) -> Iterator[None]:
-    """Normalise, and keep for the backward pass what batch norms always keep, but leave their statistics alone."""
+    """Let batch norms normalise as in training, without updating their running statistics."""
     norms = batch_norms(part)
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -78,8 +79,13 @@ def batch_norms(module: nn.Module) -> list[nn.Module]:
 def compile_parts(model: nn.Module, **options: object) -> None:
     """Compile every part in place; parameters, buffers and their names stay.
 
-    Parts that are alike share one program; heights and widths stay variable, so that images of other sizes need no other.
-    options: of `torch.compile`. ValueError: parts with batch norms are recomputed.
+    Parts that are alike share one program. Heights and widths are dynamic, so that images of other sizes share it too.
+
+    Args:
+        options: arguments of `torch.compile`.
+
+    Raises:
+        ValueError: a part with batch norms is to be recomputed.
     """
     if any(getattr(part, 'recompute', False) and batch_norms(part) for part in all_parts(model)):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Positional encodings: of the cells of a feature map, and of points and boxes."""
+"""Position encodings of the cells of a feature map, and of points and boxes."""
 
 import math
 
@@ -7,21 +7,19 @@ from torch import Tensor, nn
 
 
 def frequencies(num_feats: int, temperature: float, device: torch.device) -> Tensor:
-    """[num_feats] divisors, pairs of equal ones; float32 whatever the model's precision, as the official
-    code.
-    """
+    """Return divisors [num_feats] in equal pairs, float32 whatever the model's precision (official code)."""
     index = torch.arange(num_feats, dtype=torch.float32, device=device)
     return temperature ** (2 * torch.div(index, 2, rounding_mode='floor') / num_feats)
 
 
 def sine_waves(angle: Tensor, num_feats: int, temperature: float = 10000) -> Tensor:
-    """[...] angles to [..., num_feats]: sine at even places, cosine at odd ones."""
+    """Turn angles [...] into waves [..., num_feats], with sines at even indices and cosines at odd ones."""
     phase = angle[..., None] / frequencies(num_feats, temperature, angle.device)
     return torch.stack((phase[..., 0::2].sin(), phase[..., 1::2].cos()), dim=-1).flatten(-2)
 
 
 def sine_embedding(coordinates: Tensor, num_feats: int, temperature: float = 10000) -> Tensor:
-    """Sine codes of points or boxes: [..., n] numbers in [0, 1] to [..., n * num_feats], in the given order.
+    """Embed points or boxes: [..., n] numbers in [0, 1] become [..., n * num_feats], in the given order.
 
     Conditional DETR (Sec. 3.3) puts y before x: pass `points.flip(-1)`.
     """
@@ -29,10 +27,11 @@ def sine_embedding(coordinates: Tensor, num_feats: int, temperature: float = 100
 
 
 class PositionEmbeddingSine(nn.Module):
-    """Sine encoding of a padded feature map, normalised by each image's own size (DETR Sec. A.4).
+    """Sine encoding of a padded feature map, normalised by each image's own size (DETR Sec. A.4), in float32.
 
-    Everything is float32 inside. `offset` is added to the running counts: 0 in DETR, -0.5 in Deformable DETR.
-    `scale`: the angle of a whole side.
+    Args:
+        offset: number added to the positions in cells, 0 in DETR and -0.5 in Deformable DETR.
+        scale: angle in radians that a whole side spans.
     """
 
     def __init__(
@@ -51,9 +50,9 @@ class PositionEmbeddingSine(nn.Module):
         self.scale = scale
 
     def forward(self, mask: Tensor) -> Tensor:
-        """Padding mask [B, H, W], True = padding, to [B, 2 * num_pos_feats, H, W], y before x, float32."""
+        """Encode a padding mask [B, H, W], True = padding, as [B, 2 * num_pos_feats, H, W], y before x, float32."""
         valid = ~mask
-        # Integers: sums of floats have no deterministic order on a GPU.
+        # Count in integers, because a GPU adds floats in no fixed order.
         y = valid.cumsum(1, dtype=torch.int32).float()
         x = valid.cumsum(2, dtype=torch.int32).float()
         if self.normalize:
@@ -64,9 +63,7 @@ class PositionEmbeddingSine(nn.Module):
 
 
 class PositionEmbeddingLearned(nn.Module):
-    """A learned vector for each of 50 columns and 50 rows; the mask is ignored (official
-    `--position_embedding learned`).
-    """
+    """A learned vector for each of 50 columns and 50 rows, which ignores the padding (`--position_embedding learned`)."""
 
     cells = 50
 
@@ -78,9 +75,10 @@ class PositionEmbeddingLearned(nn.Module):
         nn.init.uniform_(self.col_embed.weight)
 
     def forward(self, mask: Tensor) -> Tensor:
-        """Padding mask [B, H, W] to [B, 2 * num_pos_feats, H, W], x before y.
+        """Encode the cells of a padding mask [B, H, W] as [B, 2 * num_pos_feats, H, W], x before y.
 
-        ValueError: a side has more than 50 cells.
+        Raises:
+            ValueError: a side has more than 50 cells.
         """
         batch, height, width = mask.shape
         if max(height, width) > self.cells:
@@ -94,7 +92,10 @@ class PositionEmbeddingLearned(nn.Module):
 
 
 def build_position_encoding(name: str, hidden_dim: int, **options: float) -> nn.Module:
-    """`sine` (alias v2; options: see its class) or `learned` (alias v3), half of the channels for each axis."""
+    """Build the encoding `sine` (alias v2) or `learned` (alias v3), with half of the channels for each axis.
+
+    options: arguments of `PositionEmbeddingSine`.
+    """
     if name in ('sine', 'v2'):
         return PositionEmbeddingSine(hidden_dim // 2, **options)
     return PositionEmbeddingLearned(hidden_dim // 2)

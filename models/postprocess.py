@@ -1,4 +1,4 @@
-"""From outputs to detections in pixels. A detection is a score, a class index and a box."""
+"""Turn outputs into detections in pixels. A detection is a score, a class index and a box."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ Detections = list[dict[str, Tensor]]
 
 
 def scale_boxes(boxes: Tensor, target_sizes: Tensor) -> Tensor:
-    """cxcywh in [0, 1] to xyxy in pixels; boxes: [B, N, 4], target_sizes: [B, 2] (height, width)."""
+    """Convert boxes [B, N, 4] from cxcywh in [0, 1] to xyxy in pixels. target_sizes: [B, 2] (height, width)."""
     if len(boxes) != len(target_sizes):
         raise ValueError(f'{len(boxes)} images, but {len(target_sizes)} target sizes')
     scale = target_sizes.flip(-1).repeat(1, 2).to(boxes)  # [B, 4] W, H, W, H
@@ -19,14 +19,13 @@ def scale_boxes(boxes: Tensor, target_sizes: Tensor) -> Tensor:
 
 
 class SoftmaxPostProcess(nn.Module):
-    """One detection a query, in query order (DETR): the best class other than 'no object', which is the last
-    one.
-    """
+    """One detection per query, in query order (DETR): the best class other than the last, which is 'no object'."""
 
     @torch.no_grad()
     def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> Detections:
-        """target_sizes: [B, 2] height and width in pixels. Returns scores, labels [Q] and boxes [Q, 4] xyxy a
-        image.
+        """Return scores [Q], labels [Q] and boxes [Q, 4] xyxy of each image.
+
+        target_sizes: [B, 2] height and width in pixels.
         """
         scores, labels = outputs['pred_logits'].softmax(-1)[..., :-1].max(-1)
         boxes = scale_boxes(outputs['pred_boxes'], target_sizes)
@@ -36,7 +35,7 @@ class SoftmaxPostProcess(nn.Module):
 class TopKPostProcess(nn.Module):
     """The best `num_select` pairs of query and class, best first (Conditional and Deformable DETR).
 
-    clamp: boxes end at the edges of the image (Co-DETR).
+    clamp: clip boxes to the image (Co-DETR).
     """
 
     def __init__(self, num_select: int = 100, clamp: bool = False) -> None:
@@ -46,8 +45,9 @@ class TopKPostProcess(nn.Module):
 
     @torch.no_grad()
     def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> Detections:
-        """target_sizes: [B, 2] height and width in pixels. Returns scores, labels [N] and boxes [N, 4] xyxy a
-        image.
+        """Return scores [N], labels [N] and boxes [N, 4] xyxy of each image.
+
+        target_sizes: [B, 2] height and width in pixels.
         """
         probability = outputs['pred_logits'].sigmoid()  # [B, Q, K]
         num_classes = probability.shape[-1]
@@ -62,14 +62,14 @@ class TopKPostProcess(nn.Module):
 
 
 def clamp_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """xyxy in pixels, cut off at the edges; sizes: [..., 2] height and width."""
+    """Clip boxes xyxy in pixels to their images. sizes: [..., 2] height and width."""
     return torch.minimum(boxes.clamp(min=0), sizes.flip(-1).repeat(*[1] * (sizes.dim() - 1), 2).to(boxes))
 
 
 class NMSPostProcess(nn.Module):
-    """The best `num_select` pairs of query and class after suppression within each class (MS-DETR's option).
+    """The best `num_select` pairs of query and class after NMS within each class (MS-DETR's option).
 
-    Only the best `candidates` pairs of an image take part.
+    NMS considers only the best `candidates` pairs of an image.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class NMSPostProcess(nn.Module):
 
     @torch.no_grad()
     def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> Detections:
-        """As `TopKPostProcess`; images may keep different numbers of detections."""
+        """Return detections as `TopKPostProcess` does; images may have different numbers of them."""
         return [
             suppress(pairs, self.iou_threshold, self.num_select)
             for pairs in self.best_pairs(outputs, target_sizes)
@@ -90,13 +90,13 @@ class NMSPostProcess(nn.Module):
 
 
 def suppress(pairs: dict[str, Tensor], iou_threshold: float, num_select: int) -> dict[str, Tensor]:
-    """The best detections of an image of which none overlaps a better one of its class by more than the threshold."""
+    """Apply NMS within each class to the detections of an image, and return the best `num_select`."""
     kept = batched_nms(pairs['boxes'], pairs['scores'], pairs['labels'], iou_threshold)
     return {key: value[kept[:num_select]] for key, value in pairs.items()}
 
 
 class CandidatePostProcess(nn.Module):
-    """The best `num_select` candidates of an auxiliary head (`models.training.collaborative`) after suppression."""
+    """The best `num_select` candidates of an auxiliary head (`models.training.collaborative`) after NMS."""
 
     def __init__(self, iou_threshold: float, num_select: int = 100) -> None:
         super().__init__()
@@ -105,7 +105,10 @@ class CandidatePostProcess(nn.Module):
 
     @torch.no_grad()
     def forward(self, outputs: dict[str, list[dict[str, Tensor]]], target_sizes: Tensor) -> Detections:
-        """outputs: `candidates`, scores and labels [N] and boxes [N, 4] cxcywh in [0, 1] an image."""
+        """Return detections as `TopKPostProcess` does.
+
+        outputs: `candidates`, a dictionary per image of scores [N], labels [N] and boxes [N, 4] cxcywh in [0, 1].
+        """
         detections = []
         for found, size in zip(outputs['candidates'], target_sizes, strict=True):
             scaled = scale_boxes(found['boxes'][None], size[None])[0]
@@ -114,10 +117,9 @@ class CandidatePostProcess(nn.Module):
 
 
 class SoftNMSPostProcess(nn.Module):
-    """The best `num_select` pairs of query and class after linear soft suppression within each class
-    (arXiv:1704.04503; Co-DINO).
+    """The best `num_select` pairs of query and class after linear soft-NMS within each class (arXiv:1704.04503; Co-DINO).
 
-    Only the best `candidates` pairs of an image take part; boxes end at the edges of the image.
+    Soft-NMS considers only the best `candidates` pairs of an image. Boxes are clipped to the image.
     """
 
     smallest_score = 1e-3
@@ -130,11 +132,11 @@ class SoftNMSPostProcess(nn.Module):
 
     @torch.no_grad()
     def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> Detections:
-        """As `TopKPostProcess`, with the lowered scores; images may keep different numbers of detections."""
+        """Return detections as `TopKPostProcess` does, with lowered scores; images may have different numbers of them."""
         return [self.suppress(pairs) for pairs in self.best_pairs(outputs, target_sizes)]
 
     def suppress(self, pairs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """On the host: each step depends on the one before."""
+        """Apply soft-NMS to the pairs of an image, on the host because each step depends on the one before."""
         labels = pairs['labels']
         scores, boxes = (x.float() if x.element_size() < 4 else x for x in (pairs['scores'], pairs['boxes']))
         overlap, _ = box_iou(boxes[:, None], boxes[None])
@@ -149,9 +151,12 @@ class SoftNMSPostProcess(nn.Module):
 def soft_suppression(
     scores: np.ndarray, factor: np.ndarray, smallest: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Detections in the order in which they are the best that is left, and their scores then.
+    """Take the best detection that is left, lower the scores of the others, and repeat; return indices and scores.
 
-    scores: [N]; factor: [N, N] what a detection leaves of the score of another. Scores under `smallest` are dropped.
+    Args:
+        scores: [N].
+        factor: [N, N]; taking detection i multiplies the score of j by factor[i, j].
+        smallest: detections with lower scores are dropped.
     """
     left, order, kept = scores.copy(), [], []
     for _ in range(len(scores)):

@@ -1,9 +1,9 @@
 """
-The vocabulary: what travels between backbone, transformer, heads and criterion.
+Data structures that backbone, transformer, heads and criterion exchange.
 
-Every detector here emits a flat list of predictions. Each carries the name of its kind; one table says how
-each kind is supervised. Letters in shapes: B images, Q queries, S memory tokens, L levels, C channels, K
-classes, M matched pairs, T objects of the batch.
+Every detector emits a flat list of predictions. Each has the name of its kind, and one table says how each kind is
+supervised. Letters in shapes: B images, Q queries, S memory tokens, L levels, C channels, K classes, M matched pairs, T
+objects of the batch.
 """
 
 from dataclasses import dataclass
@@ -15,62 +15,62 @@ from torch import Tensor
 
 @dataclass
 class Memory:
-    """What the encoder leaves."""
+    """The output of the encoder, and what describes its tokens."""
 
     tokens: Tensor  # [B, S, C], levels one after the other, row by row
     padding_mask: Tensor  # [B, S], True = padding
-    shapes: list[tuple[int, int]]  # (H, W) of each level, plain integers: no layer has to ask the device
+    shapes: list[tuple[int, int]]  # (H, W) of each level, plain integers: no layer has to synchronise
     pos: Tensor | None = None  # [B, S, C] positional encoding
-    valid_ratios: Tensor | None = None  # [B, L, 2] valid part of width and height; deformable attention
-    sizes: Tensor | None = None  # [L, 2] width and height of each level, as `shapes`; deformable attention
-    pixel_mask: Tensor | None = None  # [B, H, W] of the images, True = padding; deformable detectors
+    # The others exist for deformable attention only.
+    valid_ratios: Tensor | None = None  # [B, L, 2] share of width and height that is not padding
+    sizes: Tensor | None = None  # [L, 2] width and height of each level, the same numbers as `shapes`
+    pixel_mask: Tensor | None = None  # [B, H, W] padding mask of the images, True = padding
 
 
 @dataclass
 class Assignment:
-    """Pairs (query, object), and the count that the losses of this prediction are divided by."""
+    """Pairs of queries and objects, and the count that the losses of a prediction are divided by."""
 
-    batch: Tensor  # [M]
-    query: Tensor  # [M]
-    target: Tensor  # [M], counts through the objects of the batch
-    count: float  # of this process; averaged over processes, at least 1 in all
-    # [M] bool, pairs that decide the class of their query; None: all do, no query has two
-    deciding: Tensor | None = None
+    batch: Tensor  # [M] index of the image
+    query: Tensor  # [M] index of the query in its image
+    target: Tensor  # [M] index of the object in the whole batch
+    count: float  # count of this rank; counts are averaged over ranks, and their sum is at least 1
+    # [M] bool: the pair gives its query its class. A query with several pairs has one that does; None: all pairs do.
+    decides_class: Tensor | None = None
 
 
 @dataclass
 class QueryGroup:
-    """Decoder queries born together; `name` is the kind of their predictions ('one2one': inference)."""
+    """Decoder queries of one origin. `name` is the kind of their predictions, 'one2one' in the inference group."""
 
     name: str
     tgt: Tensor  # [B, Q, C] content
     query_pos: Tensor | None = None  # [B, Q, C]; None: the decoder derives it from the boxes
-    reference_points: Tensor | None = (
-        None  # [B, Q, 2 or 4] in [0, 1]; None: no reference, or derived in the decoder
-    )
+    # [B, Q, 2 or 4] in [0, 1]; None: the decoder uses none, or computes them itself
+    reference_points: Tensor | None = None
     sees: tuple[str, ...] = ()  # other groups that it may attend to
-    block: int = 0  # > 0: only queries of the same block of this size see each other
-    assignment: Assignment | None = None  # known in advance
+    block: int = 0  # > 0: split the group into blocks of this size that may not attend to each other
+    assignment: Assignment | None = None  # objects of the queries, if they are known in advance
 
 
 @dataclass
 class LayerOutput:
-    """What one decoder layer leaves, over all groups."""
+    """The output of one decoder layer for the queries of all groups."""
 
     hs: Tensor  # [B, Q, C]
-    reference: Tensor | None = None  # [B, Q, 2 or 4], what the box head's output is added to, in logit space
-    delta: Tensor | None = None  # [B, Q, 4] the box head's output, where the decoder has refined with it
+    reference: Tensor | None = None  # [B, Q, 2 or 4] in logit space; the box head's output is added to it
+    delta: Tensor | None = None  # [B, Q, 4] output of the box head, if the decoder has computed it already
     hs_o2m: Tensor | None = None  # [B, Q of the inference group, C] second reading of MS-DETR; training only
 
 
 @dataclass
 class Prediction:
-    """Class logits and boxes read at one place."""
+    """Class logits and boxes of one kind and layer."""
 
     logits: Tensor  # [B, Q, K]
     boxes: Tensor  # [B, Q, 4] cxcywh in [0, 1]
     kind: str = 'one2one'  # row of the supervision table
-    layer: int | None = None  # None = last
+    layer: int | None = None  # None: the last
     anchors: Tensor | None = None  # [B, Q, 4] encoder proposals before refinement
     masks: Tensor | None = None  # [B, Q, h, w] logits
     assignment: Assignment | None = None
@@ -78,14 +78,14 @@ class Prediction:
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """Queries that attend to the same keys."""
+    """Queries that attend to the same keys, in self-attention."""
 
     queries: slice
-    keys: list[slice]  # runs of queries, one after the other
+    keys: list[slice]  # queries that are the keys, as several ranges
     hidden: Tensor | None = None  # [queries, keys] True = may not attend; None: all may
 
     def pick(self, x: Tensor, dim: int = 1) -> Tensor:
-        """The keys' part of x."""
+        """Return the keys' part of x, whose axis `dim` runs over all queries."""
         runs = [x.narrow(dim, run.start, run.stop - run.start) for run in self.keys]
         return runs[0] if len(runs) == 1 else torch.cat(runs, dim=dim)
 
@@ -93,14 +93,14 @@ class AttentionBlock:
 def check_groups(
     groups: list[QueryGroup], decoder: object, needs: tuple[str, ...] = (), ignores: tuple[str, ...] = ()
 ) -> None:
-    """Refuse query groups that a decoder cannot honour.
+    """Refuse query groups that a decoder cannot use.
 
     Args:
-        needs: fields that every group must bring.
-        ignores: fields that the decoder would not read.
+        needs: fields that no group may leave out.
+        ignores: fields that no group may set, because the decoder would not read them.
 
     Raises:
-        ValueError: a group lacks or brings such a field.
+        ValueError: a group breaks one of these rules.
     """
     name = type(decoder).__name__
     for group in groups:
@@ -113,11 +113,11 @@ def check_groups(
 
 
 def attention_blocks(groups: list[QueryGroup]) -> list[AttentionBlock]:
-    """Self-attention between query groups (H-DETR Sec. 3.2, DINO Sec. 3.3), one block a group that is not empty.
+    """Say which queries attend to which (H-DETR Sec. 3.2, DINO Sec. 3.3): one block per group that is not empty.
 
-    A group sees itself (only the own block where `block` is set) and the groups named in `sees`; the inference
-    group names none, so training queries cannot change its result. Each group attends apart, so that only a group
-    with blocks needs a mask: the numbers are those of one masked attention over all, at less cost.
+    A group sees the groups named in `sees` and itself, or only the query's own block if it has blocks. The inference group
+    names none, so that training queries cannot change its result. Each group attends separately: the numbers are those of
+    one masked attention over all queries, but only groups with blocks need a mask.
     """
     runs, start = {}, 0
     for group in groups:
@@ -135,7 +135,7 @@ def attention_blocks(groups: list[QueryGroup]) -> list[AttentionBlock]:
 
 
 def other_blocks(group: QueryGroup, num_seen: int) -> Tensor | None:
-    """[Q, num_seen + Q] True where a query would see another block of its group; None without blocks."""
+    """Return a mask [Q, num_seen + Q], True where a key is in another block of the group; None without blocks."""
     if not group.block:
         return None
     block = torch.arange(group.tgt.shape[1], device=group.tgt.device) // group.block
@@ -145,10 +145,10 @@ def other_blocks(group: QueryGroup, num_seen: int) -> Tensor | None:
 def learned_groups(
     num_queries: dict[str, int], query_embed: Tensor, batch_size: int, training: bool
 ) -> list[QueryGroup]:
-    """Learned object queries as groups: content zero, position learned (DETR Sec. 3.2).
+    """Make groups of learned object queries, whose content is zero and whose position is learned (DETR Sec. 3.2).
 
-    query_embed: [sum of num_queries, C], rows in the order of `num_queries`. Outside training only the first
-    group exists.
+    query_embed: [sum of num_queries, C], rows in the order of `num_queries`. Outside training only the first group
+    is made.
     """
     names = list(num_queries) if training else list(num_queries)[:1]
     embeds = query_embed.split(list(num_queries.values()))
@@ -159,7 +159,7 @@ def learned_groups(
 
 
 def split_groups(every: QueryGroup, num_queries: dict[str, int]) -> list[QueryGroup]:
-    """Queries that were made together as the groups that they belong to, in the order of `num_queries`."""
+    """Split queries into groups of the given sizes, in the order of `num_queries`."""
     start, groups = 0, []
     for name, size in num_queries.items():
         parts = (
@@ -172,7 +172,7 @@ def split_groups(every: QueryGroup, num_queries: dict[str, int]) -> list[QueryGr
 
 
 def split_predictions(logits: Tensor, boxes: Tensor, groups: list[QueryGroup]) -> list[Prediction]:
-    """One prediction a group and layer; the last layer is `None`. logits: [L, B, Q, K], boxes: [L, B, Q, 4]."""
+    """Split logits [L, B, Q, K] and boxes [L, B, Q, 4] into a prediction per group and layer; the last layer is `None`."""
     sizes, last = [group.tgt.shape[1] for group in groups], len(logits) - 1
     parts = zip(groups, logits.split(sizes, dim=2), boxes.split(sizes, dim=2), strict=True)
     return [

@@ -1,9 +1,9 @@
 """
-Swin Transformer (arXiv:2103.14030) as detectors use it: any image size, a norm for each map that is read, official
+Swin Transformer (arXiv:2103.14030) for detectors: any image size, a norm for each map that is returned, official
 parameter names.
 
-It differs from the classifier of the same name: maps are padded before they are shifted, and the shift stays on where
-one window covers the whole map. torchvision's switches it off there, timm's shifts before it pads.
+It differs from the classifiers of torchvision and timm. Maps are padded before they are shifted, where timm shifts first.
+A map that fits into one window is shifted too, where torchvision does not shift it.
 """
 
 import re
@@ -41,11 +41,11 @@ SWIN_SIZES = {
     ),
 }
 WEIGHTS_URL = 'https://github.com/SwinTransformer/storage/releases/download/v1.0.0/{}.pth'
-FORBIDDEN = -100.0  # added to the logits of tokens that the shift has made neighbours
+FORBIDDEN = -100.0  # added to the attention logits of tokens that only the shift has made neighbours
 
 
 class PatchEmbed(nn.Module):
-    """4 x 4 pixels to a token, zeros beyond the right and bottom edge."""
+    """A linear projection of patches of 4 x 4 pixels, with zero padding at the right and bottom edges."""
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
@@ -53,14 +53,14 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] to [B, ceil(H / 4), ceil(W / 4), C]."""
+        """Turn [B, 3, H, W] into [B, ceil(H / 4), ceil(W / 4), C]."""
         height, width = images.shape[-2:]
         padded = F.pad(images, (0, -width % 4, 0, -height % 4))
         return self.norm(self.proj(padded).permute(0, 2, 3, 1))
 
 
 class WindowAttention(nn.Module):
-    """Attention within windows of `window_size` squared tokens, every second block shifted by half a window."""
+    """Attention within windows of `window_size` squared tokens, which are shifted by `shift` tokens."""
 
     def __init__(self, dim: int, num_heads: int, window_size: int, shift: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] to the same."""
+        """Attend in a map [B, H, W, C], and return the same shape."""
         height, width = x.shape[1:3]
         size, shift = self.window_size, self.shift
         x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
@@ -89,18 +89,19 @@ class WindowAttention(nn.Module):
         return x[:, :height, :width]
 
     def partition(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] to windows [B, windows, N, C], row by row."""
+        """Split a map [B, H, W, C] into windows [B, windows, N, C], row by row."""
         size = self.window_size
         x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))  # [B, rows, size, columns, size, C]
         return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
     def merge(self, windows: Tensor, padded: tuple[int, int]) -> Tensor:
+        """Undo `partition`. padded: height and width of the map."""
         size = self.window_size
         x = windows.unflatten(2, (size, size)).unflatten(1, (padded[0] // size, -1))
         return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
     def attend(self, windows: Tensor, padded: tuple[int, int]) -> Tensor:
-        """windows: [B, windows, N, C]."""
+        """Attend within each of windows [B, windows, N, C]."""
         q, k, v = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # [M, N, N]
         if self.shift:
@@ -109,7 +110,7 @@ class WindowAttention(nn.Module):
         return self.proj(attended.transpose(2, 3).flatten(3))
 
     def mask(self, padded: tuple[int, int], like: Tensor) -> Tensor:
-        """[windows, N, N]: FORBIDDEN between tokens that come from different sides of the map."""
+        """Return [windows, N, N], which is FORBIDDEN between tokens from different sides of the map, else 0."""
         regions = []
         for side in padded:
             place = torch.arange(side, device=like.device)
@@ -135,18 +136,18 @@ class SwinBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, num_heads, window_size, shift)
-        self.drop_path = StochasticDepth(drop_path, 'row')  # whole branches of single images
+        self.drop_path = StochasticDepth(drop_path, 'row')  # drops the branch of single images
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = MLP(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] to the same."""
+        """Run the block on a map [B, H, W, C], and return the same shape."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class PatchMerging(nn.Module):
-    """Half the height and width (rounded up, zeros beyond), twice the channels."""
+    """A layer that halves height and width (rounded up, zero padding) and doubles the channels."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -173,12 +174,13 @@ class SwinStage(nn.Module):
 
 
 class SwinTransformer(nn.Module):
-    """Images to the normed maps of some stages.
+    """The backbone: it turns images into the normed maps of some stages.
 
-    stages: 1 to 4, of strides 4, 8, 16, 32; those behind the last are not built. drop_path_rate: of the last of
-    all blocks; it grows from 0.
-    frozen_stages (official count): -1 = none, 0 and 1 = the patches, 2 = also stage 1, ... 5 = also stage 4. Norms
-    of maps are never frozen.
+    Args:
+        stages: stages whose maps are returned, 1 to 4 of strides 4, 8, 16 and 32. Later stages are not built.
+        drop_path_rate: probability that the last block is skipped while training; it grows linearly from 0.
+        frozen_stages: -1 freezes nothing, 0 and 1 the patch embedding, 2 also stage 1, ... 5 also stage 4 (official
+            count). Norms of maps are never frozen.
     """
 
     def __init__(
@@ -206,11 +208,11 @@ class SwinTransformer(nn.Module):
         self.freeze()
 
     def parts(self) -> list[nn.Module]:
-        """Return its blocks (`models.parts`)."""
+        """Return the blocks for `models.parts`."""
         return [block for stage in self.layers for block in stage.blocks]
 
     def freeze(self) -> None:
-        """Frozen parts do not train, and drop no paths."""
+        """Keep frozen parts from training, and from skipping blocks."""
         number = max(self.frozen_stages, 1) if self.frozen_stages >= 0 else 0
         for part in [self.patch_embed, *self.layers][:number]:
             part.eval().requires_grad_(False)
@@ -221,7 +223,7 @@ class SwinTransformer(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """[B, 3, H, W] to maps [B, C, ceil(H / stride), ceil(W / stride)] by the number of their stage."""
+        """Turn [B, 3, H, W] into maps [B, C, ceil(H / stride), ceil(W / stride)], by the number of their stage."""
         x, maps = self.patch_embed(images), {}
         for stage, layer in enumerate(self.layers, start=1):
             for block in layer.blocks:
@@ -243,9 +245,10 @@ def initialise(module: nn.Module) -> None:
 
 
 def load_pretrained(model: SwinTransformer, source: str) -> None:
-    """Fill a backbone from an official ImageNet file (path or address), which has no norms of maps.
+    """Load an official ImageNet file (path or URL), which has no norms of maps.
 
-    ValueError: there is no such file, or it lacks anything else; the message names it.
+    Raises:
+        ValueError: the file is missing, or other entries are missing or of another shape.
     """
     try:
         checkpoint = read_checkpoint(source)
@@ -269,9 +272,9 @@ def load_pretrained(model: SwinTransformer, source: str) -> None:
 
 
 def fit_pretrained(state: dict[str, Tensor], model: SwinTransformer) -> dict[str, Tensor]:
-    """Entries of an official ImageNet file that a detector's backbone has, bias tables resized to its windows.
+    """Return the entries of an official ImageNet file that the model has, with bias tables resized to its windows.
 
-    A prefix `module.` is taken off; of self-supervised files (MoBY) the encoder is read.
+    A prefix `module.` is removed. Self-supervised files (MoBY) hold the backbone under `encoder.`.
     """
     ours = model.state_dict()
     state = {name.removeprefix('module.'): value for name, value in state.items()}
@@ -291,7 +294,7 @@ def fit_pretrained(state: dict[str, Tensor], model: SwinTransformer) -> dict[str
 
 
 def resize_table(table: Tensor, rows: int) -> Tensor:
-    """[side^2, M] of one window size to [rows, M] of another, bicubic."""
+    """Resize a bias table [side^2, M] to the [rows, M] of another window size (bicubic)."""
     sides = [round(number**0.5) for number in (len(table), rows)]
     grid = table.T.unflatten(1, (sides[0], sides[0]))[None]
     grid = F.interpolate(grid, size=(sides[1], sides[1]), mode='bicubic', align_corners=False)

@@ -1,8 +1,8 @@
 """
 The dense transformer of DETR (arXiv:2005.12872, Sec. A.3): attention over every cell of one feature map.
 
-Batch first throughout. Parameter names are the official ones. Position encodings are added anew to queries
-and keys of every layer, never to values.
+Tensors are batch first. Parameter names are the official ones. Every layer adds the position encodings to queries and
+keys again, never to values.
 """
 
 import copy
@@ -18,14 +18,14 @@ Blocks = list[AttentionBlock]
 
 
 def clones(layer: nn.Module, num_layers: int) -> nn.ModuleList:
-    """Deep copies of one layer: what a later draw does not touch (biases) is equal in all of them, as in the
-    official code.
+    """Copy one layer `num_layers` times. Parameters that are not initialised again later (biases) are equal in all
+    copies, as in the official code.
     """
     return nn.ModuleList(copy.deepcopy(layer) for _ in range(num_layers))
 
 
-def compare_queries(attention: nn.MultiheadAttention, q: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
-    """Self-attention among queries; q (queries and keys) and v: [B, Q, C]; blocks: who attends to whom."""
+def self_attention(attention: nn.MultiheadAttention, q: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+    """Attend among queries; q (queries and keys) and v: [B, Q, C]; blocks: which queries attend to which."""
     attended = [
         attention(
             q[:, block.queries], block.pick(q), block.pick(v), attn_mask=block.hidden, need_weights=False
@@ -36,9 +36,9 @@ def compare_queries(attention: nn.MultiheadAttention, q: Tensor, v: Tensor, bloc
 
 
 def read_twice(layer: nn.Module, between: Tensor | None, groups: list[QueryGroup]) -> Tensor | None:
-    """Second reading of the inference group, [B, Q, C], where a decoder layer has one.
+    """Return the second reading of the inference group, [B, Q, C], or None if a layer has none (`models.ms_detr`).
 
-    between: the state that it begins with, of the queries of all groups.
+    between: state of the queries of all groups that the second reading starts from.
     """
     if between is None:
         return None
@@ -47,9 +47,7 @@ def read_twice(layer: nn.Module, between: Tensor | None, groups: list[QueryGroup
 
 
 class SubLayers(nn.Module):
-    """Norms around sub-layers: behind the sum (post-norm, the default) or in front of the sub-layer
-    (`pre_norm`).
-    """
+    """A base of layers with norms behind the residual sums (post-norm), or in front of the sub-layers (`pre_norm`)."""
 
     def __init__(self, pre_norm: bool) -> None:
         super().__init__()
@@ -66,6 +64,8 @@ class SubLayers(nn.Module):
 
 
 class TransformerEncoderLayer(SubLayers):
+    """Self-attention and feed-forward."""
+
     def __init__(
         self,
         d_model: int,
@@ -85,7 +85,7 @@ class TransformerEncoderLayer(SubLayers):
         self.dropout2 = nn.Dropout(dropout)
 
     def forward(self, src: Tensor, pos: Tensor, padding_mask: Tensor) -> Tensor:
-        """src, pos: [B, S, C]; padding_mask: [B, S], True = padding."""
+        """Run the layer; src, pos: [B, S, C]; padding_mask: [B, S], True = padding."""
         x = self.before(self.norm1, src)
         q = k = x + pos
         attended = self.self_attn(q, k, x, key_padding_mask=padding_mask, need_weights=False)[0]
@@ -95,7 +95,7 @@ class TransformerEncoderLayer(SubLayers):
 
 
 class TransformerEncoder(nn.Module):
-    """Encoder layers, and the final norm that exists with pre-norm only."""
+    """Encoder layers, followed by a norm in the case of pre-norm."""
 
     def __init__(self, layer: nn.Module, num_layers: int, norm: nn.Module | None = None) -> None:
         super().__init__()
@@ -109,6 +109,8 @@ class TransformerEncoder(nn.Module):
 
 
 class TransformerDecoderLayer(SubLayers):
+    """Self-attention, cross-attention and feed-forward."""
+
     def __init__(
         self,
         d_model: int,
@@ -131,9 +133,15 @@ class TransformerDecoderLayer(SubLayers):
         self.dropout3 = nn.Dropout(dropout)
 
     def forward(self, tgt: Tensor, query_pos: Tensor, memory: Memory, key: Tensor, blocks: Blocks) -> Tensor:
-        """tgt, query_pos: [B, Q, C]; key: [B, S, C], memory with its encoding; blocks: who attends to whom."""
+        """Run the layer.
+
+        Args:
+            tgt, query_pos: [B, Q, C].
+            key: [B, S, C] memory tokens with their position encodings added.
+            blocks: which queries attend to which (`attention_blocks`).
+        """
         x = self.before(self.norm1, tgt)
-        attended = compare_queries(self.self_attn, x + query_pos, x, blocks)
+        attended = self_attention(self.self_attn, x + query_pos, x, blocks)
         tgt = self.after(self.norm1, tgt + self.dropout1(attended))
         x = self.before(self.norm2, tgt)
         attended = self.multihead_attn(
@@ -145,7 +153,7 @@ class TransformerDecoderLayer(SubLayers):
 
 
 class TransformerDecoder(nn.Module):
-    """Decoder layers; every layer's output is normed for the heads, the state passed on is not."""
+    """Decoder layers. The heads read normed states; the next layer gets the state without the norm."""
 
     def __init__(self, layer: nn.Module, num_layers: int, norm: nn.Module) -> None:
         super().__init__()
@@ -164,9 +172,7 @@ class TransformerDecoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A feature map to `Memory`, and query groups over it to layer outputs. The decoder decides how queries
-    read.
-    """
+    """Encoder and decoder: `encode` turns a feature map into `Memory`, `decode` runs query groups over it."""
 
     def __init__(self, encoder: TransformerEncoder, decoder: nn.Module) -> None:
         super().__init__()
@@ -177,7 +183,7 @@ class Transformer(nn.Module):
                 nn.init.xavier_uniform_(parameter)
 
     def encode(self, src: Tensor, mask: Tensor, pos: Tensor) -> Memory:
-        """src, pos: [B, C, H, W]; mask: [B, H, W], True = padding."""
+        """Run the encoder; src, pos: [B, C, H, W]; mask: [B, H, W], True = padding."""
         shape = tuple(src.shape[-2:])
         padding_mask = mask.flatten(1)  # [B, S]
         pos = pos.flatten(2).transpose(1, 2)  # [B, S, C]

@@ -15,5 +15,6 @@ if [ "${1:-}" = --quick ]; then
 fi
 ruff check .
 ruff format --check .
+mypy
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 python -m pytest -n "${TEST_JOBS:-2}" --dist worksteal "$@"

@@ -154,7 +154,7 @@ def no_chance() -> Iterator[None]:
         mock.patch.object(torch, 'rand_like', lambda x, dtype=None: content_of(x).to(dtype or x.dtype)),
         mock.patch.object(torch, 'randint_like', randint_like),
         mock.patch.object(torch, 'randperm', lambda n, **options: torch.arange(n)),
-        mock.patch.object(collaborative, 'FEWEST', 40),
+        mock.patch.object(collaborative, 'MIN_QUERIES', 40),
     ):
         yield
 

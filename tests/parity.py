@@ -6,6 +6,7 @@ import json
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -41,6 +42,12 @@ def to_targets(recorded: list[dict]) -> list[dict[str, Tensor]]:
     ]
 
 
+@dataclass
+class Pass:
+    losses: dict[str, Tensor]
+    norms: dict[str, Tensor]  # of gradients by our names; a parameter without one is absent
+
+
 class Case:
     """A recorded case, and our model built and filled as its file says. Use under `float64()`.
 
@@ -71,6 +78,21 @@ class Case:
 
     def fill(self, model: nn.Module) -> None:
         raise NotImplementedError
+
+    @cached_property
+    def outputs(self) -> dict:
+        """Of the filled model while it trains. They do not depend on targets (with denoising they would)."""
+        return self.built[0].train()(self.samples)
+
+    @cached_property
+    def first_pass(self) -> Pass:
+        """A training pass of the filled model, which several tests look at; gradients stay at the parameters."""
+        model, criterion, _ = self.built
+        model.zero_grad()
+        losses = criterion(self.outputs, self.targets)
+        weighted_sum(losses, criterion.weight_dict).backward()
+        norms = {name: p.grad.norm() for name, p in model.named_parameters() if p.grad is not None}
+        return Pass({name: value.detach() for name, value in losses.items()}, norms)
 
     @property
     def salt(self) -> str:

@@ -13,7 +13,7 @@ from models import build_model
 from models.position_encoding import PositionEmbeddingSine, sine_embedding
 from models.postprocess import SoftNMSPostProcess, soft_suppression
 from models.training.atss import ANCHOR_STRIDES, assign_adaptively
-from models.training.collaborative import FEWEST, choose_samples
+from models.training.collaborative import MIN_QUERIES, choose_samples
 from models.training.dense_heads import (
     BACKGROUND,
     assign_by_iou,
@@ -213,9 +213,9 @@ def test_samples_become_queries_positives_first() -> None:
     target = torch.full((2, 40), BACKGROUND)
     target[0, [3, 7, 30]] = torch.tensor([1, 0, 1])
     chosen = choose_samples(target, 300)
-    assert chosen.shape == (2, FEWEST) and chosen[0, :3].tolist() == [3, 7, 30]
+    assert chosen.shape == (2, MIN_QUERIES) and chosen[0, :3].tolist() == [3, 7, 30]
     assert (target.gather(1, chosen)[0, 3:] == BACKGROUND).all()
-    assert all(len(set(row)) == FEWEST for row in chosen.tolist()), 'no place twice'
+    assert all(len(set(row)) == MIN_QUERIES for row in chosen.tolist()), 'no place twice'
     target[1] = 2
     chosen = choose_samples(target, 12)
     assert chosen.shape == (2, 12) and (target.gather(1, chosen)[1] == 2).all()

@@ -99,6 +99,11 @@ class CollaborativeCase(Case):
     def args(self) -> Namespace:
         return resolve_all(Namespace(**self.flags))
 
+    @cached_property
+    def outputs(self) -> dict:
+        """Denoising and heads see the targets."""
+        return self.built[0].train()(self.samples, self.targets)
+
     @property
     def masked(self) -> bool:
         """Padding is hidden from attention."""
@@ -198,20 +203,16 @@ class Spy:
 
 
 @dataclass
-class FirstPass:
-    """A training pass of the recorded weights, whose gradients are left at the parameters."""
+class Choices:
+    """Calls of the heads' functions in the first training pass, and what they returned."""
 
-    losses: dict[str, Tensor]
-    predictions: list
-    gradient_norms: dict[str, Tensor]
-    samples: list  # calls of the heads' functions, and what they returned
+    samples: list
     adaptive: list
     queries: list
 
 
 @pytest.fixture(scope='module')
-def first_pass(case: CollaborativeCase) -> FirstPass:
-    model, criterion, _ = case.built
+def choices(case: CollaborativeCase) -> Choices:
     with float64(), pytest.MonkeyPatch.context() as monkeypatch:
         draw_by_rule(monkeypatch)
         spies = (
@@ -219,30 +220,25 @@ def first_pass(case: CollaborativeCase) -> FirstPass:
             Spy(atss, 'assign_adaptively', monkeypatch),
             Spy(CollaborativeHeads, 'queries', monkeypatch),
         )
-        model.train().zero_grad()
-        outputs = model(case.samples, case.targets)
-        losses = criterion(outputs, case.targets)
-        weighted_sum(losses, criterion.weight_dict).backward()
-        norms = {name: p.grad.norm() for name, p in model.named_parameters() if p.requires_grad}
-        losses = {name: value.detach() for name, value in losses.items()}
-        return FirstPass(losses, outputs['predictions'], norms, *(spy.returned for spy in spies))
+        _ = case.first_pass
+        return Choices(*(spy.returned for spy in spies))
 
 
 @needs_shared
-def test_training_equals_official(case: CollaborativeCase, first_pass: FirstPass) -> None:
+def test_training_equals_official(case: CollaborativeCase, choices: Choices) -> None:
     """Losses, gradients, and who was matched and sampled."""
-    _, criterion, _ = case.built
-    check_losses(case, first_pass.losses, criterion.weight_dict)
-    check_gradients(case, first_pass.gradient_norms)
+    model, criterion, _ = case.built
+    check_losses(case, case.first_pass.losses, criterion.weight_dict)
+    check_gradients(case, model)
     recorded, num_images = case.record['assignments'], len(case.targets)
-    check_samples(first_pass.samples[:num_images], recorded['rpn'])
-    check_samples(first_pass.samples[num_images:], recorded['rcnn'])
-    for (_, found), expected in zip(first_pass.adaptive, recorded['atss'], strict=True):
+    check_samples(choices.samples[:num_images], recorded['rpn'])
+    check_samples(choices.samples[num_images:], recorded['rcnn'])
+    for (_, found), expected in zip(choices.adaptive, recorded['atss'], strict=True):
         places = (found != BACKGROUND).nonzero()[:, 0]
         assert places.tolist() == expected['anchor_index_among_valid']
         assert found[places].tolist() == expected['gt'] and len(found) == expected['num_valid_anchors']
-    check_queries(case, [group for _, group in first_pass.queries])
-    check_matches(case, criterion, first_pass.predictions)
+    check_queries(case, [group for _, group in choices.queries])
+    check_matches(case, criterion, case.outputs['predictions'])
 
 
 def check_losses(case: CollaborativeCase, losses: dict[str, Tensor], weight_dict: dict[str, float]) -> None:
@@ -255,12 +251,13 @@ def check_losses(case: CollaborativeCase, losses: dict[str, Tensor], weight_dict
     assert_close(weighted_sum(losses, weight_dict), recorded['total'], 'total', **CLOSE)
 
 
-def check_gradients(case: CollaborativeCase, norms: dict[str, Tensor]) -> None:
+def check_gradients(case: CollaborativeCase, model: nn.Module) -> None:
+    norms = case.first_pass.norms
     official = {
         name: torch.tensor(value) for name, value in case.record['grad_norm'].items() if value is not None
     }
     expected = from_mmdetection(official)
-    assert set(norms) == set(expected)
+    assert set(norms) == set(expected) == {name for name, p in model.named_parameters() if p.requires_grad}
     for name, norm in norms.items():
         assert_close(norm, expected[name], f'gradient of {name}', **GRADIENT)
 
@@ -304,7 +301,7 @@ def check_matches(case: CollaborativeCase, criterion: nn.Module, predictions: li
 @pytest.mark.slow
 @needs_shared
 def test_optimizer_steps_equal_official(
-    case: CollaborativeCase, first_pass: FirstPass, monkeypatch: pytest.MonkeyPatch
+    case: CollaborativeCase, choices: Choices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first goes on from the pass that the test above looks at."""
     draw_by_rule(monkeypatch)
@@ -323,7 +320,7 @@ def test_optimizer_steps_equal_official(
     assert ours == official
     model.train()
     steps = [*recorded['steps'], {'total': recorded['total_after_three_steps']}]
-    losses = first_pass.losses
+    losses = case.first_pass.losses
     for index, entry in enumerate(steps):
         if index:
             losses = criterion(model(case.samples, case.targets), case.targets)

@@ -124,9 +124,7 @@ def test_evaluation_equals_official(case: DeformableCase) -> None:
 def test_training_outputs_equal_official(case: DeformableCase) -> None:
     """Dropout is 0, so that the layers of a training pass are those that were recorded in evaluation."""
     steps = trained(case).record['npz']
-    model, _, _ = case.built
-    with torch.no_grad():
-        predictions = model.train()(case.samples)['predictions']
+    predictions = case.outputs['predictions']
     for kind, prefix in (('one2one', 'aux'), ('o2m', 'o2m_aux')):
         aux = [p for p in predictions if p.layer is not None and p.kind == kind]
         if not aux:
@@ -171,11 +169,10 @@ def test_training_equals_official(case: DeformableCase, target_set: str) -> None
         pytest.skip('this case has no such objects')
     recorded = case.record['target_sets'][target_set]
     model, criterion, _ = case.built
-    model.train().zero_grad()
+    model.zero_grad()
     targets = case.target_set(target_set)
-    outputs = model(case.samples, targets)
-    losses = criterion(outputs, targets)
-    check_losses(losses, criterion.weight_dict, recorded).backward()
+    losses = criterion(case.outputs, targets)
+    check_losses(losses, criterion.weight_dict, recorded).backward(retain_graph=True)
     gradients = {name: p.grad for name, p in case.official_names(model).items() if p.grad is not None}
     for name, value in recorded.get('grad_norms', {}).items():
         assert_close(gradients[name].norm(), value, f'gradient of {name}', atol=1e-7)
@@ -183,7 +180,7 @@ def test_training_equals_official(case: DeformableCase, target_set: str) -> None
     assert_close(norm, recorded['grad_norm_total'], 'norm of all gradients')
     missing = {name for name, p in case.official_names(model).items() if p.requires_grad} - set(gradients)
     assert missing == set(recorded.get('parameters_without_gradient', []))
-    check_assignments(criterion, outputs['predictions'], targets, recorded)
+    check_assignments(criterion, case.outputs['predictions'], targets, recorded)
 
 
 def check_assignments(criterion: nn.Module, predictions: list, targets: list[dict], recorded: dict) -> None:
@@ -203,7 +200,6 @@ def test_optimizer_steps_equal_official(case: DeformableCase) -> None:
     if not recorded:
         pytest.skip('no optimizer steps were recorded for this case')
     model, criterion, _ = case.built
-    case.fill(model)
     optimizer = optimizer_of(model, case.args)
     groups = [
         [len(group['params']), sum(p.numel() for p in group['params']), group['lr']]
@@ -213,7 +209,8 @@ def test_optimizer_steps_equal_official(case: DeformableCase) -> None:
     before = {name: p.detach().clone() for name, p in case.official_names(model).items()}
     targets = case.target_set(recorded['on_target_set'])
     for step, entry in enumerate(recorded['steps']):
-        losses = criterion(model.train()(case.samples, targets), targets)
+        outputs = model.train()(case.samples, targets) if step else case.outputs
+        losses = criterion(outputs, targets)
         for name, value in entry['losses'].items():
             assert_close(losses[name], value, name, rtol=1e-5)
         if step + 1 < len(recorded['steps']):
@@ -226,6 +223,7 @@ def test_optimizer_steps_equal_official(case: DeformableCase) -> None:
     for name, value in recorded['l2_of_parameter_change_after_three_steps'].items():
         assert_close(change[name], value, name, rtol=1e-5)
     case.fill(model)
+    del case.outputs  # nothing can be learned from them again
 
 
 INITIAL = {

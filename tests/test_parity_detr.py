@@ -85,32 +85,27 @@ def test_evaluation_equals_official(case: DenseCase) -> None:
 
 @needs_shared
 def test_training_equals_official(case: DenseCase) -> None:
-    model, criterion, _ = case.built
-    model.train().zero_grad()
-    outputs = model(case.samples, case.targets)
-    losses = criterion(outputs, case.targets)
+    _, criterion, _ = case.built
+    losses = case.first_pass.losses
     assert set(losses) == set(case.record['losses'])
     for name, value in case.record['losses'].items():
         assert_close(losses[name], value, name)
     total = weighted_sum(losses, criterion.weight_dict)
     assert_close(total, case.record['total_loss'], 'total')
-    total.backward()
-    norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+    norms = case.first_pass.norms
     assert set(norms) == set(case.record['grad_l2_norms'])
     for name, value in case.record['grad_l2_norms'].items():
         assert_close(norms[name], value, f'gradient of {name}')
     if 'aux_pred_boxes' in case.arrays:
         every = case.record['npz']['aux_boxes_every_k_th_query']
-        aux = torch.stack([p.boxes[:, ::every] for p in outputs['predictions'] if p.layer is not None])
+        aux = torch.stack([p.boxes[:, ::every] for p in case.outputs['predictions'] if p.layer is not None])
         assert_close(aux, case.arrays['aux_pred_boxes'], 'boxes of earlier layers')
 
 
 @needs_shared
 def test_assignments_equal_official(case: DenseCase) -> None:
-    model, criterion, _ = case.built
-    with torch.no_grad():
-        predictions = model.train()(case.samples, case.targets)['predictions']
-    by_call = sorted(predictions, key=lambda p: -1 if p.layer is None else p.layer)
+    _, criterion, _ = case.built
+    by_call = sorted(case.outputs['predictions'], key=lambda p: -1 if p.layer is None else p.layer)
     for prediction, call in zip(by_call, case.record['matcher_calls']['calls'], strict=True):
         check_pairs(criterion.table['one2one'].matcher(prediction, case.targets), call, case.targets)
 
@@ -121,15 +116,16 @@ def test_optimizer_steps_equal_official(case: DenseCase) -> None:
     recorded = case.record.get('optimizer_steps')
     if not recorded:
         pytest.skip('no optimizer steps were recorded for this case')
-    model = case.built[0]
-    case.fill(model)
+    model, criterion, _ = case.built
+    total = weighted_sum(case.first_pass.losses, criterion.weight_dict)
     optimizer = build_optimizer(model, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4)
     assert [len(group['params']) for group in optimizer.param_groups] == recorded['group_sizes']
-    for step in recorded['steps']:
-        _, total = case.train_losses()
+    for index, step in enumerate(recorded['steps']):
+        if index:
+            _, total = case.train_losses()
+            optimizer.zero_grad()
+            total.backward()
         assert_close(total, step['total'], 'total', rtol=1e-5)
-        optimizer.zero_grad()
-        total.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         assert_close(norm, step['grad_norm_before_clip'], 'gradient norm', rtol=1e-5)
         optimizer.step()

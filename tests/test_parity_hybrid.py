@@ -145,9 +145,7 @@ def test_evaluation_equals_official(case: HybridCase) -> None:
 @needs_shared
 def test_training_equals_official(case: HybridCase) -> None:
     model, criterion, _ = case.built
-    recorded, targets = case.record['train'], case.targets
-    model.train().zero_grad()
-    outputs = model(case.samples, targets)
+    recorded, outputs = case.record['train'], case.outputs
     strides = {kind: recorded[f'{kind}_query_stride'] for kind in ('one2one', 'one2many')}
     last = {p.kind: p for p in outputs['predictions'] if p.layer is None}
     assert_close(
@@ -156,27 +154,30 @@ def test_training_equals_official(case: HybridCase) -> None:
     if 'one2many' in last:
         boxes = last['one2many'].boxes[:, :: strides['one2many']]
         assert_close(boxes, case.arrays['train_pred_boxes_one2many'], 'one-to-many boxes', **CLOSE)
-    losses = criterion(outputs, targets)
-    check_losses(losses, criterion.weight_dict, recorded).backward()
-    gradients = {case.first_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert set(gradients) == set(case.record['grad_norms'])
+    check_losses(case.first_pass.losses, criterion.weight_dict, recorded)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert set(case.first_pass.norms) == trainable
+    norms = {case.first_name(name): norm for name, norm in case.first_pass.norms.items()}
+    assert set(norms) == set(case.record['grad_norms'])
     for name, value in case.record['grad_norms'].items():
-        assert_close(gradients[name].norm(), value, f'gradient of {name}', atol=1e-7)
+        assert_close(norms[name], value, f'gradient of {name}', atol=1e-7)
     check_assignments(case, criterion, outputs['predictions'])
 
 
 @pytest.mark.slow
 @needs_shared
 def test_optimizer_steps_equal_official(case: HybridCase) -> None:
+    """The first goes on from the pass that the test above looks at."""
     model, criterion, _ = case.built
-    case.fill(model)
     optimizer = optimizer_of(model, case.args)
-    model.train()
-    for entry in case.record['optimizer_steps']['steps']:
-        losses = criterion(model(case.samples, case.targets), case.targets)
-        total = weighted_sum(losses, criterion.weight_dict)
-        optimizer.zero_grad()
-        total.backward()
+    losses = case.first_pass.losses
+    total = weighted_sum(losses, criterion.weight_dict)
+    for index, entry in enumerate(case.record['optimizer_steps']['steps']):
+        if index:
+            losses = criterion(model.train()(case.samples, case.targets), case.targets)
+            total = weighted_sum(losses, criterion.weight_dict)
+            optimizer.zero_grad()
+            total.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         found = losses | {'total': total, 'grad_norm_before_clip': norm}
         for name, value in entry.items():

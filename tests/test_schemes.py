@@ -26,7 +26,7 @@ from models.training import atss, build_supervision, faster_rcnn
 from models.training.criterion import weighted_sum
 from models.training.flags import resolve_all
 from models.training.matcher import OneToManyMatcher, merge, stack_predictions
-from models.training.report import epoch_ledger, ledger_text, supervision_table
+from models.training.report import epoch_statistics, ledger_text, supervision_table
 from models.training.structures import Targets
 from tests.models import HEADS, SMALL, TRICKS, TWO_STAGE, CountSyncs, random_targets
 from tests.parity import check_pairs, float64, optimizer_of, to_targets, without_classes
@@ -136,11 +136,11 @@ def test_a_query_of_two_objects_has_the_class_of_the_better_one() -> None:
         o2m = Prediction(logits, predicted, 'o2m')
         pairs = criterion.table['o2m'].matcher(o2m, targets)
         claims = pairs.query == 3
-        assert claims.sum() == 2 and pairs.deciding[claims].tolist() == [False, True]
+        assert claims.sum() == 2 and pairs.decides_class[claims].tolist() == [False, True]
         assert pairs.target[claims].tolist() == [1, 0]
         losses = criterion({'predictions': [o2m]}, targets)
         asked = torch.zeros(16, 6)
-        for query, target in zip(pairs.query[pairs.deciding], pairs.target[pairs.deciding], strict=True):
+        for query, target in zip(pairs.query[pairs.decides_class], pairs.target[pairs.decides_class], strict=True):
             asked[query, targets[0]['labels'][target]] = 1
         ce = nn.functional.binary_cross_entropy_with_logits(logits[0], asked, reduction='none')
         focal = (0.25 * asked + 0.75 * (1 - asked)) * 0.5**2 * ce
@@ -153,12 +153,12 @@ def test_merged_pairs_leave_taken_queries_alone() -> None:
     def pairs(*rows: tuple[int, int, int]) -> Assignment:
         return Assignment(*torch.tensor(rows).T, count=2.0)
 
-    many = replace(pairs((0, 4, 0), (0, 4, 1)), deciding=torch.tensor([False, True]))
+    many = replace(pairs((0, 4, 0), (0, 4, 1)), decides_class=torch.tensor([False, True]))
     both = merge(many, pairs((0, 4, 0), (0, 7, 1), (1, 4, 2)))
     assert list(zip(both.batch.tolist(), both.query.tolist(), both.target.tolist(), strict=True)) == [
         (0, 4, 0), (0, 4, 1), (0, 7, 1), (1, 4, 2),
     ]  # fmt: skip
-    assert both.deciding.tolist() == [False, True, True, True]
+    assert both.decides_class.tolist() == [False, True, True, True]
 
 
 def test_merging_adds_the_one_to_one_pairs() -> None:
@@ -469,7 +469,7 @@ def test_the_ledger_names_every_kind() -> None:
     assert text.count('3 x  ') == 4, 'decoder layers'
     tally = Counter({'one2one': 4.0, 'o2m': 10.0, 'objects': 4})
     averages = {'loss_ce': 1.0, 'loss_ce_0': 1.0, 'loss_ce_1_o2m': 3.0, 'class_error': 50.0}
-    found = epoch_ledger(criterion.table, criterion.weight_dict, tally, averages)
+    found = epoch_statistics(criterion.table, criterion.weight_dict, tally, averages)
     assert found == {
         'positives_one2one': 1.0, 'positives_o2m': 2.5, 'share_one2one': 0.25, 'share_o2m': 0.75,
     }  # fmt: skip

@@ -216,10 +216,11 @@ def mismatch_text(
 
 def get_rng_state() -> dict:
     """States of this process's random number generators, as plain values and tensors."""
-    name, keys, *rest = np.random.get_state()
+    twister = np.random.get_state(legacy=False)
+    keys, pos = twister['state']['key'].tolist(), twister['state']['pos']
     state = {
         'python': random.getstate(),
-        'numpy': [name, keys.tolist(), *rest],
+        'numpy': [twister['bit_generator'], keys, pos, twister['has_gauss'], twister['gauss']],
         'torch': torch.get_rng_state(),
     }
     if torch.cuda.is_available():

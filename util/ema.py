@@ -28,7 +28,7 @@ class WeightAverage:
         for cut in (False, True):  # whole tensors and parts (FSDP2) cannot be moved in one call
             alike = [pair for pair in pairs if isinstance(pair[0], DTensor) == cut]
             if alike:
-                torch._foreach_lerp_(*map(list, zip(*alike, strict=True)), step)
+                torch._foreach_lerp_([x for x, _ in alike], [y for _, y in alike], step)
         for x, y in zip(ours, theirs, strict=True):
             if not x.is_floating_point():
                 x.copy_(y)

@@ -13,7 +13,7 @@ from typing import TextIO
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module elsewhere
 
 LOCK_FILE = 'run.lock'
 

@@ -23,7 +23,7 @@ class HelpByTopic(argparse.Action):
 
     def __init__(self, option_strings: Sequence[str], dest: str, **options: object) -> None:
         options |= {'nargs': '?', 'const': '', 'default': argparse.SUPPRESS, 'metavar': 'TOPIC'}
-        super().__init__(option_strings, dest, **options)  # type: ignore[arg-type]
+        super().__init__(option_strings, dest, **options)  # type: ignore[arg-type]  # options of add_argument
 
     def __call__(
         self, parser: ArgumentParser, namespace: object, topic: object, option: str | None = None
@@ -36,7 +36,7 @@ def help_text(parser: ArgumentParser, topic: str) -> str:
     """Return the help of a topic ('' for a first run, 'all', or a word of a group's title)."""
     if topic == 'all':
         return parser.format_help()
-    formatter = parser.formatter_class(parser.prog)
+    formatter = parser.formatter_class(prog=parser.prog)
     groups = [group for group in parser._action_groups if group._group_actions]
     if topic:
         chosen = [group for group in groups if group.title and topic.lower() in group.title.lower()]

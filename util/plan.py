@@ -2,14 +2,16 @@
 
 import copy
 from argparse import Namespace
+from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from util.distributed.collectives import get_world_size
 from util.nested_tensor import NestedTensor
+from util.run_state import ImageData
 
 FROM_SCRATCH_NEEDS = 10_000  # images; DETR's authors' advice
 
@@ -17,7 +19,7 @@ FROM_SCRATCH_NEEDS = 10_000  # images; DETR's authors' advice
 def print_plan(
     args: Namespace,
     model: nn.Module,
-    datasets: dict[str, Dataset],
+    datasets: Mapping[str, ImageData],
     loaders: dict[str, DataLoader],
     rates: str,
     notes: dict[str, str],
@@ -73,7 +75,7 @@ def print_plan(
         )
 
 
-def flops_text(model: nn.Module, dataset: Dataset) -> str:
+def flops_text(model: nn.Module, dataset: ImageData) -> str:
     """For the first image of a data set."""
     height, width = dataset[0][0].shape[-2:]
     if getattr(model, 'eval_module', None) is not None:

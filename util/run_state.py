@@ -2,12 +2,15 @@
 
 import shutil
 from argparse import Namespace
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from util.checkpoint import get_rng_state, save_checkpoint, set_rng_state
 from util.distributed.collectives import all_gather_object, get_rank, get_world_size, is_main_process
@@ -18,6 +21,36 @@ from util.files import save_atomically
 from util.logger import Meter
 from util.precision import Precision
 from util.seeding import seed_everything
+
+
+class ImageData(Protocol):
+    """The part of `datasets.image_dataset.ImageDataset` that util reads."""
+
+    class_map: Any
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, idx: int) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+class Criterion(Protocol):
+    """The criterion of a run: losses by name, and counts that a checkpoint keeps."""
+
+    tally: Counter[str]
+
+    def __call__(self, outputs: dict, targets: list[dict]) -> dict[str, Tensor]: ...
+
+
+class Schedule(Protocol):
+    """The learning-rate schedule of `engine.build_scheduler`."""
+
+    kind: str
+    drop_every: int
+    drops: list[int]
+    warmup_steps: int
+    steps_per_epoch: int
+
+    def __call__(self, step: int) -> float: ...
+    def drops_after(self, epoch: int) -> bool: ...
 
 
 @dataclass
@@ -34,9 +67,9 @@ class Run:
 
     args: Namespace
     model: nn.Module  # wrapped, if there are several processes
-    criterion: nn.Module
+    criterion: Criterion
     postprocessors: dict[str, nn.Module]
-    datasets: dict[str, Dataset]
+    datasets: Mapping[str, ImageData]
     loaders: dict[str, DataLoader]
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
@@ -112,7 +145,7 @@ def keep_numbered(run: Run, folder: Path, epoch: int) -> None:
     """A copy that stays, at learning-rate drops and every --save_every epochs; the oldest go if there are more than
     --keep_checkpoints.
     """
-    args, schedule = run.args, run.scheduler.lr_lambdas[0]
+    args, schedule = run.args, cast(Schedule, run.scheduler.lr_lambdas[0])
     due = schedule.drops_after(epoch) or (epoch + 1) % args.save_every == 0
     if not is_main_process() or not due:
         return
@@ -156,7 +189,7 @@ def restore_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR, saved: dict, 
 
     saved: state of ours, or of PyTorch's StepLR or MultiStepLR, which official checkpoints hold.
     """
-    schedule = scheduler.lr_lambdas[0]
+    schedule = cast(Schedule, scheduler.lr_lambdas[0])
     steps_per_epoch = schedule.steps_per_epoch  # of this run, whose batches may be of another size
     if 'lr_lambdas' in saved:
         scheduler.load_state_dict(saved)

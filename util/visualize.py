@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -255,7 +256,7 @@ def plot_column(panel: 'Axes', epochs: list[float], values: list[float], label: 
 def finish_panel(panel: 'Axes', title: str, scale: str) -> None:
     panel.set_title(title, loc='left', fontsize=11)
     panel.set_xlabel('epoch', fontsize=9)
-    panel.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    panel.locator_params(axis='x', integer=True, min_n_ticks=1)
     panel.tick_params(labelbottom=True)
     panel.grid(alpha=0.25)
     panel.spines[['top', 'right']].set_visible(False)
@@ -264,10 +265,11 @@ def finish_panel(panel: 'Axes', title: str, scale: str) -> None:
             'nothing recorded yet', (0.5, 0.5), xycoords='axes fraction', ha='center', color='grey'
         )
         return
-    if scale == 'log' and all((line.get_ydata() > 0).all() for line in panel.lines):
+    if scale == 'log' and all((np.asarray(line.get_ydata()) > 0).all() for line in panel.lines):
         panel.set_yscale('log')
     else:
         panel.ticklabel_format(axis='y', scilimits=(-2, 4))
-        panel.update_datalim([(panel.lines[0].get_xdata()[0], 0)])  # zero is always in sight
+        first = np.asarray(panel.lines[0].get_xdata())[0]
+        panel.update_datalim(np.array([(first, 0)]))  # zero is always in sight
         panel.autoscale_view()
     panel.legend(fontsize=8, edgecolor='none')

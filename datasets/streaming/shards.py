@@ -190,7 +190,7 @@ class ShardedCoco(ImageDataset):
 
     def item(self, stored: Stored, others: Sequence[Stored]) -> Sample:
         """What indexing gives, but that --aug lsj takes its second image from `others`."""
-        return self.made(
+        return self.transformed(
             int(self._number[stored.row]),
             partial(self.decoded, stored),
             lambda: self.decoded(random.choice(others)),

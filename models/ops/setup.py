@@ -3,9 +3,9 @@ Build the kernels of deformable attention that this machine can build, into mode
 
     cd models/ops && python setup.py build_ext --inplace
 
-CUDA is added where nvcc is, for the visible GPUs or for TORCH_CUDA_ARCH_LIST (such as "8.0 9.0"). Without it, or
-where it does not compile, the CPU kernels are built alone. Nothing needs them: without a compiler the operator
-runs on Triton (CUDA) or plain PyTorch.
+CUDA kernels are built if there is nvcc, for the visible GPUs or for TORCH_CUDA_ARCH_LIST (such as "8.0 9.0"). If there
+is none, or they do not compile, only the CPU kernels are built. All of them are optional: without them the operator runs
+on Triton (CUDA) or plain PyTorch.
 """
 
 import os
@@ -21,7 +21,7 @@ from setuptools import Extension, setup
 
 
 def find_toolkit() -> None:
-    """Set CUDA_HOME to the toolkit of the nvcc in PATH, as that one names it: it may be a link or a script."""
+    """Set CUDA_HOME to the toolkit that the nvcc in PATH reports, because nvcc may be a link or a script."""
     if 'CUDA_HOME' in os.environ or not shutil.which('nvcc'):
         return
     said = subprocess.run(['nvcc', '--dryrun', 'none.cu'], capture_output=True, text=True, check=False).stderr
@@ -30,14 +30,14 @@ def find_toolkit() -> None:
         os.environ['CUDA_HOME'] = str(Path(top[1]).resolve())
 
 
-find_toolkit()  # PyTorch looks at CUDA_HOME when the next line imports it
+find_toolkit()  # must come before the next import, in which PyTorch reads CUDA_HOME
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
-# The file's name says which PyTorch it fits: several environments may share a checkout.
+# The name of the file contains the version of PyTorch, because several environments may share a checkout.
 NAME = f'_C_torch{torch.__version__}'.replace('.', '_').replace('+', '_')
 CPU_SOURCES = ['src/cpu/ms_deform_attn_cpu.cpp']
 CUDA_SOURCES = ['src/cuda/ms_deform_attn_cuda.cpp', 'src/cuda/ms_deform_attn_kernels.cu']
-# Sums may be reordered, so that loops vectorise; NaN and infinity keep their meaning.
+# These let the compiler reorder sums and so vectorise loops. NaN and infinity keep their meaning.
 CXX_FLAGS = [
     '-O3',
     '-fopenmp',
@@ -68,12 +68,13 @@ def cuda_extension() -> Extension:
 
 
 def pip_cuda_headers() -> list[str]:
-    """Folders of the CUDA library headers that PyTorch's `nvidia-*` packages bring; a toolkit may lack them."""
+    """List the folders of CUDA library headers in PyTorch's `nvidia-*` packages, since a toolkit may lack them."""
     packages = Path(torch.__file__).resolve().parents[1] / 'nvidia'
     return [str(folder) for folder in sorted(packages.glob('*/include')) if folder.is_dir()]
 
 
 def why_no_cuda() -> str | None:
+    """Return why CUDA kernels cannot be built, or None if they can."""
     if torch.version.cuda is None:
         return 'this PyTorch has no CUDA'
     if CUDA_HOME is None:

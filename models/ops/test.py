@@ -4,8 +4,8 @@ Compare every implementation of deformable attention that this machine has with 
     python -m models.ops.test
     python -m models.ops.test --device cuda --only cuda --brief    # for compute-sanitizer: launches each kernel once
 
-Values, the three gradients, numerical gradients, torch.compile and torch.export. The exit status is 1 if anything
-disagrees, or if an implementation that was asked for by name is not there.
+It checks values, the three gradients, numerical gradients, torch.compile and torch.export. The exit status is 1 if
+anything disagrees, or if an implementation that was asked for by name is missing.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from models.ops.functions.ms_deform_attn_func import (
 from models.ops.modules import MSDeformAttn
 
 Inputs = tuple[Tensor, list[int], Tensor, Tensor]
-# Largest relative error of output and gradients.
+# The largest relative error of output and gradients that passes.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-# name -> heads, channels, queries, points, shapes
+# Test cases: name -> heads, channels of a head, queries, points, shapes.
 SIZES = {
     'official': (2, 2, 2, 2, [6, 4, 3, 2]),
     'detector': (8, 32, 60, 4, [10, 14, 5, 7, 3, 4, 1, 1]),
@@ -46,8 +46,10 @@ SIZES = {
 
 
 def make_inputs(size: str, device: str, dtype: torch.dtype, batch: int = 2) -> tuple[Tensor, Inputs]:
-    """Gradient of the output, and the operator's inputs, a third of the points outside. Points keep away from
-    the middle of pixels, where the slope jumps and rounding decides which side counts.
+    """Make a gradient of the output, and the operator's inputs.
+
+    Many points lie outside the map. None lies near the middle of a pixel, where the slope jumps and rounding decides
+    which side counts.
     """
     heads, channels, queries, points, shapes = SIZES[size]
     sides = torch.tensor(shapes, dtype=torch.float64).view(-1, 2)
@@ -71,7 +73,7 @@ def make_inputs(size: str, device: str, dtype: torch.dtype, batch: int = 2) -> t
 
 
 def relative_errors(name: str, size: str, device: str, dtype: torch.dtype) -> list[float]:
-    """Of the output and the gradients of values, locations and weights."""
+    """Return the relative errors of the output and of the gradients of values, locations and weights."""
     grad, (value, shapes, locations, weights) = make_inputs(size, device, dtype)
     forward, backward = KERNELS[name]
     ours = [
@@ -86,12 +88,12 @@ def relative_errors(name: str, size: str, device: str, dtype: torch.dtype) -> li
 
 
 def largest(errors: list[float]) -> float:
-    """Return the maximum; NaN if there is one, which Python's own would pass over."""
+    """Return the maximum, or NaN if there is one; Python's `max` may overlook it."""
     return torch.tensor(errors, dtype=torch.float64).amax().item()
 
 
 class Direct(torch.autograd.Function):
-    """One implementation, past the choice of the operator."""
+    """One implementation as an autograd function, without the operator."""
 
     @staticmethod
     def forward(
@@ -112,7 +114,7 @@ def numerical_gradients_agree(name: str, channels: int, device: str) -> bool:
     SIZES['gradcheck'] = (2, channels, 2, 2, [6, 4, 3, 2])
     _, (value, shapes, locations, weights) = make_inputs('gradcheck', device, torch.float64, batch=1)
     inputs = [x.requires_grad_() for x in (value, locations, weights)]
-    # On a GPU sums of gradients are rounded in any order.
+    # A GPU adds gradients in any order, so that their rounding varies.
     return torch.autograd.gradcheck(
         lambda v, x, w: Direct.apply(name, v, shapes, x, w),
         inputs,
@@ -130,7 +132,7 @@ def module_inputs(device: str) -> tuple[nn.Module, tuple]:
 
 
 def compiled_equals_eager(name: str, device: str) -> bool:
-    """torch.compile of the module in one graph, output and gradients."""
+    """Compare output and gradients of the module with those of its torch.compile in one graph."""
     module, (query, *rest) = module_inputs(device)
     torch.compiler.reset()
     results = []
@@ -144,7 +146,10 @@ def compiled_equals_eager(name: str, device: str) -> bool:
 
 
 def exported_equals_eager(device: str) -> bool:
-    """torch.export with any number of queries; the program holds PyTorch's own operators only."""
+    """Export the module with a dynamic number of queries, and compare outputs.
+
+    The program must contain PyTorch's own operators only.
+    """
     module, (query, reference, *rest) = module_inputs(device)
     queries = torch.export.Dim.DYNAMIC
     dynamic = ({1: queries}, {1: queries}, None, [(None, None), (None, None)])
@@ -158,7 +163,7 @@ def exported_equals_eager(device: str) -> bool:
 
 
 def implementations(device: str = '', only: str = '') -> Iterator[tuple[str, str]]:
-    """(device, implementation) of all that can run here; on one device or of one name, if given."""
+    """List (device, implementation) of all that can run here, restricted to one device or one name if given."""
     for found in ('cpu', 'cuda') if torch.cuda.is_available() else ('cpu',):
         if device in ('', found):
             yield from ((found, name) for name in available(found) if only in ('', name))

@@ -1,10 +1,9 @@
 """
-Triton kernels of multi-scale deformable attention (arXiv:2010.04159, Eq. 3): for CUDA machines on which nothing
-was built.
+Triton kernels of multi-scale deformable attention (arXiv:2010.04159, Eq. 3), for CUDA machines without compiled kernels.
 
-One program serves a block of consecutive queries of one head of one image; a row of the block is one query, its
-columns are the head's channels. Sums are float32 (float64 for float64 values), whatever the type of the values.
-Level sizes reach the kernels in memory, so that a new image size compiles nothing. Nobody waits for the device.
+One program handles a block of consecutive queries of one head of one image. A row of the block is one query, and its
+columns are the head's channels. Sums are float32 (float64 for float64 values), whatever the type of the values. Level
+sizes reach the kernels in memory, so that a new image size compiles nothing. Nothing here needs a synchronisation.
 
 Letters: N images, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
 """
@@ -17,18 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements of a program's block: 16 queries of 32 channels; 4 backward, where with one warp the sums over channels
-# pass from lane to lane and no warp waits for another.
+# Elements of a program's block: 16 queries of 32 channels forward, 4 queries backward. One warp then does a backward
+# block, sums over channels by shuffles, and waits for no other warp.
 FORWARD_BLOCK = 512
 BACKWARD_BLOCK = 128
 MAX_BLOCK_QUERIES = 128
-BYTES_PER_WARP = 512  # 16 a thread
+BYTES_PER_WARP = 512  # 16 per thread
 MAX_WARPS = 16
 
 
 @triton.jit
 def place_block(num_queries, M: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """This program's image and head, its rows of [N, Q, M], and which of them exist."""
+    """Return this program's image and head, its rows of [N, Q, M], and which of them exist."""
     num_blocks = tl.cdiv(num_queries, BLOCK_Q)
     image_head = tl.program_id(0) // num_blocks
     image, head = (image_head // M).to(tl.int64), image_head % M
@@ -38,10 +37,10 @@ def place_block(num_queries, M: tl.constexpr, BLOCK_Q: tl.constexpr):
 
 @triton.jit
 def place_points(locations, points, height, width, exists):
-    """The pixel up and left of each point, its distance from there, and whether it touches the level at all."""
+    """Return the upper left pixel of each point, the point's distance from it, and whether the point touches the level."""
     x = tl.load(locations + 2 * points, mask=exists, other=0.0) * width - 0.5
     y = tl.load(locations + 2 * points + 1, mask=exists, other=0.0) * height - 0.5
-    inside = exists & (x > -1) & (x < width) & (y > -1) & (y < height)  # neither NaN nor infinity
+    inside = exists & (x > -1) & (x < width) & (y > -1) & (y < height)  # False for NaN and infinity
     x, y = tl.where(inside, x, 0.0), tl.where(inside, y, 0.0)
     left, top = tl.floor(x), tl.floor(y)
     return left.to(tl.int32), top.to(tl.int32), x - left, y - top, inside
@@ -51,7 +50,7 @@ def place_points(locations, points, height, width, exists):
 def place_pixels(
     column, row, height, width, inside, D: tl.constexpr, STRIDE: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """[BLOCK_Q, BLOCK_D] offsets from the level's first token, and a mask of those that may be read."""
+    """Return offsets [BLOCK_Q, BLOCK_D] from the level's first token, and a mask of those that may be read."""
     channels = tl.arange(0, BLOCK_D)
     exists = inside & (column >= 0) & (column < width) & (row >= 0) & (row < height)
     tokens = row.to(tl.int64) * width + column
@@ -60,7 +59,7 @@ def place_pixels(
 
 @triton.jit
 def add_share(sums, share, grad, scale, mask):
-    """Sums with a scale are in fixed point: integers, in units of 1 / scale."""
+    """Add share * grad to the sums, which are integers in units of 1 / scale if there is a scale (fixed point)."""
     if scale is None:
         terms = share * grad
     else:
@@ -141,7 +140,7 @@ def backward_kernel(
 def forward(
     value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """[N, Q, M D]. Inputs as of `ms_deform_attn`, but the shapes are flat: H0, W0, H1, W1 ..."""
+    """Return [N, Q, M D]. Inputs are those of `ms_deform_attn`, with flat shapes: H0, W0, H1, W1 ..."""
     inputs = value, sampling_locations, attention_weights
     check(spatial_shapes, *inputs)
     output = value.new_empty(output_shape(value, sampling_locations))
@@ -157,10 +156,10 @@ def backward(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights.
+    """Return the gradients of value, locations and weights.
 
-    Where PyTorch is told to be deterministic, the first is summed in fixed point, in which the order does not
-    matter; it is NaN everywhere if grad_output or the weights hold a number that is not finite.
+    If PyTorch is to be deterministic, the gradient of value is summed in fixed point, where the order does not matter.
+    It is then NaN everywhere if grad_output or the weights contain a number that is not finite.
     """
     inputs = value, sampling_locations, attention_weights
     check(spatial_shapes, *inputs)
@@ -187,7 +186,7 @@ def output_shape(value: Tensor, locations: Tensor) -> tuple[int, int, int]:
 
 
 def check(shapes: Sequence[int], value: Tensor, locations: Tensor, weights: Tensor) -> None:
-    """The kernels read where these say."""
+    """Refuse tensors that do not fit each other, because kernels would read outside of them."""
     batch, num_tokens, heads, _ = value.shape
     _, num_queries, _, _, num_points, _ = locations.shape
     expected = batch, num_queries, heads, len(shapes) // 2, num_points
@@ -205,8 +204,9 @@ def check(shapes: Sequence[int], value: Tensor, locations: Tensor, weights: Tens
 
 
 def fixed_point_scale(grad_output: Tensor, weights: Tensor) -> Tensor:
-    """With it no sum leaves 63 bits: a pixel gets at most one share of each query's points in its level. NaN if
-    there is no bound.
+    """Return a scale with which every sum fits into 63 bits, or NaN if an input is not finite.
+
+    A pixel gets at most one share from each point that a query has in its level.
     """
     largest = [torch.linalg.vector_norm(tensor, ord=torch.inf).double() for tensor in (grad_output, weights)]
     _, num_queries, _, _, num_points = weights.shape
@@ -247,15 +247,15 @@ def launch(
 
 
 def level_sizes(shapes: tuple[int, ...], device: torch.device) -> Tensor:
-    """[2 L] int32 on the device, kept for later calls; but memory used in a CUDA graph belongs to it."""
+    """Return level sizes [2 L] int32 on the device, cached except for CUDA graphs, which own the memory they use."""
     if device.type != 'cuda' or torch.cuda.is_current_stream_capturing():
         return new_level_sizes(shapes, device)
-    # One for each stream: another stream would have to wait until the numbers are there.
+    # Each stream has its own copy, because another stream would have to wait for the numbers.
     return kept_level_sizes(shapes, device, torch.cuda.current_stream(device).cuda_stream)
 
 
 def new_level_sizes(shapes: tuple[int, ...], device: torch.device) -> Tensor:
-    """Filled on the device: a copy from the host might wait, and could not be part of a CUDA graph."""
+    """Fill the sizes in on the device: a copy from the host might synchronise, and cannot be part of a CUDA graph."""
     sizes = torch.empty(len(shapes), dtype=torch.int32, device=device)
     for size, number in zip(sizes, shapes, strict=True):
         size.fill_(number)

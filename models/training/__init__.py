@@ -1,6 +1,7 @@
 """
-What only training needs. Nothing in `models/` imports this package at module level; `build_model` does,
-inside the function.
+Everything that only training needs, and the table that says how each kind of prediction is supervised.
+
+No module of `models/` imports this package at module level. `build_model` imports it inside the function.
 """
 
 import re
@@ -24,15 +25,19 @@ from .losses import BOX_LOSSES, FocalLoss, QualityFocalLoss, SoftmaxLoss
 from .matcher import HungarianMatcher, OneToManyMatcher, focal_cost, softmax_cost
 from .structures import Supervision
 
-# Ends of loss names that H-DETR's official dictionary has no second copy of.
-OF_QUERIES_ADDED = ('_one2many', '_o2m', '_dn', '_rcnn', '_atss')
+# Ends of loss names of kinds that schemes add. H-DETR's official dictionary has a one2many copy of all other losses.
+ADDED_KINDS = ('_one2many', '_o2m', '_dn', '_rcnn', '_atss')
 
 
 def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn.ModuleDict]:
-    """Build the table of supervision; return the criterion that reads it, the learned queries of each group (inference group
-    first), and the query sources.
+    """Build the table of supervision, and what goes with it.
 
-    args: of a settled model (`models.resolve_args`); flags of training are settled here.
+    Args:
+        args: flags whose model is settled (`models.resolve_args`); those of training are settled here.
+
+    Returns:
+        The criterion with the table, the number of learned queries of each group (the inference group first), and the
+        query sources.
     """
     args = resolve_training(args)
     focal = args.family != 'detr'
@@ -47,7 +52,7 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
     table = {'one2one': one2one}
     num_queries = {'one2one': args.num_queries}
     sources = nn.ModuleDict()
-    own_losses: dict[str, float] = {}  # coefficients of what query sources compute themselves
+    own_losses: dict[str, float] = {}  # coefficients of losses that query sources compute themselves
 
     if args.family == 'deformable':
         table['enc'] = proposal_supervision(args, one2one)
@@ -76,10 +81,8 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
             own_losses |= {f'loss_{term}': factor * coef for term, coef in head.coef.items()}
 
     weight_dict = weights(table, args) | own_losses
-    if not args.two_stage:
-        table.pop(
-            'enc', None
-        )  # there are no proposals; the official dictionary names their losses all the same
+    if not args.two_stage:  # there are no proposals, but the official dictionary names their losses
+        table.pop('enc', None)
     return SetCriterion(table, weight_dict, EPS if co_detr else 0.0), num_queries, sources
 
 
@@ -91,7 +94,7 @@ def coefficients(args: Namespace, prefix: str = '') -> dict[str, float]:
 
 
 def mixed_supervision(args: Namespace, one2one: Supervision) -> Supervision:
-    """Of the second reading of MS-DETR."""
+    """Return the supervision of the second reading of MS-DETR."""
     matcher = OneToManyMatcher(
         args.o2m_matcher_k, args.o2m_matcher_threshold, args.o2m_iou_weight, args.o2m_score_weight
     )
@@ -131,7 +134,7 @@ def class_loss(args: Namespace) -> Callable:
 
 
 def proposal_supervision(args: Namespace, one2one: Supervision) -> Supervision:
-    """Of the encoder's proposals, which are matched as the queries are, or, in MS-DETR, by their anchors alone."""
+    """Return the supervision of the encoder's proposals, which MS-DETR matches by their anchors alone."""
     coef = coefficients(args, 'enc_')
     matcher = one2one.matcher
     if args.use_ms_detr:
@@ -141,11 +144,10 @@ def proposal_supervision(args: Namespace, one2one: Supervision) -> Supervision:
 
 
 def weights(table: dict[str, Supervision], args: Namespace) -> dict[str, float]:
-    """Coefficient of every loss, by official name. Encoder proposals count as an auxiliary output, except in MS-DETR
-    and DINO.
+    """Return the coefficient of every loss by its official name.
 
-    Official dictionaries also name terms that never exist, such as `loss_ce_enc_one2many`; they are kept, so that
-    dictionaries are equal.
+    Encoder proposals are an auxiliary output, except in MS-DETR and DINO. Official dictionaries also name terms that
+    never exist, such as `loss_ce_enc_one2many`; they are kept, so that dictionaries are equal.
     """
     layers = {kind: [None, *range(args.dec_layers - 1)] if args.aux_loss else [None] for kind in table}
     if 'enc' in table and not args.use_ms_detr:
@@ -159,6 +161,6 @@ def weights(table: dict[str, Supervision], args: Namespace) -> dict[str, float]:
     if 'enc' in table and args.use_ms_detr:  # in the official dictionary the layer comes last
         names = {re.sub(r'_(\d+)_enc$', r'_enc_\1', name): coef for name, coef in names.items()}
     if args.hybrid_k is not None and args.family == 'deformable':
-        usual = [name for name in names if not name.endswith(OF_QUERIES_ADDED)]
+        usual = [name for name in names if not name.endswith(ADDED_KINDS)]
         names = {f'{name}_one2many': names[name] for name in usual} | names
     return names

@@ -1,6 +1,7 @@
 """
-ATSS (arXiv:1912.02424) on the encoder's output, as Co-DETR (arXiv:2211.12860) trains it beside the decoder: one square
-anchor a cell, positives chosen by statistics of the overlaps, and a centerness for every box.
+ATSS (arXiv:1912.02424) on the encoder's output, as Co-DETR (arXiv:2211.12860) trains it beside the decoder.
+
+Each cell has one square anchor. Positives are chosen by statistics of the IoUs, and every box has a centerness.
 """
 
 import math
@@ -28,9 +29,9 @@ from .dense_heads import (
 from .losses import FocalLoss
 
 ANCHOR_STRIDES = 8.0  # side of an anchor in strides
-STDS = (0.1, 0.1, 0.2, 0.2)
-NEAREST = 9  # candidates of an object on a level
-INSIDE = 0.01  # pixels that a positive's centre keeps from the edges of its object
+STDS = (0.1, 0.1, 0.2, 0.2)  # standard deviations of box offsets
+NEAREST = 9  # number of candidates per object and level
+INSIDE = 0.01  # smallest distance in pixels of a positive's centre from the edges of its object
 
 
 class Tower(nn.Module):
@@ -47,7 +48,7 @@ class Tower(nn.Module):
 
 
 class Scale(nn.Module):
-    """A learned factor."""
+    """A factor that is learned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,13 +59,15 @@ class Scale(nn.Module):
 
 
 class ATSS(nn.Module):
-    """Class, box and centerness of every cell; strides: of the maps.
+    """The head: it predicts class, box and centerness of every cell.
 
-    Losses are averages over the positives of all processes; box losses are weighted by the target's centerness.
+    Losses are averages over the positives of all ranks. Box losses are weighted by the target's centerness.
+
+    strides: strides of the maps in pixels.
     """
 
     coef = {'atss_cls': 1.0, 'atss_bbox': 2.0, 'atss_centerness': 1.0}
-    kind = 'atss'  # of the decoder queries that its positives become
+    kind = 'atss'  # kind of the decoder queries made from its positives
     num_candidates = 1000
     focal = FocalLoss()
 
@@ -83,8 +86,9 @@ class ATSS(nn.Module):
         nn.init.constant_(self.atss_cls.bias, -math.log(99))
 
     def read(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """maps: [B, C, H, W]; returns class logits [B, K, H, W], offsets [B, 4, H, W] and centerness [B, 1, H, W] of
-        every level.
+        """Return class logits [B, K, H, W], offsets [B, 4, H, W] and centerness [B, 1, H, W] of every level.
+
+        maps: [B, C, H, W] of every level.
         """
         classes, offsets, centerness = [], [], []
         for x, scale in zip(maps, self.scales, strict=True):
@@ -95,21 +99,19 @@ class ATSS(nn.Module):
         return classes, offsets, centerness
 
     def anchors(self, maps: list[Tensor]) -> list[Tensor]:
-        """Of every level, [H W, 4]."""
+        """Return the anchors of every level, [H W, 4]."""
         return level_anchors(maps, self.strides, [ANCHOR_STRIDES], [1.0])
 
     def forward(
         self, maps: list[Tensor], images: Images, with_features: bool = True
     ) -> tuple[dict[str, Tensor], Samples]:
-        """Returns unweighted losses, and every anchor with the object that it answers for; those in the padding lie at
-        the origin.
-        """
+        """Return unweighted losses, and every anchor with its object. Anchors in the padding are at the origin."""
         anchors = self.anchors(maps)
         sizes = [x.shape[-2:] for x in maps]
         owned = [
             owned_cells(images.sizes, stride, *size) for stride, size in zip(self.strides, sizes, strict=True)
         ]
-        assigned = []  # [S] of each image, numbers of its own objects
+        assigned = []  # for each image [S], indices into its own objects
         for index, objects in enumerate(images.boxes):
             here = [mask[index] for mask in owned]
             found = assign_adaptively([a[m] for a, m in zip(anchors, here, strict=True)], objects)
@@ -132,7 +134,14 @@ class ATSS(nn.Module):
         assigned: Tensor,
         images: Images,
     ) -> dict[str, Tensor]:
-        """anchors: [S, 4]; owned, assigned: [B, S]."""
+        """Compute the losses.
+
+        Args:
+            outputs: those of `read`.
+            anchors: [S, 4].
+            owned: [B, S] whether a cell is not padding.
+            assigned: [B, S] index of the object in its image, or BACKGROUND.
+        """
         logits, deltas, centerness = (
             anchor_major(maps, width) for maps, width in zip(outputs, (self.num_classes, 4, 1), strict=True)
         )
@@ -155,7 +164,7 @@ class ATSS(nn.Module):
 
     @torch.no_grad()
     def detect(self, maps: list[Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
-        """Candidates of each image: scores [N], labels [N], and boxes [N, 4] in its pixels."""
+        """Return candidates of each image: scores [N], labels [N], and boxes [N, 4] in pixels."""
         found = [[] for _ in sizes]
         for anchors, logits, deltas, centerness in zip(self.anchors(maps), *self.read(maps), strict=True):
             scores = anchor_major([logits], self.num_classes).sigmoid().flatten(1)  # [B, H W K]
@@ -176,7 +185,7 @@ class ATSS(nn.Module):
 
 
 def target_centerness(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """[N] 1 in the middle of an object, 0 at its edges (FCOS Eq. 3); both [N, 4]."""
+    """Return the centerness [N] of anchors in boxes, both [N, 4]: 1 in the middle, 0 at the edges (FCOS Eq. 3)."""
     center, _ = center_and_size(anchors)
     near, far = center - boxes[:, :2], boxes[:, 2:] - center
     return (torch.minimum(near, far) / torch.maximum(near, far)).prod(-1).sqrt()
@@ -184,10 +193,14 @@ def target_centerness(anchors: Tensor, boxes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assign_adaptively(anchors: list[Tensor], objects: Tensor) -> Tensor:
-    """[S] object of each anchor or BACKGROUND (ATSS, Algorithm 1).
+    """Return the object of each anchor or BACKGROUND, [S] (ATSS, Algorithm 1).
 
-    anchors: [S_l, 4] of every level; objects: [T, 4]. Candidates of an object are the nearest anchors of every
-    level; those whose overlap reaches mean + deviation of all of them are positive, if their centre is inside.
+    Candidates of an object are the nearest anchors of every level. A candidate is positive if its centre is inside, and
+    its IoU is at least the mean plus the standard deviation of all candidates' IoUs.
+
+    Args:
+        anchors: [S_l, 4] of every level.
+        objects: [T, 4].
     """
     flat = torch.cat(anchors)
     if not len(objects):

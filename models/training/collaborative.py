@@ -1,14 +1,14 @@
 """
 Co-DETR (arXiv:2211.12860): dense detectors on the encoder's output, and their positive samples as decoder queries.
 
-Training only. Each head brings its own losses (Sec. 3.2) and a group of queries whose objects are known in advance
+Training only. Each head adds its own losses (Sec. 3.2) and a group of queries whose objects are known in advance
 (Sec. 3.3).
 """
 
 import torch
 from torch import Tensor, nn
 
-from models.deformable_transformer import pick
+from models.deformable_transformer import gather_rows
 from models.heads import inverse_sigmoid
 from models.structures import Assignment, Memory, QueryGroup
 from util.box_ops import box_xyxy_to_cxcywh
@@ -20,15 +20,18 @@ from .faster_rcnn import FasterRCNN
 from .positions import BoxPositions
 
 HEADS = {'faster_rcnn': FasterRCNN, 'atss': ATSS}
-FEWEST = 9  # queries of a head, even without positives
+MIN_QUERIES = 9  # smallest number of queries of a head, even without positives
 
 
 class CollaborativeHeads(nn.Module):
-    """Auxiliary heads by name, in the order given.
+    """A query source that trains auxiliary heads, and turns their positives into queries.
 
-    strides: of the encoder's maps. max_queries: the most positives of an image that become queries. with_features:
-    their content also has the feature that the head saw. derived_positions: the decoder derives the position of a
-    query from its box (DINO).
+    Args:
+        names: keys of `HEADS`.
+        strides: strides of the encoder's maps in pixels.
+        max_queries: largest number of positives of an image that become queries.
+        with_features: add the feature that the head saw to the content of a query.
+        derived_positions: leave the position of a query to the decoder, which computes it from the box (DINO).
     """
 
     def __init__(
@@ -54,15 +57,16 @@ class CollaborativeHeads(nn.Module):
         if with_features:
             self.pos_feats_trans = nn.ModuleDict({name: FeatureContent(hidden_dim) for name in names})
             if not derived_positions:
-                self.head_pos_embed = nn.Embedding(len(HEADS), 1)  # a number a head, as in the official code
+                self.head_pos_embed = nn.Embedding(len(HEADS), 1)  # one number per head (official code)
                 nn.init.xavier_uniform_(self.head_pos_embed.weight)
 
     def forward(self, memory: Memory, targets: list[dict]) -> tuple[list[QueryGroup], dict[str, Tensor]]:
-        """targets: dictionaries of `labels` and `boxes` cxcywh in [0, 1]. Returns a group a head, and the heads'
-        unweighted losses.
+        """Return a query group for each head, and the heads' unweighted losses.
+
+        targets: a dictionary of `labels` and `boxes` cxcywh in [0, 1] per image.
         """
         samples, losses = {}, {}
-        with without_autocast(memory.tokens):  # pixel coordinates and losses are never computed in 16 bit
+        with without_autocast(memory.tokens):  # pixel coordinates and losses need more than 16 bits
             maps, images = self.maps(memory), Images.of(memory, targets)
             for name, head in self.heads.items():
                 more, samples[name] = head(maps, images, self.pos_feats_trans is not None)
@@ -71,7 +75,7 @@ class CollaborativeHeads(nn.Module):
         return groups, losses
 
     def maps(self, memory: Memory) -> list[Tensor]:
-        """Encoder tokens as maps [B, C, H, W], and one of half the size beyond."""
+        """Turn encoder tokens into maps [B, C, H, W], and add one of half the size of the last."""
         levels = full_precision(memory.tokens).split(
             [height * width for height, width in memory.shapes], dim=1
         )
@@ -82,16 +86,17 @@ class CollaborativeHeads(nn.Module):
         return [*maps, self.downsample(maps[-1])]
 
     def queries(self, name: str, samples: Samples, sizes: Tensor) -> QueryGroup:
-        """Positives of a head as a query group, filled up with negatives where an image has fewer than another; sizes:
-        [B, 2] width and height of the images.
+        """Turn the positives of a head into a query group. Images with fewer positives get negatives too.
+
+        sizes: [B, 2] width and height of the images.
         """
         chosen = choose_samples(samples.target, self.max_queries)  # [B, M]
-        boxes = pick(samples.boxes, chosen) / sizes.repeat(1, 2)[:, None]
+        boxes = gather_rows(samples.boxes, chosen) / sizes.repeat(1, 2)[:, None]
         reference = box_xyxy_to_cxcywh(boxes)  # may lie outside the image
         encoded = self.aux_pos_trans[name](inverse_sigmoid(reference).sigmoid())  # [B, M, C or 2 C]
         query_pos, tgt = (None, encoded) if self.derived_positions else encoded.chunk(2, dim=-1)
         if self.pos_feats_trans is not None:
-            tgt = tgt + self.pos_feats_trans[name](pick(samples.features, chosen))
+            tgt = tgt + self.pos_feats_trans[name](gather_rows(samples.features, chosen))
             if query_pos is not None:
                 query_pos = query_pos + self.head_pos_embed.weight[list(HEADS).index(name)]
         target = samples.target.gather(1, chosen).cpu()
@@ -101,8 +106,10 @@ class CollaborativeHeads(nn.Module):
 
     @torch.no_grad()
     def detect(self, memory: Memory, name: str) -> dict[str, list[dict[str, Tensor]]]:
-        """What one head finds by itself: `candidates`, a dictionary an image of `scores` [N], `labels` [N] and `boxes`
-        [N, 4] cxcywh in [0, 1], before suppression.
+        """Detect with one head alone, before NMS.
+
+        Returns:
+            `candidates`: a dictionary per image of `scores` [N], `labels` [N] and `boxes` [N, 4] cxcywh in [0, 1].
         """
         with without_autocast(memory.tokens):
             sizes = Images.of(memory, None).sizes
@@ -113,7 +120,7 @@ class CollaborativeHeads(nn.Module):
 
 
 class FeatureContent(nn.Module):
-    """What a head saw at the place of a query, as content: [B, M, C] to the same."""
+    """A projection of the features that a head saw, [B, M, C], to the content of queries."""
 
     def __init__(self, hidden_dim: int) -> None:
         super().__init__()
@@ -127,14 +134,15 @@ class FeatureContent(nn.Module):
 
 @torch.no_grad()
 def choose_samples(target: Tensor, most: int) -> Tensor:
-    """[B, M] places of the queries of each image: positives in their order (drawn at random if there are more than
-    `most`), then random negatives.
+    """Choose the samples of each image that become queries, and return their indices [B, M].
 
-    M is the largest number of positives, within FEWEST and `most`, and the number of places. target: [B, N] objects,
-    BACKGROUND for negatives.
+    Positives come first, in their order; if there are more than M, M of them are drawn at random. Random negatives fill
+    up the rest. M is the largest number of positives, but at least MIN_QUERIES, and at most `most` and N.
+
+    target: [B, N] objects, BACKGROUND for negatives.
     """
     num_positives = (target != BACKGROUND).sum(1).tolist()
-    wanted = min(max(FEWEST, min(most, max(num_positives))), target.shape[1])
+    wanted = min(max(MIN_QUERIES, min(most, max(num_positives))), target.shape[1])
     rows = []
     for found, count in zip(target, num_positives, strict=True):
         positives = (found != BACKGROUND).nonzero()[:, 0]

@@ -1,7 +1,7 @@
 """
-The losses of everything that a model predicts, by one table: kind of prediction -> how it is supervised.
+The losses of all predictions of a model. One table says how each kind of prediction is supervised.
 
-The criterion has no branch on the kind. A new scheme is a new row.
+The criterion has no branch on the kind. A new scheme is a new row of the table.
 """
 
 from collections import Counter
@@ -17,21 +17,24 @@ from util.precision import without_autocast
 
 from .losses import BOX_LOSSES, box_losses, cardinality_error, class_error
 from .matcher import merge, stack_predictions
-from .report import epoch_ledger
+from .report import epoch_statistics
 from .structures import Stack, Supervision, Targets, from_host
 
 
 def loss_suffix(kind: str, layer: int | None) -> str:
-    """Official names: `loss_ce`, `loss_ce_3`, and `_{kind}` for every kind but the inference group's."""
+    """Return the end of an official loss name: layer, and kind except for the inference group's (`loss_ce_3_enc`)."""
     return ('' if layer is None else f'_{layer}') + ('' if kind == 'one2one' else f'_{kind}')
 
 
 class SetCriterion(nn.Module):
-    """Set losses of a list of predictions.
+    """The losses of a list of predictions.
 
-    table: supervision of each kind. weight_dict: coefficient of each loss by its official name; terms without
-    one are logged only. The sum of `losses[name] * weight_dict[name]` is what is trained. eps: added to every divisor
-    (Co-DETR's official code does).
+    Training minimises the sum of `losses[name] * weight_dict[name]`.
+
+    Args:
+        table: supervision of each kind.
+        weight_dict: coefficient of each loss by its official name; terms without one are only logged.
+        eps: number added to every divisor, as in Co-DETR's official code.
     """
 
     def __init__(
@@ -41,18 +44,19 @@ class SetCriterion(nn.Module):
         self.table = table
         self.eps = eps
         self.weight_dict = weight_dict
-        # Since the last reading: pairs of each kind (mean of its layers), and objects.
+        # Number of pairs of each kind (mean over its layers) and of objects, since the last call of `ledger`.
         self.tally: Counter[str] = Counter()
 
     def forward(
         self, outputs: dict, targets: list[dict], step_targets: Sequence[list[dict]] | None = None
     ) -> dict[str, Tensor]:
-        """Unweighted loss terms, scalars by official name.
+        """Compute the unweighted loss terms, scalars by official name.
 
-        outputs: what the model returns while training (or `pred_logits` and `pred_boxes` alone). targets: one
-        dictionary an image with `labels` [T_i] and `boxes` [T_i, 4] cxcywh in [0, 1]. step_targets: the
-        targets of every batch that shares this optimizer step, this one among them; losses are then divided
-        by the average of their counts, so that accumulated batches give the gradient of one large batch.
+        Args:
+            outputs: output of the model while training, or `pred_logits` and `pred_boxes` alone.
+            targets: a dictionary of `labels` [T_i] and `boxes` [T_i, 4] cxcywh in [0, 1] per image.
+            step_targets: targets of all batches of this optimizer step, this batch included. Losses are divided by the
+                average count of these batches, so that accumulated batches give the gradient of one large batch.
         """
         predictions = outputs.get('predictions') or [
             Prediction(outputs['pred_logits'], outputs['pred_boxes'])
@@ -83,17 +87,18 @@ class SetCriterion(nn.Module):
         return losses
 
     def ledger(self, averages: dict[str, float]) -> dict[str, float]:
-        """Pairs an object and share of the loss of each kind, since the last call and over all processes; averages: the
-        loss terms of that time.
+        """Return pairs per object and share of the loss of each kind, since the last call and over all ranks.
+
+        averages: average of each loss term over that time.
         """
         tally: Counter[str] = Counter()
         for part in all_gather_object(self.tally):
             tally.update(part)
         self.tally = Counter()
-        return epoch_ledger(self.table, self.weight_dict, tally, averages)
+        return epoch_statistics(self.table, self.weight_dict, tally, averages)
 
     def assign(self, kinds: dict[str, list[Prediction]], targets: list[dict]) -> dict[str, Stack]:
-        """Match every kind: costs of all of them cross to the host in one copy, the pairs come back in one."""
+        """Match every kind. All costs are copied to the host at once, and so are all pairs back to the device."""
         objects = Targets.pack(targets)
         packed = {
             kind: objects.as_one_class() if self.table[kind].class_agnostic else objects for kind in kinds
@@ -124,8 +129,8 @@ class SetCriterion(nn.Module):
     def make_stack(
         self, stacked: Prediction, pairs: Tensor, packed: Targets, assignments: list[Assignment]
     ) -> Stack:
-        """pairs: [5, N] of `pack_pairs`."""
-        layer, batch, query, target, deciding = pairs
+        """Collect predictions, pairs and objects of a kind. pairs: [5, N] of `pack_pairs`."""
+        layer, batch, query, target, decides_class = pairs
         matcher = self.table[stacked.kind].matcher
         return Stack(
             logits=stacked.logits,
@@ -136,17 +141,15 @@ class SetCriterion(nn.Module):
             num_pairs=[len(a.query) for a in assignments],
             num_objects=packed.sizes if matcher is None else [matcher.count([size]) for size in packed.sizes],
             count=assignments[0].count,
-            deciding=None if assignments[0].deciding is None else deciding,
+            decides_class=None if assignments[0].decides_class is None else decides_class,
         )
 
     def denominators(self, stacks: dict[str, Stack], step_sizes: list[list[int]]) -> Tensor:
-        """Return what class and box losses of each kind are divided by, [kinds, 2], averaged over processes and batches of
-        a step.
+        """Return the divisors of class and box losses of each kind, [kinds, 2], averaged over ranks and a step's batches.
 
-        A total count of objects is at least 1 (the official code clamps the average; the difference shows
-        only where there is less than one object a process, and this way the number of processes does not
-        change the gradient). Where only the model knows the assignments (positives of Co-DETR's heads), the other
-        batches of a step are taken to have the counts of this one.
+        A total count is at least 1. The official code clamps the average instead, which differs only if there is less
+        than one object per rank; clamping the total keeps the gradient independent of the number of ranks. If only the
+        model knows the assignments (positives of Co-DETR's heads), this batch's count stands for the step's other batches.
         """
         totals, smallest = [], []
         for kind, stack in stacks.items():
@@ -167,7 +170,7 @@ class SetCriterion(nn.Module):
 
 
 def to_host(tensors: list[Tensor]) -> list[np.ndarray]:
-    """Copy tensors to the host in one go."""
+    """Copy tensors to the host in one transfer."""
     if not tensors:
         return []
     flat = torch.cat([x.flatten() for x in tensors]).cpu()
@@ -176,22 +179,20 @@ def to_host(tensors: list[Tensor]) -> list[np.ndarray]:
 
 
 def pack_pairs(assignments: list[Assignment]) -> Tensor:
-    """[5, N]: layer, batch, query and target of the pairs of all layers, one layer after the other, and 1 where
-    a pair decides the class of its query.
-    """
+    """Pack the pairs of all layers, one layer after the other, as [5, N]: layer, batch, query, target, decides_class."""
     num_pairs = torch.tensor([len(pairs.query) for pairs in assignments])
     layer = torch.arange(len(assignments)).repeat_interleave(num_pairs)
-    if assignments[0].deciding is None:
-        deciding = torch.ones_like(layer)
+    if assignments[0].decides_class is None:
+        decides_class = torch.ones_like(layer)
     else:
-        deciding = torch.cat([pairs.deciding for pairs in assignments]).long()
+        decides_class = torch.cat([pairs.decides_class for pairs in assignments]).long()
     rows = [torch.cat([getattr(p, name) for p in assignments]) for name in ('batch', 'query', 'target')]
-    return torch.stack([layer, *rows, deciding])
+    return torch.stack([layer, *rows, decides_class])
 
 
 def weighted_sum(losses: dict[str, Tensor], weight_dict: dict[str, float]) -> Tensor:
-    """The number that is minimised, over the terms that have a coefficient."""
+    """Sum the terms that have a coefficient, weighted by it: the number that training minimises."""
     names = [name for name in losses if name in weight_dict]
     values = torch.stack([losses[name] for name in names])
-    with without_autocast(values):  # a product of matrices, to autocast
+    with without_autocast(values):  # autocast would compute the matrix product in 16 bits
         return values @ from_host([weight_dict[name] for name in names], values)

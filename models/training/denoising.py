@@ -1,4 +1,4 @@
-"""Contrastive denoising (DINO, arXiv:2203.03605, Sec. 3.3): the decoder also mends noised objects."""
+"""Contrastive denoising (DINO, arXiv:2203.03605, Sec. 3.3): the decoder also reconstructs noised objects."""
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,17 @@ from .positions import BoxPositions
 
 
 class Denoising(nn.Module):
-    """Noised copies of a batch's objects as decoder queries, in groups that do not see each other.
+    """A query source of noised objects, in groups that do not see each other.
 
-    A group has a positive and a negative copy of every object; the negative one is moved further, and is to be
-    recognised as background. num_queries: the groups are num_queries over the largest number of objects of a
-    image. label_noise: share of the labels that are drawn anew is half of it. box_noise: largest displacement of a
-    positive's corner, in halves of its sides. eps: of the decoder's inverse sigmoids. positions: for decoders that do
-    not derive the position of a query from its box.
+    A group has a positive and a negative copy of every object. The negative copy is moved further, and its target is
+    background.
+
+    Args:
+        num_queries: the number of groups is num_queries / (largest number of objects of an image).
+        label_noise: half of this share of the labels is replaced by random ones.
+        box_noise: largest displacement of a positive's corner, as a multiple of half the side of its box.
+        eps: that of the decoder's inverse sigmoids.
+        positions: give queries positions, for decoders that do not compute them from the boxes.
     """
 
     def __init__(
@@ -38,7 +42,10 @@ class Denoising(nn.Module):
         self.positions = BoxPositions(hidden_dim, hidden_dim) if positions else None
 
     def forward(self, memory: Memory, targets: list[dict]) -> tuple[list[QueryGroup], dict[str, Tensor]]:
-        """targets: dictionaries of `labels` and `boxes` cxcywh in [0, 1]. Returns one group, empty without objects."""
+        """Return one query group, which is empty without objects.
+
+        targets: a dictionary of `labels` and `boxes` cxcywh in [0, 1] per image.
+        """
         counts = [len(target['labels']) for target in targets]
         most, total, num_groups = max(counts), sum(counts), self.num_groups(counts)
         labels, logits = self.noised(
@@ -46,7 +53,7 @@ class Denoising(nn.Module):
             torch.cat([target['boxes'] for target in targets]),
             num_groups,
         )
-        # Row copy * total + object goes to slot copy * most + its number in the image.
+        # Row `copy * total + object` goes to slot `copy * most + number`, the object's number in its image.
         number = torch.tensor([index for count in counts for index in range(count)], dtype=torch.int64)
         image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         copies = torch.arange(2 * num_groups)[:, None]
@@ -72,19 +79,19 @@ class Denoising(nn.Module):
         return [group], {}
 
     def num_groups(self, sizes: list[int]) -> int:
-        """sizes: objects of each image."""
+        """Return the number of groups. sizes: number of objects of each image."""
         return max(1, self.num_queries // max(*sizes, 1))
 
     def count(self, sizes: list[int]) -> float:
-        """Positives: what losses are divided by."""
+        """Return the number of positives, which losses are divided by. sizes: number of objects of each image."""
         return float(self.num_groups(sizes) * sum(sizes))
 
     @torch.no_grad()
     def noised(self, labels: Tensor, boxes: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-        """Labels [N] and logits of boxes [N, 4] of all copies, one copy of all objects after the other.
+        """Return labels [N] and boxes in logit space [N, 4] of all copies, one copy of all objects after the other.
 
-        Draws, from the generator of the objects' device: which labels change, to what, signs, and sizes of the
-        displacements.
+        Random numbers come from the generator of the objects' device, in this order: labels to replace, new labels, signs
+        and sizes of displacements.
         """
         copies = 2 * num_groups
         labels, boxes = labels.repeat(copies), boxes.repeat(copies, 1)

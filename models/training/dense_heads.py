@@ -1,8 +1,8 @@
 """
-What dense detectors share: anchors, the code of a box relative to another, assignment by overlap, and sampling.
+Functions that dense detectors share: anchors, box offsets, assignment by IoU, and sampling.
 
-Boxes are xyxy in pixels of the network's input. The numbers are those of mmdetection 2, on which Co-DETR was built;
-random numbers come from torch's CPU generator.
+Boxes are xyxy in pixels of the network's input. Constants are those of mmdetection 2, on which Co-DETR was built. Random
+numbers come from torch's CPU generator.
 """
 
 import math
@@ -21,14 +21,14 @@ from util.precision import full_precision
 from .structures import from_host
 
 EPS = torch.finfo(torch.float32).eps  # added to every divisor, whatever the precision
-SMALLEST_AREA = 1e-6  # square pixels, of unions and hulls
+SMALLEST_AREA = 1e-6  # in square pixels, of unions and of enclosing boxes
 MAX_LOG_RATIO = abs(math.log(16 / 1000))  # a decoded box has at most 62.5 times the side of its anchor
 BACKGROUND = -1
 
 
 @dataclass
 class Images:
-    """A batch as dense detectors see it."""
+    """The sizes and objects of a batch of images, in pixels."""
 
     sizes: Tensor  # [B, 2] width and height without the batch's padding
     boxes: list[Tensor]  # [T_i, 4]
@@ -36,7 +36,7 @@ class Images:
 
     @classmethod
     def of(cls, memory: Memory, targets: list[dict] | None) -> 'Images':
-        """targets: dictionaries of `labels` and `boxes` cxcywh in [0, 1] of an image; None: no objects."""
+        """Convert targets, a dictionary of `labels` and `boxes` cxcywh in [0, 1] per image; None: no objects."""
         sizes = valid_sizes(memory.pixel_mask).to(full_precision(memory.tokens).dtype)
         if targets is None:
             return cls(sizes, [], [])
@@ -47,14 +47,16 @@ class Images:
         return cls(sizes, boxes, [target['labels'] for target in targets])
 
     def offsets(self) -> list[int]:
-        """Number of the first object of each image in the batch."""
+        """Return the index in the batch of each image's first object."""
         counts = [len(labels) for labels in self.labels]
         return [sum(counts[:index]) for index in range(len(counts))]
 
 
 def undo_rounding(boxes: Tensor) -> Tensor:
-    """Coordinates on a fine grid (1/4096 pixel in float32), so that dividing by the image's size and multiplying
-    by it again gives the box of the annotations: anchors at equal distances from it stay so.
+    """Round coordinates to a fine grid (1/4096 pixel in float32).
+
+    Boxes were divided by the image's size and multiplied by it again. Rounding restores the boxes of the annotations, so
+    that anchors at equal distances from them keep equal distances.
     """
     steps = 2.0**12 if boxes.dtype == torch.float32 else 2.0**30
     return (boxes * steps).round() / steps
@@ -62,15 +64,15 @@ def undo_rounding(boxes: Tensor) -> Tensor:
 
 @dataclass
 class Samples:
-    """What an auxiliary head was trained on: [B, N] places and what they answer for."""
+    """The boxes that an auxiliary head was trained on, and their objects."""
 
     boxes: Tensor  # [B, N, 4]
-    target: Tensor  # [B, N] number of the object in the batch, BACKGROUND for none
-    features: Tensor | None  # [B, N, C], if asked for
+    target: Tensor  # [B, N] index of the object in the batch, BACKGROUND for none
+    features: Tensor | None  # [B, N, C] if they are needed
 
 
 def base_anchors(stride: int, scales: Sequence[float], ratios: Sequence[float]) -> Tensor:
-    """[R S, 4] anchors around the origin, ratio (height / width) by ratio; float32 as in the official code."""
+    """Return anchors around the origin, [R S, 4] float32 as in the official code, ratio (height / width) by ratio."""
     ratio, scale = (torch.tensor(numbers, dtype=torch.float32) for numbers in (ratios, scales))
     half_height = (0.5 * (stride * ratio.sqrt()[:, None] * scale)).flatten()
     half_width = (0.5 * (stride * (1 / ratio.sqrt())[:, None] * scale)).flatten()
@@ -78,7 +80,7 @@ def base_anchors(stride: int, scales: Sequence[float], ratios: Sequence[float]) 
 
 
 def shifted_anchors(base: Tensor, stride: int, height: int, width: int) -> Tensor:
-    """[H W A, 4] anchors of every cell, centred on its upper left corner."""
+    """Return anchors of every cell, [H W A, 4], centred on the cell's upper left corner."""
     x = torch.arange(width, dtype=base.dtype, device=base.device) * stride
     y = torch.arange(height, dtype=base.dtype, device=base.device) * stride
     corners = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=-1).flatten(0, 1)
@@ -88,7 +90,7 @@ def shifted_anchors(base: Tensor, stride: int, height: int, width: int) -> Tenso
 def level_anchors(
     maps: list[Tensor], strides: list[int], scales: Sequence[float], ratios: Sequence[float]
 ) -> list[Tensor]:
-    """Anchors of every cell of maps [B, C, H, W]: [H W A, 4] a level."""
+    """Return anchors of every cell of maps [B, C, H, W], [H W A, 4] for each level."""
     return [
         shifted_anchors(base_anchors(stride, scales, ratios).to(x, non_blocking=True), stride, *x.shape[-2:])
         for stride, x in zip(strides, maps, strict=True)
@@ -96,15 +98,15 @@ def level_anchors(
 
 
 def owned_cells(sizes: Tensor, stride: int, height: int, width: int) -> Tensor:
-    """[B, H W] whether a cell belongs to its image, not to the batch's padding; sizes: [B, 2] width, height."""
+    """Return whether each cell is in its image, not in the padding, [B, H W]. sizes: [B, 2] width, height."""
     columns, rows = (sizes / stride).ceil().unbind(-1)
     x, y = (torch.arange(side, device=sizes.device) for side in (width, height))
     return ((y < rows[:, None])[:, :, None] & (x < columns[:, None])[:, None]).flatten(1)
 
 
 def encode_boxes(anchors: Tensor, boxes: Tensor, stds: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
-    """[N, 4] offsets of boxes from anchors: centre in units of the side, logarithm of the side (Faster R-CNN
-    Sec. 3.1.2).
+    """Return offsets of boxes from anchors, [N, 4]: of centres in units of the sides, and logarithms of ratios of sides
+    (Faster R-CNN Sec. 3.1.2).
     """
     center, size = center_and_size(anchors)
     box_center, box_size = center_and_size(boxes)
@@ -113,7 +115,7 @@ def encode_boxes(anchors: Tensor, boxes: Tensor, stds: Sequence[float] = (1, 1, 
 
 
 def decode_boxes(anchors: Tensor, deltas: Tensor, stds: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
-    """Inverse of `encode_boxes`, [..., 4]; sides are bounded."""
+    """Invert `encode_boxes`, [..., 4], with bounded sides."""
     center, size = center_and_size(anchors)
     deltas = deltas * from_host(stds, deltas)
     center = center + size * deltas[..., :2]
@@ -122,23 +124,28 @@ def decode_boxes(anchors: Tensor, deltas: Tensor, stds: Sequence[float] = (1, 1,
 
 
 def center_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., 4] xyxy to [..., 2] twice."""
+    """Return centres and sizes of boxes [..., 4] xyxy, [..., 2] each."""
     return (boxes[..., :2] + boxes[..., 2:]) * 0.5, boxes[..., 2:] - boxes[..., :2]
 
 
 def clip_boxes(boxes: Tensor, size: Tensor) -> Tensor:
-    """To an image; size: [..., 2] width, height."""
+    """Clip boxes to an image. size: [..., 2] width, height."""
     return torch.minimum(boxes.clamp(min=0), torch.cat([size, size], dim=-1))
 
 
 def assign_by_iou(
     boxes: Tensor, objects: Tensor, positive: float, negative: float, low_quality: bool
 ) -> Tensor:
-    """[N] object of each box: from an IoU of `positive` on its best one, BACKGROUND under `negative`, else -2, which
-    is ignored.
+    """Assign boxes to their best objects by IoU, and return the object of each box, [N].
 
-    low_quality: objects whose best IoU is at least `negative` are given every box that has it, later objects
-    before earlier ones (Faster R-CNN Sec. 3.1.2). boxes: [N, 4], objects: [T, 4].
+    Boxes whose best IoU is below `negative` are BACKGROUND. Those with an IoU between `negative` and `positive` are -2,
+    which is ignored.
+
+    Args:
+        boxes: [N, 4].
+        objects: [T, 4].
+        low_quality: also give each object the boxes of its largest IoU, if that is at least `negative`. Later objects
+            override earlier ones (Faster R-CNN Sec. 3.1.2).
     """
     if not len(objects):
         return torch.full((len(boxes),), BACKGROUND, device=boxes.device)
@@ -149,35 +156,37 @@ def assign_by_iou(
         return assigned
     best_of_object = iou.amax(1, keepdim=True)
     given = (iou == best_of_object) & (best_of_object >= negative)
-    asking, asked = given.nonzero().unbind(1)
-    last = torch.full_like(assigned, -1).scatter_reduce(0, asked, asking, 'amax')  # -1 where no object asks
+    owner, box = given.nonzero().unbind(1)
+    last = torch.full_like(assigned, -1).scatter_reduce(0, box, owner, 'amax')  # -1: no object's best box
     return torch.where(last >= 0, last, assigned)
 
 
 def sample(assigned: Tensor, num: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
-    """Positives and negatives of at most `num` places, ascending; too many are thinned out at random."""
+    """Draw at most `num` positives and negatives at random, and return their indices in ascending order."""
     positives = draw((assigned >= 0).nonzero()[:, 0], int(num * positive_fraction))
     negatives = draw((assigned == BACKGROUND).nonzero()[:, 0], num - len(positives))
     return positives, negatives
 
 
 def draw(index: Tensor, num: int) -> Tensor:
-    """At most `num` entries of an ascending index, ascending; random numbers are drawn only if there are more."""
+    """Draw at most `num` entries of an ascending index, in order. Random numbers are used only if there are more."""
     return index if len(index) <= num else index[permutation(len(index), index)[:num]].sort().values
 
 
 def permutation(num: int, like: Tensor) -> Tensor:
-    """From torch's CPU generator, on the device of `like`."""
+    """Draw a permutation from torch's CPU generator, and move it to the device of `like`."""
     return torch.randperm(num).to(like.device)
 
 
 def anchor_major(maps: list[Tensor], width: int) -> Tensor:
-    """Outputs [B, A width, H, W] of every level to [B, sum of H W A, width]."""
+    """Concatenate outputs [B, A width, H, W] of all levels to [B, sum of H W A, width]."""
     return torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), -1, width) for x in maps], dim=1)
 
 
 def average(counts: Tensor) -> Tensor:
-    """Mean over processes of what losses are divided by. A total is at least 1, so that the number of processes does not
-    change the gradient (officially the mean is at least 1, and Faster R-CNN divides by the samples of each process).
+    """Average the divisors of losses over ranks, with totals of at least 1.
+
+    The number of ranks then does not change the gradient. In the official code the mean is at least 1, and Faster R-CNN
+    divides by the samples of each rank.
     """
     return all_reduce_sum(counts.detach()).clamp(min=1) / get_world_size()

@@ -1,6 +1,7 @@
 """
-Faster R-CNN (arXiv:1506.01497) on the encoder's output, as Co-DETR (arXiv:2211.12860) trains it beside the decoder:
-proposals of a region proposal network, classified and refined from their RoI features.
+Faster R-CNN (arXiv:1506.01497) on the encoder's output, as Co-DETR (arXiv:2211.12860) trains it beside the decoder.
+
+A region proposal network (RPN) finds boxes, which an RoI head classifies and refines from their RoI features.
 """
 
 import torch
@@ -35,9 +36,11 @@ ROI_SIZE = 7
 
 
 class RegionProposals(nn.Module):
-    """Objectness and boxes of nine anchors a cell.
+    """The RPN: it predicts objectness and boxes of nine anchors per cell.
 
-    strides: of the maps. Losses are sums over 256 sampled anchors an image, divided by their number.
+    Losses are sums over 256 sampled anchors per image, divided by their number.
+
+    strides: strides of the maps in pixels.
     """
 
     num_samples, positive_fraction = 256, 0.5
@@ -55,12 +58,12 @@ class RegionProposals(nn.Module):
             nn.init.zeros_(convolution.bias)
 
     def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """maps: [B, C, H, W]; returns logits [B, 9, H, W] and offsets [B, 36, H, W] of every level."""
+        """Return logits [B, 9, H, W] and offsets [B, 36, H, W] of every level. maps: [B, C, H, W]."""
         hidden = [F.relu(self.rpn_conv(x)) for x in maps]
         return [self.rpn_cls(x) for x in hidden], [self.rpn_reg(x) for x in hidden]
 
     def anchors(self, maps: list[Tensor]) -> list[Tensor]:
-        """Of every level, [H W 9, 4]."""
+        """Return the anchors of every level, [H W 9, 4]."""
         return level_anchors(maps, self.strides, SCALES, RATIOS)
 
     def losses(self, logits: list[Tensor], deltas: list[Tensor], images: Images) -> dict[str, Tensor]:
@@ -91,7 +94,7 @@ class RegionProposals(nn.Module):
     def proposals(
         self, logits: list[Tensor], deltas: list[Tensor], sizes: Tensor, num_candidates: int
     ) -> list[Tensor]:
-        """Up to 1,000 boxes an image, [N_i, 4], best first; num_candidates: of each level before suppression."""
+        """Return up to 1,000 boxes per image, [N_i, 4], best first. num_candidates: boxes of each level before NMS."""
         scores, boxes, levels = [], [], []
         for level, anchors in enumerate(self.anchors(logits)):
             score = anchor_major([logits[level]], 1)[..., 0].sigmoid()  # [B, H W 9]
@@ -110,10 +113,11 @@ class RegionProposals(nn.Module):
 
 
 class RoIHead(nn.Module):
-    """Classes and class-wise boxes of regions, by two hidden layers (of 4 x channels, officially 1024) on 7 x 7 RoI
-    features.
+    """The RoI head: it predicts classes, and a box for each class, from 7 x 7 RoI features.
 
-    strides: of the maps that regions are read from, the finest map up to sides of 28 strides.
+    It has two hidden layers of 4 x channels (1024 in the official code).
+
+    strides: strides of the maps in pixels. Regions are read from the finest map up to sides of 28 of its strides.
     """
 
     def __init__(self, channels: int, num_classes: int, strides: list[int]) -> None:
@@ -133,8 +137,9 @@ class RoIHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, maps: list[Tensor], regions: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """regions: [N_i, 4] of each image. Returns features [N, C, 7, 7] (N over all images), class logits
-        [N, K + 1] and offsets [N, K, 4].
+        """Return features [N, C, 7, 7], class logits [N, K + 1] and offsets [N, K, 4] of the N regions of all images.
+
+        regions: [N_i, 4] of each image.
         """
         features = self.align(maps, regions)
         x = features.flatten(1)
@@ -143,7 +148,7 @@ class RoIHead(nn.Module):
         return features, self.fc_cls(x), self.fc_reg(x).unflatten(1, (self.num_classes, 4))
 
     def align(self, maps: list[Tensor], regions: list[Tensor]) -> Tensor:
-        """RoI features [N, C, 7, 7], each region from the level that suits its size (FPN, Sec. 4.2)."""
+        """Return RoI features [N, C, 7, 7], each from the level that fits the region's size (FPN, Sec. 4.2)."""
         image = torch.cat([x.new_full((len(x), 1), index) for index, x in enumerate(regions)])
         regions = torch.cat(regions)
         side = ((regions[:, 2] - regions[:, 0]) * (regions[:, 3] - regions[:, 1])).sqrt()
@@ -159,15 +164,16 @@ class RoIHead(nn.Module):
 
 
 class FasterRCNN(nn.Module):
-    """Region proposals on all maps, and an RoI head on all but the coarsest.
+    """The detector: an RPN on all maps, and an RoI head on all but the coarsest.
 
-    Losses are sums over samples, divided by their number, a mean over processes (box losses too: by that of all RoIs).
+    Losses are sums over samples, divided by the mean over ranks of the number of samples. Box losses of the RoI head are
+    divided by the number of all RoIs too.
     """
 
     num_samples, positive_fraction, overlap = 512, 0.25, 0.5
     train_candidates, test_candidates = 4000, 1000
     coef = {'rpn_cls': 1.0, 'rpn_bbox': 1.0, 'rcnn_cls': 1.0, 'rcnn_bbox': 10.0}
-    kind = 'rcnn'  # of the decoder queries that its positives become
+    kind = 'rcnn'  # kind of the decoder queries made from its positives
 
     def __init__(self, channels: int, num_classes: int, strides: list[int]) -> None:
         super().__init__()
@@ -177,7 +183,7 @@ class FasterRCNN(nn.Module):
     def forward(
         self, maps: list[Tensor], images: Images, with_features: bool = True
     ) -> tuple[dict[str, Tensor], Samples]:
-        """maps: [B, C, H, W]. Returns unweighted losses, and the RoIs that the head was trained on."""
+        """Return unweighted losses, and the RoIs that the head was trained on. maps: [B, C, H, W]."""
         proposed = self.rpn(maps)
         losses = self.rpn.losses(*proposed, images)
         proposals = self.rpn.proposals(*proposed, images.sizes, self.train_candidates)
@@ -201,8 +207,9 @@ class FasterRCNN(nn.Module):
         )
 
     def choose(self, proposals: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
-        """RoIs [N, 4] of an image, positives first, and the object of each or BACKGROUND; objects themselves are in
-        front of the proposals, and match.
+        """Sample RoIs [N, 4] of an image, positives first, and return the object of each or BACKGROUND too.
+
+        The objects themselves are put in front of the proposals, as their own positives.
         """
         assigned = assign_by_iou(proposals, objects, self.overlap, self.overlap, low_quality=False)
         own = torch.arange(len(objects), device=proposals.device)
@@ -213,11 +220,12 @@ class FasterRCNN(nn.Module):
     def losses(
         self, logits: Tensor, deltas: Tensor, regions: Tensor, assigned: list[Tensor], images: Images
     ) -> dict[str, Tensor]:
-        """assigned: object of each RoI, for each image."""
+        """Compute losses and accuracy of the RoI head. assigned: object of each RoI, for each image."""
         background = logits.shape[1] - 1
         classes, boxes = [], []
         for found, labels, objects in zip(assigned, images.labels, images.boxes, strict=True):
-            with_background = torch.cat([labels, labels.new_tensor([background])])  # the last is number -1
+            # The index of background samples, -1, selects the last entry.
+            with_background = torch.cat([labels, labels.new_tensor([background])])
             classes.append(with_background[found])
             boxes.append(objects[found[found >= 0]])
         classes, boxes = torch.cat(classes), torch.cat(boxes)
@@ -233,7 +241,7 @@ class FasterRCNN(nn.Module):
 
     @torch.no_grad()
     def detect(self, maps: list[Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
-        """Candidates of each image: scores [N], labels [N], and boxes [N, 4] in its pixels."""
+        """Return candidates of each image: scores [N], labels [N], and boxes [N, 4] in pixels."""
         proposals = self.rpn.proposals(*self.rpn(maps), sizes, self.test_candidates)
         _, logits, deltas = self.roi(maps, proposals)
         counts = [len(boxes) for boxes in proposals]

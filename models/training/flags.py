@@ -1,7 +1,7 @@
 """
-Declare the flags of training: optimization, matching, losses, and every further way of supervision.
+Declare the flags of training: optimization, matching, losses, and every scheme of additional supervision.
 
-What each means when it is not given, and what cannot be combined, stands here too. Inference reads none of them.
+Their defaults by family, and checks of their combinations, are here too. Inference reads none of these flags.
 """
 
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
@@ -12,7 +12,7 @@ from models.flags import AUXILIARY_HEADS, HYBRID_FLAGS, family_default
 from .losses import BOX_LOSSES
 
 SCHEDULES = ('step', 'cosine')
-# What a flag means when it is not given: the official value of the family.
+# Defaults of flags: the official values of each family.
 TRAINING_DEFAULTS = {
     'detr': {
         'set_cost_class': 1.0,
@@ -55,11 +55,12 @@ TRAINING_DEFAULTS['dino'] = TRAINING_DEFAULTS['deformable'] | {
     'epochs': 12,
     'lr_drop': 11,
 }
-# Coefficients of the second reading of MS-DETR, and of its proposals.
+# Coefficients of MS-DETR's second reading and of its proposals.
 MIXED_COEFFICIENTS = {'cls': 2.0, 'bbox': 5.0, 'giou': 2.0}
 
 
 def default_of(flag: str) -> str:
+    """Describe the default of a flag of training in words, for a help text."""
     return family_default(flag, TRAINING_DEFAULTS)
 
 
@@ -80,13 +81,14 @@ def add_optimization_args(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         '--accum_steps', default=1, type=int,
-        help='batches whose gradients make one optimizer step, as if they were one batch, except for averages inside '
+        help='number of batches per optimizer step, whose gradient is that of one large batch, except for averages inside '
         '--co_aux_heads (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
         '--total_batch_size',
         type=int,
-        help='images per optimizer step over all processes; sets --accum_steps',
+        help='images per optimizer step over all processes; sets --accum_steps (default: --batch_size x processes x '
+        '--accum_steps)',
     )
     group.add_argument('--lr', type=float, help=f'learning rate (default: {default_of("lr")})')
     group.add_argument(
@@ -125,7 +127,7 @@ def add_optimization_args(parser: ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         '--lr_drop_epochs', nargs='+', type=int, metavar='EPOCH',
-        help='divide the learning rate by 10 after each of these epochs, instead of every --lr_drop',
+        help='divide the learning rate by 10 after each of these epochs (default: every --lr_drop epochs)',
     )  # fmt: skip
     group.add_argument(
         '--warmup_steps', default=0, type=int, metavar='N',
@@ -133,12 +135,12 @@ def add_optimization_args(parser: ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         '--clip_max_norm', default=0.1, type=float,
-        help='clip the gradient to this norm; 0 leaves it alone (default: %(default)s)',
+        help='clip the gradient to this norm; 0 does not clip (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
         '--ema', default=0.0, type=float, metavar='DECAY',
-        help='keep an exponential moving average of the weights, which is evaluated and saved too; usual: 0.9997 '
-        '(default: 0, none)',
+        help='decay per step of an exponential moving average of the weights, which is evaluated and saved too; usual: 0.9997 '
+        '(default: 0, no average)',
     )  # fmt: skip
 
 
@@ -147,7 +149,7 @@ def add_matching_args(parser: ArgumentParser) -> None:
     group.add_argument(
         '--set_cost_class',
         type=float,
-        help=f'weight of the class cost (default: {default_of("set_cost_class")})',
+        help=f'weight of the class in the matching cost (default: {default_of("set_cost_class")})',
     )
     group.add_argument(
         '--set_cost_bbox', default=5, type=float,
@@ -179,8 +181,8 @@ def add_loss_args(parser: ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         '--class_loss', choices=('focal', 'quality_focal'),
-        help='loss of sigmoid classes; quality_focal asks a positive for the IoU of its box (default: quality_focal with '
-        '--dino, else focal)',
+        help='class loss of sigmoid heads; in quality_focal the target of a positive is the IoU of its box (default: '
+        'quality_focal with --dino, else focal)',
     )  # fmt: skip
     group.add_argument(
         '--focal_alpha', default=0.25, type=float,
@@ -189,13 +191,13 @@ def add_loss_args(parser: ArgumentParser) -> None:
 
 
 def add_scheme_args(parser: ArgumentParser) -> None:
-    """Declare what adds supervision. All of it combines, and leaves inference as it is."""
+    """Declare the schemes of additional supervision. They can be combined, and do not change inference."""
     group = parser.add_argument_group(
         'hybrid matching (H-DETR, arXiv:2207.13080; Deformable or Conditional DETR)'
     )
     group.add_argument(
         '--hybrid_k', '--k_one2many', type=int, metavar='K',
-        help='add a second group of queries, K of which answer for each object; 0 adds none (default: 5 with '
+        help='train a second group of queries, of which K are matched to each object; 0 trains none (default: 5 with '
         '--hybrid_queries, else 0)',
     )  # fmt: skip
     group.add_argument(
@@ -222,16 +224,16 @@ def add_denoising_args(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         '--dn_number', default=0, type=int, metavar='N',
-        help='add queries that mend noised objects, about N positives and N negatives an image; 0 adds none, usual: 100 '
-        '(default: %(default)s)',
+        help='add queries that reconstruct noised objects, about N positives and N negatives per image; 0 adds none, '
+        'usual: 100 (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
         '--dn_label_noise_ratio', default=0.5, type=float,
-        help='replace this share of noised labels, halved, by random ones (default: %(default)s)',
+        help='twice the share of labels that denoising replaces by random ones (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
         '--dn_box_noise_scale', default=1.0, type=float,
-        help='move corners of noised boxes by up to this many halves of a side (default: %(default)s)',
+        help='largest displacement of the corners of noised boxes, as a multiple of half the side (default: %(default)s)',
     )  # fmt: skip
 
 
@@ -241,8 +243,8 @@ def add_collaborative_args(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         '--co_aux_heads', nargs='+', default=[], choices=AUXILIARY_HEADS, metavar='HEAD',
-        help="train these detectors on the encoder's output, and turn their positives into decoder queries: faster_rcnn, "
-        'atss, or both (default: none)',
+        help="detectors to train on the encoder's output, whose positives become decoder queries: faster_rcnn, atss or both "
+        '(default: none)',
     )  # fmt: skip
     group.add_argument(
         '--lambda_1', default=1.0, type=float,
@@ -254,11 +256,11 @@ def add_collaborative_args(parser: ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         '--max_pos_coords', default=300, type=int,
-        help='largest number of positives of a head and image that become queries (default: %(default)s)',
+        help='largest number of positives of --co_aux_heads, per head and image, that become queries (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
         '--with_coord_feat', action=BooleanOptionalAction,
-        help='give these queries the feature that the head saw as content (default: yes, no with --dino)',
+        help='add the feature that one of --co_aux_heads saw to the content of its queries (default: no with --dino, else yes)',
     )  # fmt: skip
 
 
@@ -266,11 +268,11 @@ def add_mixed_args(parser: ArgumentParser) -> None:
     group = parser.add_argument_group('one-to-many matching of --use_ms_detr')
     group.add_argument(
         '--o2m_matcher_k', default=6, type=int,
-        help='largest number of queries that an object gets one-to-many (default: %(default)s)',
+        help='largest number of queries that one-to-many matching gives an object (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
         '--o2m_matcher_threshold', default=0.4, type=float,
-        help='score from which a query counts for its best object (default: %(default)s)',
+        help='smallest one-to-many score with which a query is positive for its best object (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
         '--o2m_iou_weight', default=0.7, type=float,
@@ -282,17 +284,17 @@ def add_mixed_args(parser: ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         '--use_indices_merge', action='store_true',
-        help='add the pairs of the one-to-one matching, for queries that have no one-to-many pair',
+        help='add the pairs of the one-to-one matching for queries without a one-to-many pair',
     )  # fmt: skip
     for term in ('cls', *BOX_LOSSES):
         default = MIXED_COEFFICIENTS.get(term, 0.0)
         group.add_argument(
             f'--o2m_{term}_loss_coef', type=float, default=default,
-            help=f'--{term}_loss_coef of the second reading (default: %(default)s)',
+            help=f'--{term}_loss_coef for the second predictions of --use_ms_detr (default: %(default)s)',
         )  # fmt: skip
         group.add_argument(
             f'--enc_{term}_loss_coef', type=float,
-            help=f'--{term}_loss_coef of the proposals of two stages (default: {default:g} with --use_ms_detr, else as '
+            help=f'--{term}_loss_coef for the proposals of --two_stage (default: {default:g} with --use_ms_detr, else '
             f'--{term}_loss_coef)',
         )  # fmt: skip
 
@@ -307,7 +309,7 @@ def resolve_all(args: Namespace) -> Namespace:
 
 
 def resolve_training(args: Namespace) -> Namespace:
-    """Return a copy of `args`, whose model is settled (`models.resolve_args`), with every flag of training settled too.
+    """Return a copy of `args` with every flag of training settled; those of the model are so (`models.resolve_args`).
 
     Raises:
         ValueError: flags contradict each other.
@@ -333,7 +335,7 @@ def resolve_training(args: Namespace) -> Namespace:
 
 
 def resolve_hybrid(args: Namespace) -> None:
-    """Fill in numbers that were not given; all stay None where no flag of hybrid matching was given."""
+    """Fill in flags of hybrid matching that were not given. All stay None if none was given."""
     if all(getattr(args, flag) is None for flag in HYBRID_FLAGS):
         return
     if args.hybrid_queries is None:
@@ -345,6 +347,7 @@ def resolve_hybrid(args: Namespace) -> None:
 
 
 def check_training(args: Namespace) -> None:
+    """Refuse flags of training that contradict each other."""
     for flag in (
         'epochs',
         'lr_drop',

@@ -1,9 +1,9 @@
 """
-Loss terms of everything that a model predicts, for all decoder layers of a kind at once.
+Loss terms of predictions, for all decoder layers of a kind at once.
 
-A `Stack` is what is known about one kind: its predictions, and their pairs with objects. Terms are sums (or
-statistics) for every layer, [L]; the criterion divides. Class losses are objects with a `denominator`: what their
-sum is divided by, known from the targets alone.
+A `Stack` holds the predictions of one kind, and their pairs with objects. Terms are sums or statistics for every layer,
+[L], and the criterion divides them. Class losses have a method `denominator`, which computes the divisor of their sum
+from the targets alone.
 """
 
 from collections.abc import Callable
@@ -22,39 +22,39 @@ from .structures import Matcher, Stack, from_host
 class FocalLoss:
     """Sigmoid focal loss over all queries and classes (RetinaNet Sec. 3), divided by the number of objects.
 
-    Every logit is taken as a negative first; then the few positives are put right. Nothing of the size of the
-    logits has to be built to say which is which.
+    It sums the loss of every logit as a negative, and then corrects the few positives. No mask of the size of the logits
+    is needed.
     """
 
     smallest_denominator = 1.0
 
     def __init__(self, alpha: float = 0.25, gamma: float = 2.0) -> None:
-        self.weights = (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)  # of positives and negatives
+        self.weights = (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)  # for positives and negatives
         self.gamma = gamma
 
     def __call__(self, stack: Stack) -> Tensor:
         negatives = self.unweighted(stack.logits).flatten(1).sum(1)
         change = self.correction(stack.logits[(*stack.index, stack.labels)])
-        if stack.deciding is not None:
-            change = change * stack.deciding
+        if stack.decides_class is not None:
+            change = change * stack.decides_class
         return torch.add(stack.per_layer(change), negatives, alpha=self.weights[1])
 
     def unweighted(self, x: Tensor) -> Tensor:
-        """Loss of a negative with logit x, or of a positive with logit -x."""
+        """Return the loss of a negative with logit x, or of a positive with logit -x."""
         return x.sigmoid() ** self.gamma * F.softplus(x)
 
     def correction(self, x: Tensor) -> Tensor:
-        """What a logit x costs more as a positive than as a negative."""
+        """Return the loss of logit x as a positive, minus its loss as a negative."""
         positive, negative = self.unweighted(torch.stack([-x, x]))
         return torch.sub(self.weights[0] * positive, negative, alpha=self.weights[1])
 
     def denominator(self, matcher: Matcher, sizes: list[int], num_queries: int) -> float:
-        """sizes: objects of each image of a batch; num_queries: of an image."""
+        """Return the divisor of a batch. sizes: number of objects of each image; num_queries: queries of an image."""
         return matcher.count(sizes)
 
 
 class QualityFocalLoss(FocalLoss):
-    """Sigmoid focal loss whose positives are asked for their box's IoU, not for 1 (arXiv:2006.04388, Eq. 3)."""
+    """Sigmoid focal loss in which the target of a positive is its box's IoU, not 1 (arXiv:2006.04388, Eq. 3)."""
 
     def __init__(self, beta: float = 2.0) -> None:
         super().__init__(alpha=-1, gamma=beta)
@@ -65,21 +65,20 @@ class QualityFocalLoss(FocalLoss):
         quality = box_quality(stack.boxes[stack.index].detach(), stack.target_boxes)
         positive = F.binary_cross_entropy_with_logits(x, quality, reduction='none')
         change = positive * (quality - x.sigmoid()).abs() ** self.gamma - self.unweighted(x)
-        if stack.deciding is not None:
-            change = change * stack.deciding
+        if stack.decides_class is not None:
+            change = change * stack.decides_class
         return stack.per_layer(change) + negatives
 
 
 def box_quality(boxes: Tensor, target_boxes: Tensor) -> Tensor:
-    """IoU of pairs of boxes cxcywh in [0, 1], [N, 4] to [N]; a union counts as 1e-6 at least (official code)."""
+    """Return the IoU of pairs of boxes cxcywh in [0, 1], [N, 4] to [N]. Unions are at least 1e-6 (official code)."""
     return box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes), eps=1e-6)[0]
 
 
 class SoftmaxLoss:
-    """Cross-entropy over all queries, the last class being 'no object' with weight `eos_coef` (DETR Sec.
-    3.1). A query has one object at most.
+    """Cross-entropy over all queries, in which the last class is 'no object' with weight `eos_coef` (DETR Sec. 3.1).
 
-    It is a weighted mean: divided by the sum of the weights, not by the number of objects.
+    A query has at most one object. The loss is a weighted mean, divided by the sum of the weights.
     """
 
     smallest_denominator = 0.0
@@ -97,7 +96,7 @@ class SoftmaxLoss:
         return loss.view(len(stack.logits), -1).sum(1)
 
     def denominator(self, matcher: HungarianMatcher, sizes: list[int], num_queries: int) -> float:
-        """sizes: objects of each image of a batch; num_queries: of an image."""
+        """Return the divisor of a batch. sizes: number of objects of each image; num_queries: queries of an image."""
         num_pairs = matcher.num_pairs(sizes, num_queries)
         return num_pairs + self.eos_coef * (num_queries * len(sizes) - num_pairs)
 
@@ -113,12 +112,14 @@ def giou_loss(boxes: Tensor, target_boxes: Tensor) -> Tensor:
 
 
 class BoxLoss(NamedTuple):
+    """One loss between boxes and target boxes."""
+
     function: Callable[[Tensor, Tensor], Tensor]  # boxes and target boxes of N pairs to [N]
-    coef: float  # default; 0: the term does not exist unless a flag gives it another
-    title: str  # for help texts
+    coef: float  # default coefficient; with 0 the term exists only if a flag sets another
+    title: str  # phrase for help texts
 
 
-# Every loss of boxes, by the name that its terms and its flag `--NAME_loss_coef` have. A new one is a new entry.
+# All losses of boxes by name. Terms are `loss_NAME`, and flags `--NAME_loss_coef`. A new loss is a new entry.
 BOX_LOSSES = {
     'bbox': BoxLoss(l1_loss, 5, 'the L1 distance of boxes'),
     'giou': BoxLoss(giou_loss, 2, 'the generalized IoU of boxes'),
@@ -138,11 +139,10 @@ def box_losses(stacks: list[Stack], terms: list[str]) -> list[Tensor]:
 
 @torch.no_grad()
 def cardinality_error(stack: Stack, scale: float = 1.0) -> Tensor:
-    """[L] `scale` times the mean over images of |queries whose best class is not the last - objects|; a log entry of the
-    official code.
+    """Return `scale` times the cardinality error of each layer, [L], which is only logged (official code).
 
-    With focal losses the last class is a real one, so the number says nothing there. It is kept as it was for
-    comparing logs.
+    It is the mean over images of |queries whose best class is not the last - objects|. With focal losses the last class
+    is a real one, and the number is meaningless; it is kept for comparisons of logs.
     """
     not_last = (stack.logits.argmax(-1) != stack.logits.shape[-1] - 1).sum(-1)  # [L, B]
     errors = (not_last - from_host(stack.num_objects, not_last)).abs().sum(-1)
@@ -151,8 +151,9 @@ def cardinality_error(stack: Stack, scale: float = 1.0) -> Tensor:
 
 @torch.no_grad()
 def class_error(stack: Stack, scale: float = 1.0) -> Tensor:
-    """`scale` times the share of the last layer's pairs, in per cent, whose best class is wrong; 100 without objects.
-    A log entry.
+    """Return `scale` times the percentage of the last layer's pairs whose best class is wrong; 100 without objects.
+
+    It is only logged.
     """
     num_pairs = stack.num_pairs[-1]
     start = sum(stack.num_pairs) - num_pairs

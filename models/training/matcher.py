@@ -1,9 +1,8 @@
 """
-Which query answers for which object. Training only.
+Matchers, which assign objects to queries. Training only.
 
-A matcher first builds the costs of all layers and images on the device (`cost`), then solves them on the
-host (`solve`). Between the two, the criterion copies the costs of every kind of prediction at once: one
-synchronisation a step.
+A matcher first computes the costs of all layers and images on the device (`cost`), then solves them on the host (`solve`).
+In between, the criterion copies the costs of all kinds of predictions at once, with one synchronisation per step.
 """
 
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from .structures import Targets
 
 
 def stack_predictions(rows: list[Prediction]) -> Prediction:
-    """The layers of one kind as one prediction with an axis [L] in front, in float32 at least."""
+    """Stack the layers of one kind into one prediction with a first axis [L], in float32 at least."""
     fields = {
         name: stack_layers([full_precision(getattr(row, name)) for row in rows])
         for name in ('logits', 'boxes', 'anchors')
@@ -33,61 +32,66 @@ def stack_predictions(rows: list[Prediction]) -> Prediction:
 
 
 def stack_layers(layers: list[Tensor]) -> Tensor:
-    """A single one is not copied."""
+    """Stack layers without copying a single one."""
     return layers[0][None] if len(layers) == 1 else torch.stack(layers)
 
 
 def focal_cost(
     logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0, eps: float = 1e-8
 ) -> Tensor:
-    """Class cost of sigmoid heads: what the focal loss would gain; logits [L, B, Q, K], labels [B, T] to
-    [L, B, T, Q].
+    """Return the class cost of sigmoid heads: the focal loss as a positive minus that as a negative.
 
-    alpha and gamma are fixed in the official code: `--focal_alpha` changes the loss only.
+    Logits [L, B, Q, K] and labels [B, T] give [L, B, T, Q]. alpha and gamma are fixed in the official code:
+    `--focal_alpha` changes the loss only.
     """
     p = gather_classes(logits, labels).sigmoid()
     q = 1 - p
-    negative, positive = p**gamma * (q + eps).log(), q**gamma * (p + eps).log()  # times -1
+    negative, positive = p**gamma * (q + eps).log(), q**gamma * (p + eps).log()  # both with the sign reversed
     return torch.sub((1 - alpha) * negative, positive, alpha=alpha)
 
 
 def softmax_cost(logits: Tensor, labels: Tensor) -> Tensor:
-    """Class cost of softmax heads: minus the probability; logits [L, B, Q, K], labels [B, T] to [L, B, T, Q]."""
+    """Return the class cost of softmax heads, minus the probability.
+
+    Logits [L, B, Q, K] and labels [B, T] give [L, B, T, Q].
+    """
     return -gather_classes(logits.softmax(-1), labels)
 
 
 def gather_classes(scores: Tensor, labels: Tensor) -> Tensor:
-    """[L, B, Q, K] and [B, T] to [L, B, T, Q]: only the columns that a cost needs."""
+    """Gather the scores [L, B, Q, K] of the objects' labels [B, T], as [L, B, T, Q]."""
     num_layers, _, num_queries, _ = scores.shape
     columns = scores.gather(-1, labels[None, :, None].expand(num_layers, -1, num_queries, -1))
     return columns.transpose(-1, -2).contiguous()
 
 
-def pairwise(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Predicted boxes [L, B, Q, 4] and real ones [B, T, 4], to be broadcast: [L, B, 1, Q, 4] and [B, T, 1, 4].
+def broadcast_pairs(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Reshape boxes [L, B, Q, 4] and targets [B, T, 4] to [L, B, 1, Q, 4] and [B, T, 1, 4], which broadcast.
 
-    In memory each coordinate lies apart: elementwise work then runs along the queries, of which there are many.
+    Each coordinate is contiguous in memory, so that elementwise operations run along the many queries.
     """
     planes = boxes.movedim(-1, 0).contiguous().movedim(0, -1)
     return planes[..., None, :, :], targets[..., None, :]
 
 
 class SingleMatch:
-    """A matcher can be called for one prediction alone."""
+    """A base of matchers that can be called for one prediction alone."""
 
     def __call__(self, prediction: Prediction, targets: list[dict]) -> Assignment:
-        """Match one prediction with `targets` (dictionaries of `labels` and `boxes`); indices on the host."""
+        """Match one prediction with `targets` (dictionaries of `labels` and `boxes`), with indices on the host."""
         packed = Targets.pack(targets)
         cost = self.cost(stack_predictions([prediction]), packed)
         return self.solve(cost.cpu().numpy(), packed.sizes)[0]
 
 
 class HungarianMatcher(SingleMatch):
-    """One-to-one assignment of least total cost (DETR Sec. 3.1).
+    """A one-to-one matcher with the least total cost (DETR Sec. 3.1).
 
-    repeats: times each object is to be answered for (hybrid matching); pairs are min(Q, repeats * T_i) a
-    image. on: what is compared with the objects, `boxes` or `anchors` (encoder proposals before
-    refinement).
+    Args:
+        cost_class, cost_bbox, cost_giou: weights of the costs.
+        class_cost: `focal_cost` or `softmax_cost`.
+        repeats: number of queries for each object (hybrid matching). An image has min(Q, repeats * T_i) pairs.
+        on: predicted boxes that are compared with the objects, `boxes` or `anchors` (proposals before refinement).
     """
 
     def __init__(
@@ -116,26 +120,28 @@ class HungarianMatcher(SingleMatch):
 
     @torch.no_grad()
     def cost(self, stacked: Prediction, targets: Targets) -> Tensor:
-        """Weighted matching costs, [L, B, T_max, Q]; rows of padding mean nothing.
+        """Return the weighted matching costs, [L, B, T_max, Q]; rows beyond an image's objects are meaningless.
 
         stacked: logits [L, B, Q, K] and boxes [L, B, Q, 4] cxcywh of all layers.
         """
         cost_class, cost_bbox, cost_giou = self.weights
         boxes = getattr(stacked, self.on).to(stacked.boxes.dtype)
-        predicted, real = pairwise(boxes, targets.padded_boxes)
+        predicted, real = broadcast_pairs(boxes, targets.padded_boxes)
         differences = zip(predicted.unbind(-1), real.unbind(-1), strict=True)
         l1 = reduce(torch.add, ((ours - theirs).abs() for ours, theirs in differences))
-        predicted, real = pairwise(box_cxcywh_to_xyxy(boxes), targets.padded_corners)
+        predicted, real = broadcast_pairs(box_cxcywh_to_xyxy(boxes), targets.padded_corners)
         cost = torch.sub(cost_bbox * l1, generalized_box_iou(predicted, real), alpha=cost_giou)
         if not cost_class:
             return cost
         return cost.add_(self.class_cost(stacked.logits, targets.padded_labels), alpha=cost_class)
 
     def solve(self, cost: np.ndarray, sizes: list[int]) -> list[Assignment]:
-        """Costs [L, B, T_max, Q] on the host to one assignment a layer, indices on the host.
+        """Solve costs [L, B, T_max, Q] on the host, and return an assignment per layer, with indices on the host.
 
-        Queries ascend within an image. FloatingPointError: a cost is not finite; the message names layer and
-        image.
+        Queries are in ascending order within an image.
+
+        Raises:
+            FloatingPointError: a cost is not finite; the message names layer and image.
         """
         offsets = list(accumulate(sizes, initial=0))
         return [self.solve_layer(layer, cost[layer], sizes, offsets) for layer in range(len(cost))]
@@ -153,24 +159,23 @@ class HungarianMatcher(SingleMatch):
         return Assignment(batch, query, target, self.count(sizes))
 
     def count(self, sizes: list[int]) -> float:
-        """What box losses are divided by, from the objects of each image."""
+        """Return the divisor of box losses. sizes: number of objects of each image."""
         return float(self.repeats * sum(sizes))
 
     def num_pairs(self, sizes: list[int], num_queries: int) -> int:
-        """Pairs that an assignment will have."""
+        """Return the number of pairs of an assignment. sizes: number of objects of each image."""
         return sum(min(num_queries, self.repeats * num) for num in sizes)
 
 
 class OneToManyMatcher(SingleMatch):
-    """Several queries an object, by overlap and score (MS-DETR, arXiv:2401.03989, Sec. 3; the official code decides
-    where the paper is shorter).
+    """A one-to-many matcher by IoU and class score (MS-DETR, arXiv:2401.03989, Sec. 3, with details of the official code).
 
-    A query is positive for its best object if its score there is at least `threshold`, or if it is the best query
-    of any object; more than `positive_fraction` of all queries are thinned out at random. An object with n positives
-    then gets the min(n, k) best queries of its own ranking, of all queries. A query can get several objects: the
-    one with the highest score decides its class.
+    A query is positive for its best object if its score there is at least `threshold`, or if it is the best query of any
+    object. At most `positive_fraction` of all queries stay positive, drawn at random. An object with n positives then gets
+    the min(n, k) queries of its largest scores. A query can get several objects; the one of the largest score decides its
+    class.
 
-    The `cost` is that score: the larger the better.
+    `cost` returns these scores, of which larger ones are better.
     """
 
     def __init__(
@@ -195,16 +200,19 @@ class OneToManyMatcher(SingleMatch):
 
     @torch.no_grad()
     def cost(self, stacked: Prediction, targets: Targets) -> Tensor:
-        """Scores, [L, B, T_max, Q]; rows of padding mean nothing."""
-        iou, _ = box_iou(*pairwise(box_cxcywh_to_xyxy(stacked.boxes), targets.padded_corners))
+        """Return the scores, [L, B, T_max, Q]; rows beyond an image's objects are meaningless."""
+        iou, _ = box_iou(*broadcast_pairs(box_cxcywh_to_xyxy(stacked.boxes), targets.padded_corners))
         probability = gather_classes(stacked.logits, targets.padded_labels).sigmoid()
         return self.iou_weight * iou + self.score_weight * probability
 
     def solve(self, cost: np.ndarray, sizes: list[int]) -> list[Assignment]:
-        """Scores [L, B, T_max, Q] on the host to one assignment a layer, pairs of an image by ascending score.
+        """Solve scores [L, B, T_max, Q] on the host, and return an assignment per layer.
 
-        Random numbers come from torch's CPU generator: two permutations an image, used or not; the last layer draws
-        first. FloatingPointError: a score is not finite; the message names layer and image.
+        Pairs of an image are in the order of ascending scores. Random numbers come from torch's CPU generator: two
+        permutations per image, whether they are needed or not, the last layer first.
+
+        Raises:
+            FloatingPointError: a score is not finite; the message names layer and image.
         """
         last = len(cost) - 1
         solved = {layer: self.solve_layer(layer, cost[layer], sizes) for layer in (last, *range(last))}
@@ -215,14 +223,14 @@ class OneToManyMatcher(SingleMatch):
         for image, num_objects in enumerate(sizes):
             block = scores[image, :num_objects]  # [T_i, Q]
             check_finite(block, layer, image)
-            query, target, deciding = self.pairs(block)
-            parts.append(np.stack([np.full_like(query, image), query, offset + target, deciding]))
+            query, target, decides_class = self.pairs(block)
+            parts.append(np.stack([np.full_like(query, image), query, offset + target, decides_class]))
             offset += num_objects
-        batch, query, target, deciding = torch.from_numpy(np.concatenate(parts, axis=1))
-        return Assignment(batch, query, target, self.count(sizes), deciding.bool())
+        batch, query, target, decides_class = torch.from_numpy(np.concatenate(parts, axis=1))
+        return Assignment(batch, query, target, self.count(sizes), decides_class.bool())
 
     def pairs(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Query, object, and whether the pair decides the query's class, of one image; scores: [T, Q]."""
+        """Return query, object, and whether the pair decides the query's class, for an image. scores: [T, Q]."""
         num_objects, num_queries = scores.shape
         positive = np.zeros(num_queries, dtype=bool)
         if num_objects:
@@ -230,31 +238,31 @@ class OneToManyMatcher(SingleMatch):
             positive[scores.argmax(1)] = True
         candidates = positive.nonzero()[0]
         order = torch.randperm(len(candidates)).numpy()
-        torch.randperm(num_queries - len(candidates))  # the official code draws negatives too, for nothing
+        torch.randperm(num_queries - len(candidates))  # the official code draws unused negatives too
         kept = candidates[order[: int(self.positive_fraction * num_queries)]]
         if not num_objects:
             return (np.zeros(0, dtype=np.int64),) * 3
-        num_pairs = np.bincount(scores.argmax(0)[kept], minlength=num_objects)  # of each object
+        num_pairs = np.bincount(scores.argmax(0)[kept], minlength=num_objects)  # for each object
         values, queries = torch.from_numpy(scores).topk(min(self.k, num_queries), dim=1)
         target, rank = (np.arange(values.shape[1]) < num_pairs[:, None]).nonzero()
         ascending = values.numpy()[target, rank].argsort(kind='stable')
         target, query = target[ascending], queries.numpy()[target, rank][ascending]
         best_pair = np.zeros(num_queries, dtype=np.int64)
-        best_pair[query] = np.arange(len(query))  # the last one written stays
+        best_pair[query] = np.arange(len(query))  # the last pair of a query, that of its largest score, stays
         return query, target, best_pair[query] == np.arange(len(query))
 
     def count(self, sizes: list[int]) -> float:
-        """The number of objects, not of pairs."""
+        """Return the divisor of losses, the number of objects. sizes: number of objects of each image."""
         return float(sum(sizes))
 
 
 def merge(pairs: Assignment, more: Assignment) -> Assignment:
-    """`pairs`, and those of `more` whose query is free there."""
+    """Add to `pairs` those of `more` whose query has no pair yet."""
     taken = set(zip(pairs.batch.tolist(), pairs.query.tolist(), strict=True))
     places = zip(more.batch.tolist(), more.query.tolist(), strict=True)
     free = torch.tensor([i for i, place in enumerate(places) if place not in taken], dtype=torch.int64)
-    deciding = [
-        torch.ones_like(x.query, dtype=torch.bool) if x.deciding is None else x.deciding
+    decides_class = [
+        torch.ones_like(x.query, dtype=torch.bool) if x.decides_class is None else x.decides_class
         for x in (pairs, more)
     ]
     return Assignment(
@@ -263,7 +271,7 @@ def merge(pairs: Assignment, more: Assignment) -> Assignment:
             for name in ('batch', 'query', 'target')
         ),
         pairs.count,
-        torch.cat([deciding[0], deciding[1][free]]),
+        torch.cat([decides_class[0], decides_class[1][free]]),
     )
 
 

@@ -1,4 +1,4 @@
-"""What gives the queries of a query source their position, or content, from their boxes."""
+"""Compute the position or content of queries from their boxes, for query sources."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from models.position_encoding import sine_embedding
 
 
 class BoxPositions(nn.Module):
-    """Sine code of boxes, a linear layer, a norm (Deformable DETR Sec. 4.2 of the appendix, for proposals)."""
+    """A sine embedding of boxes, a linear layer and a norm (Deformable DETR Sec. 4.2 of the appendix, for proposals)."""
 
     def __init__(self, hidden_dim: int, width: int) -> None:
         super().__init__()
@@ -16,5 +16,5 @@ class BoxPositions(nn.Module):
         nn.init.xavier_uniform_(self.linear.weight)
 
     def forward(self, boxes: Tensor) -> Tensor:
-        """[B, Q, 4] cxcywh in [0, 1] to [B, Q, width]."""
+        """Encode boxes [B, Q, 4] cxcywh in [0, 1] as [B, Q, width]."""
         return self.norm(self.linear(sine_embedding(boxes, self.num_feats).to(boxes.dtype)))

@@ -1,4 +1,4 @@
-"""Who is supervised how: a table before a run, and what each kind of prediction did in an epoch."""
+"""Report the supervision of each kind of prediction: a table before a run, and statistics of an epoch."""
 
 import re
 from collections import Counter
@@ -9,9 +9,7 @@ from .structures import Supervision
 def supervision_table(
     table: dict[str, Supervision], num_queries: dict[str, int], weight_dict: dict[str, float]
 ) -> str:
-    """A line for each kind that has coefficients: its predictions, who assigns, what the sums are divided by, and the
-    coefficients of its last layer.
-    """
+    """Describe each kind that has coefficients in a line: its queries, layers, matcher, loss coefficients and divisor."""
     rows = []
     for kind, row in table.items():
         suffix = '' if kind == 'one2one' else f'_{kind}'
@@ -39,19 +37,22 @@ def supervision_table(
 
 
 def kind_of(name: str, table: dict[str, Supervision]) -> str:
-    """Kind of prediction that a loss belongs to, by its official name. What a head of Co-DETR loses by itself counts as
-    its queries'.
+    """Return the kind of prediction that a loss belongs to, by its official name.
+
+    The own losses of Co-DETR's heads belong to the kind of the queries made from their positives.
     """
     parts = ['rcnn' if part == 'rpn' else part for part in name.split('_')]
     return next((part for part in parts if part in table), 'one2one')
 
 
-def epoch_ledger(
+def epoch_statistics(
     table: dict[str, Supervision], weight_dict: dict[str, float], tally: Counter, averages: dict[str, float]
 ) -> dict[str, float]:
-    """`positives_KIND`: pairs an object (mean of layers); `share_KIND`: of the total loss.
+    """Return pairs per object (mean over layers), `positives_KIND`, and share of the total loss, `share_KIND`.
 
-    tally: pairs of each kind, and `objects`; averages: loss terms, by name.
+    Args:
+        tally: number of pairs of each kind, and of `objects`.
+        averages: average of each loss term by its name.
     """
     shares: Counter[str] = Counter()
     for name, value in averages.items():
@@ -64,7 +65,7 @@ def epoch_ledger(
 
 
 def ledger_text(metrics: dict[str, float]) -> str:
-    """The same as one line, '' for a single kind; names may have `train_` in front."""
+    """Describe `epoch_statistics` in one line, '' for a single kind. Names may have the prefix `train_`."""
     found = {name.removeprefix('train_'): value for name, value in metrics.items()}
     kinds = [name.removeprefix('positives_') for name in found if name.startswith('positives_')]
     if len(kinds) < 2:
@@ -72,4 +73,4 @@ def ledger_text(metrics: dict[str, float]) -> str:
     texts = (
         f'{kind} {found[f"positives_{kind}"]:.2f} and {100 * found[f"share_{kind}"]:.0f} %' for kind in kinds
     )
-    return f'queries an object and share of the loss: {", ".join(texts)}'
+    return f'queries per object and share of the loss: {", ".join(texts)}'

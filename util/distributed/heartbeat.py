@@ -93,6 +93,7 @@ class Heartbeat:
 
     def exchange(self, number: int) -> str | None:
         """Show that this process lives, look at its neighbour; returns why the run has failed, if it has."""
+        assert self.store is not None
         self.store.set(f'beat{get_rank()}', str(number))
         if self.store.check([FAILED]):
             return self.store.get(FAILED).decode()
@@ -123,6 +124,7 @@ class Heartbeat:
         os._exit(1)
 
     def tell(self, reason: str) -> None:
+        assert self.store is not None
         # The store may have gone with the main process.
         with contextlib.suppress(RuntimeError, dist.DistError):
             self.store.set(FAILED, reason)

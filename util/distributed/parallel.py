@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,8 +58,9 @@ def shard(model: nn.Module, units: Sequence[nn.Module], result_types: Sequence[t
     for parameter in whole:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(average_gradient)
-    options = {'ignored_params': whole} if whole else {}
-    model.to(memory_format=torch.contiguous_format)  # only such weights can be cut
+    options: dict[str, Any] = {'ignored_params': whole} if whole else {}
+    # Only contiguous weights can be cut.
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # not in torch's stubs
     for unit in units:
         fully_shard(unit, **options)
         for method in getattr(unit, 'entry_points', ()):
@@ -69,6 +71,7 @@ def shard(model: nn.Module, units: Sequence[nn.Module], result_types: Sequence[t
 
 
 def average_gradient(parameter: nn.Parameter) -> None:
+    assert parameter.grad is not None
     dist.all_reduce(parameter.grad)
     parameter.grad /= get_world_size()
 
@@ -77,7 +80,7 @@ def local_gradients(model: nn.Module) -> AbstractContextManager:
     """Backward passes inside do not exchange gradients between processes: the last one of a step does."""
     if isinstance(model, FSDPModule):
         return without_exchange(model)
-    return model.no_sync() if hasattr(model, 'no_sync') else nullcontext()
+    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
 @contextmanager

@@ -1,10 +1,10 @@
 """
 Multi-scale deformable attention (arXiv:2010.04159, Eq. 3) as one registered operator, `detr::ms_deform_attn`.
 
-Behind it, the first of these that the device has and that agrees with the pure-PyTorch one on a small case:
-`cpp` (CPU) and `cuda`, built by `models/ops/setup.py`; `triton` (CUDA, nothing to build). Where none is there,
-and whenever a model is exported, `pytorch` runs: grid_sample, on any device, without the operator. The choice is
-made at import for the CPU and at the first use of other devices.
+The operator has several implementations: `cpp` (CPU) and `cuda`, built by `models/ops/setup.py`, and `triton` (CUDA,
+nothing to build). A device uses the first that runs on it and agrees with pure PyTorch on a small case. If there is none,
+and whenever a model is exported, `pytorch` runs: grid_sample, on any device, without the operator. The choice is made at
+import for the CPU, and at the first use of other devices.
 
 Letters: N images, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
 """
@@ -35,7 +35,7 @@ is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)  # from Py
 def ms_deform_attn_core_pytorch(
     value: Tensor, spatial_shapes: Shapes, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """The operator in plain PyTorch: differentiable, exportable, on any device. Shapes: see `ms_deform_attn`."""
+    """Compute the operator in plain PyTorch: differentiable, exportable, on any device. Shapes: see `ms_deform_attn`."""
     value = value.to(sampling_locations.dtype)
     batch, _, heads, channels = value.shape
     _, queries, _, levels, points, _ = sampling_locations.shape
@@ -55,7 +55,7 @@ def ms_deform_attn_core_pytorch(
 
 
 def pairs(flat_shapes: Sequence[int]) -> list[tuple[int, int]]:
-    """[H0, W0, H1, W1 ...] to [(H0, W0), (H1, W1) ...]."""
+    """Turn [H0, W0, H1, W1 ...] into [(H0, W0), (H1, W1) ...]."""
     return list(zip(flat_shapes[::2], flat_shapes[1::2], strict=True))
 
 
@@ -73,7 +73,7 @@ def backward_pytorch(
         return torch.autograd.grad(output, inputs, grad_output.to(output.dtype))
 
 
-# The operator. Its implementation is pure PyTorch wherever nothing better is registered for a device.
+# The operator. Pure PyTorch is its implementation on devices for which no other is registered.
 SCHEMA = 'Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights'
 library = torch.library.Library('detr', 'DEF')
 library.define(f'ms_deform_attn({SCHEMA}) -> Tensor', tags=torch.Tag.pt2_compliant_tag)
@@ -113,15 +113,13 @@ torch.library.register_autograd('detr::ms_deform_attn', backward, setup_context=
 
 
 def full_precision(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Locations and weights beside 16-bit values are float32: 16 bits place a point only to a third of a
-    pixel.
-    """
+    """Convert locations and weights to float32 if values have 16 bits, which place a point only to a third of a pixel."""
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     return locations.to(dtype), weights.to(dtype)
 
 
 def make_autocast(device_type: str) -> Callable:
-    """Under autocast values keep their type; locations and weights are float32."""
+    """Make the operator's autocast rule: values keep their type, locations and weights become float32."""
 
     def autocast(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
         with torch.autocast(device_type, enabled=False):
@@ -138,7 +136,7 @@ library.impl('ms_deform_attn', make_autocast('cpu'), 'AutocastCPU')
 def forward_flops(
     value: Sequence[int], shapes: object, locations: Sequence[int], *_: object, **__: object
 ) -> int:
-    """Four pixels a point, a multiplication and an addition a channel."""
+    """Count four pixels per point, with a multiplication and an addition per channel."""
     batch, queries, heads, levels, points, _ = locations
     return 8 * value[-1] * batch * queries * heads * levels * points
 
@@ -147,20 +145,23 @@ def forward_flops(
 def backward_flops(
     grad: object, value: Sequence[int], shapes: object, locations: Sequence[int], *_: object, **__: object
 ) -> int:
-    """A product with the pixel and one onto its gradient."""
+    """Count twice the forward pass: products with the pixels, and additions to their gradients."""
     return 2 * forward_flops(value, shapes, locations)
 
 
 def ms_deform_attn(
     value: Tensor, spatial_shapes: Shapes, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """Weighted bilinear samples of feature maps (Eq. 3), for every head apart.
+    """Sum weighted bilinear samples of feature maps (Eq. 3) for every head, and return [N, Q, M D].
 
-    value: [N, S, M, D], levels one after the other, row by row. spatial_shapes: (H, W) of each level, plain
-    integers. sampling_locations: [N, Q, M, L, P, 2] x, y in units of the level, 0 and 1 being its edges;
-    pixels outside count as 0. attention_weights: [N, Q, M, L, P], used as they are.
+    Args:
+        value: [N, S, M, D], levels one after the other, row by row.
+        spatial_shapes: (H, W) of each level, plain integers.
+        sampling_locations: [N, Q, M, L, P, 2] x, y in units of the level, whose edges are 0 and 1. Pixels outside are 0.
+        attention_weights: [N, Q, M, L, P], used as they are.
 
-    Returns [N, Q, M D]. RuntimeError: shapes that do not fit each other.
+    Raises:
+        RuntimeError: the shapes do not fit each other.
     """
     locations, weights = full_precision(value, sampling_locations, attention_weights)
     if exporting() or implementation(value.device.type) == 'pytorch':
@@ -170,12 +171,12 @@ def ms_deform_attn(
 
 
 def exporting() -> bool:
-    """Whether a program is being made that others will run: it holds PyTorch's own operators only."""
+    """Return whether the model is being exported: such a program may contain PyTorch's own operators only."""
     return torch.jit.is_tracing() or is_exporting()
 
 
 class MSDeformAttnFunction:
-    """The call of the official extension, for code written for it."""
+    """The interface of the official extension, for code that was written for it."""
 
     @staticmethod
     def apply(
@@ -186,29 +187,26 @@ class MSDeformAttnFunction:
         attention_weights: Tensor,
         im2col_step: int | None = None,
     ) -> Tensor:
-        """`value_level_start_index` follows from the shapes and `im2col_step` has no effect: both are ignored."""
+        """Call the operator. `value_level_start_index` and `im2col_step` are ignored."""
         shapes = as_shapes(value_spatial_shapes)
         return ms_deform_attn(value, shapes, sampling_locations, attention_weights)
 
 
 def as_shapes(spatial_shapes: Tensor | Shapes) -> Shapes:
-    """Plain integers; a tensor on a device is waited for."""
+    """Turn shapes into plain integers. A tensor on a GPU needs a synchronisation."""
     if isinstance(spatial_shapes, Tensor):
         return [(height, width) for height, width in spatial_shapes.tolist()]
     return spatial_shapes
 
 
-# Which implementation a device uses.
-chosen: dict[str, str] = {}
-forced: list[str] = []
+chosen: dict[str, str] = {}  # type of device -> implementation in use
+forced: list[str] = []  # implementations asked for by `use_implementation`, the innermost last
 problems: dict[str, str] = {}  # implementation -> why it is not used
 
 
 @torch.compiler.assume_constant_result
 def implementation(device_type: str) -> str:
-    """Name of the implementation in use on this kind of device; chosen, checked and logged at the first
-    question.
-    """
+    """Return the implementation in use on a type of device. The first call chooses, checks and logs it."""
     if forced:
         return forced[-1]
     if device_type == 'meta':
@@ -220,6 +218,7 @@ def implementation(device_type: str) -> str:
 
 
 def choose(device_type: str) -> str:
+    """Return the best implementation that works on a type of device; record why better ones do not in `problems`."""
     for name in CANDIDATES.get(device_type, ()):
         if name in problems:
             continue
@@ -234,7 +233,7 @@ def choose(device_type: str) -> str:
 
 
 def register(kernels: tuple[Callable, Callable], key: str) -> str | None:
-    """Put kernels behind the operator; None, or why that cannot be."""
+    """Register kernels as the operator's implementation. Return None, or the reason why that is impossible."""
     options = {'allow_override': True} if has_kernel(key) else {}
     try:
         for name, kernel in zip(OPERATORS, kernels, strict=True):
@@ -245,14 +244,14 @@ def register(kernels: tuple[Callable, Callable], key: str) -> str | None:
 
 
 def available(device_type: str) -> list[str]:
-    """Implementations that can run on this kind of device, the one in use first."""
+    """List the implementations that can run on a type of device, the one in use first."""
     first = implementation(device_type)
     others = [name for name in CANDIDATES.get(device_type, ()) if name not in problems]
     return list(dict.fromkeys([first, *others, 'pytorch']))
 
 
 def describe(device_type: str) -> str:
-    """One line: which implementation is in use, and why no better one."""
+    """Say in one line which implementation is in use, and why no better one is."""
     name = implementation(device_type)
     better = CANDIDATES.get(device_type, ())
     skipped = [
@@ -264,7 +263,7 @@ def describe(device_type: str) -> str:
 
 @contextmanager
 def use_implementation(name: str) -> Iterator[None]:
-    """Tests and benchmarks: this implementation, whatever is best. `pytorch`, or what `available` lists."""
+    """Force an implementation that `available` lists, in tests and benchmarks."""
     forced.append(name)
     try:
         yield
@@ -273,16 +272,20 @@ def use_implementation(name: str) -> Iterator[None]:
 
 
 def disagreement(name: str, device_type: str) -> str | None:
-    """Compare with pure PyTorch on a small case with points inside, at the edge and outside; None if equal."""
-    # Whatever the model is called in when it first asks.
+    """Compare with pure PyTorch on a small case with points inside, at the edge and outside.
+
+    Return None if they agree, else the problem.
+    """
+    # The first call of a model may be under inference mode or autocast.
     with torch.inference_mode(False), torch.autocast(device_type, enabled=False):
         return compare_with_pytorch(name, device_type)
 
 
 def compare_with_pytorch(name: str, device_type: str) -> str | None:
+    """Compare output and gradients with pure PyTorch; return None or the problem."""
     generator = torch.Generator().manual_seed(0)
     forward, backward = KERNELS[name]
-    # A decoder of few channels, and an encoder (as many queries as tokens) of 32, for which kernels are specialised.
+    # A decoder of 8 channels, and an encoder (as many queries as tokens) of 32, for which there are special kernels.
     for queries, channels in ((5, 8), (23, 32)):
         shapes = (
             (1, 23, 2, channels),
@@ -302,15 +305,15 @@ def compare_with_pytorch(name: str, device_type: str) -> str | None:
             worst = (
                 torch.stack([(a.cpu() - b).abs().max() / b.abs().max() for a, b in pairs_of]).amax().item()
             )
-        except Exception as error:  # whatever a driver or compiler may raise: there is a way without it
+        except Exception as error:  # whatever a driver or compiler raises, another implementation can run
             return f'failed ({str(error).splitlines()[0] if str(error) else type(error).__name__})'
-        if not worst < 1e-4:  # NaN is not
+        if not worst < 1e-4:  # also true for NaN
             return f'differs from PyTorch by {worst:.1e}'
     return None
 
 
 def load_library() -> None:
-    """Load the compiled kernels, which register themselves for CPU and CUDA."""
+    """Load the compiled kernels, which register themselves for the CPU and CUDA."""
     if not LIBRARY_FILE.is_file():
         problems['cpp'] = problems['cuda'] = 'not built: bash scripts/build_ops.sh'
         return
@@ -330,7 +333,7 @@ def has_kernel(key: str) -> bool:
 
 
 def triton_kernel(name: str) -> Callable:
-    """A function of `models.ops.triton_kernels`, imported when it is called."""
+    """Wrap a function of `models.ops.triton_kernels`, which is imported at the first call."""
 
     def call(*arguments: object) -> object:
         from models.ops import triton_kernels
@@ -344,7 +347,7 @@ def operator(name: str) -> Callable:
     return lambda *arguments: getattr(torch.ops.detr, name)(*arguments)
 
 
-CANDIDATES = {'cpu': ('cpp',), 'cuda': ('cuda', 'triton')}  # best first; `pytorch` is behind all of them
+CANDIDATES = {'cpu': ('cpp',), 'cuda': ('cuda', 'triton')}  # best first; `pytorch` is the last resort of all
 OPERATORS = 'ms_deform_attn', 'ms_deform_attn_backward'
 KERNELS: dict[str, tuple[Callable, Callable]] = {
     'cpp': tuple(operator(name) for name in OPERATORS),
@@ -355,4 +358,4 @@ KERNELS: dict[str, tuple[Callable, Callable]] = {
 load_library()
 if importlib.util.find_spec('triton') is None:
     problems['triton'] = 'not installed'
-implementation('cpu')  # others at their first use: a GPU must not be touched by an import
+implementation('cpu')  # a GPU is asked at its first use, since an import must not touch it

@@ -12,9 +12,9 @@ from util.precision import full_precision
 
 
 def level_sizes(spatial_shapes: Shapes, like: Tensor) -> Tensor:
-    """[L, 2] width and height of each level beside `like`.
+    """Return width and height of each level, [L, 2], on the device of `like`.
 
-    Filled, not copied from the host: nothing waits for the device, and exported programs keep the sizes
+    They are filled in, not copied from the host: this needs no synchronisation, and exported programs keep the sizes
     variable.
     """
     sides = [like.new_full((), side) for height, width in spatial_shapes for side in (width, height)]
@@ -22,10 +22,10 @@ def level_sizes(spatial_shapes: Shapes, like: Tensor) -> Tensor:
 
 
 class MSDeformAttn(nn.Module):
-    """Each query reads `n_points` places of each level and head, around its reference point or inside its
-    reference box.
+    """Attention to `n_points` sampled points per level and head, around a reference point or inside a reference box.
 
-    ValueError: d_model is not a multiple of n_heads.
+    Raises:
+        ValueError: d_model is not a multiple of n_heads.
     """
 
     def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4) -> None:
@@ -45,7 +45,7 @@ class MSDeformAttn(nn.Module):
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        """Points in as many directions as there are heads, one step further each; uniform weights."""
+        """Initialise points along one direction per head, each a step further out, with uniform weights."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angle = torch.arange(self.n_heads, dtype=torch.float32) * (2.0 * math.pi / self.n_heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)
@@ -70,13 +70,16 @@ class MSDeformAttn(nn.Module):
         input_padding_mask: Tensor | None = None,
         sizes: Tensor | None = None,
     ) -> Tensor:
-        """query: [N, Q, C], positions added. reference_points: [N, Q, L, 2] centres or [N, Q, L, 4] boxes
-        cxcywh, in units of the padded image. input_flatten: [N, S, C], without positions.
-        input_spatial_shapes: (H, W) of each level; a tensor is accepted, and waited for.
-        input_padding_mask: [N, S], True = padding. input_level_start_index is not needed. sizes:
-        `level_sizes` of the shapes, where the caller has them already.
+        """Attend, and return [N, Q, C].
 
-        Returns [N, Q, C].
+        Args:
+            query: [N, Q, C], positions added.
+            reference_points: [N, Q, L, 2] centres or [N, Q, L, 4] boxes cxcywh, in units of the padded image.
+            input_flatten: [N, S, C], without positions.
+            input_spatial_shapes: (H, W) of each level. A tensor is accepted, but needs a synchronisation.
+            input_level_start_index: ignored; the official module needs it.
+            input_padding_mask: [N, S], True = padding.
+            sizes: `level_sizes` of the shapes, if the caller has computed them already.
         """
         shapes = as_shapes(input_spatial_shapes)
         value = self.value_proj(input_flatten)
@@ -86,7 +89,7 @@ class MSDeformAttn(nn.Module):
         grid = self.n_heads, self.n_levels, self.n_points
         offsets = self.sampling_offsets(query).unflatten(-1, (*grid, 2))  # [N, Q, M, L, P, 2]
         weights = self.attention_weights(query).unflatten(-1, (self.n_heads, -1))
-        # Over levels and points, in float32 at least; CPUs would compute it in the 16 bits of autocast.
+        # Over levels and points, in float32 at least: autocast on CPUs would compute it in 16 bits.
         weights = F.softmax(weights, dim=-1, dtype=torch.promote_types(weights.dtype, torch.float32))
         weights = weights.unflatten(-1, grid[1:])  # [N, Q, M, L, P]
         locations = self.locations(offsets, reference_points, shapes, sizes)
@@ -95,9 +98,9 @@ class MSDeformAttn(nn.Module):
     def locations(
         self, offsets: Tensor, reference_points: Tensor, shapes: Shapes, sizes: Tensor | None
     ) -> Tensor:
-        """Where to read, [N, Q, M, L, P, 2]: offsets are pixels, or parts of half the reference box.
+        """Compute sampling locations [N, Q, M, L, P, 2]; offsets are pixels, or fractions of half the reference box.
 
-        In float32 at least, though offsets may have 16 bits: these place a pixel, not a point of a whole map.
+        Locations have float32 at least. Offsets may have 16 bits, since they are small numbers.
         """
         reference = full_precision(reference_points)[:, :, None, :, None]  # [N, Q, 1, L, 1, 2 or 4]
         if reference.shape[-1] == 2:
