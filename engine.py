@@ -141,6 +141,11 @@ def build_scheduler(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, [schedule] * len(optimizer.param_groups))
 
 
+def rates_at(scheduler: torch.optim.lr_scheduler.LambdaLR, step: int) -> list[float]:
+    """Return the learning rate of each parameter group at an optimizer step of the run."""
+    return [base * scheduler.lr_lambdas[0](step) for base in scheduler.base_lrs]
+
+
 def describe_rates(args: Namespace, scheduler: torch.optim.lr_scheduler.LambdaLR) -> str:
     """Describe the rates and the schedule in force: those of a resumed checkpoint win over the flags."""
     schedule = scheduler.lr_lambdas[0]

@@ -31,6 +31,7 @@ from engine import (
     describe_rates,
     draw_predictions,
     evaluate,
+    rates_at,
     rehearse,
     train_one_epoch,
 )
@@ -249,7 +250,7 @@ def train(run: Run, first_epoch: int, state: EpochState, checkpoint: dict) -> No
     for epoch in range(first_epoch, args.epochs):
         start = time.perf_counter()
         begin_epoch(run.loaders['train'], epoch, state.step * args.accum_steps)
-        lr, lr_backbone = (group['lr'] for group in run.optimizer.param_groups[:2])
+        lr, lr_backbone, *_ = rates_at(run.scheduler, epoch * run.steps_an_epoch)
         averages = train_one_epoch(
             run.model,
             run.criterion,

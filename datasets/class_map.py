@@ -1,5 +1,6 @@
-"""Which class index of a model stands for which category of the annotations. Nothing else in the code knows
-it.
+"""
+Class indices of a model and the categories of annotations. Nothing else in the code knows how they
+correspond.
 """
 
 from __future__ import annotations
@@ -16,46 +17,46 @@ CLASS_IDS = ('auto', 'contiguous')
 
 @dataclass(frozen=True)
 class ClassMap:
-    """One entry a class index; a name of None marks an index that no category uses."""
+    """Category id and name of every class index; a name of None marks an index that no category uses."""
 
     category_ids: tuple[int, ...]
     names: tuple[str | None, ...]
 
     @property
     def num_classes(self) -> int:
-        """Number of class indices, those without a category included."""
+        """Return the number of class indices, including those without a category."""
         return len(self.category_ids)
 
     @cached_property
     def label_of(self) -> dict[int, int]:
-        """Category id to class index; only ids that are categories."""
+        """Map each category id to its class index; unused indices are left out."""
         pairs = zip(self.category_ids, self.names, strict=True)
         return {category_id: label for label, (category_id, name) in enumerate(pairs) if name is not None}
 
     @classmethod
     def from_categories(cls, categories: list[dict]) -> ClassMap:
-        """Class indices 0..K-1 in ascending order of id; COCO's own 80 ids are kept, with 91 classes."""
+        """Keep COCO's own 80 ids (91 classes); number any other categories 0..K-1 in ascending order of id."""
         if names_by_id(categories).keys() == COCO_IDS:
             return cls.identity(categories)
         return cls.contiguous(categories)
 
     @classmethod
     def contiguous(cls, categories: list[dict]) -> ClassMap:
-        """Class indices 0..K-1 in ascending order of id, COCO's 80 too (mmdetection)."""
+        """Number the categories 0..K-1 in ascending order of id, also COCO's 80 (mmdetection)."""
         names = names_by_id(categories)
         ids = sorted(names)
         return cls(tuple(ids), tuple(names[category_id] for category_id in ids))
 
     @classmethod
     def numbered(cls, categories: list[dict], class_ids: str) -> ClassMap:
-        """The class indices that --class_ids asks for."""
+        """Number the categories as --class_ids asks."""
         if class_ids not in CLASS_IDS:
             raise ValueError(f'--class_ids {class_ids!r} is not known: choose one of {", ".join(CLASS_IDS)}')
         return cls.contiguous(categories) if class_ids == 'contiguous' else cls.from_categories(categories)
 
     @classmethod
     def identity(cls, categories: list[dict]) -> ClassMap:
-        """Class index = category id, as in the official pipeline; max id + 1 classes."""
+        """Use category ids as class indices, as the official pipeline does; this gives max id + 1 classes."""
         names = names_by_id(categories)
         if min(names) < 0:
             raise ValueError(f'category id {min(names)} cannot be a class index; use ids from 0 upwards')
@@ -63,17 +64,17 @@ class ClassMap:
         return cls(ids, tuple(names.get(category_id) for category_id in ids))
 
     def to_dict(self) -> dict[str, list]:
-        """Plain lists, so that a checkpoint that holds it loads with `weights_only=True`."""
+        """Return plain lists, so that a checkpoint that holds them loads with `weights_only=True`."""
         return {'category_ids': list(self.category_ids), 'names': list(self.names)}
 
     @classmethod
     def from_dict(cls, state: dict[str, list]) -> ClassMap:
-        """Inverse of `to_dict`."""
+        """Invert `to_dict`."""
         return cls(tuple(state['category_ids']), tuple(state['names']))
 
 
 def names_by_id(categories: list[dict]) -> dict[int, str]:
-    """Names of COCO-form categories by id; a category without a name is called by its id."""
+    """Return the names of COCO-form categories by id; a category without a name is called by its id."""
     if not categories:
         raise ValueError(
             'there are no categories: the annotations need at least one, {"id": 1, "name": "..."}'

@@ -1,9 +1,9 @@
 """
-Any data set in COCO form, as DETR reads it (arXiv:2005.12872): crowd regions are dropped, boxes clamped to
-the image.
+Any data set in COCO form, read as DETR does (arXiv:2005.12872): crowd regions are dropped, boxes are clamped
+to the image.
 
-Keypoints are not read: no model here uses them. Annotations are kept in a few arrays, which the workers of a
-loader share, instead of millions of Python objects, which every worker would copy.
+Keypoints are not read, because no model here uses them. Annotations are kept in a few arrays that loader
+workers share. Millions of Python objects would be copied by every worker.
 """
 
 import argparse
@@ -38,10 +38,10 @@ MIN_IMAGE_SIDE = 32
 
 @dataclass(frozen=True)
 class Reading:
-    """How an annotation file is read; the defaults are DETR's.
+    """Rules for reading an annotation file; the defaults are DETR's.
 
-    class_ids: which class indices categories get, see `ClassMap.numbered`. drop_tiny: objects narrower or lower than
-    a pixel, and those without area, are left out. min_image_side: images with a smaller side are left out.
+    class_ids: class indices of the categories, see `ClassMap.numbered`. drop_tiny: leave out objects narrower
+    or lower than a pixel, and those without area. min_image_side: leave out images with a smaller side.
     """
 
     class_ids: str = 'auto'
@@ -50,13 +50,13 @@ class Reading:
 
 
 class CocoDetection(ImageDataset):
-    """Item: (uint8 image [3, H, W], target).
+    """Images in COCO form. An item is a uint8 image [3, H, W] and its target.
 
-    Target, in this order: boxes [T, 4] float32 xyxy in pixels (cxcywh in [0, 1] after the transforms), labels
-    [T], masks [T, H, W] if asked for, image_id [1], area [T] float32, iscrowd [T], orig_size and size [2]
-    (height, width).
+    The target has, in this order: boxes [T, 4] float32 xyxy in pixels (cxcywh in [0, 1] after the
+    transforms), labels [T], masks [T, H, W] if asked for, image_id [1], area [T] float32, iscrowd [T],
+    orig_size and size [2] (height, width).
 
-    return_masks: None = if every object has a segmentation.
+    return_masks: None reads masks if every object has a segmentation.
     """
 
     def __init__(
@@ -95,17 +95,17 @@ class CocoDetection(ImageDataset):
 
     @property
     def ground_truth(self) -> Annotations:
-        """The annotation file's content, read when it is first asked for: training never does."""
+        """Return the annotation file's content, which is read at the first call; training never calls this."""
         if self._ground_truth is None:
             self._ground_truth = read_annotations(self.annotation_file)
         return self._ground_truth
 
     def __getstate__(self) -> dict:
-        """Workers that are spawned have no use for the ground truth."""
+        """Leave out the ground truth: spawned workers do not need it."""
         return {**self.__dict__, '_ground_truth': None}
 
     def untransformed(self, idx: int) -> tuple[Tensor, Target]:
-        """The image as it is stored, and its objects."""
+        """Return the image as it is stored, and its objects."""
         image = self._image(idx)
         objects = self._objects[self._starts[idx] : self._starts[idx + 1]]
         return image, make_target(objects, self.ids[idx], *image.shape[1:])
@@ -117,15 +117,17 @@ class CocoDetection(ImageDataset):
         return image
 
     def image_sizes(self) -> np.ndarray:
-        """[N, 2] height and width of all images; only those that the annotations do not tell are opened."""
+        """Return height and width of all images, [N, 2]; only images without a size in the annotations are
+        opened.
+        """
         sizes = self._json_sizes.copy()
         for idx in np.flatnonzero((sizes <= 0).any(axis=1)).tolist():
             sizes[idx] = stored_size(self.image_dir / self._file_names[idx])
         return sizes
 
     def keep_files(self, local_rank: int, local_size: int) -> None:
-        """Read the files of this process's share of a node's images into memory, still compressed; others are
-        added when they are first used.
+        """Read this process's share of a node's files into memory, still compressed. Other files are added
+        when they are first used.
         """
         self._files = {}
         for idx in range(local_rank, len(self), local_size):
@@ -139,8 +141,10 @@ class CocoDetection(ImageDataset):
 
 
 class PackedList:
-    """A list of JSON values in one block of bytes: reading it writes to no shared memory page, as counting
-    references of ordinary Python objects does, so that forked workers go on sharing it.
+    """List of JSON values in one block of bytes.
+
+    Reading it writes to no shared memory page, unlike counting the references of Python objects. Forked
+    workers therefore go on sharing it.
     """
 
     def __init__(self, values: list) -> None:
@@ -157,8 +161,10 @@ class PackedList:
 
 @dataclass(frozen=True)
 class Objects:
-    """T objects as annotations have them. boxes_xywh: [T, 4] float32 in pixels; labels: [T] int64; areas: [T]
-    float32; segmentations: polygons or run lengths, None if masks are not asked for.
+    """T objects as the annotations have them.
+
+    boxes_xywh: [T, 4] float32 in pixels. labels: [T] int64. areas: [T] float32. segmentations: polygons or
+    run lengths; None if masks are not asked for.
     """
 
     boxes_xywh: Tensor
@@ -176,14 +182,14 @@ class Objects:
         )
 
     def __getitem__(self, some: slice) -> 'Objects':
-        """A run of them."""
+        """Return the objects of a slice."""
         rows = range(*some.indices(len(self.labels)))
         segmentations = None if self.segmentations is None else [self.segmentations[row] for row in rows]
         return Objects(self.boxes_xywh[some], self.labels[some], self.areas[some], segmentations)
 
 
 def make_target(objects: Objects, image_id: int, height: int, width: int) -> Target:
-    """The objects that have a box of positive size inside the image; see `CocoDetection`."""
+    """Make the target (see `CocoDetection`) of the objects that have a box of positive size inside the image."""
     boxes_xyxy = objects.boxes_xywh.clone()
     boxes_xyxy[:, 2:] += boxes_xyxy[:, :2]
     boxes_xyxy[:, 0::2].clamp_(0, width)
@@ -204,25 +210,30 @@ def make_target(objects: Objects, image_id: int, height: int, width: int) -> Tar
     return target
 
 
-def check_size(path: object, found: Sequence[int], told: Sequence[int], source: object) -> None:
-    """Raise ValueError where an image's (height, width) is not what its annotations tell; 0 = they do not tell."""
-    (height, width), (told_height, told_width) = found, told
-    if told_height > 0 and told_width > 0 and (height, width) != (told_height, told_width):
+def check_size(path: object, found: Sequence[int], annotated: Sequence[int], source: object) -> None:
+    """Compare an image's (height, width) with that of its annotations, where 0 means unknown.
+
+    Raises:
+        ValueError: the two differ.
+    """
+    (height, width), (expected_height, expected_width) = found, annotated
+    if expected_height > 0 and expected_width > 0 and (height, width) != (expected_height, expected_width):
         raise ValueError(
-            f'{path} is {width} x {height} (width x height), but {source} says {told_width} x {told_height}: '
+            f'{path} is {width} x {height} (width x height), but {source} says {expected_width} x {expected_height}: '
             'the boxes would be wrong; fetch the right image, or store it without EXIF rotation'
         )
 
 
 def objects_in(annotations: list[dict], reading: Reading) -> list[dict]:
-    """Without crowd regions and, if the reading says so, without tiny objects."""
+    """Leave out crowd regions and, if the reading says so, tiny objects."""
     return [a for a in annotations if not a.get('iscrowd') and not (reading.drop_tiny and is_tiny(a))]
 
 
 def objects_by_image(annotations: list[dict], image_ids: list[int]) -> tuple[list[dict], np.ndarray]:
-    """Annotations of these images, in the order of image_ids and then of the file.
+    """Sort annotations by image, in the order of image_ids and then of the file.
 
-    Also the bounds [len(image_ids) + 1]: image i has the objects bounds[i] to bounds[i + 1].
+    Returns:
+        The annotations, and bounds [len(image_ids) + 1]: image i has the objects bounds[i] to bounds[i + 1].
     """
     position = {image_id: idx for idx, image_id in enumerate(image_ids)}
     objects = [a for a in annotations if a['image_id'] in position]
@@ -234,19 +245,23 @@ def objects_by_image(annotations: list[dict], image_ids: list[int]) -> tuple[lis
 
 
 def object_area(annotation: dict) -> float:
-    """The file's own area (for COCO that of the segment), else that of the box."""
+    """Return the file's own area (for COCO that of the segment), or that of the box if there is none."""
     _, _, width, height = annotation['bbox']
     return annotation.get('area', width * height)
 
 
 def is_tiny(annotation: dict) -> bool:
-    """mmdetection's rule, for the box before it is clamped."""
+    """Apply mmdetection's rule to the box before it is clamped."""
     _, _, width, height = annotation['bbox']
     return width < 1 or height < 1 or object_area(annotation) <= 0
 
 
 def large_images(images: list[dict], image_dir: Path, min_side: int) -> list[dict]:
-    """Images whose sides all have min_side pixels. ValueError: there is none."""
+    """Return the images whose sides all have min_side pixels.
+
+    Raises:
+        ValueError: there is none.
+    """
     large = [image for image in images if min(size_of(image, image_dir)) >= min_side]
     if not large:
         raise ValueError(
@@ -257,14 +272,14 @@ def large_images(images: list[dict], image_dir: Path, min_side: int) -> list[dic
 
 
 def size_of(image: dict, image_dir: Path) -> tuple[int, int]:
-    """(height, width) by the annotations, or by the image's own header where they do not tell."""
+    """Return (height, width) from the annotations, or from the image's header if they have no size."""
     if image.get('height') and image.get('width'):
         return image['height'], image['width']
     return stored_size(image_dir / image['file_name'])
 
 
 def rasterize(segmentation: list | dict, height: int, width: int) -> Tensor:
-    """uint8 [height, width]: union of polygons, or a run-length mask, compressed or not."""
+    """Draw the union of polygons, or a run-length mask (compressed or not), as uint8 [height, width]."""
     if isinstance(segmentation, dict):
         if list(segmentation['size']) != [height, width]:
             raise ValueError(
@@ -283,7 +298,7 @@ def rasterize(segmentation: list | dict, height: int, width: int) -> Tensor:
 
 
 def reading_of(image_set: str, args: argparse.Namespace) -> Reading:
-    """How --aug and --class_ids want annotations to be read."""
+    """Return the rules of reading that --aug and --class_ids ask for."""
     reading = Reading(getattr(args, 'class_ids', 'auto'))
     if args.aug in MMDETECTION:
         min_side = MIN_IMAGE_SIDE if image_set == 'train' else 0
@@ -292,7 +307,7 @@ def reading_of(image_set: str, args: argparse.Namespace) -> Reading:
 
 
 def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> CocoDetection:
-    """The 'train' or 'val' part named by the arguments; see `find_files` for where it is looked for."""
+    """Build the 'train' or 'val' part named by the arguments; `find_files` says where its files are looked for."""
     files, reading = find_files(image_set, args), reading_of(image_set, args)
     mix = build_mix(image_set, args)
     masks = None if mix else False
@@ -308,33 +323,33 @@ def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None =
 
 
 def find_files(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:
-    """Image folder and annotation file: explicit paths, else the first of the usual places under
-    --coco_path.
+    """Return image folder and annotation file: explicit paths, else the first usual paths under --coco_path
+    that exist.
     """
     if image_set not in ('train', 'val'):
         raise ValueError(f'image_set {image_set!r} is not known: choose train or val')
     names = (f'{image_set}2017', image_set)
     folders = [folder for name in names for folder in (name, f'images/{name}')]
     files = [f'annotations/instances_{name}.json' for name in names]
-    image_dir = find_place(
+    image_dir = find_path(
         args.coco_path, getattr(args, f'{image_set}_images'), folders, f'--{image_set}_images'
     )
-    annotation_file = find_place(
+    annotation_file = find_path(
         args.coco_path, getattr(args, f'{image_set}_ann'), files, f'--{image_set}_ann'
     )
     return image_dir, annotation_file
 
 
-def find_place(root: str | None, explicit: str | None, usual: list[str], option: str) -> Path:
+def find_path(root: str | None, explicit: str | None, usual: list[str], option: str) -> Path:
     if explicit is not None:
         if not Path(explicit).exists():
             raise FileNotFoundError(f'{option} {explicit} does not exist: check the path')
         return Path(explicit)
     if root is None:
         raise ValueError(f'where is the data? Give --coco_path (a folder in a usual layout) or {option}')
-    places = [Path(root) / place for place in usual]
-    for place in places:
-        if place.exists():
-            return place
-    tried = ', '.join(map(str, places))
+    paths = [Path(root) / name for name in usual]
+    for path in paths:
+        if path.exists():
+            return path
+    tried = ', '.join(map(str, paths))
     raise FileNotFoundError(f'none of {tried} exists: check --coco_path, or give {option}')

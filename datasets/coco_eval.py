@@ -1,9 +1,9 @@
 """
-COCO's twelve numbers, and AP by class, for boxes and masks (pycocotools' definitions; hotcoco gives the same,
-faster).
+COCO's twelve numbers, and AP by class, for boxes and masks. The definitions are pycocotools'; hotcoco gives
+the same numbers faster.
 
-Only images that were handed in are evaluated, each once, whatever the batches, their order and the
-processes.
+Only images that were passed to `update` are evaluated, each once. Batches, their order and the number of
+processes do not matter.
 """
 
 import contextlib
@@ -27,17 +27,18 @@ ALL_AREAS, MOST_DETECTIONS, IOU_50, IOU_75 = 0, 2, 0, 5  # indices into the eval
 
 @dataclass
 class Summary:
-    """stats: twelve numbers in [0, 1] in the order of STAT_NAMES, -1 where there was no object to find.
+    """Result of an evaluation.
 
-    per_class: a dict a category with name, AP, AP50, AP75, AR100 (-1 without objects) and the number of its
-    objects, crowd regions left out.
+    stats: twelve numbers in [0, 1] in the order of STAT_NAMES, -1 where there was no object to find.
+    per_class: one dict per category with name, AP, AP50, AP75, AR100 (-1 without objects) and the number of
+    its objects without crowd regions.
     """
 
     stats: list[float]
     per_class: list[dict]
 
     def table(self) -> str:
-        """Readable text: a line for every class, and one for all."""
+        """Return text with one line per class and one for all classes."""
         names = [str(row['name']) for row in self.per_class]
         wide = max([len(name) for name in [*names, 'class', 'all']])
         columns = ('AP', 'AP50', 'AP75', 'AR100')
@@ -64,7 +65,9 @@ class Evaluator(Protocol):
 
 
 class CocoEvaluator:
-    """Collects predictions, then evaluates them all at once; labels become category ids by the class map."""
+    """Evaluator that collects predictions and scores them all at once; labels become category ids by the
+    class map.
+    """
 
     def __init__(
         self,
@@ -82,10 +85,10 @@ class CocoEvaluator:
         self.detections: dict[int, Detections] = {}
 
     def update(self, predictions: dict[int, dict]) -> None:
-        """predictions: image id to {'scores' [N], 'labels' [N], 'boxes' [N, 4] xyxy in pixels}, for masks
-        also 'masks' [N, 1, H, W] (above 0.5 is object) or 'segmentation', a list of N run-length masks.
+        """Add predictions. Only the first prediction for an image counts.
 
-        Only the first prediction for an image counts.
+        predictions: image id to {'scores' [N], 'labels' [N], 'boxes' [N, 4] xyxy in pixels}. For masks it
+        also holds 'masks' [N, 1, H, W] (above 0.5 is object) or 'segmentation', a list of N run-length masks.
         """
         for image_id, prediction in predictions.items():
             image_id = int(image_id)
@@ -99,8 +102,8 @@ class CocoEvaluator:
                 )
 
     def synchronize_between_processes(self) -> None:
-        """Afterwards every process has the predictions of all, each image once: the copy of the lowest
-        rank.
+        """Gather the predictions of all ranks on every rank; of an image seen twice the lowest rank's copy
+        stays.
         """
         merged: dict[int, Detections] = {}
         for detections in all_gather_object(self.detections):
@@ -108,7 +111,7 @@ class CocoEvaluator:
         self.detections = merged
 
     def summarize(self) -> dict[str, Summary]:
-        """The result for every iou type, of the images that were handed in."""
+        """Evaluate the images that were passed to `update`, once for every IoU type."""
         results = {}
         for iou_type in self.iou_types:
             truth = prepare_ground_truth(self.ground_truth, set(self.detections), iou_type)
@@ -119,9 +122,9 @@ class CocoEvaluator:
 
 @dataclass
 class Detections:
-    """What one image's prediction says, N detections with a category each.
+    """N detections in one image, each with a category.
 
-    rows: [N, 6] float64 of x, y, width, height, score, category id; masks: run lengths, if masks are
+    rows: [N, 6] float64 of x, y, width, height, score, category id. masks: run lengths, if masks are
     evaluated.
     """
 
@@ -130,7 +133,7 @@ class Detections:
 
 
 def choose_backend(backend: str) -> str:
-    """'auto' is hotcoco where it is installed, else pycocotools."""
+    """Resolve 'auto': hotcoco if it is installed, else pycocotools."""
     if backend not in BACKENDS:
         raise ValueError(f'evaluation backend {backend!r} is not known: choose one of {", ".join(BACKENDS)}')
     if backend == 'auto':
@@ -139,7 +142,7 @@ def choose_backend(backend: str) -> str:
 
 
 def read_prediction(prediction: dict, class_map: ClassMap, with_masks: bool) -> Detections:
-    """Detections of real categories; class indices that no category uses are dropped."""
+    """Keep detections of real categories; class indices that no category uses are dropped."""
     if not prediction:
         return Detections(np.zeros((0, 6)), [] if with_masks else None)
     labels = prediction['labels'].tolist()
@@ -164,17 +167,17 @@ def read_prediction(prediction: dict, class_map: ClassMap, with_masks: bool) -> 
 
 
 def encode_masks(masks: Tensor) -> list[dict]:
-    """[N, 1, H, W] to COCO's compressed run lengths."""
+    """Encode masks [N, 1, H, W] as COCO's compressed run lengths."""
     binary = (masks[:, 0] > 0.5).cpu().numpy().astype(np.uint8)
     encoded = [coco_mask.encode(np.asfortranarray(mask)) for mask in binary]
     return [{'size': rle['size'], 'counts': rle['counts'].decode()} for rle in encoded]
 
 
 def prepare_ground_truth(ground_truth: dict, image_ids: set[int], iou_type: str) -> dict:
-    """Copy of the chosen images' part, with what the evaluators insist on.
+    """Copy the annotations of the chosen images, in the form that the evaluators need.
 
-    Ids are counted anew from 1, since they take an object of id 0 for no match at all. Without iscrowd an
-    object is none; without area it is the box's.
+    Ids are counted anew from 1, because the evaluators treat an object of id 0 as unmatched. A missing
+    iscrowd counts as 0, a missing area as that of the box.
     """
     annotations: list[dict] = []
     for annotation in ground_truth['annotations']:
@@ -205,7 +208,7 @@ def require_segmentation(annotation: dict) -> list | dict:
 
 
 def result_rows(detections: dict[int, Detections], iou_type: str) -> np.ndarray | list[dict]:
-    """Boxes: [N, 7] of image id, x, y, width, height, score, category id. Masks: COCO's result dicts."""
+    """Return boxes as [N, 7] of image id, x, y, width, height, score, category id; masks as COCO's result dicts."""
     if iou_type == 'bbox':
         parts = [np.insert(one.rows, 0, image_id, axis=1) for image_id, one in sorted(detections.items())]
         return np.concatenate([np.zeros((0, 7)), *parts])
@@ -219,10 +222,11 @@ def result_rows(detections: dict[int, Detections], iou_type: str) -> np.ndarray 
 def evaluate(
     truth: dict, rows: np.ndarray | list[dict], iou_type: str, backend: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Precision [10 IoU, 101 recall, K, 4 areas, 3 maxima] and recall [10, K, 4, 3]; -1 where there is no
-    object.
+    """Evaluate all detections; nothing is printed.
 
-    K: the categories in ascending order of id. Nothing is printed.
+    Returns:
+        Precision [10 IoU, 101 recall, K, 4 areas, 3 maxima] and recall [10, K, 4, 3], -1 where there is no
+            object. K are the categories in ascending order of id.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         if backend == 'hotcoco':
@@ -257,7 +261,7 @@ def pycocotools_evaluator(truth: dict, rows: np.ndarray | list[dict], iou_type: 
 
 
 def summarize_arrays(truth: dict, precision: np.ndarray, recall: np.ndarray) -> Summary:
-    """The official averages over what is defined, -1 where nothing is."""
+    """Average what is defined, as the official code does; -1 where nothing is."""
     stats = [
         mean_defined(precision[..., ALL_AREAS, MOST_DETECTIONS]),
         mean_defined(precision[IOU_50, ..., ALL_AREAS, MOST_DETECTIONS]),
@@ -279,7 +283,7 @@ def summarize_arrays(truth: dict, precision: np.ndarray, recall: np.ndarray) -> 
 
 
 def class_summary(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
-    """precision [10, 101, 4, 3] and recall [10, 4, 3] of one category."""
+    """Average precision [10, 101, 4, 3] and recall [10, 4, 3] of one category."""
     precision = precision[..., ALL_AREAS, MOST_DETECTIONS]
     return {
         'AP': mean_defined(precision),

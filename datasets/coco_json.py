@@ -1,6 +1,6 @@
 """
-Reading and checking annotation files in COCO form: one clear error at the start instead of a strange one in
-epoch three.
+Reading and checking annotation files in COCO form, so that bad data gives a clear error at the start of a
+run.
 
 Legal, as in the official pipeline: boxes of no size, boxes that leave the image, images without objects.
 """
@@ -17,7 +17,7 @@ Annotations = dict[str, list[dict]]
 
 
 def read_annotations(file: str | os.PathLike[str]) -> Annotations:
-    """The file's content, with its three lists present; nothing else is checked."""
+    """Return the file's content after checking that its three lists are present."""
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f'annotation file {file} does not exist: check the path')
@@ -36,7 +36,11 @@ def read_annotations(file: str | os.PathLike[str]) -> Annotations:
 def check_annotations(
     data: Annotations, file: str | os.PathLike[str], class_map: ClassMap | None = None
 ) -> None:
-    """Raise ValueError, naming the file, for the first thing that cannot be trained on or evaluated."""
+    """Check that the annotations can be trained on and evaluated.
+
+    Raises:
+        ValueError: something cannot; the message names the file and the first problem.
+    """
     try:
         categories = names_by_id(data['categories'])
         if class_map is not None:
@@ -52,8 +56,8 @@ def check_annotations(
 
 
 def check_categories(categories: dict[int, str], class_map: ClassMap) -> None:
-    """Every category must be one of the class map (of the training part, or of a checkpoint), by id and by
-    name.
+    """Require every category in the class map (of the training part, or of a checkpoint), with the same id
+    and name.
     """
     for category_id, name in categories.items():
         label = class_map.label_of.get(category_id)
@@ -66,7 +70,7 @@ def check_categories(categories: dict[int, str], class_map: ClassMap) -> None:
 
 
 def check_images(images: list[dict]) -> set[int]:
-    """The ids of the images."""
+    """Check the list of images and return their ids."""
     if not images:
         raise ValueError('"images" is empty: there is nothing to train on or to evaluate')
     ids: set[int] = set()
@@ -83,7 +87,7 @@ def check_images(images: list[dict]) -> set[int]:
 
 
 def annotation_problem(annotation: dict, image_ids: set[int], category_ids: Collection[int]) -> str | None:
-    """What is wrong with it and what to do, or None."""
+    """Return what is wrong with an annotation and how to correct it, or None."""
     if annotation.get('image_id') not in image_ids:
         return 'belongs to an image that "images" does not list: add the image or remove the annotation'
     category_id = annotation.get('category_id')
@@ -112,7 +116,7 @@ def shorten(ids: Iterable[int], most: int = 10) -> str:
 
 
 def check_segmentations(annotations: list[dict], file: str | os.PathLike[str]) -> None:
-    """Every object needs polygons or run lengths; raise ValueError otherwise."""
+    """Raise ValueError for an object without polygons or run lengths."""
     for annotation in annotations:
         if not annotation.get('segmentation'):
             raise ValueError(
@@ -122,7 +126,7 @@ def check_segmentations(annotations: list[dict], file: str | os.PathLike[str]) -
 
 
 def check_files(images: list[dict], image_dir: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
-    """Raise FileNotFoundError when an image of the file is not in the folder; each folder is listed once."""
+    """Raise FileNotFoundError if an image of the file is not in the folder; each folder is listed once."""
     image_dir = Path(image_dir)
     if not image_dir.is_dir():
         raise FileNotFoundError(f'image folder {image_dir} does not exist: check the path')

@@ -1,8 +1,8 @@
 """
-Large-scale jitter with copy-paste (arXiv:2012.07177), as Co-DETR's LSJ recipes train. Training only: evaluation is
-`datasets.transforms.FitSquare`.
+Large-scale jitter with copy-paste (arXiv:2012.07177), as Co-DETR's LSJ recipes train. Evaluation uses
+`datasets.transforms.FitSquare` instead.
 
-Where targets have masks, boxes are the extent of what is seen of an object; without masks nothing is pasted, and
+If targets have masks, a box is the extent of an object's visible part. Without masks nothing is pasted, and
 boxes are cut by the crop.
 """
 
@@ -36,16 +36,19 @@ TRIES = 100
 
 
 class LargeScaleJitter:
-    """An image of size x size pixels: scaled, cropped, flipped, padded, and with objects of a second one in it.
+    """Scaling, cropping, flipping and padding to size x size pixels, and pasting objects of a second image.
 
-    Targets lose their masks here: only this step reads them.
+    Targets lose their masks here, because no later step reads them.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def __call__(self, image: Tensor, target: Target, random_item: Callable[[], Sample]) -> Sample:
-        """random_item: gives the second image, and one in place of an image whose objects all vanish."""
+        """Jitter an image and paste objects into it.
+
+        random_item: returns the second image, and a replacement for an image whose objects all vanish.
+        """
         image, target = self.jittered(image, target, random_item)
         if 'masks' not in target:
             return image, target
@@ -54,7 +57,11 @@ class LargeScaleJitter:
         return image, {key: value for key, value in target.items() if key != 'masks'}
 
     def jittered(self, image: Tensor, target: Target, random_item: Callable[[], Sample]) -> Sample:
-        """ValueError: image after image loses its objects."""
+        """Jitter an image, or a replacement if it loses all its objects.
+
+        Raises:
+            ValueError: TRIES images in turn lose their objects.
+        """
         for _ in range(TRIES):
             sample = jitter(image, target, self.size)
             if sample is not None:
@@ -67,9 +74,10 @@ class LargeScaleJitter:
 
 
 def jitter(image: Tensor, target: Target, size: int) -> Sample | None:
-    """One image in a square of size x size pixels; None if no object that is in the crop has a box left.
+    """Jitter one image into a square of size x size pixels.
 
-    A crop without objects is a result like others.
+    Returns None if the crop has objects, but none of them keeps a box. A crop without objects is a valid
+    result.
     """
     limit = max(1, int(size * random.uniform(*SCALES)))
     image, target = rescale(image, target, limit, limit)
@@ -85,13 +93,13 @@ def jitter(image: Tensor, target: Target, size: int) -> Sample | None:
 
 
 def fit_to_masks(target: Target) -> Target:
-    """Copy of the target with the boxes of its masks; as in `crop`, areas are those of the boxes."""
+    """Copy the target with the boxes of its masks; areas are those of the boxes, as in `crop`."""
     boxes_xyxy = mask_extents(target['masks'])
     return {**target, 'boxes': boxes_xyxy, 'area': box_area(boxes_xyxy)}
 
 
 def mask_extents(masks: Tensor) -> Tensor:
-    """Boxes [T, 4] float32 xyxy at pixel edges of masks [T, H, W] bool; zeros for an empty mask."""
+    """Return boxes [T, 4] float32 xyxy at pixel edges of masks [T, H, W] bool; zeros for an empty mask."""
     pixels = masks.view(torch.uint8)  # torch reduces bytes many times faster than bools
     sides = []
     for line in (pixels.amax(dim=1), pixels.amax(dim=2)):  # [T, W], [T, H]
@@ -101,17 +109,17 @@ def mask_extents(masks: Tensor) -> Tensor:
 
 
 def pick(target: Target) -> Target:
-    """Copy of the target with 0 to MAX_PASTED of its objects; how many, and which, is drawn."""
+    """Copy the target with 0 to MAX_PASTED of its objects, drawn at random."""
     objects = len(target['boxes'])
     count = random.randint(0, min(objects, MAX_PASTED))
     return keep_objects(target, torch.randperm(objects)[:count])
 
 
 def paste(image: Tensor, target: Target, source: Tensor, source_target: Target) -> Sample:
-    """Put all objects of a source of the same size over the image, by their masks.
+    """Paste all objects of a source of the same size over the image, by their masks.
 
-    An object stays if enough is seen of it: no side of its box moves far, or many pixels are left; not if nothing is
-    left (the official code would keep a small one with a box of no size).
+    An object stays if no side of its box moves far, or if many of its pixels are left. It is dropped if no
+    pixel is left; the official code would keep a small one with a box of no size.
     """
     if not len(source_target['boxes']):
         return image, target
@@ -126,5 +134,5 @@ def paste(image: Tensor, target: Target, source: Tensor, source_target: Target) 
 
 
 def build_mix(image_set: str, args: argparse.Namespace) -> LargeScaleJitter | None:
-    """What --aug asks for beyond transforms of one image."""
+    """Build the step that mixes images, if --aug has one."""
     return LargeScaleJitter(args.lsj_size) if image_set == 'train' and args.aug == 'lsj' else None

@@ -1,4 +1,4 @@
-"""Declare the flags of data: where they lie, how images are prepared, how batches are made; and refuse what cannot be."""
+"""Declare the flags of data (paths, image preparation, batches) and refuse impossible combinations."""
 
 from argparse import ArgumentParser, Namespace
 
@@ -122,7 +122,7 @@ def check_data_args(args: Namespace) -> None:
 
 
 def check_shard_args(split: str, args: Namespace) -> None:
-    """Refuse what makes no sense with shards of the 'train' or 'val' part."""
+    """Refuse flags that contradict shards of the 'train' or 'val' part."""
     flag = f'--{split}_shards'
     if args.dataset_file != 'coco':
         raise ValueError(f'{flag} holds data in COCO form: leave --dataset_file {args.dataset_file} out')

@@ -1,4 +1,4 @@
-"""The contract of a data set of images. Whoever adds one reads this file."""
+"""Base class of all data sets of images: what a new data set must provide."""
 
 import random
 from abc import ABC, abstractmethod
@@ -22,7 +22,7 @@ Mix = Callable[[Tensor, Target, Callable[[], Sample]], Sample]
 
 
 def loader_options(num_workers: int) -> dict[str, Any]:
-    """What all loaders of images have in common."""
+    """Return the DataLoader options that all loaders of images share."""
     return {
         'num_workers': num_workers,
         'collate_fn': collate_fn,
@@ -33,10 +33,12 @@ def loader_options(num_workers: int) -> dict[str, Any]:
 
 
 class ImageDataset(Dataset[Sample], ABC):
-    """Images with objects. An item is what `untransformed` gives, after `mix`, if there is one, and `transforms`.
+    """Images with objects. An item is the result of `untransformed`, changed by `mix` (if there is one) and
+    by `transforms`.
 
-    A subclass sets `ids` and `class_map`, and defines the abstract members; `datasets.build_dataset` refuses one that does not.
-    All randomness depends on (seed, epoch, index) only, whatever the number of loader workers.
+    A subclass sets `ids` and `class_map`, and defines the abstract members; `datasets.build_dataset` refuses
+    one that does not. All randomness depends on (seed, epoch, index) only, whatever the number of loader
+    workers.
     """
 
     ids: list[int]  # of the images, unique
@@ -60,7 +62,7 @@ class ImageDataset(Dataset[Sample], ABC):
     @property
     @abstractmethod
     def ground_truth(self) -> Annotations:
-        """Annotations in COCO form, which evaluation compares with."""
+        """Return the annotations in COCO form that evaluation compares with."""
 
     def keep_files(self, local_rank: int, local_size: int) -> None:
         """Keep this process's share of the compressed files in memory (`--cache_mode`).
@@ -74,7 +76,7 @@ class ImageDataset(Dataset[Sample], ABC):
         return len(self.ids)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the random numbers of an epoch; reaches running workers too."""
+        """Set the epoch that seeds the random numbers; running workers see it too."""
         self._epoch.fill_(epoch)
 
     def __getitem__(self, idx: int) -> Sample:
@@ -82,7 +84,10 @@ class ImageDataset(Dataset[Sample], ABC):
         return self.transformed(idx, partial(self.untransformed, idx), self.random_item)
 
     def transformed(self, idx: int, item: Callable[[], Sample], random_item: Callable[[], Sample]) -> Sample:
-        """Image idx by its own random numbers, from where its untransformed item and that of any other come."""
+        """Return image idx after mix and transforms, under the seed of (seed, epoch, idx).
+
+        item: returns the untransformed image. random_item: returns any other one, for `mix`.
+        """
         with local_seed(self.seed, int(self._epoch), idx):
             image, target = item()
             if self.mix is not None:
@@ -90,8 +95,10 @@ class ImageDataset(Dataset[Sample], ABC):
             return (image, target) if self.transforms is None else self.transforms(image, target)
 
     def drawn_size(self, idx: int, epoch: int, original: Iterable[int]) -> tuple[int, int]:
-        """(height, width) that image `idx` will have in that epoch, from its `original` one; nothing is read: the
-        transforms act on an image without pixels. Not for data sets that mix images.
+        """Return the (height, width) that image `idx` will have in an epoch, given its `original` size.
+
+        The transforms act on an image without pixels, so nothing is read. Data sets that mix images do not
+        support this.
         """
         assert self.transforms is not None
         with local_seed(self.seed, epoch, idx):
@@ -101,5 +108,5 @@ class ImageDataset(Dataset[Sample], ABC):
         return height, width
 
     def random_item(self) -> Sample:
-        """Any image, untransformed; drawn from Python's `random`."""
+        """Return any image, untransformed, drawn from Python's `random`."""
         return self.untransformed(random.randrange(len(self)))

@@ -1,5 +1,6 @@
-"""Image files to uint8 RGB tensors. EXIF rotation is ignored, because COCO's boxes are drawn on the stored
-pixels.
+"""
+Decode image files to uint8 RGB tensors. EXIF rotation is ignored, because COCO's boxes are drawn on the
+stored pixels.
 """
 
 import io
@@ -18,29 +19,31 @@ JPEG_START = b'\xff\xd8\xff'
 
 
 def read_image(path: str | os.PathLike[str]) -> Tensor:
-    """uint8 [3, H, W]; every mode that Pillow knows becomes RGB, 16-bit grey by its upper byte.
+    """Read an image as uint8 [3, H, W]; all modes of Pillow become RGB, 16-bit grey by its upper byte.
 
-    The three values of a pixel lie side by side in memory (the strides of a permuted [H, W, 3]).
-    Raises ValueError with the file's name when it is no whole image.
+    The three values of a pixel are adjacent in memory (the strides of a permuted [H, W, 3]).
+
+    Raises:
+        ValueError: the file is not a whole image; the message names it.
     """
     return decode_file(path, Path(path).read_bytes())
 
 
 def decode_file(path: str | os.PathLike[str], data: bytes) -> Tensor:
-    """As `read_image`, where the file's bytes are at hand."""
+    """Decode a file's bytes as `read_image` does; `path` is for messages only."""
     with naming(path):
         return decode(data)
 
 
 def stored_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(height, width) from the file's header; nothing is decoded."""
+    """Return (height, width) from the file's header; nothing is decoded."""
     with naming(path), PIL.Image.open(path) as image:
         return image.height, image.width
 
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What goes wrong inside with an image becomes a ValueError with the file's name."""
+    """Turn an image error inside the block into a ValueError that names the file."""
     try:
         yield
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
@@ -48,8 +51,8 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def decode(data: bytes) -> Tensor:
-    """JPEG through torchvision (the same pixels, faster); everything else, and what it refuses, through
-    Pillow.
+    """Decode JPEGs with torchvision (equal pixels, faster). Pillow decodes other formats and what torchvision
+    refuses.
     """
     if data.startswith(JPEG_START):
         try:

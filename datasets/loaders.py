@@ -1,4 +1,4 @@
-"""Data sets of a run and their batches: the classes are settled once, and every process gets its share."""
+"""Data sets of a run and their batches. Classes are set once; every rank gets its share of the batches."""
 
 from argparse import Namespace
 
@@ -21,10 +21,12 @@ from util.distributed.collectives import get_local_rank, get_local_size, get_ran
 
 
 def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, ImageDataset]:
-    """Training and validation images, with the same class indices; only those that the run will read.
+    """Build the data sets that the run will read, with the same class indices.
 
-    class_map: that of the checkpoint in use, None if it has none. ValueError: --resume of a checkpoint with
-    other classes.
+    class_map: classes of the checkpoint in use, None if it has none.
+
+    Raises:
+        ValueError: --resume or --eval of a checkpoint with other classes.
     """
     if args.eval:
         datasets = {'val': build_dataset('val', args, class_map)}
@@ -53,8 +55,8 @@ def describe(class_map: ClassMap) -> str:
 
 
 def build_loader(dataset: ImageDataset, split: str, args: Namespace) -> DataLoader:
-    """Batches of a data set; this process's share of them. Its length is that of a whole epoch, wherever the epoch is
-    resumed (`begin_epoch`).
+    """Build the loader of this rank's batches. Its length is that of a whole epoch, even if the epoch is
+    resumed in the middle (`begin_epoch`).
     """
     train = split == 'train'
     if isinstance(dataset, ShardedCoco):
@@ -72,7 +74,7 @@ def build_loader(dataset: ImageDataset, split: str, args: Namespace) -> DataLoad
 
 
 def build_batches(dataset: ImageDataset, train: bool, args: Namespace) -> Sampler[list[int]]:
-    """This process's batches of an epoch, each a list of images."""
+    """Build the batch sampler of this rank; a batch is a list of image indices."""
     replica, share = (get_world_size(), get_rank()), (0, 1)
     if args.cache_mode:
         share = get_local_rank(), get_local_size()
@@ -93,7 +95,9 @@ def build_batches(dataset: ImageDataset, train: bool, args: Namespace) -> Sample
 
 
 def begin_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
-    """The next pass over a training loader is that of this epoch, from this batch on; what is skipped is not read."""
+    """Set the epoch of a training loader's next pass, and the batch with which it begins. Skipped batches are
+    not read.
+    """
     dataset, batches = loader.dataset, loader.batch_sampler
     if isinstance(dataset, ShardStream):
         dataset.set_epoch(epoch)
@@ -105,8 +109,10 @@ def begin_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
 
 
 def worst_batch(dataset: ImageDataset, batch_size: int, one_size: bool) -> tuple[tuple[int, int], int]:
-    """Height and width of the largest batch that training can meet, and the most objects of an image. The sizes are the
-    largest of a few thousand drawn ones; one_size: all images of a batch have about the same.
+    """Return (height, width) of the largest batch that training can meet, and the most objects of an image.
+
+    The sizes are the largest of a few thousand drawn ones. one_size: all images of a batch have about the
+    same size.
     """
     if dataset.mix is not None:
         height, width = dataset[0][0].shape[-2:]

@@ -1,7 +1,9 @@
 """
-Which images a process sees, as in Deformable DETR's code and mmdetection, and which of them make a batch. PyTorch's own
-sampler deals images out one by one and is used for training; these keep runs of them, those that a node's process
-holds in memory, those that are wider than high together, or those that will have about the same size.
+Samplers of images per rank, and of batches, as in Deformable DETR's code and mmdetection.
+
+PyTorch's DistributedSampler, the default of training, deals images out one by one. These samplers keep images
+together: consecutive ones, those in one node's memory, those of the same orientation, or those of about the
+same size.
 """
 
 import math
@@ -18,8 +20,8 @@ WINDOW = 64  # steps whose images are sorted by size together
 
 
 class ChunkSampler(Sampler[int]):
-    """Each process takes one run of the (shuffled) images; the first ones come again where they do not divide
-    evenly.
+    """Sampler of one consecutive run of the (shuffled) images per rank. If they do not divide evenly, the
+    first ones are repeated.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class ChunkSampler(Sampler[int]):
         self.epoch = epoch
 
     def order(self) -> list[int]:
-        """All images, the same on every process."""
+        """Return all images in the order of the epoch, the same on every rank."""
         if not self.shuffle:
             return list(range(len(self.dataset)))
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -53,10 +55,10 @@ class ChunkSampler(Sampler[int]):
 
 
 class NodeSampler(ChunkSampler):
-    """A process sees only images whose index leaves its own remainder, so that a node keeps each image once
+    """Sampler that splits images over the ranks of a node by index, so that a node keeps each image once
     (`--cache_mode`).
 
-    local_rank, local_size: place of the process on its node, and processes there.
+    local_rank, local_size: rank of the process on its node, and number of processes there.
     """
 
     def __init__(
@@ -81,14 +83,14 @@ class NodeSampler(ChunkSampler):
 
 
 class AspectSampler(ChunkSampler):
-    """Batches of images that are all wider than high, or all not: less of a batch is padding.
+    """Sampler of batches whose images are all wider than high, or all not, which reduces padding.
 
-    As in mmdetection, a kind that does not fill its batches on all processes begins again: every image is seen in
-    every epoch, some twice (more often where a kind has few), and all processes have as many batches. Batches of both
-    kinds come in random order.
+    As in mmdetection, a kind that does not fill its batches on all ranks starts again. Every image is seen in
+    every epoch, some twice (more often if a kind has few), and all ranks have equally many batches. Batches
+    of both kinds come in random order.
 
-    sizes: [N, 2] height and width of the images. local_rank, local_size: with --cache_mode, as for `NodeSampler`;
-    where a process holds no image of a kind that others hold, it takes theirs.
+    sizes: [N, 2] height and width of the images. local_rank, local_size: with --cache_mode, as for
+    `NodeSampler`; a rank that holds no image of a kind takes those of other ranks.
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class AspectSampler(ChunkSampler):
         return iter([index for run in mixed[self.rank // self.local_size :: self.nodes] for index in run])
 
     def runs(self, order: list[int], kind: bool) -> list[list[int]]:
-        """Batches of one kind for the processes that hold the same share, one a node."""
+        """Return batches of one kind for the ranks that hold the same share, one per node."""
         images = [index for index in order if self.wide[index] == kind]
         held = [index for index in images if index % self.local_size == self.local_rank] or images
         endless = cycle(held)
@@ -129,7 +131,7 @@ class AspectSampler(ChunkSampler):
 
 
 class EpochBatches(Sampler[list[int]]):
-    """Batches of the images that a sampler gives to a process."""
+    """Batches of the images that a sampler gives to a rank."""
 
     def __init__(
         self, sampler: ChunkSampler | DistributedSampler[int], batch_size: int, drop_last: bool
@@ -142,7 +144,7 @@ class EpochBatches(Sampler[list[int]]):
         return len(self.batches)
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """Choose the order of an epoch, and the batch to begin with."""
+        """Set the epoch, and the batch with which it begins."""
         self.sampler.set_epoch(epoch)
         self.first = first
 
@@ -151,8 +153,10 @@ class EpochBatches(Sampler[list[int]]):
 
 
 class EvalBatches(Sampler[list[int]]):
-    """The same batches for any number of processes, images in order: padding depends on what shares a batch, and the
-    metrics shall not. A process takes a run of batches; where they do not divide evenly, runs overlap.
+    """Batches of images in order, the same for any number of ranks.
+
+    Padding depends on which images share a batch, and metrics must not depend on the number of ranks. A rank
+    takes consecutive batches; if they do not divide evenly, ranks overlap.
     """
 
     def __init__(self, num_images: int, batch_size: int, num_replicas: int, rank: int) -> None:
@@ -165,7 +169,7 @@ class EvalBatches(Sampler[list[int]]):
         return self.share
 
     def images(self) -> range:
-        """All of this process, in order."""
+        """Return all images of this rank, in order."""
         behind = (self.first + self.share) * self.batch_size
         return range(self.first * self.batch_size, min(behind, self.num_images))
 
@@ -176,12 +180,12 @@ class EvalBatches(Sampler[list[int]]):
 
 
 class SizeBatches(Sampler[list[int]]):
-    """Batches of images that will have about the same size once they are scaled and cropped, so that little of a batch
-    is padding, and no process waits long for another (`--bucket_sizes`).
+    """Batches of images that have about the same size after scaling and cropping (`--bucket_sizes`).
 
-    The size that an image will have is known before it is read (`ImageDataset.drawn_size`). In windows of WINDOW
-    steps, the images of all processes are sorted by it; a run of them makes one step, and steps come in random order.
-    Images that fill no step are left out, others in every epoch.
+    Little of a batch is padding, and no rank waits long for another. The size of an image is known before it
+    is read (`ImageDataset.drawn_size`). In windows of WINDOW steps, the images of all ranks are sorted by
+    size and cut into steps, which come in random order. Images that fill no step are left out, others in
+    every epoch.
     """
 
     def __init__(
@@ -209,10 +213,10 @@ class SizeBatches(Sampler[list[int]]):
             window = order[start * self.step_size : (start + num_steps) * self.step_size]
             window.sort(key=self.drawn_size)
             for step in shuffled[max(self.first - start, 0) :]:
-                place = step * self.step_size + self.rank * self.batch_size
-                yield window[place : place + self.batch_size]
+                begin = step * self.step_size + self.rank * self.batch_size
+                yield window[begin : begin + self.batch_size]
 
     def drawn_size(self, index: int) -> tuple[bool, int, int]:
-        """Key of the order: upright images apart, then by what is longer and by what is shorter."""
+        """Return the sort key of an image: portrait or not, longer side, shorter side."""
         height, width = self.dataset.drawn_size(index, self.epoch, self.original_sizes[index])
         return height > width, max(height, width), min(height, width)

@@ -1,10 +1,10 @@
 """
 Images of overlapping, textured shapes on cluttered ground, drawn from a seed. Source: ours.
 
-An image is a pure function of (seed, split, index, size) and has the same bytes on every machine: random
-numbers come from the frozen stream of np.random.RandomState (NEP 19), untransformed, and the arithmetic is
-only + - * / and square root, which IEEE 754 rounds exactly. Hence rotations come from Pythagorean pairs, not
-from sines, and no drawing library is used. What the objects mean to a detector is in datasets/shapes.py.
+An image is a pure function of (seed, split, index, size) and has the same bytes on every machine. Random
+numbers come unchanged from the frozen stream of np.random.RandomState (NEP 19). The arithmetic is only + - *
+/ and square root, which IEEE 754 rounds exactly. Hence rotations come from Pythagorean pairs, not from sines,
+and no drawing library is used. datasets/shapes.py turns the objects into targets of a detector.
 """
 
 import math
@@ -21,9 +21,9 @@ MIN_VISIBLE = 0.25  # an object of which less can be seen stays in the image as 
 
 
 class Dice:
-    """Random numbers that are the same everywhere: nothing but uniform doubles leaves the generator.
+    """Random numbers that are the same on every machine, because only uniform doubles leave the generator.
 
-    Its other methods (normal, uniform with limits, integers) use libm, fused operations or the platform's
+    NumPy's other methods (normal, uniform with limits, integers) use libm, fused operations or the platform's
     long.
     """
 
@@ -34,7 +34,7 @@ class Dice:
         return low + (high - low) * self._random.random_sample()
 
     def integer(self, low: int, high: int) -> int:
-        """low <= result < high."""
+        """Draw an integer with low <= result < high."""
         return low + int((high - low) * self._random.random_sample())
 
     def chance(self, probability: float) -> bool:
@@ -47,14 +47,14 @@ class Dice:
         return np.array([self.real(low, high) for _ in range(3)], dtype=np.float32)
 
     def rotation(self) -> tuple[float, float]:
-        """(cosine, sine) of an angle in the whole circle, without sines: ((1 - t^2), 2 t) / (1 + t^2)."""
+        """Draw (cosine, sine) of any angle, without computing sines: ((1 - t^2), 2 t) / (1 + t^2)."""
         t, sign = self.real(-1, 1), -1.0 if self.chance(0.5) else 1.0
         return sign * (1 - t * t) / (1 + t * t), sign * 2 * t / (1 + t * t)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What was drawn; objects in painting order, each pixel belongs to at most one of them."""
+    """Drawn image and its objects in painting order; each pixel belongs to at most one object."""
 
     image: np.ndarray  # [3, H, W] uint8
     kinds: np.ndarray  # [N] int64, indices into KINDS
@@ -65,7 +65,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a shape of radius 1 around the origin lies in the image, in pixels."""
+    """Position of a shape in the image, in pixels; the shape itself has radius 1 around the origin."""
 
     x: float
     y: float
@@ -78,14 +78,14 @@ class Pose:
         return math.sqrt((x - self.x) * (x - self.x) + (y - self.y) * (y - self.y))
 
     def window(self, canvas: np.ndarray, margin: float) -> tuple[slice, slice]:
-        """Rows and columns of `canvas` that the shape and a margin around it can touch."""
+        """Return the rows and columns of `canvas` that the shape and a margin around it can touch."""
         height, width = canvas.shape[-2:]
         reach = self.radius + margin
         rows = slice(max(0, int(self.y - reach)), max(0, min(height, int(self.y + reach) + 1)))
         return rows, slice(max(0, int(self.x - reach)), max(0, min(width, int(self.x + reach) + 1)))
 
     def local(self, rows: slice, columns: slice) -> tuple[np.ndarray, np.ndarray]:
-        """The shape's own coordinates (u, v) at the centres of the window's pixels, both [h, w]."""
+        """Return the shape's own coordinates (u, v) at the centres of the window's pixels, both [h, w]."""
         dy = (np.arange(rows.start, rows.stop, dtype=np.float32) + (0.5 - self.y))[:, None] / self.radius
         dx = (np.arange(columns.start, columns.stop, dtype=np.float32) + (0.5 - self.x))[
             None, :
@@ -117,7 +117,9 @@ def triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Pentagram: a point lies inside when at most one of five lines leaves it out; so the second largest."""
+    """Measure a pentagram: a point is inside if at most one of five lines leaves it out, so by the second
+    largest.
+    """
     cos36, cos72 = (math.sqrt(5) + 1) / 4, (math.sqrt(5) - 1) / 4
     sin36, sin72 = math.sqrt(1 - cos36 * cos36), math.sqrt(1 - cos72 * cos72)
     first, second = v, np.full_like(v, -9.0)
@@ -148,7 +150,7 @@ def fraction(x: np.ndarray) -> np.ndarray:
 
 
 def wave(x: np.ndarray, period: float) -> np.ndarray:
-    """Stripes of width period / 2 with edges one pixel soft, in [-1, 1]."""
+    """Return stripes of width period / 2 with edges one pixel soft, in [-1, 1]."""
     return np.clip((np.abs(fraction(x / period) - 0.5) - 0.25) * (2 * period), -1, 1)
 
 
@@ -189,7 +191,7 @@ TEXTURES = (
 
 
 def smooth_noise(dice: Dice, height: int, width: int, cell: float) -> np.ndarray:
-    """Random values on a grid of `cell` pixels, smoothly interpolated: [height, width] in [0, 1]."""
+    """Interpolate random values on a grid of `cell` pixels smoothly: [height, width] in [0, 1]."""
     y, x = np.arange(height, dtype=np.float32) / cell, np.arange(width, dtype=np.float32) / cell
     top, left = y.astype(np.int64), x.astype(np.int64)
     values = dice.field(int(top[-1]) + 2, int(left[-1]) + 2)
@@ -200,13 +202,13 @@ def smooth_noise(dice: Dice, height: int, width: int, cell: float) -> np.ndarray
 
 
 def blend(canvas: np.ndarray, colour: np.ndarray, amount: np.ndarray) -> None:
-    """Moves `canvas` [3, h, w] in place towards `colour` [3] or [3, h, w] by `amount` [h, w] in [0, 1]."""
+    """Move `canvas` [3, h, w] in place towards `colour` [3] or [3, h, w] by `amount` [h, w] in [0, 1]."""
     colour = colour.reshape(3, *colour.shape[1:] or (1, 1))
     canvas += amount * (colour - canvas)
 
 
 def background(dice: Dice, height: int, width: int) -> np.ndarray:
-    """Ground and clutter that is no object: slopes, patches, blobs, segments. [3, H, W] float32 in [0, 1]."""
+    """Draw ground and clutter (slopes, patches, blobs, segments): [3, H, W] float32 in [0, 1]."""
     canvas = np.empty((3, height, width), dtype=np.float32)
     base = dice.colour(0.1, 0.9)
     pose = Pose(width / 2, height / 2, max(height, width), 1.0, *dice.rotation())
@@ -227,7 +229,7 @@ def background(dice: Dice, height: int, width: int) -> np.ndarray:
 
 
 def paint_blob(dice: Dice, canvas: np.ndarray) -> None:
-    """A soft ellipse, whose edge is too wide for it to be taken for a disc."""
+    """Paint a soft ellipse, whose edge is too wide for it to be mistaken for a disc."""
     height, width = canvas.shape[-2:]
     radius = max(height, width) * dice.real(0.08, 0.35)
     pose = Pose(dice.real(0, width), dice.real(0, height), radius, dice.real(0.4, 1), *dice.rotation())
@@ -248,7 +250,7 @@ def paint_segment(dice: Dice, canvas: np.ndarray) -> None:
 
 
 def arrange(dice: Dice, height: int, width: int) -> list[Pose]:
-    """Poses in painting order, large ones rather first: none in one image of 25, at most MAX_OBJECTS."""
+    """Draw at most MAX_OBJECTS poses in painting order, large ones rather first; one image of 25 has none."""
     many = dice.real()
     crowd = many * many * many * many * many  # no power: libm's is not the same everywhere
     # One to five objects in most images, rarely up to MAX_OBJECTS.
@@ -260,25 +262,25 @@ def arrange(dice: Dice, height: int, width: int) -> list[Pose]:
     for _ in range(count):
         share = dice.real()
         radius = smallest + (largest - smallest) * share
-        x, y = free_place(dice, poses, radius, height, width)
+        x, y = free_centre(dice, poses, radius, height, width)
         poses.append(Pose(x, y, radius, dice.real(0.75, 1), *dice.rotation()))
     return sorted(poses, key=lambda pose: -pose.radius * dice.real(0.4, 1))
 
 
-def free_place(dice: Dice, poses: list[Pose], radius: float, height: int, width: int) -> tuple[float, float]:
-    """A centre, the freest of three: at least 0.4 radii inside the image, near others only by bad luck."""
-    best, place = -math.inf, (0.0, 0.0)
+def free_centre(dice: Dice, poses: list[Pose], radius: float, height: int, width: int) -> tuple[float, float]:
+    """Draw three centres at least 0.4 radii inside the image, and return the one farthest from other objects."""
+    best, centre = -math.inf, (0.0, 0.0)
     for _ in range(3):
         x = dice.real(0.4 * radius, width - 0.4 * radius)
         y = dice.real(0.4 * radius, height - 0.4 * radius)
         gap = min((pose.distance(x, y) / (radius + pose.radius) for pose in poses), default=math.inf)
         if gap > best:
-            best, place = gap, (x, y)
-    return place
+            best, centre = gap, (x, y)
+    return centre
 
 
 def paint_object(dice: Dice, canvas: np.ndarray, shape: Shape, pose: Pose) -> tuple[slice, slice, np.ndarray]:
-    """Paints one object with an optional rim and shadow; returns (rows, columns, mask [h, w] bool)."""
+    """Paint one object with an optional rim and shadow, and return (rows, columns, mask [h, w] bool)."""
     rows, columns = pose.window(canvas, margin=6)
     u, v = pose.local(rows, columns)
     pixels = pose.radius * pose.squeeze
@@ -299,7 +301,7 @@ def paint_object(dice: Dice, canvas: np.ndarray, shape: Shape, pose: Pose) -> tu
 
 
 def contrasting(dice: Dice, other: np.ndarray) -> np.ndarray:
-    """A colour [3] at a distance (sum over channels) of at least 0.6 from `other`."""
+    """Draw a colour [3] at a distance (sum over channels) of at least 0.6 from `other`."""
     colour = dice.colour()
     if sum(abs(float(c) - float(o)) for c, o in zip(colour, other, strict=True)) < 0.6:
         colour = np.where(colour < 0.5, colour + np.float32(0.5), colour - np.float32(0.5))
@@ -307,13 +309,13 @@ def contrasting(dice: Dice, other: np.ndarray) -> np.ndarray:
 
 
 def image_shape(dice: Dice, size: int) -> tuple[int, int]:
-    """(height, width); the longer side is `size`, the other 0.6 to 1 of it."""
+    """Draw (height, width); the longer side is `size`, the other 0.6 to 1 of it."""
     short = int(size * dice.real(0.6, 1) + 0.5)
     return ((short, size), (size, short), (size, size))[dice.integer(0, 3)]
 
 
 def visible_objects(owner: np.ndarray, kinds: list[int], painted: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Which objects are still seen well enough: (their numbers [N], their visible areas [N])."""
+    """Return the objects that enough is seen of: (their numbers [N], their visible areas [N])."""
     areas = np.bincount(owner.ravel() + 1, minlength=len(kinds) + 1)[1:]
     enough = areas >= np.maximum(np.array(painted, dtype=np.int64) * MIN_VISIBLE, 12)
     numbers = np.flatnonzero(enough)
@@ -321,18 +323,18 @@ def visible_objects(owner: np.ndarray, kinds: list[int], painted: list[int]) -> 
 
 
 def box_of(mask: np.ndarray) -> list[int]:
-    """x1, y1, x2, y2 at pixel edges of a mask [H, W] that is not empty."""
+    """Return x1, y1, x2, y2 at pixel edges of a mask [H, W] that is not empty."""
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
 
 
 def scene_size(seed: int, split: str, index: int, size: int = 128) -> tuple[int, int]:
-    """(height, width) of the scene of this number, without drawing it."""
+    """Return (height, width) of a scene without drawing it."""
     return image_shape(Dice(seed, SPLITS[split], index), size)
 
 
 def draw_scene(seed: int, split: str, index: int, size: int = 128) -> Scene:
-    """The scene of this number, whose longer side has `size` pixels."""
+    """Draw a scene whose longer side has `size` pixels."""
     dice = Dice(seed, SPLITS[split], index)
     height, width = image_shape(dice, size)
     canvas = background(dice, height, width)

@@ -1,11 +1,11 @@
 """
 A detection data set without files: textured shapes, drawn when asked for (datasets/shape_scenes.py).
 
-Every run on every machine sees the same images: training, validation and test each have their own stream,
-and the n-th image of a split does not depend on how many there are. Six classes, none to twenty objects a
-image, boxes and masks of the visible part as in COCO. Source: ours.
+Every run on every machine sees the same images. Each split has its own random stream, and image n does not
+depend on the number of images. There are six classes, and none to twenty objects per image; boxes and masks
+cover the visible part, as in COCO. Source: ours.
 
-As plain files in COCO's layout, for `--coco_path DIR`, for other programs, or for a look:
+This writes them as plain files in COCO's layout, for `--coco_path DIR` or for other programs:
 
     python -m datasets.shapes --out DIR --count 50 --split val
 """
@@ -34,8 +34,8 @@ KEPT_BYTES = 2**30  # masks are counted as nothing: they are small at such sizes
 class ShapesDetection(ImageDataset):
     """Drawn images with their objects.
 
-    An item is (image, target): [3, H, W] uint8 and the dict that `target_of` describes. `seed` does not change
-    what is drawn.
+    An item is (image, target): [3, H, W] uint8 and the dict of `target_of`. `seed` does not change what is
+    drawn.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class ShapesDetection(ImageDataset):
         self._bytes_in_all = num_images * 3 * image_size**2
 
     def __getstate__(self) -> dict:
-        """Workers that are spawned have no use for the ground truth, and keep images of their own."""
+        """Leave out the ground truth, which spawned workers do not need, and the images, which each draws
+        itself.
+        """
         state = {name: value for name, value in self.__dict__.items() if name != 'ground_truth'}
         return state | {'_kept': {}}
 
     def untransformed(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Image and target; drawn once a process while all images fit into
-        KEPT_BYTES.
-        """
+        """Return image and target; each process draws an image once, if all images fit into KEPT_BYTES."""
         if index not in self._kept:
             scene = self.draw(index)
             item = torch.from_numpy(scene.image), self.target_of(scene, index)
@@ -76,7 +76,7 @@ class ShapesDetection(ImageDataset):
         return image.clone(), dict(target)
 
     def image_sizes(self) -> np.ndarray:
-        """[N, 2] height and width of all images; nothing is drawn."""
+        """Return height and width of all images, [N, 2]; nothing is drawn."""
         return np.array(
             [scene_size(IMAGE_SEED, self.split, index, self.image_size) for index in range(len(self))]
         )
@@ -85,8 +85,10 @@ class ShapesDetection(ImageDataset):
         return draw_scene(IMAGE_SEED, self.split, index, self.image_size)
 
     def target_of(self, scene: Scene, index: int) -> dict[str, Tensor]:
-        """What COCO says of an image with N objects: boxes [N, 4] xyxy in pixels, labels [N], masks
-        [N, H, W] uint8 if asked for, area [N] of the masks in pixels; orig_size and size are (height, width).
+        """Return the target of an image with N objects, as COCO defines it.
+
+        It has boxes [N, 4] xyxy in pixels, labels [N], masks [N, H, W] uint8 if asked for, and area [N] of
+        the masks in pixels; orig_size and size are (height, width).
         """
         target = {
             'boxes': torch.from_numpy(scene.boxes_xyxy).float(),
@@ -103,7 +105,7 @@ class ShapesDetection(ImageDataset):
 
     @cached_property
     def ground_truth(self) -> dict[str, list[dict]]:
-        """The split as COCO's json would hold it, for COCO's evaluation; objects in the targets' order."""
+        """Return the split in COCO's JSON form; objects are in the targets' order."""
         images: list[dict] = []
         annotations: list[dict] = []
         for index, image_id in enumerate(self.ids):
@@ -116,9 +118,9 @@ class ShapesDetection(ImageDataset):
 
 
 def annotations_of(scene: Scene, image_id: int, first_id: int) -> list[dict]:
-    """COCO annotations of a scene: boxes xywh in pixels, masks as compressed run lengths.
+    """Return COCO annotations of a scene: boxes xywh in pixels, masks as compressed run lengths.
 
-    Ids must count from 1, since pycocotools takes id 0 for 'no match'.
+    Ids must count from 1, because pycocotools reads id 0 as 'no match'.
     """
     from pycocotools import mask as coco_mask
 
@@ -140,7 +142,7 @@ def annotations_of(scene: Scene, image_id: int, first_id: int) -> list[dict]:
 
 
 def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> ShapesDetection:
-    """Build the split `image_set` ('train' or 'val') as the flags ask; its classes are always the same."""
+    """Build the split `image_set` ('train' or 'val') from the flags; its classes are always the same."""
     mix = build_mix(image_set, args)
     return ShapesDetection(
         num_images=args.shapes_train if image_set == 'train' else args.shapes_val,
@@ -154,7 +156,7 @@ def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None =
 
 
 def export(folder: Path, dataset: ShapesDetection) -> None:
-    """Writes {split}2017/*.png and annotations/instances_{split}2017.json, as COCO lies on disk."""
+    """Write {split}2017/*.png and annotations/instances_{split}2017.json, COCO's layout on disk."""
     from PIL import Image
 
     files, annotations = folder / f'{dataset.split}2017', folder / 'annotations'
@@ -168,11 +170,11 @@ def export(folder: Path, dataset: ShapesDetection) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser('datasets.shapes', description='Write the built-in files as files.')
-    parser.add_argument('--out', type=Path, required=True, help='folder for the files; made if need be')
-    parser.add_argument('--count', type=int, default=50, help='how many images')
-    parser.add_argument('--split', choices=list(SPLITS), default='val')
-    parser.add_argument('--size', type=int, default=128, help='longer side in pixels')
+    parser = argparse.ArgumentParser('datasets.shapes', description='Write the built-in images as files.')
+    parser.add_argument('--out', type=Path, required=True, help='output folder, created if missing')
+    parser.add_argument('--count', type=int, default=50, help='number of images')
+    parser.add_argument('--split', choices=list(SPLITS), default='val', help='split to write')
+    parser.add_argument('--size', type=int, default=128, help='longer side of an image in pixels')
     args = parser.parse_args(argv)
     export(args.out, ShapesDetection(args.count, args.split, image_size=args.size))
     print(f'{args.count} images of the {args.split} split lie in {args.out}')

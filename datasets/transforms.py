@@ -2,11 +2,11 @@
 DETR's image transforms on uint8 tensors [3, H, W] (arXiv:2005.12872, appendix; torchvision.transforms.v2
 functions).
 
-A transform takes (image, target) and returns both; the target dict is copied, never changed in place, and
-may be None. Boxes are xyxy in pixels until `NormalizeBoxes`. Random draws come from Python's `random` and
-torch's generator in the official order, so that a seed gives the official image. PIL images pass through
-the same code. Scaling to [0, 1] and subtracting the mean is left to the model, on its device: uint8 is a
-quarter of the traffic.
+A transform takes (image, target) and returns both. The target dict is copied, never changed in place, and may
+be None. Boxes are xyxy in pixels until `NormalizeBoxes`. Random draws come from Python's `random` and torch's
+generator in the official order, so that a seed gives the official image. PIL images pass through the same
+code. The model scales to [0, 1] and subtracts the mean on its device, because uint8 is a quarter of the
+traffic.
 """
 
 import argparse
@@ -53,16 +53,16 @@ OBJECT_FIELDS = ('boxes', 'labels', 'area', 'iscrowd', 'masks')
 
 
 def image_size(image: Image) -> tuple[int, int]:
-    """(height, width)."""
+    """Return (height, width)."""
     height, width = F.get_size(image)
     return height, width
 
 
 def crop(image: ImageT, target: TargetT, region: Sequence[int]) -> tuple[ImageT, TargetT]:
-    """Cut out region = (top, left, height, width); what lies outside the image is zero.
+    """Cut out region = (top, left, height, width); pixels outside the image are zero.
 
-    Objects keep what is left of their boxes, and `area` becomes that of the cut box. An object without a box
-    of positive size (without boxes in the target: with an empty mask) is dropped.
+    Boxes are cut too, and `area` becomes that of the cut box. An object without a box of positive size (if
+    the target has no boxes: with an empty mask) is dropped.
     """
     top, left, height, width = region
     cropped = F.crop(image, top, left, height, width)
@@ -83,7 +83,7 @@ def crop(image: ImageT, target: TargetT, region: Sequence[int]) -> tuple[ImageT,
 
 
 def keep_objects(target: Target, keep: Tensor) -> Target:
-    """Copy of the target with the objects where keep [T] is True."""
+    """Copy the target with the objects where keep [T] is True, or with the numbers keep."""
     return {key: value[keep] if key in OBJECT_FIELDS else value for key, value in target.items()}
 
 
@@ -105,7 +105,7 @@ def hflip(image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
 def resized_size(
     image_wh: tuple[int, int], size: int | Sequence[int], max_size: int | None = None
 ) -> tuple[int, int]:
-    """(width, height) after resizing the short side to `size`, or to the pair (width, height) `size` itself.
+    """Return (width, height) after resizing the short side to `size`, or `size` itself if it is such a pair.
 
     The long side is truncated, so it may miss max_size by a pixel or two; torchvision's rules give other
     sizes.
@@ -127,13 +127,15 @@ def resized_size(
 def resize(
     image: ImageT, target: TargetT, size: int | Sequence[int], max_size: int | None = None
 ) -> tuple[ImageT, TargetT]:
-    """Bilinear with antialiasing, to `resized_size`. Masks: nearest, and bool afterwards."""
+    """Resize to `resized_size`, bilinear with antialiasing. Masks are resized to the nearest pixel, and
+    become bool.
+    """
     height, width = image_size(image)
     return resize_to(image, target, resized_size((width, height), size, max_size), antialias=True)
 
 
 def rescale(image: ImageT, target: TargetT, size: int, max_size: int) -> tuple[ImageT, TargetT]:
-    """To `rescaled_size`, bilinear without antialiasing as OpenCV does, boxes clipped (mmdetection)."""
+    """Resize to `rescaled_size`, bilinear without antialiasing as OpenCV does, and clip boxes (mmdetection)."""
     height, width = image_size(image)
     new_width, new_height = rescaled_size((width, height), size, max_size)
     resized, target = resize_to(image, target, (new_width, new_height), antialias=False)
@@ -144,8 +146,10 @@ def rescale(image: ImageT, target: TargetT, size: int, max_size: int) -> tuple[I
 
 
 def rescaled_size(image_wh: tuple[int, int], size: int, max_size: int) -> tuple[int, int]:
-    """(width, height), as large as a short side of `size` and a long one of `max_size` allow, each side rounded
-    on its own, half upwards (mmdetection; other pixels than `resized_size`).
+    """Return the largest (width, height) with a short side of at most `size` and a long one of at most
+    `max_size`.
+
+    Each side is rounded on its own, half upwards (mmdetection; other pixels than `resized_size`).
     """
     short, long = min(image_wh), max(image_wh)
     scale = min(max_size / long, size / short)
@@ -156,7 +160,7 @@ def rescaled_size(image_wh: tuple[int, int], size: int, max_size: int) -> tuple[
 def resize_to(
     image: ImageT, target: TargetT, new_wh: tuple[int, int], antialias: bool
 ) -> tuple[ImageT, TargetT]:
-    """Bilinear, to (width, height). Masks: nearest, and bool afterwards."""
+    """Resize to (width, height), bilinear. Masks are resized to the nearest pixel, and become bool."""
     (old_height, old_width), (width, height) = image_size(image), new_wh
     resized = F.resize(channels_last(image), [height, width], antialias=antialias)
     if target is None:
@@ -174,9 +178,7 @@ def resize_to(
 
 
 def channels_last(image: ImageT) -> ImageT:
-    """The same image with the three values of a pixel side by side in memory: torch resizes that three
-    times faster.
-    """
+    """Store the three values of a pixel next to each other: torch resizes such an image three times faster."""
     if not isinstance(image, Tensor):
         return image
     return image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
@@ -195,14 +197,16 @@ def pad(image: ImageT, target: TargetT, padding: tuple[int, int], fill: int = 0)
 
 
 def pad_to_square(image: ImageT, target: TargetT, size: int) -> tuple[ImageT, TargetT]:
-    """Grey on the right and below, up to size x size pixels."""
+    """Pad with grey on the right and below, to size x size pixels."""
     height, width = image_size(image)
     return pad(image, target, (size - width, size - height), GREY)
 
 
 def frame_size(target: Target) -> Tensor:
-    """What boxes in [0, 1] are relative to, (height, width) [2] in pixels of the original image: the image
-    itself, or the square around it that `FitSquare` makes. Detections are scaled by it.
+    """Return the (height, width) [2], in pixels of the original image, that boxes in [0, 1] and detections
+    are relative to.
+
+    It is the size of the image itself, or of the square around it that `FitSquare` makes.
     """
     return target.get('frame_size', target['orig_size'])
 
@@ -215,9 +219,7 @@ def center_crop(image: ImageT, target: TargetT, size: tuple[int, int]) -> tuple[
 
 
 def random_region(image: Image, height: int, width: int) -> tuple[int, int, int, int]:
-    """Place for a crop: top is drawn before left, from torch; nothing is drawn when the crop is the whole
-    image.
-    """
+    """Draw a region for `crop`: top before left, from torch. Nothing is drawn if the crop is the whole image."""
     image_h, image_w = image_size(image)
     if (height, width) == (image_h, image_w):
         return 0, 0, height, width
@@ -237,7 +239,7 @@ class Compose:
 
 
 class RandomSelect:
-    """The first of two transforms with probability p, else the second."""
+    """Choice of the first of two transforms with probability p, else the second."""
 
     def __init__(self, first: Transform, second: Transform, p: float = 0.5) -> None:
         self.first, self.second, self.p = first, second, p
@@ -256,7 +258,7 @@ class RandomHorizontalFlip:
 
 
 class RandomResize:
-    """Short side to one of the sizes; a single size is drawn too, since the official code does.
+    """Resizing of the short side to one of the sizes. A single size is drawn too, as in the official code.
 
     rule: `resize` or `rescale`.
     """
@@ -271,7 +273,7 @@ class RandomResize:
 
 
 class RandomSizeCrop:
-    """Crop with sides between min_size and max_size, both included, as far as the image has them."""
+    """Crop with sides between min_size and max_size, both included, but not beyond the image."""
 
     def __init__(self, min_size: int, max_size: int) -> None:
         self.min_size, self.max_size = min_size, max_size
@@ -287,7 +289,7 @@ class RandomSizeCrop:
 
 
 class HeightFirstSizeCrop(RandomSizeCrop):
-    """The same, with the height drawn before the width (mmdetection)."""
+    """Random crop of `RandomSizeCrop`, but with the height drawn before the width (mmdetection)."""
 
     def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
         height, width = map(self.draw_side, image_size(image))
@@ -295,9 +297,11 @@ class HeightFirstSizeCrop(RandomSizeCrop):
 
 
 class FitSquare:
-    """The image, as large as it fits, in the upper left corner of a square of size x size pixels, grey around it.
+    """Largest copy of the image that fits a square of size x size pixels, in its upper left corner, with grey
+    around.
 
-    `frame_size` is the square's size in original pixels: larger than the image, and a box may reach beyond it.
+    `frame_size` is the square's size in original pixels. It is larger than the image, and a box may reach
+    beyond the image.
     """
 
     def __init__(self, size: int) -> None:
@@ -313,9 +317,7 @@ class FitSquare:
 
 
 class NormalizeBoxes:
-    """Last step: the image as a uint8 tensor [3, H, W], boxes as cxcywh relative to it. Area and size stay
-    in pixels.
-    """
+    """Last step: uint8 tensor [3, H, W], and boxes as cxcywh relative to it. Area and size stay in pixels."""
 
     def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
         pixels: Tensor = image if isinstance(image, Tensor) else F.pil_to_tensor(image.convert('RGB'))
@@ -335,12 +337,14 @@ def make_transforms(
     aug: str = 'detr',
     lsj_size: int = LSJ_SIZE,
 ) -> Compose:
-    """The official recipe; another img_size scales every number of it by img_size / 800.
+    """Make the official recipe; another img_size scales all its numbers by img_size / 800.
 
-    max_size: bound of the long side; by default 1333, scaled too. aug 'none' trains on the evaluation
-    transform, 'flip' on that after a random flip. 'co_detr' is the same policy by mmdetection's rules: `rescale`
-    in training and evaluation, and crops whose height is drawn first. 'lsj' fits images into squares of lsj_size pixels for
-    evaluation; training images come from datasets.copy_paste.LargeScaleJitter and have one already.
+    Args:
+        max_size: bound of the long side; by default 1333, scaled too.
+        aug: 'none' trains on the evaluation transform, 'flip' adds a random flip. 'co_detr' is the recipe by
+            mmdetection's rules: `rescale` in training and evaluation, and crops whose height is drawn first.
+            'lsj' fits images into squares of lsj_size pixels for evaluation; in training
+            datasets.copy_paste.LargeScaleJitter has made squares already.
     """
     if image_set not in ('train', 'val'):
         raise ValueError(f'image_set {image_set!r} has no transform: choose train or val')
@@ -373,11 +377,11 @@ def make_transforms(
 
 
 def transforms_of(image_set: str, args: argparse.Namespace) -> Compose:
-    """The recipe that the arguments, or those of a checkpoint, ask for."""
+    """Make the recipe of the arguments, or of a checkpoint's."""
     lsj_size = getattr(args, 'lsj_size', LSJ_SIZE)  # older checkpoints have none
     return make_transforms(image_set, args.img_size, args.max_size, args.aug, lsj_size)
 
 
 def scaled(size: int, img_size: int) -> int:
-    """A size of the 800-pixel recipe for another img_size, at least one pixel; rounded, half upwards."""
+    """Scale a size of the 800-pixel recipe to img_size: at least one pixel, rounded half upwards."""
     return max(1, math.floor(size * img_size / BASE_SIZE + 0.5))

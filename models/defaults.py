@@ -120,7 +120,7 @@ def check_checkpointing(args: Namespace) -> None:
     parts = args.use_checkpoint or ()
     unknown = set(parts) - set(PLACES)
     if unknown:
-        raise ValueError(f'--use_checkpoint {unknown.pop()} is not known: choose of {", ".join(PLACES)}')
+        raise ValueError(f'--use_checkpoint {unknown.pop()} is not known: choose from {", ".join(PLACES)}')
     if 'backbone' in parts and args.backbone.startswith('timm/'):
         raise ValueError(
             f'--use_checkpoint backbone is not for --backbone {args.backbone}: leave it out, or name encoder and decoder'
@@ -170,7 +170,7 @@ def check_detection_args(args: Namespace) -> None:
                 )
     elif args.num_feature_levels == 1 and args.finest_stride == 4:
         raise ValueError(
-            '--finest_stride 4 is of several feature maps, but --num_feature_levels is 1: leave one of them out'
+            '--finest_stride 4 is for several feature maps, but --num_feature_levels is 1: leave one of them out'
         )
     if args.eval_module != 'detr' and args.nms_iou_threshold is not None:
         raise ValueError(

@@ -14,7 +14,7 @@ from .structures import Memory, Prediction, QueryGroup, split_groups
 
 
 class DeformableDETR(nn.Module):
-    """The detector: it turns a batch of images into sets of boxes.
+    """A detector that turns a batch of images into sets of boxes.
 
     Args:
         heads: class heads and box heads, one of each per decoder layer. Without box refinement all entries are the

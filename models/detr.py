@@ -14,7 +14,7 @@ from .transformer import Transformer
 
 
 class DETR(nn.Module):
-    """The detector: it turns a batch of images into sets of boxes.
+    """A detector that turns a batch of images into sets of boxes.
 
     Args:
         heads: class head and box head.

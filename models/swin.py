@@ -174,7 +174,7 @@ class SwinStage(nn.Module):
 
 
 class SwinTransformer(nn.Module):
-    """The backbone: it turns images into the normed maps of some stages.
+    """A backbone that turns images into the normed maps of some stages.
 
     Args:
         stages: stages whose maps are returned, 1 to 4 of strides 4, 8, 16 and 32. Later stages are not built.

@@ -365,7 +365,7 @@ class FindReads(ast.NodeVisitor):
 
 def test_every_flag_is_read() -> None:
     finder = FindReads()
-    sources = {path: path.read_text() for folder in ('.', 'datasets', 'models', 'models/training', 'util')
+    sources = {path: path.read_text() for folder in ('.', 'datasets', 'datasets/streaming', 'models', 'models/training', 'util')
                for path in (ROOT / folder).glob('*.py')}  # fmt: skip
     for text in sources.values():
         finder.visit(ast.parse(text))
@@ -373,6 +373,8 @@ def test_every_flag_is_read() -> None:
     finder.found |= {name for names in by_name for name in names}
     if "getattr(args, f'{image_set}_images')" in sources[ROOT / 'datasets/coco.py']:
         finder.found |= {'train_images', 'val_images', 'train_ann', 'val_ann'}
+    if "getattr(args, f'{image_set}_shards', None)" in sources[ROOT / 'datasets/__init__.py']:
+        finder.found |= {'train_shards', 'val_shards'}
     finder.found |= set(DEFORMABLE_FLAGS)  # read by their names there
     if "getattr(args, f'{prefix}{name}_loss_coef')" in sources[ROOT / 'models/training/__init__.py']:
         finder.found |= {

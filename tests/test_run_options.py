@@ -265,6 +265,8 @@ def test_a_schedule_goes_on_in_the_middle(
     ours, theirs = load(tmp_path / 'whole'), load(tmp_path / 'parts')
     for name in ('model', 'optimizer', 'lr_scheduler', 'rng'):
         assert_same(ours[name], theirs[name])
+    texts = [(tmp_path / name / 'metrics.csv').read_text() for name in ('whole', 'parts')]
+    assert texts[0] == texts[1]
     steps = 3  # of an epoch: 12 images in batches of 4
     warm, cosine = (5, True) if 'cosine' in flags else (2, False)
     for number, rate in enumerate(whole):

@@ -1,9 +1,9 @@
 """
-A data set in tar shards: the index beside them, and reading one shard with the WebDataset library.
+Index of a data set in tar shards, and reading one shard with the WebDataset library.
 
-The index, shards.json, holds what must be known before a tar is opened: categories, where the shards are and how many
-images each has, and for each image, in the order of the shards, its id and size. Annotations travel with their
-images; the whole annotation file lies beside the index too, for evaluation.
+The index, shards.json, holds what must be known before a tar is opened: categories, the shards' addresses and
+numbers of images, and the id and size of each image in the order of the shards. Each image's annotations are
+stored beside it in its shard. The whole annotation file is also stored beside the index, for evaluation.
 """
 
 import json
@@ -27,9 +27,11 @@ WRITE_AGAIN = 'fetch it again, or write the shards again with tools/make_shards.
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """N images in shards. path: of the index file; urls: what WebDataset opens, one a shard; bounds: [shards + 1], the
-    rows of shard s are bounds[s] to bounds[s + 1]; image_ids: [N]; sizes: [N, 2] height and width in pixels;
-    unsegmented: ids of images with an object (neither crowd nor tiny) that has no segmentation.
+    """N images in shards.
+
+    path: index file. urls: address of each shard for WebDataset. bounds: [shards + 1], shard s has the rows
+    bounds[s] to bounds[s + 1]. image_ids: [N]. sizes: [N, 2] height and width in pixels. unsegmented: ids of
+    images with an object (neither crowd nor tiny) that has no segmentation.
     """
 
     path: Path
@@ -41,14 +43,16 @@ class ShardIndex:
     unsegmented: frozenset[int]
 
     def shard_of(self, row: int) -> int:
-        """The shard that holds an image."""
+        """Return the shard that holds a row."""
         return int(np.searchsorted(self.bounds, row, side='right')) - 1
 
 
 def read_index(place: str | os.PathLike[str]) -> ShardIndex:
-    """place: the index, or the folder that has it. Local shards must be there with the sizes that it tells.
+    """Read the index at a path, or in a folder. Local shards must exist with the sizes in it.
 
-    FileNotFoundError, ValueError: what is missing or contradicts itself, and the remedy.
+    Raises:
+        FileNotFoundError: the index or a shard does not exist.
+        ValueError: the index or a shard is damaged.
     """
     path = Path(place) / INDEX if Path(place).is_dir() else Path(place)
     if not path.is_file():
@@ -80,7 +84,7 @@ def parse_index(path: Path, data: dict) -> ShardIndex:
     return ShardIndex(
         path,
         data['categories'],
-        [place_of(shard['url'], path.parent) for shard in data['shards']],
+        [shard_url(shard['url'], path.parent) for shard in data['shards']],
         np.cumsum([0, *counts]),
         image_ids,
         sizes,
@@ -89,12 +93,12 @@ def parse_index(path: Path, data: dict) -> ShardIndex:
 
 
 def is_local(url: str) -> bool:
-    """A path, and neither a command (pipe:) nor an address."""
+    """Tell whether a URL is a path, and neither a command (pipe:) nor an address."""
     return re.match(r'[a-z]+:', url) is None
 
 
-def place_of(url: str, folder: Path) -> str:
-    """Paths are relative to the folder of the index; everything else is WebDataset's to open."""
+def shard_url(url: str, folder: Path) -> str:
+    """Make paths relative to the index's folder absolute; leave other URLs to WebDataset."""
     return str((folder / url).absolute()) if is_local(url) else url
 
 
@@ -116,9 +120,11 @@ def import_webdataset() -> types.ModuleType:
 
 
 def read_samples(url: str) -> Iterator[dict]:
-    """What one shard holds, in order: a dictionary an image with `__key__` and the bytes of each member by its suffix.
+    """Yield a shard's images in order: a dictionary with `__key__` and the bytes of each member by its
+    suffix.
 
-    ValueError: the shard cannot be opened or read.
+    Raises:
+        ValueError: the shard cannot be opened or read.
     """
     parts = import_webdataset().tariterators
     stream = None

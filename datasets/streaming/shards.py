@@ -1,14 +1,14 @@
 """
-Images streamed from tar shards (tools/make_shards.py) instead of files: the same items, in an order that reads every
-shard from its beginning.
+Images streamed from tar shards (tools/make_shards.py) instead of files. Items are the same; the order reads
+every shard from its beginning.
 
-An epoch is a plan of numbers that needs no shard: the shards in random order, one run of their images for each process
-and worker, and a buffer of each worker in which its run is shuffled. So the stream can begin at any batch: the plan is
-followed without reading, and then only what the buffer holds there is fetched.
+An epoch is planned as row numbers before any shard is opened: shards in random order, a run of their images
+per rank and worker, and a shuffle buffer in each worker. The stream can therefore begin at any batch: the
+plan is followed without reading, and only the images then in the buffer are fetched.
 
-The second image of --aug lsj comes from that buffer as well: any other one would cost the reading of its shard. It is
-not the one that files would give, and depends on the numbers of processes and workers, but a stream that begins later has
-the same.
+The second image of --aug lsj comes from that buffer as well, because any other would cost the reading of its
+shard. It differs from the one that files would give, and depends on the numbers of ranks and workers. A
+stream that begins later has the same one.
 """
 
 import argparse
@@ -47,7 +47,7 @@ SHUFFLE_BUFFER = 1000  # images; about 160 MB of COCO's files a worker
 
 @dataclass(frozen=True)
 class Stored:
-    """An image as its shard has it. row: its place in the index; name: for messages; record: JSON, see make_shards."""
+    """Image as its shard stores it. row: row of the index. name: for messages. record: JSON, see make_shards."""
 
     row: int
     name: str
@@ -56,10 +56,12 @@ class Stored:
 
 
 class ShardedCoco(ImageDataset):
-    """Items as of `CocoDetection`, with the same numbers: image i is the i-th in order of id, wherever it is stored.
+    """Items of `CocoDetection`, with the same indices: image i is the i-th in order of id, wherever it is
+    stored.
 
-    Training reads it through `ShardStream`. Indexing works, but reads a shard up to the image. place: index, or its
-    folder; return_masks: None = if every object has a segmentation; buffer: images that a worker shuffles.
+    Training reads it through `ShardStream`. Indexing works, but reads a shard up to the image. place: index
+    or its folder. return_masks: None reads masks if every object has a segmentation. buffer: images that a
+    worker shuffles.
     """
 
     def __init__(
@@ -94,43 +96,46 @@ class ShardedCoco(ImageDataset):
 
     @property
     def ground_truth(self) -> Annotations:
-        """The annotation file that lies beside the index, read when it is first asked for."""
+        """Return the annotation file beside the index, which is read at the first call."""
         if self._ground_truth is None:
             self._ground_truth = read_annotations(self.index.path.with_name(ANNOTATIONS))
         return self._ground_truth
 
     def __getstate__(self) -> dict:
-        """Workers that are spawned have no use for the ground truth."""
+        """Leave out the ground truth: spawned workers do not need it."""
         return {**self.__dict__, '_ground_truth': None}
 
     @property
-    def place(self) -> tuple[int, int]:
-        """Epoch, and the batch with which the stream begins."""
+    def position(self) -> tuple[int, int]:
+        """Return the epoch, and the batch with which the stream begins."""
         return int(self._epoch), int(self._start)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose an epoch, from its first batch on; reaches running workers too."""
+        """Set the epoch, from its first batch on; running workers see it too."""
         super().set_epoch(epoch)
         self._start.fill_(0)
 
     def start_at(self, batch: int) -> None:
-        """Begin the epoch that was chosen with this batch (0 = the first): what follows is what an undisturbed epoch has
-        from there on, if processes, workers and batch size are the same. Holds until the next `set_epoch`.
+        """Begin the current epoch with this batch (0 = the first); holds until the next `set_epoch`.
+
+        The stream continues as an undisturbed epoch would, if ranks, workers and batch size are the same.
         """
         if batch < 0:
             raise ValueError(f'an epoch cannot start at batch {batch}')
         self._start.fill_(batch)
 
     def image_sizes(self) -> np.ndarray:
-        """[N, 2] height and width of all images."""
+        """Return height and width of all images, [N, 2]."""
         return self.index.sizes[self._rows]
 
     def untransformed(self, idx: int) -> Sample:
-        """The image as it is stored, and its objects. Slow: its shard is read up to it."""
+        """Return the image as it is stored, and its objects. This is slow: its shard is read up to it."""
         return self.decoded(next(self.read([int(self._rows[idx])])))
 
     def training_rows(self, total: int) -> np.ndarray:
-        """[total] rows of the index, shard after shard, the shards in the epoch's order; others are left out at random."""
+        """Return [total] rows of the index, shard by shard in the epoch's order; the others are left out at
+        random.
+        """
         generator, bounds = random.Random(mixed(self.seed, int(self._epoch))), self.index.bounds
         shards = generator.sample(range(len(self.index.urls)), len(self.index.urls))
         rows = np.concatenate([np.arange(bounds[shard], bounds[shard + 1]) for shard in shards])
@@ -138,13 +143,15 @@ class ShardedCoco(ImageDataset):
         return np.delete(rows, generator.sample(range(len(rows)), len(rows) - total))
 
     def evaluation_rows(self) -> np.ndarray:
-        """[N] rows of the index, in its order."""
+        """Return [N] rows of the index, in its order."""
         return np.flatnonzero(self._kept)
 
     def read(self, rows: Sequence[int]) -> Iterator[Stored]:
-        """Images of these rows; those of a shard ascend and stand together. Other shards are not opened.
+        """Yield the images of these rows, which must be grouped by shard and ascend within it. Other shards
+        are not opened.
 
-        ValueError: a shard cannot be read, or is not what the index says.
+        Raises:
+            ValueError: a shard cannot be read, or does not match the index.
         """
         for shard, group in groupby(rows, self.index.shard_of):
             yield from self._read_shard(shard, list(group))
@@ -177,7 +184,7 @@ class ShardedCoco(ImageDataset):
         return Stored(row, f'shard {url}: {key}.{images[0]}', sample[images[0]], sample['json'])
 
     def decoded(self, stored: Stored) -> Sample:
-        """The image, and its objects as `CocoDetection` reads them."""
+        """Decode the image, and read its objects as `CocoDetection` does."""
         image = decode_file(stored.name, stored.image)
         height, width = image.shape[1:]
         check_size(stored.name, (height, width), self.index.sizes[stored.row], self.index.path)
@@ -189,7 +196,7 @@ class ShardedCoco(ImageDataset):
         return image, make_target(objects, int(self.index.image_ids[stored.row]), height, width)
 
     def item(self, stored: Stored, others: Sequence[Stored]) -> Sample:
-        """What indexing gives, but that --aug lsj takes its second image from `others`."""
+        """Return the item that indexing gives, except that --aug lsj takes its second image from `others`."""
         return self.transformed(
             int(self._number[stored.row]),
             partial(self.decoded, stored),
@@ -198,7 +205,11 @@ class ShardedCoco(ImageDataset):
 
 
 def classes_of(index: ShardIndex, class_map: ClassMap | None, class_ids: str) -> ClassMap:
-    """The class map that is settled, if any. ValueError: the index has other classes."""
+    """Return the given class map, or number the index's categories.
+
+    Raises:
+        ValueError: the index has other classes than the class map.
+    """
     if class_map is None:
         return ClassMap.numbered(index.categories, class_ids)
     try:
@@ -209,10 +220,10 @@ def classes_of(index: ShardIndex, class_map: ClassMap | None, class_ids: str) ->
 
 
 class ShufflePool:
-    """Which image of a run comes next, where at most `capacity` of them are held to choose from. Positions only.
+    """Shuffled order of positions in a run, of which at most `capacity` are held at a time.
 
-    slots: positions that are held; the last ones, from `fresh` on, have been drawn and are kept because nothing is left
-    to take their place. taken: positions that have been held so far.
+    slots: held positions; those from `fresh` on have been drawn, and stay because no position is left to
+    replace them. taken: positions held so far.
     """
 
     def __init__(self, length: int, capacity: int, generator: random.Random) -> None:
@@ -233,14 +244,14 @@ class ShufflePool:
 
 
 class ShardStream(IterableDataset):
-    """One process's images of an epoch, for a loader that makes batches of `batch_size`.
+    """One rank's images of an epoch, for a loader that makes batches of `batch_size`.
 
-    Training: every process has total // (world_size x batch_size) batches, and every one of its workers a run of
-    images in the epoch's order of shards. Nothing is seen twice; as many as that division leaves, drawn at random, are
-    left out in this epoch. Runs need not end where shards do, so any number of shards will do: a shard at such
-    a place is read by both. Evaluation: as `samplers.EvalBatches`.
+    Training: every rank has total // (world_size x batch_size) batches, and each of its workers a run of
+    images in the epoch's order of shards. No image is seen twice; the remainder of that division, drawn at
+    random, is left out of this epoch. Any number of shards will do: a shard in which a run ends is read by
+    both neighbours. Evaluation: as `samplers.EvalBatches`.
 
-    The order depends on seed, epoch, and the numbers of processes, workers and images a batch.
+    The order depends on the seed, the epoch, and the numbers of ranks, workers and images per batch.
     """
 
     def __init__(self, data: ShardedCoco, batch_size: int, train: bool, rank: int, world_size: int) -> None:
@@ -252,47 +263,48 @@ class ShardStream(IterableDataset):
             self.num_batches = len(self.batches)
 
     def __len__(self) -> int:
-        """Images of this process, those before `start_at` included."""
+        """Return the number of images of this rank, including those before `start_at`."""
         return len(self.share())
 
     def set_epoch(self, epoch: int) -> None:
         self.data.set_epoch(epoch)
 
     def share(self) -> range:
-        """This process's run of the epoch's order."""
+        """Return this rank's run of the epoch's order."""
         if self.train:
             length = self.num_batches * self.batch_size
             return range(self.rank * length, (self.rank + 1) * length)
         return self.batches.images()
 
     def rows(self) -> np.ndarray:
-        """The epoch's order for all processes, as rows of the index."""
+        """Return the epoch's order for all ranks, as rows of the index."""
         if self.train:
             return self.data.training_rows(self.num_batches * self.batch_size * self.world_size)
         return self.data.evaluation_rows()
 
-    def turn(self, start: int) -> tuple[int, range, int]:
-        """Which worker's work this one does, its run, and how many images of it come before batch `start`.
+    def worker_run(self, start: int) -> tuple[int, range, int]:
+        """Return whose run this loader worker reads, that run, and how many of its images come before batch
+        `start`.
 
-        A loader asks its workers in turn, beginning with the first: batch b is the work of worker b % workers, and
-        the first worker begins with batch `start`.
+        A loader asks its workers in turn: batch b of a whole epoch is the work of worker b % workers. The
+        first worker begins with batch `start`, so the runs are exchanged.
         """
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
-        turn = (worker + start) % workers
+        owner = (worker + start) % workers
         ends = np.cumsum([0, *(len(range(i, self.num_batches, workers)) for i in range(workers))]).tolist()
-        run = self.share()[ends[turn] * self.batch_size : ends[turn + 1] * self.batch_size]
-        return turn, run, len(range(turn, start, workers)) * self.batch_size
+        run = self.share()[ends[owner] * self.batch_size : ends[owner + 1] * self.batch_size]
+        return owner, run, len(range(owner, start, workers)) * self.batch_size
 
     def __iter__(self) -> Iterator[Sample]:
-        epoch, start = self.data.place
+        epoch, start = self.data.position
         if start > self.num_batches:
             raise ValueError(
                 f'batch {start} of an epoch of {self.num_batches}: was it begun with other data?'
             )
-        turn, run, skipped = self.turn(start)
+        owner, run, skipped = self.worker_run(start)
         rows = self.rows()[run.start : run.stop]
-        generator = random.Random(mixed(self.data.seed, epoch, self.rank, turn))
+        generator = random.Random(mixed(self.data.seed, epoch, self.rank, owner))
         pool = ShufflePool(len(rows), self.data.buffer if self.train else 1, generator)
         for _ in range(min(skipped, len(rows))):
             pool.draw()
@@ -312,7 +324,7 @@ class ShardStream(IterableDataset):
 
 
 def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> ShardedCoco:
-    """The 'train' or 'val' part, where --train_shards or --val_shards is given."""
+    """Build the 'train' or 'val' part from --train_shards or --val_shards."""
     mix = build_mix(image_set, args)
     return ShardedCoco(
         getattr(args, f'{image_set}_shards'),
@@ -334,8 +346,8 @@ def build_shard_loader(
     rank: int | None = None,
     world_size: int | None = None,
 ) -> DataLoader:
-    """Batches of a process. rank, world_size: its place, by default that of the process group. Its length is that of
-    the whole epoch, also after `start_at`.
+    """Build the loader of a rank, by default this one. Its length is that of the whole epoch, also after
+    `start_at`.
     """
     rank = get_rank() if rank is None else rank
     stream = ShardStream(dataset, batch_size, train, rank, world_size or get_world_size())

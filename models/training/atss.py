@@ -59,11 +59,9 @@ class Scale(nn.Module):
 
 
 class ATSS(nn.Module):
-    """The head: it predicts class, box and centerness of every cell.
+    """A dense head that predicts class, box and centerness of every cell. strides: strides of the maps in pixels.
 
     Losses are averages over the positives of all ranks. Box losses are weighted by the target's centerness.
-
-    strides: strides of the maps in pixels.
     """
 
     coef = {'atss_cls': 1.0, 'atss_bbox': 2.0, 'atss_centerness': 1.0}

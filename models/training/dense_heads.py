@@ -98,7 +98,7 @@ def level_anchors(
 
 
 def owned_cells(sizes: Tensor, stride: int, height: int, width: int) -> Tensor:
-    """Return whether each cell is in its image, not in the padding, [B, H W]. sizes: [B, 2] width, height."""
+    """Mark the cells that are in their image, not in its padding, [B, H W]. sizes: [B, 2] width, height."""
     columns, rows = (sizes / stride).ceil().unbind(-1)
     x, y = (torch.arange(side, device=sizes.device) for side in (width, height))
     return ((y < rows[:, None])[:, :, None] & (x < columns[:, None])[:, None]).flatten(1)

@@ -36,11 +36,9 @@ ROI_SIZE = 7
 
 
 class RegionProposals(nn.Module):
-    """The RPN: it predicts objectness and boxes of nine anchors per cell.
+    """An RPN, which predicts objectness and boxes of nine anchors per cell. strides: strides of the maps in pixels.
 
     Losses are sums over 256 sampled anchors per image, divided by their number.
-
-    strides: strides of the maps in pixels.
     """
 
     num_samples, positive_fraction = 256, 0.5
@@ -113,7 +111,7 @@ class RegionProposals(nn.Module):
 
 
 class RoIHead(nn.Module):
-    """The RoI head: it predicts classes, and a box for each class, from 7 x 7 RoI features.
+    """A head that predicts classes of regions, and a box for each class, from 7 x 7 RoI features.
 
     It has two hidden layers of 4 x channels (1024 in the official code).
 
@@ -164,7 +162,7 @@ class RoIHead(nn.Module):
 
 
 class FasterRCNN(nn.Module):
-    """The detector: an RPN on all maps, and an RoI head on all but the coarsest.
+    """An RPN on all maps, and an RoI head on all but the coarsest.
 
     Losses are sums over samples, divided by the mean over ranks of the number of samples. Box losses of the RoI head are
     divided by the number of all RoIs too.

@@ -399,7 +399,7 @@ def check_heads(args: Namespace) -> None:
     unknown = set(args.co_aux_heads) - set(AUXILIARY_HEADS)
     if unknown:
         raise ValueError(
-            f'--co_aux_heads {unknown.pop()} is not known: choose of {", ".join(AUXILIARY_HEADS)}'
+            f'--co_aux_heads {unknown.pop()} is not known: choose from {", ".join(AUXILIARY_HEADS)}'
         )
     if args.dn_label_noise_ratio > 2:
         raise ValueError(

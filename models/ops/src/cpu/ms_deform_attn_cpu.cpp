@@ -47,7 +47,7 @@
 
 namespace {
 
-constexpr int64_t kQueriesAhead = 3;  // of which data is fetched
+constexpr int64_t kQueriesAhead = 3;  // distance in queries of the prefetches
 
 struct Level {
   int64_t height, width, start;
@@ -90,7 +90,7 @@ INLINE bool locate(const T* RESTRICT location, const Level& level, Corners<T>& c
   return true;
 }
 
-// D: channels of a head where the compiler is to know them, 0 otherwise.
+// D: channels of a head if they are known at compile time, else 0.
 template <typename T, int D>
 INLINE void forward_rows(const Sizes& sizes, const T* value, const T* locations, const T* weights, T* output, int64_t begin,
                          int64_t end) {
@@ -131,12 +131,12 @@ struct Backward {
   T *grad_value, *grad_locations, *grad_weights;
 };
 
-// What one thread works on: a head of an image, levels first to last - 1.
+// The work of one task: a head of an image, levels first to last - 1.
 struct Part {
   int64_t image, head, first, last;
 };
 
-// The numbers of one query and head lie far from those of the next query: the hardware does not foresee that they will be needed.
+// Prefetches the data of a query, which is far from that of the query before: the hardware's prefetcher does not find it.
 template <typename T>
 INLINE void prefetch_query(const Sizes& sizes, const Backward<T>& data, int64_t index_of_head) {
   const int64_t first_point = index_of_head * sizes.num_levels() * sizes.points;
@@ -150,8 +150,8 @@ INLINE void prefetch_query(const Sizes& sizes, const Backward<T>& data, int64_t 
   PREFETCH(data.grad_weights + first_point, 1);
 }
 
-// Gradients of one part. Its rows of grad_value are summed in `scratch`, where they lie side by side (in the tensor, the rows of one
-// head would share an eighth of the cache), and written once. The rows of `value` are copied there too if they are read often.
+// Computes the gradients of one part. Rows of grad_value are summed in `scratch`, where they are contiguous, and written once: in
+// the tensor, the rows of one head would share an eighth of the cache. Rows of `value` are copied there too if they are read often.
 template <typename T, int D>
 INLINE void backward_part(const Sizes& sizes, const Backward<T>& data, const Part& part, std::vector<T>& scratch) {
   const int64_t channels = D ? D : sizes.channels, stride = sizes.heads * channels;
@@ -184,7 +184,7 @@ INLINE void backward_part(const Sizes& sizes, const Backward<T>& data, const Par
           continue;
         }
         const T a = corners.right, b = corners.lower, weight = data.weights[index];
-        T dot[4];  // of the output's gradient with each pixel
+        T dot[4];  // dot products of the output's gradient with each pixel
         UNROLL_4 for (int k = 0; k < 4; ++k) {
           const T* v = rows + corners.token[k] * row_stride;
           T sum = 0;
@@ -244,7 +244,7 @@ void run_forward(const Sizes& sizes, const T* value, const T* locations, const T
 template <typename T>
 void run_backward(const Sizes& sizes, const Backward<T>& data) {
   const int64_t slices = sizes.batch * sizes.heads;
-  // Levels apart read the output's gradient once each; they are worth it where there are many threads.
+  // One task per level reads the output's gradient once for each level, which pays off if there are many threads.
   const int64_t parts = slices >= 2 * at::get_num_threads() ? 1 : sizes.num_levels();
   const int64_t levels_a_part = sizes.num_levels() / parts;
   at::parallel_for(0, slices * parts, 1, [&](int64_t begin, int64_t end) {

@@ -116,7 +116,7 @@ at::Tensor forward(const at::Tensor& value, at::IntArrayRef shapes, const at::Te
   return output;
 }
 
-// Above the sum of the absolute contributions to any element of grad_value: a point contributes to a pixel once.
+// Returns an upper bound of the sum of absolute contributions to any element of grad_value. A point contributes to a pixel once.
 at::Tensor bound_of(const Call& call, const at::Tensor& grad_output) {
   const double num_contributions = static_cast<double>(call.sizes.queries) * call.sizes.points;
   return grad_output.abs().amax().to(at::kDouble) * call.weights.abs().amax().to(at::kDouble) * num_contributions;

@@ -1,4 +1,4 @@
-// Which kernel runs, on which grid.
+// Launchers: they choose the kernel and its grid.
 
 #include "ms_deform_attn_kernels.cuh"
 
@@ -40,8 +40,8 @@ struct Plan {
   unsigned block;
 };
 
-// Blocks of `max_groups` queries that lie together if queries are pixels (an encoder); else of 128 threads, since such calls
-// are small and many small blocks reach all multiprocessors.
+// If queries are pixels (an encoder), blocks have `max_groups` neighbouring queries. Otherwise they have 128 threads: such calls
+// are small, and many small blocks reach all multiprocessors.
 Plan make_plan(const Sizes& sizes, int lanes, int max_groups) {
   const bool tiled = sizes.queries == sizes.tokens;
   const int groups = tiled ? max_groups : std::min(max_groups, 128 / lanes), tile_height = max_groups / kTileWidth;

@@ -34,7 +34,7 @@ struct Level {
   int height, width, start, first_block;
 };
 
-// How the launcher lays the work out.
+// The sizes of a call, and the way in which its queries are spread over blocks.
 struct Layout {
   int batch, tokens, heads, channels, queries, num_levels, points;
   float inverse_points;
@@ -42,18 +42,18 @@ struct Layout {
   Level levels[kMaxLevels];
 };
 
-// How a kernel does it. VEC: channels of a lane at a time; LANES: of a group, a power of 2 from 4 to 32; CHANNELS: channels of
-// a head if the compiler is to know them, else 0.
+// Compile-time constants of a kernel. VEC: channels that a lane moves at a time; LANES: lanes of a group, a power of 2 from 4 to
+// 32; CHANNELS: channels of a head if they are known at compile time, else 0.
 template <typename T, int VEC, int LANES, int CHANNELS>
 struct Config {
   using Value = T;
   using Math = std::conditional_t<std::is_same_v<T, double>, double, float>;
   static constexpr int kVec = VEC, kLanes = LANES, kChannels = CHANNELS;
   static constexpr int kTile = at_most(2 * LANES, 16);  // points in shared memory at a time
-  static constexpr int kForwardGroups = at_most(64, 512 / LANES), kBackwardGroups = at_most(32, 256 / LANES);  // of a block
+  static constexpr int kForwardGroups = at_most(64, 512 / LANES), kBackwardGroups = at_most(32, 256 / LANES);  // per block
   static constexpr int kForwardThreads = kForwardGroups * LANES, kBackwardThreads = kBackwardGroups * LANES;
-  // Blocks that a multiprocessor must have room for. Leaves 64, 80 and (for sums of 8 bytes) 128 registers to a thread: none
-  // spills.
+  // Smallest number of resident blocks per multiprocessor. It allows 64, 80 and (for sums of 8 bytes) 128 registers per thread,
+  // with which no kernel spills.
   static constexpr int kForwardBlocks = 1024 / kForwardThreads;
   static constexpr int kBackwardBlocks = 768 / kBackwardThreads, kWideBackwardBlocks = 512 / kBackwardThreads;
 };
@@ -69,14 +69,14 @@ __device__ Pack<T, N> load(const T* from) {
   return *reinterpret_cast<const Pack<T, N>*>(from);
 }
 
-// Steps of N elements from `first`; in bytes, for which one multiplication makes the 64-bit address.
+// Advances `first` by steps of N elements. Counting in bytes needs a single multiplication for the 64-bit address.
 template <int N, typename T>
 __device__ T* step_from(T* first, unsigned steps) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
   return reinterpret_cast<T*>(reinterpret_cast<Byte*>(first) + static_cast<uint64_t>(steps) * (N * sizeof(T)));
 }
 
-// A pointer into global memory whose sum is done: otherwise the compiler adds all its parts again at every use.
+// Makes the compiler compute a pointer into global memory now; otherwise it adds up the pointer's parts again at every use.
 template <typename T>
 __device__ T* settle(T* pointer) {
 #ifdef __CUDA_ARCH__
@@ -255,7 +255,7 @@ struct PointGrad {
   Pack<Math, 2> location;
 };
 
-// From the dot products of the output's gradient with the four pixels.
+// Returns the gradients of a point, from the dot products of the output's gradient with the four pixels.
 template <typename Math>
 __device__ PointGrad<Math> grad_of(const Point<Math>& point, Pack<Math, 4> dots) {
   PointGrad<Math> grad = {};
@@ -271,7 +271,7 @@ __device__ PointGrad<Math> grad_of(const Point<Math>& point, Pack<Math, 4> dots)
   return grad;
 }
 
-// 2^k, as large as 63 bits allow for sums up to the bound; NaN where the bound is not finite.
+// Returns the largest power of 2 with which sums up to the bound fit into 63 bits, or NaN if the bound is not finite.
 __device__ inline double fixed_scale(double bound) {
   if (!(bound < static_cast<double>(INFINITY))) return NAN;
   int exponent;
@@ -297,16 +297,16 @@ __device__ void add(unsigned long long* sums, Math factor, const Math* grad, dou
   atomicAdd(sums, static_cast<unsigned long long>(__double2ll_rn(term)));
 }
 
-// A lane's part of the output's gradient: of the channels that it reads from pixels, VEC neighbours among VEC * LANES; and of
-// those that it adds to pixels, runs of RUN neighbours. The runs of neighbouring lanes are neighbours, so that one addition by
-// all lanes fills whole sectors of memory.
+// A lane's part of the output's gradient. `read` is for the channels that the lane reads from pixels, VEC neighbours among VEC *
+// LANES. `added` is for the channels that it adds to pixels, runs of RUN neighbours. Neighbouring lanes have neighbouring runs, so
+// that one addition by all lanes fills whole sectors of memory.
 template <typename C, int RUN>
 struct OutputGrad {
   typename C::Math read[C::kVec], added[C::kVec];
 
   static __device__ int added_channel(int lane, int i) { return i * C::kLanes + lane * RUN; }
 
-  // Of the next `num_left` channels, if they are so many.
+  // Loads the part from the next channels, of which `num_left` exist.
   __device__ void load_from(const typename C::Value* first, int lane, int num_left) {
     const auto part = load<C::kVec>(first + (lane * C::kVec < num_left ? lane * C::kVec : 0));
 #pragma unroll
@@ -321,7 +321,7 @@ struct OutputGrad {
   }
 };
 
-// Sum: what grad_value is summed in, Math or unsigned long long (fixed point). bound: see GradValue.
+// Sum: type of the sums of grad_value, Math or unsigned long long (fixed point). bound: see GradValue.
 template <typename C, typename Sum>
 __global__ void __launch_bounds__(C::kBackwardThreads, sizeof(Sum) == 4 ? C::kBackwardBlocks : C::kWideBackwardBlocks)
     backward_kernel(const typename C::Value* __restrict__ value, const typename C::Math* __restrict__ locations,

@@ -12,10 +12,11 @@ namespace ms_deform_attn {
 constexpr int kMaxLevels = 32;       // levels travel by value among the kernels' arguments
 constexpr int kMaxPoints = 1 << 16;  // of one level; see `find_point`
 
-enum class Type { kFloat, kDouble, kHalf, kBFloat16 };  // of values; locations and weights are float, beside double double
+// Type of values. Locations and weights are double if values are, else float.
+enum class Type { kFloat, kDouble, kHalf, kBFloat16 };
 
-// None may be 0, and a row of values, S M D / `vec_of`, must have no more than 2^32 - 1 steps. Every tensor is dense and
-// begins at a multiple of 16 bytes.
+// No size may be 0, and the values of an image, S M D / `vec_of`, may have no more than 2^32 - 1 steps. Every tensor is dense
+// and aligned to 16 bytes.
 struct Sizes {
   int batch, tokens, heads, channels, queries, num_levels, points;
   int heights[kMaxLevels], widths[kMaxLevels];
@@ -31,12 +32,12 @@ struct Inputs {
   const void *value, *locations, *weights;
 };
 
-// Where grad_value is summed, [N, S, M, D], filled with zeros by the caller: as float (double for double values) in `sums`;
-// or, if `fixed_sums` is given, in fixed point, where the result does not depend on the order of the additions.
+// The sums of grad_value, [N, S, M, D], filled with zeros by the caller: as float (double for double values) in `sums`; or, if
+// `fixed_sums` is given, in fixed point, where the result does not depend on the order of the additions.
 struct GradValue {
   void* sums;
   int64_t* fixed_sums;
-  const double* bound;  // on the device: above every sum of absolute contributions to one element
+  const double* bound;  // on the device: upper bound of the sum of absolute contributions to an element
 };
 
 cudaError_t launch_forward(Type type, const Sizes& sizes, const Inputs& inputs, void* output, cudaStream_t stream);
@@ -45,7 +46,7 @@ cudaError_t launch_forward(Type type, const Sizes& sizes, const Inputs& inputs, 
 cudaError_t launch_backward(Type type, const Sizes& sizes, const Inputs& inputs, const void* grad_output,
                             const GradValue& grad_value, void* grad_locations, void* grad_weights, cudaStream_t stream);
 
-// `count` fixed-point sums as values of `type`; NaN everywhere if the bound is not finite.
+// Converts `count` fixed-point sums to values of `type`, which are all NaN if the bound is not finite.
 cudaError_t launch_from_fixed(Type type, const GradValue& grad_value, int64_t count, void* values, cudaStream_t stream);
 
 }  // namespace ms_deform_attn
