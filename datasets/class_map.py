@@ -1,7 +1,4 @@
-"""
-Class indices of a model and the categories of annotations. Nothing else in the code knows how they
-correspond.
-"""
+"""Class indices of a model and the categories of annotations. Nothing else in the code knows how they correspond."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """
-Any data set in COCO form, read as DETR does (arXiv:2005.12872): crowd regions are dropped, boxes are clamped
-to the image.
+Any data set in COCO form, read as DETR does (arXiv:2005.12872): crowd regions are dropped, boxes are clamped to the
+image.
 
-Keypoints are not read, because no model here uses them. Annotations are kept in a few arrays that loader
-workers share. Millions of Python objects would be copied by every worker.
+Keypoints are not read, because no model here uses them. Annotations are kept in a few arrays that loader workers
+share. Millions of Python objects would be copied by every worker.
 """
 
 import argparse
@@ -40,8 +40,8 @@ MIN_IMAGE_SIDE = 32
 class Reading:
     """Rules for reading an annotation file; the defaults are DETR's.
 
-    class_ids: class indices of the categories, see `ClassMap.numbered`. drop_tiny: leave out objects narrower
-    or lower than a pixel, and those without area. min_image_side: leave out images with a smaller side.
+    class_ids: class indices of the categories, see `ClassMap.numbered`. drop_tiny: leave out objects narrower or lower
+    than a pixel, and those without area. min_image_side: leave out images with a smaller side.
     """
 
     class_ids: str = 'auto'
@@ -52,9 +52,9 @@ class Reading:
 class CocoDetection(ImageDataset):
     """Images in COCO form. An item is a uint8 image [3, H, W] and its target.
 
-    The target has, in this order: boxes [T, 4] float32 xyxy in pixels (cxcywh in [0, 1] after the
-    transforms), labels [T], masks [T, H, W] if asked for, image_id [1], area [T] float32, iscrowd [T],
-    orig_size and size [2] (height, width).
+    The target has, in this order: boxes [T, 4] float32 xyxy in pixels (cxcywh in [0, 1] after the transforms), labels
+    [T], masks [T, H, W] if asked for, image_id [1], area [T] float32, iscrowd [T], orig_size and size [2] (height,
+    width).
 
     return_masks: None reads masks if every object has a segmentation.
     """
@@ -117,17 +117,15 @@ class CocoDetection(ImageDataset):
         return image
 
     def image_sizes(self) -> np.ndarray:
-        """Return height and width of all images, [N, 2]; only images without a size in the annotations are
-        opened.
-        """
+        """Return height and width of all images, [N, 2]; only images without a size in the annotations are opened."""
         sizes = self._json_sizes.copy()
         for idx in np.flatnonzero((sizes <= 0).any(axis=1)).tolist():
             sizes[idx] = stored_size(self.image_dir / self._file_names[idx])
         return sizes
 
     def keep_files(self, local_rank: int, local_size: int) -> None:
-        """Read this process's share of a node's files into memory, still compressed. Other files are added
-        when they are first used.
+        """Read this process's share of a node's files into memory, still compressed. Other files are added when they
+        are first used.
         """
         self._files = {}
         for idx in range(local_rank, len(self), local_size):
@@ -143,8 +141,8 @@ class CocoDetection(ImageDataset):
 class PackedList:
     """List of JSON values in one block of bytes.
 
-    Reading it writes to no shared memory page, unlike counting the references of Python objects. Forked
-    workers therefore go on sharing it.
+    Reading it writes to no shared memory page, unlike counting the references of Python objects. Forked workers
+    therefore go on sharing it.
     """
 
     def __init__(self, values: list) -> None:
@@ -163,8 +161,8 @@ class PackedList:
 class Objects:
     """T objects as the annotations have them.
 
-    boxes_xywh: [T, 4] float32 in pixels. labels: [T] int64. areas: [T] float32. segmentations: polygons or
-    run lengths; None if masks are not asked for.
+    boxes_xywh: [T, 4] float32 in pixels. labels: [T] int64. areas: [T] float32. segmentations: polygons or run
+    lengths; None if masks are not asked for.
     """
 
     boxes_xywh: Tensor
@@ -323,9 +321,7 @@ def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None =
 
 
 def find_files(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:
-    """Return image folder and annotation file: explicit paths, else the first usual paths under --coco_path
-    that exist.
-    """
+    """Return image folder and annotation file: explicit paths, else the first usual paths under --coco_path that exist."""
     if image_set not in ('train', 'val'):
         raise ValueError(f'image_set {image_set!r} is not known: choose train or val')
     names = (f'{image_set}2017', image_set)

@@ -1,9 +1,9 @@
 """
-COCO's twelve numbers, and AP by class, for boxes and masks. The definitions are pycocotools'; hotcoco gives
-the same numbers faster.
+COCO's twelve numbers, and AP by class, for boxes and masks. The definitions are pycocotools'; hotcoco gives the same
+numbers faster.
 
-Only images that were passed to `update` are evaluated, each once. Batches, their order and the number of
-processes do not matter.
+Only images that were passed to `update` are evaluated, each once. Batches, their order and the number of processes do
+not matter.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ ALL_AREAS, MOST_DETECTIONS, IOU_50, IOU_75 = 0, 2, 0, 5  # indices into the eval
 class Summary:
     """Result of an evaluation.
 
-    stats: twelve numbers in [0, 1] in the order of STAT_NAMES, -1 where there was no object to find.
-    per_class: one dict per category with name, AP, AP50, AP75, AR100 (-1 without objects) and the number of
-    its objects without crowd regions.
+    stats: twelve numbers in [0, 1] in the order of STAT_NAMES, -1 where there was no object to find. per_class: one
+    dict per category with name, AP, AP50, AP75, AR100 (-1 without objects) and the number of its objects without crowd
+    regions.
     """
 
     stats: list[float]
@@ -65,9 +65,7 @@ class Evaluator(Protocol):
 
 
 class CocoEvaluator:
-    """Evaluator that collects predictions and scores them all at once; labels become category ids by the
-    class map.
-    """
+    """Evaluator that collects predictions and scores them all at once; labels become category ids by the class map."""
 
     def __init__(
         self,
@@ -87,8 +85,8 @@ class CocoEvaluator:
     def update(self, predictions: dict[int, dict]) -> None:
         """Add predictions. Only the first prediction for an image counts.
 
-        predictions: image id to {'scores' [N], 'labels' [N], 'boxes' [N, 4] xyxy in pixels}. For masks it
-        also holds 'masks' [N, 1, H, W] (above 0.5 is object) or 'segmentation', a list of N run-length masks.
+        predictions: image id to {'scores' [N], 'labels' [N], 'boxes' [N, 4] xyxy in pixels}. For masks it also holds
+        'masks' [N, 1, H, W] (above 0.5 is object) or 'segmentation', a list of N run-length masks.
         """
         for image_id, prediction in predictions.items():
             image_id = int(image_id)
@@ -102,9 +100,7 @@ class CocoEvaluator:
                 )
 
     def synchronize_between_processes(self) -> None:
-        """Gather the predictions of all ranks on every rank; of an image seen twice the lowest rank's copy
-        stays.
-        """
+        """Gather the predictions of all ranks on every rank; of an image seen twice the lowest rank's copy stays."""
         merged: dict[int, Detections] = {}
         for detections in all_gather_object(self.detections):
             merged = {**detections, **merged}
@@ -124,8 +120,7 @@ class CocoEvaluator:
 class Detections:
     """N detections in one image, each with a category.
 
-    rows: [N, 6] float64 of x, y, width, height, score, category id. masks: run lengths, if masks are
-    evaluated.
+    rows: [N, 6] float64 of x, y, width, height, score, category id. masks: run lengths, if masks are evaluated.
     """
 
     rows: np.ndarray
@@ -176,8 +171,8 @@ def encode_masks(masks: Tensor) -> list[dict]:
 def prepare_ground_truth(ground_truth: dict, image_ids: set[int], iou_type: str) -> dict:
     """Copy the annotations of the chosen images, in the form that the evaluators need.
 
-    Ids are counted anew from 1, because the evaluators treat an object of id 0 as unmatched. A missing
-    iscrowd counts as 0, a missing area as that of the box.
+    Ids are counted anew from 1, because the evaluators treat an object of id 0 as unmatched. A missing iscrowd counts
+    as 0, a missing area as that of the box.
     """
     annotations: list[dict] = []
     for annotation in ground_truth['annotations']:
@@ -225,8 +220,8 @@ def evaluate(
     """Evaluate all detections; nothing is printed.
 
     Returns:
-        Precision [10 IoU, 101 recall, K, 4 areas, 3 maxima] and recall [10, K, 4, 3], -1 where there is no
-            object. K are the categories in ascending order of id.
+        Precision [10 IoU, 101 recall, K, 4 areas, 3 maxima] and recall [10, K, 4, 3], -1 where there is no object. K
+            are the categories in ascending order of id.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         if backend == 'hotcoco':

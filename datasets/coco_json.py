@@ -1,6 +1,5 @@
 """
-Reading and checking annotation files in COCO form, so that bad data gives a clear error at the start of a
-run.
+Reading and checking annotation files in COCO form, so that bad data gives a clear error at the start of a run.
 
 Legal, as in the official pipeline: boxes of no size, boxes that leave the image, images without objects.
 """
@@ -56,9 +55,7 @@ def check_annotations(
 
 
 def check_categories(categories: dict[int, str], class_map: ClassMap) -> None:
-    """Require every category in the class map (of the training part, or of a checkpoint), with the same id
-    and name.
-    """
+    """Require every category in the class map (of the training part, or of a checkpoint), with the same id and name."""
     for category_id, name in categories.items():
         label = class_map.label_of.get(category_id)
         settled = None if label is None else class_map.names[label]

@@ -33,12 +33,11 @@ def loader_options(num_workers: int) -> dict[str, Any]:
 
 
 class ImageDataset(Dataset[Sample], ABC):
-    """Images with objects. An item is the result of `untransformed`, changed by `mix` (if there is one) and
-    by `transforms`.
+    """Images with objects. An item is the result of `untransformed`, changed by `mix` (if there is one) and by
+    `transforms`.
 
-    A subclass sets `ids` and `class_map`, and defines the abstract members; `datasets.build_dataset` refuses
-    one that does not. All randomness depends on (seed, epoch, index) only, whatever the number of loader
-    workers.
+    A subclass sets `ids` and `class_map`, and defines the abstract members; `datasets.build_dataset` refuses one that
+    does not. All randomness depends on (seed, epoch, index) only, whatever the number of loader workers.
     """
 
     ids: list[int]  # of the images, unique
@@ -97,8 +96,8 @@ class ImageDataset(Dataset[Sample], ABC):
     def drawn_size(self, idx: int, epoch: int, original: Iterable[int]) -> tuple[int, int]:
         """Return the (height, width) that image `idx` will have in an epoch, given its `original` size.
 
-        The transforms act on an image without pixels, so nothing is read. Data sets that mix images do not
-        support this.
+        The transforms act on an image without pixels, so nothing is read. Data sets that mix images do not support
+        this.
         """
         assert self.transforms is not None
         with local_seed(self.seed, epoch, idx):

@@ -1,7 +1,4 @@
-"""
-Decode image files to uint8 RGB tensors. EXIF rotation is ignored, because COCO's boxes are drawn on the
-stored pixels.
-"""
+"""Decode image files to uint8 RGB tensors. EXIF rotation is ignored, because COCO's boxes are drawn on the stored pixels."""
 
 import io
 import os
@@ -51,9 +48,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def decode(data: bytes) -> Tensor:
-    """Decode JPEGs with torchvision (equal pixels, faster). Pillow decodes other formats and what torchvision
-    refuses.
-    """
+    """Decode JPEGs with torchvision (equal pixels, faster). Pillow decodes other formats and what torchvision refuses."""
     if data.startswith(JPEG_START):
         try:
             image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)

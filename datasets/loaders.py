@@ -55,8 +55,8 @@ def describe(class_map: ClassMap) -> str:
 
 
 def build_loader(dataset: ImageDataset, split: str, args: Namespace) -> DataLoader:
-    """Build the loader of this rank's batches. Its length is that of a whole epoch, even if the epoch is
-    resumed in the middle (`begin_epoch`).
+    """Build the loader of this rank's batches. Its length is that of a whole epoch, even if the epoch is resumed in
+    the middle (`begin_epoch`).
     """
     train = split == 'train'
     if isinstance(dataset, ShardedCoco):
@@ -95,9 +95,7 @@ def build_batches(dataset: ImageDataset, train: bool, args: Namespace) -> Sample
 
 
 def begin_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
-    """Set the epoch of a training loader's next pass, and the batch with which it begins. Skipped batches are
-    not read.
-    """
+    """Set the epoch of a training loader's next pass, and the batch with which it begins. Skipped batches are not read."""
     dataset, batches = loader.dataset, loader.batch_sampler
     if isinstance(dataset, ShardStream):
         dataset.set_epoch(epoch)
@@ -111,8 +109,7 @@ def begin_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
 def worst_batch(dataset: ImageDataset, batch_size: int, one_size: bool) -> tuple[tuple[int, int], int]:
     """Return (height, width) of the largest batch that training can meet, and the most objects of an image.
 
-    The sizes are the largest of a few thousand drawn ones. one_size: all images of a batch have about the
-    same size.
+    The sizes are the largest of a few thousand drawn ones. one_size: all images of a batch have about the same size.
     """
     if dataset.mix is not None:
         height, width = dataset[0][0].shape[-2:]

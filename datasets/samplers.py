@@ -2,8 +2,7 @@
 Samplers of images per rank, and of batches, as in Deformable DETR's code and mmdetection.
 
 PyTorch's DistributedSampler, the default of training, deals images out one by one. These samplers keep images
-together: consecutive ones, those in one node's memory, those of the same orientation, or those of about the
-same size.
+together: consecutive ones, those in one node's memory, those of the same orientation, or those of about the same size.
 """
 
 import math
@@ -20,8 +19,8 @@ WINDOW = 64  # steps whose images are sorted by size together
 
 
 class ChunkSampler(Sampler[int]):
-    """Sampler of one consecutive run of the (shuffled) images per rank. If they do not divide evenly, the
-    first ones are repeated.
+    """Sampler of one consecutive run of the (shuffled) images per rank. If they do not divide evenly, the first ones
+    are repeated.
     """
 
     def __init__(
@@ -85,12 +84,12 @@ class NodeSampler(ChunkSampler):
 class AspectSampler(ChunkSampler):
     """Sampler of batches whose images are all wider than high, or all not, which reduces padding.
 
-    As in mmdetection, a kind that does not fill its batches on all ranks starts again. Every image is seen in
-    every epoch, some twice (more often if a kind has few), and all ranks have equally many batches. Batches
-    of both kinds come in random order.
+    As in mmdetection, a kind that does not fill its batches on all ranks starts again. Every image is seen in every
+    epoch, some twice (more often if a kind has few), and all ranks have equally many batches. Batches of both kinds
+    come in random order.
 
-    sizes: [N, 2] height and width of the images. local_rank, local_size: with --cache_mode, as for
-    `NodeSampler`; a rank that holds no image of a kind takes those of other ranks.
+    sizes: [N, 2] height and width of the images. local_rank, local_size: with --cache_mode, as for `NodeSampler`; a
+    rank that holds no image of a kind takes those of other ranks.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class AspectSampler(ChunkSampler):
         self.batch_size, self.local_rank, self.local_size = batch_size, local_rank, local_size
         self.nodes = num_replicas // local_size
         shares = [self.wide[share::local_size] for share in range(local_size)]
-        # Of the processes that hold most of a kind: all have the same number.
+        # Number on the ranks that hold most of a kind, so that all ranks have equally many.
         self.batches = {
             kind: max(math.ceil((share == kind).sum() / (batch_size * self.nodes)) for share in shares)
             for kind in (False, True)
@@ -155,8 +154,8 @@ class EpochBatches(Sampler[list[int]]):
 class EvalBatches(Sampler[list[int]]):
     """Batches of images in order, the same for any number of ranks.
 
-    Padding depends on which images share a batch, and metrics must not depend on the number of ranks. A rank
-    takes consecutive batches; if they do not divide evenly, ranks overlap.
+    Padding depends on which images share a batch, and metrics must not depend on the number of ranks. A rank takes
+    consecutive batches; if they do not divide evenly, ranks overlap.
     """
 
     def __init__(self, num_images: int, batch_size: int, num_replicas: int, rank: int) -> None:
@@ -182,10 +181,9 @@ class EvalBatches(Sampler[list[int]]):
 class SizeBatches(Sampler[list[int]]):
     """Batches of images that have about the same size after scaling and cropping (`--bucket_sizes`).
 
-    Little of a batch is padding, and no rank waits long for another. The size of an image is known before it
-    is read (`ImageDataset.drawn_size`). In windows of WINDOW steps, the images of all ranks are sorted by
-    size and cut into steps, which come in random order. Images that fill no step are left out, others in
-    every epoch.
+    Little of a batch is padding, and no rank waits long for another. The size of an image is known before it is read
+    (`ImageDataset.drawn_size`). In windows of WINDOW steps, the images of all ranks are sorted by size and cut into
+    steps, which come in random order. Images that fill no step are left out, others in every epoch.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
 """
 Images of overlapping, textured shapes on cluttered ground, drawn from a seed. Source: ours.
 
-An image is a pure function of (seed, split, index, size) and has the same bytes on every machine. Random
-numbers come unchanged from the frozen stream of np.random.RandomState (NEP 19). The arithmetic is only + - *
-/ and square root, which IEEE 754 rounds exactly. Hence rotations come from Pythagorean pairs, not from sines,
-and no drawing library is used. datasets/shapes.py turns the objects into targets of a detector.
+An image is a pure function of (seed, split, index, size) and has the same bytes on every machine. Random numbers come
+unchanged from the frozen stream of np.random.RandomState (NEP 19). The arithmetic is only + - * / and square root,
+which IEEE 754 rounds exactly. Hence rotations come from Pythagorean pairs, not from sines, and no drawing library is
+used. datasets/shapes.py turns the objects into targets of a detector.
 """
 
 import math
@@ -23,8 +23,7 @@ MIN_VISIBLE = 0.25  # an object of which less can be seen stays in the image as 
 class Dice:
     """Random numbers that are the same on every machine, because only uniform doubles leave the generator.
 
-    NumPy's other methods (normal, uniform with limits, integers) use libm, fused operations or the platform's
-    long.
+    NumPy's other methods (normal, uniform with limits, integers) use libm, fused operations or the platform's long.
     """
 
     def __init__(self, *key: int) -> None:
@@ -117,9 +116,7 @@ def triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Measure a pentagram: a point is inside if at most one of five lines leaves it out, so by the second
-    largest.
-    """
+    """Measure a pentagram: a point is inside if at most one of five lines leaves it out, so by the second largest."""
     cos36, cos72 = (math.sqrt(5) + 1) / 4, (math.sqrt(5) - 1) / 4
     sin36, sin72 = math.sqrt(1 - cos36 * cos36), math.sqrt(1 - cos72 * cos72)
     first, second = v, np.full_like(v, -9.0)

@@ -1,9 +1,9 @@
 """
 A detection data set without files: textured shapes, drawn when asked for (datasets/shape_scenes.py).
 
-Every run on every machine sees the same images. Each split has its own random stream, and image n does not
-depend on the number of images. There are six classes, and none to twenty objects per image; boxes and masks
-cover the visible part, as in COCO. Source: ours.
+Every run on every machine sees the same images. Each split has its own random stream, and image n does not depend on
+the number of images. There are six classes, and none to twenty objects per image; boxes and masks cover the visible
+part, as in COCO. Source: ours.
 
 This writes them as plain files in COCO's layout, for `--coco_path DIR` or for other programs:
 
@@ -34,8 +34,7 @@ KEPT_BYTES = 2**30  # masks are counted as nothing: they are small at such sizes
 class ShapesDetection(ImageDataset):
     """Drawn images with their objects.
 
-    An item is (image, target): [3, H, W] uint8 and the dict of `target_of`. `seed` does not change what is
-    drawn.
+    An item is (image, target): [3, H, W] uint8 and the dict of `target_of`. `seed` does not change what is drawn.
     """
 
     def __init__(
@@ -58,9 +57,7 @@ class ShapesDetection(ImageDataset):
         self._bytes_in_all = num_images * 3 * image_size**2
 
     def __getstate__(self) -> dict:
-        """Leave out the ground truth, which spawned workers do not need, and the images, which each draws
-        itself.
-        """
+        """Leave out the ground truth, which spawned workers do not need, and the images, which each draws itself."""
         state = {name: value for name, value in self.__dict__.items() if name != 'ground_truth'}
         return state | {'_kept': {}}
 
@@ -87,8 +84,8 @@ class ShapesDetection(ImageDataset):
     def target_of(self, scene: Scene, index: int) -> dict[str, Tensor]:
         """Return the target of an image with N objects, as COCO defines it.
 
-        It has boxes [N, 4] xyxy in pixels, labels [N], masks [N, H, W] uint8 if asked for, and area [N] of
-        the masks in pixels; orig_size and size are (height, width).
+        It has boxes [N, 4] xyxy in pixels, labels [N], masks [N, H, W] uint8 if asked for, and area [N] of the masks
+        in pixels; orig_size and size are (height, width).
         """
         target = {
             'boxes': torch.from_numpy(scene.boxes_xyxy).float(),

@@ -1,12 +1,10 @@
 """
-DETR's image transforms on uint8 tensors [3, H, W] (arXiv:2005.12872, appendix; torchvision.transforms.v2
-functions).
+DETR's image transforms on uint8 tensors [3, H, W] (arXiv:2005.12872, appendix; torchvision.transforms.v2 functions).
 
-A transform takes (image, target) and returns both. The target dict is copied, never changed in place, and may
-be None. Boxes are xyxy in pixels until `NormalizeBoxes`. Random draws come from Python's `random` and torch's
-generator in the official order, so that a seed gives the official image. PIL images pass through the same
-code. The model scales to [0, 1] and subtracts the mean on its device, because uint8 is a quarter of the
-traffic.
+A transform takes (image, target) and returns both. The target dict is copied, never changed in place, and may be None.
+Boxes are xyxy in pixels until `NormalizeBoxes`. Random draws come from Python's `random` and torch's generator in the
+official order, so that a seed gives the official image. PIL images pass through the same code. The model scales to [0,
+1] and subtracts the mean on its device, because uint8 is a quarter of the traffic.
 """
 
 import argparse
@@ -61,8 +59,8 @@ def image_size(image: Image) -> tuple[int, int]:
 def crop(image: ImageT, target: TargetT, region: Sequence[int]) -> tuple[ImageT, TargetT]:
     """Cut out region = (top, left, height, width); pixels outside the image are zero.
 
-    Boxes are cut too, and `area` becomes that of the cut box. An object without a box of positive size (if
-    the target has no boxes: with an empty mask) is dropped.
+    Boxes are cut too, and `area` becomes that of the cut box. An object without a box of positive size (if the target
+    has no boxes: with an empty mask) is dropped.
     """
     top, left, height, width = region
     cropped = F.crop(image, top, left, height, width)
@@ -107,8 +105,7 @@ def resized_size(
 ) -> tuple[int, int]:
     """Return (width, height) after resizing the short side to `size`, or `size` itself if it is such a pair.
 
-    The long side is truncated, so it may miss max_size by a pixel or two; torchvision's rules give other
-    sizes.
+    The long side is truncated, so it may miss max_size by a pixel or two; torchvision's rules give other sizes.
     """
     if not isinstance(size, int):
         width, height = size
@@ -127,9 +124,7 @@ def resized_size(
 def resize(
     image: ImageT, target: TargetT, size: int | Sequence[int], max_size: int | None = None
 ) -> tuple[ImageT, TargetT]:
-    """Resize to `resized_size`, bilinear with antialiasing. Masks are resized to the nearest pixel, and
-    become bool.
-    """
+    """Resize to `resized_size`, bilinear with antialiasing. Masks are resized to the nearest pixel, and become bool."""
     height, width = image_size(image)
     return resize_to(image, target, resized_size((width, height), size, max_size), antialias=True)
 
@@ -146,8 +141,7 @@ def rescale(image: ImageT, target: TargetT, size: int, max_size: int) -> tuple[I
 
 
 def rescaled_size(image_wh: tuple[int, int], size: int, max_size: int) -> tuple[int, int]:
-    """Return the largest (width, height) with a short side of at most `size` and a long one of at most
-    `max_size`.
+    """Return the largest (width, height) with a short side of at most `size` and a long one of at most `max_size`.
 
     Each side is rounded on its own, half upwards (mmdetection; other pixels than `resized_size`).
     """
@@ -203,8 +197,8 @@ def pad_to_square(image: ImageT, target: TargetT, size: int) -> tuple[ImageT, Ta
 
 
 def frame_size(target: Target) -> Tensor:
-    """Return the (height, width) [2], in pixels of the original image, that boxes in [0, 1] and detections
-    are relative to.
+    """Return the (height, width) [2], in pixels of the original image, that boxes in [0, 1] and detections are
+    relative to.
 
     It is the size of the image itself, or of the square around it that `FitSquare` makes.
     """
@@ -297,11 +291,10 @@ class HeightFirstSizeCrop(RandomSizeCrop):
 
 
 class FitSquare:
-    """Largest copy of the image that fits a square of size x size pixels, in its upper left corner, with grey
-    around.
+    """Largest copy of the image that fits a square of size x size pixels, in its upper left corner, with grey around.
 
-    `frame_size` is the square's size in original pixels. It is larger than the image, and a box may reach
-    beyond the image.
+    `frame_size` is the square's size in original pixels. It is larger than the image, and a box may reach beyond the
+    image.
     """
 
     def __init__(self, size: int) -> None:
@@ -342,8 +335,8 @@ def make_transforms(
     Args:
         max_size: bound of the long side; by default 1333, scaled too.
         aug: 'none' trains on the evaluation transform, 'flip' adds a random flip. 'co_detr' is the recipe by
-            mmdetection's rules: `rescale` in training and evaluation, and crops whose height is drawn first.
-            'lsj' fits images into squares of lsj_size pixels for evaluation; in training
+            mmdetection's rules: `rescale` in training and evaluation, and crops whose height is drawn first. 'lsj'
+            fits images into squares of lsj_size pixels for evaluation; in training
             datasets.copy_paste.LargeScaleJitter has made squares already.
     """
     if image_set not in ('train', 'val'):

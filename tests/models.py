@@ -17,7 +17,7 @@ from models.training import collaborative
 from util.nested_tensor import NestedTensor
 
 SMALL = {
-    'backbone': 'resnet18',
+    'backbone': 'resnet10',
     'backbone_weights': 'none',
     'hidden_dim': 32,
     'nheads': 4,

@@ -140,7 +140,9 @@ def test_a_query_of_two_objects_has_the_class_of_the_better_one() -> None:
         assert pairs.target[claims].tolist() == [1, 0]
         losses = criterion({'predictions': [o2m]}, targets)
         asked = torch.zeros(16, 6)
-        for query, target in zip(pairs.query[pairs.decides_class], pairs.target[pairs.decides_class], strict=True):
+        for query, target in zip(
+            pairs.query[pairs.decides_class], pairs.target[pairs.decides_class], strict=True
+        ):
             asked[query, targets[0]['labels'][target]] = 1
         ce = nn.functional.binary_cross_entropy_with_logits(logits[0], asked, reduction='none')
         focal = (0.25 * asked + 0.75 * (1 - asked)) * 0.5**2 * ce

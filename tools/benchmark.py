@@ -1,6 +1,6 @@
 """
-How fast are the parts? All contenders of a comparison run in one process, turn about, and must first agree in
-what they compute.
+Measure the speed of parts. All contenders of a comparison run in one process in turn, and must first agree in their
+results.
 
     python tools/benchmark.py data                          # loading images that it draws itself
     python tools/benchmark.py data --coco_path data/coco    # loading images of a data set
@@ -8,7 +8,7 @@ what they compute.
     python tools/benchmark.py model                         # inference of two-stage Deformable DETR
     python tools/benchmark.py criterion                     # matching and losses of H-Deformable-DETR
     python tools/benchmark.py train                         # a training step of H-Deformable-DETR
-    python tools/benchmark.py schemes                       # what each way of supervision costs
+    python tools/benchmark.py schemes                       # a training step with each way of supervision
     python tools/benchmark.py step                          # a training step of each method in each precision
     python tools/benchmark.py fps                           # inference of each method, in images a second
 """

@@ -3,10 +3,11 @@ Compare how runs of main.py converged: one image and one Markdown table.
 
   python tools/compare_runs.py output/compare/{plain,hybrid}/seed* --output output/compare
 
-The first is what the others are compared with. Runs in folders NAME/seedN are repetitions of NAME: their mean is drawn, and the range between them. A run trained
-with --save_every 1 also shows, from its checkpoints and the validation images, how many objects change the query
-that answers for them from one epoch to the next (the instability of DN-DETR, arXiv:2203.01305, Sec. 3.2; in two
-stages a query is a rank among the proposals), and how many objects are found more than once.
+The others are compared with the first one. Folders NAME/seedN are repetitions of NAME: their mean and range are drawn.
+
+Runs with --save_every 1 also show two numbers from checkpoints and validation images. One is the share of objects
+whose query changes from epoch to epoch (the instability of DN-DETR, arXiv:2203.01305, Sec. 3.2; in two stages a query
+is a rank among the proposals). The other is the number of duplicate detections.
 """
 
 import argparse
@@ -40,7 +41,7 @@ FOUND_SCORE, FOUND_IOU = 0.3, 0.5  # a detection of an object: its class, with a
 
 @dataclass
 class Epoch:
-    """What is known after an epoch; None where nothing was measured."""
+    """Measurements after an epoch; None where nothing was measured."""
 
     epoch: int
     images: int  # seen so far
@@ -58,7 +59,7 @@ class Scheme:
     runs: list[list[Epoch]] = field(default_factory=list)
 
     def curve(self, x: str, y: str) -> tuple[list[float], list[float], list[float], list[float]]:
-        """Mean places, and mean, lowest and highest values of the epochs that all runs have."""
+        """Return mean x, and mean, lowest and highest y, of the epochs that all runs have."""
         rows = []
         for epochs in zip(*self.runs, strict=False):
             values = [getattr(epoch, y) for epoch in epochs]
@@ -75,7 +76,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--output', default='.', metavar='DIR',
                         help='where comparison.png and comparison.md go (default: %(default)s)')  # fmt: skip
     parser.add_argument('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
-    parser.add_argument('--logs_only', action='store_true', help='leave the checkpoints alone')
+    parser.add_argument('--logs_only', action='store_true', help='read the logs, not the checkpoints')
     return parser
 
 
@@ -84,7 +85,11 @@ def scheme_name(folder: Path) -> str:
 
 
 def read_run(folder: Path) -> list[Epoch]:
-    """ValueError: the folder has no log of a run."""
+    """Read the log of a run.
+
+    Raises:
+        ValueError: the folder has none.
+    """
     log = folder / 'log.jsonl'
     if not log.is_file():
         raise ValueError(f'{folder} is no output folder of a run: there is no log.jsonl in it')
@@ -104,7 +109,7 @@ def read_run(folder: Path) -> list[Epoch]:
 
 @torch.no_grad()
 def read_checkpoints(folder: Path, epochs: list[Epoch], device: torch.device) -> None:
-    """Fill in what only the detector of each epoch can tell, where its checkpoint was kept."""
+    """Fill in measurements that need the detector of an epoch, if its checkpoint was kept."""
     before, data = None, None
     for epoch in epochs:
         file = folder / f'checkpoint{epoch.epoch - 1:04}.pth'
@@ -125,7 +130,7 @@ def read_checkpoints(folder: Path, epochs: list[Epoch], device: torch.device) ->
 def examine(
     model: nn.Module, postprocess: nn.Module, data: Dataset, matcher: Callable
 ) -> tuple[Tensor, float]:
-    """The query that answers for each object of a data set (-1: none does), and detections too many an object."""
+    """Return the query matched to each object of a data set (-1: none), and duplicate detections per object."""
     device = next(model.parameters()).device
     queries, surplus, num_objects = [], 0, 0
     for samples, targets in DataLoader(data, batch_size=8, collate_fn=collate_fn):
@@ -143,8 +148,9 @@ def examine(
 
 
 def num_surplus(result: dict[str, Tensor], labels: Tensor, boxes: Tensor) -> int:
-    """Detections of objects beyond the first of each. A detection belongs to the object of its class that it
-    overlaps most.
+    """Count detections of objects beyond the first of each.
+
+    A detection belongs to the object of its class that it overlaps most.
     """
     shown = result['scores'] >= FOUND_SCORE
     if not len(labels) or not shown.any():
@@ -166,9 +172,9 @@ def draw(path: Path, schemes: list[Scheme]) -> None:
     axes = figure.subplots(3, 3).ravel()
     for panel, (title, y, x) in zip(axes, panels, strict=False):
         for index, scheme in enumerate(schemes):
-            place, middle, low, high = scheme.curve(x, y)
-            panel.plot(place, middle, label=scheme.name, color=f'C{index}', marker='o', markersize=3)
-            panel.fill_between(place, low, high, color=f'C{index}', alpha=0.15, linewidth=0)
+            xs, means, lows, highs = scheme.curve(x, y)
+            panel.plot(xs, means, label=scheme.name, color=f'C{index}', marker='o', markersize=3)
+            panel.fill_between(xs, lows, highs, color=f'C{index}', alpha=0.15, linewidth=0)
         panel.set_title(title, loc='left', fontsize=11)
         panel.set_xlabel(labels[x], fontsize=9)
         panel.grid(alpha=0.25)
@@ -179,7 +185,7 @@ def draw(path: Path, schemes: list[Scheme]) -> None:
 
 
 def table(schemes: list[Scheme]) -> str:
-    """Markdown. Ranges are those between repetitions; the first scheme is what the others are compared with."""
+    """Return a Markdown table; ranges are those between repetitions, and the first scheme is the reference."""
     goal = max(
         (epoch.ap for run in schemes[0].runs for epoch in run if epoch.ap is not None), default=math.inf
     )
@@ -201,19 +207,19 @@ def table(schemes: list[Scheme]) -> str:
         cells = [
             scheme.name,
             str(len(last)),
-            spread([epoch.ap for epoch in last]),
-            spread([epoch.ap50 for epoch in last]),
+            mean_and_range([epoch.ap for epoch in last]),
+            mean_and_range([epoch.ap50 for epoch in last]),
             ', '.join('not reached' if epoch is None else str(epoch) for epoch in reached),
             f'{minutes:.2f}',
-            spread([epoch.changes for epoch in last]),
-            spread([epoch.duplicates for epoch in last]),
+            mean_and_range([epoch.changes for epoch in last]),
+            mean_and_range([epoch.duplicates for epoch in last]),
         ]
         lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines) + '\n'
 
 
-def spread(values: list[float | None]) -> str:
-    """Mean, and the lowest and highest value where they differ."""
+def mean_and_range(values: list[float | None]) -> str:
+    """Return the mean, and the lowest and highest value if they differ."""
     if None in values:
         return '-'
     text = f'{mean(values):.3f}'

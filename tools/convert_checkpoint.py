@@ -1,7 +1,7 @@
 """
-Rewrite a checkpoint: under the names of another project, or without what only training needs.
+Rewrite a checkpoint under the names of another project, or without entries that only training needs.
 
-  python tools/convert_checkpoint.py FILE OUT                  any layout that is known, to ours
+  python tools/convert_checkpoint.py FILE OUT                  any known layout, to ours
   python tools/convert_checkpoint.py FILE OUT --strip          for inference: no queries, heads and optimizer of training
   python tools/convert_checkpoint.py FILE OUT --to mmdet       Co-DETR, to mmdetection's layout
 """
@@ -35,16 +35,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('source', metavar='FILE', help='checkpoint: a path or an address')
     parser.add_argument('output', metavar='OUT', type=Path, help='file to write; it must not exist')
-    parser.add_argument('--strip', action='store_true', help='leave out what only training needs')
+    parser.add_argument('--strip', action='store_true', help='leave out entries that only training needs')
     parser.add_argument(
-        '--to', default='ours', choices=('ours', 'mmdet'), help='names (default: %(default)s)'
+        '--to',
+        default='ours',
+        choices=('ours', 'mmdet'),
+        help='project whose names to use (default: %(default)s)',
     )
     return parser
 
 
 def strip(state: dict[str, Tensor], flags: dict) -> tuple[dict[str, Tensor], dict]:
-    """Without training's entries, and without queries beyond the inference group where the flags of the run tell which
-    those are; the flags then say so.
+    """Remove entries that only training reads, and their flags.
+
+    Queries beyond the inference group are removed if the flags of the run tell which they are.
     """
     state = {name: value for name, value in state.items() if not re.match(TRAINING_ONLY, name)}
     queries = flags.get('num_queries_one2one', flags.get('num_queries'))
@@ -54,7 +58,11 @@ def strip(state: dict[str, Tensor], flags: dict) -> tuple[dict[str, Tensor], dic
 
 
 def convert(source: str, output: Path, stripped: bool, to: str) -> str:
-    """Write `output`; returns what was done. ValueError: `output` exists, or `to` has no place for an entry."""
+    """Write `output`, and return a summary.
+
+    Raises:
+        ValueError: `output` exists, or `to` has no such entry.
+    """
     if output.exists():
         raise ValueError(f'{output} exists: choose another name, or remove it')
     checkpoint = read_checkpoint(source)

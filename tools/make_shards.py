@@ -1,12 +1,12 @@
 """
-Tar shards from a data set in COCO form, for --train_shards and --val_shards of main.py.
+Write tar shards of a data set in COCO form, for --train_shards and --val_shards of main.py.
 
   python tools/make_shards.py --coco_path DATA --image_set train --output shards/train
   python tools/make_shards.py --images my/train --ann my/train.json --output shards/train --shard_size 500MB
   python tools/make_shards.py ... --url 'pipe:aws s3 cp s3://bucket/train/{file} -'    where the shards will be
 
-A shard holds for each image its file, unchanged, and a JSON with image_id, file_name, height, width and annotations. The
-index, shards.json, and the annotation file lie beside the shards. All is written, or nothing.
+For each image a shard holds its unchanged file, and a JSON with image_id, file_name, height, width and annotations.
+The index, shards.json, and the annotation file are stored beside the shards. All is written, or nothing.
 """
 
 import argparse
@@ -47,17 +47,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--ann', metavar='FILE', help='annotations, instead of --coco_path')
     parser.add_argument('--output', required=True, metavar='DIR', help='new folder for shards and index')
     parser.add_argument('--shard_size', default='1000', metavar='SIZE',
-                        help='images a shard, or its size: 300MB, 1GB (default: %(default)s)')  # fmt: skip
+                        help='number of images per shard, or its size: 300MB, 1GB (default: %(default)s)')  # fmt: skip
     parser.add_argument('--shuffle', type=int, metavar='SEED',
-                        help='order of the images at random, for data whose neighbours are alike (default: by id)')  # fmt: skip
+                        help='seed to shuffle the images, for data whose neighbours are alike (default: order of ids)')  # fmt: skip
     parser.add_argument('--url', default='{file}',
-                        help='what the index says of where a shard is: a path from the index, or anything that WebDataset '
-                             'opens (default: %(default)s)')  # fmt: skip
+                        help='address of a shard in the index: a path relative to the index, or anything that WebDataset opens '
+                             '(default: %(default)s)')  # fmt: skip
     return parser
 
 
 def shard_limit(text: str) -> dict[str, float]:
-    """WebDataset's limit of a shard: of images or of bytes. ValueError: neither."""
+    """Return WebDataset's limit of a shard, in images or bytes.
+
+    Raises:
+        ValueError: the text is neither.
+    """
     number, unit = (text[:-2], text[-2:].upper()) if text[-2:].upper() in UNITS else (text, '')
     if not number.isdecimal() or int(number) < 1:
         raise ValueError(f'--shard_size {text}: give a number of images, 1000, or a size, 300MB or 1GB')
@@ -66,9 +70,11 @@ def shard_limit(text: str) -> dict[str, float]:
     return {'maxcount': int(number), 'maxsize': sys.maxsize}
 
 
-def described(data: Annotations, folder: Path, file: Path, seed: int | None) -> Iterator[dict]:
-    """A record an image, as shards hold it, in order of id, or shuffled. ValueError: an image is not of the size
-    that the annotations tell.
+def image_records(data: Annotations, folder: Path, file: Path, seed: int | None) -> Iterator[dict]:
+    """Yield a record per image, as shards hold it, in order of id, or shuffled.
+
+    Raises:
+        ValueError: an image's size differs from that of its annotations.
     """
     annotations: dict[int, list[dict]] = {image['id']: [] for image in data['images']}
     for annotation in data['annotations']:
@@ -87,7 +93,7 @@ def described(data: Annotations, folder: Path, file: Path, seed: int | None) -> 
 def write_shards(
     records: Iterator[dict], images: Path, output: Path, limit: dict[str, float], url: str
 ) -> dict:
-    """Shards of the records. Returns the index but for the categories."""
+    """Write shards of the records, and return the index without the categories."""
     counts: Counter[str] = Counter()
     image_ids, sizes, unsegmented = [], [], []
     writer = import_webdataset().ShardWriter(
@@ -115,7 +121,11 @@ def write_shards(
 
 
 def make_shards(args: Namespace) -> str:
-    """Writes the folder; returns what was done. ValueError: it exists, or data that cannot be trained on."""
+    """Write the folder, and return a summary.
+
+    Raises:
+        ValueError: the folder exists, or the data cannot be trained on.
+    """
     output, limit = Path(args.output), shard_limit(args.shard_size)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f'{output} exists: choose another --output, or remove it')
@@ -129,7 +139,7 @@ def make_shards(args: Namespace) -> str:
 
     def write(partial: Path) -> None:
         partial.mkdir()
-        records = described(data, folder, file, args.shuffle)
+        records = image_records(data, folder, file, args.shuffle)
         index = {
             'version': VERSION,
             'categories': data['categories'],

@@ -3,8 +3,8 @@ Find objects in images with a trained checkpoint.
 
   python tools/predict.py --checkpoint output/quickstart/checkpoint.pth --source IMAGE --output_dir OUT
 
-Draws every image and writes `predictions.json` in COCO's result form. The model's flags, the classes and
-the image size come from the checkpoint.
+This draws every image and writes `predictions.json` in COCO's result form. The model's flags, the classes and the
+image size come from the checkpoint.
 """
 
 import argparse
@@ -44,7 +44,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         '--source', required=True, help='an image, a folder of images, or a pattern such as "*.jpg"'
     )
     parser.add_argument(
-        '--output_dir', default='output/predictions', metavar='DIR', help='(default: %(default)s)'
+        '--output_dir',
+        default='output/predictions',
+        metavar='DIR',
+        help='output folder (default: %(default)s)',
     )
     parser.add_argument(
         '--score_thr', default=0.3, type=float, help='lowest score drawn (default: %(default)s)'
@@ -57,7 +60,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def find_images(source: str) -> list[Path]:
-    """Image files of a path, folder or pattern, sorted. ValueError: there is none."""
+    """Return image files of a path, folder or pattern, sorted.
+
+    Raises:
+        ValueError: there is none.
+    """
     path = Path(source)
     if path.is_dir():
         images = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
@@ -69,22 +76,23 @@ def find_images(source: str) -> list[Path]:
 
 
 def names_below(images: list[Path]) -> list[str]:
-    """Each image's path below the folder that all have in common: no two are equal."""
+    """Return each image's path below their common folder: no two are equal."""
     common = Path(os.path.commonpath([path.parent for path in images]))
     return [path.relative_to(common).as_posix() for path in images]
 
 
 def drawing_name(name: str, names: list[str]) -> str:
-    """NAME.png, or NAME.jpg.png where another image differs in the suffix only."""
+    """Return NAME.png, or NAME.jpg.png if another image differs in the suffix only."""
     stem = str(Path(name).with_suffix(''))
     alone = sum(str(Path(other).with_suffix('')) == stem for other in names) == 1
     return f'{stem}.png' if alone else f'{name}.png'
 
 
 def load_detector(file: str) -> tuple[nn.Module, nn.Module, ClassMap, Namespace]:
-    """Model in evaluation mode, postprocessor, classes and flags of a checkpoint.
+    """Load model (in evaluation mode), postprocessor, classes and flags from a checkpoint.
 
-    ValueError: the file lacks flags or classes, as files of weights alone do.
+    Raises:
+        ValueError: the file lacks flags or classes, as files of weights alone do.
     """
     checkpoint = read_checkpoint(file)
     if 'args' not in checkpoint or 'class_map' not in checkpoint:
@@ -100,7 +108,7 @@ def load_detector(file: str) -> tuple[nn.Module, nn.Module, ClassMap, Namespace]
 
 @torch.no_grad()
 def detect(model: nn.Module, postprocess: nn.Module, image: Tensor, args: Namespace) -> dict[str, Tensor]:
-    """Detections of one uint8 image [3, H, W], boxes in its own pixels."""
+    """Detect objects in one uint8 image [3, H, W]; boxes are in its own pixels."""
     resized, target = transforms_of('val', args)(image, {'orig_size': torch.tensor(image.shape[-2:])})
     samples = nested_tensor_from_tensor_list([resized]).to(next(model.parameters()).device)
     result = postprocess(model(samples), frame_size(target)[None].to(samples.tensors.device))[0]
@@ -108,8 +116,9 @@ def detect(model: nn.Module, postprocess: nn.Module, image: Tensor, args: Namesp
 
 
 def coco_results(name: str, result: dict[str, Tensor], class_map: ClassMap) -> list[dict]:
-    """COCO's result form. The id of an image is the number that its file is named by, as COCO's are, else
-    its name.
+    """Return detections in COCO's result form.
+
+    The id of an image is the number that its file is named by, as COCO's are, else its name.
     """
     stem = Path(name).stem
     rows = zip(result['scores'].tolist(), result['labels'].tolist(), result['boxes'].tolist(), strict=True)

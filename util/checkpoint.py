@@ -1,9 +1,8 @@
 """
-Checkpoints: written whole or not at all, plain tensors and dictionaries that `torch.load(weights_only=True)`
-reads.
+Checkpoints of plain tensors and dictionaries that `torch.load(weights_only=True)` reads, written whole or not at all.
 
 `load_checkpoint` recognises official files and those of other projects by keys that only they have
-(`util/foreign_names.py`), fits them strictly, and says what is left.
+(`util/foreign_names.py`). It fits them strictly and reports entries that do not fit.
 """
 
 import argparse
@@ -23,20 +22,18 @@ from torch import Tensor, nn
 from util.files import save_atomically
 from util.foreign_names import COCO_IDS, spread_coco_classes, to_official
 
-# Our query sources, and what MS-DETR reads its queries a second time with.
+# Parameters used only in training: query sources, and MS-DETR's second reading of the queries.
 TRAINING_ONLY = (
     r'query_sources\.|class_embed_o2m\.|transformer\.decoder\.layers\.\d+\.(linear3|linear4|norm4)\.'
 )
 INPUT_BIAS = r'input_proj\.\d+\.0\.bias'
-RESIZABLE = ('class_embed', 'query_embed')  # what --pretrained may take from a model of another size
-SOURCES = ('query_sources.',)  # read while training only
+RESIZABLE = ('class_embed', 'query_embed')  # --pretrained accepts these from a model of another size
+SOURCES = ('query_sources.',)  # used only in training
 
 
 @dataclass
 class Report:
-    """What a checkpoint filled. `reinitialised`: entries of another shape, left as they were (or filled in
-    part).
-    """
+    """Result of loading a checkpoint. `reinitialised`: entries of another shape, left as they were or filled in part."""
 
     layout: str
     loaded: int
@@ -48,14 +45,15 @@ class Report:
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Atomically; readers never see half a file."""
+    """Write a checkpoint atomically; readers never see half a file."""
     save_atomically(path, partial(torch.save, checkpoint))
 
 
 def read_checkpoint(source: str | Path) -> dict:
-    """A checkpoint file, or the file behind an http(s) address (kept in torch.hub's folder).
+    """Read a checkpoint file, or the file behind an http(s) address (kept in torch.hub's folder).
 
-    ValueError: there is no such file, or it is no checkpoint.
+    Raises:
+        ValueError: there is no such file, or it is no checkpoint.
     """
     path = download(str(source)) if str(source).startswith(('http://', 'https://')) else Path(source)
     if not path.is_file():
@@ -92,8 +90,9 @@ def download(url: str) -> Path:
 
 
 def state_of(checkpoint: dict, averaged: bool = True) -> dict[str, Tensor]:
-    """The weights in a checkpoint, which may be nothing else. averaged: their moving average, where the file has one: that is
-    what was evaluated.
+    """Return the weights in a checkpoint, which may also be a plain state dict.
+
+    averaged: return the EMA weights if the file has them, because those were evaluated.
     """
     names = ('model_ema', 'model', 'state_dict') if averaged else ('model', 'state_dict')
     state = next((checkpoint[name] for name in names if name in checkpoint), checkpoint)
@@ -101,7 +100,7 @@ def state_of(checkpoint: dict, averaged: bool = True) -> dict[str, Tensor]:
 
 
 def flags_of(checkpoint: dict) -> dict:
-    """Flags of the run that wrote it, {} if it does not say."""
+    """Return the flags of the run that wrote a checkpoint, {} if it has none."""
     flags = checkpoint.get('args', {})
     return vars(flags) if isinstance(flags, argparse.Namespace) else flags
 
@@ -109,16 +108,18 @@ def flags_of(checkpoint: dict) -> dict:
 def load_checkpoint(
     model: nn.Module, source: str | Path | dict, resize: bool = False, resume: bool = False
 ) -> Report:
-    """Fill a model from a path, an address, a checkpoint or a state dict, whatever project's names it uses.
+    """Fill a model from a path, an address, a checkpoint or a state dict, under any known project's names.
 
-    Queries that only trained beside the inference group are left out where the flags in the file tell which they
-    are, and so are heads and layers that only training reads. resize: class heads and queries of another number are
-    re-initialised (queries: filled as far as they go) and listed; what only training reads always is. resume: the
-    state of an optimizer follows, so everything must be that of the run. Otherwise averaged weights are taken where the
-    file has them.
+    Queries that only train are left out if the flags in the file tell which they are. Heads and layers that only
+    training reads are left out too. Averaged weights are preferred, except to resume.
 
-    ValueError: an entry is missing, left over or of another shape; the message lists them. The model is
-    untouched then.
+    Args:
+        resize: re-initialise and list class heads and queries of another number (queries: fill as far as they go).
+        resume: the state of an optimizer follows, so every entry must be that of the run.
+
+    Raises:
+        ValueError: an entry is missing, left over or of another shape; the message lists them. The model is unchanged
+            then.
     """
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
     layout, state = to_official(state_of(checkpoint, averaged=not resume))
@@ -155,13 +156,18 @@ def load_checkpoint(
 
 
 def is_dropped(name: str, ours: dict[str, Tensor]) -> bool:
-    """Entries that a model does not need: counters of frozen norms, and what only training needs."""
+    """Tell whether the model needs no such entry: counters of frozen norms, and parameters used only in training."""
     return name not in ours and (name.endswith('num_batches_tracked') or bool(re.match(TRAINING_ONLY, name)))
 
 
 def check_layer_order(model: nn.Module, layout: str, trained: dict, state: dict[str, Tensor]) -> None:
-    """MS-DETR's layers read the memory first. Its auxiliary block tells so; without it the flags of the run do, and
-    files without flags are taken at their word.
+    """Require that the checkpoint's decoder layers have the model's order; MS-DETR's read the memory first.
+
+    The auxiliary block of MS-DETR reveals the order; without it the flags of the run do. Official files without flags
+    are accepted.
+
+    Raises:
+        ValueError: the order is another one.
     """
     ours = any(getattr(module, 'reads_memory_first', False) for module in model.modules())
     if any('.linear3.' in name for name in state):
@@ -178,7 +184,7 @@ def check_layer_order(model: nn.Module, layout: str, trained: dict, state: dict[
 
 
 def fit_rows(theirs: Tensor, ours: Tensor) -> Tensor:
-    """Rows of `theirs` as far as they go, `ours` beyond; `ours` if the width differs."""
+    """Return rows of `theirs` as far as they go, then `ours`; `ours` alone if the width differs."""
     if theirs.shape[1:] != ours.shape[1:]:
         return ours
     rows = min(len(theirs), len(ours))
@@ -215,7 +221,7 @@ def mismatch_text(
 
 
 def get_rng_state() -> dict:
-    """States of this process's random number generators, as plain values and tensors."""
+    """Return the states of this process's random number generators as plain values and tensors."""
     twister = np.random.get_state(legacy=False)
     keys, pos = twister['state']['key'].tolist(), twister['state']['pos']
     state = {

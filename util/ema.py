@@ -1,4 +1,4 @@
-"""A moving average of the weights (EMA): smoother than the weights themselves, and usually the better detector."""
+"""Exponential moving average of the weights (EMA), which is smoother than the weights and usually the better detector."""
 
 import copy
 
@@ -8,11 +8,11 @@ from torch.distributed.tensor import DTensor
 
 
 class WeightAverage:
-    """A copy of a model that follows it.
+    """Copy of a model that holds the EMA of its weights.
 
-    Each update moves the copy by 1 - decay; the n-th one by 9 / (10 + n) where that is more, so that initial values are
-    forgotten early. Buffers are averaged too, counters copied. (PyTorch's AveragedModel counts on the device, and waits for
-    it in every step.)
+    An update moves the copy by 1 - decay; the n-th one by 9 / (10 + n) if that is more, so that initial values are
+    forgotten early. Floating-point buffers are averaged too, counters copied. (PyTorch's AveragedModel counts on the
+    device, and waits for it in every step.)
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

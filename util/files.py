@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and folders that one run has for itself."""
+"""Files and folders that are written whole or not at all, and folders that one run locks."""
 
 import os
 import re
@@ -19,9 +19,9 @@ LOCK_FILE = 'run.lock'
 
 
 def save_atomically(path: str | os.PathLike, save: Callable[[Path], object]) -> None:
-    """Calls `save` with a name beside `path`, of the same suffix, then moves the file to `path`.
+    """Call `save` with a temporary name beside `path`, of the same suffix, then move the file to `path`.
 
-    `save` may also make a folder of that name; OSError if there is a folder at `path` that is not empty.
+    `save` may also make a folder of that name. OSError is raised if `path` is a folder that is not empty.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,18 +39,20 @@ def save_atomically(path: str | os.PathLike, save: Callable[[Path], object]) -> 
 
 
 def remove_partial_files(folder: str | os.PathLike) -> None:
-    """What processes that were killed while they saved have left in a folder; nobody else may be saving there."""
+    """Remove temporary files of processes that were killed while saving; no other process may be saving there."""
     for path in Path(folder).iterdir():
         if re.fullmatch(r'\.\w+\.\d+\.\w+', path.name) and path.is_file():
             path.unlink()
 
 
 def lock_folder(folder: str | os.PathLike, wait: float = 20.0) -> TextIO | None:
-    """Take a folder for this process, until `unlock` is called with the file that is returned, or the process ends, however
-    it does. None where the file system knows no locks.
+    """Lock a folder for this process until `unlock` gets the returned file, or the process ends in any way.
 
-    wait: seconds for which another holder, perhaps a process that is just ending, may still let go. ValueError: it does
-    not; the message names it.
+    Returns None if the file system knows no locks. wait: seconds to wait for another holder, perhaps a process that is
+    just ending.
+
+    Raises:
+        ValueError: another process holds the lock; the message names it.
     """
     if fcntl is None:
         return None
@@ -79,14 +81,14 @@ def lock_folder(folder: str | os.PathLike, wait: float = 20.0) -> TextIO | None:
 
 
 def unlock(file: TextIO | None) -> None:
-    """Also where processes that were forked in between, loader workers for instance, still have the file open."""
+    """Release a lock, even if forked processes (for instance loader workers) still have its file open."""
     if file is not None:
         fcntl.flock(file, fcntl.LOCK_UN)
         file.close()
 
 
 def code_checksum(root: Path) -> str:
-    """Of the Python files that a run is made of; another one means another version of the code."""
+    """Return a checksum of the Python files of a run, which differs between versions of the code."""
     folders = (
         '.',
         'datasets',

@@ -1,6 +1,4 @@
-"""
-Declare the flags of a run: precision, processes, evaluation, files; and show the help of all flags by topic.
-"""
+"""Declare the flags of a run (precision, processes, evaluation, files), and show the help of all flags by topic."""
 
 import argparse
 import sys
@@ -19,7 +17,7 @@ ESSENTIAL = (
 
 
 class HelpByTopic(argparse.Action):
-    """`--help` shows what a first run needs, `--help all` every flag, `--help TOPIC` the groups whose title has that word."""
+    """Action of `--help` (flags of a first run), `--help all`, and `--help TOPIC` (groups whose title has that word)."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **options: object) -> None:
         options |= {'nargs': '?', 'const': '', 'default': argparse.SUPPRESS, 'metavar': 'TOPIC'}
@@ -33,7 +31,7 @@ class HelpByTopic(argparse.Action):
 
 
 def help_text(parser: ArgumentParser, topic: str) -> str:
-    """Return the help of a topic ('' for a first run, 'all', or a word of a group's title)."""
+    """Return the help of a topic: '' for a first run, 'all', or a word of a group's title."""
     if topic == 'all':
         return parser.format_help()
     formatter = parser.formatter_class(prog=parser.prog)
@@ -79,7 +77,7 @@ def make_parser(description: str | None) -> ArgumentParser:
 
 
 def add_run_args(parser: ArgumentParser, save_every: str) -> None:
-    """Declare precision, processes, evaluation and files. save_every: default of that flag in words."""
+    """Declare flags of precision, processes, evaluation and files. save_every: default of that flag in words."""
     add_scale_args(parser)
     add_evaluation_args(parser)
     group = parser.add_argument_group('run')

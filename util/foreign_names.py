@@ -1,6 +1,6 @@
 """
-Names of other projects' checkpoints, turned into the official ones: one table a source, chosen by keys that
-only it has.
+Translation of other projects' checkpoint names to the official ones: one table per project, chosen by a key that only
+it has.
 
 A rule is a pattern and its replacement; the first that matches a whole name wins.
 """
@@ -108,8 +108,8 @@ DETREX: Rules = [
     (r'transformer\.(decoder@)\.norms\.1\.(#)', r'transformer.\1.norm1.\2'),
     (r'transformer\.(decoder@)\.norms\.2\.(#)', r'transformer.\1.norm3.\2'),
 ]  # fmt: skip
-# mmdetection's Co-DETR, ours beside theirs; both directions are read from it. Fields: {layer} and {i} are numbers, {rest}
-# is anything. What is numbered by auxiliary head there is named by it here.
+# mmdetection's Co-DETR, our name beside theirs, for both directions. {layer} and {i} are numbers, {rest} is anything.
+# Modules that they number by auxiliary head are named by it here.
 ENCODER, DECODER = ('transformer.encoder.layers.{layer}.', 'transformer.decoder.layers.{layer}.')
 SOURCE = 'query_sources.collaborative.'
 MMDETECTION: list[tuple[str, str]] = [
@@ -163,7 +163,7 @@ MMDETECTION: list[tuple[str, str]] = [
     (f'{SOURCE}heads.faster_rcnn.roi.{{rest}}', 'roi_head.0.bbox_head.{rest}'),
     (f'{SOURCE}heads.atss.{{rest}}', 'bbox_head.0.{rest}'),
 ]  # fmt: skip
-# Further names of the same: DINO's content, and the port to mmdetection 3.
+# Other names of the same entries: the query content of DINO, and the port to mmdetection 3.
 MMDETECTION_DINO = ('query_embed.weight', 'query_head.transformer.query_embed.weight')
 MMDETECTION_3 = (
     'query_sources.denoising.label_embedding.weight', 'query_head.dn_generator.label_embedding.weight',
@@ -176,7 +176,7 @@ NEVER = -50.0  # bias of a class that does not exist
 
 
 def rename(name: str, rules: Rules) -> str:
-    """The official name; the name itself where no rule fits, so that it shows up as left over."""
+    """Return the official name, or the name itself if no rule fits, so that it is reported as left over."""
     for pattern, replacement in rules:
         pattern = pattern.replace('coder@', r'coder\.layers\.\d+').replace('(#)', '(weight|bias)')
         pattern = pattern.replace('(@)', r'((?:encoder|decoder)\.layers\.\d+)')
@@ -188,7 +188,7 @@ def rename(name: str, rules: Rules) -> str:
 
 
 def merge_in_proj(state: State) -> State:
-    """q, k and v projections apart to the rows of one `in_proj`, as nn.MultiheadAttention keeps them."""
+    """Concatenate separate q, k and v projections to one `in_proj`, as nn.MultiheadAttention keeps them."""
     merged = {}
     for name, value in state.items():
         match = re.fullmatch(r'(.*\.(?:self_attn|multihead_attn)\.)([qkv])_proj\.(weight|bias)', name)
@@ -207,7 +207,7 @@ def from_transformers(state: State) -> State:
 
 
 def from_transformers_deformable(state: State) -> State:
-    """Saved files hold a shared head once: absent ones are the first again."""
+    """Translate, and repeat the first heads for every layer: saved files hold shared heads once."""
     state = merge_in_proj({rename(name, TRANSFORMERS_DEFORMABLE): value for name, value in state.items()})
     state = drop_head_aliases(state)
     layers = {name.split('.')[3] for name in state if name.startswith('transformer.decoder.layers.')}
@@ -223,10 +223,10 @@ def from_detrex(state: State) -> State:
 
 
 def mmdetection_names(num_maps: int) -> list[tuple[str, str]]:
-    """The table for a neck that projects `num_maps` maps of the backbone and makes the others."""
+    """Return the table for a neck that projects `num_maps` maps of the backbone and makes the others."""
     neck = [
-        (f'input_proj.{place}.{index}.{{rest}}', f'neck.{name}.{part}.{{rest}}')
-        for place, name in (
+        (f'input_proj.{projection}.{index}.{{rest}}', f'neck.{name}.{part}.{{rest}}')
+        for projection, name in (
             *((level, f'convs.{level}') for level in range(num_maps)),
             *((num_maps + level, f'extra_convs.{level}') for level in range(9)),
         )
@@ -236,7 +236,7 @@ def mmdetection_names(num_maps: int) -> list[tuple[str, str]]:
 
 
 def translate(name: str, table: list[tuple[str, str]], to_ours: bool) -> str:
-    """Through the first row that fits; the name itself where none does."""
+    """Return the other name by the first row that fits, or the name itself."""
     for row in table:
         theirs, ours = row[to_ours], row[not to_ours]
         pattern = re.escape(theirs).replace(r'\{rest\}', '(?P<rest>.+)')
@@ -247,7 +247,7 @@ def translate(name: str, table: list[tuple[str, str]], to_ours: bool) -> str:
 
 
 def from_mmdetection(state: State) -> State:
-    """Averaged weights (`ema_*`) beside the others are left out: at the end of an epoch the two are exchanged."""
+    """Translate, leaving out averaged weights (`ema_*`): at the end of an epoch they are swapped with the others."""
     maps = {name.split('.')[2] for name in state if name.startswith('neck.convs.')}
     table = [*mmdetection_names(len(maps)), MMDETECTION_DINO, MMDETECTION_3]
     return {
@@ -258,9 +258,10 @@ def from_mmdetection(state: State) -> State:
 
 
 def to_mmdetection(state: State) -> State:
-    """Our Co-DETR under mmdetection's names.
+    """Translate our Co-DETR to mmdetection's names.
 
-    ValueError: an entry that mmdetection's has not.
+    Raises:
+        ValueError: mmdetection has no such entry.
     """
     maps = [name for name, x in state.items() if re.fullmatch(r'input_proj\.\d+\.0\.weight', name)]
     table = mmdetection_names(sum(state[name].shape[-1] == 1 for name in maps))
@@ -277,8 +278,9 @@ def to_mmdetection(state: State) -> State:
 
 
 def drop_head_aliases(state: State) -> State:
-    """Official Deformable DETR lists its heads twice, some files of others in one of the places only. MS-DETR's
-    second box heads are the first.
+    """Keep one name of each head; official Deformable DETR has two, other files one of them.
+
+    MS-DETR's second box heads equal the first, and are dropped.
     """
     alias = re.compile(r'transformer\.decoder\.((?:class|bbox)_embed\..*)')
     aliases = {match[1]: state[name] for name in state if (match := alias.fullmatch(name))}
@@ -290,8 +292,10 @@ def drop_head_aliases(state: State) -> State:
 
 
 def spread_coco_classes(state: State, num_rows: int) -> State:
-    """Class heads of 80 rows as heads of `num_rows`, one a COCO id. A head for proposals (one more than there are
-    decoder layers) keeps its rows, the first of which stands for 'object', but in DINO.
+    """Expand class heads of 80 rows to `num_rows`, with one row per COCO id.
+
+    A head for proposals (one more than there are decoder layers) keeps its rows, the first of which stands for
+    'object'. DINO's is expanded too.
     """
     dino = 'transformer.decoder.ref_point_head.layers.0.weight' in state
     layers = {name.split('.')[3] for name in state if name.startswith('transformer.decoder.layers.')}
@@ -316,7 +320,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[State], State]]] = {
 
 
 def to_official(state: State) -> tuple[str, State]:
-    """Name of the layout and the state dict under official names, without aliases."""
+    """Return the layout's name, and the state dict under official names without aliases."""
     for layout, (key, convert) in LAYOUTS.items():
         if key in state:
             return layout, convert(state)

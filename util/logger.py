@@ -1,8 +1,8 @@
 """
-What a run tells its user: progress on the terminal, `metrics.csv` and `log.jsonl` on disk.
+Progress on the terminal, and `metrics.csv` and `log.jsonl` on disk.
 
-Loss terms stay on the device until they are shown: reading them is a synchronisation, so it happens once a
-window, in one copy.
+Loss terms stay on the device until they are shown. Reading them synchronises, so it happens once per window, in one
+copy.
 """
 
 import csv
@@ -33,14 +33,14 @@ class Meter:
         self.count = 0
 
     def update(self, values: dict[str, Tensor]) -> None:
-        """values: scalars, the same names each time; no synchronisation."""
+        """Add scalars, with the same names each time, without synchronising."""
         stacked = torch.stack([value.detach().float() for value in values.values()])
         self.names, self.device = list(values), stacked.device
         self.pending = stacked if self.pending is None else self.pending + stacked
         self.num_pending += 1
 
     def state_dict(self) -> dict:
-        """Plain values; what is pending too, so that windows go on as they began."""
+        """Return plain values, including those of the current window, so that it continues after a restart."""
         pending = None if self.pending is None else self.pending.cpu()
         return {
             'names': self.names,
@@ -58,7 +58,7 @@ class Meter:
             self.pending = self.pending.to(device)
 
     def joined(self, other: 'Meter') -> 'Meter':
-        """Both together; nothing is pending afterwards."""
+        """Add the sums of another meter to this one; nothing is pending afterwards."""
         self.read_window()
         other.read_window()
         self.names = self.names or other.names
@@ -67,9 +67,10 @@ class Meter:
         return self
 
     def read_window(self) -> dict[str, float]:
-        """Means since the last reading; one copy from the device.
+        """Return means since the last call, with one copy from the device.
 
-        FloatingPointError: one of them is not finite.
+        Raises:
+            FloatingPointError: one of them is not finite.
         """
         if self.pending is None:
             return {}
@@ -88,7 +89,7 @@ class Meter:
         return window
 
     def averages(self) -> dict[str, float]:
-        """Means of the epoch, over all processes too."""
+        """Return means of the epoch over all ranks."""
         self.read_window()
         totals = torch.tensor([self.totals[name] for name in self.names] + [self.count], dtype=torch.float64)
         if get_world_size() > 1:
@@ -98,9 +99,9 @@ class Meter:
 
 
 class Progress:
-    """A tqdm bar on a terminal, plain lines elsewhere, nothing off the main process.
+    """Progress bar (tqdm) on a terminal, plain lines elsewhere; only the main process shows it.
 
-    every: steps between two readings of the numbers shown. done: steps that an interrupted run has done.
+    every: steps between two readings of the shown numbers. done: steps that an interrupted run has done.
     """
 
     def __init__(self, title: str, total: int, every: int = 10, done: int = 0) -> None:
@@ -113,7 +114,7 @@ class Progress:
             self.bar = tqdm(total=total, desc=title, dynamic_ncols=True, leave=False, initial=done)
 
     def step(self, num_images: int, meter: Meter | None = None) -> None:
-        """One more step of `num_images`; reads the meter when it is time to show it."""
+        """Count one step of `num_images`, and show the meter if it is time."""
         self.done += 1
         self.num_images += num_images
         if self.bar is not None:
@@ -129,13 +130,13 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(f'{text}  {self.speed():.3g} img/s')
         elif self.active:
-            left = (time.perf_counter() - self.start) / (self.done - self.first) * (self.total - self.done)
+            eta = (time.perf_counter() - self.start) / (self.done - self.first) * (self.total - self.done)
             fields = [f'{self.title}  {self.done:{len(str(self.total))}}/{self.total}', text]
-            fields += [f'{self.speed():.3g} img/s', f'{format_time(left)} left', memory_text()]
+            fields += [f'{self.speed():.3g} img/s', f'ETA {format_time(eta)}', memory_text()]
             print('  '.join(field for field in fields if field), flush=True)
 
     def speed(self) -> float:
-        """Images a second, all processes together."""
+        """Return images per second of all ranks together."""
         return self.num_images * get_world_size() / (time.perf_counter() - self.start)
 
     def close(self) -> None:
@@ -160,11 +161,11 @@ def format_time(seconds: float) -> str:
 
 
 class RunLog:
-    """`metrics.csv` (numbers only, equal for equal runs) and `log.jsonl` (everything, times too), one row an
-    epoch.
+    """Log with one row per epoch: `metrics.csv` (numbers only, equal for equal runs) and `log.jsonl` (all values, also
+    times).
 
-    resume_epoch: rows of later epochs are dropped, since those epochs will run again. Files are written by
-    the main process.
+    resume_epoch: rows of later epochs are dropped, because those epochs will run again. The main process writes the
+    files.
     """
 
     def __init__(self, folder: Path, resume_epoch: int = -1) -> None:
@@ -187,13 +188,11 @@ class RunLog:
         return any(int(row['epoch']) == epoch for row in self.rows)
 
     def best(self, column: str) -> float:
-        """Largest value of a column so far; minus infinity if there is none."""
+        """Return the largest value of a column so far; minus infinity if there is none."""
         return max((float(row[column]) for row in self.rows if row.get(column)), default=-math.inf)
 
     def append(self, row: dict[str, float | int | None], record: dict) -> None:
-        """Add an epoch. row: numbers, None where nothing was measured; record: JSON values. Both hold
-        `epoch`.
-        """
+        """Add an epoch. row: numbers, None if not measured. record: JSON values. Both hold `epoch`."""
         self.rows.append({name: '' if value is None else value for name, value in row.items()})
         self.records.append(record)
         if not is_main_process():
@@ -209,7 +208,11 @@ class RunLog:
 
 
 def import_summary_writer() -> type:
-    """TensorBoard's writer; ValueError names what to install."""
+    """Import TensorBoard's writer.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""A padded batch of images and the mask that says where the padding is."""
+"""Padded batch of images with a mask of the padding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,11 +52,11 @@ def nested_tensor_from_tensor_list(images: Sequence[Tensor] | Tensor) -> NestedT
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Padding mask [B, H, W] at the size (h, w) of a feature map: nearest neighbour, as the official code."""
+    """Resize a padding mask [B, H, W] to the size (h, w) of a feature map: nearest neighbour, as the official code."""
     return F.interpolate(mask[None].float(), size=size)[0].bool()
 
 
 def collate_fn(batch: list[tuple[Tensor, dict]]) -> tuple[NestedTensor, list[dict]]:
-    """Items of a dataset to a padded batch and its targets."""
+    """Collate items of a data set to a padded batch and its targets."""
     images, targets = zip(*batch, strict=True)
     return nested_tensor_from_tensor_list(images), list(targets)

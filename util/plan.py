@@ -1,4 +1,4 @@
-"""What a run is about to do, printed once before it starts."""
+"""Summary of a run, printed before it starts."""
 
 import copy
 from argparse import Namespace
@@ -24,7 +24,7 @@ def print_plan(
     rates: str,
     notes: dict[str, str],
 ) -> None:
-    """Print data, classes, effective batch, learning rates, size of the model, steps.
+    """Print data, classes, effective batch, learning rates, model size and steps.
 
     rates: learning rates and their schedule in words. notes: further rows.
     """
@@ -76,7 +76,7 @@ def print_plan(
 
 
 def flops_text(model: nn.Module, dataset: ImageData) -> str:
-    """For the first image of a data set."""
+    """Describe the operations for the first image of a data set."""
     height, width = dataset[0][0].shape[-2:]
     if getattr(model, 'eval_module', None) is not None:
         return 'not counted: those of an auxiliary head depend on what it finds'
@@ -85,9 +85,7 @@ def flops_text(model: nn.Module, dataset: ImageData) -> str:
 
 
 def count_flops(model: nn.Module, height: int, width: int) -> int:
-    """Multiplications and additions of one image's forward pass, without running it (two a
-    multiply-accumulate).
-    """
+    """Count multiplications and additions of one image's forward pass without running it (two per multiply-accumulate)."""
     shadow = copy.deepcopy(model).to('meta').eval()
     image = torch.zeros(1, 3, height, width, device='meta')
     samples = NestedTensor(image, torch.zeros(1, height, width, dtype=torch.bool, device='meta'))

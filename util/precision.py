@@ -1,5 +1,5 @@
 """
-In how many bits a training step computes: mixed precision (arXiv:1710.03740) and TensorFloat-32.
+Mixed precision (arXiv:1710.03740) and TensorFloat-32 in a training step.
 
 Parameters, and whatever places or compares boxes, stay float32: the modules that need it say so themselves
 (`without_autocast`, `full_precision`).
@@ -16,10 +16,13 @@ DTYPES = {'off': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 class Precision:
-    """How a model's forward, the backward pass and the optimizer step run on a device.
+    """Precision of forward, backward and optimizer step on a device.
 
-    mode: `off`, `bf16` or `fp16`, whose gradients are scaled so that small ones do not vanish; a step whose gradients
-    overflow is left out, and the scale halved. ValueError: the device cannot.
+    mode: `off`, `bf16` or `fp16`. The gradients of fp16 are scaled so that small ones do not vanish; if they overflow,
+    the step is left out and the scale halved.
+
+    Raises:
+        ValueError: the device does not support the mode.
     """
 
     def __init__(self, mode: str, device: torch.device) -> None:
@@ -28,7 +31,7 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type) if mode == 'fp16' else None
 
     def autocast(self) -> AbstractContextManager:
-        """Around the forward of the model, no more."""
+        """Return a context for the forward of the model, and for nothing else."""
         return nullcontext() if self.dtype is None else torch.autocast(self.device_type, self.dtype)
 
     def backward(self, loss: Tensor) -> None:
@@ -37,7 +40,10 @@ class Precision:
     def step(
         self, optimizer: torch.optim.Optimizer, trained: nn.Module | Iterable[Tensor], max_norm: float = 0.0
     ) -> None:
-        """trained: the model or its parameters. max_norm: their gradient is clipped to this norm; 0 = not at all."""
+        """Unscale and clip gradients, then step the optimizer.
+
+        trained: the model or its parameters. max_norm: largest norm of their gradient; 0 = no clipping.
+        """
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
         if max_norm > 0:
@@ -50,11 +56,11 @@ class Precision:
             self.scaler.update()
 
     def state_dict(self) -> dict:
-        """Of the scaler; empty without one."""
+        """Return the scaler's state; empty without one."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """An empty one, of a run in another precision, leaves the scale at its start."""
+        """Load the scaler's state; an empty one, of a run in another precision, leaves the initial scale."""
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)
 
@@ -75,8 +81,9 @@ def check_mode(mode: str, device: torch.device) -> None:
 
 
 def set_tf32(allowed: bool | None) -> None:
-    """float32 products of a GPU on TensorFloat-32 units, with 10 bits of the mantissa, or exactly; None: PyTorch's
-    default, exact matrix products and TF32 convolutions.
+    """Allow or forbid TensorFloat-32 (10 bits of the mantissa) for float32 products on a GPU.
+
+    None keeps PyTorch's default: exact matrix products and TF32 convolutions.
     """
     if allowed is None:
         return
@@ -88,14 +95,15 @@ def set_tf32(allowed: bool | None) -> None:
 
 
 def avoid_plans_per_shape() -> None:
-    """Leave cuDNN's attention out, which Hopper would prefer in 16 bits: it builds a plan for every new shape, and images and
-    query groups have many.
+    """Turn off cuDNN's attention, which Hopper would prefer in 16 bits.
+
+    It builds a plan for every new shape, and images and query groups have many shapes.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """Inside, operations on the device of x keep the precision of what they are given."""
+    """Return a context in which operations on the device of x keep the precision of their inputs."""
     # Nothing where nothing changes: exported programs have no place for it.
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return nullcontext()
@@ -103,5 +111,5 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """16-bit numbers as float32, others as they are."""
+    """Convert 16-bit numbers to float32; leave others."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,4 +1,4 @@
-"""What a training run consists of, and how its state goes into a checkpoint and comes back."""
+"""Parts of a training run, and saving and restoring their state."""
 
 import shutil
 from argparse import Namespace
@@ -24,7 +24,7 @@ from util.seeding import seed_everything
 
 
 class ImageData(Protocol):
-    """The part of `datasets.image_dataset.ImageDataset` that util reads."""
+    """Part of `datasets.image_dataset.ImageDataset` that util reads."""
 
     class_map: Any
 
@@ -33,7 +33,7 @@ class ImageData(Protocol):
 
 
 class Criterion(Protocol):
-    """The criterion of a run: losses by name, and counts that a checkpoint keeps."""
+    """Losses by name, and counts that a checkpoint keeps."""
 
     tally: Counter[str]
 
@@ -41,7 +41,7 @@ class Criterion(Protocol):
 
 
 class Schedule(Protocol):
-    """The learning-rate schedule of `engine.build_scheduler`."""
+    """Learning-rate schedule of `engine.build_scheduler`."""
 
     kind: str
     drop_every: int
@@ -55,7 +55,7 @@ class Schedule(Protocol):
 
 @dataclass
 class EpochState:
-    """How far an epoch has come."""
+    """Progress within an epoch."""
 
     step: int = 0  # optimizer steps done
     meter: Meter = field(default_factory=Meter)
@@ -63,7 +63,7 @@ class EpochState:
 
 @dataclass
 class Run:
-    """What the epoch loop works with."""
+    """Parts of a run that the epoch loop uses."""
 
     args: Namespace
     model: nn.Module  # wrapped, if there are several processes
@@ -83,7 +83,7 @@ class Run:
 
     @property
     def best_model(self) -> nn.Module:
-        """The one that is evaluated: the averaged weights, if there are any."""
+        """Return the model that is evaluated: the EMA, if there is one."""
         return self.bare_model if self.average is None else self.average.module
 
     @property
@@ -98,10 +98,12 @@ class Run:
 def save(
     run: Run, folder: Path, epoch: int, metrics: dict | None = None, within: EpochState | None = None
 ) -> None:
-    """`checkpoint.pth`: after an epoch with its metrics, or in the middle of the one after `epoch`. All processes must
-    call it.
+    """Write `checkpoint.pth` after an epoch, or in the middle of the one after `epoch`. All ranks must call it.
 
-    FloatingPointError: losses since the last reading are not finite, and the checkpoint before stays.
+    metrics: results of the epoch. within: progress of the unfinished epoch.
+
+    Raises:
+        FloatingPointError: losses since the last reading are not finite; the former checkpoint stays.
     """
     own = {'rng': get_rng_state()}
     if within is not None:
@@ -137,13 +139,14 @@ def save(
 
 
 def keep_copy(folder: Path, name: str) -> None:
-    """The newest checkpoint under another name too."""
+    """Copy the newest checkpoint to another name."""
     save_atomically(folder / name, lambda path: shutil.copyfile(folder / 'checkpoint.pth', path))
 
 
 def keep_numbered(run: Run, folder: Path, epoch: int) -> None:
-    """A copy that stays, at learning-rate drops and every --save_every epochs; the oldest go if there are more than
-    --keep_checkpoints.
+    """Keep a numbered copy at learning-rate drops and every --save_every epochs.
+
+    The oldest copies are removed if there are more than --keep_checkpoints.
     """
     args, schedule = run.args, cast(Schedule, run.scheduler.lr_lambdas[0])
     due = schedule.drops_after(epoch) or (epoch + 1) % args.save_every == 0
@@ -157,12 +160,14 @@ def keep_numbered(run: Run, folder: Path, epoch: int) -> None:
 
 
 def restore(run: Run, checkpoint: dict) -> tuple[int, EpochState]:
-    """Everything but the model's own weights, which are loaded already. Returns the epoch to go on with, and how far it has
-    come.
+    """Restore everything but the model's own weights, which are loaded already.
 
-    Files that hold weights only (official ones) start at epoch 0. The number of processes may be another one: the
-    images that were seen are not seen again, if a step has as many as before (and images are files without
-    --cache_mode or --group_aspect_ratio: the order of streams and shares depends on the processes).
+    Files that hold weights only (official ones) start at epoch 0. The number of ranks may change: images that were
+    seen are not seen again, if a step has as many as before. This does not hold for streams, --cache_mode and
+    --group_aspect_ratio, whose order depends on the ranks.
+
+    Returns:
+        The epoch to go on with, and the progress within it.
     """
     if 'optimizer' not in checkpoint:
         return 0, EpochState()
@@ -185,7 +190,7 @@ def restore(run: Run, checkpoint: dict) -> tuple[int, EpochState]:
 
 
 def restore_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR, saved: dict, steps_done: int) -> None:
-    """Go on with a saved schedule after so many optimizer steps.
+    """Continue a saved schedule after `steps_done` optimizer steps.
 
     saved: state of ours, or of PyTorch's StepLR or MultiStepLR, which official checkpoints hold.
     """
@@ -206,7 +211,7 @@ def restore_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR, saved: dict, 
 
 
 def restore_epoch(run: Run, saved: dict) -> EpochState:
-    """A process takes up the sums of the process of its number, and those of processes that are no more."""
+    """Restore the progress within an epoch. A rank takes over the sums of its number, and of ranks that no longer exist."""
     state = EpochState(saved['images'] // run.images_a_step)
     device = next(run.model.parameters()).device
     names = saved['meters'][0]['names']

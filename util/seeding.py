@@ -1,4 +1,4 @@
-"""Random numbers that belong to one piece of work and leave the rest of the program undisturbed."""
+"""Random numbers for one piece of work, without effect on the rest of the program."""
 
 import hashlib
 import random
@@ -10,15 +10,16 @@ import torch
 
 
 def mixed(*numbers: int) -> int:
-    """One seed of 63 bits for any numbers, unlike those of others."""
+    """Hash any numbers to one seed of 63 bits."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, 'little') >> 1
 
 
 @contextmanager
 def local_seed(*numbers: int) -> Iterator[None]:
-    """Inside, Python's `random` and torch's CPU generator are a pure function of the numbers; afterwards both
-    are as they were before. NumPy's and the devices' generators are not touched.
+    """Seed Python's `random` and torch's CPU generator in the block, and restore both afterwards.
+
+    NumPy's and the devices' generators are not touched.
     """
     seed = mixed(*numbers)
     python_state = random.getstate()

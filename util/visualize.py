@@ -1,8 +1,8 @@
 """
-Images for people: boxes drawn into an image, truth beside predictions, curves of a run.
+Drawings for people: boxes in an image, ground truth beside predictions, curves of a run. Source: ours.
 
-Pillow and matplotlib are imported where they draw, so that training does not need them. Files appear whole or
-not at all: each is written beside its place and then moved there. Source: ours.
+Pillow and matplotlib are imported where they draw, so that training does not need them. Files appear whole or not at
+all: each is written beside its final path and then moved there.
 """
 
 import colorsys
@@ -46,7 +46,7 @@ COLOURS = (
 
 
 def class_colour(label: int) -> Colour:
-    """A fixed colour per class: a few that nobody confuses, then hues a golden angle apart in two shades."""
+    """Return a fixed colour per class: a few distinct ones, then hues a golden angle apart in two shades."""
     if label < len(COLOURS):
         return COLOURS[label]
     saturation, value = (0.6, 1.0) if label % 2 else (0.95, 0.8)
@@ -55,7 +55,7 @@ def class_colour(label: int) -> Colour:
 
 
 def class_name(names: Names, label: int) -> str:
-    """Name of a label; its number where `names` (a sequence or a dict) has none."""
+    """Return the name of a label, or its number if `names` (a sequence or a dict) has none."""
     try:
         name = names[label]
     except (KeyError, IndexError):
@@ -64,13 +64,13 @@ def class_name(names: Names, label: int) -> str:
 
 
 def enlarged(image: Tensor) -> tuple[Tensor, int]:
-    """The image [3, H, W], repeated to a longer side of at least MIN_SIDE, and the whole factor."""
+    """Repeat the pixels of an image [3, H, W] to a longer side of at least MIN_SIDE; also return the whole factor."""
     factor = max(1, math.ceil(MIN_SIDE / max(image.shape[-2:])))
     return image.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1), factor
 
 
 def paint_masks(image: Tensor, masks: Tensor, labels: list[int]) -> Tensor:
-    """The image [3, H, W] uint8 with masks [N, (1,) h, w], in any resolution, > 0.5 = object, washed in."""
+    """Blend masks [N, (1,) h, w], in any resolution, > 0.5 = object, into an image [3, H, W] uint8."""
     painted = image.float()
     masks = masks.reshape(1, -1, *masks.shape[-2:]).float()
     masks = interpolate(masks, size=image.shape[-2:], mode='nearest')[0] > 0.5
@@ -88,11 +88,16 @@ def draw_boxes(
     scores: Tensor | None = None,
     masks: Tensor | None = None,
 ) -> Tensor:
-    """The image with its boxes and class names drawn in, enlarged by a whole factor when it is small.
+    """Draw boxes and class names into a copy of the image, enlarged by a whole factor if it is small.
 
-    image: [3, H, W] uint8; boxes_xyxy: [N, 4] in pixels of the image, may reach outside; labels, scores:
-    [N]; masks: [N, (1,) H, W] bool or probabilities. Better scores are drawn over worse ones.
-    Returns [3, fH, fW] uint8 on the CPU.
+    Args:
+        image: [3, H, W] uint8.
+        boxes_xyxy: [N, 4] in pixels of the image, may reach outside.
+        labels, scores: [N]; better scores are drawn over worse ones.
+        masks: [N, (1,) H, W] bool or probabilities.
+
+    Returns:
+        [3, fH, fW] uint8 on the CPU.
     """
     from PIL import Image, ImageDraw
 
@@ -114,7 +119,7 @@ def draw_boxes(
 
 
 def texts_of(labels: Tensor, names: Names, scores: Tensor | None) -> list[str]:
-    """Class names, with the score in percent where there is one."""
+    """Return class names, followed by the score in percent if there is one."""
     texts = [class_name(names, label) for label in labels.tolist()]
     if scores is None:
         return texts
@@ -122,14 +127,14 @@ def texts_of(labels: Tensor, names: Names, scores: Tensor | None) -> list[str]:
 
 
 def clipped(box: list[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Corner pixels x1, y1, x2 >= x1, y2 >= y1 of a box cut to an image of `size` (width, height)."""
+    """Return corner pixels x1, y1, x2 >= x1, y2 >= y1 of a box cut to an image of `size` (width, height)."""
     edges = [edge if math.isfinite(edge) else 0.0 for edge in box]
     x1, y1 = min(max(edges[0], 0), size[0] - 1), min(max(edges[1], 0), size[1] - 1)
     return x1, y1, min(max(edges[2] - 1, x1), size[0] - 1), min(max(edges[3] - 1, y1), size[1] - 1)
 
 
 def draw_box(draw: 'ImageDraw', box: tuple[float, float, float, float], colour: Colour) -> None:
-    """The outline of a box, edged with black so that it is seen on any ground."""
+    """Draw the outline of a box, edged with black so that it is visible on any ground."""
     x1, y1, x2, y2 = box
     thickness = max(3, max(draw.im.size) // 240)
     draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=(0, 0, 0), width=thickness + 1)
@@ -137,7 +142,7 @@ def draw_box(draw: 'ImageDraw', box: tuple[float, float, float, float], colour: 
 
 
 def draw_text(draw: 'ImageDraw', box: tuple[float, float, float, float], text: str, colour: Colour) -> None:
-    """A label above the box, or inside where there is no room."""
+    """Draw a label above the box, or inside if there is no room."""
     from PIL import ImageFont
 
     width, height = draw.im.size
@@ -158,11 +163,11 @@ def contact_sheet(
     names: Names,
     score_threshold: float = 0.5,
 ) -> None:
-    """Truth and, right of it, predictions of a few images, two images a line.
+    """Draw the ground truth and, right of it, the predictions of a few images, two images a line.
 
-    rows: (image [3, H, W] uint8, prediction {'scores', 'labels', 'boxes'}, target {'labels', 'boxes'}),
-    boxes xyxy in pixels of the image; `masks` [N, H, W] are drawn where present. Predictions with a score
-    under `score_threshold` are left out.
+    rows: (image [3, H, W] uint8, prediction {'scores', 'labels', 'boxes'}, target {'labels', 'boxes'}), boxes xyxy in
+    pixels of the image. `masks` [N, H, W] are drawn if present. Predictions with a score under `score_threshold` are
+    left out.
     """
     if not rows:
         raise ValueError('a contact sheet needs at least one image')
@@ -185,7 +190,7 @@ def contact_sheet(
 
 
 def new_figure(width: float, height: float) -> 'Figure':
-    """A matplotlib figure in inches that needs no display and no global state."""
+    """Make a matplotlib figure, sized in inches, that needs no display and no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -195,7 +200,7 @@ def new_figure(width: float, height: float) -> 'Figure':
 
 
 def read_metrics(metrics_csv: str | os.PathLike) -> dict[str, list[float]]:
-    """Columns of a metrics.csv with one row an epoch; cells that are empty or no number become nan."""
+    """Read the columns of a metrics.csv with one row per epoch; cells that are empty or no number become nan."""
     with open(metrics_csv, newline='', encoding='utf-8') as file:
         reader = csv.DictReader(file)
         names, rows = reader.fieldnames or [], list(reader)
@@ -210,7 +215,7 @@ def to_number(cell: str | None) -> float:
 
 
 def plot_curves(path: str | os.PathLike, metrics_csv: str | os.PathLike) -> None:
-    """Four panels of a run: loss, its terms, AP, learning rate, over `epoch`. Unknown columns are ignored."""
+    """Plot loss, its terms, AP and learning rate of a run over `epoch`. Unknown columns are ignored."""
     columns = read_metrics(metrics_csv)
     terms = [name for name in columns if name.startswith('train_loss_')]
     panels = (
@@ -229,20 +234,20 @@ def plot_curves(path: str | os.PathLike, metrics_csv: str | os.PathLike) -> None
 
 
 def terms_shown(terms: list[str]) -> list[str]:
-    """The terms of the last decoder layer and of other kinds; those of intermediate layers are left out."""
+    """Choose the terms of the last decoder layer and of other kinds, not those of intermediate layers."""
     final = [name for name in terms if not any(part.isdigit() for part in name.split('_'))]
     return final[:LOSS_TERMS_SHOWN]
 
 
 def short_name(column: str) -> str:
-    """train_loss_ce -> loss_ce, test_AP -> AP; the loss of the test set keeps its full name."""
+    """Shorten train_loss_ce to loss_ce and test_AP to AP; the loss of the test set keeps its full name."""
     return column if column == 'test_loss' else column.removeprefix('train_').removeprefix('test_')
 
 
 def plot_column(panel: 'Axes', epochs: list[float], values: list[float], label: str) -> None:
-    """A line through the epochs that have a value; AP75 and the AP by size are drawn thin.
+    """Draw a line through the epochs that have a value; AP75 and the AP by size are drawn thin.
 
-    COCO's evaluation gives an AP of -1 where there was nothing to find; it counts as no value.
+    COCO's evaluation gives an AP of -1 if there was nothing to find; it counts as no value.
     """
     pairs = zip(epochs, values, strict=False)
     points = [(x, y) for x, y in pairs if math.isfinite(x + y) and not (y < 0 and label in PRECISIONS)]

@@ -1,9 +1,9 @@
 """
 Index of a data set in tar shards, and reading one shard with the WebDataset library.
 
-The index, shards.json, holds what must be known before a tar is opened: categories, the shards' addresses and
-numbers of images, and the id and size of each image in the order of the shards. Each image's annotations are
-stored beside it in its shard. The whole annotation file is also stored beside the index, for evaluation.
+The index, shards.json, holds what must be known before a tar is opened: categories, the shards' addresses and numbers
+of images, and the id and size of each image in the order of the shards. Each image's annotations are stored beside it
+in its shard. The whole annotation file is also stored beside the index, for evaluation.
 """
 
 import json
@@ -29,9 +29,9 @@ WRITE_AGAIN = 'fetch it again, or write the shards again with tools/make_shards.
 class ShardIndex:
     """N images in shards.
 
-    path: index file. urls: address of each shard for WebDataset. bounds: [shards + 1], shard s has the rows
-    bounds[s] to bounds[s + 1]. image_ids: [N]. sizes: [N, 2] height and width in pixels. unsegmented: ids of
-    images with an object (neither crowd nor tiny) that has no segmentation.
+    path: index file. urls: address of each shard for WebDataset. bounds: [shards + 1], shard s has the rows bounds[s]
+    to bounds[s + 1]. image_ids: [N]. sizes: [N, 2] height and width in pixels. unsegmented: ids of images with an
+    object (neither crowd nor tiny) that has no segmentation.
     """
 
     path: Path
@@ -120,8 +120,7 @@ def import_webdataset() -> types.ModuleType:
 
 
 def read_samples(url: str) -> Iterator[dict]:
-    """Yield a shard's images in order: a dictionary with `__key__` and the bytes of each member by its
-    suffix.
+    """Yield a shard's images in order: a dictionary with `__key__` and the bytes of each member by its suffix.
 
     Raises:
         ValueError: the shard cannot be opened or read.

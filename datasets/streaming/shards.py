@@ -1,14 +1,14 @@
 """
-Images streamed from tar shards (tools/make_shards.py) instead of files. Items are the same; the order reads
-every shard from its beginning.
+Images streamed from tar shards (tools/make_shards.py) instead of files. Items are the same; the order reads every
+shard from its beginning.
 
-An epoch is planned as row numbers before any shard is opened: shards in random order, a run of their images
-per rank and worker, and a shuffle buffer in each worker. The stream can therefore begin at any batch: the
-plan is followed without reading, and only the images then in the buffer are fetched.
+An epoch is planned as row numbers before any shard is opened: shards in random order, a run of their images per rank
+and worker, and a shuffle buffer in each worker. The stream can therefore begin at any batch: the plan is followed
+without reading, and only the images then in the buffer are fetched.
 
-The second image of --aug lsj comes from that buffer as well, because any other would cost the reading of its
-shard. It differs from the one that files would give, and depends on the numbers of ranks and workers. A
-stream that begins later has the same one.
+The second image of --aug lsj comes from that buffer as well, because any other would cost the reading of its shard. It
+differs from the one that files would give, and depends on the numbers of ranks and workers. A stream that begins later
+has the same one.
 """
 
 import argparse
@@ -56,12 +56,10 @@ class Stored:
 
 
 class ShardedCoco(ImageDataset):
-    """Items of `CocoDetection`, with the same indices: image i is the i-th in order of id, wherever it is
-    stored.
+    """Items of `CocoDetection`, with the same indices: image i is the i-th in order of id, wherever it is stored.
 
-    Training reads it through `ShardStream`. Indexing works, but reads a shard up to the image. place: index
-    or its folder. return_masks: None reads masks if every object has a segmentation. buffer: images that a
-    worker shuffles.
+    Training reads it through `ShardStream`. Indexing works, but reads a shard up to the image. place: index or its
+    folder. return_masks: None reads masks if every object has a segmentation. buffer: images that a worker shuffles.
     """
 
     def __init__(
@@ -133,9 +131,7 @@ class ShardedCoco(ImageDataset):
         return self.decoded(next(self.read([int(self._rows[idx])])))
 
     def training_rows(self, total: int) -> np.ndarray:
-        """Return [total] rows of the index, shard by shard in the epoch's order; the others are left out at
-        random.
-        """
+        """Return [total] rows of the index, shard by shard in the epoch's order; the others are left out at random."""
         generator, bounds = random.Random(mixed(self.seed, int(self._epoch))), self.index.bounds
         shards = generator.sample(range(len(self.index.urls)), len(self.index.urls))
         rows = np.concatenate([np.arange(bounds[shard], bounds[shard + 1]) for shard in shards])
@@ -147,8 +143,8 @@ class ShardedCoco(ImageDataset):
         return np.flatnonzero(self._kept)
 
     def read(self, rows: Sequence[int]) -> Iterator[Stored]:
-        """Yield the images of these rows, which must be grouped by shard and ascend within it. Other shards
-        are not opened.
+        """Yield the images of these rows, which must be grouped by shard and ascend within it. Other shards are not
+        opened.
 
         Raises:
             ValueError: a shard cannot be read, or does not match the index.
@@ -222,8 +218,8 @@ def classes_of(index: ShardIndex, class_map: ClassMap | None, class_ids: str) ->
 class ShufflePool:
     """Shuffled order of positions in a run, of which at most `capacity` are held at a time.
 
-    slots: held positions; those from `fresh` on have been drawn, and stay because no position is left to
-    replace them. taken: positions held so far.
+    slots: held positions; those from `fresh` on have been drawn, and stay because no position is left to replace them.
+    taken: positions held so far.
     """
 
     def __init__(self, length: int, capacity: int, generator: random.Random) -> None:
@@ -246,10 +242,10 @@ class ShufflePool:
 class ShardStream(IterableDataset):
     """One rank's images of an epoch, for a loader that makes batches of `batch_size`.
 
-    Training: every rank has total // (world_size x batch_size) batches, and each of its workers a run of
-    images in the epoch's order of shards. No image is seen twice; the remainder of that division, drawn at
-    random, is left out of this epoch. Any number of shards will do: a shard in which a run ends is read by
-    both neighbours. Evaluation: as `samplers.EvalBatches`.
+    Training: every rank has total // (world_size x batch_size) batches, and each of its workers a run of images in the
+    epoch's order of shards. No image is seen twice; the remainder of that division, drawn at random, is left out of
+    this epoch. Any number of shards will do: a shard in which a run ends is read by both neighbours. Evaluation: as
+    `samplers.EvalBatches`.
 
     The order depends on the seed, the epoch, and the numbers of ranks, workers and images per batch.
     """
@@ -283,11 +279,10 @@ class ShardStream(IterableDataset):
         return self.data.evaluation_rows()
 
     def worker_run(self, start: int) -> tuple[int, range, int]:
-        """Return whose run this loader worker reads, that run, and how many of its images come before batch
-        `start`.
+        """Return whose run this loader worker reads, that run, and how many of its images come before batch `start`.
 
-        A loader asks its workers in turn: batch b of a whole epoch is the work of worker b % workers. The
-        first worker begins with batch `start`, so the runs are exchanged.
+        A loader asks its workers in turn: batch b of a whole epoch is the work of worker b % workers. The first worker
+        begins with batch `start`, so the runs are exchanged.
         """
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
@@ -346,9 +341,7 @@ def build_shard_loader(
     rank: int | None = None,
     world_size: int | None = None,
 ) -> DataLoader:
-    """Build the loader of a rank, by default this one. Its length is that of the whole epoch, also after
-    `start_at`.
-    """
+    """Build the loader of a rank, by default this one. Its length is that of the whole epoch, also after `start_at`."""
     rank = get_rank() if rank is None else rank
     stream = ShardStream(dataset, batch_size, train, rank, world_size or get_world_size())
     return DataLoader(stream, batch_size, drop_last=train, **loader_options(num_workers))

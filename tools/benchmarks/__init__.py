@@ -1,1 +1,1 @@
-"""The parts of tools/benchmark.py."""
+"""Parts of tools/benchmark.py."""

@@ -1,6 +1,8 @@
 """
-Matching and losses of H-Deformable-DETR at its training size (6 layers, 300 + 1500 queries, 22,223 proposals, every
-object 6 times), forward and backward: stacked, against layer by layer and image by image.
+Matching and losses of H-Deformable-DETR at its training size, forward and backward.
+
+The size is 6 layers, 300 + 1500 queries, 22,223 proposals and every object 6 times. Stacked computation is compared
+with a loop over layers and images.
 """
 
 import argparse
@@ -20,7 +22,7 @@ REPEATS = 6
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser('criterion', help='matching and losses of H-Deformable-DETR')
-    parser.add_argument('--objects', default=20, type=int, help='of each of the two images')
+    parser.add_argument('--objects', default=20, type=int, help='objects in each of the two images')
     parser.add_argument(
         '--threads', default=torch.get_num_threads(), type=int, help='CPU threads (default: all)'
     )

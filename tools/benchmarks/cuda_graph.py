@@ -1,4 +1,4 @@
-"""Inference as one recorded CUDA graph: a detector launches over a thousand small kernels, which a graph starts at once."""
+"""Inference as one recorded CUDA graph, which starts a detector's thousand small kernels at once."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,13 +10,14 @@ from util.nested_tensor import NestedTensor
 
 
 class GraphedDetector:
-    """A detector's evaluation of batches of one padded size, recorded once and replayed.
+    """Evaluation of batches of one padded size, recorded once and replayed.
 
-    samples: any batch of that size, on the GPU; padding may differ from batch to batch. context: what the forward runs
-    in, such as `Precision.autocast`. Weights may change in place, not be replaced. Auxiliary heads by themselves
+    samples: any batch of that size, on the GPU; padding may differ from batch to batch. context: context of the
+    forward, such as `Precision.autocast`. Weights may change in place, not be replaced. Auxiliary heads by themselves
     (`--eval_module`) wait for the GPU and cannot be recorded.
 
-    ValueError: the model trains, or is not on a GPU.
+    Raises:
+        ValueError: the model is in training mode, or not on a GPU.
     """
 
     warm_up = 3  # runs before the recording, in which kernels are chosen and compiled
@@ -42,7 +43,11 @@ class GraphedDetector:
             self.outputs = model(self.samples)
 
     def __call__(self, samples: NestedTensor) -> dict[str, Tensor]:
-        """The model's outputs, on the GPU; nothing waits for them. ValueError: a batch of another size or type."""
+        """Return the model's outputs on the GPU, without waiting for them.
+
+        Raises:
+            ValueError: the batch has another size or type.
+        """
         ours, given = self.samples.tensors, samples.tensors
         if given.shape != ours.shape or given.dtype != ours.dtype:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""From JPEG files to network input: Pillow and floats against our loader, and files against tar shards."""
+"""Loading from JPEG files to network input: Pillow and floats against our loader, and files against tar shards."""
 
 import argparse
 import statistics
@@ -29,11 +29,11 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         '--coco_path', default=None, help='folder searched for JPEGs; by default images are drawn'
     )
-    parser.add_argument('--num_images', default=32, type=int, help='images a round')
+    parser.add_argument('--num_images', default=32, type=int, help='number of images per round')
     parser.add_argument(
         '--rounds', default=7, type=int, help='timed rounds of each contender, after one to warm up'
     )
-    parser.add_argument('--seed', default=0, type=int)
+    parser.add_argument('--seed', default=0, type=int, help='seed of drawn images and of augmentation')
     parser.set_defaults(run=benchmark_data)
 
 
@@ -62,7 +62,7 @@ def find_images(root: str) -> list[Path]:
 
 
 def draw_images(folder: str, args: argparse.Namespace) -> list[Path]:
-    """JPEGs of 640 x 480, quality 90: a smooth background, some shapes, sensor noise."""
+    """Draw JPEGs of 640 x 480, quality 90: a smooth background, some shapes, sensor noise."""
     generator = np.random.default_rng(args.seed)
     paths = []
     for idx in range(args.num_images):
@@ -79,7 +79,7 @@ def draw_images(folder: str, args: argparse.Namespace) -> list[Path]:
 
 
 def make_target(path: Path) -> Target:
-    """Seven boxes, as many as COCO has an image."""
+    """Make seven boxes, the average of a COCO image."""
     with PIL.Image.open(path) as image:
         width, height = image.size
     corners = torch.rand(7, 2, 2, generator=torch.Generator().manual_seed(len(path.name))).sort(dim=1).values
@@ -90,9 +90,7 @@ def make_target(path: Path) -> Target:
 
 
 def load_with_pillow(path: Path, target: Target, transforms: Compose) -> tuple[Tensor, Target]:
-    """The chain of the official code: Pillow decodes, flips, crops and resizes; float32, normalised, on the
-    CPU.
-    """
+    """Load as the official code does: Pillow decodes, flips, crops and resizes; float32, normalised, on the CPU."""
     with PIL.Image.open(path) as opened:
         image = opened.convert('RGB')
     *geometry, normalize_boxes = transforms.transforms
@@ -105,7 +103,7 @@ def load_with_pillow(path: Path, target: Target, transforms: Compose) -> tuple[T
 
 
 def load_with_tensors(path: Path, target: Target, transforms: Compose) -> tuple[Tensor, Target]:
-    """Ours: uint8 from the file to the batch; the model normalises on its device."""
+    """Load as we do: uint8 from the file to the batch; the model normalises on its device."""
     return transforms(read_image(path), target)
 
 
@@ -113,7 +111,11 @@ CONTENDERS: dict[str, Loader] = {'Pillow, float32': load_with_pillow, 'ours, uin
 
 
 def check_agreement(samples: list[tuple[Path, Target, Compose]], seed: int) -> float:
-    """Largest difference of a pixel in grey levels; raise ValueError above one, or where boxes differ."""
+    """Return the largest difference of a pixel in grey levels.
+
+    Raises:
+        ValueError: it is above one, or boxes differ.
+    """
     worst = 0.0
     for idx, sample in enumerate(samples):
         with local_seed(seed, idx):

@@ -1,10 +1,10 @@
 """
-Inference speed of detectors (R50, random weights), as a table in markdown.
+Measure the inference speed of detectors (R50, random weights), as a table in markdown.
 
-Protocol: one batch of uint8 images of one size without padding lies on the device; a round is one forward pass, from
-normalisation to boxes in [0, 1], or to detections in pixels ('with postprocessing', the default post-processor of the method);
-rounds of all columns in turn, the first of them to warm up; the median is given. On a GPU the same is also replayed as one
-recorded CUDA graph.
+The input is one batch of uint8 images of one size without padding, on the device. A round is one forward pass, from
+normalisation to boxes in [0, 1], or to detections in pixels ('with postprocessing', the method's default). All columns
+run in turn; the first round warms up, and the median is given. On a GPU the same is also replayed as one recorded CUDA
+graph.
 
     python tools/benchmark.py fps
     python tools/benchmark.py fps --batch_size 8 -- --two_stage --with_box_refine --backbone swin_tiny
@@ -78,7 +78,7 @@ def benchmark_fps(args: argparse.Namespace) -> None:
 
 
 def chosen(args: argparse.Namespace) -> dict[str, Namespace]:
-    """Settled flags by the name of a row."""
+    """Return resolved flags by the name of a row."""
     if not args.flags:
         return {name: resolve_all(Namespace(**MODELS[name], backbone_weights='none')) for name in args.models}
     from main import get_args_parser
@@ -91,7 +91,7 @@ def chosen(args: argparse.Namespace) -> dict[str, Namespace]:
 def time_detector(
     model: nn.Module, postprocess: nn.Module, precision: str, args: argparse.Namespace
 ) -> dict[str, float]:
-    """Milliseconds of each column."""
+    """Return milliseconds of each column."""
     size = args.height, args.width
     samples = nested_tensor_from_tensor_list(
         torch.randint(0, 256, (args.batch_size, 3, *size), dtype=torch.uint8, device=args.device)

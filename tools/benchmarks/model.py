@@ -1,6 +1,6 @@
 """
-Inference of two-stage Deformable DETR (R50, 300 queries, random weights): ours, the same on grid_sample, on a GPU the
-same as a CUDA graph, and the model of the transformers library with the same weights.
+Inference of two-stage Deformable DETR (R50, 300 queries, random weights): ours, ours on grid_sample, ours as a CUDA
+graph (on a GPU), and the model of the transformers library with the same weights.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def run_transformers(model: nn.Module, pixels: Tensor) -> Callable[[], Outputs]:
 
 
 def check_agreement(contenders: dict[str, Callable[[], Outputs]]) -> None:
-    """ValueError: a contender's logits or boxes differ by more than 1e-3."""
+    """Raise ValueError if a contender's logits or boxes differ by more than 1e-3."""
     expected = contenders['ours']()
     for name, run in contenders.items():
         for ours, other in zip(expected, run(), strict=True):

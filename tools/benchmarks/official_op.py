@@ -1,6 +1,7 @@
 """
-The official CUDA extension of Deformable DETR (its `models/ops/src`, which H-Deformable-DETR and MS-DETR copy), compiled
-for today's PyTorch as a peer to compare with. Its sources are not part of this repository.
+Official CUDA extension of Deformable DETR, compiled for today's PyTorch as a peer to compare with.
+
+Its sources (`models/ops/src`, which H-Deformable-DETR and MS-DETR copy) are not part of this repository.
 """
 
 import re
@@ -33,9 +34,10 @@ def modernise(source: str) -> str:
 
 
 def load_official(folder: Path) -> ModuleType:
-    """Compile a changed copy; it has `ms_deform_attn_forward` and `ms_deform_attn_backward`.
+    """Compile a changed copy, which has `ms_deform_attn_forward` and `ms_deform_attn_backward`.
 
-    ValueError: the sources are not there, or do not compile.
+    Raises:
+        ValueError: the sources are not there, or do not compile.
     """
     from torch.utils.cpp_extension import load
 

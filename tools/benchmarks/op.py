@@ -1,8 +1,9 @@
 """
-Deformable attention at the shapes of real detectors, forward and backward: every implementation of this machine, against
-grid_sample, the module of the transformers library and, if its sources are given, the official extension.
+Deformable attention at the shapes of real detectors, forward and backward.
 
-On a GPU there is also the share of a floor: the least time that the memory traffic of the case takes at the rates below.
+Every implementation of this machine is compared with grid_sample, the module of the transformers library and, if its
+sources are given, the official extension. On a GPU the share of a floor is printed too: the least time of the case's
+memory traffic at the rates below.
 """
 
 import argparse
@@ -81,7 +82,7 @@ def benchmark_op(args: argparse.Namespace) -> None:
 def report(
     case: str, sizes: tuple[str, int, int], dtype: torch.dtype, official: object, args: argparse.Namespace
 ) -> None:
-    """Rows of one case; a ratio is that of the peer's time to the row's, forward and backward."""
+    """Print rows of one case; a ratio is the peer's time divided by the row's, forward and backward."""
     image, batch, queries = sizes
     shapes = level_shapes(*IMAGES[image])
     value, locations, weights = make_inputs(shapes, batch, queries, args.device)
@@ -144,7 +145,7 @@ def transformers_module() -> torch.nn.Module | None:
 
 
 def with_autograd(call: Callable[..., Tensor], grad: Tensor, inputs: Inputs) -> Calls:
-    """Forward alone, and backward alone with the graph kept, as autograd runs them."""
+    """Return forward alone, and backward alone with the graph kept, as autograd runs them."""
     tensors = [inputs[index].detach().clone().requires_grad_() for index in (0, 2, 3)]
     output = call(*tensors)
     return (
@@ -162,15 +163,17 @@ def check_agreement(case: str, contenders: dict[str, Callable[[], Tensor]], dtyp
 
 
 def level_shapes(height: int, width: int) -> list[tuple[int, int]]:
-    """Strides 8, 16, 32 and 64."""
+    """Return the shapes of feature maps with strides 8, 16, 32 and 64."""
     return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in (8, 16, 32, 64)]
 
 
 def make_inputs(
     shapes: list[tuple[int, int]], batch: int, queries: int, device: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Points around their query as in a freshly built model, one to four pixels away in eight directions, with a
-    pixel of noise; a decoder's queries lie anywhere.
+    """Make points around their query as in a freshly built model, in eight directions; a decoder's queries are
+    anywhere.
+
+    Points are one to four pixels away, with a pixel of noise.
     """
     generator = torch.Generator().manual_seed(0)
     sizes = torch.tensor(shapes).flip(-1)  # [L, 2] width, height
@@ -197,8 +200,9 @@ def make_inputs(
 def floors(
     batch: int, shapes: list[tuple[int, int]], locations: Tensor, dtype: torch.dtype
 ) -> tuple[float, float] | None:
-    """Least milliseconds of forward and backward: memory once, four pixels a point through the first-level cache,
-    their gradients through the second-level one. None: the rates of this GPU are not known.
+    """Return the least milliseconds of forward and backward, or None if the rates of this GPU are unknown.
+
+    Memory is read once, four pixels per point pass the first-level cache, and their gradients the second-level cache.
     """
     card = torch.cuda.get_device_name()
     memory = next((rate for name, rate in DRAM.items() if name in card), None)

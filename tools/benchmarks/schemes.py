@@ -1,6 +1,6 @@
 """
-What each way of supervision costs: a training step of two-stage Deformable DETR with it (R50, tricks, random weights)
-against the plain one, and what is kept in memory for the backward pass.
+Cost of each way of supervision: time of a training step and memory kept for the backward pass, against plain two-stage
+Deformable DETR (R50, tricks, random weights).
 """
 
 import argparse
@@ -44,7 +44,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def training_step(flags: dict, images: Tensor, targets: list[dict]) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """A model on the images' device, and what computes its loss."""
+    """Build a model on the images' device, and a function that computes its loss."""
     model, criterion, _ = build_model(resolve_all(Namespace(**TRICKS | SAME | flags)))
     model.to(images.device).train()
 
@@ -55,7 +55,7 @@ def training_step(flags: dict, images: Tensor, targets: list[dict]) -> tuple[nn.
 
 
 def kept_bytes(loss: Callable[[], Tensor], model: nn.Module) -> int:
-    """Memory of everything that the backward pass needs, each tensor counted once, parameters not at all."""
+    """Count the memory that the backward pass needs, each tensor once, without parameters."""
     kept = {}
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
 

@@ -1,4 +1,4 @@
-"""The same images from files and from tar shards: reading alone, and up to the network's input."""
+"""Loading the same images from files and from tar shards: reading alone, and up to the network's input."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ BOXES = 7  # as many as COCO has an image
 
 
 def report_shards(root: Path, paths: list[Path], folder: Path, args: argparse.Namespace) -> None:
-    """Writes shards of the images into the folder and prints images a second; says so where WebDataset is absent."""
+    """Write shards of the images into the folder, and print images per second. WebDataset may be missing."""
     try:
         import_webdataset()
     except ValueError as error:
@@ -48,7 +48,7 @@ def report_shards(root: Path, paths: list[Path], folder: Path, args: argparse.Na
 
 
 def coco_form(root: Path, paths: list[Path]) -> dict:
-    """Annotations of the images with a row of boxes each."""
+    """Make annotations of the images with a row of boxes each."""
     images, annotations = [], []
     for number, path in enumerate(paths):
         height, width = stored_size(path)
@@ -64,7 +64,7 @@ def coco_form(root: Path, paths: list[Path]) -> dict:
 
 
 def check_agreement(files: CocoDetection, stream: ShardStream) -> None:
-    """Raise ValueError where an item differs."""
+    """Raise ValueError if an item differs."""
     for image, target in stream:
         expected, expected_target = files[files.ids.index(int(target['image_id']))]
         if not torch.equal(image, expected) or not torch.equal(target['boxes'], expected_target['boxes']):

@@ -1,6 +1,8 @@
 """
-A whole training step (forward, losses, backward, clipping, optimizer) of each method in each precision, as a table in
-markdown, beside the models of the transformers library with their losses. R50, random weights, 7 objects an image.
+Time of a whole training step (forward, losses, backward, clipping, optimizer) of each method in each precision, as a
+table in markdown.
+
+Models of the transformers library with their losses stand beside ours. R50, random weights, 7 objects per image.
 """
 
 import argparse
@@ -75,7 +77,7 @@ AGREE = 0.05
 
 @dataclass
 class Contender:
-    """One model in one precision; a peer's loss is its own."""
+    """Model in one precision; a peer's loss is its own."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -126,7 +128,7 @@ def benchmark_steps(args: argparse.Namespace) -> None:
 def benchmark_method(
     method: str, precisions: list[str], args: argparse.Namespace, problems: list[str]
 ) -> None:
-    """Print a row a contender. problems: gets a sentence where a loss is not that of the first precision."""
+    """Print a row per contender. problems: gets a sentence for each loss that differs from that of the first precision."""
     batch = make_batch(args)
     flags = method_flags(method, args)
     contenders = make_contenders(flags, precisions, batch) | make_peers(method, precisions, batch, flags)
@@ -164,7 +166,7 @@ def method_flags(method: str, args: argparse.Namespace) -> Namespace:
 
 
 def make_contenders(flags: Namespace, precisions: list[str], batch: tuple) -> dict[str, Contender]:
-    """All with the same weights; a compiled model is a copy."""
+    """Build contenders with the same weights; a compiled model is a copy."""
     torch.manual_seed(0)
     model, criterion, _ = build_model(flags)
     quieten(model)
@@ -189,7 +191,7 @@ def our_loss(model: nn.Module, criterion: nn.Module, batch: tuple) -> Callable[[
 
 
 def make_peers(method: str, precisions: list[str], batch: tuple, ours: Namespace) -> dict[str, Contender]:
-    """The same method in the transformers library, in the precisions that need no compiler."""
+    """Build the same method in the transformers library, in the precisions that need no compiler."""
     if method not in PEERS:
         return {}
     try:
@@ -260,7 +262,7 @@ def make_contender(
 
 
 def limit_queries(flags: Namespace, height: int, width: int) -> None:
-    """Two stages cannot have more queries than tokens, of which small images have few."""
+    """Lower the number of queries to that of tokens, of which two stages need as many, and small images have few."""
     if flags.family == 'deformable':
         tokens = sum(
             math.ceil(height / stride) * math.ceil(width / stride) for stride in level_strides(flags)
@@ -272,8 +274,9 @@ def limit_queries(flags: Namespace, height: int, width: int) -> None:
 
 @torch.no_grad()
 def quieten(model: nn.Module) -> None:
-    """Branches of a ResNet with random weights and norms that do nothing double the variance block by block; trained
-    ones do not, and attention to such numbers says nothing about rounding.
+    """Lower the variance of a ResNet with random weights and inactive norms, which would double block by block.
+
+    Trained ones do not, and attention to such numbers says nothing about rounding.
     """
     for name, module in model.backbone.named_modules():
         if isinstance(module, FoldedNorm) and name.endswith('bn3'):
@@ -281,7 +284,7 @@ def quieten(model: nn.Module) -> None:
 
 
 def turn_off_dropout(model: nn.Module) -> None:
-    """Rounding would change what is dropped where a kernel draws by blocks; losses are to be compared."""
+    """Turn off dropout, so that losses can be compared: rounding changes what kernels drop that draw by blocks."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -295,7 +298,7 @@ def random_objects(number: int, device: str) -> dict[str, Tensor]:
 
 
 def peak_memory(contender: Contender) -> int:
-    """Bytes of a step: parameters, state of the optimizer, and the most that is added to them."""
+    """Return the bytes of a step: parameters, optimizer state, and the most that is added to them."""
     states = [x for state in contender.optimizer.state.values() for x in state.values()]
     own = [*contender.model.parameters(), *contender.model.buffers(), *states]
     kept = sum(x.nbytes for x in own if isinstance(x, Tensor) and x.is_cuda)
@@ -308,7 +311,7 @@ def peak_memory(contender: Contender) -> int:
 
 
 def count_waits(step: Callable[[], object]) -> int:
-    """Times that the host waits for the GPU."""
+    """Count how often the host waits for the GPU."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         torch.cuda.set_sync_debug_mode('warn')
@@ -320,8 +323,9 @@ def count_waits(step: Callable[[], object]) -> int:
 
 
 def floor_of(method: str, precision: str, args: argparse.Namespace) -> float | None:
-    """Least milliseconds of a step, b x (products + other operators + deformable attention); None where the numbers do
-    not hold: other GPUs, other sizes.
+    """Return the least milliseconds of a step: b x (products + other operators + deformable attention).
+
+    Other GPUs and sizes, for which the numbers do not hold, give None.
     """
     if args.device != 'cuda' or (args.height, args.width) != FLOOR_SIZE:
         return None

@@ -1,4 +1,4 @@
-"""Timing contenders turn about: each begins with the others' data in the cache, as in a real step."""
+"""Timing of contenders in turn: each begins with the others' data in the cache, as in a real step."""
 
 import statistics
 import time
@@ -14,7 +14,7 @@ FLUSHED_BYTES = 2**29  # more than any cache holds; writing them takes 0.1 to 0.
 def time_in_turn(
     contenders: dict[str, Callable[[], object]], rounds: int, device: str = 'cpu'
 ) -> dict[str, float]:
-    """Median milliseconds of each; one round more warms up."""
+    """Return median milliseconds of each contender, after one more round to warm up."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + 1):
         for name, call in contenders.items():
@@ -23,8 +23,10 @@ def time_in_turn(
 
 
 def time_once(call: Callable[[], object], device: str) -> float:
-    """On a GPU by events, with empty caches. While these are emptied, the host gets ahead: a single kernel is timed without
-    its launch, a step of many with all the waiting for the host that it has.
+    """Time one call; on a GPU by events, with empty caches.
+
+    While the caches are emptied, the host gets ahead. A single kernel is thus timed without its launch, and a step of
+    many with all its waits for the host.
     """
     if device != 'cuda':
         start = time.perf_counter()

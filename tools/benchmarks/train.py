@@ -1,6 +1,7 @@
 """
-A training step of H-Deformable-DETR (R50, 300 + 1500 queries, tricks, random weights): ours, against the same model on
-grid_sample whose query groups share one masked attention.
+Time of a training step of H-Deformable-DETR (R50, 300 + 1500 queries, tricks, random weights).
+
+Ours is compared with the same model on grid_sample whose query groups share one masked attention.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 @contextmanager
 def plain_path() -> Iterator[None]:
-    """grid_sample, and one attention over all queries with a mask between the groups."""
+    """Use grid_sample, and one attention over all queries with a mask between the groups."""
 
     def one_block(groups: list[QueryGroup]) -> Blocks:
         return [under_one_mask(attention_blocks(groups), groups[0].tgt.device)]
@@ -52,7 +53,7 @@ def plain_path() -> Iterator[None]:
 
 
 def under_one_mask(blocks: Blocks, device: torch.device | None = None) -> AttentionBlock:
-    """The same attention as one block over all queries."""
+    """Return the same attention as one block over all queries."""
     total = blocks[-1].queries.stop
     hidden = torch.ones(total, total, dtype=torch.bool)
     for block in blocks:

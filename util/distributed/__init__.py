@@ -1,1 +1,1 @@
-"""Several processes: who starts them, what they exchange, how a model is spread over them, and what happens when one fails."""
+"""Distributed training: launchers, collectives, model parallelism, and the handling of failures and preemption."""

@@ -1,4 +1,4 @@
-"""Processes: who am I, and averages over all of them. Everything works in a single process too."""
+"""Ranks, devices and collectives. All functions work in a single process too."""
 
 import os
 from collections.abc import Iterator
@@ -24,12 +24,12 @@ def get_rank() -> int:
 
 
 def get_local_rank() -> int:
-    """Place of this process on its machine, as the launcher says."""
+    """Return the rank of this process on its machine, as the launcher set it."""
     return int(os.environ.get('LOCAL_RANK', 0)) if is_distributed() else 0
 
 
 def get_local_size() -> int:
-    """Processes on this machine, as the launcher says (LOCAL_WORLD_SIZE of torchrun, LOCAL_SIZE of others)."""
+    """Return the number of processes on this machine (LOCAL_WORLD_SIZE of torchrun, LOCAL_SIZE of others)."""
     if not is_distributed():
         return 1
     return int(os.environ.get('LOCAL_WORLD_SIZE') or os.environ.get('LOCAL_SIZE') or 1)
@@ -40,9 +40,10 @@ def is_main_process() -> bool:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes the first of cuda, mps, cpu; with several processes a machine each takes its own GPU.
+    """Choose a device. `auto` takes the first of cuda, mps, cpu; each of several ranks on a machine takes its own GPU.
 
-    ValueError: there is no such device.
+    Raises:
+        ValueError: there is no such device.
     """
     export_launcher_environment()
     if name == 'auto':
@@ -74,8 +75,8 @@ def init_distributed(device: torch.device, dist_url: str = 'env://') -> None:
     if attempt and one_machine and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
         # torchrun's store still holds the addresses of the processes that have ended.
         rank, size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
-        place = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
-        store = dist.PrefixStore(f'attempt{attempt}', dist.TCPStore(*place, size, is_master=False))
+        address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+        store = dist.PrefixStore(f'attempt{attempt}', dist.TCPStore(*address, size, is_master=False))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     else:
         dist.init_process_group(backend, init_method=dist_url)
@@ -87,14 +88,14 @@ def leave_distributed() -> None:
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum over processes; the tensor itself in a single process."""
+    """Sum a tensor in place over all ranks."""
     if get_world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def all_gather_object(value: object) -> list:
-    """One picklable value of every process, in rank order."""
+    """Gather one picklable value of every rank, in rank order."""
     if get_world_size() == 1:
         return [value]
     gathered = [None] * get_world_size()
@@ -104,8 +105,9 @@ def all_gather_object(value: object) -> list:
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """What one process finds wrong inside (ValueError, OSError) stops all of them at the end of the block, instead of
-    leaving the others to wait for it. The block must not hold a collective that only some processes reach.
+    """Let a ValueError or OSError of one rank stop all ranks at the end of the block, instead of leaving them waiting.
+
+    The block must not hold a collective that only some ranks reach.
     """
     error: ValueError | OSError | None = None
     try:
@@ -121,8 +123,10 @@ def fail_together() -> Iterator[None]:
 
 
 def check_agreement(facts: dict[str, object]) -> None:
-    """All processes must state the same facts (name to value). ValueError: they do not; the message names the first
-    difference.
+    """Require that all ranks give the same facts (name to value).
+
+    Raises:
+        ValueError: they do not; the message names the first difference.
     """
     first, *others = all_gather_object(facts)
     for rank, theirs in enumerate(others, start=1):

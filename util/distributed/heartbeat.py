@@ -1,6 +1,8 @@
 """
-When a process dies or hangs, the others wait in a collective for what never comes, for half an hour by default. Here
-every process shows that it lives and watches one other, so that all end within a minute, and say why.
+Heartbeats between ranks, so that all end within a minute, and say why, if one dies or hangs.
+
+By default the others would wait for half an hour in a collective. Every rank therefore shows that it lives, and
+watches one other.
 """
 
 import contextlib
@@ -22,11 +24,11 @@ FAILED = 'failed'  # key of the reason, once there is one
 
 
 class Heartbeat:
-    """Runs in threads from `start` to `stop`; in a single process neither does anything.
+    """Threads that run from `start` to `stop`; in a single process both do nothing.
 
-    Signs of life go through a key-value store in the main process. Each process watches its right neighbour, so the
-    number of messages grows as the number of processes. Time is counted in beats of one's own: a machine that was
-    paused blames nobody.
+    Signs of life go through a key-value store in the main process. Each rank watches its right neighbour, so the
+    number of messages grows linearly with the number of ranks. Time is counted in a rank's own beats, so a machine
+    that was paused does not blame others.
     """
 
     def __init__(self, interval: float = INTERVAL, patience: float = PATIENCE) -> None:
@@ -41,16 +43,16 @@ class Heartbeat:
         if get_world_size() == 1:
             return
         here, timeout = (socket.gethostname(), machine(), os.getpid()), timedelta(seconds=10)
-        places = all_gather_object(here)
+        processes = all_gather_object(here)
         if get_rank() == 0:
             self.store = dist.TCPStore('localhost', 0, None, True, timeout, wait_for_workers=False)
         host, port = all_gather_object((here[0], self.store.port if self.store else None))[0]
         if get_rank() > 0:
-            same = machine() is not None and machine() == places[0][1]
+            same = machine() is not None and machine() == processes[0][1]
             name = 'localhost' if same else os.environ.get('MASTER_ADDR') or host
             self.store = dist.TCPStore(name, port, None, False, timeout, wait_for_workers=False)
         self.neighbour = (get_rank() + 1) % get_world_size()
-        host, system, pid = places[self.neighbour]
+        host, system, pid = processes[self.neighbour]
         self.neighbour_pid = pid if system is not None and system == machine() else None
         self.name = f'process {self.neighbour} (pid {pid} on {host})'
         self.threads = [
@@ -78,7 +80,7 @@ class Heartbeat:
                 return
 
     def guard(self) -> None:
-        """The store may not answer, and let `watch` wait for ever."""
+        """End the run if the store does not answer, because `watch` would then wait for ever."""
         last, missed = 0, 0
         while not self.ended.wait(self.interval):
             missed = 0 if self.number != last else missed + 1
@@ -92,7 +94,7 @@ class Heartbeat:
                 os._exit(1)
 
     def exchange(self, number: int) -> str | None:
-        """Show that this process lives, look at its neighbour; returns why the run has failed, if it has."""
+        """Show that this rank lives, and look at its neighbour. Return why the run has failed, or None."""
         assert self.store is not None
         self.store.set(f'beat{get_rank()}', str(number))
         if self.store.check([FAILED]):
@@ -104,8 +106,9 @@ class Heartbeat:
         return None
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others why this process ends. A broken connection is the trouble of another one, whose own reason is
-        waited for.
+        """Tell the other ranks why this one ends.
+
+        A broken connection is the fault of another rank; this one waits for that rank's own reason.
         """
         if not self.threads:
             return
@@ -114,16 +117,16 @@ class Heartbeat:
             return
         self.ended.set()
         text = str(error).splitlines()[0] if str(error) else ''
-        self.tell(f'process {get_rank()} on {socket.gethostname()}: {type(error).__name__}: {text}')
+        self.publish(f'process {get_rank()} on {socket.gethostname()}: {type(error).__name__}: {text}')
 
     def give_up(self, reason: str) -> None:
-        self.tell(reason)
+        self.publish(reason)
         print(f'error: the run ends, because {reason}', file=sys.stderr, flush=True)
         if get_rank() == 0:
             time.sleep(2 * self.interval)  # the others read the reason from this process
         os._exit(1)
 
-    def tell(self, reason: str) -> None:
+    def publish(self, reason: str) -> None:
         assert self.store is not None
         # The store may have gone with the main process.
         with contextlib.suppress(RuntimeError, dist.DistError):
@@ -132,8 +135,9 @@ class Heartbeat:
             time.sleep(2 * self.interval)
 
     def stop(self) -> None:
-        """The run ends as it should. Nobody stops giving signs of life before all are here, and the main process, which has
-        the store, ends after all.
+        """End the heartbeat of a run that succeeded.
+
+        No rank stops its signs of life before all are here. The main process, which has the store, ends last.
         """
         if self.threads:
             dist.barrier()
@@ -144,7 +148,7 @@ class Heartbeat:
 
 
 def is_connection_error(error: BaseException) -> bool:
-    """Whether a collective has failed, which happens where another process is gone."""
+    """Tell whether a collective has failed, as it does if another rank is gone."""
     text = str(error)
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in text for word in ('gloo', 'NCCL', 'Connection'))
@@ -152,8 +156,8 @@ def is_connection_error(error: BaseException) -> bool:
 
 
 def machine() -> tuple[str, str] | None:
-    """What is equal for processes that can see each other's pids: one start of a system, one space of pids. None where
-    that cannot be told.
+    """Return a value that is equal for processes that see each other's pids (same boot, same pid namespace), or None
+    if unknown.
     """
     try:
         boot = Path('/proc/sys/kernel/random/boot_id').read_text()
@@ -163,7 +167,7 @@ def machine() -> tuple[str, str] | None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process of this machine is alive; one that has ended and was not waited for is not."""
+    """Tell whether a process of this machine is alive; a zombie is not."""
     try:
         with open(f'/proc/{pid}/stat') as file:
             return file.read().rpartition(')')[2].split()[0] not in 'ZX'

@@ -1,6 +1,6 @@
 """
-Launchers other than torchrun, made to look like it: afterwards RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
-MASTER_ADDR and MASTER_PORT say who a process is and where all of them meet.
+Environment variables of launchers other than torchrun, translated to torchrun's: RANK, WORLD_SIZE, LOCAL_RANK,
+LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 """
 
 import os
@@ -13,9 +13,10 @@ FIRST_PORT, NUM_PORTS = 15000, 15000
 
 
 def export_launcher_environment() -> None:
-    """Set what is missing of torchrun's variables in a task of Slurm's srun or of submitit; elsewhere do nothing.
+    """Set missing variables of torchrun in a task of Slurm's srun or of submitit; do nothing elsewhere.
 
-    ValueError: WORLD_SIZE is set, but not to the number of tasks.
+    Raises:
+        ValueError: WORLD_SIZE is set, but not to the number of tasks.
     """
     if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ:
         return  # torchrun, perhaps one started by srun on each node
@@ -32,11 +33,11 @@ def export_launcher_environment() -> None:
 
 
 def slurm_task(environment: Mapping[str, str]) -> dict[str, str]:
-    """torchrun's variables for one of several tasks of a srun, {} for anything else.
+    """Return torchrun's variables for one of several tasks of a srun, {} for anything else.
 
     A batch script and the shell of salloc have SLURM_NTASKS too, the former even SLURM_PROCID=0, but they run once.
-    Only tasks of a step have SLURM_STEP_NUM_TASKS, and batch scripts that were submitted from such a task inherit it:
-    there the two numbers differ.
+    Only tasks of a step have SLURM_STEP_NUM_TASKS. Batch scripts submitted from such a task inherit it, but there the
+    two numbers differ.
     """
     tasks = environment.get('SLURM_STEP_NUM_TASKS', '1')
     if tasks == '1' or tasks != environment.get('SLURM_NTASKS') or 'SLURM_PROCID' not in environment:
@@ -57,8 +58,9 @@ def slurm_task(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def submitit_task(environment: Mapping[str, str]) -> dict[str, str]:
-    """torchrun's variables for one of several tasks of submitit on this machine, {} for anything else; its tasks in a
-    cluster are those of srun.
+    """Return torchrun's variables for one of several tasks of submitit on this machine, {} for anything else.
+
+    In a cluster, submitit's tasks are those of srun.
     """
     tasks = environment.get('SUBMITIT_LOCAL_NTASKS', '1')
     if environment.get('SUBMITIT_EXECUTOR') != 'local' or tasks == '1':
@@ -75,15 +77,15 @@ def submitit_task(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """Of Slurm's short form of a list: `gpu-[007-9,12]-ib,login1` begins with gpu-007-ib."""
+    """Return the first name in Slurm's short form of a list: gpu-007-ib of `gpu-[007-9,12]-ib,login1`."""
     return re.sub(r'\[([^],-]+)[^]]*\]', r'\1', nodes).split(',')[0]
 
 
 def is_preempted() -> bool:
-    """Whether Slurm has told this job to make room for another one, and still waits for it to do so.
+    """Tell whether Slurm has told this job to make room for another one, and still waits for it to do so.
 
-    A job that ends by itself while Slurm waits counts as done and is not started again, so it must be requeued. One
-    that is cancelled gets the same SIGTERM, but is in another state.
+    A job that ends by itself while Slurm waits counts as done and is not started again, so it must be requeued. A
+    cancelled job gets the same SIGTERM, but is in another state.
     """
     if 'SLURM_JOB_ID' not in os.environ:
         return False

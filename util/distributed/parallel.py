@@ -1,4 +1,4 @@
-"""One model on many devices: the same on each (DistributedDataParallel), or a part of every weight on each (FSDP2)."""
+"""One model on many devices: replicated (DistributedDataParallel), or sharded (FSDP2)."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,33 +13,38 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from util.distributed.collectives import get_world_size
 
-KNOWN: set[type] = set()
+REGISTERED: set[type] = set()
 
 
 def broadcast_from_main(tensors: Iterable[Tensor]) -> None:
-    """Every process takes those of the main process: weights, since it alone has read the backbone's; buffers before an
-    evaluation, since statistics of batch norms are those of each process.
+    """Broadcast tensors from the main process to all ranks.
+
+    It alone has read the weights of the backbone. Before an evaluation the buffers of batch norms are broadcast,
+    because each rank has its own statistics.
     """
     if get_world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), 0)
 
 
-def know_results(types: Sequence[type]) -> None:
-    """Dataclasses in what a model returns: wrappers look for tensors in known types only, and gradients that come back
-    another way are not exchanged.
+def register_result_types(types: Sequence[type]) -> None:
+    """Register dataclasses in a model's result with PyTorch's pytrees.
+
+    DDP and FSDP look for tensors in known types only; gradients that come back another way are not reduced.
     """
     for kind in types:
-        if kind not in KNOWN:
+        if kind not in REGISTERED:
             torch.export.register_dataclass(kind)
-            KNOWN.add(kind)
+            REGISTERED.add(kind)
 
 
 def replicate(model: nn.Module, result_types: Sequence[type] = (), accum_steps: int = 1) -> nn.Module:
-    """Gradients are averaged over processes while the backward pass runs. The graph is the same in every step: what no
-    loss reaches is found once (not with several batches a step: PyTorch cannot have both). Buffers are those of each process, since they are constants, unless batch norms train. result_types: see `know_results`.
+    """Wrap a model in DistributedDataParallel: gradients are averaged over ranks during the backward pass.
+
+    static_graph detects unused parameters once; it cannot be combined with no_sync (several batches per step). Buffers
+    are constants that each rank has, unless batch norms train. result_types: see `register_result_types`.
     """
-    know_results(result_types)
+    register_result_types(result_types)
     trains_norms = any(isinstance(module, _BatchNorm) for module in model.modules())
     return nn.parallel.DistributedDataParallel(
         model, static_graph=accum_steps == 1, gradient_as_bucket_view=True, broadcast_buffers=trains_norms
@@ -47,13 +52,16 @@ def replicate(model: nn.Module, result_types: Sequence[type] = (), accum_steps: 
 
 
 def shard(model: nn.Module, units: Sequence[nn.Module], result_types: Sequence[type] = ()) -> nn.Module:
-    """Let every process keep a part of each weight, gradient and optimizer state (FSDP2). In place.
+    """Let every rank keep a part of each weight, gradient and optimizer state (FSDP2). In place.
 
-    units: modules that gather their weights as they run, and let them go again; what they list as `entry_points` are methods
-    besides forward that do so too. Numbers without a dimension cannot be cut: they stay whole, and their gradients are averaged
-    one by one. result_types: see `know_results`.
+    Args:
+        units: modules that all-gather their weights for their forward and free them afterwards. Their `entry_points`
+            name further methods that do so.
+        result_types: see `register_result_types`.
+
+    Parameters without a dimension cannot be sharded: they stay whole, and their gradients are averaged one by one.
     """
-    know_results(result_types)
+    register_result_types(result_types)
     whole = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     for parameter in whole:
         if parameter.requires_grad:
@@ -77,7 +85,7 @@ def average_gradient(parameter: nn.Parameter) -> None:
 
 
 def local_gradients(model: nn.Module) -> AbstractContextManager:
-    """Backward passes inside do not exchange gradients between processes: the last one of a step does."""
+    """Skip the all-reduce of gradients in the block; only the last backward pass of a step does it."""
     if isinstance(model, FSDPModule):
         return without_exchange(model)
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
@@ -93,9 +101,7 @@ def without_exchange(model: FSDPModule) -> Iterator[None]:
 
 
 def gather(state: object) -> object:
-    """A state (of a model, an optimizer) with whole tensors in place of parts; on the host, if there were any. All processes
-    must call it.
-    """
+    """Replace shards by whole tensors on the CPU in a state (of a model, an optimizer). All ranks must call it."""
     if isinstance(state, DTensor):
         return state.full_tensor().cpu()
     if isinstance(state, dict):
@@ -106,8 +112,10 @@ def gather(state: object) -> object:
 
 
 def split_like(whole: Tensor, part: Tensor) -> Tensor:
-    """Cut this process's part out of a whole tensor, as `part` is cut; where nothing is cut, lay it out in memory as `part`
-    lies: fused optimizers read states and weights side by side.
+    """Return this rank's shard of a whole tensor, sharded as `part` is.
+
+    If `part` is not sharded, return the tensor in the memory layout of `part`: fused optimizers read states and
+    weights side by side.
     """
     if not isinstance(part, DTensor):
         return torch.empty_like(part, dtype=whole.dtype, device=whole.device).copy_(whole)
@@ -115,13 +123,13 @@ def split_like(whole: Tensor, part: Tensor) -> Tensor:
 
 
 def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Whole tensors into a model, sharded or not."""
+    """Load whole tensors into a model, sharded or not."""
     ours = model.state_dict()
     model.load_state_dict({name: split_like(state[name], ours[name]) for name in ours})
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Whole tensors into the optimizer of a model, sharded or not."""
+    """Load whole tensors into the optimizer of a model, sharded or not."""
     parameters = [p for group in optimizer.param_groups for p in group['params']]
     parts = {
         index: {

@@ -1,6 +1,6 @@
 """
-Signals that ask a run to stop: all processes agree on the step, the state is saved, and the process ends so that whoever
-starts it again goes on there.
+Signals that ask a run to stop. All ranks agree on the step, the state is saved, and the job is requeued or started
+again by its launcher.
 """
 
 import os
@@ -25,47 +25,49 @@ UNFINISHED = 75  # exit status of a run that was stopped and can go on (EX_TEMPF
 
 
 class Interrupted(Exception):
-    """The processes have agreed to stop here; args: the number of the signal."""
+    """Agreement of all ranks to stop at this step; args: the number of the signal."""
 
 
 class StopRequests:
-    """Listens to signals from its making until `close`.
+    """Signal handlers that stay installed until `close`.
 
-    device: where a collective works, that of the model.
+    device: the model's, where a collective works.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.signum = 0
-        self.asked: tuple[dist.Work, Tensor, Tensor] | None = None
+        self.exchange: tuple[dist.Work, Tensor, Tensor] | None = None
         self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None
         self.previous: dict[int, Callable | int | None] = {}
         for number in SIGNALS:
             try:
-                self.previous[number] = signal.signal(number, self.note)
+                self.previous[number] = signal.signal(number, self.on_signal)
             except ValueError:  # not the main thread: somebody else's program, and its signals
                 break
 
-    def note(self, signum: int, frame: object) -> None:
+    def on_signal(self, signum: int, frame: object) -> None:
         if self.signum not in NEARLY_OVER:  # SIGTERM may come before and after, and says less
             self.signum = signum
 
     def check(self) -> None:
-        """Call it once a step in every process. Raises Interrupted in all of them at the same step, one step after any of
-        them has heard a signal: what is asked now is answered by the next call, so that nothing waits.
+        """Raise Interrupted on all ranks at the same step, if any of them has received a signal. Call it once a step
+        on every rank.
+
+        The exchange that one call starts is read by the next one, so that no rank waits.
         """
         if get_world_size() == 1:
             signum = self.signum
         else:
-            signum = self.answer()
-            self.ask()
+            signum = self.finish_exchange()
+            self.start_exchange()
         if signum:
             raise Interrupted(signum)
 
-    def ask(self) -> None:
-        """Start the exchange of the signal that stands last in SIGNALS; nothing waits for it here."""
-        place = SIGNALS.index(self.signum) + 1 if self.signum else 0
-        sent = torch.full((1,), place, device=self.device)  # made there: copying would wait
+    def start_exchange(self) -> None:
+        """Start an all-reduce of the signal that stands last in SIGNALS, without waiting for it."""
+        order = SIGNALS.index(self.signum) + 1 if self.signum else 0
+        sent = torch.full((1,), order, device=self.device)  # built there: copying would wait
         work = dist.all_reduce(sent, dist.ReduceOp.MAX, async_op=True)
         received = sent
         if self.stream is not None:  # the copy waits for the exchange on a stream of its own
@@ -74,27 +76,30 @@ class StopRequests:
                 work.wait()
                 received.copy_(sent, non_blocking=True)
             sent.record_stream(self.stream)
-        self.asked = work, sent, received
+        self.exchange = work, sent, received
 
-    def answer(self) -> int:
-        """What the last `ask` has brought; 0 without one."""
-        if self.asked is None:
+    def finish_exchange(self) -> int:
+        """Return the signal of the last exchange; 0 if there was none."""
+        if self.exchange is None:
             return 0
-        work, _, received = self.asked
-        self.asked = None
+        work, _, received = self.exchange
+        self.exchange = None
         work.wait() if self.stream is None else self.stream.synchronize()
         return (0, *SIGNALS)[int(received)]
 
     def close(self) -> None:
-        """Signals mean what they meant before. What was asked last is not waited for: another process may have failed."""
-        self.asked = None
+        """Restore the former signal handlers. An exchange in flight is not waited for, because another rank may have
+        failed.
+        """
+        self.exchange = None
         for number, handler in self.previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self.previous = {}
 
     def leave(self, signum: int) -> None:
-        """After the state is saved: pass the signal on to who listened before (submitit requeues its job), and ask Slurm to
-        requeue if nobody else will. Then exit with the status UNFINISHED.
+        """Pass the signal on and exit with the status UNFINISHED. Call it after the state is saved.
+
+        The former handler gets the signal (submitit requeues its job). Slurm is asked to requeue if nobody else will.
         """
         if self.signum in NEARLY_OVER:  # heard while the state was saved
             signum = self.signum
@@ -120,7 +125,7 @@ def requeue() -> None:
 
 
 def was_restarted() -> bool:
-    """Whether a launcher has started this job again: torchrun after a failure, Slurm after a requeue."""
+    """Tell whether a launcher has started this job again: torchrun after a failure, Slurm after a requeue."""
     return any(
         int(os.environ.get(name) or 0) > 0 for name in ('TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT')
     )
