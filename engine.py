@@ -210,7 +210,7 @@ def train_one_epoch(
         after_step(state)
     progress.close()
     averages = state.meter.averages()
-    return averages | criterion.ledger(averages)
+    return averages | criterion.statistics(averages)
 
 
 def rehearse(

@@ -40,7 +40,7 @@ from models.ops.functions import describe as describe_kernels
 from models.parts import all_parts, compile_parts
 from models.structures import Prediction
 from models.training.flags import add_training_args, default_of, resolve_all
-from models.training.report import ledger_text, supervision_table
+from models.training.report import statistics_text, supervision_table
 from util.checkpoint import load_checkpoint, read_checkpoint
 from util.distributed.collectives import (
     all_gather_object,
@@ -317,7 +317,7 @@ def finish_epoch(
         board.flush()
     ap = f'  AP {summary.stats[0]:.3f}  AP50 {summary.stats[1]:.3f}' if summary else ''
     print_main(f'epoch {epoch + 1}/{args.epochs}: loss {row["train_loss"]:.4g}{ap}  {format_time(seconds)}')
-    if text := ledger_text(metrics):
+    if text := statistics_text(metrics):
         print_main(f'  {text}')
 
 

@@ -26,7 +26,7 @@ from models.training import atss, build_supervision, faster_rcnn
 from models.training.criterion import weighted_sum
 from models.training.flags import resolve_all
 from models.training.matcher import OneToManyMatcher, merge, stack_predictions
-from models.training.report import epoch_statistics, ledger_text, supervision_table
+from models.training.report import epoch_statistics, statistics_text, supervision_table
 from models.training.structures import Targets
 from tests.models import HEADS, SMALL, TRICKS, TWO_STAGE, CountSyncs, random_targets
 from tests.parity import check_pairs, float64, optimizer_of, to_targets, without_classes
@@ -475,8 +475,8 @@ def test_the_ledger_names_every_kind() -> None:
     assert found == {
         'positives_one2one': 1.0, 'positives_o2m': 2.5, 'share_one2one': 0.25, 'share_o2m': 0.75,
     }  # fmt: skip
-    assert ledger_text({f'train_{k}': v for k, v in found.items()}).endswith(
-        'one2one 1.00 and 25 %, o2m 2.50 and 75 %'
+    assert statistics_text({f'train_{k}': v for k, v in found.items()}).endswith(
+        'one2one 1.00, 25 %; o2m 2.50, 75 %'
     )
 
 

@@ -44,7 +44,7 @@ class SetCriterion(nn.Module):
         self.table = table
         self.eps = eps
         self.weight_dict = weight_dict
-        # Number of pairs of each kind (mean over its layers) and of objects, since the last call of `ledger`.
+        # Number of pairs of each kind (mean over its layers) and of objects, since the last call of `statistics`.
         self.tally: Counter[str] = Counter()
 
     def forward(
@@ -86,7 +86,7 @@ class SetCriterion(nn.Module):
                 losses['class_error' + loss_suffix(kind, None)] = class_error(stack, row.scale)
         return losses
 
-    def ledger(self, averages: dict[str, float]) -> dict[str, float]:
+    def statistics(self, averages: dict[str, float]) -> dict[str, float]:
         """Return pairs per object and share of the loss of each kind, since the last call and over all ranks.
 
         averages: average of each loss term over that time.

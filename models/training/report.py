@@ -64,13 +64,13 @@ def epoch_statistics(
     return positives | {f'share_{kind}': shares[kind] / total if total else 0.0 for kind in kinds}
 
 
-def ledger_text(metrics: dict[str, float]) -> str:
+def statistics_text(metrics: dict[str, float]) -> str:
     """Describe `epoch_statistics` in one line, '' for a single kind. Names may have the prefix `train_`."""
     found = {name.removeprefix('train_'): value for name, value in metrics.items()}
     kinds = [name.removeprefix('positives_') for name in found if name.startswith('positives_')]
     if len(kinds) < 2:
         return ''
     texts = (
-        f'{kind} {found[f"positives_{kind}"]:.2f} and {100 * found[f"share_{kind}"]:.0f} %' for kind in kinds
+        f'{kind} {found[f"positives_{kind}"]:.2f}, {100 * found[f"share_{kind}"]:.0f} %' for kind in kinds
     )
-    return f'queries per object and share of the loss: {", ".join(texts)}'
+    return f'queries per object and share of the loss: {"; ".join(texts)}'
