@@ -2,7 +2,7 @@
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -55,7 +55,7 @@ class ImageDataset(Dataset[Sample], ABC):
         """Return image idx as it is stored, uint8 [3, H, W], and its target (the fields of `datasets.coco.CocoDetection`)."""
 
     @abstractmethod
-    def image_sizes(self) -> np.ndarray:
+    def image_sizes(self) -> Sequence[Sequence[int]] | np.ndarray:
         """Return height and width of every image, [N, 2]."""
 
     @property

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
@@ -83,7 +84,8 @@ def build_batches(dataset: ImageDataset, train: bool, args: Namespace) -> Sample
         return SizeBatches(dataset, args.batch_size, *replica, args.seed)
     sampler: ChunkSampler | DistributedSampler[int]
     if train and args.group_aspect_ratio:
-        sampler = AspectSampler(dataset.image_sizes(), args.batch_size, *replica, *share, seed=args.seed)
+        sizes = np.asarray(dataset.image_sizes())
+        sampler = AspectSampler(sizes, args.batch_size, *replica, *share, seed=args.seed)
     elif args.cache_mode:
         sampler = NodeSampler(dataset, *replica, *share, train, args.seed)
     elif train:

@@ -46,7 +46,7 @@ LSJ_SIZE = 1024
 GREY = 114  # around images in a square (mmdetection)
 BASE_CROP_MAX_SIZE = 4200  # Co-DETR bounds the long side before its crop too
 
-# What belongs to one object each. Keypoints are left alone, as in the official code.
+# Fields with one entry per object. Keypoints are left alone, as in the official code.
 OBJECT_FIELDS = ('boxes', 'labels', 'area', 'iscrowd', 'masks')
 
 

@@ -89,16 +89,9 @@ def unlock(file: TextIO | None) -> None:
 
 def code_checksum(root: Path) -> str:
     """Return a checksum of the Python files of a run, which differs between versions of the code."""
-    folders = (
-        '.',
-        'datasets',
-        'models',
-        'models/training',
-        'models/ops/modules',
-        'models/ops/functions',
-        'util',
-    )
+    files = [*root.glob('*.py')]
+    files += [path for folder in ('datasets', 'models', 'util') for path in (root / folder).rglob('*.py')]
     checksum = 0
-    for path in sorted(path for folder in folders for path in (root / folder).glob('*.py')):
+    for path in sorted(files):
         checksum = zlib.crc32(path.read_bytes(), checksum)
     return f'version {checksum:08x}'

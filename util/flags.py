@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from util.distributed.collectives import get_world_size
 from util.logger import import_summary_writer
 
-# What a first run needs; `--help` shows these alone.
+# Flags of a first run; `--help` shows these alone.
 ESSENTIAL = (
     'dataset_file', 'coco_path', 'output_dir', 'resume', 'pretrained', 'eval', 'conditional', 'deformable', 'epochs',
     'batch_size', 'lr', 'amp', 'device',

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-# What PyTorch calls otherwise now: dtype and device of a tensor, its pointer, checks, and a header that is gone.
+# Names that PyTorch has changed: dtype and device of a tensor, its pointer, checks, and a removed header.
 SUBSTITUTIONS = (
     (r'\.type\(\)\.is_cuda\(\)', '.is_cuda()'),
     (r'(AT_DISPATCH_\w+\(\s*\w+)\.type\(\)', r'\1.scalar_type()'),
