@@ -106,7 +106,7 @@ def test_inference_never_imports_training() -> None:
 
 
 def test_util_knows_neither_models_nor_datasets() -> None:
-    for path in (ROOT / 'util').glob('*.py'):
+    for path in (ROOT / 'util').rglob('*.py'):
         assert not [
             name for name in module_level_imports(path) if name.startswith(('models', 'datasets', 'engine'))
         ], path
