@@ -164,7 +164,7 @@ def build_detector(
             dilation=args.dilation,
             norm=args.backbone_norm,
             stages=backbone_maps(args),
-            train=getattr(args, 'lr_backbone', 1) > 0,
+            train=getattr(args, 'lr_backbone', None) != 0,
             drop_path_rate=args.drop_path_rate,
             frozen_stages=args.backbone_frozen_stages,
         ),
@@ -227,11 +227,30 @@ def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, nn.Mod
     args = resolve_all(args)
     criterion, num_queries, query_sources = build_supervision(args)
     model = build_detector(args, num_queries, query_sources)
-    if args.two_stage and not any('_enc' in name for name in criterion.weight_dict):
-        # No loss reaches these heads (--no_aux_loss). DDP would wait for their gradients.
-        model.class_embed[-1].requires_grad_(False)
-        model.bbox_embed[-1].requires_grad_(False)
+    freeze_unreached_heads(model, criterion, args.two_stage)
     return model, criterion, build_postprocessors(args)
+
+
+def freeze_unreached_heads(model: nn.Module, criterion: nn.Module, two_stage: bool) -> None:
+    """Ask for no gradient of heads that no loss reaches: with --no_aux_loss in two stages, or where coefficients are 0.
+
+    DDP would wait for their gradients.
+    """
+    terms = {kind: set(row.coef) for kind, row in criterion.table.items()}
+    proposals = terms.pop('enc', set())
+    if not any('_enc' in name for name in criterion.weight_dict):
+        proposals = set()
+    if model.class_embed_o2m is not None:  # the second reading has class heads of its own
+        if 'ce' not in terms['o2m']:
+            model.class_embed_o2m.requires_grad_(False)
+        terms['o2m'] -= {'ce'}
+    decoder = set().union(*terms.values())
+    for heads, is_class in ((model.class_embed, True), (model.bbox_embed, False)):
+        layers = heads[:-1] if two_stage else heads
+        if not (decoder & {'ce'} if is_class else decoder - {'ce'}):
+            layers.requires_grad_(False)
+        if two_stage and not (proposals & {'ce'} if is_class else proposals - {'ce'}):
+            heads[-1].requires_grad_(False)
 
 
 def build_postprocessors(args: Namespace) -> dict[str, nn.Module]:

@@ -89,6 +89,19 @@ def test_two_processes_equal_one_with_the_whole_batch(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    'terms', [['cls'], ['bbox', 'giou'], ['enc_cls'], ['enc_bbox', 'enc_giou']], ids='+'.join
+)
+def test_nobody_waits_for_heads_without_a_loss(terms: list[str]) -> None:
+    """Terms of coefficient 0 do not exist, and heads that no other term reaches ask for no gradient."""
+    flags = SCHEMES['two_stage'] | {f'{term}_loss_coef': 0 for term in terms}
+    counts = [[2, 3, 1, 4], [2, 1, 0, 0], [1, 1, 1, 1]]
+    one = train_some_steps(0, flags, counts, 1, 'none')
+    for result in in_processes(2, train_some_steps, flags, counts, 1, 'ddp'):
+        assert_equal(result['model'], one['model'])
+
+
+@pytest.mark.slow
 def test_noised_queries_of_a_process_without_objects() -> None:
     """Padding depends on the batch here, so the peer is one process that accumulates the two batches."""
     counts = [[2, 4, 0, 0], [1, 1, 3, 2], [0, 0, 0, 0]] * 3

@@ -96,7 +96,7 @@ def read_run(folder: Path) -> list[Epoch]:
     epochs, images, minutes = [], 0, 0.0
     for line in log.read_text().splitlines():
         record = json.loads(line)
-        images += record['images']
+        images += record['images'] if 'images' in record else record['pictures']  # of older logs
         minutes += record['train_seconds'] / 60
         terms = (2, 'ce'), (5, 'bbox'), (2, 'giou')
         loss = sum(weight * record[f'train_loss_{term}'] for weight, term in terms)

@@ -212,6 +212,11 @@ def restore_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR, saved: dict, 
 
 def restore_epoch(run: Run, saved: dict) -> EpochState:
     """Restore the progress within an epoch. A rank takes over the sums of its number, and of ranks that no longer exist."""
+    if 'images' not in saved:
+        raise ValueError(
+            f'{run.args.resume} was written in the middle of an epoch by an older version, whose sums cannot be taken up: go on '
+            'from a checkpoint of a whole epoch, or start from its weights with --pretrained'
+        )
     state = EpochState(saved['images'] // run.images_a_step)
     device = next(run.model.parameters()).device
     names = saved['meters'][0]['names']

@@ -21,7 +21,7 @@ import numpy as np
 from datasets.class_map import names_by_id
 
 INDEX, ANNOTATIONS = 'shards.json', 'annotations.json'
-VERSION = 1
+VERSION = 2
 WRITE_AGAIN = 'fetch it again, or write the shards again with tools/make_shards.py'
 
 
