@@ -71,7 +71,14 @@ RECIPES = {
     'swin_large_co_dino_5scale_lsj_24ep': (235_471_769, 24, 20),
     'swin_large_co_dino_5scale_lsj_36ep': (235_471_769, 36, 30),
 }
-TOOLS = ('build_ops', 'compare_schemes', 'env', 'quickstart', 'test')  # scripts that are no recipes
+TOOLS = (
+    'build_ops',
+    'compare_schemes',
+    'env',
+    'gpu_check',
+    'quickstart',
+    'test',
+)  # scripts that are no recipes
 QUICK = ('r50_h_deformable_detr_12ep', 'r50_co_dino_5scale_12ep')
 # Arguments of the official scripts behind the recipes, by their names without schedule or, where it matters, with it.
 BASE = '--with_box_refine --two_stage --dim_feedforward 2048'
