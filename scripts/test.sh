@@ -3,6 +3,7 @@
 #
 #   bash scripts/test.sh                 everything
 #   bash scripts/test.sh --quick         without the slow tests
+#   bash scripts/test.sh --exhaustive    with further cases of what a few cases show too
 #   bash scripts/test.sh -k matcher      more words go to pytest
 #   TEST_JOBS=8 bash scripts/test.sh     tests at a time (2), each with one thread; up to 5 GB of memory each
 set -euo pipefail

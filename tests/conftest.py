@@ -1,12 +1,24 @@
-"""Tests marked `gpu` are skipped where there is no NVIDIA GPU."""
+"""Tests marked `gpu` are skipped where there is no NVIDIA GPU, those marked `exhaustive` without --exhaustive."""
 
 import pytest
 import torch
 
+REASON = 'shows on one more case what another test shows: add --exhaustive'
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption('--exhaustive', action='store_true', help='run all cases of what a few cases show too')
+
+
+@pytest.fixture
+def exhaustive(request: pytest.FixtureRequest) -> bool:
+    """Whether every case is asked for."""
+    return request.config.getoption('--exhaustive')
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker('gpu'):
+        if item.get_closest_marker('gpu') and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason='needs an NVIDIA GPU'))
+        if item.get_closest_marker('exhaustive') and not config.getoption('--exhaustive'):
+            item.add_marker(pytest.mark.skip(reason=REASON))

@@ -155,24 +155,25 @@ def end_as_a_launcher(processes: list) -> list[int]:
 
 
 @pytest.mark.slow
-def test_thirty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+def test_kills_at_random_moments_change_nothing(tmp_path: Path, exhaustive: bool) -> None:
     """Two processes; one of them is killed, or both, or one is asked to stop, again and again until the run has ended."""
-    flags = ['--checkpoint_steps', '1', '--epochs', '36', '--eval_every', '12']
+    kills = 40 if exhaustive else 12
+    flags = ['--checkpoint_steps', '1', '--epochs', str(6 * kills // 5), '--eval_every', str(kills // 3)]
     command = [*LONG, *flags, '--output_dir', str(tmp_path / 'parts'), '--resume', 'auto']
     chance, disturbed, codes = random.Random(0), 0, [1, 1]
     while codes != [0, 0]:
         processes = start_group(tmp_path / f'log{disturbed}_', command)
-        if disturbed < 30:
+        if disturbed < kills:
             time.sleep(chance.uniform(0.3, 2.0))
             chosen = chance.choice([processes, processes[:1], processes[1:]])
             for process in chosen:
                 os.kill(process.pid, chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
             disturbed += 1
         codes = end_as_a_launcher(processes)
-        assert disturbed <= 30 and set(codes) <= {0, 1, UNFINISHED, -signal.SIGKILL, -signal.SIGTERM}
-    assert disturbed == 30
+        assert disturbed <= kills and set(codes) <= {0, 1, UNFINISHED, -signal.SIGKILL, -signal.SIGTERM}
+    assert disturbed == kills
     logs = [path.read_text() for path in tmp_path.glob('log*_0')]
-    assert sum('goes on after step' in text for text in logs) >= 10, 'kills came while it trained'
+    assert sum('goes on after step' in text for text in logs) >= kills // 3, 'kills came while it trained'
     ours, theirs = load(tmp_path / 'parts'), load(whole_run(tmp_path, 2, *flags))
     assert_same(ours, theirs)
     assert (tmp_path / 'whole/metrics.csv').read_text() == (tmp_path / 'parts/metrics.csv').read_text()

@@ -437,6 +437,7 @@ print('clean')
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('g++') or os.uname().sysname != 'Linux', reason='needs g++ on Linux')
+@pytest.mark.exhaustive
 def test_address_sanitizer_finds_nothing(tmp_path: Path) -> None:
     """The CPU kernels built with AddressSanitizer, on points inside, at edges, far outside, infinite and NaN."""
     runtime = subprocess.run(

@@ -49,7 +49,7 @@ def step(model: nn.Module, criterion: nn.Module, size: tuple[int, int]) -> dict[
     ('flags', 'backend'),
     [
         ({}, 'inductor'),
-        (TWO_STAGE, 'inductor'),
+        pytest.param(TWO_STAGE, 'inductor', marks=pytest.mark.exhaustive),
         (TWO_STAGE | {'use_checkpoint': True}, 'aot_eager'),
     ],
     ids=['detr', 'two stages', 'two stages, recomputed'],

@@ -296,7 +296,9 @@ def repeated(data: dict, times: int) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('family', ['--conditional', ''], ids=['conditional', 'detr'])
+@pytest.mark.parametrize(
+    'family', [pytest.param('--conditional', marks=pytest.mark.exhaustive), ''], ids=['conditional', 'detr']
+)
 def test_overfits_8_images(tmp_path: Path, family: str) -> None:
     """AP > 0.9 on the 8 images that it was trained on, exported and read back as COCO data.
 
