@@ -41,7 +41,7 @@ from models.parts import all_parts, compile_parts
 from models.structures import Prediction
 from models.training.flags import add_training_args, default_of, resolve_all
 from models.training.report import statistics_text, supervision_table
-from util.checkpoint import load_checkpoint, read_checkpoint
+from util.checkpoint import load_checkpoint
 from util.distributed.collectives import (
     all_gather_object,
     check_agreement,
@@ -65,6 +65,7 @@ from util.precision import Precision, avoid_plans_per_shape, set_tf32
 from util.run_state import EpochState, Run, keep_copy, keep_numbered, restore, save
 from util.seeding import seed_everything
 from util.visualize import plot_curves
+from util.weight_files import read_checkpoint
 
 
 def get_args_parser() -> argparse.ArgumentParser:

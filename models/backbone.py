@@ -6,6 +6,7 @@ the device, and takes floating-point images as normalised already. Parameter nam
 torchvision's, or the official ones of Swin.
 """
 
+import pickle
 import urllib.error
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from util.distributed.collectives import is_main_process
 from util.nested_tensor import NestedTensor, resize_mask
+from util.weight_files import read_checkpoint, state_of
 
 from .frozen_norm import fold_frozen_norms
 from .parts import call_part
@@ -232,10 +234,19 @@ def load_backbone_file(network: nn.Module, path: str) -> nn.Module:
         raise ValueError(
             f'--backbone_weights {path}: no such file (imagenet, none or a file of a state dict)'
         )
-    state = torch.load(path, map_location='cpu', weights_only=True)
-    state = state.get('model', state.get('state_dict', state))
+    try:
+        state = state_of(read_checkpoint(path), averaged=False)
+    except ValueError as error:
+        raise ValueError(f'--backbone_weights: {error}') from error
     head = ('fc.', 'classifier.')
     state = {key: value for key, value in state.items() if not key.startswith(head)}
+    ours = network.state_dict()
+    shapes = [name for name in state if name in ours and state[name].shape != ours[name].shape]
+    if shapes:
+        raise ValueError(
+            f'--backbone_weights {path} does not fit {type(network).__name__}: {len(shapes)} entries have another shape, such as '
+            f'{shapes[0]}, {tuple(state[shapes[0]].shape)} there, {tuple(ours[shapes[0]].shape)} here'
+        )
     missing, unexpected = network.load_state_dict(state, strict=False)
     missing = [key for key in missing if not key.startswith(head) and not key.endswith('num_batches_tracked')]
     unexpected = [key for key in unexpected if not key.endswith('num_batches_tracked')]
@@ -277,6 +288,7 @@ def build_timm(name: str, weights: str, dilation: bool, norm: str, stages: range
     if weights not in ('imagenet', 'none'):
         if not Path(weights).is_file():
             raise ValueError(f'--backbone_weights {weights}: no such file')
+        read_checkpoint(weights)  # refuse a damaged file in our words
         options['pretrained_cfg_overlay'] = {'file': weights}
     try:
         network = timm.create_model(
@@ -288,7 +300,7 @@ def build_timm(name: str, weights: str, dilation: bool, norm: str, stages: range
         )
     except (urllib.error.URLError, OSError) as error:
         raise ValueError(no_download(f'timm/{name}', error)) from error
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, pickle.UnpicklingError) as error:
         raise ValueError(f'--backbone timm/{name} --backbone_stages {stages[-1]}: {error}') from error
     body = TimmBody(network)
     if norm == 'frozen':

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from util.checkpoint import read_checkpoint
+from util.weight_files import read_checkpoint, state_of
 
 from .parts import call_part
 
@@ -194,7 +194,7 @@ class SwinTransformer(nn.Module):
         self.stages, self.frozen_stages = stages, frozen_stages
         self.num_channels = [size.embed_dim * 2 ** (stage - 1) for stage in stages]
         self.patch_embed = PatchEmbed(size.embed_dim)
-        rates = torch.linspace(0, drop_path_rate, sum(size.depths)).split(size.depths)
+        rates = torch.linspace(0, drop_path_rate, sum(size.depths), device='cpu').split(size.depths)
         last = stages[-1] - 1
         self.layers = nn.ModuleList(
             SwinStage(
@@ -251,10 +251,10 @@ def load_pretrained(model: SwinTransformer, source: str) -> None:
         ValueError: the file is missing, or other entries are missing or of another shape.
     """
     try:
-        checkpoint = read_checkpoint(source)
+        found = state_of(read_checkpoint(source), averaged=False)
     except ValueError as error:
         raise ValueError(f'--backbone_weights: {error}') from error
-    state = fit_pretrained(checkpoint.get('state_dict', checkpoint.get('model', checkpoint)), model)
+    state = fit_pretrained(found, model)
     ours = model.state_dict()
     unfit = [
         name

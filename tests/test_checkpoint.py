@@ -16,9 +16,10 @@ from models import build_model
 from tests.models import TWO_STAGE
 from tests.rule import fill
 from tests.shared_data import SHARED, needs_shared, read_shared
-from util.checkpoint import download, load_checkpoint, read_checkpoint, save_checkpoint
+from util.checkpoint import load_checkpoint, save_checkpoint
 from util.foreign_names import TRANSFORMERS_DEFORMABLE, rename, to_official
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from util.weight_files import download, read_checkpoint
 
 FLAGS = {'detr': {}, 'conditional_detr': {'conditional': True}, 'deformable_detr': {'deformable': True}}
 

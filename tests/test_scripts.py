@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from main import get_args_parser
 from models import build_model
@@ -18,6 +19,22 @@ SCRIPTS = Path(__file__).resolve().parents[1] / 'scripts'
 # Parameters of the official models, in all (Co-DETR's without its 53,120 of frozen norms, which are no parameters here);
 # and epochs and the drop of the learning rate.
 RECIPES = {
+    'detr_r50_500ep': (41_524_768, 500, 400),
+    'detr_r50_50ep': (41_524_768, 50, 40),
+    'detr_r50dc5_500ep': (41_524_768, 500, 400),
+    'detr_r50dc5_50ep': (41_524_768, 50, 40),
+    'detr_r101_500ep': (60_464_672, 500, 400),
+    'detr_r101_50ep': (60_464_672, 50, 40),
+    'detr_r101dc5_500ep': (60_464_672, 500, 400),
+    'detr_r101dc5_50ep': (60_464_672, 50, 40),
+    'conddetr_r50_epoch50': (43_418_401, 50, 40),
+    'conddetr_r50dc5_epoch50': (43_418_401, 50, 40),
+    'conddetr_r101_epoch50': (62_358_305, 50, 40),
+    'conddetr_r101dc5_epoch50': (62_358_305, 50, 40),
+    'r101_h_deformable_detr_12ep': (66_885_977, 12, 11),
+    'r101_h_deformable_detr_36ep': (66_885_977, 36, 30),
+    'swin_small_h_deformable_detr_12ep': (69_807_011, 12, 11),
+    'swin_small_h_deformable_detr_36ep': (69_807_011, 36, 30),
     'r50_deformable_detr': (40_069_665, 50, 40),
     'r50_deformable_detr_single_scale': (34_066_593, 50, 40),
     'r50_deformable_detr_single_scale_dc5': (34_066_593, 50, 40),
@@ -129,6 +146,19 @@ SWIN_CO = {
     'large_co_dino_5scale': ('swin_large_window12', f'{DINO} {PLAIN}', {12: 0.3, 24: 0.5, 36: 0.6}),
     'large_co_dino_5scale_lsj': ('swin_large_window12', f'{DINO} {JITTER} 1280', {12: 0.3, 24: 0.5, 36: 0.5}),
 }
+RESNET_101 = '--backbone resnet101'
+OFFICIAL |= {
+    f'{name}_{short}{schedule}': f'{family} {backbone} {"--dilation --batch_size 1" * dc5}'
+    for name, schedule, family in (
+        ('detr', '_500ep', ''), ('detr', '_50ep', ''), ('conddetr', '_epoch50', '--conditional'),
+    )
+    for short, backbone, dc5 in (
+        ('r50', '', False), ('r50dc5', '', True), ('r101', RESNET_101, False), ('r101dc5', RESNET_101, True),
+    )
+} | {
+    'r101_h_deformable_detr': f'{BASE} {TRICKS} {HYBRID} {RESNET_101}',
+    'swin_small_h_deformable_detr': f'{BASE} {TRICKS} {HYBRID} --backbone swin_small',
+}  # fmt: skip
 OFFICIAL |= {
     'r50_co_deformable_detr': CO,
     'r50_co_dino_5scale': f'{DINO} {PLAIN}',
@@ -165,7 +195,8 @@ SCHEDULE['drop_path_rate'] = 0.2
 
 @cache
 def num_parameters(flags: str) -> int:
-    model = build_model(Namespace(**json.loads(flags)))[0]
+    with torch.device('meta'):
+        model = build_model(Namespace(**json.loads(flags)))[0]
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -183,7 +214,8 @@ def test_recipe_builds_the_official_model(path: Path) -> None:
     args = resolve_all(get_args_parser().parse_args(flags))
     assert args.output_dir == f'exps/{path.stem}' and args.coco_path == 'DATA'
     parameters, epochs, lr_drop = RECIPES[path.stem]
-    assert (args.lr, args.lr_backbone, args.epochs, args.lr_drop) == (2e-4, 2e-5, epochs, lr_drop)
+    lr = 1e-4 if args.family in ('detr', 'conditional') else 2e-4
+    assert (args.lr, args.lr_backbone, args.epochs, args.lr_drop) == (lr, lr / 10, epochs, lr_drop)
     assert (args.class_ids == 'contiguous') == ('_co_' in path.stem)
     if args.class_ids == 'contiguous':
         args.num_classes = 80

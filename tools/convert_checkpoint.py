@@ -15,8 +15,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.checkpoint import TRAINING_ONLY, flags_of, read_checkpoint, save_checkpoint, state_of
+from util.checkpoint import TRAINING_ONLY, flags_of, save_checkpoint
 from util.foreign_names import to_mmdetection, to_official
+from util.weight_files import read_checkpoint, state_of
 
 # Flags of a run without schemes that only train.
 PLAIN = {

@@ -26,11 +26,12 @@ from datasets.class_map import ClassMap
 from datasets.image_io import read_image
 from datasets.transforms import frame_size, transforms_of
 from models import build_detector, build_postprocessors, resolve_args
-from util.checkpoint import load_checkpoint, read_checkpoint
+from util.checkpoint import load_checkpoint
 from util.distributed.collectives import choose_device
 from util.files import save_atomically
 from util.nested_tensor import nested_tensor_from_tensor_list
 from util.visualize import draw_boxes
+from util.weight_files import read_checkpoint
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
 

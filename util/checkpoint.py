@@ -6,14 +6,11 @@ Checkpoints of plain tensors and dictionaries that `torch.load(weights_only=True
 """
 
 import argparse
-import pickle
 import random
 import re
-import zlib
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -21,6 +18,7 @@ from torch import Tensor, nn
 
 from util.files import save_atomically
 from util.foreign_names import COCO_IDS, spread_coco_classes, to_official
+from util.weight_files import read_checkpoint, state_of
 
 # Parameters used only in training: query sources, and MS-DETR's second reading of the queries.
 TRAINING_ONLY = (
@@ -47,56 +45,6 @@ class Report:
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write a checkpoint atomically; readers never see half a file."""
     save_atomically(path, partial(torch.save, checkpoint))
-
-
-def read_checkpoint(source: str | Path) -> dict:
-    """Read a checkpoint file, or the file behind an http(s) address (kept in torch.hub's folder).
-
-    Raises:
-        ValueError: there is no such file, or it is no checkpoint.
-    """
-    path = download(str(source)) if str(source).startswith(('http://', 'https://')) else Path(source)
-    if not path.is_file():
-        raise ValueError(f'no checkpoint at {path}: check the path')
-    try:
-        # Official files hold the flags of their run as a Namespace, which is as plain as a dictionary.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f'{path} is not a readable checkpoint ({str(error).splitlines()[0]})') from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f'{path} holds a {type(checkpoint).__name__}, not a dictionary of weights')
-    return checkpoint
-
-
-def download(url: str) -> Path:
-    """Fetch a file once; eight hex digits at the end of its name are checked against its SHA-256."""
-    name = Path(urlparse(url).path).name
-    digits = re.search(r'-([0-9a-f]{8,})\.', name)
-    if (
-        not digits
-    ):  # a name that says nothing (pytorch_model.bin) must not be taken for that of another address
-        name = f'{zlib.crc32(url.encode()):08x}_{name}'
-    path = Path(torch.hub.get_dir()) / 'checkpoints' / name
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), digits and digits[1], progress=True)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f'{url} could not be fetched ({error}): fetch it by hand and pass its path'
-            ) from error
-    return path
-
-
-def state_of(checkpoint: dict, averaged: bool = True) -> dict[str, Tensor]:
-    """Return the weights in a checkpoint, which may also be a plain state dict.
-
-    averaged: return the EMA weights if the file has them, because those were evaluated.
-    """
-    names = ('model_ema', 'model', 'state_dict') if averaged else ('model', 'state_dict')
-    state = next((checkpoint[name] for name in names if name in checkpoint), checkpoint)
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def flags_of(checkpoint: dict) -> dict:

@@ -86,7 +86,7 @@ def flops_text(model: nn.Module, dataset: ImageData) -> str:
 
 def count_flops(model: nn.Module, height: int, width: int) -> int:
     """Count multiplications and additions of one image's forward pass without running it (two per multiply-accumulate)."""
-    shadow = copy.deepcopy(model).to('meta').eval()
+    shadow = copy.deepcopy(model).to('meta').eval().requires_grad_(False)
     image = torch.zeros(1, 3, height, width, device='meta')
     samples = NestedTensor(image, torch.zeros(1, height, width, dtype=torch.bool, device='meta'))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
