@@ -77,6 +77,20 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=fused)
 
 
+def optimizer_of(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
+    """Build the optimizer that the flags ask for."""
+    return build_optimizer(
+        model,
+        lr=args.lr,
+        lr_backbone=args.lr_backbone,
+        weight_decay=args.weight_decay,
+        backbone_names=args.lr_backbone_names,
+        slow_names=args.lr_linear_proj_names,
+        slow_factor=args.lr_linear_proj_mult,
+        sgd=args.sgd,
+    )
+
+
 @dataclass
 class Schedule:
     """Factor of the learning rate at each optimizer step.

@@ -4,6 +4,7 @@ Train and evaluate detectors.
   python main.py --dataset_file shapes --output_dir output/first     built-in images, no download of data
   python main.py --coco_path DATA --conditional --output_dir OUT     any data in COCO form
   python main.py --coco_path DATA --eval --resume FILE               evaluate a checkpoint
+  python main.py --coco_path DATA --eval --model detr_resnet50       evaluate published weights
 """
 
 import argparse
@@ -18,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 
 from datasets.class_map import ClassMap
@@ -26,22 +26,25 @@ from datasets.coco_eval import STAT_NAMES, CocoEvaluator, Summary
 from datasets.flags import add_data_args, check_data_args
 from datasets.loaders import begin_epoch, build_datasets, build_loader, worst_batch
 from engine import (
-    build_optimizer,
     build_scheduler,
     describe_rates,
     draw_predictions,
     evaluate,
+    optimizer_of,
     rates_at,
     rehearse,
     train_one_epoch,
 )
 from models import add_model_args, build_model
+from models.flags import NUM_CLASSES
 from models.ops.functions import describe as describe_kernels
 from models.parts import all_parts, compile_parts
+from models.recorded import adopt
 from models.structures import Prediction
 from models.training.flags import add_training_args, default_of, resolve_all
 from models.training.report import statistics_text, supervision_table
-from util.checkpoint import load_checkpoint
+from models.zoo import with_row
+from util.checkpoint import flags_of, load_checkpoint
 from util.distributed.collectives import (
     all_gather_object,
     check_agreement,
@@ -60,7 +63,7 @@ from util.ema import WeightAverage
 from util.files import code_checksum, lock_folder, remove_partial_files, save_atomically, unlock
 from util.flags import add_run_args, check_run_args, make_parser
 from util.logger import RunLog, format_time, import_summary_writer, print_main
-from util.plan import flops_text, print_plan
+from util.plan import COCO_TRAIN_IMAGES, flops_text, print_dry_run, print_plan
 from util.precision import Precision, avoid_plans_per_shape, set_tf32
 from util.run_state import EpochState, Run, keep_copy, keep_numbered, restore, save
 from util.seeding import seed_everything
@@ -79,7 +82,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: Namespace) -> None:
-    args = resolve_all(args)
+    given = getattr(args, 'given', frozenset(vars(args)))
+    args = resolve_all(with_row(args, given) if args.model else args)
+    if args.dry_run:
+        dry_run(args)
+        return
     device = choose_device(args.device)
     set_tf32(args.tf32)
     avoid_plans_per_shape()
@@ -87,7 +94,7 @@ def main(args: Namespace) -> None:
     heartbeat, stops = Heartbeat(), StopRequests(device)
     try:
         with one_run_a_folder(args):
-            checkpoint, datasets = read_data(args)
+            checkpoint, datasets = read_data(args, given)
             heartbeat.start()  # not before: while a large annotation file is read, no other thread runs
             run, first_epoch, state = set_up(args, device, stops, checkpoint, datasets)
             if args.eval:
@@ -125,8 +132,10 @@ def one_run_a_folder(args: Namespace) -> Iterator[None]:
         unlock(lock)
 
 
-def read_data(args: Namespace) -> tuple[dict, dict[str, Dataset]]:
+def read_data(args: Namespace, given: frozenset[str]) -> tuple[dict, dict[str, Dataset]]:
     """Return the checkpoint in use ({} if there is none) and the data sets.
+
+    To evaluate, the flags of the detector that are not among `given` become those that the checkpoint tells.
 
     Raises:
         ValueError: flags, checkpoint or data are wrong, or the processes disagree about them.
@@ -137,6 +146,8 @@ def read_data(args: Namespace) -> tuple[dict, dict[str, Dataset]]:
         check_data_args(args)
         check_run_args(args)
         checkpoint = find_checkpoint(args, restarted)
+        if args.eval and (recorded := flags_of(checkpoint)):
+            vars(args).update(vars(resolve_all(adopt(args, given, recorded))))
         seed_everything(args.seed + get_rank())
         class_map = ClassMap.from_dict(checkpoint['class_map']) if 'class_map' in checkpoint else None
         datasets = build_datasets(args, class_map)
@@ -161,6 +172,7 @@ def set_up(
             checkpoint,
             resize=not (args.resume or args.eval),
             resume=bool(args.resume) and not args.eval,
+            name=args.resume or args.pretrained,
         )
         print_main(f'{args.resume or args.pretrained}: {report}')
     model.to(device)
@@ -346,17 +358,21 @@ def evaluate_alone(run: Run) -> None:
         save_atomically(Path(run.args.output_dir) / 'eval.json', lambda path: path.write_text(text))
 
 
-def optimizer_of(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
-    return build_optimizer(
-        model,
-        lr=args.lr,
-        lr_backbone=args.lr_backbone,
-        weight_decay=args.weight_decay,
-        backbone_names=args.lr_backbone_names,
-        slow_names=args.lr_linear_proj_names,
-        slow_factor=args.lr_linear_proj_mult,
-        sgd=args.sgd,
-    )
+def dry_run(args: Namespace) -> None:
+    """Print what a run would need, from the flags alone."""
+    check_data_args(args)
+    check_run_args(args)
+    args.num_classes, args.backbone_weights = NUM_CLASSES, 'none'
+    with torch.device('meta'):
+        model, criterion, _ = build_model(args)
+        optimizer = optimizer_of(model, args)
+    images = args.shapes_train if args.dataset_file == 'shapes' else COCO_TRAIN_IMAGES
+    schedule = build_scheduler(optimizer, args, images // (args.batch_size * args.accum_steps))
+    notes = {
+        'learning rate': describe_rates(args, schedule),
+        'supervision': supervision_table(criterion.table, model.num_queries, criterion.weight_dict),
+    }
+    print_dry_run(args, model, optimizer, images, notes)
 
 
 def find_checkpoint(args: Namespace, restarted: bool) -> dict:

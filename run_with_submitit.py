@@ -7,6 +7,7 @@ preemptions where it stopped.
 """
 
 import argparse
+import copy
 import os
 import shutil
 import sys
@@ -66,9 +67,7 @@ class Training:
         sys.path.insert(0, self.root)
         import main
 
-        args = Namespace(
-            **vars(self.args)
-        )  # main settles its flags in place; `checkpoint` wants those of the user
+        args = copy.copy(self.args)  # `checkpoint` wants the flags of the user
         args.output_dir = args.output_dir.replace('%j', submitit.JobEnvironment().job_id)
         main.main(args)
 

@@ -10,6 +10,17 @@ from functools import cached_property
 COCO_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 COCO_IDS = frozenset(range(1, 91)).difference(COCO_GAPS)
 CLASS_IDS = ('auto', 'contiguous')
+# COCO's names, in order of id.
+COCO_NAMES = (
+    'person', 'bicycle', 'car', 'motorcycle', 'airplane', 'bus', 'train', 'truck', 'boat', 'traffic light', 'fire hydrant',
+    'stop sign', 'parking meter', 'bench', 'bird', 'cat', 'dog', 'horse', 'sheep', 'cow', 'elephant', 'bear', 'zebra',
+    'giraffe', 'backpack', 'umbrella', 'handbag', 'tie', 'suitcase', 'frisbee', 'skis', 'snowboard', 'sports ball', 'kite',
+    'baseball bat', 'baseball glove', 'skateboard', 'surfboard', 'tennis racket', 'bottle', 'wine glass', 'cup', 'fork',
+    'knife', 'spoon', 'bowl', 'banana', 'apple', 'sandwich', 'orange', 'broccoli', 'carrot', 'hot dog', 'pizza', 'donut',
+    'cake', 'chair', 'couch', 'potted plant', 'bed', 'dining table', 'toilet', 'tv', 'laptop', 'mouse', 'remote', 'keyboard',
+    'cell phone', 'microwave', 'oven', 'toaster', 'sink', 'refrigerator', 'book', 'clock', 'vase', 'scissors', 'teddy bear',
+    'hair drier', 'toothbrush',
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,12 @@ class ClassMap:
         if names_by_id(categories).keys() == COCO_IDS:
             return cls.identity(categories)
         return cls.contiguous(categories)
+
+    @classmethod
+    def coco(cls) -> ClassMap:
+        """Return COCO's own 80 ids and names (91 classes)."""
+        pairs = zip(sorted(COCO_IDS), COCO_NAMES, strict=True)
+        return cls.identity([{'id': category_id, 'name': name} for category_id, name in pairs])
 
     @classmethod
     def contiguous(cls, categories: list[dict]) -> ClassMap:

@@ -39,6 +39,7 @@ from .postprocess import (
     SoftNMSPostProcess,
     TopKPostProcess,
 )
+from .recorded import NetworkFlags
 from .transformer import (
     Transformer,
     TransformerDecoder,
@@ -208,6 +209,7 @@ def build_detector(
         transformer = build_transformer(args)
         model = DETR(backbone, transformer, heads, **options, class_embed_o2m=class_embed_o2m)
     recompute(model, args.use_checkpoint or ())
+    model.flags = NetworkFlags.of(args)  # what a checkpoint must have been trained with
     return model
 
 

@@ -22,10 +22,10 @@ from datasets.loaders import build_loader
 from datasets.samplers import AspectSampler
 from datasets.shapes import ShapesDetection
 from engine import draw_predictions, evaluate
+from models.detector import Detector
 from models.postprocess import TopKPostProcess, scale_boxes
 from tests.runs import assert_same, load, run
 from tests.shared_data import needs_shared, read_shared, rule_image
-from tools.predict import detect
 from util.nested_tensor import collate_fn
 from util.seeding import local_seed
 
@@ -387,9 +387,8 @@ def test_true_objects_score_one_at_evaluation_and_in_predictions(tmp_path: Path,
     assert evaluate(model, postprocess, loader, evaluator)['bbox'].stats[0] == pytest.approx(1)
     draw_predictions(model, postprocess, dataset, tmp_path / 'drawn.png', count=1)
     image, target = dataset.untransformed(1)
-    result = detect(
-        model, postprocess['bbox'], image, Namespace(img_size=80, max_size=None, aug=aug, lsj_size=96)
-    )
+    args = Namespace(img_size=80, max_size=None, aug=aug, lsj_size=96)
+    result = Detector(model, postprocess['bbox'], dataset.class_map, args).detect(image)
     best = result['scores'] > 0.5
     order = [extent_order(boxes) for boxes in (result['boxes'][best], target['boxes'])]
     torch.testing.assert_close(order[0], order[1], rtol=0, atol=1e-3)

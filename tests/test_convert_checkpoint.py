@@ -13,7 +13,8 @@ from models.training.flags import resolve_all
 from tests.models import HEADS, SMALL, TRICKS
 from tools.convert_checkpoint import convert
 from util.checkpoint import load_checkpoint
-from util.foreign_names import COCO_IDS, to_mmdetection, to_official
+from util.foreign_files import to_mmdetection
+from util.foreign_names import COCO_IDS, to_official
 from util.weight_files import read_checkpoint
 
 CO_DEFORMABLE, CO_DINO = TRICKS | HEADS, {'dino': True, 'dn_number': 10} | HEADS

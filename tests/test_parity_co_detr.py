@@ -32,7 +32,8 @@ from tests.parity import (
 )
 from tests.shared_data import SHARED, needs_shared
 from util.checkpoint import load_checkpoint
-from util.foreign_names import from_mmdetection, to_mmdetection
+from util.foreign_files import to_mmdetection
+from util.foreign_names import from_mmdetection
 from util.nested_tensor import NestedTensor
 
 STEPPED = (

@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import build_dataset
+from models.detector import load_detector
 from models.structures import Prediction
 from models.training import build_supervision
-from tools.predict import load_detector
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
 from util.distributed.collectives import choose_device
 from util.files import save_atomically
@@ -116,12 +116,11 @@ def read_checkpoints(folder: Path, epochs: list[Epoch], device: torch.device) ->
         if not file.is_file():
             before = None
             continue
-        model, postprocess, class_map, args = load_detector(str(file))
+        detector = load_detector(weights=file, device=device)
         if data is None:
-            data = build_dataset('val', args, class_map)
-            args.num_classes = class_map.num_classes
-            matcher = build_supervision(args)[0].table['one2one'].matcher
-        chosen, epoch.duplicates = examine(model.to(device), postprocess, data, matcher)
+            data = build_dataset('val', detector.args, detector.class_map)
+            matcher = build_supervision(detector.args)[0].table['one2one'].matcher
+        chosen, epoch.duplicates = examine(detector.model, detector.postprocess, data, matcher)
         if before is not None:
             epoch.changes = (chosen != before).float().mean().item()
         before = chosen

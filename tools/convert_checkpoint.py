@@ -3,10 +3,15 @@ Rewrite a checkpoint under the names of another project, or without entries that
 
   python tools/convert_checkpoint.py FILE OUT                  any known layout, to ours
   python tools/convert_checkpoint.py FILE OUT --strip          for inference: no queries, heads and optimizer of training
+  python tools/convert_checkpoint.py FILE OUT --to official    DETR, Conditional, Deformable, H- and MS-DETR, for their own code
   python tools/convert_checkpoint.py FILE OUT --to mmdet       Co-DETR, to mmdetection's layout
+  python tools/convert_checkpoint.py FILE DIR --to transformers    a folder for from_pretrained
+
+OUT ending in .safetensors is written in that format.
 """
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -15,9 +20,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from models.detector import class_map_of
+from models.recorded import settle
+from models.zoo import find_row
 from util.checkpoint import TRAINING_ONLY, flags_of, save_checkpoint
-from util.foreign_names import to_mmdetection, to_official
-from util.weight_files import read_checkpoint, state_of
+from util.files import save_atomically
+from util.foreign_files import to_mmdetection, to_official_files, to_transformers
+from util.foreign_names import to_official
+from util.weight_files import SAFETENSORS, read_checkpoint, state_of, write_safetensors
 
 # Flags of a run without schemes that only train.
 PLAIN = {
@@ -40,9 +50,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--to',
         default='ours',
-        choices=('ours', 'mmdet'),
+        choices=('ours', 'official', 'mmdet', 'transformers'),
         help='project whose names to use (default: %(default)s)',
     )
+    parser.add_argument(
+        '--model', default='', metavar='NAME',
+        help='hub entry or recipe whose flags the weights have, for --to transformers and a file without flags',
+    )  # fmt: skip
     return parser
 
 
@@ -58,8 +72,13 @@ def strip(state: dict[str, Tensor], flags: dict) -> tuple[dict[str, Tensor], dic
     return state, flags | {name: value for name, value in PLAIN.items() if flags.get(name) is not None}
 
 
-def convert(source: str, output: Path, stripped: bool, to: str) -> str:
+def convert(source: str, output: Path, stripped: bool, to: str, model: str = '') -> str:
     """Write `output`, and return a summary.
+
+    Args:
+        stripped: leave out what only training needs.
+        to: ours, official, mmdet or transformers.
+        model: row of the zoo whose flags to take, for a file without flags.
 
     Raises:
         ValueError: `output` exists, or `to` has no such entry.
@@ -68,27 +87,59 @@ def convert(source: str, output: Path, stripped: bool, to: str) -> str:
         raise ValueError(f'{output} exists: choose another name, or remove it')
     checkpoint = read_checkpoint(source)
     layout, state = to_official(state_of(checkpoint))
-    flags, found = flags_of(checkpoint), len(state)
+    flags, found = flags_of(checkpoint) or (find_row(model).flags if model else {}), len(state)
     if stripped:
         state, flags = strip(state, flags)
-    if to == 'mmdet':
-        converted = {'meta': {}, 'state_dict': to_mmdetection(state)}
+    if to == 'transformers':
+        size = write_folder(output, state, flags, checkpoint, source)
     else:
-        converted = {'model': state} | ({'args': flags} if flags else {})
-        kept = ('class_map', 'epoch', 'metrics')
-        if not stripped and layout == 'official':
-            kept = tuple(name for name in checkpoint if name not in ('model', 'args', 'state_dict'))
-            converted['model'] = state_of(checkpoint, averaged=False)  # the average stays beside it
-        converted |= {name: checkpoint[name] for name in kept if name in checkpoint}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(output, converted)
-    megabytes = output.stat().st_size / 1e6
-    return f'{output}: {len(state)} of {found} entries ({layout} names to {to}), {megabytes:.1f} MB'
+        if to == 'official':
+            converted = {'model': to_official_files(state)}
+        elif to == 'mmdet':
+            converted = {'meta': {}, 'state_dict': to_mmdetection(state)}
+        else:
+            converted = our_file(checkpoint, layout, state, flags, stripped)
+        if output.suffix == SAFETENSORS:
+            converted = {'model': converted['state_dict']} if to == 'mmdet' else converted
+            save_atomically(output, lambda path: write_safetensors(path, converted))
+        else:
+            save_checkpoint(output, converted)
+        size = output.stat().st_size
+    return f'{output}: {len(state)} of {found} entries ({layout} names to {to}), {size / 1e6:.1f} MB'
+
+
+def our_file(checkpoint: dict, layout: str, state: dict[str, Tensor], flags: dict, stripped: bool) -> dict:
+    """Return weights, flags and classes; of a run also its state, unless it is stripped."""
+    converted = {'model': state} | ({'args': flags} if flags else {})
+    kept = ('class_map', 'epoch', 'metrics')
+    if not stripped and layout == 'official':
+        kept = tuple(name for name in checkpoint if name not in ('model', 'args', 'state_dict'))
+        converted['model'] = state_of(checkpoint, averaged=False)  # the average stays beside it
+    return converted | {name: checkpoint[name] for name in kept if name in checkpoint}
+
+
+def write_folder(folder: Path, state: dict[str, Tensor], flags: dict, checkpoint: dict, source: str) -> int:
+    """Write weights and configuration for transformers; return the size of the weights in bytes."""
+    if not flags:
+        raise ValueError(
+            f'{source} tells no flags of its model, which a configuration needs: name it (--model NAME)'
+        )
+    settled = vars(settle(flags))
+    names = list(class_map_of(checkpoint, source).names)
+    converted, config = to_transformers(state, settled, names)
+
+    def save(path: Path) -> None:
+        path.mkdir()
+        write_safetensors(path / f'model{SAFETENSORS}', {'model': converted})
+        (path / 'config.json').write_text(json.dumps(config, indent=1))
+
+    save_atomically(folder, save)
+    return (folder / f'model{SAFETENSORS}').stat().st_size
 
 
 if __name__ == '__main__':
     args = get_args_parser().parse_args()
     try:
-        print(convert(args.source, args.output, args.strip, args.to))
+        print(convert(args.source, args.output, args.strip, args.to, args.model))
     except (ValueError, OSError) as error:
         sys.exit(f'error: {error}')

@@ -1,10 +1,12 @@
 """
-Find objects in images with a trained checkpoint.
+Find objects in images with a trained checkpoint, or with published weights.
 
   python tools/predict.py --checkpoint output/quickstart/checkpoint.pth --source IMAGE --output_dir OUT
+  python tools/predict.py --model detr_resnet50 --source IMAGE               a row of docs/zoo.md
+  python tools/predict.py --model ms_detr_resnet50 --weights FILE --source IMAGE
 
 This draws every image and writes `predictions.json` in COCO's result form. The model's flags, the classes and the
-image size come from the checkpoint.
+image size come from the checkpoint, or from the row.
 """
 
 import argparse
@@ -16,22 +18,16 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.io import write_png
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.class_map import ClassMap
 from datasets.image_io import read_image
-from datasets.transforms import frame_size, transforms_of
-from models import build_detector, build_postprocessors, resolve_args
-from util.checkpoint import load_checkpoint
-from util.distributed.collectives import choose_device
+from models.detector import load_detector
 from util.files import save_atomically
-from util.nested_tensor import nested_tensor_from_tensor_list
 from util.visualize import draw_boxes
-from util.weight_files import read_checkpoint
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
 
@@ -40,7 +36,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         'predict.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--checkpoint', required=True, metavar='FILE', help='checkpoint of a run of main.py')
+    parser.add_argument(
+        '--checkpoint', '--weights', default='', metavar='FILE',
+        help='path or address of weights: of a run of main.py or any file that tells its flags, of any other file with --model',
+    )  # fmt: skip
+    parser.add_argument(
+        '--model', default='', metavar='NAME',
+        help='hub entry or recipe whose model to build, with its published weights if no file is named',
+    )  # fmt: skip
     parser.add_argument(
         '--source', required=True, help='an image, a folder of images, or a pattern such as "*.jpg"'
     )
@@ -89,33 +92,6 @@ def drawing_name(name: str, names: list[str]) -> str:
     return f'{stem}.png' if alone else f'{name}.png'
 
 
-def load_detector(file: str) -> tuple[nn.Module, nn.Module, ClassMap, Namespace]:
-    """Load model (in evaluation mode), postprocessor, classes and flags from a checkpoint.
-
-    Raises:
-        ValueError: the file lacks flags or classes, as files of weights alone do.
-    """
-    checkpoint = read_checkpoint(file)
-    if 'args' not in checkpoint or 'class_map' not in checkpoint:
-        raise ValueError(
-            f'{file} holds weights alone, without the flags and classes of its run: load it through hubconf.py, or fine-tune '
-            'from it (main.py --pretrained) and use the checkpoint of that run'
-        )
-    args = resolve_args(Namespace(**checkpoint['args'] | {'backbone_weights': 'none', 'eval_module': 'detr'}))
-    model = build_detector(args, {'one2one': args.num_queries})
-    load_checkpoint(model, checkpoint)
-    return model.eval(), build_postprocessors(args)['bbox'], ClassMap.from_dict(checkpoint['class_map']), args
-
-
-@torch.no_grad()
-def detect(model: nn.Module, postprocess: nn.Module, image: Tensor, args: Namespace) -> dict[str, Tensor]:
-    """Detect objects in one uint8 image [3, H, W]; boxes are in its own pixels."""
-    resized, target = transforms_of('val', args)(image, {'orig_size': torch.tensor(image.shape[-2:])})
-    samples = nested_tensor_from_tensor_list([resized]).to(next(model.parameters()).device)
-    result = postprocess(model(samples), frame_size(target)[None].to(samples.tensors.device))[0]
-    return {key: value.cpu() for key, value in result.items()}
-
-
 def coco_results(name: str, result: dict[str, Tensor], class_map: ClassMap) -> list[dict]:
     """Return detections in COCO's result form.
 
@@ -144,14 +120,16 @@ def select(result: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
 
 def main(args: Namespace) -> None:
     images, folder = find_images(args.source), Path(args.output_dir)
-    model, postprocess, class_map, model_args = load_detector(args.checkpoint)
-    model.to(choose_device(args.device))
+    if not (args.model or args.checkpoint):
+        raise ValueError('give --checkpoint FILE, or --model NAME for published weights')
+    detector = load_detector(args.model, args.checkpoint, args.device)
+    class_map = detector.class_map
     names = names_below(images)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for path, name in zip(images, names, strict=True):
         image = read_image(path)
-        result = detect(model, postprocess, image, model_args)
+        result = detector.detect(image)
         rows += coco_results(name, select(result, args.json_score_thr), class_map)
         drawn = select(result, args.score_thr)
         drawing = draw_boxes(image, drawn['boxes'], drawn['labels'], class_map.names, drawn['scores'])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from util.files import save_atomically
-from util.foreign_names import COCO_IDS, spread_coco_classes, to_official
+from util.foreign_names import COCO_IDS, flags_of_transformers, spread_coco_classes, to_official
 from util.weight_files import read_checkpoint, state_of
 
 # Parameters used only in training: query sources, and MS-DETR's second reading of the queries.
@@ -27,19 +27,34 @@ TRAINING_ONLY = (
 INPUT_BIAS = r'input_proj\.\d+\.0\.bias'
 RESIZABLE = ('class_embed', 'query_embed')  # --pretrained accepts these from a model of another size
 SOURCES = ('query_sources.',)  # used only in training
+DETREX_ONE2MANY = 1500  # queries of H-DETR's second group in every configuration of detrex
 
 
 @dataclass
 class Report:
-    """Result of loading a checkpoint. `reinitialised`: entries of another shape, left as they were or filled in part."""
+    """Result of loading a checkpoint.
+
+    reinitialised: entries of another shape, left as they were or filled in part.
+    has_flags: the file tells the flags of its run, which were compared with the model's.
+    differing: flags of another value, where that is allowed: the file's and the model's.
+    """
 
     layout: str
     loaded: int
     reinitialised: list[str] = field(default_factory=list)
+    has_flags: bool = True
+    differing: dict[str, tuple] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        text = f'{self.loaded} entries loaded ({self.layout} names)'
-        return text + (f', re-initialised: {", ".join(self.reinitialised)}' if self.reinitialised else '')
+        flags = '' if self.has_flags else ", no flags in the file to compare with the model's"
+        text = f'{self.loaded} entries loaded ({self.layout} names{flags})'
+        if self.reinitialised:
+            text += f', re-initialised: {", ".join(self.reinitialised)}'
+        if self.differing:
+            text += (
+                f'\nwarning: the weights were trained with other flags: {differences_text(self.differing)}'
+            )
+        return text
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -48,37 +63,60 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 def flags_of(checkpoint: dict) -> dict:
-    """Return the flags of the run that wrote a checkpoint, {} if it has none."""
+    """Return the flags of the run that wrote a checkpoint (or those in transformers' configuration), {} if it has none."""
+    if 'config' in checkpoint and 'args' not in checkpoint:
+        return flags_of_transformers(checkpoint['config'])
     flags = checkpoint.get('args', {})
-    return vars(flags) if isinstance(flags, argparse.Namespace) else flags
+    flags = dict(vars(flags)) if isinstance(flags, argparse.Namespace) else flags
+    if flags.get('use_ms_detr') and 'ms_variant' not in flags:  # the official programs have the same flags
+        state = checkpoint.get('model', {})
+        flags |= {'ms_variant': 'a'} if any('class_embed_o2m' in name for name in state) else {}
+    return flags
 
 
 def load_checkpoint(
-    model: nn.Module, source: str | Path | dict, resize: bool = False, resume: bool = False
+    model: nn.Module,
+    source: str | Path | dict,
+    resize: bool = False,
+    resume: bool = False,
+    name: str = '',
 ) -> Report:
     """Fill a model from a path, an address, a checkpoint or a state dict, under any known project's names.
 
-    Queries that only train are left out if the flags in the file tell which they are. Heads and layers that only
-    training reads are left out too. Averaged weights are preferred, except to resume.
+    Queries that only train are left out if the flags in the file, its project or its name tell which they are. Heads and
+    layers that only training reads are left out too. Averaged weights are preferred, except to resume.
 
     Args:
-        resize: re-initialise and list class heads and queries of another number (queries: fill as far as they go).
+        resize: re-initialise and list class heads and queries of another number (queries: fill as far as they go), and
+            list flags that contradict those in the file.
         resume: the state of an optimizer follows, so every entry must be that of the run.
+        name: name of the file, if `source` is its content.
 
     Raises:
-        ValueError: an entry is missing, left over or of another shape; the message lists them. The model is unchanged
-            then.
+        ValueError: an entry is missing, left over or of another shape, or the file was trained with other flags of the
+            network. The message lists them. The model is unchanged then.
     """
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
-    layout, state = to_official(state_of(checkpoint, averaged=not resume))
-    ours, trained = model.state_dict(), flags_of(checkpoint)
-    check_layer_order(model, layout, trained, state)
+    name = name or ('' if isinstance(source, dict) else str(source))
+    found = state_of(checkpoint, averaged=not resume)
+    layout, state = to_official(found)
+    ours, recorded = model.state_dict(), flags_of(checkpoint)
+    differing = differences(model, recorded) if recorded else {}
+    if differing and not resize:
+        raise ValueError(
+            f'the checkpoint was trained with other flags than this model has: {differences_text(differing)}; give the '
+            'flags of its run'
+        )
+    check_layer_order(model, layout, recorded, state)
+    if not recorded:
+        check_shared_heads(model, state)
     rows = [len(entries.get('class_embed.0.bias', ())) for entries in (state, ours)]
     if layout in ('detrex', 'mmdetection') and rows == [len(COCO_IDS), 91]:
         state = spread_coco_classes(state, 91)
-    queries = trained.get('num_queries_one2one', trained.get('num_queries'))
-    if not resume and 'query_embed.weight' in state and queries == len(ours.get('query_embed.weight', ())):
-        state['query_embed.weight'] = state['query_embed.weight'][:queries]  # the inference group comes first
+    if not resume and 'query_embed.weight' in state and 'query_embed.weight' in ours:
+        queries, wanted = state['query_embed.weight'], len(ours['query_embed.weight'])
+        if first_group(layout, recorded, name, len(queries), wanted) == wanted:
+            state['query_embed.weight'] = queries[:wanted]
     state = {name: value for name, value in state.items() if not is_dropped(name, ours)}
     wrong_shape = [name for name in state if name in ours and state[name].shape != ours[name].shape]
     sources_needed = resume or getattr(model, 'eval_module', None) is not None
@@ -100,7 +138,56 @@ def load_checkpoint(
     for name in wrong_shape:
         state[name] = fit_rows(state[name], ours[name]) if name.startswith('query_embed') else ours[name]
     model.load_state_dict(ours | state)
-    return Report(layout, len(state) - len(wrong_shape), wrong_shape)
+    return Report(layout, len(state) - len(wrong_shape), wrong_shape, bool(recorded), differing)
+
+
+def differences(model: nn.Module, recorded: dict) -> dict[str, tuple]:
+    """Return flags of another value in a file (its value, the model's); {} for a model that knows no flags."""
+    flags = getattr(model, 'flags', None)
+    return flags.differences(recorded) if flags is not None else {}
+
+
+def differences_text(differing: dict[str, tuple]) -> str:
+    """Describe flags of other values: the file's, then the model's."""
+
+    def word(value: object) -> object:
+        return ('on' if value else 'off') if isinstance(value, bool) else value
+
+    parts = [
+        f'--{flag} {word(theirs)} there, {word(ours)} here' for flag, (theirs, ours) in differing.items()
+    ]
+    return ', '.join(parts).replace('--family', 'the family')
+
+
+def first_group(layout: str, recorded: dict, name: str, rows: int, wanted: int) -> int:
+    """Return the number of queries in the inference group of a file, which come first.
+
+    The flags tell it, else the name of the file (H-DETR writes the size of its second group as `_t1500_`), else the
+    project (detrex's second group has 1500).
+    """
+    if recorded:
+        return recorded.get('num_queries_one2one', recorded.get('num_queries', rows))
+    if second := re.search(r'_t(\d+)_', Path(name).name):
+        return rows - int(second[1])
+    return wanted if layout == 'detrex' and rows == wanted + DETREX_ONE2MANY else rows
+
+
+def check_shared_heads(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Require that a file without flags shares its box heads among the decoder layers as the model does.
+
+    Raises:
+        ValueError: with --with_box_refine each layer has its own heads, without it all layers share one.
+    """
+    heads = getattr(model, 'bbox_embed', None)
+    name = 'bbox_embed.{}.layers.2.bias'
+    if not isinstance(heads, nn.ModuleList) or len(heads) < 2 or name.format(1) not in state:
+        return
+    ours, theirs = heads[0] is heads[1], torch.equal(state[name.format(0)], state[name.format(1)])
+    if ours != theirs:
+        raise ValueError(
+            f'the checkpoint was trained {"without" if theirs else "with"} --with_box_refine, which gives each decoder layer '
+            f'heads of its own: {"leave it out" if theirs else "add it"}'
+        )
 
 
 def is_dropped(name: str, ours: dict[str, Tensor]) -> bool:

@@ -11,9 +11,26 @@ from util.logger import import_summary_writer
 
 # Flags of a first run; `--help` shows these alone.
 ESSENTIAL = (
-    'dataset_file', 'coco_path', 'output_dir', 'resume', 'pretrained', 'eval', 'conditional', 'deformable', 'epochs',
+    'dataset_file', 'coco_path', 'output_dir', 'resume', 'pretrained', 'model', 'eval', 'conditional', 'deformable', 'epochs',
     'batch_size', 'lr', 'amp', 'device',
 )  # fmt: skip
+
+
+class ParsedFlags(Namespace):
+    """Parsed flags that remember which were given; `vars` and copies of a Namespace do not show that."""
+
+    __slots__ = ('given',)
+
+
+class FlagParser(ArgumentParser):
+    """Parser whose result is a `ParsedFlags`."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> ParsedFlags:  # type: ignore[override]
+        flags = super().parse_args(args, ParsedFlags())
+        unset = object()
+        marked = super().parse_args(args, Namespace(**dict.fromkeys(vars(flags), unset)))
+        flags.given = frozenset(flag for flag, value in vars(marked).items() if value is not unset)
+        return flags
 
 
 class HelpByTopic(argparse.Action):
@@ -59,9 +76,9 @@ def help_text(parser: ArgumentParser, topic: str) -> str:
     return formatter.format_help()
 
 
-def make_parser(description: str | None) -> ArgumentParser:
+def make_parser(description: str | None) -> FlagParser:
     """Make the parser of main.py, whose help goes by topics."""
-    parser = ArgumentParser(
+    parser = FlagParser(
         usage='python main.py [flags]',
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -93,6 +110,15 @@ def add_run_args(parser: ArgumentParser, save_every: str) -> None:
     group.add_argument(
         '--pretrained', default='', metavar='FILE',
         help='start from these weights (path or address); heads of another number of classes start anew',
+    )  # fmt: skip
+    group.add_argument(
+        '--model', default='', metavar='NAME',
+        help='take the flags of the detector from a row of docs/zoo.md, a hub entry or a recipe, and start from its published '
+        'weights unless --resume or --pretrained names others',
+    )  # fmt: skip
+    group.add_argument(
+        '--dry_run', action='store_true',
+        help='print parameters, FLOPs, memory, learning rates and steps, then stop: nothing is read, downloaded or trained',
     )  # fmt: skip
     group.add_argument(
         '--save_every', type=int, help=f'epochs between numbered checkpoints (default: {save_every})'
@@ -183,7 +209,7 @@ def check_run_args(args: Namespace) -> None:
     if args.tensorboard:
         import_summary_writer()
     if args.eval and not (args.resume or args.pretrained):
-        raise ValueError('--eval needs weights: add --resume FILE (or --pretrained FILE)')
+        raise ValueError('--eval needs weights: add --resume FILE (or --pretrained FILE, or --model NAME)')
     if args.resume and args.pretrained and args.resume != 'auto':
         raise ValueError('--resume goes on with a run, --pretrained starts one: give one of them')
     if args.resume == 'auto' and not args.output_dir:

@@ -1,6 +1,6 @@
 """
-Translation of other projects' checkpoint names to the official ones: one table per project, chosen by a key that only
-it has.
+Translation of other projects' checkpoint names, and of transformers' configuration, to the official ones: one table per
+project, chosen by a key that only it has.
 
 A rule is a pattern and its replacement; the first that matches a whole name wins.
 """
@@ -240,7 +240,7 @@ def translate(name: str, table: list[tuple[str, str]], to_ours: bool) -> str:
     for row in table:
         theirs, ours = row[to_ours], row[not to_ours]
         pattern = re.escape(theirs).replace(r'\{rest\}', '(?P<rest>.+)')
-        pattern = re.sub(r'\\{(layer|i)\\}', r'(?P<\1>\\d+)', pattern)
+        pattern = re.sub(r'\\{(layer|i)\\}', r'(?P<\1>\\d+)', pattern).replace(r'\{part\}', r'(?P<part>\w+)')
         if match := re.fullmatch(pattern, name):
             return ours.format(**match.groupdict())
     return name
@@ -257,24 +257,15 @@ def from_mmdetection(state: State) -> State:
     }
 
 
-def to_mmdetection(state: State) -> State:
-    """Translate our Co-DETR to mmdetection's names.
-
-    Raises:
-        ValueError: mmdetection has no such entry.
-    """
-    maps = [name for name, x in state.items() if re.fullmatch(r'input_proj\.\d+\.0\.weight', name)]
-    table = mmdetection_names(sum(state[name].shape[-1] == 1 for name in maps))
-    if 'transformer.decoder.ref_point_head.layers.0.weight' in state:
-        table.insert(0, MMDETECTION_DINO)
-    named = {translate(name, table, to_ours=False): name for name in state}
-    unknown = [ours for theirs, ours in named.items() if theirs == ours]
-    if unknown:
-        raise ValueError(
-            f'mmdetection has no place for {len(unknown)} entries, such as {", ".join(unknown[:4])}: only Co-DETR models '
-            'without other schemes can be written for it'
-        )
-    return {theirs: state[ours] for theirs, ours in named.items()}
+def from_idea_dino(state: State) -> State:
+    """Translate IDEA-Research/DINO: the proposals' heads have names of their own there, and are the last of ours."""
+    layers = {name.split('.')[3] for name in state if name.startswith('transformer.decoder.layers.')}
+    rules = [
+        (r'transformer\.tgt_embed\.(.*)', r'query_embed.\1'),
+        (r'transformer\.enc_out_(class|bbox)_embed\.(.*)', rf'\1_embed.{len(layers)}.\2'),
+        (r'label_enc\.(.*)', r'query_sources.denoising.label_embedding.\1'),
+    ]
+    return drop_head_aliases({rename(name, rules): value for name, value in state.items()})
 
 
 def drop_head_aliases(state: State) -> State:
@@ -316,6 +307,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[State], State]]] = {
     'transformers, Deformable': ('model.input_proj.0.0.weight', from_transformers_deformable),
     'detrex': ('transformer.level_embeds', from_detrex),
     'mmdetection': ('query_head.transformer.level_embeds', from_mmdetection),
+    'IDEA DINO': ('transformer.tgt_embed.weight', from_idea_dino),
 }
 
 
@@ -325,3 +317,43 @@ def to_official(state: State) -> tuple[str, State]:
         if key in state:
             return layout, convert(state)
     return 'official', drop_head_aliases(state)
+
+
+# Flags in a configuration of transformers, where they have another name; it may leave out what has the usual value.
+TRANSFORMERS_FLAGS = {
+    'd_model': 'hidden_dim', 'encoder_layers': 'enc_layers', 'decoder_layers': 'dec_layers',
+    'encoder_attention_heads': 'nheads', 'encoder_ffn_dim': 'dim_feedforward', 'encoder_n_points': 'enc_n_points',
+    'decoder_n_points': 'dec_n_points', 'position_embedding_type': 'position_embedding',
+    'num_queries': 'num_queries', 'num_feature_levels': 'num_feature_levels', 'dilation': 'dilation',
+    'with_box_refine': 'with_box_refine', 'two_stage': 'two_stage',
+}  # fmt: skip
+RESNET_LAYERS = {(3, 4, 6, 3): 'resnet50', (3, 4, 23, 3): 'resnet101', (2, 2, 2, 2): 'resnet18'}
+
+
+def flags_of_transformers(config: dict) -> dict:
+    """Return our flags for the `config.json` of a detector of transformers.
+
+    Raises:
+        ValueError: it is no DETR, Conditional DETR or Deformable DETR, or one that cannot be built here.
+    """
+    kind = config.get('model_type')
+    if kind not in ('detr', 'conditional_detr', 'deformable_detr'):
+        raise ValueError(
+            f'the configuration beside the weights is that of {kind!r}: known are detr, conditional_detr, deformable_detr'
+        )
+    heads = config.get('encoder_attention_heads', 8), config.get('decoder_attention_heads', 8)
+    if heads[0] != heads[1]:
+        raise ValueError(
+            f'the configuration has {heads[0]} attention heads in the encoder and {heads[1]} in the decoder: here both '
+            'have --nheads'
+        )
+    usual = {'hidden_dim': 256, 'nheads': 8, 'enc_layers': 6, 'dec_layers': 6}
+    flags = usual | {ours: config[theirs] for theirs, ours in TRANSFORMERS_FLAGS.items() if theirs in config}
+    body = config.get('backbone_config') or {}
+    name = config.get('backbone') or body.get('backbone')
+    if body.get('model_type') == 'resnet':
+        name = RESNET_LAYERS.get(tuple(body.get('depths', (3, 4, 6, 3))))
+    if name is None and body:
+        raise ValueError(f'the configuration has a backbone that is not known: {body.get("model_type")!r}')
+    flags['backbone'] = name or 'resnet50'
+    return flags | {'conditional': kind == 'conditional_detr', 'deformable': kind == 'deformable_detr'}

@@ -3,6 +3,7 @@
 import copy
 from argparse import Namespace
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from util.nested_tensor import NestedTensor
 from util.run_state import ImageData
 
 FROM_SCRATCH_NEEDS = 10_000  # images; DETR's authors' advice
+COCO_TRAIN_IMAGES = 118_287  # train2017
+FLOPS_SIZE = (800, 1136)  # height and width of one image with the mean cost of COCO val2017's first 100
 
 
 def print_plan(
@@ -92,3 +95,73 @@ def count_flops(model: nn.Module, height: int, width: int) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shadow(samples)
     return counter.get_total_flops()
+
+
+def activation_bytes(model: nn.Module, batch_size: int, height: int, width: int) -> int:
+    """Count the bytes that a training step keeps for the backward pass, without running it.
+
+    Modules that add queries from the objects of a batch, and the losses, are left out: they depend on the data.
+    """
+    shadow = copy.deepcopy(model).to('meta').train()
+    shadow.query_sources = nn.ModuleDict()
+    weights = {p.untyped_storage()._cdata for p in shadow.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    images = torch.zeros(batch_size, 3, height, width, device='meta')
+    samples = NestedTensor(images, torch.zeros(batch_size, height, width, dtype=torch.bool, device='meta'))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = shadow(samples)
+    del outputs
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def print_dry_run(
+    args: Namespace,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    num_images: int,
+    notes: dict[str, str],
+) -> None:
+    """Print what a run would need: parameters, operations, memory, learning rates and steps. notes: further rows."""
+    scale = args.img_size / FLOPS_SIZE[0]
+    height, width = (round(side * scale) for side in FLOPS_SIZE)
+    if args.aug == 'lsj':
+        height = width = args.lsj_size
+        largest = height, width
+    else:
+        largest = args.img_size, args.max_size or round(args.img_size * 1333 / 800)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    flops = count_flops(model, height, width) / 2e9
+    moments = 1 if args.sgd else 2
+    weights = 4 * (total + trained * (1 + moments))
+    kept = activation_bytes(model, args.batch_size, *largest)
+    batch = args.batch_size * args.accum_steps * get_world_size()
+    steps = num_images // batch
+    sources, queries = cast(nn.ModuleDict, model.query_sources), cast(dict[str, int], model.num_queries)
+    left_out = ', '.join(['losses', *sources, *['what is recomputed'] * bool(args.use_checkpoint)])
+    groups = [
+        f'{sum(p.numel() for p in group["params"]):,} parameters at {group["lr"]:g}'
+        for group in optimizer.param_groups
+    ]
+    rows = {
+        'model': f'{args.family}, {args.backbone}, {sum(queries.values())} learned queries in training',
+        'parameters': f'{total:,}, {trained:,} trainable',
+        'FLOPs': f'{flops:.4g} G multiply-adds for one image of {height} x {width} at evaluation, as published '
+        'tables count them',
+        'memory': f'about {(weights + kept) / 2**30:.3g} GiB a process in float32: {weights / 2**30:.3g} for weights, '
+        f'gradients and moments, {kept / 2**30:.3g} of activations of {args.batch_size} images of {largest[0]} x '
+        f'{largest[1]} (without {left_out})',
+        'groups': '; '.join(groups),
+        'batch': f'{batch} images a step ({args.batch_size} x {args.accum_steps} accumulated x {get_world_size()} '
+        'processes)',
+        'steps': f'{steps} an epoch of {num_images:,} images, {steps * args.epochs} in {args.epochs} epochs',
+        **notes,
+    }
+    print('\n'.join(f'{name:>14}  {text}' for name, text in rows.items()), flush=True)

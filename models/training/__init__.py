@@ -134,10 +134,10 @@ def class_loss(args: Namespace) -> Callable:
 
 
 def proposal_supervision(args: Namespace, one2one: Supervision) -> Supervision:
-    """Return the supervision of the encoder's proposals, which MS-DETR matches by their anchors alone."""
+    """Return the supervision of the encoder's proposals; MS-DETR's program matches them by their anchors alone."""
     coef = coefficients(args, 'enc_')
     matcher = one2one.matcher
-    if args.use_ms_detr:
+    if args.enc_match == 'anchors':
         matcher = HungarianMatcher(0, args.set_cost_bbox, args.set_cost_giou, on='anchors')
     source = 'best encoder cells' if args.dino else 'encoder cells'
     return replace(one2one, matcher=matcher, coef=coef, class_agnostic=not args.dino, source=source)

@@ -160,6 +160,12 @@ def add_matching_args(parser: ArgumentParser) -> None:
         help='weight of the generalized IoU in the matching cost (default: %(default)s)',
     )  # fmt: skip
 
+    group.add_argument(
+        '--enc_match', choices=('boxes', 'anchors'),
+        help='boxes of encoder proposals that are matched with the objects: boxes are refined ones, compared by class too; '
+        'anchors are those before refinement, compared by place alone (default: anchors with --use_ms_detr, else boxes)',
+    )  # fmt: skip
+
 
 def add_loss_args(parser: ArgumentParser) -> None:
     group = parser.add_argument_group('losses (a term of coefficient 0 does not exist)')
@@ -321,6 +327,8 @@ def resolve_training(args: Namespace) -> Namespace:
     given = {name: value for name, value in vars(args).items() if value is not None}
     resolved = Namespace(**vars(args) | defaults | family_defaults | given)
     resolve_hybrid(resolved)
+    if resolved.enc_match is None:
+        resolved.enc_match = 'anchors' if args.use_ms_detr and args.two_stage else 'boxes'
     if resolved.class_loss is None:
         resolved.class_loss = 'quality_focal' if args.dino else 'focal'
     if resolved.with_coord_feat is None:
@@ -383,6 +391,8 @@ def check_training(args: Namespace) -> None:
         )
     if args.use_indices_merge and not args.use_ms_detr:
         raise ValueError('--use_indices_merge needs --use_ms_detr: add it')
+    if args.enc_match == 'anchors' and not args.two_stage:
+        raise ValueError('--enc_match anchors is for the proposals of --two_stage: add it, or leave it out')
     if args.class_loss != 'focal' and args.family != 'deformable':
         raise ValueError(
             f'--class_loss {args.class_loss} is for Deformable DETR, and the other flags choose {args.family}: leave it out'

@@ -1,0 +1,124 @@
+"""A detector with all that detection needs around it: image in, named boxes out."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from datasets.class_map import ClassMap
+from datasets.image_io import read_image
+from datasets.transforms import frame_size, transforms_of
+from models import build_detector, build_postprocessors
+from models.recorded import settle
+from models.zoo import find_row
+from util.checkpoint import flags_of, load_checkpoint
+from util.distributed.collectives import choose_device
+from util.foreign_names import COCO_IDS, to_official
+from util.nested_tensor import nested_tensor_from_tensor_list
+from util.weight_files import read_checkpoint, state_of
+
+# How images are prepared where a file does not tell: as at the official evaluation.
+IMAGE_FLAGS = {'img_size': 800, 'max_size': None, 'aug': 'detr'}
+
+
+class Detector:
+    """A model in evaluation mode, its postprocessor, classes and image preparation.
+
+    Args:
+        args: settled flags of the model and of the preparation (img_size, max_size, aug, lsj_size).
+    """
+
+    def __init__(
+        self, model: nn.Module, postprocess: nn.Module, class_map: ClassMap, args: Namespace
+    ) -> None:
+        self.model, self.postprocess, self.class_map, self.args = model.eval(), postprocess, class_map, args
+        self.prepare = transforms_of('val', args)
+
+    def __call__(self, image: Tensor | str | Path, score_threshold: float = 0.3) -> list[dict]:
+        """Detect objects in a uint8 image [3, H, W] or an image file.
+
+        Returns:
+            Objects by falling score, each with its `name`, `score` and `box` (x0, y0, x1, y1 in pixels).
+        """
+        image = image if isinstance(image, Tensor) else read_image(Path(image))
+        result = self.detect(image)
+        order = result['scores'].argsort(descending=True)
+        rows = zip(*(result[key][order].tolist() for key in ('labels', 'scores', 'boxes')), strict=True)
+        return [
+            {'name': name, 'score': score, 'box': box}
+            for label, score, box in rows
+            if score >= score_threshold and (name := self.class_map.names[label]) is not None
+        ]
+
+    @torch.no_grad()
+    def detect(self, image: Tensor) -> dict[str, Tensor]:
+        """Return `scores`, `labels` and `boxes` (xyxy in pixels of the image) of one uint8 image [3, H, W]."""
+        device = next(self.model.parameters()).device
+        resized, target = self.prepare(image, {'orig_size': torch.tensor(image.shape[-2:])})
+        samples = nested_tensor_from_tensor_list([resized]).to(device)
+        result = self.postprocess(self.model(samples), frame_size(target)[None].to(device))[0]
+        return {key: value.cpu() for key, value in result.items()}
+
+
+def load_detector(model: str = '', weights: str | Path = '', device: str | torch.device = 'cpu') -> Detector:
+    """Load a detector from a row of the zoo, from a file of weights, or from both.
+
+    Args:
+        model: name of a hub entry; '': the flags in the file tell the model.
+        weights: path or address of weights; '': those published for `model`.
+        device: where the model goes; `auto` takes the first of cuda, mps and cpu that there is.
+
+    Raises:
+        ValueError: the file does not fit the model, tells no flags although no model is named, or there is none.
+    """
+    row = find_row(model) if model else None
+    source = str(weights) if weights or row is None else row.source()
+    if not source:
+        raise ValueError('name a model, or a file of weights')
+    checkpoint = read_checkpoint(source)
+    recorded = row.flags if row else flags_of(checkpoint)
+    if not recorded:
+        raise ValueError(
+            f'{source} holds weights alone, without the flags of its run: name its model too (--model NAME in a tool, '
+            'docs/zoo.md has the names)'
+        )
+    class_map = class_map_of(checkpoint, source)
+    flags = {'eval_module': 'detr', 'aux_loss': False, 'num_classes': class_map.num_classes}
+    args = settle({**IMAGE_FLAGS, **recorded, **flags})
+    network = build_detector(args, {'one2one': args.num_queries})
+    load_checkpoint(network, checkpoint, name=source)
+    network.to(choose_device(str(device)) if device == 'auto' else device)
+    return Detector(network, build_postprocessors(args)['bbox'], class_map, args)
+
+
+def class_map_of(checkpoint: dict, source: str) -> ClassMap:
+    """Return the classes that a file tells, or COCO's for heads of their number; others are called by their index."""
+    if 'class_map' in checkpoint:
+        return ClassMap.from_dict(checkpoint['class_map'])
+    layout, state = to_official(state_of(checkpoint))
+    rows = next(
+        (len(state[name]) for name in ('class_embed.0.bias', 'class_embed.bias') if name in state), None
+    )
+    if rows is None:
+        raise ValueError(f'{source} has no class head ({layout} names), so it is no detector of this family')
+    rows -= 'class_embed.bias' in state and 'transformer.decoder.ref_point_head.layers.0.weight' not in state
+    names = names_in(checkpoint)
+    if rows == 91 or (
+        rows == len(COCO_IDS) and layout in ('detrex', 'mmdetection') and len(names) in (0, 80)
+    ):
+        return ClassMap.coco()  # `load_checkpoint` gives each class of 80 the row of its id
+    names = names if len(names) == rows else [f'class {index}' for index in range(rows)]
+    return ClassMap(tuple(range(rows)), tuple(names))
+
+
+def names_in(checkpoint: dict) -> list[str]:
+    """Return the class names that mmdetection (2 and 3) or transformers keep in a file, [] if none."""
+    meta = checkpoint.get('meta')
+    meta = meta if isinstance(meta, dict) else {}
+    dataset = meta.get('dataset_meta')
+    names = meta.get('CLASSES') or (dataset if isinstance(dataset, dict) else {}).get('classes')
+    if names is None:
+        labels = checkpoint.get('config', {}).get('id2label', {})
+        names = [labels[key] for key in sorted(labels, key=int)]
+    return list(names) if isinstance(names, list | tuple) else []

@@ -1,0 +1,122 @@
+"""
+Compare the flags that a checkpoint records with those of a model.
+
+A file trained with --dilation or another --nheads has the shapes of one trained without, and gives other boxes. Only its
+flags tell.
+"""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Collection, Mapping
+
+from .defaults import resolve_args
+from .flags import add_model_args
+
+# Flags of the detector that do not change what a trained network computes, and those that act after it.
+TRAINING_FLAGS = (
+    'local_init', 'look_forward_twice', 'backbone_weights', 'backbone_norm', 'drop_path_rate', 'backbone_frozen_stages',
+    'dropout', 'use_checkpoint', 'use_aux_ffn',
+)  # fmt: skip
+DETECTION_FLAGS = ('topk_eval', 'nms_iou_threshold', 'soft_nms_threshold', 'clamp_boxes', 'eval_module')
+# Names of entries tell these when weights are loaded.
+TOLD_BY_NAMES = ('num_queries', 'input_proj_bias', 'use_ms_detr', 'ms_variant')
+CHOOSE_FAMILY = ('conditional', 'deformable')
+ONLY_DEFORMABLE = (
+    'with_box_refine', 'two_stage', 'mixed_selection', 'dino', 'num_feature_levels', 'finest_stride', 'enc_n_points',
+    'dec_n_points',
+)  # fmt: skip
+SAME = {'v2': 'sine', 'v3': 'learned'}  # two names of one position embedding
+WHOLE = (
+    'backbone',
+    'hidden_dim',
+    'nheads',
+    'enc_layers',
+    'dec_layers',
+)  # in every record of all flags of a run
+
+
+def model_flags() -> list[str]:
+    """Return the names of all flags of the detector."""
+    parser = ArgumentParser()
+    add_model_args(parser)
+    return list(vars(parser.parse_args([])))
+
+
+class NetworkFlags(dict):
+    """Settled flags that decide what a network computes, without those that its names tell."""
+
+    @classmethod
+    def of(cls, args: Namespace) -> 'NetworkFlags':
+        """Pick them from flags settled by `resolve_args`."""
+        left_out = TRAINING_FLAGS + DETECTION_FLAGS + TOLD_BY_NAMES + CHOOSE_FAMILY
+        if args.family != 'deformable':
+            left_out += ONLY_DEFORMABLE
+        values = {flag: getattr(args, flag) for flag in model_flags() if flag not in left_out}
+        values['position_embedding'] = SAME.get(args.position_embedding, args.position_embedding)
+        return cls({'family': args.family} | values)
+
+    def differences(self, recorded: Mapping) -> dict[str, tuple]:
+        """Return the flags in a file that differ: its value, and that of this model.
+
+        A flag that is missing has its default if the file has the flags of a whole run, and is not known otherwise.
+        """
+        if not all(flag in recorded for flag in WHOLE):
+            return {
+                flag: (recorded[flag], value)
+                for flag, value in self.items()
+                if flag in recorded and SAME.get(recorded[flag], recorded[flag]) != value
+            }
+        theirs = NetworkFlags.of(settle(recorded))
+        if theirs['family'] != self['family']:
+            return {'family': (theirs['family'], self['family'])}
+        return {flag: (theirs[flag], value) for flag, value in self.items() if theirs[flag] != value}
+
+
+def settle(recorded: Mapping) -> Namespace:
+    """Return the detector's flags in a file of this or an official repository, with defaults for those it lacks.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    known = set(recorded)
+    # Only the official Conditional DETR has the focal loss and no feature levels.
+    conditional = 'family' not in known and 'focal_alpha' in known and 'num_feature_levels' not in known
+    more = {'backbone_weights': 'none'} | ({'conditional': True} if conditional else {})
+    try:
+        return resolve_args(Namespace(**{**recorded, **more}))
+    except ValueError as error:
+        raise ValueError(f'the flags in the checkpoint: {error}') from error
+
+
+def adopt(args: Namespace, given: Collection[str], recorded: Mapping) -> Namespace:
+    """Return a copy of flags with those of the detector taken from a checkpoint, as far as they were not given.
+
+    Args:
+        given: names of the flags on the command line.
+        recorded: flags in the checkpoint, or those of a row of the zoo.
+
+    Raises:
+        ValueError: a given flag contradicts the checkpoint; the message has both values.
+    """
+    theirs = settle(recorded)
+    network = NetworkFlags.of(theirs)
+    for flag in set(given) & set(model_flags()):
+        value = getattr(args, flag)
+        if flag in CHOOSE_FAMILY:
+            same = theirs.family == flag
+        elif flag in (*TRAINING_FLAGS, *DETECTION_FLAGS, 'num_queries', 'input_proj_bias'):
+            continue  # shapes tell the last two
+        else:
+            same = SAME.get(value, value) == network.get(flag, getattr(theirs, flag))
+        if not same:
+            raise ValueError(
+                f'--{flag} {"" if value is True else value} on the command line contradicts the weights, which were trained '
+                f'with {describe(flag, theirs)}: leave it out, or name other weights'
+            )
+    names = set(model_flags()) - set(given) - {'backbone_weights', 'use_checkpoint', 'eval_module'}
+    return Namespace(**vars(args) | {name: getattr(theirs, name) for name in names})
+
+
+def describe(flag: str, args: Namespace) -> str:
+    if flag in CHOOSE_FAMILY:
+        return f'the family {args.family}'
+    return 'it off' if getattr(args, flag) is False else f'{getattr(args, flag)}'
