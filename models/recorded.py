@@ -59,7 +59,7 @@ class NetworkFlags(dict):
 
         A flag that is missing has its default if the file has the flags of a whole run, and is not known otherwise.
         """
-        if not all(flag in recorded for flag in WHOLE):
+        if not is_whole(recorded):
             return {
                 flag: (recorded[flag], value)
                 for flag, value in self.items()
@@ -69,6 +69,11 @@ class NetworkFlags(dict):
         if theirs['family'] != self['family']:
             return {'family': (theirs['family'], self['family'])}
         return {flag: (theirs[flag], value) for flag, value in self.items() if theirs[flag] != value}
+
+
+def is_whole(recorded: Mapping) -> bool:
+    """Tell whether these are all flags of a run, so that what is missing has its default."""
+    return all(flag in recorded for flag in WHOLE)
 
 
 def settle(recorded: Mapping) -> Namespace:
@@ -99,7 +104,10 @@ def adopt(args: Namespace, given: Collection[str], recorded: Mapping) -> Namespa
     """
     theirs = settle(recorded)
     network = NetworkFlags.of(theirs)
-    for flag in set(given) & set(model_flags()):
+    flags = set(model_flags())
+    if not is_whole(recorded):
+        flags &= set(recorded)
+    for flag in flags & set(given):
         value = getattr(args, flag)
         if flag in CHOOSE_FAMILY:
             same = theirs.family == flag
@@ -112,7 +120,7 @@ def adopt(args: Namespace, given: Collection[str], recorded: Mapping) -> Namespa
                 f'--{flag} {"" if value is True else value} on the command line contradicts the weights, which were trained '
                 f'with {describe(flag, theirs)}: leave it out, or name other weights'
             )
-    names = set(model_flags()) - set(given) - {'backbone_weights', 'use_checkpoint', 'eval_module'}
+    names = flags - set(given) - {'backbone_weights', 'use_checkpoint', 'eval_module'}
     return Namespace(**vars(args) | {name: getattr(theirs, name) for name in names})
 
 

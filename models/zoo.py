@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from models import build_detector, resolve_args
-from models.recorded import adopt
+from models.recorded import adopt, settle
 from util.plan import count_flops
 
 DETR_FILES = 'https://dl.fbaipublicfiles.com/detr/detr-'
@@ -258,7 +258,7 @@ def with_row(args: Namespace, given: Collection[str]) -> Namespace:
         ValueError: there is no such row, a given flag contradicts it, or weights are needed and have no direct address.
     """
     row = find_row(args.model)
-    args = adopt(args, given, row.flags)
+    args = adopt(args, given, vars(settle(row.flags)))
     others = set(row.flags) & {'aug', 'lsj_size', 'co_aux_heads'} - set(given)
     args = Namespace(**vars(args) | {flag: row.flags[flag] for flag in others})
     if not (args.resume or args.pretrained):
@@ -268,12 +268,8 @@ def with_row(args: Namespace, given: Collection[str]) -> Namespace:
 
 def build_row(row: Row, num_classes: int = 91, backbone_weights: str = 'none') -> tuple[nn.Module, Namespace]:
     """Build the detector of a row for inference; return it with its settled flags."""
-    given = row.flags | {
-        'num_classes': num_classes,
-        'backbone_weights': backbone_weights,
-        'aux_loss': False,
-    }
-    args = resolve_args(Namespace(**given))
+    own = {'num_classes': num_classes, 'backbone_weights': backbone_weights, 'aux_loss': False}
+    args = resolve_args(Namespace(**row.flags | own))
     return build_detector(args, {'one2one': args.num_queries}), args
 
 

@@ -173,14 +173,15 @@ def first_group(layout: str, recorded: dict, name: str, rows: int, wanted: int) 
 
 
 def check_shared_heads(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Require that a file without flags shares its box heads among the decoder layers as the model does.
+    """Require that a file without flags shares its box heads among the decoder layers as a model of one stage does.
 
     Raises:
         ValueError: with --with_box_refine each layer has its own heads, without it all layers share one.
     """
     heads = getattr(model, 'bbox_embed', None)
     name = 'bbox_embed.{}.layers.2.bias'
-    if not isinstance(heads, nn.ModuleList) or len(heads) < 2 or name.format(1) not in state:
+    one_stage = not getattr(model, 'two_stage', False)
+    if not isinstance(heads, nn.ModuleList) or not one_stage or name.format(1) not in state:
         return
     ours, theirs = heads[0] is heads[1], torch.equal(state[name.format(0)], state[name.format(1)])
     if ours != theirs:
