@@ -117,7 +117,7 @@ def adopt(args: Namespace, given: Collection[str], recorded: Mapping) -> Namespa
             same = SAME.get(value, value) == network.get(flag, getattr(theirs, flag))
         if not same:
             raise ValueError(
-                f'--{flag} {"" if value is True else value} on the command line contradicts the weights, which were trained '
+                f'--{flag}{"" if value is True else f" {value}"} on the command line contradicts the weights, which were trained '
                 f'with {describe(flag, theirs)}: leave it out, or name other weights'
             )
     names = flags - set(given) - {'backbone_weights', 'use_checkpoint', 'eval_module'}

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from models import build_detector, build_model
+from models.detector import load_detector
 from models.training.flags import resolve_all
 from tests.models import HEADS, SMALL, TRICKS
 from tools.convert_checkpoint import convert
 from util.checkpoint import load_checkpoint
 from util.foreign_files import to_mmdetection
 from util.foreign_names import COCO_IDS, to_official
+from util.nested_tensor import NestedTensor
 from util.weight_files import read_checkpoint
 
 CO_DEFORMABLE, CO_DINO = TRICKS | HEADS, {'dino': True, 'dn_number': 10} | HEADS
@@ -164,3 +166,121 @@ def test_heads_of_another_class_count(foreign: bool) -> None:
         judged = build(CO_DINO, num_classes=91, eval_module='atss')
         with pytest.raises(ValueError, match=r'(?s)label_embedding.*--class_ids'):
             load_checkpoint(judged, state)
+
+
+TRANSFORMERS = {
+    'detr': {},
+    'detr, DC5': {'dilation': True},
+    'conditional': {'conditional': True},
+    'deformable': {'deformable': True},
+    'box refinement': {'with_box_refine': True},
+    'two stages': {'with_box_refine': True, 'two_stage': True},
+    'one level': {'num_feature_levels': 1},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', TRANSFORMERS)
+def test_transformers_opens_what_is_written_for_it(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip('transformers')
+    pytest.importorskip('timm')
+    flags = SMALL | {
+        'backbone': 'resnet18' if kind != 'detr, DC5' else 'resnet50',
+        'hidden_dim': 256,
+        'num_classes': 91,
+    }
+    flags |= TRANSFORMERS[kind]
+    args = resolve_all(Namespace(**flags))
+    torch.manual_seed(0)
+    model = build_detector(args, {'one2one': args.num_queries}).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.05) if parameter.ndim == 2 else None
+    torch.save({'model': model.state_dict(), 'args': vars(args)}, tmp_path / 'run.pth')
+    convert(str(tmp_path / 'run.pth'), tmp_path / 'theirs', stripped=False, to='transformers')
+    theirs = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path / 'theirs').eval()
+    assert theirs.config.id2label[18] == 'dog'
+    images, mask = torch.randn(1, 3, 96, 128), torch.zeros(1, 96, 128, dtype=torch.bool)
+    with torch.no_grad():
+        expected = theirs(pixel_values=images, pixel_mask=(~mask).long())
+        found = (
+            model(NestedTensor(images, mask)),
+            load_detector(weights=tmp_path / 'theirs').model(NestedTensor(images, mask)),
+        )
+    for outputs in found:
+        torch.testing.assert_close(outputs['pred_logits'], expected.logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(outputs['pred_boxes'], expected.pred_boxes, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (TRICKS | {'backbone': 'resnet18'}, 'no detector of --mixed_selection True'),
+        ({'backbone': 'swin_tiny', 'deformable': True}, 'no detector of --backbone swin_tiny'),
+        ({'backbone': 'resnet18', 'pre_norm': True}, 'no detector of --pre_norm True'),
+        ({'backbone': 'resnet18', 'pe_temperature': 20}, 'no detector of --pe_temperature 20'),
+    ],
+)
+def test_transformers_has_no_place_for_others(flags: dict, message: str, tmp_path: Path) -> None:
+    torch.save({'model': build({}).state_dict(), 'args': SMALL | flags}, tmp_path / 'run.pth')
+    with pytest.raises(ValueError, match=message):
+        convert(str(tmp_path / 'run.pth'), tmp_path / 'theirs', stripped=False, to='transformers')
+    torch.save(build({}).state_dict(), tmp_path / 'alone.pth')
+    with pytest.raises(ValueError, match=r'tells no flags .* \(--model NAME\)'):
+        convert(str(tmp_path / 'alone.pth'), tmp_path / 'theirs', stripped=False, to='transformers')
+    assert not (tmp_path / 'theirs').exists()
+
+
+@pytest.mark.parametrize(
+    ('flags', 'aliases'),
+    [
+        ({'deformable': True}, 0),
+        ({'with_box_refine': True}, 3 * 6),
+        (TRICKS, 4 * 8),
+        ({'with_box_refine': True, 'use_ms_detr': True, 'ms_variant': 'a'}, 2 * 3 * 6),
+        ({'conditional': True}, 0),
+    ],
+)
+def test_official_files_have_their_second_names(flags: dict, aliases: int, tmp_path: Path) -> None:
+    model = build(flags)
+    torch.save({'model': model.state_dict()}, tmp_path / 'ours.pth')
+    convert(str(tmp_path / 'ours.pth'), tmp_path / 'theirs.safetensors', stripped=False, to='official')
+    state = read_checkpoint(tmp_path / 'theirs.safetensors')['model']
+    assert len(state) == len(model.state_dict()) + aliases
+    assert same(to_official(state)[1], model.state_dict())
+    if aliases:
+        name = 'transformer.decoder.bbox_embed.1.layers.2.bias'
+        assert torch.equal(state[name], model.bbox_embed[1].layers[2].bias)
+
+
+def test_official_code_has_no_place_for_co_detr(tmp_path: Path) -> None:
+    model = build(CO_DEFORMABLE)
+    torch.save({'model': model.state_dict()}, tmp_path / 'ours.pth')
+    with pytest.raises(ValueError, match=r'DETR family has no place for .* query_sources'):
+        convert(str(tmp_path / 'ours.pth'), tmp_path / 'theirs.pth', stripped=False, to='official')
+    convert(str(tmp_path / 'ours.pth'), tmp_path / 'theirs.pth', stripped=True, to='official')
+    state = read_checkpoint(tmp_path / 'theirs.pth')['model']
+    assert not state['input_proj.0.0.bias'].any(), 'official projections have biases'
+    load_checkpoint(build(TRICKS), state)
+    torch.save({'model': build({'dino': True}).state_dict()}, tmp_path / 'dino.pth')
+    with pytest.raises(ValueError, match=r'such as transformer\.decoder\.ref_point_head'):
+        convert(str(tmp_path / 'dino.pth'), tmp_path / 'no.pth', stripped=False, to='official')
+
+
+def test_dinos_own_names_are_read() -> None:
+    """Those of IDEA-Research: content of queries, heads of proposals and labels of denoising are elsewhere."""
+    model = build({'dino': True, 'dn_number': 10, 'input_proj_bias': True})
+    theirs = {}
+    for name, value in model.state_dict().items():
+        name = name.replace('query_embed.', 'transformer.tgt_embed.')
+        name = name.replace('query_sources.denoising.label_embedding', 'label_enc')
+        name = re.sub(r'^(class|bbox)_embed\.3\.', r'transformer.enc_out_\1_embed.', name)
+        theirs[name] = value
+    theirs |= {
+        f'transformer.decoder.{name}': x
+        for name, x in theirs.items()
+        if re.match(r'(class|bbox)_embed', name)
+    }
+    layout, state = to_official(theirs)
+    assert layout == 'IDEA DINO' and same(state, model.state_dict())
+    plain = build({'dino': True, 'input_proj_bias': True})
+    assert load_checkpoint(plain, {'model': theirs}).layout == 'IDEA DINO'

@@ -593,3 +593,17 @@ def test_criterion_of_hybrid_training_is_few_calls_and_one_copy(monkeypatch: pyt
         torch.autograd.grad(total, leaves)
     assert calls.number <= 900 and forward < 650, (forward, calls.number)
     assert syncs.found == [] and copies == {'cpu': 1}
+
+
+def test_proposals_are_matched_by_boxes_or_anchors() -> None:
+    """As the flag says; by default as MS-DETR's program and as the others."""
+    for flags, on in (
+        ({}, 'boxes'),
+        ({'enc_match': 'anchors'}, 'anchors'),
+        ({'use_ms_detr': True}, 'anchors'),
+        ({'use_ms_detr': True, 'enc_match': 'boxes'}, 'boxes'),
+    ):
+        matcher = build_model(Namespace(**SMALL | TWO_STAGE | flags))[1].table['enc'].matcher
+        assert matcher.on == on and matcher.weights == ((0, 5, 2) if on == 'anchors' else (2, 5, 2))
+    with pytest.raises(ValueError, match='--enc_match anchors is for the proposals of --two_stage'):
+        resolve_all(Namespace(**SMALL, deformable=True, enc_match='anchors'))

@@ -13,7 +13,9 @@ import torch
 
 from main import get_args_parser
 from models import build_model
+from models.recorded import DETECTION_FLAGS, NetworkFlags, settle
 from models.training.flags import resolve_all
+from models.zoo import ZOO, Row, find_row
 
 SCRIPTS = Path(__file__).resolve().parents[1] / 'scripts'
 # Parameters of the official models, in all (Co-DETR's without its 53,120 of frozen norms, which are no parameters here);
@@ -226,4 +228,28 @@ def test_recipe_builds_the_official_model(path: Path) -> None:
         meant.num_classes = args.num_classes  # the data's
         differing = {key for key, value in vars(meant).items() if vars(args)[key] != value}
         assert differing == {'output_dir', 'coco_path'}
+    check_row(find_row(path.stem), args, epochs)
     assert 'AP on COCO val2017' in path.read_text().splitlines()[1], 'the head says what to expect'
+
+
+def check_row(row: Row, args: Namespace, epochs: int) -> None:
+    """The row of the zoo is the recipe's network, at its evaluation."""
+    theirs = settle(row.flags)
+    assert NetworkFlags.of(theirs) == NetworkFlags.of(args) and row.epochs == epochs
+    flags = (*DETECTION_FLAGS, 'num_queries', 'input_proj_bias', 'use_ms_detr', 'ms_variant', 'use_aux_ffn')
+    for flag in flags:
+        assert getattr(theirs, flag) == getattr(args, flag), flag
+    assert (
+        row.flags.get('aug', 'detr') == args.aug and row.flags.get('lsj_size', args.lsj_size) == args.lsj_size
+    )
+    head = (SCRIPTS / f'{row.script}.sh').read_text().splitlines()[1]
+    assert (
+        f'{row.ap} AP' in head
+        or row.name.endswith('second_run')
+        or 'AP on COCO val2017 not published' in head
+    )
+    assert row.ap is not None or 'not published' in head
+
+
+def test_every_recipe_is_in_the_zoo() -> None:
+    assert {row.script for row in ZOO} == {*RECIPES, ''}

@@ -1,0 +1,90 @@
+"""`--dry_run`: what a run would need, without data, weights or a step."""
+
+import re
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import main
+from models import build_model
+from models.detr import DETR
+from tests.models import SMALL, TRICKS
+from tests.runs import parse
+from util.plan import activation_bytes
+
+
+def printed(flags: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    main.main(parse('', flags=f'--dry_run {flags}'))
+    rows = (line.strip().split('  ', 1) for line in capsys.readouterr().out.splitlines())
+    return {row[0]: row[-1] for row in rows}
+
+
+def test_nothing_is_read_downloaded_or_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda *arguments: pytest.fail('downloads'))
+    main.main(
+        parse(
+            tmp_path / 'out',
+            flags='--dry_run --coco_path no/where --conditional --batch_size 4 --total_batch_size 16',
+        )
+    )
+    text = capsys.readouterr().out
+    for found in (
+        '43,418,401, 43,196,001 trainable',
+        '90.06 G multiply-adds for one image of 800 x 1136',
+        '19,963,489 parameters at 0.0001; 23,232,512 parameters at 1e-05',
+        '16 images a step (4 x 4 accumulated x 1 processes)',
+        '7392 an epoch of 118,287 images, 369600 in 50 epochs',
+        'divided by 10 every 40 epochs',
+        'one2one  300 queries',
+    ):
+        assert found in text
+    assert not (tmp_path / 'out').exists()
+
+
+def test_contradictions_are_refused_too() -> None:
+    with pytest.raises(ValueError, match='--total_batch_size 3 is not a multiple'):
+        main.main(parse('', flags='--dry_run --total_batch_size 3'))
+    with pytest.raises(ValueError, match=r'no model .resnet. is known'):
+        main.main(parse('', flags='--dry_run --model resnet'))
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [{}, {'conditional': True}, {'deformable': True}, TRICKS | {'use_ms_detr': True, 'use_aux_ffn': True}, {'dino': True}],
+)  # fmt: skip
+def test_estimated_activations_are_those_of_a_real_step(flags: dict) -> None:
+    """Measured on the CPU: what autograd keeps, parameters not counted. Without kernels the sampling operator keeps more."""
+    model = build_model(Namespace(**SMALL | flags))[0].train()
+    estimated = activation_bytes(model, 2, 128, 160)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = model(torch.randn(2, 3, 128, 160))
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    dense = isinstance(model, DETR)
+    assert outputs and estimated == pytest.approx(measured, rel=0.01 if dense else 0.2)
+
+
+def test_recomputing_lowers_the_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+    def gibibytes(flags: str) -> float:
+        return float(re.search(r'about ([\d.]+) GiB', printed(flags, capsys)['memory'])[1])
+
+    assert gibibytes('--deformable --use_checkpoint') < 0.4 * gibibytes('--deformable')
+    assert gibibytes('--deformable --batch_size 4') > 1.5 * gibibytes('--deformable')
+
+
+def test_modules_stay_as_they_are() -> None:
+    model = build_model(Namespace(**SMALL | {'dino': True, 'dn_number': 4}))[0]
+    activation_bytes(model, 1, 64, 64 * 4)
+    assert isinstance(model.query_sources['denoising'], nn.Module) and not next(model.parameters()).is_meta
