@@ -3,15 +3,12 @@
 import json
 import re
 from argparse import Namespace
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import hubconf
 from models import build_model
 from tests.models import TWO_STAGE
 from tests.rule import fill
@@ -96,38 +93,6 @@ def test_addresses_are_fetched_once_and_checked(tmp_path: Path, monkeypatch: pyt
         download((tmp_path / 'weights-00000000.pth').as_uri())
     with pytest.raises(ValueError, match='could not be fetched'):
         download((tmp_path / 'absent.pth').as_uri())
-
-
-def no_download(resolve: Callable, args: Namespace) -> Namespace:
-    return resolve(Namespace(**vars(args) | {'backbone_weights': 'none'}))
-
-
-@pytest.mark.slow
-def test_hub_entries_build_and_say_what_they_cannot_load() -> None:
-    monkey = pytest.MonkeyPatch()
-    seen = []
-    monkey.setattr(hubconf, 'load_checkpoint', lambda model, url: seen.append(url))
-    try:
-        for name in ('resnet50', 'resnet50_dc5', 'resnet101', 'resnet101_dc5'):
-            model, postprocess = getattr(hubconf, f'detr_{name}')(pretrained=True, return_postprocessor=True)
-            assert model.class_embed.out_features == 92
-        model, postprocess = hubconf.conditional_detr_resnet50(pretrained=True, return_postprocessor=True)
-        assert model.class_embed.out_features == 91 and not model.aux_loss
-        for name in ('', '_single_scale', '_single_scale_dc5', '_box_refine', '_two_stage'):
-            assert getattr(hubconf, f'deformable_detr_resnet50{name}')(pretrained=True).num_queries
-        for name in ('conditional_detr_resnet101_dc5', 'h_deformable_detr_resnet50', 'ms_detr_resnet50'):
-            with pytest.raises(ValueError, match='by hand'):
-                getattr(hubconf, name)(pretrained=True)
-        monkey.setattr(hubconf, 'resolve_args', partial(no_download, hubconf.resolve_args))
-        for name in ('h_deformable_detr_resnet50', 'ms_detr_resnet50'):
-            assert getattr(hubconf, name)(num_classes=5).query_embed.weight.shape == (300, 256)
-        with pytest.raises(ValueError, match='91 COCO class ids, not 5'):
-            hubconf.detr_resnet50(pretrained=True, num_classes=5)
-    finally:
-        monkey.undo()
-    assert len(seen) == 10 and seen[0].endswith('detr-r50-e632da11.pth')
-    outputs = model.eval()([torch.randn(3, 64, 64)])
-    assert postprocess(outputs, torch.tensor([[64, 64]]))[0]['boxes'].shape == (100, 4)
 
 
 def transformers_model(conditional: bool) -> nn.Module:
