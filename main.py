@@ -177,7 +177,7 @@ def set_up(
         print_main(f'{args.resume or args.pretrained}: {report}')
     model.to(device)
     broadcast_from_main([*model.parameters(), *model.buffers()])
-    average = WeightAverage(model, args.ema) if args.ema and not args.eval else None
+    average = WeightAverage(model, args.ema, args.ema_warmup) if args.ema and not args.eval else None
     flops = flops_text(model, list(datasets.values())[-1]) if is_main_process() else ''
     if args.compile:
         compile_parts(model)

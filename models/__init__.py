@@ -10,7 +10,7 @@ from torch import nn
 
 from .backbone import Joiner, build_backbone
 from .conditional_detr import ConditionalDecoder, ConditionalDecoderLayer
-from .defaults import backbone_maps, level_strides, resolve_args
+from .defaults import backbone_maps, has_pyramid, level_strides, resolve_args
 from .deformable_detr import DeformableDETR
 from .deformable_transformer import (
     DeformableDecoder,
@@ -47,6 +47,7 @@ from .transformer import (
     TransformerEncoder,
     TransformerEncoderLayer,
 )
+from .vit import feature_pyramid
 
 __all__ = [
     'DEFORMABLE_FLAGS',
@@ -197,6 +198,7 @@ def build_detector(
             class_embed_o2m=copy.deepcopy(heads[0][: args.dec_layers]) if second_heads else None,
             eval_module=None if args.eval_module == 'detr' else args.eval_module,
             input_bias=args.input_proj_bias,
+            pyramid=feature_pyramid(backbone.num_channels[0], args.hidden_dim) if has_pyramid(args) else None,
         )
     else:
         focal = args.family != 'detr'

@@ -6,7 +6,7 @@ With box refinement each decoder layer has its own heads; without it all layers 
 
 from torch import Tensor, nn
 
-from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list, resize_mask
+from util.nested_tensor import NestedTensor, as_batch, resize_mask
 
 from .deformable_transformer import DeformableTransformer
 from .heads import read_layers
@@ -26,6 +26,7 @@ class DeformableDETR(nn.Module):
         class_embed_o2m: class heads of second readings (`models.ms_detr`); None: the usual class heads.
         eval_module: auxiliary head that detects outside training, in place of the decoder.
         input_bias: give the projections of the backbone's maps biases.
+        pyramid: modules that make every level from the backbone's only map, in place of projections (`models.vit`).
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class DeformableDETR(nn.Module):
         class_embed_o2m: nn.ModuleList | None = None,
         eval_module: str | None = None,
         input_bias: bool = True,
+        pyramid: nn.ModuleList | None = None,
     ) -> None:
         super().__init__()
         self.transformer = transformer
@@ -50,8 +52,12 @@ class DeformableDETR(nn.Module):
         if mixed_selection or not two_stage:  # content alone, or position and content
             width = hidden_dim if two_stage else 2 * hidden_dim
             self.query_embed = nn.Embedding(sum(num_queries.values()), width)
-        self.input_proj = input_projections(backbone.num_channels, hidden_dim, num_levels, input_bias)
+        self.has_pyramid = pyramid is not None
+        self.input_proj = pyramid
+        if pyramid is None:
+            self.input_proj = input_projections(backbone.num_channels, hidden_dim, num_levels, input_bias)
         self.backbone = backbone
+        self.multiple = getattr(backbone, 'multiple', 1)
         self.class_embed_o2m = class_embed_o2m
         self.query_sources = query_sources if query_sources is not None else nn.ModuleDict()
         self.num_queries = num_queries
@@ -65,8 +71,7 @@ class DeformableDETR(nn.Module):
         self, samples: NestedTensor | list[Tensor] | Tensor, targets: list[dict] | None = None
     ) -> dict:
         """Predict class logits and boxes; arguments and result are those of `models.detr.DETR.forward`."""
-        if not isinstance(samples, NestedTensor):
-            samples = nested_tensor_from_tensor_list(samples)
+        samples = as_batch(samples, self.multiple)
         memory = self.transformer.encode(*self.levels(samples), samples.mask)
         if self.eval_module is not None and not self.training:
             return self.query_sources['collaborative'].detect(memory, self.eval_module)
@@ -90,6 +95,10 @@ class DeformableDETR(nn.Module):
     def levels(self, samples: NestedTensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return projected feature maps [B, C, H, W], padding masks and encodings of every level, finest first."""
         features, pos = self.backbone(samples)
+        if self.has_pyramid:
+            srcs = [level(features[-1].tensors) for level in self.input_proj]
+            masks = [resize_mask(samples.mask, src.shape[-2:]) for src in srcs]
+            return srcs, masks, [self.backbone.encode_positions(mask).to(srcs[0].dtype) for mask in masks]
         srcs = [project(x.tensors) for project, x in zip(self.input_proj, features, strict=False)]
         masks = [x.mask for x in features]
         for index in range(len(features), len(self.input_proj)):

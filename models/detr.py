@@ -6,7 +6,7 @@ Conditional DETR is the same module, built with another decoder and other heads.
 
 from torch import Tensor, nn
 
-from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from util.nested_tensor import NestedTensor, as_batch
 
 from .heads import read_layers
 from .structures import learned_groups
@@ -41,6 +41,7 @@ class DETR(nn.Module):
         self.query_embed = nn.Embedding(sum(num_queries.values()), hidden_dim)
         self.input_proj = nn.Conv2d(backbone.num_channels[-1], hidden_dim, kernel_size=1)
         self.backbone = backbone
+        self.multiple = getattr(backbone, 'multiple', 1)
         self.class_embed_o2m = class_embed_o2m
         self.query_sources = query_sources if query_sources is not None else nn.ModuleDict()
         self.num_queries = num_queries
@@ -59,8 +60,7 @@ class DETR(nn.Module):
             `pred_logits` [B, Q, K] and `pred_boxes` [B, Q, 4] (cxcywh in [0, 1]) of the last layer. While training also
             `predictions`, the flat list of all, and `losses`, the terms that query sources computed themselves.
         """
-        if not isinstance(samples, NestedTensor):
-            samples = nested_tensor_from_tensor_list(samples)
+        samples = as_batch(samples, self.multiple)
         features, pos = self.backbone(samples)
         src, mask = features[-1].decompose()
         memory = self.transformer.encode(self.input_proj(src), mask, pos[-1])

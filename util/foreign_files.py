@@ -187,8 +187,9 @@ def to_mmdetection(state: State) -> State:
     Raises:
         ValueError: mmdetection has no such entry.
     """
-    maps = [name for name, x in state.items() if re.fullmatch(r'input_proj\.\d+\.0\.weight', name)]
-    table = mmdetection_names(sum(state[name].shape[-1] == 1 for name in maps))
+    maps = [name for name in state if re.fullmatch(r'input_proj\.\d+\.0\.weight', name)]
+    pyramid = 'backbone.0.body.pos_embed' in state
+    table = mmdetection_names(0 if pyramid else sum(state[name].shape[-1] == 1 for name in maps))
     if 'transformer.decoder.ref_point_head.layers.0.weight' in state:
         table.insert(0, MMDETECTION_DINO)
     named = {translate(name, table, to_ours=False): name for name in state}

@@ -124,6 +124,7 @@ def build_heads(args: Namespace) -> CollaborativeHeads:
         max_queries=args.max_pos_coords,
         with_features=args.with_coord_feat,
         derived_positions=args.dino,
+        rcnn_head=args.co_rcnn_head,
     )
 
 
