@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.coco_eval import CocoEvaluator, Summary
-from datasets.transforms import frame_size
+from datasets.transforms import frame_size, seen_size
 from models.training.criterion import weighted_sum
 from util.box_ops import box_cxcywh_to_xyxy
 from util.distributed.parallel import local_gradients
@@ -337,6 +337,11 @@ def evaluate(
             outputs = model(samples.to(device, non_blocking=True))
         sizes = torch.stack([frame_size(target) for target in targets]).to(device, non_blocking=True)
         results = postprocessors['bbox'](outputs, sizes)
+        if 'segm' in postprocessors:
+            originals = torch.stack([target['orig_size'] for target in targets])
+            seen = torch.stack([seen_size(target) for target in targets])
+            canvas = tuple(samples.mask.shape[-2:])
+            results = postprocessors['segm'](results, outputs, originals, seen, canvas)
         evaluator.update(
             {int(t['image_id']): to_cpu(result) for t, result in zip(targets, results, strict=True)}
         )
@@ -366,10 +371,15 @@ def draw_predictions(
     for index in range(min(count, len(dataset))):
         image, target = dataset[index]
         samples, _ = collate_fn([(image, target)])
-        results = postprocessors['bbox'](model(samples.to(device)), target['size'][None].to(device))
+        outputs, size = model(samples.to(device)), target['size'][None]
+        results = postprocessors['bbox'](outputs, size.to(device))
+        if 'segm' in postprocessors:
+            results = postprocessors['segm'](results, outputs, size, size)
         height, width = target['size'].tolist()
         boxes = box_cxcywh_to_xyxy(target['boxes']) * torch.tensor([width, height, width, height])
-        rows.append((image, to_cpu(results[0]), {'labels': target['labels'], 'boxes': boxes}))
+        truth = {'labels': target['labels'], 'boxes': boxes}
+        truth |= {'masks': target['masks']} if 'segm' in postprocessors and 'masks' in target else {}
+        rows.append((image, to_cpu(results[0]), truth))
     if path is not None:
         contact_sheet(path, rows, dataset.class_map.names, score_threshold=DRAWN_SCORE)
 
@@ -382,9 +392,12 @@ def grouped(batches: Iterable, size: int) -> Iterator[list]:
 
 
 def targets_to(targets: list[dict[str, Tensor]], device: torch.device) -> list[dict[str, Tensor]]:
-    """Copy labels and boxes, which losses and query sources read, to the device."""
-    keys = ('labels', 'boxes')
-    return [{key: target[key].to(device, non_blocking=True) for key in keys} for target in targets]
+    """Copy labels, boxes and masks, which losses and query sources read, to the device."""
+    keys = ('labels', 'boxes', 'masks')
+    return [
+        {key: target[key].to(device, non_blocking=True) for key in keys if key in target}
+        for target in targets
+    ]
 
 
 def to_cpu(result: dict[str, Tensor]) -> dict[str, Tensor]:

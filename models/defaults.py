@@ -102,6 +102,7 @@ def check_args(args: Namespace) -> None:
         )
     check_swin_args(args)
     check_vit_args(args)
+    check_masks(args)
     check_checkpointing(args)
     check_ms_detr_args(args)
     check_detection_args(args)
@@ -137,6 +138,15 @@ def check_vit_args(args: Namespace) -> None:
             f'--num_feature_levels {args.num_feature_levels} must be {len(PYRAMID_STRIDES)}, the levels of the feature pyramid '
             f'of {args.backbone}, or 1'
         )
+
+
+def check_masks(args: Namespace) -> None:
+    if args.masks and args.eval_module != 'detr':
+        raise ValueError(
+            f'--masks are those of the decoder: leave --eval_module {args.eval_module} out, or --masks'
+        )
+    if args.masks and args.backbone in VIT_SIZES:
+        raise ValueError(f'--masks needs maps of several strides, and {args.backbone} has one: leave it out')
 
 
 def check_checkpointing(args: Namespace) -> None:
@@ -236,6 +246,12 @@ def backbone_maps(args: Namespace) -> range:
     else:
         first = 1 if args.finest_stride == 4 else 2
     return range(first, args.backbone_stages + 1)
+
+
+def returned_maps(args: Namespace) -> range:
+    """Return the stages of the backbone whose maps are returned: those that levels are made from; for masks all."""
+    maps = backbone_maps(args)
+    return range(1, maps[-1] + 1) if args.masks else maps
 
 
 def has_pyramid(args: Namespace) -> bool:

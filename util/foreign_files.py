@@ -90,7 +90,11 @@ def to_official_files(state: State) -> State:
             state[name.replace('bbox_embed', 'bbox_embed_o2m')] = state[name]
     projections = [name for name in state if re.fullmatch(r'input_proj\.\d+\.0\.weight', name)]
     biases = {name.replace('weight', 'bias'): torch.zeros(len(state[name])) for name in projections}
-    return biases | state  # a bias of 0 is as good as none
+    state = biases | state  # a bias of 0 is as good as none
+    if 'mask_head.out_lay.weight' not in state:
+        return state
+    masks = ('bbox_attention.', 'mask_head.')  # in official files the detector is a part of that with masks
+    return {name if name.startswith(masks) else f'detr.{name}': value for name, value in state.items()}
 
 
 def with_aliases(state: State) -> State:

@@ -322,6 +322,8 @@ LAYOUTS: dict[str, tuple[str, Callable[[State], State]]] = {
 
 def to_official(state: State) -> tuple[str, State]:
     """Return the layout's name, and the state dict under official names without aliases."""
+    if any(name.startswith('detr.') for name in state):  # official detectors with masks wrap the detector
+        state = {name.removeprefix('detr.'): value for name, value in state.items()}
     for layout, (key, convert) in LAYOUTS.items():
         if key in state:
             return layout, convert(state)

@@ -197,6 +197,13 @@ def add_loss_args(parser: ArgumentParser) -> None:
             f'--{term}_loss_coef', default=loss.coef, type=float,
             help=f'coefficient of {loss.title} (default: %(default)s)',
         )  # fmt: skip
+    for term, title in (('mask', 'the focal loss of masks'), ('dice', 'the Dice loss of masks')):
+        group.add_argument(
+            f'--{term}_loss_coef',
+            default=1.0,
+            type=float,
+            help=f'coefficient of {title} (default: %(default)s)',
+        )
     group.add_argument(
         '--eos_coef', default=0.1, type=float,
         help="weight of the class 'no object' in the class loss (DETR only; default: %(default)s)",
