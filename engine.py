@@ -6,6 +6,7 @@ add some.
 """
 
 import math
+import re
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.coco_eval import CocoEvaluator, Summary
-from datasets.transforms import frame_size
+from datasets.transforms import frame_size, seen_size
 from models.training.criterion import weighted_sum
 from util.box_ops import box_cxcywh_to_xyxy
 from util.distributed.parallel import local_gradients
@@ -41,11 +42,14 @@ def build_optimizer(
     slow_names: Sequence[str] = (),
     slow_factor: float = 0.1,
     sgd: bool = False,
+    layer_decay: float | None = None,
 ) -> torch.optim.Optimizer:
     """Build AdamW (or SGD) with the official parameter groups.
 
     The backbone learns at `lr_backbone`, parameters of `slow_names` at `lr * slow_factor`, the rest at `lr`. A parameter belongs
     to a group if its name contains one of the group's names.
+
+    layer_decay: factor of `layer_decay_groups`, which then makes the groups.
 
     Raises:
         ValueError: a parameter belongs to two groups.
@@ -68,6 +72,8 @@ def build_optimizer(
     if not slow_names:
         del rates['slow']
     groups = [{'params': params[group], 'lr': rate} for group, rate in rates.items()]
+    if layer_decay is not None:
+        groups = layer_decay_groups(model, lr, weight_decay, layer_decay)
     fused = all(p.device.type in ('cpu', 'cuda', 'mps') for p in model.parameters())
     if sgd:
         # PyTorch has no fused SGD for parts of weights, and steps them one by one where some are whole.
@@ -88,7 +94,33 @@ def optimizer_of(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
         slow_names=args.lr_linear_proj_names,
         slow_factor=args.lr_linear_proj_mult,
         sgd=args.sgd,
+        layer_decay=args.lr_layer_decay,
     )
+
+
+def layer_decay_groups(model: nn.Module, lr: float, weight_decay: float, factor: float) -> list[dict]:
+    """Return parameter groups whose rate falls by `factor` with each block of a ViT (Co-DETR; BEiT, arXiv:2106.08254).
+
+    All that is no block and no embedding learns at `lr`. Biases, norms and other vectors are not decayed. The first group
+    is the rest of the model, the second the backbone's last block.
+    """
+    depth = len(model.backbone[0].body.blocks)
+    groups: dict[tuple[bool, int], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        block = re.match(r'backbone\.0\.body\.blocks\.(\d+)\.', name)
+        embeds = name.startswith(('backbone.0.body.pos_embed', 'backbone.0.body.patch_embed.'))
+        layer = int(block[1]) + 1 if block else 0 if embeds else depth + 1
+        groups.setdefault((parameter.ndim == 1 or name.endswith('.bias'), -layer), []).append(parameter)
+    return [
+        {
+            'params': groups[key],
+            'lr': lr * factor ** (depth + 1 + key[1]),
+            'weight_decay': 0.0 if key[0] else weight_decay,
+        }
+        for key in sorted(groups)
+    ]
 
 
 @dataclass
@@ -96,7 +128,7 @@ class Schedule:
     """Factor of the learning rate at each optimizer step.
 
     kind: `step` multiplies by 0.1 after the epochs of `drops`, or after every `drop_every`; `cosine` falls to 0 over `epochs`
-    (SGDR, arXiv:1608.03983, Eq. 5). warmup_steps: over the first of them it rises linearly. A checkpoint holds all of this, and
+    (SGDR, arXiv:1608.03983, Eq. 5). warmup_steps: over the first of them it rises linearly from `warmup_start`. A checkpoint holds all of this, and
     wins over flags.
     """
 
@@ -106,9 +138,14 @@ class Schedule:
     drops: list[int]
     warmup_steps: int
     steps_per_epoch: int = 1
+    warmup_start: float = 0.0
 
     def __call__(self, step: int) -> float:
-        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        warm = 1.0
+        if self.warmup_start and step < self.warmup_steps:
+            warm = self.warmup_start + (1 - self.warmup_start) * step / self.warmup_steps
+        elif self.warmup_steps:
+            warm = min(1.0, (step + 1) / self.warmup_steps)
         if self.kind == 'cosine':
             done = min(step / (self.epochs * self.steps_per_epoch), 1.0)
             return warm * 0.5 * (1 + math.cos(math.pi * done))
@@ -144,6 +181,7 @@ def make_schedule(args: Namespace, steps_per_epoch: int) -> Schedule:
         drops=drops,
         warmup_steps=args.warmup_steps,
         steps_per_epoch=steps_per_epoch,
+        warmup_start=args.warmup_start,
     )
 
 
@@ -164,9 +202,14 @@ def describe_rates(args: Namespace, scheduler: torch.optim.lr_scheduler.LambdaLR
     """Describe the rates and the schedule in force: those of a resumed checkpoint win over the flags."""
     schedule = scheduler.lr_lambdas[0]
     names = ('', 'backbone ', ' and '.join(args.lr_linear_proj_names) + ' ')
+    if args.lr_layer_decay is not None:
+        names = ('',)
     rates = [f'{name}{rate:g}' for name, rate in zip(names, scheduler.base_lrs, strict=False)]
     text = f'{", ".join(rates)}, {schedule}'
     asked = asdict(make_schedule(args, schedule.steps_per_epoch)), [args.lr, args.lr_backbone]
+    if args.lr_layer_decay is not None:
+        text = f'{text}, blocks of the backbone times {args.lr_layer_decay} each, counted from the last'
+        asked[1][1] = args.lr * args.lr_layer_decay
     if asked == (asdict(schedule), scheduler.base_lrs[:2]):
         return text
     return f'{text} (of the resumed checkpoint; the flags say otherwise and are not used)'
@@ -294,6 +337,11 @@ def evaluate(
             outputs = model(samples.to(device, non_blocking=True))
         sizes = torch.stack([frame_size(target) for target in targets]).to(device, non_blocking=True)
         results = postprocessors['bbox'](outputs, sizes)
+        if 'segm' in postprocessors:
+            originals = torch.stack([target['orig_size'] for target in targets])
+            seen = torch.stack([seen_size(target) for target in targets])
+            canvas = tuple(samples.mask.shape[-2:])
+            results = postprocessors['segm'](results, outputs, originals, seen, canvas)
         evaluator.update(
             {int(t['image_id']): to_cpu(result) for t, result in zip(targets, results, strict=True)}
         )
@@ -323,10 +371,15 @@ def draw_predictions(
     for index in range(min(count, len(dataset))):
         image, target = dataset[index]
         samples, _ = collate_fn([(image, target)])
-        results = postprocessors['bbox'](model(samples.to(device)), target['size'][None].to(device))
+        outputs, size = model(samples.to(device)), target['size'][None]
+        results = postprocessors['bbox'](outputs, size.to(device))
+        if 'segm' in postprocessors:
+            results = postprocessors['segm'](results, outputs, size, size)
         height, width = target['size'].tolist()
         boxes = box_cxcywh_to_xyxy(target['boxes']) * torch.tensor([width, height, width, height])
-        rows.append((image, to_cpu(results[0]), {'labels': target['labels'], 'boxes': boxes}))
+        truth = {'labels': target['labels'], 'boxes': boxes}
+        truth |= {'masks': target['masks']} if 'segm' in postprocessors and 'masks' in target else {}
+        rows.append((image, to_cpu(results[0]), truth))
     if path is not None:
         contact_sheet(path, rows, dataset.class_map.names, score_threshold=DRAWN_SCORE)
 
@@ -339,9 +392,12 @@ def grouped(batches: Iterable, size: int) -> Iterator[list]:
 
 
 def targets_to(targets: list[dict[str, Tensor]], device: torch.device) -> list[dict[str, Tensor]]:
-    """Copy labels and boxes, which losses and query sources read, to the device."""
-    keys = ('labels', 'boxes')
-    return [{key: target[key].to(device, non_blocking=True) for key in keys} for target in targets]
+    """Copy labels, boxes and masks, which losses and query sources read, to the device."""
+    keys = ('labels', 'boxes', 'masks')
+    return [
+        {key: target[key].to(device, non_blocking=True) for key in keys if key in target}
+        for target in targets
+    ]
 
 
 def to_cpu(result: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -40,11 +40,12 @@ from models.flags import NUM_CLASSES
 from models.ops.functions import describe as describe_kernels
 from models.parts import all_parts, compile_parts
 from models.recorded import adopt
+from models.segmentation import freeze_all_but_masks
 from models.structures import Prediction
 from models.training.flags import add_training_args, default_of, resolve_all
 from models.training.report import statistics_text, supervision_table
 from models.zoo import with_row
-from util.checkpoint import flags_of, load_checkpoint
+from util.checkpoint import check_frozen, flags_of, load_checkpoint
 from util.distributed.collectives import (
     all_gather_object,
     check_agreement,
@@ -69,6 +70,8 @@ from util.run_state import EpochState, Run, keep_copy, keep_numbered, restore, s
 from util.seeding import seed_everything
 from util.visualize import plot_curves
 from util.weight_files import read_checkpoint
+
+KINDS = {'bbox': 'boxes', 'segm': 'masks'}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -172,12 +175,16 @@ def set_up(
             checkpoint,
             resize=not (args.resume or args.eval),
             resume=bool(args.resume) and not args.eval,
-            name=args.resume or args.pretrained,
+            name=args.resume or args.pretrained or args.frozen_weights,
         )
-        print_main(f'{args.resume or args.pretrained}: {report}')
+        print_main(f'{args.resume or args.pretrained or args.frozen_weights}: {report}')
+        if args.frozen_weights and not (args.resume or args.eval):
+            check_frozen(report)
+    if args.frozen_weights:
+        freeze_all_but_masks(model)
     model.to(device)
     broadcast_from_main([*model.parameters(), *model.buffers()])
-    average = WeightAverage(model, args.ema) if args.ema and not args.eval else None
+    average = WeightAverage(model, args.ema, args.ema_warmup) if args.ema and not args.eval else None
     flops = flops_text(model, list(datasets.values())[-1]) if is_main_process() else ''
     if args.compile:
         compile_parts(model)
@@ -311,10 +318,12 @@ def finish_epoch(
     args, row, record = run.args, dict(metrics), dict(metrics)
     due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
     due = due and not args.no_validate
-    summary = evaluate_once(run, f'epoch {epoch + 1}/{args.epochs} evaluate') if due else None
-    row |= {f'test_{name}': summary.stats[i] if summary else None for i, name in enumerate(STAT_NAMES)}
-    if summary:
-        record |= {'test_coco_eval_bbox': summary.stats, 'per_class': summary.per_class}
+    summaries = evaluate_once(run, f'epoch {epoch + 1}/{args.epochs} evaluate') if due else {}
+    summary = summaries.get('bbox')
+    for kind, prefix in (('bbox', 'test'), *((('segm', 'test_segm'),) if args.masks else ())):
+        stats = summaries[kind].stats if summaries else [None] * len(STAT_NAMES)
+        row |= {f'{prefix}_{name}': value for name, value in zip(STAT_NAMES, stats, strict=True)}
+    record |= record_of(summaries)
     images = run.steps_an_epoch * run.images_a_step
     record |= {'images': images, 'train_seconds': round(seconds, 2)}
     if log:
@@ -329,31 +338,49 @@ def finish_epoch(
                 board.add_scalar(name, value, epoch)
         board.flush()
     ap = f'  AP {summary.stats[0]:.3f}  AP50 {summary.stats[1]:.3f}' if summary else ''
+    if 'segm' in summaries:
+        stats = summaries['segm'].stats
+        ap += f'  mask AP {stats[0]:.3f}  AP50 {stats[1]:.3f}'
     print_main(f'epoch {epoch + 1}/{args.epochs}: loss {row["train_loss"]:.4g}{ap}  {format_time(seconds)}')
     if text := statistics_text(metrics):
         print_main(f'  {text}')
 
 
-def evaluate_once(run: Run, title: str = 'evaluate') -> Summary:
-    """Evaluate the validation images, print the metrics, and draw predictions into the output folder."""
+def evaluate_once(run: Run, title: str = 'evaluate') -> dict[str, Summary]:
+    """Evaluate the validation images, print the metrics, and draw predictions into the output folder.
+
+    Returns:
+        The metrics of boxes, `bbox`, and with --masks those of masks, `segm`.
+    """
     dataset, model = run.datasets['val'], run.best_model
-    evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map, backend=run.args.coco_eval)
+    kinds = ('bbox', 'segm') if run.args.masks else ('bbox',)
+    evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map, kinds, run.args.coco_eval)
     loader, precision, check = run.loaders['val'], run.precision, run.stops.check
     broadcast_from_main(model.buffers())
-    summary = evaluate(model, run.postprocessors, loader, evaluator, title, precision, check)['bbox']
+    summaries = evaluate(model, run.postprocessors, loader, evaluator, title, precision, check)
     if is_main_process():
-        print(summary.table(), flush=True)
+        for kind, summary in summaries.items():
+            print(f'{KINDS[kind]}:\n{summary.table()}' if len(summaries) > 1 else summary.table(), flush=True)
     if run.args.output_dir and (is_main_process() or run.args.fsdp):  # sharded weights need all processes
         path = Path(run.args.output_dir) / 'predictions.png'
         draw_predictions(model, run.postprocessors, dataset, path if is_main_process() else None)
-    return summary
+    return summaries
+
+
+def record_of(summaries: dict[str, Summary]) -> dict:
+    """Return what the logs keep of an evaluation, under the official names."""
+    record: dict[str, list] = {}
+    for kind, summary in summaries.items():
+        ends = ('bbox', '') if kind == 'bbox' else ('masks', '_masks')
+        record |= {f'test_coco_eval_{ends[0]}': summary.stats, f'per_class{ends[1]}': summary.per_class}
+    return record
 
 
 def evaluate_alone(run: Run) -> None:
     """Evaluate for --eval, and write the metrics to `eval.json`."""
-    summary = evaluate_once(run)
+    summaries = evaluate_once(run)
     if run.args.output_dir and is_main_process():
-        record = {'test_coco_eval_bbox': summary.stats, 'per_class': summary.per_class}
+        record = record_of(summaries)
         text = json.dumps(record, indent=1)
         save_atomically(Path(run.args.output_dir) / 'eval.json', lambda path: path.write_text(text))
 
@@ -402,7 +429,7 @@ def find_checkpoint(args: Namespace, restarted: bool) -> dict:
                 '--output_dir'
             )
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    source = args.resume or args.pretrained
+    source = args.resume or args.pretrained or args.frozen_weights
     return read_checkpoint(source) if source else {}
 
 

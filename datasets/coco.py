@@ -308,7 +308,7 @@ def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None =
     """Build the 'train' or 'val' part named by the arguments; `find_files` says where its files are looked for."""
     files, reading = find_files(image_set, args), reading_of(image_set, args)
     mix = build_mix(image_set, args)
-    masks = None if mix else False
+    masks = True if getattr(args, 'masks', False) else None if mix else False
     return CocoDetection(
         *files,
         transforms=transforms_of(image_set, args),

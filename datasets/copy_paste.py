@@ -38,11 +38,11 @@ TRIES = 100
 class LargeScaleJitter:
     """Scaling, cropping, flipping and padding to size x size pixels, and pasting objects of a second image.
 
-    Targets lose their masks here, because no later step reads them.
+    keep_masks: return masks too, which only a detector with masks needs.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, keep_masks: bool = False) -> None:
+        self.size, self.keep_masks = size, keep_masks
 
     def __call__(self, image: Tensor, target: Target, random_item: Callable[[], Sample]) -> Sample:
         """Jitter an image and paste objects into it.
@@ -54,7 +54,7 @@ class LargeScaleJitter:
             return image, target
         source, source_target = self.jittered(*random_item(), random_item)
         image, target = paste(image, target, source, pick(source_target))
-        return image, {key: value for key, value in target.items() if key != 'masks'}
+        return image, {key: value for key, value in target.items() if self.keep_masks or key != 'masks'}
 
     def jittered(self, image: Tensor, target: Target, random_item: Callable[[], Sample]) -> Sample:
         """Jitter an image, or a replacement if it loses all its objects.
@@ -134,4 +134,6 @@ def paste(image: Tensor, target: Target, source: Tensor, source_target: Target) 
 
 def build_mix(image_set: str, args: argparse.Namespace) -> LargeScaleJitter | None:
     """Build the step that mixes images, if --aug has one."""
-    return LargeScaleJitter(args.lsj_size) if image_set == 'train' and args.aug == 'lsj' else None
+    if image_set != 'train' or args.aug != 'lsj':
+        return None
+    return LargeScaleJitter(args.lsj_size, getattr(args, 'masks', False))

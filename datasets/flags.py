@@ -46,6 +46,14 @@ def add_data_args(parser: ArgumentParser) -> None:
         help='longest side of an image, pixels (default: 1333, in proportion to --img_size)',
     )  # fmt: skip
     group.add_argument(
+        '--train_scales', nargs=2, type=int, metavar=('MIN', 'MAX'),
+        help='shortest and longest short side of a training image, pixels, in steps of 32 (default: 480 800, in proportion to '
+        '--img_size)',
+    )  # fmt: skip
+    group.add_argument(
+        '--train_max_size', type=int, help='longest side of a training image, pixels (default: --max_size)'
+    )
+    group.add_argument(
         '--aug', default='detr', choices=AUGMENTATIONS,
         help='augmentation of training images. detr: flip, scale and crop; flip: flip only; none: as at evaluation; co_detr: as '
         "detr by mmdetection's rules of resizing and its choice of objects, at evaluation too; lsj: large-scale jitter in a "
@@ -101,6 +109,16 @@ def check_data_args(args: Namespace) -> None:
     for flag in ('img_size', 'lsj_size', 'shapes_train', 'shapes_val', 'shapes_size', 'shard_buffer'):
         if getattr(args, flag) < 1:
             raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
+    if args.train_scales and not 0 < args.train_scales[0] <= args.train_scales[1]:
+        raise ValueError(
+            f'--train_scales {args.train_scales[0]} {args.train_scales[1]}: give a positive size and a larger one'
+        )
+    if args.train_max_size is not None and args.train_max_size < 1:
+        raise ValueError(f'--train_max_size must be at least 1, not {args.train_max_size}')
+    if args.aug not in ('detr', 'co_detr') and (args.train_scales or args.train_max_size):
+        raise ValueError(
+            f'--train_scales and --train_max_size are not for --aug {args.aug}, which scales otherwise: leave them out'
+        )
     if args.cache_mode and args.aug == 'lsj' and get_local_size() > 1:
         raise ValueError(
             '--aug lsj mixes any two images, but with --cache_mode a process keeps only its share: leave one out'

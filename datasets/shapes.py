@@ -147,7 +147,7 @@ def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None =
         seed=args.seed,
         image_size=args.shapes_size,
         transforms=transforms_of(image_set, args),
-        return_masks=mix is not None,
+        return_masks=mix is not None or getattr(args, 'masks', False),
         mix=mix,
     )
 

@@ -39,7 +39,8 @@ STD = (0.229, 0.224, 0.225)
 
 AUGMENTATIONS = ('detr', 'flip', 'none', 'co_detr', 'lsj')
 BASE_SIZE, BASE_MAX_SIZE = 800, 1333
-BASE_SCALES = tuple(range(480, 801, 32))
+SCALE_STEP = 32  # pixels between two short sides of training
+BASE_SCALES = tuple(range(480, 801, SCALE_STEP))
 BASE_CROP_SCALES = (400, 500, 600)
 BASE_CROP_RANGE = (384, 600)
 LSJ_SIZE = 1024
@@ -196,6 +197,14 @@ def pad_to_square(image: ImageT, target: TargetT, size: int) -> tuple[ImageT, Ta
     return pad(image, target, (size - width, size - height), GREY)
 
 
+def seen_size(target: Target) -> Tensor:
+    """Return the (height, width) [2] of the part of the prepared image that shows the original, pixels.
+
+    It is the whole prepared image, or the part of the square of `FitSquare` that is not grey.
+    """
+    return (target['size'] * target['orig_size'] / frame_size(target)).round().long()
+
+
 def frame_size(target: Target) -> Tensor:
     """Return the (height, width) [2], in pixels of the original image, that boxes in [0, 1] and detections are
     relative to.
@@ -329,6 +338,8 @@ def make_transforms(
     max_size: int | None = None,
     aug: str = 'detr',
     lsj_size: int = LSJ_SIZE,
+    train_scales: Sequence[int] | None = None,
+    train_max_size: int | None = None,
 ) -> Compose:
     """Make the official recipe; another img_size scales all its numbers by img_size / 800.
 
@@ -338,6 +349,9 @@ def make_transforms(
             mmdetection's rules: `rescale` in training and evaluation, and crops whose height is drawn first. 'lsj'
             fits images into squares of lsj_size pixels for evaluation; in training
             datasets.copy_paste.LargeScaleJitter has made squares already.
+        train_scales: smallest and largest short side of training, in steps of 32; the other numbers of training are then
+            those of the recipe, whatever img_size is.
+        train_max_size: bound of the long side in training; by default max_size.
     """
     if image_set not in ('train', 'val'):
         raise ValueError(f'image_set {image_set!r} has no transform: choose train or val')
@@ -360,7 +374,11 @@ def make_transforms(
     if image_set == 'val' or aug in ('flip', 'none'):
         flip = [RandomHorizontalFlip()] if image_set == 'train' and aug == 'flip' else []
         return Compose([*flip, RandomResize([img_size], max_size, rule), NormalizeBoxes()])
-    final = RandomResize([scaled(size, img_size) for size in BASE_SCALES], max_size, rule)
+    scales = [scaled(size, img_size) for size in BASE_SCALES]
+    if train_scales:
+        scales, img_size = list(range(train_scales[0], train_scales[1] + 1, SCALE_STEP)), BASE_SIZE
+        crop_max_size = BASE_CROP_MAX_SIZE if aug == 'co_detr' else None
+    final = RandomResize(scales, train_max_size or max_size, rule)
     zoomed: list[Transform] = [
         RandomResize([scaled(size, img_size) for size in BASE_CROP_SCALES], crop_max_size, rule),
         size_crop(*(scaled(size, img_size) for size in BASE_CROP_RANGE)),
@@ -372,7 +390,10 @@ def make_transforms(
 def transforms_of(image_set: str, args: argparse.Namespace) -> Compose:
     """Make the recipe of the arguments, or of a checkpoint's."""
     lsj_size = getattr(args, 'lsj_size', LSJ_SIZE)  # older checkpoints have none
-    return make_transforms(image_set, args.img_size, args.max_size, args.aug, lsj_size)
+    scales, train_max_size = (getattr(args, name, None) for name in ('train_scales', 'train_max_size'))
+    return make_transforms(
+        image_set, args.img_size, args.max_size, args.aug, lsj_size, scales, train_max_size
+    )
 
 
 def scaled(size: int, img_size: int) -> int:

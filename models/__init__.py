@@ -10,7 +10,7 @@ from torch import nn
 
 from .backbone import Joiner, build_backbone
 from .conditional_detr import ConditionalDecoder, ConditionalDecoderLayer
-from .defaults import backbone_maps, level_strides, resolve_args
+from .defaults import backbone_maps, has_pyramid, level_strides, resolve_args, returned_maps
 from .deformable_detr import DeformableDETR
 from .deformable_transformer import (
     DeformableDecoder,
@@ -34,12 +34,14 @@ from .parts import recompute
 from .position_encoding import build_position_encoding
 from .postprocess import (
     CandidatePostProcess,
+    MaskPostProcess,
     NMSPostProcess,
     SoftmaxPostProcess,
     SoftNMSPostProcess,
     TopKPostProcess,
 )
 from .recorded import NetworkFlags
+from .segmentation import build_mask_heads
 from .transformer import (
     Transformer,
     TransformerDecoder,
@@ -47,6 +49,7 @@ from .transformer import (
     TransformerEncoder,
     TransformerEncoderLayer,
 )
+from .vit import feature_pyramid
 
 __all__ = [
     'DEFORMABLE_FLAGS',
@@ -148,6 +151,13 @@ def build_layer_heads(args: Namespace) -> tuple[nn.ModuleList, nn.ModuleList]:
     return heads
 
 
+def build_masks(args: Namespace, num_channels: list[int]) -> dict[str, nn.Module] | None:
+    """Build the mask heads that --masks asks for. num_channels: those of the backbone's maps, finest first."""
+    if not args.masks:
+        return None
+    return build_mask_heads(args.hidden_dim, args.nheads, num_channels[-2::-1])
+
+
 def build_detector(
     args: Namespace, num_queries: dict[str, int], query_sources: nn.ModuleDict | None = None
 ) -> nn.Module:
@@ -164,7 +174,7 @@ def build_detector(
             weights=args.backbone_weights,
             dilation=args.dilation,
             norm=args.backbone_norm,
-            stages=backbone_maps(args),
+            stages=returned_maps(args),
             train=getattr(args, 'lr_backbone', None) != 0,
             drop_path_rate=args.drop_path_rate,
             frozen_stages=args.backbone_frozen_stages,
@@ -181,6 +191,7 @@ def build_detector(
         'num_queries': num_queries,
         'aux_loss': args.aux_loss,
         'query_sources': query_sources,
+        'mask_heads': build_masks(args, backbone.num_channels),
     }
     second_heads = args.use_ms_detr and args.ms_variant == 'a'
     if args.family == 'deformable':
@@ -197,6 +208,8 @@ def build_detector(
             class_embed_o2m=copy.deepcopy(heads[0][: args.dec_layers]) if second_heads else None,
             eval_module=None if args.eval_module == 'detr' else args.eval_module,
             input_bias=args.input_proj_bias,
+            num_maps=len(backbone_maps(args)),
+            pyramid=feature_pyramid(backbone.num_channels[0], args.hidden_dim) if has_pyramid(args) else None,
         )
     else:
         focal = args.family != 'detr'
@@ -246,7 +259,7 @@ def freeze_unreached_heads(model: nn.Module, criterion: nn.Module, two_stage: bo
         if 'ce' not in terms['o2m']:
             model.class_embed_o2m.requires_grad_(False)
         terms['o2m'] -= {'ce'}
-    decoder = set().union(*terms.values())
+    decoder = set().union(*terms.values()) - {'mask', 'dice'}
     for heads, is_class in ((model.class_embed, True), (model.bbox_embed, False)):
         layers = heads[:-1] if two_stage else heads
         if not (decoder & {'ce'} if is_class else decoder - {'ce'}):
@@ -256,13 +269,18 @@ def freeze_unreached_heads(model: nn.Module, criterion: nn.Module, two_stage: bo
 
 
 def build_postprocessors(args: Namespace) -> dict[str, nn.Module]:
-    """Build the postprocessor `bbox`, which turns outputs into detections in pixels."""
+    """Build the postprocessors: `bbox` turns outputs into detections in pixels, `segm` adds their masks."""
+    masks = {'segm': MaskPostProcess()} if args.masks else {}
+    return {'bbox': build_box_postprocessor(args)} | masks
+
+
+def build_box_postprocessor(args: Namespace) -> nn.Module:
     if args.family == 'detr':
-        return {'bbox': SoftmaxPostProcess()}
+        return SoftmaxPostProcess()
     if args.eval_module != 'detr':
-        return {'bbox': CandidatePostProcess(AUXILIARY_HEADS[args.eval_module])}
+        return CandidatePostProcess(AUXILIARY_HEADS[args.eval_module])
     if args.nms_iou_threshold is not None:
-        return {'bbox': NMSPostProcess(args.topk_eval, args.nms_iou_threshold, args.clamp_boxes)}
+        return NMSPostProcess(args.topk_eval, args.nms_iou_threshold, args.clamp_boxes)
     if args.soft_nms_threshold:
-        return {'bbox': SoftNMSPostProcess(args.topk_eval, args.soft_nms_threshold, args.num_queries)}
-    return {'bbox': TopKPostProcess(args.topk_eval, args.clamp_boxes)}
+        return SoftNMSPostProcess(args.topk_eval, args.soft_nms_threshold, args.num_queries)
+    return TopKPostProcess(args.topk_eval, args.clamp_boxes)

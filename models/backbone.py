@@ -1,9 +1,10 @@
 """
-Backbones: torchvision's ResNet and MobileNetV2, Swin (`swin.py`), and any feature network of timm as `timm/NAME`.
+Backbones: torchvision's ResNet and MobileNetV2, Swin (`swin.py`), ViT (`vit.py`), and any feature network of timm as
+`timm/NAME`.
 
 The backbone holds the mean and standard deviation that its weights were trained with. It normalises uint8 images on
 the device, and takes floating-point images as normalised already. Parameter names under `backbone.0.body` are
-torchvision's, or the official ones of Swin.
+torchvision's, or the official ones of Swin and ViT.
 """
 
 import pickle
@@ -25,6 +26,7 @@ from util.weight_files import read_checkpoint, state_of
 from .frozen_norm import fold_frozen_norms
 from .parts import call_part
 from .swin import SWIN_SIZES, WEIGHTS_URL, SwinTransformer, load_pretrained
+from .vit import VIT_SIZES, VisionTransformer, load_vit
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Every ResNet of torchvision, ResNeXt and Wide ResNet included, and a smaller one of ours.
@@ -83,6 +85,11 @@ class Joiner(nn.Sequential):
     def num_channels(self) -> list[int]:
         return self[0].num_channels
 
+    @property
+    def multiple(self) -> int:
+        """Return the number of pixels that the sides of a batch must be multiples of."""
+        return getattr(self[0].body, 'multiple', 1)
+
     def forward(self, samples: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
         """Return feature maps [B, C, h, w] and their encodings [B, hidden_dim, h, w], coarsest last."""
         features = self[0](samples)
@@ -137,7 +144,8 @@ def build_backbone(
     norm: str,
     stages: range,
     train: bool,
-    **swin_options: object,
+    drop_path_rate: float = 0.0,
+    frozen_stages: int = -1,
 ) -> Backbone:
     """Build a backbone, and freeze what is not to be trained.
 
@@ -148,7 +156,7 @@ def build_backbone(
         norm: `frozen`, `batch` or `group`.
         stages: stages whose maps are returned. Stages 1 to 4 have strides 4, 8, 16 and 32 (16 with dilation).
         train: False freezes all parameters.
-        swin_options: arguments of `SwinTransformer`; other networks ignore them.
+        drop_path_rate, frozen_stages: arguments of `SwinTransformer`; ViT has the first too, other networks none.
 
     Raises:
         ValueError: the name is unknown, or the network lacks one of the options.
@@ -156,7 +164,11 @@ def build_backbone(
     if name.startswith('timm/'):
         backbone = build_timm(name.removeprefix('timm/'), weights, dilation, norm, stages)
     elif name in SWIN_SIZES:
-        backbone = build_swin(name, weights, dilation, norm, stages, swin_options)
+        refuse_convolutional(name, dilation, norm)
+        backbone = build_swin(name, weights, stages, drop_path_rate, frozen_stages)
+    elif name in VIT_SIZES:
+        refuse_convolutional(name, dilation, norm)
+        backbone = build_vit(name, weights, drop_path_rate)
     else:
         backbone = build_torchvision(name, weights, dilation, norm, stages)
     trainable = () if not train else trainable_stages(name, norm)
@@ -168,7 +180,7 @@ def build_backbone(
 
 def trainable_stages(name: str, norm: str) -> tuple[str, ...] | None:
     """Return the prefixes of the parameters that train, or None if all of them do."""
-    if norm != 'frozen' or name.startswith('timm/') or name in SWIN_SIZES:
+    if norm != 'frozen' or name.startswith('timm/') or name in (*SWIN_SIZES, *VIT_SIZES):
         return None
     if name in RESNETS:
         return ('layer2', 'layer3', 'layer4')
@@ -178,7 +190,7 @@ def trainable_stages(name: str, norm: str) -> tuple[str, ...] | None:
 
 def build_torchvision(name: str, weights: str, dilation: bool, norm: str, stages: range) -> Backbone:
     if name not in (*RESNETS, *FEATURE_STAGES):
-        names = ', '.join((*RESNETS, *FEATURE_STAGES, *SWIN_SIZES))
+        names = ', '.join((*RESNETS, *FEATURE_STAGES, *SWIN_SIZES, *VIT_SIZES))
         raise ValueError(f"unknown backbone '{name}': choose {names} or timm/NAME")
     if dilation and name in ('resnet10', 'resnet18', 'resnet34', *FEATURE_STAGES):
         raise ValueError(f'--dilation (DC5) needs resnet50 or deeper: {name} has no dilated last stage')
@@ -258,19 +270,32 @@ def load_backbone_file(network: nn.Module, path: str) -> nn.Module:
     return network
 
 
-def build_swin(
-    name: str, weights: str, dilation: bool, norm: str, stages: range, options: dict[str, object]
-) -> Backbone:
-    """Build a Swin backbone. Only the main process downloads weights from a URL."""
+def refuse_convolutional(name: str, dilation: bool, norm: str) -> None:
     if dilation or norm != 'frozen':
         flag = '--dilation' if dilation else f'--backbone_norm {norm}'
         raise ValueError(
             f'{flag} is for convolutional backbones, and {name} has neither batch norms nor a dilated stage: leave it out'
         )
-    body = SwinTransformer(SWIN_SIZES[name], stages, **options)
+
+
+def build_swin(name: str, weights: str, stages: range, drop_path_rate: float, frozen_stages: int) -> Backbone:
+    """Build a Swin backbone. Only the main process downloads weights from a URL."""
+    body = SwinTransformer(SWIN_SIZES[name], stages, drop_path_rate, frozen_stages)
     source = WEIGHTS_URL.format(SWIN_SIZES[name].weights) if weights == 'imagenet' else weights
     if source != 'none' and (is_main_process() or not source.startswith(('http://', 'https://'))):
         load_pretrained(body, source)
+    return Backbone(body, body.num_channels)
+
+
+def build_vit(name: str, weights: str, drop_path_rate: float) -> Backbone:
+    if weights == 'imagenet':
+        raise ValueError(
+            f'the weights of {name} have no direct address: fetch those of EVA-02 (pretrained on Objects365 by Co-DETR, or on '
+            'images) and pass their path (--backbone_weights FILE), or none to start from random numbers'
+        )
+    body = VisionTransformer(VIT_SIZES[name], drop_path_rate)
+    if weights != 'none':
+        load_vit(body, weights)
     return Backbone(body, body.num_channels)
 
 

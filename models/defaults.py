@@ -14,6 +14,9 @@ from .flags import (
 )
 from .parts import PLACES
 from .swin import SWIN_SIZES
+from .vit import VIT_SIZES
+
+PYRAMID_STRIDES = [4, 8, 16, 32, 64]  # of the levels that a ViT's map is made into
 
 
 def resolve_args(args: Namespace) -> Namespace:
@@ -54,7 +57,11 @@ def resolve_co_detr(args: Namespace) -> None:
         for flag in DINO_FLAGS:
             setattr(args, flag, True)
     co_detr = args.dino or bool(args.co_aux_heads)
-    many_levels = args.dino and args.num_feature_levels >= 5
+    many_levels = (
+        args.family == 'deformable'
+        and args.num_feature_levels >= 5
+        and (args.dino or args.backbone in VIT_SIZES)
+    )
     defaults = {
         'finest_stride': 4 if many_levels else 8,
         'input_proj_bias': not co_detr,
@@ -94,6 +101,8 @@ def check_args(args: Namespace) -> None:
             f'--dilation changes stage 4, but --backbone_stages is {args.backbone_stages}: give one of them'
         )
     check_swin_args(args)
+    check_vit_args(args)
+    check_masks(args)
     check_checkpointing(args)
     check_ms_detr_args(args)
     check_detection_args(args)
@@ -105,8 +114,9 @@ def check_args(args: Namespace) -> None:
 def check_swin_args(args: Namespace) -> None:
     """Refuse impossible flags of Swin. Its defaults pass with any backbone, since official namespaces hold them."""
     for flag, default in (('drop_path_rate', DROP_PATH_RATE), ('backbone_frozen_stages', -1)):
-        if args.backbone not in SWIN_SIZES and getattr(args, flag) != default:
-            raise ValueError(f'--{flag} is for Swin, and --backbone is {args.backbone}: leave it out')
+        has_blocks = args.backbone in SWIN_SIZES or (args.backbone in VIT_SIZES and flag == 'drop_path_rate')
+        if not has_blocks and getattr(args, flag) != default:
+            raise ValueError(f'--{flag} is not for --backbone {args.backbone}: leave it out')
     if not 0 <= args.drop_path_rate < 1:
         raise ValueError(f'--drop_path_rate {args.drop_path_rate} must be at least 0 and less than 1')
     if not -1 <= args.backbone_frozen_stages <= args.backbone_stages + 1:
@@ -114,6 +124,29 @@ def check_swin_args(args: Namespace) -> None:
             f'--backbone_frozen_stages {args.backbone_frozen_stages} must be between -1 and {args.backbone_stages + 1}, '
             f'the number for all {args.backbone_stages} stages'
         )
+
+
+def check_vit_args(args: Namespace) -> None:
+    if args.backbone not in VIT_SIZES:
+        return
+    if args.backbone_stages != 4:
+        raise ValueError(
+            f'--backbone_stages {args.backbone_stages} is not for {args.backbone}, which has one map: leave it out'
+        )
+    if args.family == 'deformable' and args.num_feature_levels not in (1, len(PYRAMID_STRIDES)):
+        raise ValueError(
+            f'--num_feature_levels {args.num_feature_levels} must be {len(PYRAMID_STRIDES)}, the levels of the feature pyramid '
+            f'of {args.backbone}, or 1'
+        )
+
+
+def check_masks(args: Namespace) -> None:
+    if args.masks and args.eval_module != 'detr':
+        raise ValueError(
+            f'--masks are those of the decoder: leave --eval_module {args.eval_module} out, or --masks'
+        )
+    if args.masks and args.backbone in VIT_SIZES:
+        raise ValueError(f'--masks needs maps of several strides, and {args.backbone} has one: leave it out')
 
 
 def check_checkpointing(args: Namespace) -> None:
@@ -206,6 +239,8 @@ def backbone_maps(args: Namespace) -> range:
 
     Only the last is read for one feature level, otherwise all from the first or second on.
     """
+    if args.backbone in VIT_SIZES:
+        return range(3, 4)
     if args.family != 'deformable' or args.num_feature_levels == 1:
         first = args.backbone_stages
     else:
@@ -213,8 +248,21 @@ def backbone_maps(args: Namespace) -> range:
     return range(first, args.backbone_stages + 1)
 
 
+def returned_maps(args: Namespace) -> range:
+    """Return the stages of the backbone whose maps are returned: those that levels are made from; for masks all."""
+    maps = backbone_maps(args)
+    return range(1, maps[-1] + 1) if args.masks else maps
+
+
+def has_pyramid(args: Namespace) -> bool:
+    """Tell whether all levels are made from the only map of a ViT."""
+    return args.backbone in VIT_SIZES and args.num_feature_levels > 1
+
+
 def level_strides(args: Namespace) -> list[int]:
     """Return the strides of Deformable DETR's feature maps, finest first."""
+    if has_pyramid(args):
+        return PYRAMID_STRIDES
     strides = [2 ** (stage + 1) for stage in backbone_maps(args)]
     if args.dilation:
         strides[-1] //= 2

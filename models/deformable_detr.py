@@ -6,10 +6,11 @@ With box refinement each decoder layer has its own heads; without it all layers 
 
 from torch import Tensor, nn
 
-from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list, resize_mask
+from util.nested_tensor import NestedTensor, as_batch, resize_mask
 
 from .deformable_transformer import DeformableTransformer
 from .heads import read_layers
+from .segmentation import predict_masks
 from .structures import Memory, Prediction, QueryGroup, split_groups
 
 
@@ -26,6 +27,9 @@ class DeformableDETR(nn.Module):
         class_embed_o2m: class heads of second readings (`models.ms_detr`); None: the usual class heads.
         eval_module: auxiliary head that detects outside training, in place of the decoder.
         input_bias: give the projections of the backbone's maps biases.
+        num_maps: number of the backbone's maps that levels are made from, the coarsest; None: all. Masks read all.
+        mask_heads: modules that predict masks (`models.segmentation.build_mask_heads`).
+        pyramid: modules that make every level from the backbone's only map, in place of projections (`models.vit`).
     """
 
     def __init__(
@@ -42,6 +46,9 @@ class DeformableDETR(nn.Module):
         class_embed_o2m: nn.ModuleList | None = None,
         eval_module: str | None = None,
         input_bias: bool = True,
+        pyramid: nn.ModuleList | None = None,
+        num_maps: int | None = None,
+        mask_heads: dict[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.transformer = transformer
@@ -50,8 +57,14 @@ class DeformableDETR(nn.Module):
         if mixed_selection or not two_stage:  # content alone, or position and content
             width = hidden_dim if two_stage else 2 * hidden_dim
             self.query_embed = nn.Embedding(sum(num_queries.values()), width)
-        self.input_proj = input_projections(backbone.num_channels, hidden_dim, num_levels, input_bias)
+        self.has_pyramid = pyramid is not None
+        self.input_proj = pyramid
+        if pyramid is None:
+            channels = backbone.num_channels[-(num_maps or len(backbone.num_channels)) :]
+            self.input_proj = input_projections(channels, hidden_dim, num_levels, input_bias)
+        self.num_maps = num_maps or len(backbone.num_channels)
         self.backbone = backbone
+        self.multiple = getattr(backbone, 'multiple', 1)
         self.class_embed_o2m = class_embed_o2m
         self.query_sources = query_sources if query_sources is not None else nn.ModuleDict()
         self.num_queries = num_queries
@@ -60,14 +73,18 @@ class DeformableDETR(nn.Module):
         self.mixed_selection = mixed_selection
         self.aux_loss = aux_loss
         self.eval_module = eval_module
+        self.has_masks = bool(mask_heads)
+        for name, module in (mask_heads or {}).items():
+            self.add_module(name, module)
 
     def forward(
         self, samples: NestedTensor | list[Tensor] | Tensor, targets: list[dict] | None = None
     ) -> dict:
         """Predict class logits and boxes; arguments and result are those of `models.detr.DETR.forward`."""
-        if not isinstance(samples, NestedTensor):
-            samples = nested_tensor_from_tensor_list(samples)
-        memory = self.transformer.encode(*self.levels(samples), samples.mask)
+        samples = as_batch(samples, self.multiple)
+        features, pos = self.backbone(samples)
+        levels = self.levels(samples, features, pos)
+        memory = self.transformer.encode(*levels, samples.mask)
         if self.eval_module is not None and not self.training:
             return self.query_sources['collaborative'].detect(memory, self.eval_module)
         groups, predictions = self.queries(memory)
@@ -85,11 +102,27 @@ class DeformableDETR(nn.Module):
         predictions += read_layers(layers[read], groups, *heads, self.class_embed_o2m, self.aux_loss)
         last = next(p for p in predictions if p.kind == groups[0].name and p.layer is None)
         outputs = {'pred_logits': last.logits, 'pred_boxes': last.boxes}
+        if self.has_masks:
+            finer, level = [x.tensors for x in features[-2::-1]], self.num_maps - 1
+            queries = layers[-1].hs[:, : last.logits.shape[1]]
+            last.masks = predict_masks(
+                self.bbox_attention, self.mask_head, queries, memory, level, levels[0][level], finer
+            )
+            outputs['pred_masks'] = last.masks
         return outputs | {'predictions': predictions, 'losses': losses} if self.training else outputs
 
-    def levels(self, samples: NestedTensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return projected feature maps [B, C, H, W], padding masks and encodings of every level, finest first."""
-        features, pos = self.backbone(samples)
+    def levels(
+        self, samples: NestedTensor, features: list[NestedTensor], pos: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return projected feature maps [B, C, H, W], padding masks and encodings of every level, finest first.
+
+        features, pos: output of the backbone.
+        """
+        features, pos = features[-self.num_maps :], pos[-self.num_maps :]
+        if self.has_pyramid:
+            srcs = [level(features[-1].tensors) for level in self.input_proj]
+            masks = [resize_mask(samples.mask, src.shape[-2:]) for src in srcs]
+            return srcs, masks, [self.backbone.encode_positions(mask).to(srcs[0].dtype) for mask in masks]
         srcs = [project(x.tensors) for project, x in zip(self.input_proj, features, strict=False)]
         masks = [x.mask for x in features]
         for index in range(len(features), len(self.input_proj)):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from datasets.class_map import ClassMap
 from datasets.image_io import read_image
-from datasets.transforms import frame_size, transforms_of
+from datasets.transforms import frame_size, seen_size, transforms_of
 from models import build_detector, build_postprocessors
 from models.recorded import settle
 from models.zoo import find_row
@@ -23,33 +23,36 @@ IMAGE_FLAGS = {'img_size': 800, 'max_size': None, 'aug': 'detr'}
 
 
 class Detector:
-    """A model in evaluation mode, its postprocessor, classes and image preparation.
+    """A model in evaluation mode, its postprocessors, classes and image preparation.
 
     Args:
         args: settled flags of the model and of the preparation (img_size, max_size, aug, lsj_size).
     """
 
     def __init__(
-        self, model: nn.Module, postprocess: nn.Module, class_map: ClassMap, args: Namespace
+        self, model: nn.Module, postprocessors: dict[str, nn.Module], class_map: ClassMap, args: Namespace
     ) -> None:
-        self.model, self.postprocess, self.class_map, self.args = model.eval(), postprocess, class_map, args
+        self.model, self.postprocessors = model.eval(), postprocessors
+        self.class_map, self.args = class_map, args
         self.prepare = transforms_of('val', args)
 
     def __call__(self, image: Tensor | str | Path, score_threshold: float = 0.3) -> list[dict]:
         """Detect objects in a uint8 image [3, H, W] or an image file.
 
         Returns:
-            Objects by falling score, each with its `name`, `score` and `box` (x0, y0, x1, y1 in pixels).
+            Objects by falling score, each with its `name`, `score` and `box` (x0, y0, x1, y1 in pixels), and from a
+                detector with masks its `mask` [H, W] bool.
         """
         image = image if isinstance(image, Tensor) else read_image(Path(image))
         result = self.detect(image)
         order = result['scores'].argsort(descending=True)
-        rows = zip(*(result[key][order].tolist() for key in ('labels', 'scores', 'boxes')), strict=True)
-        return [
-            {'name': name, 'score': score, 'box': box}
-            for label, score, box in rows
-            if score >= score_threshold and (name := self.class_map.names[label]) is not None
-        ]
+        found = []
+        for index in order.tolist():
+            name, score = self.class_map.names[result['labels'][index]], result['scores'][index].item()
+            if score >= score_threshold and name is not None:
+                found.append({'name': name, 'score': score, 'box': result['boxes'][index].tolist()})
+                found[-1] |= {'mask': result['masks'][index, 0].bool()} if 'masks' in result else {}
+        return found
 
     @torch.no_grad()
     def detect(self, image: Tensor) -> dict[str, Tensor]:
@@ -57,8 +60,13 @@ class Detector:
         device = next(self.model.parameters()).device
         resized, target = self.prepare(image, {'orig_size': torch.tensor(image.shape[-2:])})
         samples = nested_tensor_from_tensor_list([resized]).to(device)
-        result = self.postprocess(self.model(samples), frame_size(target)[None].to(device))[0]
-        return {key: value.cpu() for key, value in result.items()}
+        outputs, size = self.model(samples), frame_size(target)[None]
+        results = self.postprocessors['bbox'](outputs, size.to(device))
+        if 'segm' in self.postprocessors:
+            original, seen = target['orig_size'][None], seen_size(target)[None]
+            canvas = tuple(samples.mask.shape[-2:])
+            results = self.postprocessors['segm'](results, outputs, original, seen, canvas)
+        return {key: value.cpu() for key, value in results[0].items()}
 
 
 def load_detector(model: str = '', weights: str | Path = '', device: str | torch.device = 'cpu') -> Detector:
@@ -89,7 +97,7 @@ def load_detector(model: str = '', weights: str | Path = '', device: str | torch
     network = build_detector(args, {'one2one': args.num_queries})
     load_checkpoint(network, checkpoint, name=source)
     network.to(choose_device(str(device)) if device == 'auto' else device)
-    return Detector(network, build_postprocessors(args)['bbox'], class_map, args)
+    return Detector(network, build_postprocessors(args), class_map, args)
 
 
 def class_map_of(checkpoint: dict, source: str) -> ClassMap:

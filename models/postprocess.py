@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
@@ -29,7 +30,18 @@ class SoftmaxPostProcess(nn.Module):
         """
         scores, labels = outputs['pred_logits'].softmax(-1)[..., :-1].max(-1)
         boxes = scale_boxes(outputs['pred_boxes'], target_sizes)
-        return [{'scores': s, 'labels': c, 'boxes': b} for s, c, b in zip(scores, labels, boxes, strict=True)]
+        query = torch.arange(scores.shape[1], device=scores.device).expand_as(labels)
+        return detections_of(outputs, scores, labels, boxes, query)
+
+
+def detections_of(
+    outputs: dict[str, Tensor], scores: Tensor, labels: Tensor, boxes: Tensor, query: Tensor
+) -> Detections:
+    """Make a dictionary for each image; with masks it has the `query` of each detection too."""
+    fields = {'scores': scores, 'labels': labels, 'boxes': boxes}
+    if 'pred_masks' in outputs:
+        fields['query'] = query
+    return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
 
 
 class TopKPostProcess(nn.Module):
@@ -57,8 +69,7 @@ class TopKPostProcess(nn.Module):
         if self.clamp:
             boxes = clamp_boxes(boxes, target_sizes[:, None])
         boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))
-        labels = index % num_classes
-        return [{'scores': s, 'labels': c, 'boxes': b} for s, c, b in zip(scores, labels, boxes, strict=True)]
+        return detections_of(outputs, scores, index % num_classes, boxes, query)
 
 
 def clamp_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
@@ -145,7 +156,8 @@ class SoftNMSPostProcess(nn.Module):
         order, scores = soft_suppression(scores.cpu().numpy(), factor, self.smallest_score)
         order = torch.from_numpy(order[: self.num_select]).to(labels.device)
         scores = torch.from_numpy(scores[: self.num_select]).to(labels.device)
-        return {'scores': scores, 'labels': labels[order], 'boxes': boxes[order]}
+        rest = {key: pairs[key][order] for key in ('query',) if key in pairs}
+        return {'scores': scores, 'labels': labels[order], 'boxes': boxes[order]} | rest
 
 
 def soft_suppression(
@@ -168,3 +180,38 @@ def soft_suppression(
         left *= factor[best]
         left[best] = -1.0
     return np.array(order, dtype=np.int64), np.array(kept, dtype=scores.dtype)
+
+
+class MaskPostProcess(nn.Module):
+    """Masks of detections in the original images (DETR). threshold: probability above which a pixel is object."""
+
+    def __init__(self, threshold: float = 0.5) -> None:
+        super().__init__()
+        self.threshold = threshold
+
+    @torch.no_grad()
+    def forward(
+        self,
+        detections: Detections,
+        outputs: dict[str, Tensor],
+        original_sizes: Tensor,
+        sizes: Tensor,
+        canvas: tuple[int, int] | None = None,
+    ) -> Detections:
+        """Return the detections with `masks` [N, 1, H, W] uint8 in place of `query`.
+
+        Args:
+            original_sizes: [B, 2] height and width of the original images.
+            sizes: [B, 2] height and width of the part of the network's input that shows them.
+            canvas: height and width of the network's input, the padded batch; None: the largest of `sizes`.
+        """
+        canvas = canvas or tuple(sizes.amax(0).tolist())
+        found = []
+        for one, masks, original, (height, width) in zip(
+            detections, outputs['pred_masks'], original_sizes.tolist(), sizes.tolist(), strict=True
+        ):
+            x = F.interpolate(masks[one['query']][:, None], size=canvas, mode='bilinear', align_corners=False)
+            seen = (x[..., :height, :width].sigmoid() > self.threshold).float()
+            pixels = F.interpolate(seen, size=original, mode='nearest').byte()
+            found.append({key: value for key, value in one.items() if key != 'query'} | {'masks': pixels})
+        return found

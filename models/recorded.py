@@ -16,7 +16,14 @@ TRAINING_FLAGS = (
     'local_init', 'look_forward_twice', 'backbone_weights', 'backbone_norm', 'drop_path_rate', 'backbone_frozen_stages',
     'dropout', 'use_checkpoint', 'use_aux_ffn',
 )  # fmt: skip
-DETECTION_FLAGS = ('topk_eval', 'nms_iou_threshold', 'soft_nms_threshold', 'clamp_boxes', 'eval_module')
+DETECTION_FLAGS = (
+    'masks',
+    'topk_eval',
+    'nms_iou_threshold',
+    'soft_nms_threshold',
+    'clamp_boxes',
+    'eval_module',
+)
 # Names of entries tell these when weights are loaded.
 TOLD_BY_NAMES = ('num_queries', 'input_proj_bias', 'use_ms_detr', 'ms_variant')
 CHOOSE_FAMILY = ('conditional', 'deformable')

@@ -388,7 +388,7 @@ def test_true_objects_score_one_at_evaluation_and_in_predictions(tmp_path: Path,
     draw_predictions(model, postprocess, dataset, tmp_path / 'drawn.png', count=1)
     image, target = dataset.untransformed(1)
     args = Namespace(img_size=80, max_size=None, aug=aug, lsj_size=96)
-    result = Detector(model, postprocess['bbox'], dataset.class_map, args).detect(image)
+    result = Detector(model, postprocess, dataset.class_map, args).detect(image)
     best = result['scores'] > 0.5
     order = [extent_order(boxes) for boxes in (result['boxes'][best], target['boxes'])]
     torch.testing.assert_close(order[0], order[1], rtol=0, atol=1e-3)

@@ -416,7 +416,8 @@ def test_decoder_groups_do_not_see_each_other() -> None:
     with float64():
         model, _, _ = build(TWO_STAGE)
         transformer = model.eval().transformer
-        memory = transformer.encode(*model.levels(nested_tensor_from_tensor_list(torch.randn(2, 3, 64, 64))))
+        samples = nested_tensor_from_tensor_list(torch.randn(2, 3, 64, 64))
+        memory = transformer.encode(*model.levels(samples, *model.backbone(samples)))
         one, many = (
             QueryGroup(
                 name, torch.randn(2, num, 32), torch.randn(2, num, 32), torch.rand(2, num, 4) * 0.5 + 0.2

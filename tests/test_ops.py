@@ -389,7 +389,8 @@ def test_transformer_compiles_in_one_graph() -> None:
     """Encoder, proposals and decoder without a graph break, forward and backward."""
     model = small_detector().model
     with torch.no_grad():
-        srcs, masks, pos = model.levels(nested(torch.randn(2, 3, 128, 160)))
+        samples = nested(torch.randn(2, 3, 128, 160))
+        srcs, masks, pos = model.levels(samples, *model.backbone(samples))
 
     def transform(*srcs: Tensor) -> Tensor:
         memory = model.transformer.encode(list(srcs), masks, pos)

@@ -120,7 +120,7 @@ def read_checkpoints(folder: Path, epochs: list[Epoch], device: torch.device) ->
         if data is None:
             data = build_dataset('val', detector.args, detector.class_map)
             matcher = build_supervision(detector.args)[0].table['one2one'].matcher
-        chosen, epoch.duplicates = examine(detector.model, detector.postprocess, data, matcher)
+        chosen, epoch.duplicates = examine(detector.model, detector.postprocessors['bbox'], data, matcher)
         if before is not None:
             epoch.changes = (chosen != before).float().mean().item()
         before = chosen

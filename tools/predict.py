@@ -24,6 +24,7 @@ from torchvision.io import write_png
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.class_map import ClassMap
+from datasets.coco_eval import encode_masks
 from datasets.image_io import read_image
 from models.detector import load_detector
 from util.files import save_atomically
@@ -98,7 +99,8 @@ def coco_results(name: str, result: dict[str, Tensor], class_map: ClassMap) -> l
     The id of an image is the number that its file is named by, as COCO's are, else its name.
     """
     stem = Path(name).stem
-    rows = zip(result['scores'].tolist(), result['labels'].tolist(), result['boxes'].tolist(), strict=True)
+    columns = [result[key].tolist() for key in ('scores', 'labels', 'boxes')]
+    masks = encode_masks(result['masks']) if 'masks' in result else [None] * len(columns[0])
     return [
         {
             'image_id': int(stem) if stem.isdecimal() else name,
@@ -107,8 +109,9 @@ def coco_results(name: str, result: dict[str, Tensor], class_map: ClassMap) -> l
             'category_name': class_map.names[label],
             'bbox': [round(v, 2) for v in (x0, y0, x1 - x0, y1 - y0)],
             'score': round(score, 5),
+            **({'segmentation': mask} if mask else {}),
         }
-        for score, label, (x0, y0, x1, y1) in rows
+        for score, label, (x0, y0, x1, y1), mask in zip(*columns, masks, strict=True)
         if class_map.names[label] is not None
     ]
 
@@ -132,7 +135,9 @@ def main(args: Namespace) -> None:
         result = detector.detect(image)
         rows += coco_results(name, select(result, args.json_score_thr), class_map)
         drawn = select(result, args.score_thr)
-        drawing = draw_boxes(image, drawn['boxes'], drawn['labels'], class_map.names, drawn['scores'])
+        drawing = draw_boxes(
+            image, drawn['boxes'], drawn['labels'], class_map.names, drawn['scores'], drawn.get('masks')
+        )
         save_atomically(folder / drawing_name(name, names), partial(write_png_file, drawing))
         print(f'{path}: {len(drawn["scores"])} objects of score {args.score_thr} or more')
     save_atomically(folder / 'predictions.json', lambda path: path.write_text(json.dumps(rows)))

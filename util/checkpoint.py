@@ -20,13 +20,12 @@ from util.files import save_atomically
 from util.foreign_names import COCO_IDS, flags_of_transformers, spread_coco_classes, to_official
 from util.weight_files import read_checkpoint, state_of
 
-# Parameters used only in training: query sources, and MS-DETR's second reading of the queries.
-TRAINING_ONLY = (
-    r'query_sources\.|class_embed_o2m\.|transformer\.decoder\.layers\.\d+\.(linear3|linear4|norm4)\.'
-)
+# Parameters that a detector of boxes does not need: query sources, MS-DETR's second reading of the queries, masks.
+TRAINING_ONLY = r'query_sources\.|bbox_attention\.|mask_head\.|class_embed_o2m\.|transformer\.decoder\.layers\.\d+\.(linear3|linear4|norm4)\.'
 INPUT_BIAS = r'input_proj\.\d+\.0\.bias'
 RESIZABLE = ('class_embed', 'query_embed')  # --pretrained accepts these from a model of another size
 SOURCES = ('query_sources.',)  # used only in training
+MASKS = ('bbox_attention.', 'mask_head.')  # may be missing in --pretrained
 DETREX_ONE2MANY = 1500  # queries of H-DETR's second group in every configuration of detrex
 
 
@@ -129,16 +128,16 @@ def load_checkpoint(
                 state[name] = state[first]
     if not any(re.fullmatch(INPUT_BIAS, name) for name in state):  # a bias of 0 is as good as none
         state |= {name: torch.zeros_like(x) for name, x in ours.items() if re.fullmatch(INPUT_BIAS, name)}
-    missing = [
-        name for name in ours if name not in state and (sources_needed or not name.startswith(SOURCES))
-    ]
+    optional = (*SOURCES * (not sources_needed), *MASKS * resize)
+    missing = [name for name in ours if name not in state and not name.startswith(optional)]
+    fresh = [name for name in ours if name not in state and name.startswith(MASKS)]
     unexpected = [name for name in state if name not in ours]
     if missing or unexpected or refused:
         raise ValueError(mismatch_text(layout, state, ours, missing, unexpected, refused))
     for name in wrong_shape:
         state[name] = fit_rows(state[name], ours[name]) if name.startswith('query_embed') else ours[name]
     model.load_state_dict(ours | state)
-    return Report(layout, len(state) - len(wrong_shape), wrong_shape, bool(recorded), differing)
+    return Report(layout, len(state) - len(wrong_shape), wrong_shape + fresh, bool(recorded), differing)
 
 
 def differences(model: nn.Module, recorded: dict) -> dict[str, tuple]:
@@ -188,6 +187,19 @@ def check_shared_heads(model: nn.Module, state: dict[str, Tensor]) -> None:
         raise ValueError(
             f'the checkpoint was trained {"without" if theirs else "with"} --with_box_refine, which gives each decoder layer '
             f'heads of its own: {"leave it out" if theirs else "add it"}'
+        )
+
+
+def check_frozen(report: Report) -> None:
+    """Require that only masks start anew, as --frozen_weights demands.
+
+    Raises:
+        ValueError: another part of the model is not in the file.
+    """
+    if others := [name for name in report.reinitialised if not name.startswith(MASKS)]:
+        raise ValueError(
+            f'--frozen_weights must hold the whole detector of boxes, but {", ".join(others[:4])} would start anew: give the '
+            '--num_queries and classes of its run'
         )
 
 

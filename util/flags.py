@@ -112,6 +112,10 @@ def add_run_args(parser: ArgumentParser, save_every: str) -> None:
         help='start from these weights (path or address); heads of another number of classes start anew',
     )  # fmt: skip
     group.add_argument(
+        '--frozen_weights', default='', metavar='FILE',
+        help='start from these weights of boxes, and train the heads of --masks alone',
+    )  # fmt: skip
+    group.add_argument(
         '--model', default='', metavar='NAME',
         help='take the flags of the detector from a row of docs/zoo.md, a hub entry or a recipe, and start from its published '
         'weights unless --resume or --pretrained names others',
@@ -212,6 +216,12 @@ def check_run_args(args: Namespace) -> None:
         raise ValueError('--eval needs weights: add --resume FILE (or --pretrained FILE, or --model NAME)')
     if args.resume and args.pretrained and args.resume != 'auto':
         raise ValueError('--resume goes on with a run, --pretrained starts one: give one of them')
+    if args.frozen_weights and not args.masks:
+        raise ValueError(
+            '--frozen_weights trains the heads of --masks alone: add --masks, or use --pretrained'
+        )
+    if args.frozen_weights and args.pretrained:
+        raise ValueError('--frozen_weights and --pretrained both start from weights: give one of them')
     if args.resume == 'auto' and not args.output_dir:
         raise ValueError('--resume auto looks into --output_dir: give it')
     if args.tensorboard and not args.output_dir:

@@ -90,7 +90,11 @@ def to_official_files(state: State) -> State:
             state[name.replace('bbox_embed', 'bbox_embed_o2m')] = state[name]
     projections = [name for name in state if re.fullmatch(r'input_proj\.\d+\.0\.weight', name)]
     biases = {name.replace('weight', 'bias'): torch.zeros(len(state[name])) for name in projections}
-    return biases | state  # a bias of 0 is as good as none
+    state = biases | state  # a bias of 0 is as good as none
+    if 'mask_head.out_lay.weight' not in state:
+        return state
+    masks = ('bbox_attention.', 'mask_head.')  # in official files the detector is a part of that with masks
+    return {name if name.startswith(masks) else f'detr.{name}': value for name, value in state.items()}
 
 
 def with_aliases(state: State) -> State:
@@ -187,8 +191,9 @@ def to_mmdetection(state: State) -> State:
     Raises:
         ValueError: mmdetection has no such entry.
     """
-    maps = [name for name, x in state.items() if re.fullmatch(r'input_proj\.\d+\.0\.weight', name)]
-    table = mmdetection_names(sum(state[name].shape[-1] == 1 for name in maps))
+    maps = [name for name in state if re.fullmatch(r'input_proj\.\d+\.0\.weight', name)]
+    pyramid = 'backbone.0.body.pos_embed' in state
+    table = mmdetection_names(0 if pyramid else sum(state[name].shape[-1] == 1 for name in maps))
     if 'transformer.decoder.ref_point_head.layers.0.weight' in state:
         table.insert(0, MMDETECTION_DINO)
     named = {translate(name, table, to_ours=False): name for name in state}

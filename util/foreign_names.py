@@ -223,7 +223,15 @@ def from_detrex(state: State) -> State:
 
 
 def mmdetection_names(num_maps: int) -> list[tuple[str, str]]:
-    """Return the table for a neck that projects `num_maps` maps of the backbone and makes the others."""
+    """Return the table for a neck that projects `num_maps` maps of the backbone and makes the others.
+
+    Without any map it is the feature pyramid of a ViT.
+    """
+    pyramid = [
+        (f'input_proj.{level}.{{i}}.{{rest}}', f'neck.p{level + 2}.{{i}}.{{rest}}') for level in range(5)
+    ]
+    if num_maps == 0:  # of a ViT
+        return pyramid + MMDETECTION
     neck = [
         (f'input_proj.{projection}.{index}.{{rest}}', f'neck.{name}.{part}.{{rest}}')
         for projection, name in (
@@ -254,6 +262,7 @@ def from_mmdetection(state: State) -> State:
         translate(name, table, to_ours=True): value
         for name, value in state.items()
         if not name.startswith('ema_')
+        and not re.search(r'\brope(_win|_glb)?\.freqs', name)  # tables are computed
     }
 
 
@@ -313,6 +322,8 @@ LAYOUTS: dict[str, tuple[str, Callable[[State], State]]] = {
 
 def to_official(state: State) -> tuple[str, State]:
     """Return the layout's name, and the state dict under official names without aliases."""
+    if any(name.startswith('detr.') for name in state):  # official detectors with masks wrap the detector
+        state = {name.removeprefix('detr.'): value for name, value in state.items()}
     for layout, (key, convert) in LAYOUTS.items():
         if key in state:
             return layout, convert(state)

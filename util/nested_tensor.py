@@ -31,6 +31,17 @@ class NestedTensor:
         return self.tensors, self.mask
 
 
+def as_batch(samples: NestedTensor | Sequence[Tensor] | Tensor, multiple: int = 1) -> NestedTensor:
+    """Return images as a padded batch whose height and width are multiples of a number."""
+    if not isinstance(samples, NestedTensor):
+        samples = nested_tensor_from_tensor_list(samples)
+    height, width = samples.mask.shape[-2:]
+    more = (0, -width % multiple, 0, -height % multiple)
+    if not any(more):
+        return samples
+    return NestedTensor(F.pad(samples.tensors, more), F.pad(samples.mask, more, value=True))
+
+
 def nested_tensor_from_tensor_list(images: Sequence[Tensor] | Tensor) -> NestedTensor:
     """Pad [3, h, w] images on the right and below to the largest height and width of the batch.
 

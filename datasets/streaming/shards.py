@@ -325,7 +325,7 @@ def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None =
         getattr(args, f'{image_set}_shards'),
         transforms=transforms_of(image_set, args),
         class_map=class_map,
-        return_masks=None if mix else False,
+        return_masks=True if getattr(args, 'masks', False) else None if mix else False,
         seed=args.seed,
         reading=reading_of(image_set, args),
         mix=mix,

@@ -21,7 +21,7 @@ from .criterion import SetCriterion, loss_suffix
 from .denoising import Denoising
 from .dense_heads import EPS
 from .flags import resolve_training
-from .losses import BOX_LOSSES, FocalLoss, QualityFocalLoss, SoftmaxLoss
+from .losses import BOX_LOSSES, MASK_LOSSES, FocalLoss, QualityFocalLoss, SoftmaxLoss
 from .matcher import HungarianMatcher, OneToManyMatcher, focal_cost, softmax_cost
 from .structures import Supervision
 
@@ -80,6 +80,9 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
             factor = args.lambda_2 * args.dec_layers
             own_losses |= {f'loss_{term}': factor * coef for term, coef in head.coef.items()}
 
+    if args.masks:
+        masks = {term: getattr(args, f'{term}_loss_coef') for term in MASK_LOSSES}
+        table['one2one'] = replace(table['one2one'], coef=table['one2one'].coef | masks)
     weight_dict = weights(table, args) | own_losses
     if not args.two_stage:  # there are no proposals, but the official dictionary names their losses
         table.pop('enc', None)
@@ -124,6 +127,7 @@ def build_heads(args: Namespace) -> CollaborativeHeads:
         max_queries=args.max_pos_coords,
         with_features=args.with_coord_feat,
         derived_positions=args.dino,
+        rcnn_head=args.co_rcnn_head,
     )
 
 

@@ -31,6 +31,7 @@ class CollaborativeHeads(nn.Module):
         strides: strides of the encoder's maps in pixels.
         max_queries: largest number of positives of an image that become queries.
         with_features: add the feature that the head saw to the content of a query.
+        rcnn_head: RoI head of `FasterRCNN`.
         derived_positions: leave the position of a query to the decoder, which computes it from the box (DINO).
     """
 
@@ -43,6 +44,7 @@ class CollaborativeHeads(nn.Module):
         max_queries: int = 300,
         with_features: bool = True,
         derived_positions: bool = False,
+        rcnn_head: str = '2fc',
     ) -> None:
         super().__init__()
         self.max_queries, self.derived_positions = max_queries, derived_positions
@@ -50,7 +52,10 @@ class CollaborativeHeads(nn.Module):
             nn.Conv2d(hidden_dim, hidden_dim, 3, stride=2, padding=1), nn.GroupNorm(32, hidden_dim)
         )
         strides = [*strides, 2 * strides[-1]]
-        self.heads = nn.ModuleDict({name: HEADS[name](hidden_dim, num_classes, strides) for name in names})
+        more = {'faster_rcnn': {'head': rcnn_head}}
+        self.heads = nn.ModuleDict(
+            {name: HEADS[name](hidden_dim, num_classes, strides, **more.get(name, {})) for name in names}
+        )
         width = hidden_dim if derived_positions else 2 * hidden_dim
         self.aux_pos_trans = nn.ModuleDict({name: BoxPositions(hidden_dim, width) for name in names})
         self.pos_feats_trans = None

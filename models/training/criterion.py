@@ -15,7 +15,7 @@ from models.structures import Assignment, Prediction
 from util.distributed.collectives import all_gather_object, all_reduce_sum, get_world_size
 from util.precision import without_autocast
 
-from .losses import BOX_LOSSES, box_losses, cardinality_error, class_error
+from .losses import BOX_LOSSES, MASK_LOSSES, box_losses, cardinality_error, class_error, mask_losses
 from .matcher import merge, stack_predictions
 from .report import epoch_statistics
 from .structures import Stack, Supervision, Targets, from_host
@@ -54,7 +54,8 @@ class SetCriterion(nn.Module):
 
         Args:
             outputs: output of the model while training, or `pred_logits` and `pred_boxes` alone.
-            targets: a dictionary of `labels` [T_i] and `boxes` [T_i, 4] cxcywh in [0, 1] per image.
+            targets: a dictionary of `labels` [T_i] and `boxes` [T_i, 4] cxcywh in [0, 1] per image, and for mask losses
+                `masks` [T_i, H, W].
             step_targets: targets of all batches of this optimizer step, this batch included. Losses are divided by the
                 average count of these batches, so that accumulated batches give the gradient of one large batch.
         """
@@ -80,6 +81,9 @@ class SetCriterion(nn.Module):
             places = [(term, suffix) for term in asked for suffix in suffixes]
             values = zip(places, (box_terms / divisors[1]).flatten().unbind(), strict=True)
             losses |= {f'loss_{term}{suffix}': x for (term, suffix), x in values if term in row.coef}
+            if stack.masks is not None and any(term in row.coef for term in MASK_LOSSES):
+                terms = mask_losses(stack, [target['masks'] for target in targets])
+                losses |= {f'loss_{term}{suffixes[-1]}': value / divisors[1] for term, value in terms.items()}
             names = [f'cardinality_error{suffix}' for suffix in suffixes]
             losses |= zip(names, cardinality_error(stack, row.scale).unbind(), strict=True)
             if not row.class_agnostic:
@@ -121,10 +125,13 @@ class SetCriterion(nn.Module):
         on_host = {kind: pack_pairs(assignments[kind]) for kind in kinds}
         on_device = torch.cat(list(on_host.values()), dim=1).to(objects.boxes.device, non_blocking=True)
         parts = on_device.split([part.shape[1] for part in on_host.values()], dim=1)
-        return {
+        stacks = {
             kind: self.make_stack(stacked[kind], part, packed[kind], assignments[kind])
             for kind, part in zip(kinds, parts, strict=True)
         }
+        for kind, stack in stacks.items():
+            stack.masks = kinds[kind][-1].masks
+        return stacks
 
     def make_stack(
         self, stacked: Prediction, pairs: Tensor, packed: Targets, assignments: list[Assignment]
@@ -142,6 +149,7 @@ class SetCriterion(nn.Module):
             num_objects=packed.sizes if matcher is None else [matcher.count([size]) for size in packed.sizes],
             count=assignments[0].count,
             decides_class=None if assignments[0].decides_class is None else decides_class,
+            target=target,
         )
 
     def denominators(self, stacks: dict[str, Stack], step_sizes: list[list[int]]) -> Tensor:

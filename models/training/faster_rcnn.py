@@ -4,6 +4,8 @@ Faster R-CNN (arXiv:1506.01497) on the encoder's output, as Co-DETR (arXiv:2211.
 A region proposal network (RPN) finds boxes, which an RoI head classifies and refines from their RoI features.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -110,23 +112,41 @@ class RegionProposals(nn.Module):
         return kept
 
 
+class RoIConvolution(nn.Module):
+    """A 3 x 3 convolution without bias, a group norm and a ReLU."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.gn = nn.GroupNorm(32, channels)
+        nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.gn(self.conv(x)))
+
+
 class RoIHead(nn.Module):
-    """A head that predicts classes of regions, and a box for each class, from 7 x 7 RoI features.
+    """A head that predicts classes of regions, and boxes, from 7 x 7 RoI features.
 
-    It has two hidden layers of 4 x channels (1024 in the official code).
+    It has hidden layers of 4 x channels (1024 in the official code).
 
+    kind: `2fc` has two hidden layers and a box for each class. `4conv1fc` has four convolutions, one hidden layer, and
+        one box for all classes.
     strides: strides of the maps in pixels. Regions are read from the finest map up to sides of 28 of its strides.
     """
 
-    def __init__(self, channels: int, num_classes: int, strides: list[int]) -> None:
+    def __init__(self, channels: int, num_classes: int, strides: list[int], kind: str = '2fc') -> None:
         super().__init__()
         hidden = 4 * channels
-        self.num_classes, self.strides = num_classes, strides
-        self.shared_fcs = nn.ModuleList(
-            [nn.Linear(channels * ROI_SIZE**2, hidden), nn.Linear(hidden, hidden)]
-        )
+        self.strides = strides
+        convolutional = kind == '4conv1fc'
+        self.num_boxes = 1 if convolutional else num_classes
+        self.stds = tuple(std / 2 for std in ROI_STDS) if convolutional else ROI_STDS
+        self.shared_convs = nn.ModuleList(RoIConvolution(channels) for _ in range(4 if convolutional else 0))
+        sizes = [channels * ROI_SIZE**2, *[hidden] * (1 if convolutional else 2)]
+        self.shared_fcs = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
         self.fc_cls = nn.Linear(hidden, num_classes + 1)  # the last is the background
-        self.fc_reg = nn.Linear(hidden, 4 * num_classes)
+        self.fc_reg = nn.Linear(hidden, 4 * self.num_boxes)
         for layer in self.shared_fcs:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -135,15 +155,18 @@ class RoIHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, maps: list[Tensor], regions: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return features [N, C, 7, 7], class logits [N, K + 1] and offsets [N, K, 4] of the N regions of all images.
+        """Return features [N, C, 7, 7], class logits [N, K + 1] and offsets [N, K or 1, 4] of the N regions of all images.
 
         regions: [N_i, 4] of each image.
         """
         features = self.align(maps, regions)
-        x = features.flatten(1)
+        x = features
+        for convolution in self.shared_convs:
+            x = convolution(x)
+        x = x.flatten(1)
         for layer in self.shared_fcs:
             x = F.relu(layer(x))
-        return features, self.fc_cls(x), self.fc_reg(x).unflatten(1, (self.num_classes, 4))
+        return features, self.fc_cls(x), self.fc_reg(x).unflatten(1, (self.num_boxes, 4))
 
     def align(self, maps: list[Tensor], regions: list[Tensor]) -> Tensor:
         """Return RoI features [N, C, 7, 7], each from the level that fits the region's size (FPN, Sec. 4.2)."""
@@ -173,10 +196,10 @@ class FasterRCNN(nn.Module):
     coef = {'rpn_cls': 1.0, 'rpn_bbox': 1.0, 'rcnn_cls': 1.0, 'rcnn_bbox': 10.0}
     kind = 'rcnn'  # kind of the decoder queries made from its positives
 
-    def __init__(self, channels: int, num_classes: int, strides: list[int]) -> None:
+    def __init__(self, channels: int, num_classes: int, strides: list[int], head: str = '2fc') -> None:
         super().__init__()
         self.rpn = RegionProposals(channels, strides)
-        self.roi = RoIHead(channels, num_classes, strides[:-1])
+        self.roi = RoIHead(channels, num_classes, strides[:-1], head)
 
     def forward(
         self, maps: list[Tensor], images: Images, with_features: bool = True
@@ -228,7 +251,8 @@ class FasterRCNN(nn.Module):
             boxes.append(objects[found[found >= 0]])
         classes, boxes = torch.cat(classes), torch.cat(boxes)
         positive = (classes != background).nonzero()[:, 0]
-        decoded = decode_boxes(regions[positive], deltas[positive, classes[positive]], ROI_STDS)
+        box_of_class = classes[positive].clamp(max=deltas.shape[1] - 1)  # 0 where all classes share a box
+        decoded = decode_boxes(regions[positive], deltas[positive, box_of_class], self.roi.stds)
         divisor = average(from_host([len(classes)], logits))[0] + EPS
         right = (logits.detach().argmax(1) == classes).sum()
         return {
@@ -247,8 +271,9 @@ class FasterRCNN(nn.Module):
         for boxes, score, delta, size in zip(
             proposals, logits.softmax(-1)[:, :-1].split(counts), deltas.split(counts), sizes, strict=True
         ):
-            decoded = clip_boxes(decode_boxes(boxes[:, None], delta, ROI_STDS), size)  # [N, K, 4]
+            decoded = clip_boxes(decode_boxes(boxes[:, None], delta, self.roi.stds), size)  # [N, K or 1, 4]
             labels = torch.arange(score.shape[1], device=score.device).expand_as(score)
+            decoded = decoded.expand(-1, score.shape[1], -1)
             candidates = {'scores': score, 'labels': labels, 'boxes': decoded}
             found.append({key: value.flatten(0, 1) for key, value in candidates.items()})
         return found

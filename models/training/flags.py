@@ -8,10 +8,12 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
 from models.defaults import resolve_args
 from models.flags import AUXILIARY_HEADS, HYBRID_FLAGS, family_default
+from models.vit import VIT_SIZES
 
 from .losses import BOX_LOSSES
 
 SCHEDULES = ('step', 'cosine')
+RCNN_HEADS = ('2fc', '4conv1fc')
 # Defaults of flags: the official values of each family.
 TRAINING_DEFAULTS = {
     'detr': {
@@ -134,6 +136,15 @@ def add_optimization_args(parser: ArgumentParser) -> None:
         help='raise the learning rate linearly over the first N optimizer steps (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
+        '--warmup_start', default=0.0, type=float, metavar='FACTOR',
+        help='factor of the learning rate in the first of --warmup_steps (default: 0, one step above 0)',
+    )  # fmt: skip
+    group.add_argument(
+        '--lr_layer_decay', type=float, metavar='FACTOR',
+        help='multiply the learning rate by FACTOR for each block of a ViT, counted from the last, and decay no biases and norms; '
+        '--lr_backbone is not used then (default: no such factor)',
+    )  # fmt: skip
+    group.add_argument(
         '--clip_max_norm', default=0.1, type=float,
         help='clip the gradient to this norm; 0 does not clip (default: %(default)s)',
     )  # fmt: skip
@@ -141,6 +152,11 @@ def add_optimization_args(parser: ArgumentParser) -> None:
         '--ema', default=0.0, type=float, metavar='DECAY',
         help='decay per step of an exponential moving average of the weights, which is evaluated and saved too; usual: 0.9997 '
         '(default: 0, no average)',
+    )  # fmt: skip
+    group.add_argument(
+        '--ema_warmup', default=0, type=int, metavar='N',
+        help='let the average of --ema follow the weights closely during the first steps, exponentially less over N of them; '
+        'usual for ViT: 2000 (default: 0, another rule for about 10 steps)',
     )  # fmt: skip
 
 
@@ -181,6 +197,13 @@ def add_loss_args(parser: ArgumentParser) -> None:
             f'--{term}_loss_coef', default=loss.coef, type=float,
             help=f'coefficient of {loss.title} (default: %(default)s)',
         )  # fmt: skip
+    for term, title in (('mask', 'the focal loss of masks'), ('dice', 'the Dice loss of masks')):
+        group.add_argument(
+            f'--{term}_loss_coef',
+            default=1.0,
+            type=float,
+            help=f'coefficient of {title} (default: %(default)s)',
+        )
     group.add_argument(
         '--eos_coef', default=0.1, type=float,
         help="weight of the class 'no object' in the class loss (DETR only; default: %(default)s)",
@@ -251,6 +274,11 @@ def add_collaborative_args(parser: ArgumentParser) -> None:
         '--co_aux_heads', nargs='+', default=[], choices=AUXILIARY_HEADS, metavar='HEAD',
         help="detectors to train on the encoder's output, whose positives become decoder queries: faster_rcnn, atss or both "
         '(default: none)',
+    )  # fmt: skip
+    group.add_argument(
+        '--co_rcnn_head', default='2fc', choices=RCNN_HEADS,
+        help='RoI head of faster_rcnn. 2fc: two layers, a box for each class; 4conv1fc: four convolutions and a layer, one box '
+        'for all classes (ViT on COCO; default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
         '--lambda_1', default=1.0, type=float,
@@ -374,10 +402,18 @@ def check_training(args: Namespace) -> None:
         'lambda_1',
         'lambda_2',
         'warmup_steps',
+        'ema_warmup',
     )
     for flag in (*not_negative, *HYBRID_FLAGS):
         if (getattr(args, flag) or 0) < 0:
             raise ValueError(f'--{flag} must not be negative, as {getattr(args, flag)} is')
+    if args.lr_layer_decay is not None and not (args.backbone in VIT_SIZES and 0 < args.lr_layer_decay <= 1):
+        raise ValueError(
+            f'--lr_layer_decay {args.lr_layer_decay} is a factor of at most 1 for the blocks of a ViT, and --backbone is '
+            f'{args.backbone}: leave it out, or choose vit_large'
+        )
+    if not 0 <= args.warmup_start <= 1:
+        raise ValueError(f'--warmup_start {args.warmup_start} must be between 0 and 1')
     if not 0 <= args.ema < 1:
         raise ValueError(f'--ema {args.ema} must be at least 0 and less than 1, usually near 1')
     if args.lr_schedule == 'cosine' and args.lr_drop_epochs:

@@ -155,8 +155,34 @@ def class_error(stack: Stack, scale: float = 1.0) -> Tensor:
 
     It is only logged.
     """
-    num_pairs = stack.num_pairs[-1]
-    start = sum(stack.num_pairs) - num_pairs
-    batch, query = (x[start:] for x in stack.index[1:])
-    right = stack.logits[-1, batch, query].argmax(-1) == stack.labels[start:]
-    return scale * 100 - right.sum() * (scale * 100 / max(num_pairs, 1))
+    pairs = stack.last_pairs()
+    batch, query = (x[pairs] for x in stack.index[1:])
+    right = stack.logits[-1, batch, query].argmax(-1) == stack.labels[pairs]
+    return scale * 100 - right.sum() * (scale * 100 / max(stack.num_pairs[-1], 1))
+
+
+MASK_LOSSES = ('mask', 'dice')
+
+
+def mask_losses(stack: Stack, target_masks: list[Tensor]) -> dict[str, Tensor]:
+    """Sum the focal and the Dice loss of the last layer's masks over its pairs (DETR Sec. 4.4; arXiv:1606.04797).
+
+    Masks are compared at the size of the padded batch; padding counts as background.
+
+    target_masks: masks [T_i, H_i, W_i] of each image.
+    """
+    pairs = stack.last_pairs()
+    batch, query = (x[pairs] for x in stack.index[1:])
+    size = [max(masks.shape[side] for masks in target_masks) for side in (1, 2)]
+    padded = torch.cat(
+        [F.pad(masks, (0, size[1] - masks.shape[2], 0, size[0] - masks.shape[1])) for masks in target_masks]
+    )
+    x = stack.masks[batch, query]
+    x = F.interpolate(x[:, None], size=size, mode='bilinear', align_corners=False)[:, 0].flatten(1)
+    wanted = padded[stack.target[pairs]].flatten(1).to(x)
+    p = x.sigmoid()
+    focal = F.binary_cross_entropy_with_logits(x, wanted, reduction='none')
+    focal = focal * (1 - (p * wanted + (1 - p) * (1 - wanted))) ** 2
+    focal = focal * (0.25 * wanted + 0.75 * (1 - wanted))
+    dice = 1 - (2 * (p * wanted).sum(1) + 1) / (p.sum(1) + wanted.sum(1) + 1)
+    return {'mask': focal.mean(1).sum(), 'dice': dice.sum()}

@@ -100,6 +100,13 @@ class Stack:
     num_objects: list[int]  # number of objects of each image, times the matcher's repeats
     count: float = 0.0  # `Assignment.count`
     decides_class: Tensor | None = None  # [N] 1 if the pair decides its query's class, else 0; None: all do
+    target: Tensor | None = None  # [N] index of the pair's object in the whole batch
+    masks: Tensor | None = None  # [B, Q, h, w] logits of the last layer
+
+    def last_pairs(self) -> slice:
+        """Return the range of the last layer's pairs."""
+        total = sum(self.num_pairs)
+        return slice(total - self.num_pairs[-1], total)
 
     def per_layer(self, values: Tensor) -> Tensor:
         """Sum values of pairs over each layer, [..., N] to [..., L]."""

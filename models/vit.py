@@ -1,0 +1,309 @@
+"""
+ViT with windows (EVA-02, arXiv:2303.11331) and a simple feature pyramid (ViTDet, arXiv:2203.16527), as Co-DETR uses them.
+
+The network has one stride and no class token. Most blocks attend within windows, some over the whole map. Positions are
+learned (absolute) and rotary. Parameter names are the official ones; rotary tables are computed, not loaded.
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from util.weight_files import read_checkpoint, state_of
+
+from .parts import call_part
+
+PATCH = 16  # pixels of a side; the stride
+ROTARY_SIDE = 16  # positions along an axis are scaled to this number, whatever its length
+ROTARY_BASE = 10000.0
+
+
+@dataclass(frozen=True)
+class ViTSize:
+    """Sizes of a ViT.
+
+    position_grid: side of the grid of learned positions, tokens.
+    window_size: side of a window, tokens.
+    global_blocks: indices of the blocks that attend over the whole map.
+    fixed_grid: side of the only map whose global blocks are meant, tokens; None: any map.
+    """
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    position_grid: int
+    window_size: int
+    global_blocks: tuple[int, ...]
+    fixed_grid: int | None = None
+
+
+# Co-DETR's networks: for images of any size, and for squares of 1536 pixels (large-scale jitter).
+LARGE = ViTSize(1024, 24, 16, 32, 24, (3, 7, 11, 15, 19, 23))
+VIT_SIZES = {
+    'vit_large': LARGE,
+    'vit_large_lsj': replace(LARGE, window_size=16, global_blocks=tuple(range(2, 24, 3)), fixed_grid=96),
+}
+# A small one, for images and tests that are small.
+VIT_SIZES['vit_mini'] = ViTSize(128, 4, 2, 4, 4, (1, 3))
+
+
+def rotary_table(height: int, width: int, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines [H * W, channels] of the rotary embedding of a map's positions, in float32.
+
+    The first half of the channels belongs to the row, the second to the column; each angle comes twice in a row.
+    """
+    half = channels // 2
+    rates = 1 / ROTARY_BASE ** (torch.arange(0, half, 2, device=device).float() / half)
+    angles = []
+    for side in (height, width):
+        place = torch.arange(side, device=device).float() / side * ROTARY_SIDE
+        angles.append((place[:, None] * rates).repeat_interleave(2, dim=-1))
+    rows = angles[0][:, None].expand(height, width, half)
+    columns = angles[1][None].expand(height, width, half)
+    table = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    return table.cos(), table.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn adjacent pairs of channels of x [..., N, C] by the angles of a table [N, C]."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-second, first], dim=-1).flatten(-2)
+    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary queries and keys, within windows or over the whole map. Keys have no bias.
+
+    window_size: side of a window; None: no windows.
+    """
+
+    def __init__(self, size: ViTSize, window_size: int | None) -> None:
+        super().__init__()
+        dim = size.embed_dim
+        self.num_heads, self.window_size, self.fixed_grid = size.num_heads, window_size, size.fixed_grid
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend in a map [B, H, W, C], and return the same shape.
+
+        Raises:
+            ValueError: the map has another size than the only one that the network is for.
+        """
+        if self.window_size is None:
+            if self.fixed_grid is not None and x.shape[1:3] != (self.fixed_grid, self.fixed_grid):
+                side = PATCH * self.fixed_grid
+                raise ValueError(
+                    f'this ViT is for images of {side} x {side} pixels, not {PATCH * x.shape[1]} x {PATCH * x.shape[2]}: give '
+                    f'--aug lsj --lsj_size {side}, or --backbone vit_large'
+                )
+            return self.attend(x)
+        batch, height, width = x.shape[:3]
+        side = self.window_size
+        x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))  # padding takes part
+        rows, columns = x.shape[1] // side, x.shape[2] // side
+        windows = x.unflatten(2, (columns, side)).unflatten(1, (rows, side)).transpose(2, 3)
+        windows = self.attend(windows.flatten(0, 2)).unflatten(0, (batch, rows, columns))
+        return windows.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Attend among all tokens of each map [B, H, W, C]."""
+        height, width = x.shape[1:3]
+        cos, sin = rotary_table(height, width, x.shape[-1] // self.num_heads, x.device)
+        tokens = x.flatten(1, 2)
+        q = F.linear(tokens, self.q_proj.weight, self.q_bias)
+        v = F.linear(tokens, self.v_proj.weight, self.v_bias)
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, self.k_proj(tokens), v))
+        attended = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.proj(attended.transpose(1, 2).flatten(2)).unflatten(1, (height, width))
+
+
+class SwiGLU(nn.Module):
+    """A gated feed-forward block with a norm in the middle."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        hidden = int(dim * 4 * 2 / 3)
+        self.w1, self.w2 = nn.Linear(dim, hidden), nn.Linear(dim, hidden)
+        self.ffn_ln = nn.LayerNorm(hidden, eps=1e-6)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))
+
+
+class ViTBlock(nn.Module):
+    def __init__(self, size: ViTSize, window_size: int | None, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(size.embed_dim, eps=1e-6)
+        self.attn = Attention(size, window_size)
+        self.drop_path = StochasticDepth(drop_path, 'row')  # drops the branch of single images
+        self.norm2 = nn.LayerNorm(size.embed_dim, eps=1e-6)
+        self.mlp = SwiGLU(size.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the block on a map [B, H, W, C], and return the same shape."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """A linear projection of patches of 16 x 16 pixels."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, PATCH, stride=PATCH)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).permute(0, 2, 3, 1)
+
+
+class VisionTransformer(nn.Module):
+    """A backbone that turns images into one map of stride 16.
+
+    Args:
+        drop_path_rate: probability that the last block is skipped while training; it grows linearly from 0.
+    """
+
+    multiple = 32  # pixels; the pyramid halves the map once
+
+    def __init__(self, size: ViTSize, drop_path_rate: float = 0.0) -> None:
+        super().__init__()
+        self.size, self.num_channels = size, [size.embed_dim]
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + size.position_grid**2, size.embed_dim))
+        self.patch_embed = PatchEmbed(size.embed_dim)
+        rates = torch.linspace(0, drop_path_rate, size.depth, device='cpu').tolist()
+        self.blocks = nn.ModuleList(
+            ViTBlock(size, None if index in size.global_blocks else size.window_size, rate)
+            for index, rate in enumerate(rates)
+        )
+        self.out_norm = nn.LayerNorm(size.embed_dim)
+        self.apply(initialise)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def parts(self) -> list[nn.Module]:
+        """Return the blocks for `models.parts`."""
+        return list(self.blocks)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Turn [B, 3, H, W], sides multiples of 16, into the map [B, C, H / 16, W / 16] of stage 3."""
+        x = self.patch_embed(images)
+        x = x + self.positions(*x.shape[1:3])
+        for block in self.blocks:
+            x = call_part(block, x)
+        return {'3': self.out_norm(x).permute(0, 3, 1, 2)}
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """Return the learned positions [1, H, W, C] of a map; the first entry, of a class token, has no use here."""
+        side = self.size.position_grid
+        grid = self.pos_embed[:, 1:].unflatten(1, (side, side))
+        if (height, width) == (side, side):
+            return grid
+        grid = F.interpolate(
+            grid.permute(0, 3, 1, 2), size=(height, width), mode='bicubic', align_corners=False
+        )
+        return grid.permute(0, 2, 3, 1)
+
+
+def initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class ChannelNorm(nn.Module):
+    """A layer norm over the channels of [B, C, H, W]."""
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
+        return normed.permute(0, 3, 1, 2)
+
+
+def normed_convolution(channels: int, outputs: int, kernel_size: int, stride: int = 1) -> list[nn.Module]:
+    convolution = nn.Conv2d(channels, outputs, kernel_size, stride, kernel_size // 2, bias=False)
+    nn.init.xavier_uniform_(convolution.weight)
+    return [convolution, ChannelNorm(outputs)]
+
+
+def feature_pyramid(channels: int, hidden_dim: int) -> nn.ModuleList:
+    """Build five levels of strides 4, 8, 16, 32 and 64 from one map of stride 16.
+
+    Each is a sequence that reads the map; indices of its modules are official.
+    """
+
+    def up() -> nn.Module:
+        return nn.Upsample(scale_factor=2, mode='nearest')
+
+    def pool() -> nn.Module:
+        return nn.MaxPool2d(3, stride=2, padding=1)
+
+    def end(width: int) -> list[nn.Module]:
+        return [
+            *normed_convolution(width, hidden_dim, 1), nn.GELU(), *normed_convolution(hidden_dim, hidden_dim, 3),
+        ]  # fmt: skip
+
+    half, quarter = channels // 2, channels // 4
+    doubled = [up(), *normed_convolution(channels, half, 3), nn.GELU()]
+    again = [up(), *normed_convolution(half, quarter, 3), nn.GELU()]
+    return nn.ModuleList(
+        nn.Sequential(*modules)
+        for modules in (
+            [*doubled, *again, *end(quarter)],
+            [up(), *normed_convolution(channels, half, 3), nn.GELU(), *end(half)],
+            end(channels),
+            [pool(), *end(channels)],
+            [pool(), *normed_convolution(channels, channels, 3, stride=2), nn.GELU(), *end(channels)],
+        )
+    )
+
+
+def load_vit(model: VisionTransformer, source: str) -> None:
+    """Load an EVA-02 file (path or address), with patches and grid of positions resized to those of the model.
+
+    Raises:
+        ValueError: the file is missing, or entries are missing or of another shape.
+    """
+    try:
+        checkpoint = read_checkpoint(source)
+        state = state_of({'model': checkpoint['module']} if 'module' in checkpoint else checkpoint)
+    except ValueError as error:
+        raise ValueError(f'--backbone_weights: {error}') from error
+    state = {re.sub(r'^(module|backbone)\.', '', name): value for name, value in state.items()}
+    ours = model.state_dict()
+    for name, resize in (('patch_embed.proj.weight', resize_patches), ('pos_embed', resize_positions)):
+        if name in state and state[name].shape != ours[name].shape:
+            state[name] = resize(state[name], ours[name])
+    unfit = [
+        name for name, value in ours.items()
+        if not name.startswith('out_norm.') and (name not in state or state[name].shape != value.shape)
+    ]  # fmt: skip
+    if unfit:
+        raise ValueError(
+            f'--backbone_weights {source} does not fit this ViT: {len(unfit)} of {len(ours)} entries are missing or of '
+            f'another shape, such as {", ".join(unfit[:3])}'
+        )
+    model.load_state_dict(ours | {name: state[name] for name in ours if name in state})
+
+
+def resize_patches(kernel: Tensor, ours: Tensor) -> Tensor:
+    """Resize a kernel [C, 3, h, w] to patches of 16 x 16 pixels (bicubic)."""
+    return F.interpolate(kernel.float(), size=ours.shape[-2:], mode='bicubic', align_corners=False)
+
+
+def resize_positions(table: Tensor, ours: Tensor) -> Tensor:
+    """Resize the grid of positions [1, 1 + side^2, C] (bicubic); the entry of the class token stays."""
+    sides = [round((x.shape[1] - 1) ** 0.5) for x in (table, ours)]
+    grid = table[:, 1:].float().unflatten(1, (sides[0], sides[0])).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(sides[1], sides[1]), mode='bicubic', align_corners=False)
+    return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)

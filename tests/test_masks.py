@@ -1,0 +1,273 @@
+"""DETR's masks equal the official ones, learn, and go with every family and scheme."""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+
+from datasets.shapes import ShapesDetection, export
+from engine import build_optimizer
+from models import build_model
+from models.detector import load_detector
+from models.training.criterion import weighted_sum
+from models.training.flags import resolve_all
+from tests import rule
+from tests.models import HEADS, MIXED, SMALL, TRICKS, random_targets
+from tests.parity import Case, assert_close, check_pairs, float64
+from tests.runs import ROOT, load, run
+from tests.shared_data import SHARED, needs_shared
+from tools import predict
+from tools.convert_checkpoint import convert
+from util.checkpoint import load_checkpoint
+from util.weight_files import read_checkpoint
+
+MASKS = ('bbox_attention.', 'mask_head.')
+
+
+def official(name: str) -> str:
+    return name if name.startswith(MASKS) else f'detr.{name}'
+
+
+class MaskCase(Case):
+    images_key = 'pictures'
+
+    @cached_property
+    def args(self) -> Namespace:
+        return Namespace(**self.record['args'] | {'backbone_weights': 'none', 'frozen_weights': ''})
+
+    @torch.no_grad()
+    def fill(self, model: nn.Module) -> None:
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            tensor.copy_(torch.from_numpy(rule.parameter(self.salt + official(name), tuple(tensor.shape))))
+        for step in self.record['rule']['after_fill']:
+            model.get_parameter(step['parameter'].removeprefix('detr.')).mul_(step['multiply_in_place_by'])
+
+    @property
+    def targets(self) -> list[dict[str, Tensor]]:
+        targets = super().targets
+        for index, (target, image) in enumerate(zip(targets, self.images, strict=True)):
+            height, width = image.shape[1:]
+            packed = torch.from_numpy(self.arrays[f'target_masks_{index}_packed'])
+            bits = packed[:, None] >> torch.arange(7, -1, -1, dtype=torch.uint8) & 1
+            count = len(target['labels'])
+            target['masks'] = bits.flatten()[: count * height * width].view(count, height, width)
+        return targets
+
+
+@pytest.fixture(scope='module')
+def case() -> Iterator[MaskCase]:
+    with float64():
+        yield MaskCase(SHARED / 'parity/detr/r50_masks.json')
+
+
+@needs_shared
+def test_masks_and_detections_equal_official(case: MaskCase) -> None:
+    model, _, postprocessors = case.built
+    entries = [[official(name), list(tensor.shape)] for name, tensor in model.state_dict().items()]
+    assert entries == case.record['state_dict']
+    with torch.no_grad():
+        outputs = model.eval()(case.samples)
+    every = case.record['npz']['masks_every_k_th_query']
+    assert_close(outputs['pred_masks'][:, ::every], case.arrays['pred_masks'], 'masks')
+    assert_close(
+        outputs['pred_masks'].flatten(2).norm(dim=-1), case.arrays['pred_masks_l2_per_query'], 'norms'
+    )
+    assert_close(outputs['pred_boxes'], case.arrays['pred_boxes'], 'boxes')
+    sizes = torch.tensor(case.record['orig_sizes_hw'])
+    results = postprocessors['bbox'](outputs, sizes)
+    inputs = torch.tensor([image.shape[1:] for image in case.images])
+    results = postprocessors['segm'](results, outputs, sizes, inputs)
+    for result, shape, areas in zip(
+        results, case.record['segm_mask_shape'], case.record['segm_mask_area_per_query'], strict=True
+    ):
+        assert list(result['masks'].shape) == shape and result['masks'].dtype == torch.uint8
+        assert result['masks'].flatten(1).sum(1).tolist() == areas
+
+
+@needs_shared
+def test_losses_gradients_and_steps_equal_official(case: MaskCase) -> None:
+    model, criterion, _ = case.built
+    assert criterion.weight_dict == case.record['weight_dict']
+    losses = criterion(model.train()(case.samples, case.targets), case.targets)
+    assert set(losses) == set(case.record['losses'])
+    for name, value in case.record['losses'].items():
+        assert_close(losses[name], value, name)
+    total = weighted_sum(losses, criterion.weight_dict)
+    assert_close(total, case.record['total_loss'], 'total')
+    model.zero_grad()
+    total.backward()
+    norms = {official(name): p.grad.norm() for name, p in model.named_parameters() if p.grad is not None}
+    assert set(norms) == set(case.record['grad_l2_norms'])
+    for name, value in case.record['grad_l2_norms'].items():
+        assert_close(norms[name], value, f'gradient of {name}')
+    steps = case.record['optimizer_steps']
+    optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4)
+    assert [len(group['params']) for group in optimizer.param_groups] == steps['group_sizes']
+    for step in steps['steps']:
+        losses = criterion(model(case.samples, case.targets), case.targets)
+        total = weighted_sum(losses, criterion.weight_dict)
+        assert_close(total, step['total'], 'total', rtol=1e-5)
+        optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+    case.fill(model)
+
+
+@needs_shared
+def test_assignments_equal_official(case: MaskCase) -> None:
+    _, criterion, _ = case.built
+    by_call = sorted(case.outputs['predictions'], key=lambda p: -1 if p.layer is None else p.layer)
+    for prediction, call in zip(by_call, case.record['matcher_calls']['calls'], strict=True):
+        check_pairs(criterion.table['one2one'].matcher(prediction, case.targets), call, case.targets)
+
+
+KINDS = {
+    'detr': {},
+    'conditional': {'conditional': True, 'hybrid_queries': 24, 'hybrid_k': 2},
+    'one level': {'num_feature_levels': 1, 'with_box_refine': True},
+    'hybrid': TRICKS | {'hybrid_queries': 24, 'hybrid_k': 2},
+    'mixed': TRICKS | MIXED | {'use_aux_ffn': True},
+    'co_deformable': TRICKS | HEADS,
+    'co_dino': HEADS | {'dino': True, 'dn_number': 4},
+    'all': TRICKS | MIXED | HEADS | {'hybrid_queries': 24, 'hybrid_k': 2, 'dn_number': 4, 'group_detr': 2},
+}
+
+
+def with_masks(targets: list[dict], size: tuple[int, int]) -> list[dict]:
+    """Targets whose masks fill their boxes."""
+    rows, columns = (torch.arange(side) + 0.5 for side in size)
+    for target in targets:
+        x, y, width, height = (target['boxes'] * torch.tensor([size[1], size[0]] * 2)).T[..., None, None]
+        inside = ((rows[:, None] - y).abs() < height / 2) & ((columns - x).abs() < width / 2)
+        target['masks'] = inside.byte()
+    return targets
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_masks_train_with_every_family_and_scheme(kind: str) -> None:
+    """30 steps lower the loss of the masks; the boxes of the trained model do not depend on its mask heads."""
+    torch.manual_seed(0)
+    flags = SMALL | KINDS[kind] | {'masks': True, 'dropout': 0.0}
+    model, criterion, postprocessors = build_model(Namespace(**flags))
+    optimizer = build_optimizer(model, 1e-3, 1e-3, 1e-4)
+    images = torch.randn(2, 3, 96, 96)
+    targets = with_masks(random_targets(2, 1), (96, 96))
+    first = None
+    for _ in range(30):
+        losses = criterion(model.train()(images, targets), targets)
+        optimizer.zero_grad()
+        weighted_sum(losses, criterion.weight_dict).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        first = first if first is not None else losses['loss_dice'].item()
+    assert losses['loss_dice'].item() < first
+    with torch.no_grad():
+        outputs = model.eval()(images)
+    plain = build_model(Namespace(**flags | {'masks': False}))[0]
+    load_checkpoint(plain, model.state_dict())
+    with torch.no_grad():
+        boxes = plain.eval()(images)
+    assert all(torch.equal(boxes[name], outputs[name]) for name in ('pred_logits', 'pred_boxes'))
+    sizes = torch.tensor([[48, 80], [100, 40]])
+    results = postprocessors['bbox'](outputs, sizes)
+    for result, size in zip(
+        postprocessors['segm'](results, outputs, sizes, torch.tensor([[96, 96]] * 2)),
+        sizes.tolist(),
+        strict=True,
+    ):
+        assert list(result['masks'].shape) == [len(result['scores']), 1, *size] and 'query' not in result
+
+
+DATA = """--dataset_file shapes --shapes_train 12 --shapes_val 4 --shapes_size 64 --img_size 64 --max_size 64 --backbone resnet10
+    --backbone_weights none --backbone_norm batch --hidden_dim 32 --nheads 4 --enc_layers 1 --dec_layers 2 --dim_feedforward 64
+    --num_queries 10 --conditional --batch_size 4 --num_workers 0 --epochs 1 --device cpu --lr 1e-3 --lr_backbone 1e-3"""
+
+
+def test_a_run_trains_evaluates_draws_and_predicts_masks(tmp_path: Path) -> None:
+    run(tmp_path / 'boxes', flags=DATA)
+    file = str(tmp_path / 'boxes/checkpoint.pth')
+    with pytest.raises(ValueError, match='--frozen_weights trains the heads of --masks alone'):
+        run(tmp_path / 'none', '--frozen_weights', file, flags=DATA)
+    run(tmp_path / 'masks', '--masks', '--frozen_weights', file, flags=DATA)
+    before, after = load(tmp_path / 'boxes')['model'], load(tmp_path / 'masks')['model']
+    assert all(torch.equal(before[name], x) for name, x in after.items()
+               if name in before and 'running' not in name and 'tracked' not in name)  # fmt: skip
+    assert any(name.startswith('mask_head.') for name in after)
+    with pytest.raises(ValueError, match='must hold the whole detector of boxes, but query_embed'):
+        run(tmp_path / 'none', '--masks', '--frozen_weights', file, '--num_queries', '11', flags=DATA)
+    record = json.loads((tmp_path / 'masks/log.jsonl').read_text().splitlines()[-1])
+    assert len(record['test_coco_eval_masks']) == 12 and 'train_loss_dice' in record
+    assert 'test_segm_AP' in (tmp_path / 'masks/metrics.csv').read_text().splitlines()[0]
+    evaluated = (
+        '--dataset_file shapes --shapes_val 4 --shapes_size 64 --img_size 64 --device cpu --num_workers 0'
+    )
+    masks = str(tmp_path / 'masks/checkpoint.pth')
+    run(tmp_path / 'eval', '--eval', '--resume', masks, flags=evaluated)
+    found = json.loads((tmp_path / 'eval/eval.json').read_text())
+    assert found['test_coco_eval_masks'] == record['test_coco_eval_masks']
+    image = next((ROOT / 'docs').glob('*.jpg'))
+    words = [
+        '--checkpoint',
+        masks,
+        '--source',
+        str(image),
+        '--output_dir',
+        str(tmp_path / 'out'),
+        '--device',
+        'cpu',
+    ]
+    predict.main(predict.get_args_parser().parse_args(words))
+    rows = json.loads((tmp_path / 'out/predictions.json').read_text())
+    assert coco_mask.decode(rows[0]['segmentation']).shape == tuple(rows[0]['segmentation']['size'])
+    objects = load_detector(weights=masks)(image, score_threshold=0.0)
+    assert objects[0]['mask'].shape == tuple(rows[0]['segmentation']['size'])
+    run(tmp_path / 'tuned', '--masks', '--pretrained', file, '--aug', 'lsj', '--lsj_size', '64', flags=DATA)
+
+
+@pytest.mark.slow
+def test_masks_need_segmentations(tmp_path: Path) -> None:
+    for split in ('train', 'val'):
+        export(tmp_path, ShapesDetection(4, split, image_size=64))
+    path = tmp_path / 'annotations/instances_train2017.json'
+    data = json.loads(path.read_text())
+    del data['annotations'][0]['segmentation']
+    path.write_text(json.dumps(data))
+    flags = DATA.replace('--dataset_file shapes', f'--coco_path {tmp_path}')
+    with pytest.raises(ValueError, match='segmentation'):
+        run(tmp_path / 'out', '--masks', flags=flags)
+
+
+def test_official_files_wrap_the_detector(tmp_path: Path) -> None:
+    flags = SMALL | {'masks': True}
+    model = build_model(Namespace(**flags))[0]
+    torch.save({'model': model.state_dict()}, tmp_path / 'ours.pth')
+    convert(str(tmp_path / 'ours.pth'), tmp_path / 'theirs.pth', stripped=False, to='official')
+    state = read_checkpoint(tmp_path / 'theirs.pth')['model']
+    assert all(name.startswith(('detr.', *MASKS)) for name in state)
+    other = build_model(Namespace(**flags))[0]
+    load_checkpoint(other, tmp_path / 'theirs.pth')
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in other.state_dict().items())
+    boxes = build_model(Namespace(**SMALL))[0]
+    load_checkpoint(boxes, tmp_path / 'theirs.pth')  # without the masks
+    with pytest.raises(ValueError, match=r'missing: \d+, such as bbox_attention'):
+        load_checkpoint(other, boxes.state_dict())
+    assert 'mask_head.lay1.weight' in load_checkpoint(other, boxes.state_dict(), resize=True).reinitialised
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ({'backbone': 'vit_mini', 'dino': True, 'num_feature_levels': 5}, 'vit_mini has one'),
+        (TRICKS | HEADS | {'eval_module': 'atss'}, 'leave --eval_module atss out'),
+    ],
+)
+def test_impossible_masks_are_refused(flags: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_all(Namespace(**{'masks': True, 'backbone_weights': 'none'} | flags))
