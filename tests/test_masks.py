@@ -150,7 +150,9 @@ def with_masks(targets: list[dict], size: tuple[int, int]) -> list[dict]:
     return targets
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(
+    'kind', [pytest.param(kind, marks=() if kind in ('detr', 'all') else pytest.mark.slow) for kind in KINDS]
+)
 def test_masks_train_with_every_family_and_scheme(kind: str) -> None:
     """30 steps lower the loss of the masks; the boxes of the trained model do not depend on its mask heads."""
     torch.manual_seed(0)
@@ -190,6 +192,7 @@ DATA = """--dataset_file shapes --shapes_train 12 --shapes_val 4 --shapes_size 6
     --num_queries 10 --conditional --batch_size 4 --num_workers 0 --epochs 1 --device cpu --lr 1e-3 --lr_backbone 1e-3"""
 
 
+@pytest.mark.slow
 def test_a_run_trains_evaluates_draws_and_predicts_masks(tmp_path: Path) -> None:
     run(tmp_path / 'boxes', flags=DATA)
     file = str(tmp_path / 'boxes/checkpoint.pth')

@@ -48,7 +48,7 @@ def step(model: nn.Module, criterion: nn.Module, size: tuple[int, int]) -> dict[
 @pytest.mark.parametrize(
     ('flags', 'backend'),
     [
-        ({}, 'inductor'),
+        pytest.param({}, 'inductor', marks=pytest.mark.exhaustive),
         pytest.param(TWO_STAGE, 'inductor', marks=pytest.mark.exhaustive),
         (TWO_STAGE | {'use_checkpoint': True}, 'aot_eager'),
     ],

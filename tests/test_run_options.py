@@ -284,7 +284,8 @@ def test_official_schedules_go_on() -> None:
         theirs = torch.optim.SGD(conv.parameters(), lr=0.5)
         saved = official(theirs).state_dict()
         optimizer = torch.optim.SGD(conv.parameters(), lr=7.0)
-        args = Namespace(lr_schedule='cosine', epochs=9, lr_drop=4, lr_drop_epochs=None, warmup_steps=3)
+        own = {'lr_schedule': 'cosine', 'warmup_steps': 3, 'warmup_start': 0.0}
+        args = Namespace(**own, epochs=9, lr_drop=4, lr_drop_epochs=None)
         scheduler = engine.build_scheduler(optimizer, args, steps_per_epoch=2)
         for epoch, factor in enumerate(expected):
             restore_schedule(scheduler, saved, 2 * epoch + 1)

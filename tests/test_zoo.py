@@ -237,7 +237,9 @@ DETECTORS = {
 }
 
 
-@pytest.mark.parametrize('kind', DETECTORS)
+@pytest.mark.parametrize(
+    'kind', [pytest.param(kind, marks=() if kind == 'tricks' else pytest.mark.slow) for kind in DETECTORS]
+)
 def test_every_door_takes_every_layout(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hub, predict, --eval, --pretrained and convert give the detections of the model that was saved."""
     flags = SMALL | {'num_classes': 91} | DETECTORS[kind]
