@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets.class_map import ClassMap
-from datasets.coco_eval import STAT_NAMES, CocoEvaluator, Summary
+from datasets.coco_eval import LVIS_NAMES, STAT_NAMES, CocoEvaluator, Summary
 from datasets.flags import add_data_args, check_data_args
 from datasets.loaders import begin_epoch, build_datasets, build_loader, worst_batch
 from engine import (
@@ -321,8 +321,9 @@ def finish_epoch(
     summaries = evaluate_once(run, f'epoch {epoch + 1}/{args.epochs} evaluate') if due else {}
     summary = summaries.get('bbox')
     for kind, prefix in (('bbox', 'test'), *((('segm', 'test_segm'),) if args.masks else ())):
-        stats = summaries[kind].stats if summaries else [None] * len(STAT_NAMES)
-        row |= {f'{prefix}_{name}': value for name, value in zip(STAT_NAMES, stats, strict=True)}
+        names = LVIS_NAMES if 'val' in run.datasets and run.datasets['val'].federated else STAT_NAMES
+        stats = summaries[kind].stats if summaries else [None] * len(names)
+        row |= {f'{prefix}_{name}': value for name, value in zip(names, stats, strict=True)}
     record |= record_of(summaries)
     images = run.steps_an_epoch * run.images_a_step
     record |= {'images': images, 'train_seconds': round(seconds, 2)}
@@ -354,7 +355,8 @@ def evaluate_once(run: Run, title: str = 'evaluate') -> dict[str, Summary]:
     """
     dataset, model = run.datasets['val'], run.best_model
     kinds = ('bbox', 'segm') if run.args.masks else ('bbox',)
-    evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map, kinds, run.args.coco_eval)
+    backend, federated = run.args.coco_eval, dataset.federated
+    evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map, kinds, backend, federated)
     loader, precision, check = run.loaders['val'], run.precision, run.stops.check
     broadcast_from_main(model.buffers())
     summaries = evaluate(model, run.postprocessors, loader, evaluator, title, precision, check)

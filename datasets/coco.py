@@ -56,7 +56,9 @@ class CocoDetection(ImageDataset):
     [T], masks [T, H, W] if asked for, image_id [1], area [T] float32, iscrowd [T], orig_size and size [2] (height,
     width).
 
-    return_masks: None reads masks if every object has a segmentation.
+    Args:
+        return_masks: None reads masks if every object has a segmentation.
+        repeat_threshold: repeat images of rare classes (`repeats_of`); 0 repeats none.
     """
 
     def __init__(
@@ -69,10 +71,11 @@ class CocoDetection(ImageDataset):
         seed: int = 0,
         reading: Reading = Reading(),
         mix: Mix | None = None,
+        repeat_threshold: float = 0.0,
     ) -> None:
         super().__init__(transforms, mix, seed)
         self.image_dir, self.annotation_file = Path(image_dir), Path(annotation_file)
-        data = read_annotations(annotation_file)
+        data = self.read(annotation_file)
         check_annotations(data, annotation_file, class_map)
         check_files(data['images'], image_dir, annotation_file)
         self.class_map = class_map or ClassMap.numbered(data['categories'], reading.class_ids)
@@ -90,14 +93,24 @@ class CocoDetection(ImageDataset):
             return_masks = all(a.get('segmentation') for a in objects)
         self.return_masks = return_masks
         self._objects = Objects.read(objects, self.class_map, return_masks)
+        # Row of the image behind each index; images of rare classes have several indices.
+        self._rows = np.arange(len(self.ids))
+        if repeat_threshold:
+            repeats = repeats_of(self._objects.labels.numpy(), self._starts, repeat_threshold)
+            self._rows = np.repeat(self._rows, repeats)
+            self.ids = [self.ids[row] for row in self._rows]
         self._ground_truth: Annotations | None = None
         self._files: dict[Path, bytes] | None = None  # kept in memory, see keep_files
+
+    @staticmethod
+    def read(annotation_file: str | os.PathLike[str]) -> Annotations:
+        return read_annotations(annotation_file)
 
     @property
     def ground_truth(self) -> Annotations:
         """Return the annotation file's content, which is read at the first call; training never calls this."""
         if self._ground_truth is None:
-            self._ground_truth = read_annotations(self.annotation_file)
+            self._ground_truth = self.read(self.annotation_file)
         return self._ground_truth
 
     def __getstate__(self) -> dict:
@@ -106,14 +119,15 @@ class CocoDetection(ImageDataset):
 
     def untransformed(self, idx: int) -> tuple[Tensor, Target]:
         """Return the image as it is stored, and its objects."""
-        image = self._image(idx)
-        objects = self._objects[self._starts[idx] : self._starts[idx + 1]]
+        row = int(self._rows[idx])
+        image = self._image(row)
+        objects = self._objects[self._starts[row] : self._starts[row + 1]]
         return image, make_target(objects, self.ids[idx], *image.shape[1:])
 
-    def _image(self, idx: int) -> Tensor:
-        path = self.image_dir / self._file_names[idx]
+    def _image(self, row: int) -> Tensor:
+        path = self.image_dir / self._file_names[row]
         image = read_image(path) if self._files is None else decode_file(path, self._bytes(path))
-        check_size(path, image.shape[1:], self._json_sizes[idx], self.annotation_file)
+        check_size(path, image.shape[1:], self._json_sizes[row], self.annotation_file)
         return image
 
     def image_sizes(self) -> np.ndarray:
@@ -121,7 +135,7 @@ class CocoDetection(ImageDataset):
         sizes = self._json_sizes.copy()
         for idx in np.flatnonzero((sizes <= 0).any(axis=1)).tolist():
             sizes[idx] = stored_size(self.image_dir / self._file_names[idx])
-        return sizes
+        return sizes[self._rows]
 
     def keep_files(self, local_rank: int, local_size: int) -> None:
         """Read this process's share of a node's files into memory, still compressed. Other files are added when they
@@ -129,7 +143,7 @@ class CocoDetection(ImageDataset):
         """
         self._files = {}
         for idx in range(local_rank, len(self), local_size):
-            self._bytes(self.image_dir / self._file_names[idx])
+            self._bytes(self.image_dir / self._file_names[int(self._rows[idx])])
 
     def _bytes(self, path: Path) -> bytes:
         assert self._files is not None
@@ -242,6 +256,27 @@ def objects_by_image(annotations: list[dict], image_ids: list[int]) -> tuple[lis
     return objects, counts.cumsum()
 
 
+def repeats_of(labels: np.ndarray, starts: np.ndarray, threshold: float) -> np.ndarray:
+    """Return how often each image is in an epoch, by its rarest class (LVIS, arXiv:1908.03195, Appendix B.2).
+
+    A class in a share f of the images asks for sqrt(threshold / f) repetitions, at least 1. Numbers are rounded up, as
+    mmdetection does.
+
+    Args:
+        labels: [T] class of each object. starts: [N + 1], image i has the objects starts[i] to starts[i + 1].
+    """
+    num_images = len(starts) - 1
+    images = np.repeat(np.arange(num_images), np.diff(starts))
+    pairs = (
+        np.unique(np.stack([labels, images], axis=1), axis=0) if len(labels) else np.zeros((0, 2), dtype=int)
+    )
+    share = np.bincount(pairs[:, 0], minlength=1) / num_images
+    wanted = np.maximum(1, np.sqrt(threshold / np.maximum(share, 1e-12)))
+    repeats = np.ones(num_images)
+    np.maximum.at(repeats, pairs[:, 1], wanted[pairs[:, 0]])
+    return np.ceil(repeats).astype(np.int64)
+
+
 def object_area(annotation: dict) -> float:
     """Return the file's own area (for COCO that of the segment), or that of the box if there is none."""
     _, _, width, height = annotation['bbox']
@@ -306,18 +341,21 @@ def reading_of(image_set: str, args: argparse.Namespace) -> Reading:
 
 def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> CocoDetection:
     """Build the 'train' or 'val' part named by the arguments; `find_files` says where its files are looked for."""
-    files, reading = find_files(image_set, args), reading_of(image_set, args)
+    return CocoDetection(*find_files(image_set, args), **options_of(image_set, args, class_map))
+
+
+def options_of(image_set: str, args: argparse.Namespace, class_map: ClassMap | None) -> dict[str, Any]:
+    """Return the options of a `CocoDetection` that the arguments ask for."""
     mix = build_mix(image_set, args)
-    masks = True if getattr(args, 'masks', False) else None if mix else False
-    return CocoDetection(
-        *files,
-        transforms=transforms_of(image_set, args),
-        class_map=class_map,
-        return_masks=masks,
-        seed=args.seed,
-        reading=reading,
-        mix=mix,
-    )
+    return {
+        'transforms': transforms_of(image_set, args),
+        'class_map': class_map,
+        'return_masks': True if getattr(args, 'masks', False) else None if mix else False,
+        'seed': args.seed,
+        'reading': reading_of(image_set, args),
+        'mix': mix,
+        'repeat_threshold': getattr(args, 'repeat_threshold', 0.0) if image_set == 'train' else 0.0,
+    }
 
 
 def find_files(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:

@@ -1,6 +1,6 @@
 """
-COCO's twelve numbers, and AP by class, for boxes and masks. The definitions are pycocotools'; hotcoco gives the same
-numbers faster.
+COCO's twelve numbers, or LVIS's thirteen, and AP by class, for boxes and masks. The definitions are pycocotools' and
+lvis-api's; hotcoco gives the same numbers faster.
 
 Only images that were passed to `update` are evaluated, each once. Batches, their order and the number of processes do
 not matter.
@@ -22,32 +22,42 @@ from util.distributed.collectives import all_gather_object
 
 STAT_NAMES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
 BACKENDS = ('auto', 'hotcoco', 'pycocotools')
-ALL_AREAS, MOST_DETECTIONS, IOU_50, IOU_75 = 0, 2, 0, 5  # indices into the evaluators' arrays
+# LVIS counts up to 300 detections of an image; r, c and f are its rare, common and frequent classes.
+LVIS_NAMES = (
+    'AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'APr', 'APc', 'APf', 'AR300', 'ARs300', 'ARm300', 'ARl300',
+)  # fmt: skip
+ALL_AREAS, MOST_DETECTIONS, IOU_50, IOU_75 = 0, -1, 0, 5  # indices into the evaluators' arrays
+LVIS_DETECTIONS = 300
 
 
 @dataclass
 class Summary:
     """Result of an evaluation.
 
-    stats: twelve numbers in [0, 1] in the order of STAT_NAMES, -1 where there was no object to find. per_class: one
-    dict per category with name, AP, AP50, AP75, AR100 (-1 without objects) and the number of its objects without crowd
-    regions.
+    stats: numbers in [0, 1] in the order of `names`, -1 where there was no object to find. per_class: one dict per
+    category with name, AP, AP50, AP75, AR100 (LVIS: AR300; -1 without objects) and the number of its objects without
+    crowd regions.
     """
 
     stats: list[float]
     per_class: list[dict]
+    names: tuple[str, ...] = STAT_NAMES
 
     def table(self) -> str:
         """Return text with one line per class and one for all classes."""
         names = [str(row['name']) for row in self.per_class]
         wide = max([len(name) for name in [*names, 'class', 'all']])
-        columns = ('AP', 'AP50', 'AP75', 'AR100')
+        recall = 'AR300' if 'AR300' in self.names else 'AR100'
+        columns = ('AP', 'AP50', 'AP75', recall)
         lines = [f'{"class":<{wide}}' + ''.join(f'{column:>8}' for column in columns) + f'{"objects":>9}']
-        total: dict[str, Any] = dict(zip(STAT_NAMES, self.stats, strict=True))
+        total: dict[str, Any] = dict(zip(self.names, self.stats, strict=True))
         total |= {'name': 'all', 'objects': sum(row['objects'] for row in self.per_class)}
         for row in [*self.per_class, total]:
             cells = ''.join(f'{format_percent(row[column]):>8}' for column in columns)
             lines.append(f'{row["name"]:<{wide}}{cells}{row["objects"]:>9}')
+        if 'APr' in total:
+            parts = (('rare', 'APr'), ('common', 'APc'), ('frequent', 'APf'))
+            lines.append(', '.join(f'{word} {format_percent(total[key])}' for word, key in parts))
         return '\n'.join(lines)
 
 
@@ -65,7 +75,10 @@ class Evaluator(Protocol):
 
 
 class CocoEvaluator:
-    """Evaluator that collects predictions and scores them all at once; labels become category ids by the class map."""
+    """Evaluator that collects predictions and scores them all at once; labels become category ids by the class map.
+
+    federated: follow LVIS's rules. A class is judged in the images that are known to have it or to lack it.
+    """
 
     def __init__(
         self,
@@ -73,12 +86,17 @@ class CocoEvaluator:
         class_map: ClassMap,
         iou_types: tuple[str, ...] = ('bbox',),
         backend: str = 'auto',
+        federated: bool = False,
     ) -> None:
         unknown = set(iou_types) - {'bbox', 'segm'}
         if unknown:
             raise ValueError(f'iou_types {sorted(unknown)} are not known: choose from bbox and segm')
         self.ground_truth, self.class_map, self.iou_types = ground_truth, class_map, tuple(iou_types)
-        self.backend = choose_backend(backend)
+        self.backend, self.federated = choose_backend(backend), federated
+        if federated and self.backend != 'hotcoco':
+            raise ValueError(
+                f'--coco_eval {backend}: only hotcoco knows the rules of LVIS: pip install hotcoco, and leave the flag out'
+            )
         self.image_ids = {image['id'] for image in ground_truth['images']}
         self.detections: dict[int, Detections] = {}
 
@@ -111,8 +129,12 @@ class CocoEvaluator:
         results = {}
         for iou_type in self.iou_types:
             truth = prepare_ground_truth(self.ground_truth, set(self.detections), iou_type)
-            rows = result_rows(self.detections, iou_type)
-            results[iou_type] = summarize_arrays(truth, *evaluate(truth, rows, iou_type, self.backend))
+            detections = self.detections
+            if self.federated:
+                detections = {image: best_of(one, LVIS_DETECTIONS) for image, one in detections.items()}
+            rows = result_rows(detections, iou_type)
+            arrays = evaluate(truth, rows, iou_type, self.backend, self.federated)
+            results[iou_type] = summarize_arrays(truth, *arrays, self.federated)
         return results
 
 
@@ -125,6 +147,13 @@ class Detections:
 
     rows: np.ndarray
     masks: list[dict] | None = None
+
+
+def best_of(detections: Detections, number: int) -> Detections:
+    """Return the detections with the best scores; equal ones stay in order."""
+    best = np.argsort(-detections.rows[:, 4], kind='stable')[:number]
+    masks = None if detections.masks is None else [detections.masks[index] for index in best]
+    return Detections(detections.rows[best], masks)
 
 
 def choose_backend(backend: str) -> str:
@@ -188,6 +217,7 @@ def prepare_ground_truth(ground_truth: dict, image_ids: set[int], iou_type: str)
     images = [{**image, 'file_name': ''} for image in ground_truth['images'] if image['id'] in image_ids]
     categories = [
         {'id': category['id'], 'name': str(category.get('name') or category['id'])}
+        | {key: category[key] for key in ('frequency',) if key in category}
         for category in sorted(ground_truth['categories'], key=lambda category: category['id'])
     ]
     return {'info': {}, 'images': images, 'annotations': annotations, 'categories': categories}
@@ -215,17 +245,17 @@ def result_rows(detections: dict[int, Detections], iou_type: str) -> np.ndarray 
 
 
 def evaluate(
-    truth: dict, rows: np.ndarray | list[dict], iou_type: str, backend: str
+    truth: dict, rows: np.ndarray | list[dict], iou_type: str, backend: str, federated: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Evaluate all detections; nothing is printed.
 
     Returns:
         Precision [10 IoU, 101 recall, K, 4 areas, 3 maxima] and recall [10, K, 4, 3], -1 where there is no object. K
-            are the categories in ascending order of id.
+            are the categories in ascending order of id. Federated evaluation has one maximum.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         if backend == 'hotcoco':
-            evaluator = hotcoco_evaluator(truth, rows, iou_type)
+            evaluator = hotcoco_evaluator(truth, rows, iou_type, federated)
         else:
             evaluator = pycocotools_evaluator(truth, rows, iou_type)
         evaluator.evaluate()
@@ -233,11 +263,13 @@ def evaluate(
     return np.asarray(evaluator.eval['precision']), np.asarray(evaluator.eval['recall'])
 
 
-def hotcoco_evaluator(truth: dict, rows: np.ndarray | list[dict], iou_type: str) -> Evaluator:
+def hotcoco_evaluator(
+    truth: dict, rows: np.ndarray | list[dict], iou_type: str, federated: bool
+) -> Evaluator:
     import hotcoco
 
     coco = hotcoco.COCO(truth)
-    return hotcoco.COCOeval(coco, coco.load_res(rows), iou_type)
+    return hotcoco.COCOeval(coco, coco.load_res(rows), iou_type, lvis_style=federated)
 
 
 def pycocotools_evaluator(truth: dict, rows: np.ndarray | list[dict], iou_type: str) -> Evaluator:
@@ -255,36 +287,43 @@ def pycocotools_evaluator(truth: dict, rows: np.ndarray | list[dict], iou_type: 
     return COCOeval(coco, results, iou_type)
 
 
-def summarize_arrays(truth: dict, precision: np.ndarray, recall: np.ndarray) -> Summary:
+def summarize_arrays(
+    truth: dict, precision: np.ndarray, recall: np.ndarray, federated: bool = False
+) -> Summary:
     """Average what is defined, as the official code does; -1 where nothing is."""
+    frequency = np.array([category.get('frequency', '') for category in truth['categories']])
     stats = [
         mean_defined(precision[..., ALL_AREAS, MOST_DETECTIONS]),
         mean_defined(precision[IOU_50, ..., ALL_AREAS, MOST_DETECTIONS]),
         mean_defined(precision[IOU_75, ..., ALL_AREAS, MOST_DETECTIONS]),
         *(mean_defined(precision[..., area, MOST_DETECTIONS]) for area in (1, 2, 3)),
-        *(mean_defined(recall[..., ALL_AREAS, most]) for most in (0, 1, 2)),
+        *(
+            mean_defined(precision[:, :, frequency == part, ALL_AREAS, MOST_DETECTIONS])
+            for part in ('r', 'c', 'f') * federated
+        ),
+        *(mean_defined(recall[..., ALL_AREAS, most]) for most in range(recall.shape[-1])),
         *(mean_defined(recall[..., area, MOST_DETECTIONS]) for area in (1, 2, 3)),
     ]
     objects = Counter(a['category_id'] for a in truth['annotations'] if not a['iscrowd'])
     per_class = [
         {
-            **class_summary(precision[:, :, idx], recall[:, idx]),
+            **class_summary(precision[:, :, idx], recall[:, idx], 'AR300' if federated else 'AR100'),
             'name': category['name'],
             'objects': objects[category['id']],
         }
         for idx, category in enumerate(truth['categories'])
     ]
-    return Summary(stats, per_class)
+    return Summary(stats, per_class, LVIS_NAMES if federated else STAT_NAMES)
 
 
-def class_summary(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
+def class_summary(precision: np.ndarray, recall: np.ndarray, recall_name: str) -> dict[str, float]:
     """Average precision [10, 101, 4, 3] and recall [10, 4, 3] of one category."""
     precision = precision[..., ALL_AREAS, MOST_DETECTIONS]
     return {
         'AP': mean_defined(precision),
         'AP50': mean_defined(precision[IOU_50]),
         'AP75': mean_defined(precision[IOU_75]),
-        'AR100': mean_defined(recall[..., ALL_AREAS, MOST_DETECTIONS]),
+        recall_name: mean_defined(recall[..., ALL_AREAS, MOST_DETECTIONS]),
     }
 
 

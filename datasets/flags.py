@@ -13,7 +13,8 @@ def add_data_args(parser: ArgumentParser) -> None:
     group = parser.add_argument_group('data')
     group.add_argument(
         '--dataset_file', default='coco', choices=DATASETS,
-        help='coco: any data in COCO form; shapes: built-in images, drawn as they are needed (default: %(default)s)',
+        help='coco: any data in COCO form; lvis: LVIS v1; shapes: built-in images, drawn as they are needed '
+        '(default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
         '--coco_path', metavar='DIR',
@@ -35,6 +36,11 @@ def add_data_args(parser: ArgumentParser) -> None:
         '--class_ids', default='auto', choices=CLASS_IDS,
         help="class indices of the model. auto: COCO's 91 ids for COCO, 0 to K-1 in order of id for other data; contiguous: 0 "
         'to K-1 for COCO too, 80 classes (default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--repeat_threshold', default=0.0, type=float, metavar='SHARE',
+        help='repeat training images of classes that are in less than this share of the images, the rarer the more often; usual '
+        'for LVIS: 0.001 (default: 0, no repetition)',
     )  # fmt: skip
     group.add_argument(
         '--img_size', default=800, type=int,
@@ -123,6 +129,12 @@ def check_data_args(args: Namespace) -> None:
         raise ValueError(
             '--aug lsj mixes any two images, but with --cache_mode a process keeps only its share: leave one out'
         )
+    if not 0 <= args.repeat_threshold <= 1:
+        raise ValueError(
+            f'--repeat_threshold {args.repeat_threshold} is a share of images: it must be between 0 and 1'
+        )
+    if args.repeat_threshold and (args.dataset_file == 'shapes' or args.train_shards):
+        raise ValueError('--repeat_threshold needs image files in COCO form or LVIS: leave it out')
     if args.cache_mode and args.dataset_file == 'shapes':
         raise ValueError('--cache_mode keeps image files; built-in images have none: leave it out')
     others = {

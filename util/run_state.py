@@ -27,6 +27,7 @@ class ImageData(Protocol):
     """Part of `datasets.image_dataset.ImageDataset` that util reads."""
 
     class_map: Any
+    federated: bool
 
     def __len__(self) -> int: ...
     def __getitem__(self, idx: int) -> tuple[Tensor, dict[str, Tensor]]: ...
