@@ -27,7 +27,7 @@ dependencies = ['torch', 'torchvision', 'numpy']
 def _build(
     row: _zoo.Row,
     pretrained: bool = False,
-    num_classes: int = 91,
+    num_classes: int | None = None,
     return_postprocessor: bool = False,
     weights: str | _Path = '',
 ) -> _nn.Module | tuple[_nn.Module, _nn.Module]:
@@ -35,8 +35,8 @@ def _build(
 
     Args:
         pretrained: load the published weights.
-        num_classes: class indices, 'no object' not counted. Published weights have 91, COCO's ids; for another number
-            their class heads start from random values, and a printed line says so.
+        num_classes: class indices, 'no object' not counted; None: those of the published weights (91 for COCO's ids, 1203
+            for LVIS). For another number their class heads start from random values, and a printed line says so.
         return_postprocessor: return what turns outputs into detections too.
         weights: path or address of weights to load instead, in any layout that `main.py --resume` reads.
 
@@ -46,7 +46,8 @@ def _build(
     source = weights or (row.source() if pretrained else '')
     model, args = _zoo.build_row(row, num_classes, 'none' if source else 'imagenet')
     if source:
-        report = _checkpoint.load_checkpoint(model, str(source), resize=num_classes != 91)
+        resize = num_classes not in (None, row.num_classes)
+        report = _checkpoint.load_checkpoint(model, str(source), resize=resize)
         if report.reinitialised:
             print(f'{row.name} with {num_classes} classes: {report}')
     return (model, _models.build_postprocessors(args)['bbox']) if return_postprocessor else model
@@ -66,7 +67,7 @@ def detector(model: str, weights: str | _Path = '', device: str = 'auto') -> obj
 def _entry(row: _zoo.Row) -> _Callable:
     entry = _functools.partial(_build, row)
     _functools.update_wrapper(entry, _build)
-    ap = f'{row.ap} AP on COCO val2017' if row.ap else 'AP not published'
+    ap = f'{row.ap} AP on {row.data}' if row.ap else 'AP not published'
     entry.__name__ = entry.__qualname__ = row.name
     entry.__doc__ = f'{row.title}: {ap} ({row.epochs} epochs).\n\n{_build.__doc__}'
     return entry

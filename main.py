@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from datasets.class_map import ClassMap
+from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.coco_eval import LVIS_NAMES, STAT_NAMES, CocoEvaluator, Summary
 from datasets.flags import add_data_args, check_data_args
 from datasets.loaders import begin_epoch, build_datasets, build_loader, worst_batch
@@ -36,6 +36,7 @@ from engine import (
     train_one_epoch,
 )
 from models import add_model_args, build_model
+from models.detector import class_map_of
 from models.flags import NUM_CLASSES
 from models.ops.functions import describe as describe_kernels
 from models.parts import all_parts, compile_parts
@@ -153,6 +154,9 @@ def read_data(args: Namespace, given: frozenset[str]) -> tuple[dict, dict[str, D
             vars(args).update(vars(resolve_all(adopt(args, given, recorded))))
         seed_everything(args.seed + get_rank())
         class_map = ClassMap.from_dict(checkpoint['class_map']) if 'class_map' in checkpoint else None
+        if args.eval and class_map is None and checkpoint:
+            found = class_map_of(checkpoint, args.resume or args.pretrained)
+            class_map = found if found.num_classes == PANOPTIC_CLASSES else None
         datasets = build_datasets(args, class_map)
     facts = {f'{split} data': summary_of(dataset) for split, dataset in datasets.items()}
     images = checkpoint.get('within_epoch', {}).get('images', 0)

@@ -7,6 +7,7 @@ from functools import cached_property
 
 # COCO's 80 category ids are 1..90 with ten gaps; official checkpoints use the ids as class indices, 0 and
 # gaps included.
+PANOPTIC_CLASSES = 250  # of DETR's panoptic models: things have COCO's ids, stuff has those above
 COCO_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 COCO_IDS = frozenset(range(1, 91)).difference(COCO_GAPS)
 CLASS_IDS = ('auto', 'contiguous')
@@ -49,10 +50,12 @@ class ClassMap:
         return cls.contiguous(categories)
 
     @classmethod
-    def coco(cls) -> ClassMap:
-        """Return COCO's own 80 ids and names (91 classes)."""
+    def coco(cls, num_classes: int = 91) -> ClassMap:
+        """Return COCO's own 80 ids and names. num_classes: more than 91 for DETR's panoptic models, which know stuff too."""
         pairs = zip(sorted(COCO_IDS), COCO_NAMES, strict=True)
-        return cls.identity([{'id': category_id, 'name': name} for category_id, name in pairs])
+        things = cls.identity([{'id': category_id, 'name': name} for category_id, name in pairs])
+        more = range(things.num_classes, num_classes)
+        return cls((*things.category_ids, *more), (*things.names, *(None for _ in more)))
 
     @classmethod
     def contiguous(cls, categories: list[dict]) -> ClassMap:

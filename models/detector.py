@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from datasets.class_map import ClassMap
+from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.image_io import read_image
 from datasets.transforms import frame_size, seen_size, transforms_of
 from models import build_detector, build_postprocessors
@@ -112,6 +112,8 @@ def class_map_of(checkpoint: dict, source: str) -> ClassMap:
         raise ValueError(f'{source} has no class head ({layout} names), so it is no detector of this family')
     rows -= 'class_embed.bias' in state and 'transformer.decoder.ref_point_head.layers.0.weight' not in state
     names = names_in(checkpoint)
+    if rows == PANOPTIC_CLASSES:
+        return ClassMap.coco(PANOPTIC_CLASSES)
     if rows == 91 or (
         rows == len(COCO_IDS) and layout in ('detrex', 'mmdetection') and len(names) in (0, 80)
     ):

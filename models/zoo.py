@@ -1,5 +1,5 @@
 """
-Published results on COCO val2017: the network of each row, its recipe in scripts/, and where its weights are.
+Published results on COCO val2017 and LVIS: the network of each row, its recipe in scripts/, and where its weights are.
 
 `hubconf.py` has an entry for every row with a name, and `main.py --model` and `tools/predict.py --model` take the same
 names. `python -m models.zoo` prints the table of docs/zoo.md.
@@ -43,7 +43,11 @@ CO_DEFORMABLE = TRICKS | CO_HEADS
 CO_DINO = {'dino': True, 'num_feature_levels': 5} | CO_HEADS
 CO_DINO_LSJ = CO_DINO | {'aug': 'lsj', 'lsj_size': 1024}
 CO_DINO_LSJ_LARGE = CO_DINO | {'aug': 'lsj', 'lsj_size': 1280}
-MORE, TOP_300 = {'num_queries': 900}, {'topk_eval': 300}
+MORE, TOP_300, TOP_1000 = {'num_queries': 900}, {'topk_eval': 300}, {'topk_eval': 1000}
+WIDE = {'img_size': 1280, 'max_size': 2048}  # images of models from Objects365
+VIT = {'backbone': 'vit_large'} | TOP_1000
+LVIS = {'num_classes': 1203, 'data': 'LVIS v1 val'}
+PANOPTIC = {'num_classes': 250}
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Row:
     name: hub entry; '' where nobody publishes weights and another row has the same network.
     script: recipe in scripts/; '' if there is none.
     flags: flags of the detector, as far as they are not defaults.
-    ap: box AP on COCO val2017; None: not published.
+    ap: box AP on `data`; None: not published.
     weights: address of the weights; '' if there is none.
     linked: where weights without an address, or the authors' own, are linked from.
     parameters, gflops: as published, millions and 1e9 multiply-adds.
@@ -69,6 +73,8 @@ class Row:
     linked: str = ''
     parameters: int | None = None
     gflops: int | None = None
+    num_classes: int = 91  # class indices of the weights: COCO's ids, or those of another data set
+    data: str = 'COCO val2017'
 
     def source(self) -> str:
         """Return the address of the weights.
@@ -88,6 +94,10 @@ class Row:
 CONDITIONAL_SHARE = 'the share linked from github.com/Atten4Vis/ConditionalDETR ({})'
 MS_SHARE = 'the drive linked from github.com/Atten4Vis/MS-DETR ({})'
 CO_SHARE = 'the drive linked from github.com/Sense-X/Co-DETR ({})'
+
+
+def hub_file(name: str) -> str:
+    return f'huggingface.co/zongzhuofan ({name})'
 
 
 def hybrid_files(prefix: str, name: str, epochs: int, suffix: str = '') -> str:
@@ -228,8 +238,25 @@ ZOO = [
         '', co_file('co_dino_5scale_lsj_swin_large_2x_coco')),
     Row('co_dino_swin_large_lsj_36ep', 'swin_large_co_dino_5scale_lsj_36ep', 'Co-DINO Swin-L, large-scale jitter', CO_DINO_LSJ_LARGE | LARGE_12, 60.7, 36,
         '', co_file('co_dino_5scale_lsj_swin_large_3x_coco')),
-    Row('co_dino_swin_large_o365', '', 'Co-DINO Swin-L, pretrained on Objects365', CO_DINO | LARGE_12, 64.1, 16,
+    Row('co_dino_swin_large_o365', 'swin_large_co_dino_5scale_o365_16ep', 'Co-DINO Swin-L, pretrained on Objects365', CO_DINO | LARGE_12 | WIDE, 64.1, 16,
         f'{MMDET_FILES}swin_large_16e_o365tococo-614254c9.pth', co_file('co_dino_5scale_swin_large_16e_o365tococo')),
+    Row('co_dino_vit_large_o365', 'vit_large_co_dino_5scale_o365_12ep', 'Co-DINO ViT-L, pretrained on Objects365',
+        CO_DINO | VIT | WIDE | {'num_queries': 1500}, 65.9, 12, '', hub_file('co-detr-vit-large-coco')),
+
+    Row('co_dino_resnet50_lvis', 'r50_co_dino_5scale_lvis_12ep', 'Co-DINO R50 (LVIS)', CO_DINO, None, 12, '', co_file('co_dino_5scale_r50_1x_lvis'), **LVIS),
+    Row('co_dino_resnet50_lsj_lvis', 'r50_co_dino_5scale_lsj_lvis_12ep', 'Co-DINO R50, large-scale jitter (LVIS)', CO_DINO_LSJ, None, 12,
+        '', co_file('co_dino_5scale_lsj_r50_1x_lvis'), **LVIS),
+    Row('co_dino_swin_large_lsj_lvis', 'swin_large_co_dino_5scale_lsj_lvis_36ep', 'Co-DINO Swin-L, large-scale jitter (LVIS)', CO_DINO_LSJ_LARGE | LARGE_12, 56.9, 36,
+        '', co_file('co_dino_5scale_lsj_swin_large_3x_lvis'), **LVIS),
+    Row('co_dino_swin_large_lsj_o365_lvis', 'swin_large_co_dino_5scale_lsj_o365_lvis_16ep', 'Co-DINO Swin-L, large-scale jitter, pretrained on Objects365 (LVIS)',
+        CO_DINO_LSJ | LARGE_12 | TOP_1000 | {'lsj_size': 1536}, 64.5, 16, '', co_file('co_dino_5scale_lsj_swin_large_16e_o365tolvis'), **LVIS),
+    Row('co_dino_vit_large_lsj_o365_lvis', 'vit_large_co_dino_5scale_lsj_o365_lvis_16ep', 'Co-DINO ViT-L, large-scale jitter, pretrained on Objects365 (LVIS)',
+        CO_DINO_LSJ | VIT | {'backbone': 'vit_large_lsj', 'lsj_size': 1536}, 68.0, 16, '', hub_file('co-detr-vit-large-lvis'), **LVIS),
+
+    Row('', 'detr_r50_masks', 'DETR R50, masks', {'masks': True}, None, 25),
+    Row('detr_resnet50_panoptic', '', 'DETR R50, panoptic: boxes and masks', {'masks': True}, 38.8, 500, f'{DETR_FILES}r50-panoptic-00ce5173.pth', **PANOPTIC),
+    Row('detr_resnet50_dc5_panoptic', '', 'DETR-DC5 R50, panoptic: boxes and masks', {'masks': True} | DC5, 40.2, 500, f'{DETR_FILES}r50-dc5-panoptic-da08f1b1.pth', **PANOPTIC),
+    Row('detr_resnet101_panoptic', '', 'DETR R101, panoptic: boxes and masks', {'masks': True} | R101, 40.1, 500, f'{DETR_FILES}r101-panoptic-40021d53.pth', **PANOPTIC),
 ]
 # fmt: on
 
@@ -259,15 +286,18 @@ def with_row(args: Namespace, given: Collection[str]) -> Namespace:
     """
     row = find_row(args.model)
     args = adopt(args, given, vars(settle(row.flags)))
-    others = set(row.flags) & {'aug', 'lsj_size', 'co_aux_heads'} - set(given)
+    others = set(row.flags) & {'aug', 'lsj_size', 'img_size', 'max_size', 'co_aux_heads'} - set(given)
     args = Namespace(**vars(args) | {flag: row.flags[flag] for flag in others})
     if not (args.resume or args.pretrained):
         args.pretrained = row.source()
     return args
 
 
-def build_row(row: Row, num_classes: int = 91, backbone_weights: str = 'none') -> tuple[nn.Module, Namespace]:
+def build_row(
+    row: Row, num_classes: int | None = None, backbone_weights: str = 'none'
+) -> tuple[nn.Module, Namespace]:
     """Build the detector of a row for inference; return it with its settled flags."""
+    num_classes = num_classes or row.num_classes
     own = {'num_classes': num_classes, 'backbone_weights': backbone_weights, 'aux_loss': False}
     args = resolve_args(Namespace(**row.flags | own))
     return build_detector(args, {'one2one': args.num_queries}), args

@@ -247,6 +247,35 @@ def test_masks_need_segmentations(tmp_path: Path) -> None:
         run(tmp_path / 'out', '--masks', flags=flags)
 
 
+def test_panoptic_files_give_boxes_and_masks_of_things(tmp_path: Path) -> None:
+    """Their 250 classes are COCO's ids and, above them, stuff, which is not detected."""
+    model = build_model(Namespace(**SMALL | {'masks': True, 'num_classes': 250}))[0]
+    nn.init.constant_(model.class_embed.bias, 0)
+    model.class_embed.bias.data[[17, 200]] = torch.tensor([9.0, 8.0])
+    args = {name: value for name, value in SMALL.items() if name != 'num_classes'} | {
+        'masks': True,
+        'img_size': 64,
+    }
+    state = {official(name): value for name, value in model.state_dict().items()}
+    torch.save({'model': state, 'args': Namespace(**args)}, tmp_path / 'panoptic.pth')
+    detector = load_detector(weights=tmp_path / 'panoptic.pth')
+    assert detector.class_map.num_classes == 250 and detector.class_map.names[200] is None
+    found = detector(torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8))
+    assert {each['name'] for each in found} == {'cat'} and found[0]['mask'].shape == (48, 64)
+    for split in ('train', 'val'):
+        export(tmp_path, ShapesDetection(2, split, image_size=64))
+    for split in ('train', 'val'):
+        path = tmp_path / f'annotations/instances_{split}2017.json'
+        data = json.loads(path.read_text())
+        data['categories'] = [{'id': 17, 'name': 'cat'}]
+        for annotation in data['annotations']:
+            annotation['category_id'] = 17
+        path.write_text(json.dumps(data))
+    flags = f'--coco_path {tmp_path} --img_size 64 --device cpu --num_workers 0'
+    run(tmp_path / 'eval', '--eval', '--resume', str(tmp_path / 'panoptic.pth'), flags=flags)
+    assert 'test_coco_eval_masks' in json.loads((tmp_path / 'eval/eval.json').read_text())
+
+
 def test_official_files_wrap_the_detector(tmp_path: Path) -> None:
     flags = SMALL | {'masks': True}
     model = build_model(Namespace(**flags))[0]
