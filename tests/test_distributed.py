@@ -78,7 +78,15 @@ def counts_of(name: str, steps: int = 20) -> list[list[int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', SCHEMES)
+@pytest.mark.parametrize(
+    'name',
+    [
+        name
+        if name in ('detr', 'hybrid', 'mixed', 'co_dino')
+        else pytest.param(name, marks=pytest.mark.exhaustive)
+        for name in SCHEMES
+    ],
+)
 def test_two_processes_equal_one_with_the_whole_batch(name: str) -> None:
     counts = counts_of(name)
     one = train_some_steps(0, SCHEMES[name], counts, 1, 'none')

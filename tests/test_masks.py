@@ -151,7 +151,8 @@ def with_masks(targets: list[dict], size: tuple[int, int]) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    'kind', [pytest.param(kind, marks=() if kind in ('detr', 'all') else pytest.mark.slow) for kind in KINDS]
+    'kind',
+    [pytest.param(kind, marks=() if kind in ('detr', 'all') else pytest.mark.exhaustive) for kind in KINDS],
 )
 def test_masks_train_with_every_family_and_scheme(kind: str) -> None:
     """30 steps lower the loss of the masks; the boxes of the trained model do not depend on its mask heads."""

@@ -38,7 +38,13 @@ SMALL = SwinSize(16, (2, 2, 2, 2), (1, 2, 4, 8), 5)
 
 @needs_shared
 @pytest.mark.parametrize(
-    'variant', [name if name == 'tiny_w7' else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+    'variant',
+    [
+        pytest.param(
+            name, marks={'tiny_w7': (), 'large_w12': pytest.mark.slow}.get(name, pytest.mark.exhaustive)
+        )
+        for name in NAMES
+    ],
 )
 def test_features_equal_official(variant: str) -> None:
     case = RECORD['variants'][variant]

@@ -87,8 +87,8 @@ def test_hub_entries_are_the_rows() -> None:
     entries = {name for name in dir(hubconf) if callable(getattr(hubconf, name)) and name[0] != '_'}
     names = [row.name for row in ZOO if row.name]
     assert entries == {*names, 'detector'} and len(set(names)) == len(names)
-    families = {'detr': 4, 'conditional': 4, 'deformable_detr_resnet50': 5, 'h_deformable': 11, 'ms_detr': 4,
-                'co_deformable': 9, 'co_dino': 12}  # fmt: skip
+    families = {'detr': 7, 'conditional': 4, 'deformable_detr_resnet50': 5, 'h_deformable': 11, 'ms_detr': 4,
+                'co_deformable': 9, 'co_dino': 18}  # fmt: skip
     for prefix, number in families.items():
         assert sum(name.startswith(prefix) for name in names) == number, prefix
     with pytest.raises(ValueError, match=r"no model 'detr_resnet5' is known: detr_resnet50, "):
@@ -229,6 +229,7 @@ def layouts(model: nn.Module, flags: dict, folder: Path) -> Iterator[tuple[str, 
 
 
 CO_DINO = HEADS | {'dino': True, 'dn_number': 10}
+MARKS = {'tricks': (), 'co_dino': pytest.mark.slow}
 DETECTORS = {
     'conditional': {'conditional': True},
     'refine': {'with_box_refine': True},
@@ -238,7 +239,7 @@ DETECTORS = {
 
 
 @pytest.mark.parametrize(
-    'kind', [pytest.param(kind, marks=() if kind == 'tricks' else pytest.mark.slow) for kind in DETECTORS]
+    'kind', [pytest.param(kind, marks=MARKS.get(kind, pytest.mark.exhaustive)) for kind in DETECTORS]
 )
 def test_every_door_takes_every_layout(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hub, predict, --eval, --pretrained and convert give the detections of the model that was saved."""
