@@ -324,7 +324,10 @@ def finish_epoch(
     due = due and not args.no_validate
     summaries = evaluate_once(run, f'epoch {epoch + 1}/{args.epochs} evaluate') if due else {}
     summary = summaries.get('bbox')
-    for kind, prefix in (('bbox', 'test'), *((('segm', 'test_segm'),) if args.masks else ())):
+    for kind, prefix in (
+        ('bbox', 'test'),
+        *((('segm', 'test_segm'),) if 'segm' in run.postprocessors else ()),
+    ):
         names = LVIS_NAMES if 'val' in run.datasets and run.datasets['val'].federated else STAT_NAMES
         stats = summaries[kind].stats if summaries else [None] * len(names)
         row |= {f'{prefix}_{name}': value for name, value in zip(names, stats, strict=True)}
@@ -358,7 +361,7 @@ def evaluate_once(run: Run, title: str = 'evaluate') -> dict[str, Summary]:
         The metrics of boxes, `bbox`, and with --masks those of masks, `segm`.
     """
     dataset, model = run.datasets['val'], run.best_model
-    kinds = ('bbox', 'segm') if run.args.masks else ('bbox',)
+    kinds = ('bbox', 'segm') if 'segm' in run.postprocessors else ('bbox',)
     backend, federated = run.args.coco_eval, dataset.federated
     evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map, kinds, backend, federated)
     loader, precision, check = run.loaders['val'], run.precision, run.stops.check

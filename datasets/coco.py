@@ -30,7 +30,7 @@ from datasets.coco_json import (
 from datasets.copy_paste import build_mix
 from datasets.image_dataset import ImageDataset, Mix
 from datasets.image_io import decode_file, read_image, stored_size
-from datasets.transforms import Target, Transform, transforms_of
+from datasets.transforms import Target, Transform, transforms_of, wants_masks
 
 MMDETECTION = ('co_detr', 'lsj')  # recipes whose annotations are read as mmdetection does
 MIN_IMAGE_SIDE = 32
@@ -350,7 +350,7 @@ def options_of(image_set: str, args: argparse.Namespace, class_map: ClassMap | N
     return {
         'transforms': transforms_of(image_set, args),
         'class_map': class_map,
-        'return_masks': True if getattr(args, 'masks', False) else None if mix else False,
+        'return_masks': True if wants_masks(args) else None if mix else False,
         'seed': args.seed,
         'reading': reading_of(image_set, args),
         'mix': mix,

@@ -143,17 +143,20 @@ class Detections:
     """N detections in one image, each with a category.
 
     rows: [N, 6] float64 of x, y, width, height, score, category id. masks: run lengths, if masks are evaluated.
+    mask_scores: [N], where masks have scores of their own.
     """
 
     rows: np.ndarray
     masks: list[dict] | None = None
+    mask_scores: np.ndarray | None = None
 
 
 def best_of(detections: Detections, number: int) -> Detections:
     """Return the detections with the best scores; equal ones stay in order."""
     best = np.argsort(-detections.rows[:, 4], kind='stable')[:number]
     masks = None if detections.masks is None else [detections.masks[index] for index in best]
-    return Detections(detections.rows[best], masks)
+    scores = None if detections.mask_scores is None else detections.mask_scores[best]
+    return Detections(detections.rows[best], masks, scores)
 
 
 def choose_backend(backend: str) -> str:
@@ -182,12 +185,14 @@ def read_prediction(prediction: dict, class_map: ClassMap, with_masks: bool) -> 
     rows[:, :4] = boxes_xywh.cpu().numpy()
     rows[:, 4] = prediction['scores'].detach().cpu().numpy()
     rows[:, 5] = [class_map.category_ids[label] for label in labels]
-    masks = None
+    masks = mask_scores = None
     if with_masks:
+        if 'mask_scores' in prediction:
+            mask_scores = prediction['mask_scores'].detach().cpu().double().numpy()[keep]
         encoded = prediction.get('segmentation')
         encoded = encode_masks(prediction['masks']) if encoded is None else encoded
         masks = [encoded[idx] for idx in keep]
-    return Detections(rows[keep], masks)
+    return Detections(rows[keep], masks, mask_scores)
 
 
 def encode_masks(masks: Tensor) -> list[dict]:
@@ -238,9 +243,14 @@ def result_rows(detections: dict[int, Detections], iou_type: str) -> np.ndarray 
         parts = [np.insert(one.rows, 0, image_id, axis=1) for image_id, one in sorted(detections.items())]
         return np.concatenate([np.zeros((0, 7)), *parts])
     return [
-        {'image_id': image_id, 'category_id': int(row[5]), 'segmentation': mask, 'score': float(row[4])}
+        {'image_id': image_id, 'category_id': int(row[5]), 'segmentation': mask, 'score': float(score)}
         for image_id, one in sorted(detections.items())
-        for row, mask in zip(one.rows, one.masks or [], strict=True)
+        for row, mask, score in zip(
+            one.rows,
+            one.masks or [],
+            one.rows[:, 4] if one.mask_scores is None else one.mask_scores,
+            strict=True,
+        )
     ]
 
 

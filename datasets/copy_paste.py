@@ -25,6 +25,7 @@ from datasets.transforms import (
     pad_to_square,
     random_region,
     rescale,
+    wants_masks,
 )
 from util.box_ops import box_area
 
@@ -136,4 +137,4 @@ def build_mix(image_set: str, args: argparse.Namespace) -> LargeScaleJitter | No
     """Build the step that mixes images, if --aug has one."""
     if image_set != 'train' or args.aug != 'lsj':
         return None
-    return LargeScaleJitter(args.lsj_size, getattr(args, 'masks', False))
+    return LargeScaleJitter(args.lsj_size, wants_masks(args))

@@ -23,7 +23,7 @@ from datasets.class_map import ClassMap
 from datasets.copy_paste import build_mix
 from datasets.image_dataset import ImageDataset, Mix
 from datasets.shape_scenes import KINDS, SPLITS, Scene, draw_scene, scene_size
-from datasets.transforms import Transform, transforms_of
+from datasets.transforms import Transform, transforms_of, wants_masks
 
 IMAGE_SEED = 17  # a constant: all runs share the data, whatever their --seed
 # Ids in the order of KINDS, so that the class index of a category is its number there.
@@ -147,7 +147,7 @@ def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None =
         seed=args.seed,
         image_size=args.shapes_size,
         transforms=transforms_of(image_set, args),
-        return_masks=mix is not None or getattr(args, 'masks', False),
+        return_masks=mix is not None or wants_masks(args),
         mix=mix,
     )
 

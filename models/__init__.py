@@ -36,11 +36,13 @@ from .postprocess import (
     CandidatePostProcess,
     MaskPostProcess,
     NMSPostProcess,
+    RegionMaskPostProcess,
     SoftmaxPostProcess,
     SoftNMSPostProcess,
     TopKPostProcess,
 )
 from .recorded import NetworkFlags
+from .refine_masks import DetectionMasks
 from .segmentation import build_mask_heads
 from .transformer import (
     Transformer,
@@ -209,6 +211,9 @@ def build_detector(
             eval_module=None if args.eval_module == 'detr' else args.eval_module,
             input_bias=args.input_proj_bias,
             num_maps=len(backbone_maps(args)),
+            co_masks=DetectionMasks(args.hidden_dim, args.num_classes, level_strides(args))
+            if args.co_masks
+            else None,
             pyramid=feature_pyramid(backbone.num_channels[0], args.hidden_dim) if has_pyramid(args) else None,
         )
     else:
@@ -271,6 +276,7 @@ def freeze_unreached_heads(model: nn.Module, criterion: nn.Module, two_stage: bo
 def build_postprocessors(args: Namespace) -> dict[str, nn.Module]:
     """Build the postprocessors: `bbox` turns outputs into detections in pixels, `segm` adds their masks."""
     masks = {'segm': MaskPostProcess()} if args.masks else {}
+    masks |= {'segm': RegionMaskPostProcess()} if args.co_masks else {}
     return {'bbox': build_box_postprocessor(args)} | masks
 
 

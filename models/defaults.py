@@ -141,9 +141,15 @@ def check_vit_args(args: Namespace) -> None:
 
 
 def check_masks(args: Namespace) -> None:
-    if args.masks and args.eval_module != 'detr':
+    if args.masks and args.co_masks:
+        raise ValueError('--masks and --co_masks are two ways to predict masks: give one of them')
+    if args.co_masks and args.family != 'deformable':
         raise ValueError(
-            f'--masks are those of the decoder: leave --eval_module {args.eval_module} out, or --masks'
+            f'--co_masks is for Deformable DETR, and the other flags choose {args.family}: use --masks'
+        )
+    if (args.masks or args.co_masks) and args.eval_module != 'detr':
+        raise ValueError(
+            f'--{"masks" if args.masks else "co_masks"} are those of the decoder: leave --eval_module {args.eval_module} out'
         )
     if args.masks and args.backbone in VIT_SIZES:
         raise ValueError(f'--masks needs maps of several strides, and {args.backbone} has one: leave it out')

@@ -4,12 +4,15 @@ Deformable DETR (arXiv:2010.04159): feature maps of several sizes, a deformable 
 With box refinement each decoder layer has its own heads; without it all layers share one pair.
 """
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from util.nested_tensor import NestedTensor, as_batch, resize_mask
 
 from .deformable_transformer import DeformableTransformer
 from .heads import read_layers
+from .refine_masks import maps_of
 from .segmentation import predict_masks
 from .structures import Memory, Prediction, QueryGroup, split_groups
 
@@ -29,6 +32,7 @@ class DeformableDETR(nn.Module):
         input_bias: give the projections of the backbone's maps biases.
         num_maps: number of the backbone's maps that levels are made from, the coarsest; None: all. Masks read all.
         mask_heads: modules that predict masks (`models.segmentation.build_mask_heads`).
+        co_masks: module that predicts masks of detections (`models.refine_masks`).
         pyramid: modules that make every level from the backbone's only map, in place of projections (`models.vit`).
     """
 
@@ -49,6 +53,7 @@ class DeformableDETR(nn.Module):
         pyramid: nn.ModuleList | None = None,
         num_maps: int | None = None,
         mask_heads: dict[str, nn.Module] | None = None,
+        co_masks: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.transformer = transformer
@@ -73,7 +78,7 @@ class DeformableDETR(nn.Module):
         self.mixed_selection = mixed_selection
         self.aux_loss = aux_loss
         self.eval_module = eval_module
-        self.has_masks = bool(mask_heads)
+        self.has_masks, self.co_masks = bool(mask_heads), co_masks
         for name, module in (mask_heads or {}).items():
             self.add_module(name, module)
 
@@ -109,6 +114,12 @@ class DeformableDETR(nn.Module):
                 self.bbox_attention, self.mask_head, queries, memory, level, levels[0][level], finer
             )
             outputs['pred_masks'] = last.masks
+        if self.co_masks is not None and not self.training:
+            outputs['masks_of'] = partial(self.co_masks.detect, maps_of(memory))
+        if self.training:
+            for source in self.query_sources.values():
+                if hasattr(source, 'after_decoding'):
+                    losses |= source.after_decoding(self.co_masks, memory, predictions, targets)
         return outputs | {'predictions': predictions, 'losses': losses} if self.training else outputs
 
     def levels(

@@ -199,6 +199,9 @@ def add_model_args(parser: ArgumentParser) -> None:
     detections.add_argument('--masks', action='store_true',
                             help='predict a mask for each query of the decoder too (DETR, Sec. 4.4; any family); training data '
                                  'need segmentations')  # fmt: skip
+    detections.add_argument('--co_masks', action='store_true',
+                            help='predict masks of the detections from their RoI features (ViT models of Co-DETR; Deformable '
+                                 'DETR); training data need segmentations')  # fmt: skip
     detections.add_argument('--topk_eval', '--topk', type=int,
                             help='number of detections kept per image (not DETR, which gives one per query; '
                                  f'default: {family_default("topk_eval")})')  # fmt: skip

@@ -215,3 +215,57 @@ class MaskPostProcess(nn.Module):
             pixels = F.interpolate(seen, size=original, mode='nearest').byte()
             found.append({key: value for key, value in one.items() if key != 'query'} | {'masks': pixels})
         return found
+
+
+class RegionMaskPostProcess(nn.Module):
+    """Masks of detections from their RoI features, in the original images (`models.refine_masks`).
+
+    threshold: probability from which on a pixel is object. A mask has a score of its own: that of the box times the mask's
+    IoU, as far as the model can tell it.
+    """
+
+    chunk = 16  # masks that are pasted at a time
+
+    def __init__(self, threshold: float = 0.5) -> None:
+        super().__init__()
+        self.threshold = threshold
+
+    @torch.no_grad()
+    def forward(
+        self,
+        detections: Detections,
+        outputs: dict,
+        original_sizes: Tensor,
+        sizes: Tensor,
+        canvas: tuple[int, int] | None = None,
+    ) -> Detections:
+        """Return the detections with `masks` [N, 1, H, W] uint8 and `mask_scores` [N]; arguments as `MaskPostProcess`."""
+        found = []
+        for index, (one, original, size) in enumerate(zip(detections, original_sizes, sizes, strict=True)):
+            scale = (size / original).flip(0).repeat(2).to(one['boxes'])
+            height, width = original.tolist()
+            if len(one['boxes']):
+                masks, quality = outputs['masks_of'](index, one['boxes'] * scale, one['labels'])
+                pasted = [
+                    paste(part, boxes, height, width) >= self.threshold
+                    for part, boxes in zip(
+                        masks.split(self.chunk), one['boxes'].split(self.chunk), strict=True
+                    )
+                ]
+                masks, quality = torch.cat(pasted)[:, None].byte(), quality.to(one['scores'])
+            else:
+                masks = torch.zeros(0, 1, height, width, dtype=torch.uint8, device=one['boxes'].device)
+                quality = one['scores']
+            found.append(one | {'masks': masks, 'mask_scores': one['scores'] * quality})
+        return found
+
+
+def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
+    """Draw masks [N, h, w] of boxes [N, 4] xyxy in pixels into images, [N, height, width]; outside they are 0."""
+    x0, y0, x1, y1 = boxes.to(masks)[:, :, None].unbind(1)
+    x = (torch.arange(width, device=masks.device) + 0.5 - x0) / (x1 - x0).clamp(
+        min=1e-6
+    ) * 2 - 1  # [N, width]
+    y = (torch.arange(height, device=masks.device) + 0.5 - y0) / (y1 - y0).clamp(min=1e-6) * 2 - 1
+    grid = torch.stack([x[:, None].expand(-1, height, -1), y[..., None].expand(-1, -1, width)], dim=-1)
+    return F.grid_sample(masks[:, None], grid.to(masks), align_corners=False)[:, 0]

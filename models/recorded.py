@@ -18,6 +18,7 @@ TRAINING_FLAGS = (
 )  # fmt: skip
 DETECTION_FLAGS = (
     'masks',
+    'co_masks',
     'topk_eval',
     'nms_iou_threshold',
     'soft_nms_threshold',

@@ -242,6 +242,8 @@ ZOO = [
         f'{MMDET_FILES}swin_large_16e_o365tococo-614254c9.pth', co_file('co_dino_5scale_swin_large_16e_o365tococo')),
     Row('co_dino_vit_large_o365', 'vit_large_co_dino_5scale_o365_12ep', 'Co-DINO ViT-L, pretrained on Objects365',
         CO_DINO | VIT | WIDE | {'num_queries': 1500}, 65.9, 12, '', hub_file('co-detr-vit-large-coco')),
+    Row('co_dino_vit_large_o365_instance', 'vit_large_co_dino_5scale_o365_instance_12ep', 'Co-DINO ViT-L with masks (56.6), pretrained on Objects365',
+        CO_DINO | VIT | WIDE | {'num_queries': 1500, 'co_masks': True}, 65.8, 12, '', hub_file('co-detr-vit-large-coco-instance')),
 
     Row('co_dino_resnet50_lvis', 'r50_co_dino_5scale_lvis_12ep', 'Co-DINO R50 (LVIS)', CO_DINO, None, 12, '', co_file('co_dino_5scale_r50_1x_lvis'), **LVIS),
     Row('co_dino_resnet50_lsj_lvis', 'r50_co_dino_5scale_lsj_lvis_12ep', 'Co-DINO R50, large-scale jitter (LVIS)', CO_DINO_LSJ, None, 12,
@@ -252,6 +254,9 @@ ZOO = [
         CO_DINO_LSJ | LARGE_12 | TOP_1000 | {'lsj_size': 1536}, 64.5, 16, '', co_file('co_dino_5scale_lsj_swin_large_16e_o365tolvis'), **LVIS),
     Row('co_dino_vit_large_lsj_o365_lvis', 'vit_large_co_dino_5scale_lsj_o365_lvis_16ep', 'Co-DINO ViT-L, large-scale jitter, pretrained on Objects365 (LVIS)',
         CO_DINO_LSJ | VIT | {'backbone': 'vit_large_lsj', 'lsj_size': 1536}, 68.0, 16, '', hub_file('co-detr-vit-large-lvis'), **LVIS),
+    Row('co_dino_vit_large_lsj_o365_lvis_instance', 'vit_large_co_dino_5scale_lsj_o365_lvis_instance_16ep',
+        'Co-DINO ViT-L with masks (60.7), large-scale jitter, pretrained on Objects365 (LVIS)',
+        CO_DINO_LSJ | VIT | {'backbone': 'vit_large_lsj', 'lsj_size': 1536, 'co_masks': True}, 67.3, 16, '', hub_file('co-detr-vit-large-lvis-instance'), **LVIS),
 
     Row('', 'detr_r50_masks', 'DETR R50, masks', {'masks': True}, None, 25),
     Row('detr_resnet50_panoptic', '', 'DETR R50, panoptic: boxes and masks', {'masks': True}, 38.8, 500, f'{DETR_FILES}r50-panoptic-00ce5173.pth', **PANOPTIC),

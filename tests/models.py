@@ -81,6 +81,16 @@ def random_targets(*num_objects: int) -> list[dict[str, Tensor]]:
     ]
 
 
+def with_masks(targets: list[dict], size: tuple[int, int]) -> list[dict]:
+    """Targets whose masks fill their boxes."""
+    rows, columns = (torch.arange(side) + 0.5 for side in size)
+    for target in targets:
+        x, y, width, height = (target['boxes'] * torch.tensor([size[1], size[0]] * 2)).T[..., None, None]
+        inside = ((rows[:, None] - y).abs() < height / 2) & ((columns - x).abs() < width / 2)
+        target['masks'] = inside.byte()
+    return targets
+
+
 class GivenFeatures(nn.Module):
     """In place of a backbone: the samples are feature maps."""
 

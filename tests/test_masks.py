@@ -18,7 +18,7 @@ from models.detector import load_detector
 from models.training.criterion import weighted_sum
 from models.training.flags import resolve_all
 from tests import rule
-from tests.models import HEADS, MIXED, SMALL, TRICKS, random_targets
+from tests.models import HEADS, MIXED, SMALL, TRICKS, random_targets, with_masks
 from tests.parity import Case, assert_close, check_pairs, float64
 from tests.runs import ROOT, load, run
 from tests.shared_data import SHARED, needs_shared
@@ -138,16 +138,6 @@ KINDS = {
     'co_dino': HEADS | {'dino': True, 'dn_number': 4},
     'all': TRICKS | MIXED | HEADS | {'hybrid_queries': 24, 'hybrid_k': 2, 'dn_number': 4, 'group_detr': 2},
 }
-
-
-def with_masks(targets: list[dict], size: tuple[int, int]) -> list[dict]:
-    """Targets whose masks fill their boxes."""
-    rows, columns = (torch.arange(side) + 0.5 for side in size)
-    for target in targets:
-        x, y, width, height = (target['boxes'] * torch.tensor([size[1], size[0]] * 2)).T[..., None, None]
-        inside = ((rows[:, None] - y).abs() < height / 2) & ((columns - x).abs() < width / 2)
-        target['masks'] = inside.byte()
-    return targets
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,8 @@ RECIPES = {
     'swin_large_co_dino_5scale_lsj_lvis_36ep': (246_123_424, 36, 30),
     'swin_large_co_dino_5scale_lsj_o365_lvis_16ep': (246_123_424, 16, 8),
     'vit_large_co_dino_5scale_lsj_o365_lvis_16ep': (374_877_868, 16, 11),
+    'vit_large_co_dino_5scale_o365_instance_12ep': (384_026_919, 12, 7),
+    'vit_large_co_dino_5scale_lsj_o365_lvis_instance_16ep': (395_194_678, 16, 11),
     'detr_r50_masks': (42_858_425, 25, 15),
 }
 # Learning rates that are not those of the family.

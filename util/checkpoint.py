@@ -21,11 +21,11 @@ from util.foreign_names import COCO_IDS, flags_of_transformers, spread_coco_clas
 from util.weight_files import read_checkpoint, state_of
 
 # Parameters that a detector of boxes does not need: query sources, MS-DETR's second reading of the queries, masks.
-TRAINING_ONLY = r'query_sources\.|bbox_attention\.|mask_head\.|class_embed_o2m\.|transformer\.decoder\.layers\.\d+\.(linear3|linear4|norm4)\.'
+TRAINING_ONLY = r'query_sources\.|bbox_attention\.|mask_head\.|co_masks\.|class_embed_o2m\.|transformer\.decoder\.layers\.\d+\.(linear3|linear4|norm4)\.'
 INPUT_BIAS = r'input_proj\.\d+\.0\.bias'
 RESIZABLE = ('class_embed', 'query_embed')  # --pretrained accepts these from a model of another size
 SOURCES = ('query_sources.',)  # used only in training
-MASKS = ('bbox_attention.', 'mask_head.')  # may be missing in --pretrained
+MASKS = ('bbox_attention.', 'mask_head.', 'co_masks.')  # may be missing in --pretrained
 DETREX_ONE2MANY = 1500  # queries of H-DETR's second group in every configuration of detrex
 
 

@@ -38,7 +38,7 @@ from datasets.streaming.index import (
     read_index,
     read_samples,
 )
-from datasets.transforms import Sample, Transform, transforms_of
+from datasets.transforms import Sample, Transform, transforms_of, wants_masks
 from util.distributed.collectives import get_rank, get_world_size
 from util.seeding import mixed
 
@@ -325,7 +325,7 @@ def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None =
         getattr(args, f'{image_set}_shards'),
         transforms=transforms_of(image_set, args),
         class_map=class_map,
-        return_masks=True if getattr(args, 'masks', False) else None if mix else False,
+        return_masks=True if wants_masks(args) else None if mix else False,
         seed=args.seed,
         reading=reading_of(image_set, args),
         mix=mix,

@@ -22,6 +22,7 @@ from .denoising import Denoising
 from .dense_heads import EPS
 from .flags import resolve_training
 from .losses import BOX_LOSSES, MASK_LOSSES, FocalLoss, QualityFocalLoss, SoftmaxLoss
+from .mask_losses import MaskTraining
 from .matcher import HungarianMatcher, OneToManyMatcher, focal_cost, softmax_cost
 from .structures import Supervision
 
@@ -80,6 +81,9 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
             factor = args.lambda_2 * args.dec_layers
             own_losses |= {f'loss_{term}': factor * coef for term, coef in head.coef.items()}
 
+    if args.co_masks:
+        sources['masks'] = MaskTraining(args.topk_eval)
+        own_losses |= {'loss_comask': args.co_mask_loss_coef, 'loss_comask_iou': args.co_mask_iou_loss_coef}
     if args.masks:
         masks = {term: getattr(args, f'{term}_loss_coef') for term in MASK_LOSSES}
         table['one2one'] = replace(table['one2one'], coef=table['one2one'].coef | masks)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from models.deformable_transformer import gather_rows
 from models.heads import inverse_sigmoid
+from models.refine_masks import maps_of
 from models.structures import Assignment, Memory, QueryGroup
 from util.box_ops import box_xyxy_to_cxcywh
-from util.precision import full_precision, without_autocast
+from util.precision import without_autocast
 
 from .atss import ATSS
 from .dense_heads import BACKGROUND, Images, Samples, permutation
@@ -81,13 +82,7 @@ class CollaborativeHeads(nn.Module):
 
     def maps(self, memory: Memory) -> list[Tensor]:
         """Turn encoder tokens into maps [B, C, H, W], and add one of half the size of the last."""
-        levels = full_precision(memory.tokens).split(
-            [height * width for height, width in memory.shapes], dim=1
-        )
-        maps = [
-            level.transpose(1, 2).unflatten(2, shape)
-            for level, shape in zip(levels, memory.shapes, strict=True)
-        ]
+        maps = maps_of(memory)
         return [*maps, self.downsample(maps[-1])]
 
     def queries(self, name: str, samples: Samples, sizes: Tensor) -> QueryGroup:

@@ -9,8 +9,9 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, roi_align
+from torchvision.ops import batched_nms
 
+from models.refine_masks import roi_features
 from util.box_ops import generalized_box_iou
 
 from .dense_heads import (
@@ -169,19 +170,7 @@ class RoIHead(nn.Module):
         return features, self.fc_cls(x), self.fc_reg(x).unflatten(1, (self.num_boxes, 4))
 
     def align(self, maps: list[Tensor], regions: list[Tensor]) -> Tensor:
-        """Return RoI features [N, C, 7, 7], each from the level that fits the region's size (FPN, Sec. 4.2)."""
-        image = torch.cat([x.new_full((len(x), 1), index) for index, x in enumerate(regions)])
-        regions = torch.cat(regions)
-        side = ((regions[:, 2] - regions[:, 0]) * (regions[:, 3] - regions[:, 1])).sqrt()
-        finest = 14 * self.strides[0]
-        levels = torch.floor(torch.log2(side / finest + 1e-6)).clamp(0, len(self.strides) - 1)
-        rois = torch.cat([image, regions], dim=1)
-        order, parts = [], []
-        for level, (x, stride) in enumerate(zip(maps, self.strides, strict=False)):
-            here = (levels == level).nonzero()[:, 0]
-            parts.append(roi_align(x, rois[here], ROI_SIZE, 1 / stride, sampling_ratio=0, aligned=True))
-            order.append(here)
-        return torch.cat(parts)[torch.cat(order).argsort()]
+        return roi_features(maps, self.strides, regions, ROI_SIZE, 14 * self.strides[0])
 
 
 class FasterRCNN(nn.Module):

@@ -205,6 +205,14 @@ def add_loss_args(parser: ArgumentParser) -> None:
             help=f'coefficient of {title} (default: %(default)s)',
         )
     group.add_argument(
+        '--co_mask_loss_coef', default=12.0, type=float,
+        help='coefficient of the masks of --co_masks; 15.96 in the official COCO model (default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
+        '--co_mask_iou_loss_coef', default=6.0, type=float,
+        help="coefficient of the predicted IoU of --co_masks's masks (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
         '--eos_coef', default=0.1, type=float,
         help="weight of the class 'no object' in the class loss (DETR only; default: %(default)s)",
     )  # fmt: skip
