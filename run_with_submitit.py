@@ -7,7 +7,6 @@ preemptions where it stopped.
 """
 
 import argparse
-import copy
 import os
 import shutil
 import sys
@@ -58,7 +57,8 @@ class Training:
     """Program of every task of the job. It is pickled; the tasks may start in another folder."""
 
     def __init__(self, args: Namespace) -> None:
-        self.args = args
+        self.args = Namespace(**vars(args))  # a plain one: when it is read, no module of ours is known yet
+        self.given = getattr(args, 'given', frozenset(vars(args)))
         self.root = str(Path(__file__).resolve().parent)
 
     def __call__(self) -> None:
@@ -66,8 +66,10 @@ class Training:
 
         sys.path.insert(0, self.root)
         import main
+        from util.flags import ParsedFlags
 
-        args = copy.copy(self.args)  # `checkpoint` wants the flags of the user
+        args = ParsedFlags(**vars(self.args))  # a copy: `checkpoint` wants the flags of the user
+        args.given = self.given
         args.output_dir = args.output_dir.replace('%j', submitit.JobEnvironment().job_id)
         main.main(args)
 

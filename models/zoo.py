@@ -312,8 +312,10 @@ def counts(row: Row, height: int = 800, width: int = 1136) -> tuple[int, float]:
     """Return parameters and multiply-adds (1e9) of a row's detector for one image, computed without memory for it.
 
     The published counts are means over the first 100 images of COCO val2017; one image of 800 x 1136 pixels has the same
-    for DETR.
+    for DETR. A network for squares of one size is counted with one.
     """
+    if row.flags.get('backbone') == 'vit_large_lsj':
+        height = width = row.flags['lsj_size']
     with torch.device('meta'):
         model, _ = build_row(row)
     return sum(p.numel() for p in model.parameters()), count_flops(model, height, width) / 2e9

@@ -44,7 +44,10 @@ def test_heads_targets_and_losses_equal_official() -> None:
         for level, s in enumerate(strides)
     ]
     regions = [torch.tensor(boxes, dtype=torch.float64) for boxes in record['rois']]
-    labels, boxes = torch.tensor([label for labels in record['labels'] for label in labels]), torch.cat(regions)
+    labels, boxes = (
+        torch.tensor([label for labels in record['labels'] for label in labels]),
+        torch.cat(regions),
+    )
     masks = torch.zeros(len(labels), height, width)
     objects = [(number, box) for image in record['gt_boxes'] for number, box in enumerate(image)]
     for mask, (number, (x0, y0, x1, y1)) in zip(masks, objects, strict=True):

@@ -39,7 +39,7 @@ class MaskCase(Case):
 
     @cached_property
     def args(self) -> Namespace:
-        return Namespace(**self.record['args'] | {'backbone_weights': 'none', 'frozen_weights': ''})
+        return Namespace(**self.record['args'] | {'backbone_weights': 'none'})
 
     @torch.no_grad()
     def fill(self, model: nn.Module) -> None:

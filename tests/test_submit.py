@@ -1,6 +1,7 @@
 """run_with_submitit.py without a cluster: what it asks for, and what it refuses. tests/test_slurm.py runs it."""
 
 import pickle
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,8 @@ def test_the_folder_of_a_job_is_its_output_folder(tmp_path: Path, monkeypatch: p
 def test_a_continued_job_has_the_flags_of_the_first() -> None:
     """But goes on with its checkpoint, if there is one."""
     training = pickle.loads(pickle.dumps(Training(get_submit_parser().parse_args(TINY.split()))))
+    assert type(training.args) is Namespace, 'which is read where no module of ours is known yet'
+    assert 'hidden_dim' in training.given and 'nheads' in training.given and 'dropout' not in training.given
     before = dict(vars(training.args))
     after = vars(training.checkpoint().function.args)
     assert after == before | {'resume': 'auto'}

@@ -112,7 +112,7 @@ def add_run_args(parser: ArgumentParser, save_every: str) -> None:
         help='start from these weights (path or address); heads of another number of classes start anew',
     )  # fmt: skip
     group.add_argument(
-        '--frozen_weights', default='', metavar='FILE',
+        '--frozen_weights', metavar='FILE',
         help='start from these weights of boxes, and train the heads of --masks alone',
     )  # fmt: skip
     group.add_argument(

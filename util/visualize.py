@@ -10,7 +10,7 @@ import csv
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -22,12 +22,14 @@ from util.files import save_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL import Image
     from PIL.ImageDraw import ImageDraw
 
 Colour = tuple[int, int, int]
 Names = Sequence[str | None] | dict[int, str]
 
 MIN_SIDE = 480  # images whose longer side is shorter are enlarged, so that labels can be read
+PANEL, TITLE, MARGIN = (385, 396), 20, 6  # of a contact sheet, pixels
 LOSS_TERMS_SHOWN = 10
 PRECISIONS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')
 PER_OBJECT = ('scores', 'labels', 'boxes', 'masks')
@@ -171,30 +173,53 @@ def contact_sheet(
     """
     if not rows:
         raise ValueError('a contact sheet needs at least one image')
-    lines, columns = (1, 2) if len(rows) == 1 else (math.ceil(len(rows) / 2), 4)
-    figure = new_figure(3.5 * columns, 3.6 * lines)
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    for panel in axes:
-        panel.axis('off')
-    for number, (image, prediction, target) in enumerate(rows):
-        truth, found = axes[2 * number], axes[2 * number + 1]
+    from PIL import Image
+
+    panels = []
+    for image, prediction, target in rows:
         drawn = draw_boxes(image, target['boxes'], target['labels'], names, masks=target.get('masks'))
-        truth.imshow(drawn.permute(1, 2, 0).numpy())
-        truth.set_title(f'truth: {len(target["boxes"])}', fontsize=9)
+        panels.append(panel_of(drawn, f'truth: {len(target["boxes"])}'))
         chosen = prediction['scores'] >= score_threshold
         kept = {name: values[chosen] for name, values in prediction.items() if name in PER_OBJECT}
         drawn = draw_boxes(image, kept['boxes'], kept['labels'], names, kept['scores'], kept.get('masks'))
-        found.imshow(drawn.permute(1, 2, 0).numpy())
-        found.set_title(f'found with score {score_threshold:g} or more: {len(kept["boxes"])}', fontsize=9)
-    save_atomically(path, lambda partial: figure.savefig(partial, dpi=110))
+        panels.append(panel_of(drawn, f'found with score {score_threshold:g} or more: {len(kept["boxes"])}'))
+    columns = 2 if len(rows) == 1 else 4
+    lines = math.ceil(len(panels) / columns)
+    sheet = Image.new('RGB', (columns * PANEL[0], lines * PANEL[1]), 'white')
+    for number, panel in enumerate(panels):
+        sheet.paste(panel, (number % columns * PANEL[0], number // columns * PANEL[1]))
+    save_atomically(path, sheet.save)
 
 
-def new_figure(width: float, height: float) -> 'Figure':
-    """Make a matplotlib figure, sized in inches, that needs no display and no global state."""
+def panel_of(image: Tensor, title: str) -> 'Image.Image':
+    """Return an image [3, H, W] uint8 and its title in a panel of the contact sheet."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    panel = Image.new('RGB', PANEL, 'white')
+    room = PANEL[0] - 2 * MARGIN, PANEL[1] - TITLE - 2 * MARGIN
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    scale = min(room[0] / picture.width, room[1] / picture.height)
+    picture = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
+    left = MARGIN + (room[0] - picture.width) // 2
+    panel.paste(picture, (left, MARGIN + TITLE))
+    text = ImageDraw.Draw(panel)
+    text.text(
+        (PANEL[0] / 2, MARGIN + TITLE / 2), title, fill='black', font=ImageFont.load_default(14), anchor='mm'
+    )
+    return panel
+
+
+def new_figure(
+    width: float, height: float, layout: Literal['constrained'] | None = 'constrained'
+) -> 'Figure':
+    """Make a matplotlib figure, sized in inches, that needs no display and no global state.
+
+    layout: matplotlib's engine, which draws everything once more; None: margins are set by hand.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout='constrained')
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
@@ -224,7 +249,8 @@ def plot_curves(path: str | os.PathLike, metrics_csv: str | os.PathLike) -> None
         ('average precision', [f'test_{name}' for name in PRECISIONS], 'linear'),
         ('learning rate', [name for name in columns if short_name(name).split('_')[0] == 'lr'], 'linear'),
     )
-    figure = new_figure(11, 7)
+    figure = new_figure(11, 7, layout=None)
+    figure.subplots_adjust(left=0.06, right=0.985, bottom=0.07, top=0.95, hspace=0.26, wspace=0.14)
     for panel, (title, names, scale) in zip(figure.subplots(2, 2, sharex=True).ravel(), panels, strict=True):
         epochs = columns.get('epoch') or list(range(len(next(iter(columns.values()), []))))
         for name in names:
