@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import main
 from main import get_args_parser
 from models import build_model
 from models.recorded import DETECTION_FLAGS, NetworkFlags, settle
@@ -269,3 +270,20 @@ def check_row(row: Row, args: Namespace, epochs: int) -> None:
 
 def test_every_recipe_is_in_the_zoo() -> None:
     assert {row.script for row in ZOO} == {*RECIPES, ''}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == 'nt', reason='recipes are shell scripts')
+@pytest.mark.parametrize(
+    'name', ['vit_large_co_dino_5scale_o365_instance_12ep', 'vit_large_co_dino_5scale_lsj_o365_lvis_16ep',
+             'swin_large_co_dino_5scale_o365_16ep', 'r50_co_dino_5scale_lvis_12ep', 'detr_r50_masks'],
+)  # fmt: skip
+def test_dry_run_of_a_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ['--pretrained', 'O365.pth'] if 'o365' in name else []
+    main.main(
+        get_args_parser().parse_args(flags_of(SCRIPTS / f'{name}.sh', '--dry_run', '--use_checkpoint', *more))
+    )
+    printed = capsys.readouterr().out
+    assert 'GiB a process' in printed and 'multiply-adds' in printed
+    if 'vit_large_co_dino_5scale_o365' in name:
+        assert '53 groups' in printed or 'parameters at 4e-05' in printed

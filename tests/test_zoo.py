@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import hubconf
 import main
 from models import build_detector, build_model, zoo
+from models.backbone import build_backbone
 from models.detector import Detector, load_detector
 from models.recorded import settle
 from models.zoo import ZOO, Row, counts, find_row
@@ -304,6 +305,44 @@ def through_main(
     with pytest.raises(Stopped):
         main.main(args)
     return seen[0]
+
+
+class Program:
+    """An object whose pickle would make a file when it is read."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple:
+        return exec, (f'open({str(self.proof)!r}, "w").close()',)
+
+
+def test_no_door_runs_what_a_file_holds(
+    small_row: Row, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside good weights it is left out and named; alone it is refused."""
+    proof, good, bad = tmp_path / 'proof', tmp_path / 'good.pth', tmp_path / 'bad.pth'
+    torch.save({'model': small_model(small_row, 6).state_dict(), 'more': Program(proof)}, good)
+    torch.save(Program(proof), bad)
+    data = """--dataset_file shapes --shapes_train 4 --shapes_val 2 --shapes_size 64 --img_size 64 --batch_size 2 --num_workers 0
+        --device cpu --epochs 1 --backbone_weights none --model small"""
+    doors = {
+        'hub': lambda file: hubconf._build(small_row, num_classes=6, weights=file),
+        'predict': lambda file: load_detector('small', file),
+        'convert': lambda file: convert(str(file), tmp_path / f'{file.stem}2.pth', stripped=False, to='ours'),
+        '--eval': lambda file: run('', '--eval', '--resume', str(file), flags=data),
+        '--pretrained': lambda file: run('', '--pretrained', str(file), flags=data),
+        '--backbone_weights': lambda file: build_backbone(
+            'resnet10', str(file), False, 'frozen', range(4, 5), True
+        ),
+    }
+    for door, read in doors.items():
+        if door != '--backbone_weights':
+            read(good)
+            assert 'nothing of that was run' in capsys.readouterr().out, door
+        with pytest.raises(ValueError, match='nothing of that was run'):
+            read(bad)
+        assert not proof.exists(), door
 
 
 class Stopped(Exception): ...

@@ -15,6 +15,7 @@ from util.nested_tensor import NestedTensor
 from util.run_state import ImageData
 
 FROM_SCRATCH_NEEDS = 10_000  # images; DETR's authors' advice
+LEARNING_RATES_SHOWN = 4
 COCO_TRAIN_IMAGES = 118_287  # train2017
 FLOPS_SIZE = (800, 1136)  # height and width of one image with the mean cost of COCO val2017's first 100
 
@@ -146,10 +147,15 @@ def print_dry_run(
     steps = num_images // batch
     sources, queries = cast(nn.ModuleDict, model.query_sources), cast(dict[str, int], model.num_queries)
     left_out = ', '.join(['losses', *sources, *['what is recomputed'] * bool(args.use_checkpoint)])
-    groups = [
-        f'{sum(p.numel() for p in group["params"]):,} parameters at {group["lr"]:g}'
-        for group in optimizer.param_groups
-    ]
+    rates: dict[float, int] = {}
+    for group in optimizer.param_groups:
+        rates[group['lr']] = rates.get(group['lr'], 0) + sum(p.numel() for p in group['params'])
+    groups = [f'{number:,} parameters at {rate:g}' for rate, number in rates.items()]
+    if len(groups) > LEARNING_RATES_SHOWN:
+        groups = [
+            *groups[: LEARNING_RATES_SHOWN - 1],
+            f'... and at {len(groups)} rates in all, to {groups[-1].split()[-1]}',
+        ]
     rows = {
         'model': f'{args.family}, {args.backbone}, {sum(queries.values())} learned queries in training',
         'parameters': f'{total:,}, {trained:,} trainable',

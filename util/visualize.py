@@ -250,7 +250,7 @@ def plot_curves(path: str | os.PathLike, metrics_csv: str | os.PathLike) -> None
         ('learning rate', [name for name in columns if short_name(name).split('_')[0] == 'lr'], 'linear'),
     )
     figure = new_figure(11, 7, layout=None)
-    figure.subplots_adjust(left=0.06, right=0.985, bottom=0.07, top=0.95, hspace=0.26, wspace=0.14)
+    figure.subplots_adjust(left=0.06, right=0.985, bottom=0.07, top=0.95, hspace=0.3, wspace=0.2)
     for panel, (title, names, scale) in zip(figure.subplots(2, 2, sharex=True).ravel(), panels, strict=True):
         epochs = columns.get('epoch') or list(range(len(next(iter(columns.values()), []))))
         for name in names:
