@@ -119,7 +119,11 @@ KINDS = {
 
 
 @pytest.mark.parametrize(
-    'kind', [pytest.param(k, marks=() if k == 'co_dino' else pytest.mark.slow) for k in KINDS]
+    'kind',
+    [
+        pytest.param(k, marks={'co_dino': (), 'vit': pytest.mark.slow}.get(k, pytest.mark.exhaustive))
+        for k in KINDS
+    ],
 )
 def test_masks_train_and_boxes_stay(kind: str) -> None:
     torch.manual_seed(0)

@@ -204,7 +204,7 @@ def heartbeat_of(rank: int, hanging: int, log: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('hanging', [0, 1])
+@pytest.mark.parametrize('hanging', [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_a_hanging_process_ends_the_others_with_the_reason(tmp_path: Path, hanging: int) -> None:
     log = tmp_path / 'log'
     with pytest.raises(AssertionError, match='1 of 3 processes have not ended'):

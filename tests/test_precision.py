@@ -177,7 +177,7 @@ class Tiny(nn.Module):
         return losses
 
 
-@pytest.mark.parametrize('steps', [20, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('steps', [20, pytest.param(500, marks=pytest.mark.exhaustive)])
 def test_fp16_trains(steps: int) -> None:
     tiny, precision = Tiny(), Precision('fp16', CPU)
     losses = tiny.train_for(steps, precision)

@@ -74,13 +74,20 @@ COMBINATIONS = {
 
 
 def mixes(*quick: tuple[str, tuple[str, ...]]) -> list:
-    """Every base with its combinations, as parameters `base` and `names`; those that are not `quick` are slow."""
+    """Every base with its combinations, as parameters `base` and `names`.
+
+    Those that are not `quick` are slow, and of them only the largest of a base is run by default.
+    """
     return [
         pytest.param(
             base,
             names,
             id=f'{base}-{"+".join(names)}',
-            marks=() if (base, names) in quick else pytest.mark.slow,
+            marks=()
+            if (base, names) in quick
+            else pytest.mark.slow
+            if len(names) == max(map(len, combined)) or len(names) == 1
+            else pytest.mark.exhaustive,
         )
         for base, combined in COMBINATIONS.items()
         for names in combined

@@ -184,7 +184,8 @@ def read_checkpoint(source: str | Path) -> dict:
     if refused:
         print_main(f'{path}: what is no plain data was left out{names_text(refused)}')
     if not isinstance(checkpoint, dict):
-        raise ValueError(f'{path} holds a {type(checkpoint).__name__}, not a dictionary of weights')
+        found = 'n object of a program' if checkpoint is None and refused else f' {type(checkpoint).__name__}'
+        raise ValueError(f'{path} holds a{found}, not a dictionary of weights{names_text(refused)}')
     return checkpoint
 
 
