@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
-from datasets.coco_eval import LVIS_NAMES, STAT_NAMES, CocoEvaluator, Summary
+from datasets.coco_eval import LVIS_NAMES, STAT_NAMES, CocoEvaluator, Summary, record_of, tables
 from datasets.flags import add_data_args, check_data_args
 from datasets.loaders import begin_epoch, build_datasets, build_loader, worst_batch
 from engine import (
@@ -67,12 +67,9 @@ from util.flags import add_run_args, check_run_args, make_parser
 from util.logger import RunLog, format_time, import_summary_writer, print_main
 from util.plan import COCO_TRAIN_IMAGES, flops_text, print_dry_run, print_plan
 from util.precision import Precision, avoid_plans_per_shape, set_tf32
-from util.run_state import EpochState, Run, keep_copy, keep_numbered, restore, save
+from util.run_state import EpochState, Run, find_checkpoint, keep_copy, keep_numbered, restore, save
 from util.seeding import seed_everything
 from util.visualize import plot_curves
-from util.weight_files import read_checkpoint
-
-KINDS = {'bbox': 'boxes', 'segm': 'masks'}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -368,21 +365,11 @@ def evaluate_once(run: Run, title: str = 'evaluate') -> dict[str, Summary]:
     broadcast_from_main(model.buffers())
     summaries = evaluate(model, run.postprocessors, loader, evaluator, title, precision, check)
     if is_main_process():
-        for kind, summary in summaries.items():
-            print(f'{KINDS[kind]}:\n{summary.table()}' if len(summaries) > 1 else summary.table(), flush=True)
+        print(tables(summaries), flush=True)
     if run.args.output_dir and (is_main_process() or run.args.fsdp):  # sharded weights need all processes
         path = Path(run.args.output_dir) / 'predictions.png'
         draw_predictions(model, run.postprocessors, dataset, path if is_main_process() else None)
     return summaries
-
-
-def record_of(summaries: dict[str, Summary]) -> dict:
-    """Return what the logs keep of an evaluation, under the official names."""
-    record: dict[str, list] = {}
-    for kind, summary in summaries.items():
-        ends = ('bbox', '') if kind == 'bbox' else ('masks', '_masks')
-        record |= {f'test_coco_eval_{ends[0]}': summary.stats, f'per_class{ends[1]}': summary.per_class}
-    return record
 
 
 def evaluate_alone(run: Run) -> None:
@@ -409,37 +396,6 @@ def dry_run(args: Namespace) -> None:
         'supervision': supervision_table(criterion.table, model.num_queries, criterion.weight_dict),
     }
     print_dry_run(args, model, optimizer, images, notes)
-
-
-def find_checkpoint(args: Namespace, restarted: bool) -> dict:
-    """Create the output folder, and read the checkpoint of --resume or --pretrained; return {} if there is none.
-
-    Args:
-        restarted: a launcher has started this job again.
-
-    Raises:
-        ValueError: the output folder holds another run, which would be overwritten.
-    """
-    if args.output_dir:
-        existing = Path(args.output_dir) / 'checkpoint.pth'
-        if restarted and existing.is_file() and not args.eval:
-            args.resume = 'auto'  # the same command as at first, and this run's own checkpoint
-        if args.resume == 'auto':
-            args.resume = str(existing) if existing.is_file() else ''
-            if args.eval and not args.resume:
-                raise ValueError(f'there is no checkpoint at {existing} to evaluate')
-        elif (
-            existing.is_file()
-            and not args.eval
-            and not (args.resume and Path(args.resume).resolve() == existing.resolve())
-        ):
-            raise ValueError(
-                f'{args.output_dir} holds the checkpoint of a run: add --resume auto to go on with it, or choose another '
-                '--output_dir'
-            )
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    source = args.resume or args.pretrained or args.frozen_weights
-    return read_checkpoint(source) if source else {}
 
 
 if __name__ == '__main__':

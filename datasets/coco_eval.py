@@ -65,6 +65,22 @@ def format_percent(value: float) -> str:
     return '-' if value < 0 else f'{100 * value:.1f}'
 
 
+def record_of(summaries: dict[str, Summary]) -> dict:
+    """Return what the logs keep of an evaluation, under the official names."""
+    record: dict[str, list] = {}
+    for kind, summary in summaries.items():
+        ends = ('bbox', '') if kind == 'bbox' else ('masks', '_masks')
+        record |= {f'test_coco_eval_{ends[0]}': summary.stats, f'per_class{ends[1]}': summary.per_class}
+    return record
+
+
+def tables(summaries: dict[str, Summary]) -> str:
+    """Return the tables of boxes and masks; only boxes need no title."""
+    titles = {'bbox': 'boxes', 'segm': 'masks'}
+    texts = [f'{titles[kind]}:\n{summary.table()}' for kind, summary in summaries.items()]
+    return '\n'.join(texts) if len(texts) > 1 else summaries['bbox'].table()
+
+
 class Evaluator(Protocol):
     """Part of COCOeval that pycocotools and hotcoco share."""
 

@@ -21,6 +21,7 @@ from util.files import save_atomically
 from util.logger import Meter
 from util.precision import Precision
 from util.seeding import seed_everything
+from util.weight_files import read_checkpoint
 
 
 class ImageData(Protocol):
@@ -228,3 +229,34 @@ def restore_epoch(run: Run, saved: dict) -> EpochState:
         state.meter = meter if rank == get_rank() else state.meter.joined(meter)
         run.criterion.tally.update(saved['tallies'][rank])
     return state
+
+
+def find_checkpoint(args: Namespace, restarted: bool) -> dict:
+    """Create the output folder, and read the checkpoint of --resume or --pretrained; return {} if there is none.
+
+    Args:
+        restarted: a launcher has started this job again.
+
+    Raises:
+        ValueError: the output folder holds another run, which would be overwritten.
+    """
+    if args.output_dir:
+        existing = Path(args.output_dir) / 'checkpoint.pth'
+        if restarted and existing.is_file() and not args.eval:
+            args.resume = 'auto'  # the same command as at first, and this run's own checkpoint
+        if args.resume == 'auto':
+            args.resume = str(existing) if existing.is_file() else ''
+            if args.eval and not args.resume:
+                raise ValueError(f'there is no checkpoint at {existing} to evaluate')
+        elif (
+            existing.is_file()
+            and not args.eval
+            and not (args.resume and Path(args.resume).resolve() == existing.resolve())
+        ):
+            raise ValueError(
+                f'{args.output_dir} holds the checkpoint of a run: add --resume auto to go on with it, or choose another '
+                '--output_dir'
+            )
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    source = args.resume or args.pretrained or args.frozen_weights
+    return read_checkpoint(source) if source else {}
