@@ -128,8 +128,8 @@ class Schedule:
     """Factor of the learning rate at each optimizer step.
 
     kind: `step` multiplies by 0.1 after the epochs of `drops`, or after every `drop_every`; `cosine` falls to 0 over `epochs`
-    (SGDR, arXiv:1608.03983, Eq. 5). warmup_steps: over the first of them it rises linearly from `warmup_start`. A checkpoint holds all of this, and
-    wins over flags.
+    (SGDR, arXiv:1608.03983, Eq. 5). warmup_steps: over the first of them it rises linearly from `warmup_start`. A checkpoint
+    holds all of this, and wins over flags.
     """
 
     kind: str
@@ -299,6 +299,8 @@ def rehearse(
             images = torch.zeros(batch_size, 3, *size, dtype=torch.uint8, device=device)
             boxes = torch.rand(num_objects, 4, device=device) * 0.2 + 0.3
             target = {'labels': torch.zeros(num_objects, dtype=torch.int64, device=device), 'boxes': boxes}
+            if any('mask' in name for name in criterion.weight_dict):
+                target['masks'] = torch.zeros(num_objects, *size, dtype=torch.uint8, device=device)
             targets = [target] * batch_size
             with precision.autocast():
                 outputs = model(images, targets)

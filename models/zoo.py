@@ -293,7 +293,7 @@ def with_row(args: Namespace, given: Collection[str]) -> Namespace:
     args = adopt(args, given, vars(settle(row.flags)))
     others = set(row.flags) & {'aug', 'lsj_size', 'img_size', 'max_size', 'co_aux_heads'} - set(given)
     args = Namespace(**vars(args) | {flag: row.flags[flag] for flag in others})
-    if not (args.resume or args.pretrained):
+    if args.resume in ('', 'auto') and not (args.pretrained or args.frozen_weights):
         args.pretrained = row.source()
     return args
 

@@ -171,7 +171,7 @@ def test_a_run_evaluates_masks_by_their_own_scores(tmp_path: Path) -> None:
     flags = """--dataset_file shapes --shapes_train 8 --shapes_val 4 --shapes_size 128 --img_size 128 --max_size 128 --backbone resnet10
         --backbone_weights none --backbone_norm batch --hidden_dim 32 --nheads 4 --enc_layers 1 --dec_layers 2 --num_queries 10
         --dim_feedforward 64 --dino --num_feature_levels 5 --batch_size 4 --num_workers 0 --epochs 1 --device cpu"""
-    run(tmp_path / 'out', '--co_masks', flags=flags)
+    run(tmp_path / 'out', '--co_masks', '--worst_batch_first', flags=flags)
     record = json.loads((tmp_path / 'out/log.jsonl').read_text().splitlines()[-1])
     assert len(record['test_coco_eval_masks']) == 12 and 'train_loss_comask' in record
     assert (tmp_path / 'out/predictions.png').is_file()

@@ -84,6 +84,11 @@ def test_recomputing_lowers_the_estimate(capsys: pytest.CaptureFixture[str]) -> 
     assert gibibytes('--deformable --batch_size 4') > 1.5 * gibibytes('--deformable')
 
 
+def test_memory_is_that_of_the_largest_training_image(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = '--aug co_detr --img_size 640 --max_size 1024 --train_scales 480 768 --train_max_size 1200'
+    assert 'images of 768 x 1200 ' in printed(flags, capsys)['memory']
+
+
 def test_modules_stay_as_they_are() -> None:
     model = build_model(Namespace(**SMALL | {'dino': True, 'dn_number': 4}))[0]
     activation_bytes(model, 1, 64, 64 * 4)

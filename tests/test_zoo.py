@@ -178,6 +178,8 @@ def test_a_name_stands_for_model_and_weights(
     run(out / 'train', flags=data)
     args = load(out / 'train')['args']
     assert (args['hidden_dim'], args['family'], args['pretrained']) == (32, 'conditional', str(file))
+    run(out / 'auto', '--resume', 'auto', flags=data)
+    assert load(out / 'auto')['args']['pretrained'] == str(file), 'a first run has nothing to resume'
     with pytest.raises(ValueError, match=r'--nheads 8 on the command line contradicts .* trained with 4'):
         run(out / 'other', '--eval', '--nheads', '8', flags=data)
     image = next(ROOT.glob('docs/*.jpg'))

@@ -232,6 +232,11 @@ def check_run_args(args: Namespace) -> None:
         raise ValueError(
             '--fsdp shares a model among processes, and there is one: start several, or leave it out'
         )
+    if args.fsdp and args.co_masks:
+        raise ValueError(
+            '--fsdp with --co_masks: masks are made after the forward pass, when a process has its part of the weights alone; '
+            'leave one out'
+        )
     if args.fsdp and args.amp == 'fp16':
         raise ValueError(
             '--fsdp with --amp fp16: a process would scale its part of the gradient alone; use --amp bf16'

@@ -136,7 +136,8 @@ def print_dry_run(
         height = width = args.lsj_size
         largest = height, width
     else:
-        largest = args.img_size, args.max_size or round(args.img_size * 1333 / 800)
+        short = args.train_scales[1] if args.train_scales else args.img_size
+        largest = short, args.train_max_size or args.max_size or round(args.img_size * 1333 / 800)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     flops = count_flops(model, height, width) / 2e9
