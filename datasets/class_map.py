@@ -99,7 +99,7 @@ def names_by_id(categories: list[dict]) -> dict[int, str]:
     names: dict[int, str] = {}
     for category in categories:
         category_id = category.get('id')
-        if isinstance(category_id, bool) or not isinstance(category_id, int):
+        if isinstance(category_id, bool) or not isinstance(category_id, int) or abs(category_id) >= 2**63:
             raise ValueError(f'category {category} needs an integer id')
         if category_id in names:
             raise ValueError(f'category id {category_id} occurs twice: give every category an id of its own')

@@ -7,9 +7,8 @@ share. Millions of Python objects would be copied by every worker.
 """
 
 import argparse
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,9 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from datasets.annotations import AnnotationTable, Columns, PackedList, Prepare
 from datasets.class_map import ClassMap
-from datasets.coco_json import (
-    Annotations,
-    check_annotations,
-    check_files,
-    check_segmentations,
-    read_annotations,
-)
+from datasets.coco_json import Annotations, check_files, read_annotations
 from datasets.copy_paste import build_mix
 from datasets.image_dataset import ImageDataset, Mix
 from datasets.image_io import decode_file, read_image, stored_size
@@ -59,7 +53,10 @@ class CocoDetection(ImageDataset):
     Args:
         return_masks: None reads masks if every object has a segmentation.
         repeat_threshold: repeat images of rare classes (`repeats_of`); 0 repeats none.
+        allow_outside: take file names that lead out of image_dir.
     """
+
+    prepare: Prepare | None = None
 
     def __init__(
         self,
@@ -72,27 +69,25 @@ class CocoDetection(ImageDataset):
         reading: Reading = Reading(),
         mix: Mix | None = None,
         repeat_threshold: float = 0.0,
+        allow_outside: bool = False,
     ) -> None:
         super().__init__(transforms, mix, seed)
         self.image_dir, self.annotation_file = Path(image_dir), Path(annotation_file)
-        data = self.read(annotation_file)
-        check_annotations(data, annotation_file, class_map)
-        check_files(data['images'], image_dir, annotation_file)
-        self.class_map = class_map or ClassMap.numbered(data['categories'], reading.class_ids)
-        images = sorted(data['images'], key=lambda image: image['id'])
-        if reading.min_image_side:
-            images = large_images(images, self.image_dir, reading.min_image_side)
-        self.ids: list[int] = [image['id'] for image in images]
-        self._file_names = PackedList([image['file_name'] for image in images])
-        self._json_sizes = np.array([[image.get('height') or 0, image.get('width') or 0] for image in images])
-        objects, self._starts = objects_by_image(objects_in(data['annotations'], reading), self.ids)
+        table = AnnotationTable(annotation_file, class_map, return_masks is not False, self.prepare)
+        check_files(table.file_names, image_dir, annotation_file, allow_outside)
+        self.class_map = class_map or ClassMap.numbered(table.categories, reading.class_ids)
+        kept = self._large_images(table, reading.min_image_side)
+        self.ids: list[int] = table.image_ids[kept].tolist()
+        self._file_names = table.file_names.chosen(kept)
+        self._json_sizes = table.sizes[kept]
+        rows, self._starts = objects_of(table, kept, reading)
         self.most_objects = int(np.diff(self._starts).max(initial=0))
         if return_masks:
-            check_segmentations(objects, annotation_file)
+            table.check_segmentations(rows)
         elif return_masks is None:
-            return_masks = all(a.get('segmentation') for a in objects)
+            return_masks = bool(table.objects.segmented[rows].all())
         self.return_masks = return_masks
-        self._objects = Objects.read(objects, self.class_map, return_masks)
+        self._objects = Objects.of(table.objects[rows], self.class_map, return_masks)
         # Row of the image behind each index; images of rare classes have several indices.
         self._rows = np.arange(len(self.ids))
         if repeat_threshold:
@@ -102,15 +97,29 @@ class CocoDetection(ImageDataset):
         self._ground_truth: Annotations | None = None
         self._files: dict[Path, bytes] | None = None  # kept in memory, see keep_files
 
-    @staticmethod
-    def read(annotation_file: str | os.PathLike[str]) -> Annotations:
-        return read_annotations(annotation_file)
+    def _large_images(self, table: AnnotationTable, min_side: int) -> np.ndarray:
+        """Return the table's rows of images whose sides all have min_side pixels; headers are read where it has no size.
+
+        Raises:
+            ValueError: there is none.
+        """
+        sizes = table.sizes.copy()
+        if min_side:
+            for row in np.flatnonzero((sizes <= 0).any(axis=1)).tolist():
+                sizes[row] = stored_size(self.image_dir / table.file_names[row])
+        kept = np.flatnonzero(sizes.min(axis=1) >= min_side)
+        if not len(kept):
+            raise ValueError(
+                f'all {len(sizes)} images of {self.image_dir} have a side of less than {min_side} pixels: this --aug needs '
+                'larger ones'
+            )
+        return kept
 
     @property
     def ground_truth(self) -> Annotations:
         """Return the annotation file's content, which is read at the first call; training never calls this."""
         if self._ground_truth is None:
-            self._ground_truth = self.read(self.annotation_file)
+            self._ground_truth = read_annotations(self.annotation_file, self.prepare)
         return self._ground_truth
 
     def __getstate__(self) -> dict:
@@ -152,25 +161,6 @@ class CocoDetection(ImageDataset):
         return self._files[path]
 
 
-class PackedList:
-    """List of JSON values in one block of bytes.
-
-    Reading it writes to no shared memory page, unlike counting the references of Python objects. Forked workers
-    therefore go on sharing it.
-    """
-
-    def __init__(self, values: list) -> None:
-        rows = [json.dumps(value).encode() for value in values]
-        self.starts = np.cumsum([0] + [len(row) for row in rows])
-        self.data = np.frombuffer(b''.join(rows), dtype=np.uint8)
-
-    def __getitem__(self, idx: int) -> Any:
-        return json.loads(self.data[self.starts[idx] : self.starts[idx + 1]].tobytes())
-
-    def __iter__(self) -> Iterator[Any]:
-        return (self[idx] for idx in range(len(self.starts) - 1))
-
-
 @dataclass(frozen=True)
 class Objects:
     """T objects as the annotations have them.
@@ -185,12 +175,12 @@ class Objects:
     segmentations: PackedList | list | None
 
     @classmethod
-    def read(cls, annotations: list[dict], class_map: ClassMap, with_masks: bool) -> 'Objects':
+    def of(cls, columns: Columns, class_map: ClassMap, with_masks: bool) -> 'Objects':
         return cls(
-            torch.tensor([a['bbox'] for a in annotations], dtype=torch.float32).reshape(-1, 4),
-            torch.tensor([class_map.label_of[a['category_id']] for a in annotations], dtype=torch.int64),
-            torch.tensor([object_area(a) for a in annotations], dtype=torch.float32),
-            PackedList([a['segmentation'] for a in annotations]) if with_masks else None,
+            torch.from_numpy(columns.boxes_xywh).float(),
+            torch.from_numpy(columns.labels(class_map)),
+            torch.from_numpy(columns.areas).float(),
+            columns.segmentations if with_masks else None,
         )
 
     def __getitem__(self, some: slice) -> 'Objects':
@@ -236,24 +226,21 @@ def check_size(path: object, found: Sequence[int], annotated: Sequence[int], sou
         )
 
 
-def objects_in(annotations: list[dict], reading: Reading) -> list[dict]:
-    """Leave out crowd regions and, if the reading says so, tiny objects."""
-    return [a for a in annotations if not a.get('iscrowd') and not (reading.drop_tiny and is_tiny(a))]
+def kept_by(reading: Reading, objects: Columns) -> np.ndarray:
+    """Leave out crowd regions and, if the reading says so, tiny objects; [A] bool."""
+    return ~objects.crowd & ~(objects.tiny() & reading.drop_tiny)
 
 
-def objects_by_image(annotations: list[dict], image_ids: list[int]) -> tuple[list[dict], np.ndarray]:
-    """Sort annotations by image, in the order of image_ids and then of the file.
-
-    Returns:
-        The annotations, and bounds [len(image_ids) + 1]: image i has the objects bounds[i] to bounds[i + 1].
+def objects_of(table: AnnotationTable, images: np.ndarray, reading: Reading) -> tuple[np.ndarray, np.ndarray]:
+    """Return the table's rows of the objects in some images, in order, and bounds [len(images) + 1]: image i has the
+    objects bounds[i] to bounds[i + 1].
     """
-    position = {image_id: idx for idx, image_id in enumerate(image_ids)}
-    objects = [a for a in annotations if a['image_id'] in position]
-    objects.sort(key=lambda annotation: position[annotation['image_id']])
-    counts = np.zeros(len(image_ids) + 1, dtype=np.int64)
-    for annotation in objects:
-        counts[position[annotation['image_id']] + 1] += 1
-    return objects, counts.cumsum()
+    counts = np.diff(table.starts)
+    position = np.full(len(counts), -1)
+    position[images] = np.arange(len(images))
+    position = np.repeat(position, counts)  # of each object's image
+    kept = (position >= 0) & kept_by(reading, table.objects)
+    return np.flatnonzero(kept), np.searchsorted(position[kept], np.arange(len(images) + 1))
 
 
 def repeats_of(labels: np.ndarray, starts: np.ndarray, threshold: float) -> np.ndarray:
@@ -275,40 +262,6 @@ def repeats_of(labels: np.ndarray, starts: np.ndarray, threshold: float) -> np.n
     repeats = np.ones(num_images)
     np.maximum.at(repeats, pairs[:, 1], wanted[pairs[:, 0]])
     return np.ceil(repeats).astype(np.int64)
-
-
-def object_area(annotation: dict) -> float:
-    """Return the file's own area (for COCO that of the segment), or that of the box if there is none."""
-    _, _, width, height = annotation['bbox']
-    return annotation.get('area', width * height)
-
-
-def is_tiny(annotation: dict) -> bool:
-    """Apply mmdetection's rule to the box before it is clamped."""
-    _, _, width, height = annotation['bbox']
-    return width < 1 or height < 1 or object_area(annotation) <= 0
-
-
-def large_images(images: list[dict], image_dir: Path, min_side: int) -> list[dict]:
-    """Return the images whose sides all have min_side pixels.
-
-    Raises:
-        ValueError: there is none.
-    """
-    large = [image for image in images if min(size_of(image, image_dir)) >= min_side]
-    if not large:
-        raise ValueError(
-            f'all {len(images)} images of {image_dir} have a side of less than {min_side} pixels: this --aug needs '
-            'larger ones'
-        )
-    return large
-
-
-def size_of(image: dict, image_dir: Path) -> tuple[int, int]:
-    """Return (height, width) from the annotations, or from the image's header if they have no size."""
-    if image.get('height') and image.get('width'):
-        return image['height'], image['width']
-    return stored_size(image_dir / image['file_name'])
 
 
 def rasterize(segmentation: list | dict, height: int, width: int) -> Tensor:
@@ -354,6 +307,7 @@ def options_of(image_set: str, args: argparse.Namespace, class_map: ClassMap | N
         'seed': args.seed,
         'reading': reading_of(image_set, args),
         'mix': mix,
+        'allow_outside': getattr(args, 'allow_outside', False),
         'repeat_threshold': getattr(args, 'repeat_threshold', 0.0) if image_set == 'train' else 0.0,
     }
 

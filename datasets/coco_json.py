@@ -1,57 +1,133 @@
 """
-Reading and checking annotation files in COCO form, so that bad data gives a clear error at the start of a run.
+Annotation files in COCO form: what is mended, and what is refused with a clear error at the start of a run.
 
-Legal, as in the official pipeline: boxes of no size, boxes that leave the image, images without objects.
+Legal, as in the official pipeline: boxes of no size, boxes that leave the image, images without objects. docs/data.md
+has the whole policy.
 """
 
-import json
 import math
 import os
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any
 
-from datasets.class_map import ClassMap, names_by_id
+from pycocotools import mask as coco_mask
+
+from datasets.class_map import ClassMap
+from datasets.json_stream import has_lists, list_blocks
 
 Annotations = dict[str, list[dict]]
+File = str | os.PathLike[str]
+Prepare = Callable[[str, list[dict], File], None]
+LISTS = ('images', 'annotations', 'categories')
+LARGEST = 1e6  # pixels; no image is larger, and float32 has no exact pixels beyond
+EXAMPLES = 3
 
 
-def read_annotations(file: str | os.PathLike[str]) -> Annotations:
-    """Return the file's content after checking that its three lists are present."""
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f'annotation file {file} does not exist: check the path')
-    try:
-        data = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f'{file} is not JSON ({error}): write it again, or fetch it again') from error
-    for key in ('images', 'annotations', 'categories'):
-        if not isinstance(data, dict) or not isinstance(data.get(key), list):
-            raise ValueError(
-                f'{file} has no list "{key}": COCO-form annotations need images, annotations, categories'
-            )
+class Findings:
+    """Odd things that are kept, mended or dropped: how many of each kind, and the first of them."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+
+    def add(self, kind: str, example: str, number: int = 1) -> None:
+        """Count one more of a kind."""
+        self.counts[kind] += number
+        examples = self.examples.setdefault(kind, [])
+        if len(examples) < EXAMPLES:
+            examples.append(example)
+
+    def lines(self) -> list[str]:
+        """Return a sentence for each kind."""
+        return [
+            f'{number} {kind} ({", ".join(self.examples[kind])}{", ..." if number > EXAMPLES else ""})'
+            for kind, number in sorted(self.counts.items())
+        ]
+
+
+def read_annotations(file: File, prepare: Prepare | None = None) -> Annotations:
+    """Return the file's lists, mended (`mend`), as evaluation needs them. Training reads `datasets.annotations`.
+
+    prepare: what a format does to each block of entries before.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not JSON, or lacks one of the lists.
+    """
+    data: Annotations = {}
+    for name, block in list_blocks(file):
+        if name in LISTS:
+            mend(name, block, file, Findings())
+            if prepare is not None:
+                prepare(name, block, file)
+            data.setdefault(name, []).extend(block)
+    has_lists(file, data, LISTS)
+    numbers = numbers_of([image['id'] for image in data['images']])
+    if numbers:
+        for image in data['images']:
+            image['id'] = numbers[image['id']]
+        for annotation in data['annotations']:
+            annotation['image_id'] = numbers.get(annotation.get('image_id'))
     return data
 
 
-def check_annotations(
-    data: Annotations, file: str | os.PathLike[str], class_map: ClassMap | None = None
-) -> None:
-    """Check that the annotations can be trained on and evaluated.
+def mend(name: str, block: list[dict], file: File, findings: Findings) -> None:
+    """Mend entries of a list in place: ids that are written as text or as 1.0, boxes that only their segmentation gives.
 
     Raises:
-        ValueError: something cannot; the message names the file and the first problem.
+        ValueError: an entry is no JSON object, an image or a category has no id, or a segmentation is none.
     """
-    try:
-        categories = names_by_id(data['categories'])
-        if class_map is not None:
-            check_categories(categories, class_map)
-        image_ids = check_images(data['images'])
-        for annotation in data['annotations']:
-            problem = annotation_problem(annotation, image_ids, categories)
-            if problem:
-                name = f'annotation {annotation.get("id")} (image {annotation.get("image_id")})'
-                raise ValueError(f'{name} {problem}')
-    except ValueError as error:
-        raise ValueError(f'{file}: {error}') from error
+    keys = ('image_id', 'category_id') if name == 'annotations' else ('id',)
+    for entry in block:
+        if not isinstance(entry, dict):
+            raise ValueError(f'{file}: "{name}" has {str(entry)[:40]!r}, which is no object in braces')
+        for key in keys:
+            if type(entry.get(key)) is not int and (number := as_id(entry.get(key))) is not None:
+                findings.add(f'{key} of {name} not written as integers', repr(entry[key]))
+                entry[key] = number
+        if name == 'annotations' and not entry.get('bbox') and entry.get('segmentation'):
+            try:
+                entry['bbox'] = box_around(entry['segmentation'])
+            except (ValueError, TypeError, KeyError, IndexError) as error:
+                raise ValueError(
+                    f'{file}: {title_of(entry)} has no bbox, and its segmentation gives none ({error}): correct one of them'
+                ) from None
+            findings.add('annotations without bbox, which was made from the segmentation', title_of(entry))
+
+
+def as_id(value: Any) -> int | str | None:
+    """Return the integer that a number or text means, other text as it is, and None for what can be no id."""
+    if isinstance(value, float) and value.is_integer():
+        return as_id(int(value))
+    if isinstance(value, str) and value.strip():
+        return as_id(int(value)) if value.strip().isdecimal() and len(value) < 30 else value
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    return value if whole else None
+
+
+def numbers_of(ids: list) -> dict | None:
+    """Return a number for each image id, counted from 1, if some are text; None if all are integers."""
+    if all(isinstance(value, int) for value in ids):
+        return None
+    return {value: number for number, value in enumerate(ids, start=1)}
+
+
+def box_around(segmentation: list | dict) -> list[float]:
+    """Return x, y, width and height of polygons, or of a run-length mask."""
+    if isinstance(segmentation, dict):
+        if isinstance(segmentation['counts'], list):
+            segmentation = coco_mask.frPyObjects(segmentation, *segmentation['size'])
+        return coco_mask.toBbox(segmentation).tolist()
+    xs = [float(x) for polygon in segmentation for x in polygon[0::2]]
+    ys = [float(y) for polygon in segmentation for y in polygon[1::2]]
+    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+
+
+def title_of(annotation: dict) -> str:
+    """Return how messages name an annotation."""
+    return f'annotation {annotation.get("id")} (image {annotation.get("image_id")})'
 
 
 def check_categories(categories: dict[int, str], class_map: ClassMap) -> None:
@@ -66,41 +142,49 @@ def check_categories(categories: dict[int, str], class_map: ClassMap) -> None:
             )
 
 
-def check_images(images: list[dict]) -> set[int]:
-    """Check the list of images and return their ids."""
-    if not images:
-        raise ValueError('"images" is empty: there is nothing to train on or to evaluate')
-    ids: set[int] = set()
-    for image in images:
-        image_id = image.get('id')
-        if isinstance(image_id, bool) or not isinstance(image_id, int):
-            raise ValueError(f'image {image} needs an integer id')
-        if image_id in ids:
-            raise ValueError(f'image id {image_id} occurs twice: give every image an id of its own')
-        if not isinstance(image.get('file_name'), str):
-            raise ValueError(f'image {image_id} needs a file_name')
-        ids.add(image_id)
-    return ids
+def image_problem(image: dict) -> str | None:
+    """Return what is wrong with the entry of an image, or None."""
+    image_id = image.get('id')
+    if as_id(image_id) is None:
+        return f'image {str(image)[:80]} needs an id: a number, or a text'
+    if not isinstance(image.get('file_name'), str):
+        return f'image {image_id} needs a file_name'
+    for key in ('height', 'width'):
+        value = image.get(key) or 0
+        if not is_finite(value) or value < 0 or value != int(value):
+            return f'image {image_id} has {key} {value!r}: it must be a number of pixels; left out, the file has it'
+    return None
 
 
-def annotation_problem(annotation: dict, image_ids: set[int], category_ids: Collection[int]) -> str | None:
+def annotation_problem(annotation: dict, image_ids: Collection, category_ids: Collection[int]) -> str | None:
     """Return what is wrong with an annotation and how to correct it, or None."""
     if annotation.get('image_id') not in image_ids:
         return 'belongs to an image that "images" does not list: add the image or remove the annotation'
     category_id = annotation.get('category_id')
     if category_id not in category_ids:
-        return f'has category {category_id}, but the categories are {shorten(category_ids)}: add it or correct the id'
+        return f'has category {category_id!r}, but the categories are {shorten(category_ids)}: add it or correct the id'
+    return box_problem(annotation)
+
+
+def box_problem(annotation: dict) -> str | None:
+    """Return what is wrong with an annotation's box or area, or None."""
     bbox = annotation.get('bbox')
     if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(is_finite, bbox)) and min(bbox[2:]) >= 0):
-        return (
-            f'has bbox {bbox}: it must be four finite numbers x, y, width, height (not negative), in pixels'
-        )
+        return f'has bbox {str(bbox)[:80]}: it must be four finite numbers x, y, width, height (not negative), in pixels'
+    if max(map(abs, bbox)) > LARGEST:
+        return f'has bbox {bbox}: no image reaches {max(map(abs, bbox)):g} pixels; correct the numbers'
     area = annotation.get('area', 0)
     if not is_finite(area):
         return (
             f'has area {area}: it must be a finite number of pixels; without it, width times height is taken'
         )
     return None
+
+
+def object_area(annotation: dict) -> float:
+    """Return the file's own area (for COCO that of the segment), or that of the box if there is none."""
+    _, _, width, height = annotation['bbox']
+    return annotation.get('area', width * height)
 
 
 def is_finite(value: object) -> bool:
@@ -112,32 +196,38 @@ def shorten(ids: Iterable[int], most: int = 10) -> str:
     return ', '.join(map(str, ids[:most])) + (', ...' if len(ids) > most else '')
 
 
-def check_segmentations(annotations: list[dict], file: str | os.PathLike[str]) -> None:
-    """Raise ValueError for an object without polygons or run lengths."""
-    for annotation in annotations:
-        if not annotation.get('segmentation'):
-            raise ValueError(
-                f'{file}: annotation {annotation.get("id")} (image {annotation["image_id"]}) has no segmentation, '
-                'which masks are made of: add polygons or run-length masks, or train without --masks'
-            )
+def check_files(
+    names: Iterable[str],
+    image_dir: File,
+    file: File,
+    allow_outside: bool = False,
+) -> None:
+    """Check that the image files are in the folder, each of whose folders is listed once.
 
-
-def check_files(images: list[dict], image_dir: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
-    """Raise FileNotFoundError if an image of the file is not in the folder; each folder is listed once."""
+    Raises:
+        FileNotFoundError: an image is missing.
+        ValueError: a name leads out of the folder, and allow_outside is not set.
+    """
     image_dir = Path(image_dir)
     if not image_dir.is_dir():
         raise FileNotFoundError(f'image folder {image_dir} does not exist: check the path')
     present: dict[str, set[str]] = {}
-    missing = []
-    for image in images:
-        folder, name = os.path.split(image['file_name'])
+    missing, number_missing, number = '', 0, 0
+    for path in names:
+        number += 1
+        folder, name = os.path.split(path)
         if folder not in present:
-            path = image_dir / folder
-            present[folder] = set(os.listdir(path)) if path.is_dir() else set()
+            if not allow_outside and (os.path.isabs(folder) or '..' in Path(folder).parts):
+                raise ValueError(
+                    f'{file}: file_name {path!r} leads out of the image folder {image_dir}: correct it, or trust the file '
+                    'with --allow_outside'
+                )
+            inside = image_dir / folder
+            present[folder] = set(os.listdir(inside)) if inside.is_dir() else set()
         if name not in present[folder]:
-            missing.append(image['file_name'])
-    if missing:
+            missing, number_missing = missing or path, number_missing + 1
+    if number_missing:
         raise FileNotFoundError(
-            f'{len(missing)} of {len(images)} images of {file} are not in {image_dir}, the first is {missing[0]}: '
+            f'{number_missing} of {number} images of {file} are not in {image_dir}, the first is {missing}: '
             'fetch them, give the right folder, or remove them from the file'
         )

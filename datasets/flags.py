@@ -38,6 +38,11 @@ def add_data_args(parser: ArgumentParser) -> None:
         'to K-1 for COCO too, 80 classes (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
+        '--allow_outside', action='store_true',
+        help='take images whose file_name leads out of the image folder (an absolute path, or ..); refused otherwise, because '
+        'an annotation file of unknown origin could name any file',
+    )  # fmt: skip
+    group.add_argument(
         '--repeat_threshold', default=0.0, type=float, metavar='SHARE',
         help='repeat training images of classes that are in less than this share of the images, the rarer the more often; usual '
         'for LVIS: 0.001 (default: 0, no repetition)',

@@ -1,13 +1,12 @@
 """LVIS v1 (arXiv:1908.03195): COCO's images with 1203 classes, whose annotations are federated."""
 
 import argparse
-import os
 from pathlib import Path
 from urllib.parse import urlparse
 
 from datasets.class_map import ClassMap
 from datasets.coco import CocoDetection, find_path, options_of
-from datasets.coco_json import Annotations, read_annotations
+from datasets.coco_json import File
 
 
 class LvisDetection(CocoDetection):
@@ -20,28 +19,27 @@ class LvisDetection(CocoDetection):
     federated = True
 
     @staticmethod
-    def read(annotation_file: str | os.PathLike[str]) -> Annotations:
-        """Read the annotations, and name each image by its path below the folder of all images.
+    def prepare(name: str, block: list[dict], file: File) -> None:
+        """Name each image by its path below the folder of all images.
 
         Raises:
-            ValueError: a list is missing, or the fields that federated evaluation reads are.
+            ValueError: the fields that federated evaluation reads are missing.
         """
-        data = read_annotations(annotation_file)
-        for image in data['images']:
+        for image in block if name == 'images' else []:
             if 'file_name' not in image and 'coco_url' in image:
                 image['file_name'] = '/'.join(urlparse(image['coco_url']).path.split('/')[-2:])
             for key in ('neg_category_ids', 'not_exhaustive_category_ids'):
                 if not isinstance(image.get(key), list):
                     raise ValueError(
-                        f'{annotation_file}: image {image.get("id")} has no list {key}: LVIS needs it; read data in COCO form '
-                        'with --dataset_file coco'
+                        f'{file}: image {image.get("id")} has no list {key}: LVIS needs it; read data in COCO form with '
+                        '--dataset_file coco'
                     )
-        if without := [c for c in data['categories'] if c.get('frequency') not in ('r', 'c', 'f')]:
-            raise ValueError(
-                f'{annotation_file}: category {without[0].get("id")} has frequency {without[0].get("frequency")!r}: LVIS '
-                'needs r, c or f (rare, common, frequent)'
-            )
-        return data
+        for category in block if name == 'categories' else []:
+            if category.get('frequency') not in ('r', 'c', 'f'):
+                raise ValueError(
+                    f'{file}: category {category.get("id")} has frequency {category.get("frequency")!r}: LVIS needs r, c or '
+                    'f (rare, common, frequent)'
+                )
 
 
 def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> LvisDetection:

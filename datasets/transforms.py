@@ -389,7 +389,7 @@ def make_transforms(
 
 def wants_masks(args: argparse.Namespace) -> bool:
     """Tell whether the model of these arguments, or of a checkpoint's, learns masks."""
-    return getattr(args, 'masks', False) or getattr(args, 'co_masks', False)
+    return any(getattr(args, name, False) for name in ('masks', 'co_masks', 'co_rcnn_masks'))
 
 
 def transforms_of(image_set: str, args: argparse.Namespace) -> Compose:

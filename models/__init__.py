@@ -276,7 +276,8 @@ def freeze_unreached_heads(model: nn.Module, criterion: nn.Module, two_stage: bo
 def build_postprocessors(args: Namespace) -> dict[str, nn.Module]:
     """Build the postprocessors: `bbox` turns outputs into detections in pixels, `segm` adds their masks."""
     masks = {'segm': MaskPostProcess()} if args.masks else {}
-    masks |= {'segm': RegionMaskPostProcess()} if args.co_masks else {}
+    if args.co_masks or (args.eval_module == 'faster_rcnn' and getattr(args, 'co_rcnn_masks', False)):
+        masks = {'segm': RegionMaskPostProcess()}
     return {'bbox': build_box_postprocessor(args)} | masks
 
 

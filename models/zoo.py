@@ -199,6 +199,7 @@ ZOO = [
     Row('ms_detr_a_resnet50', 'r50_ms_detr_a_300', 'MS-DETR R50, variant a', TWO_STAGE | {'use_ms_detr': True, 'ms_variant': 'a'}, None, 12),
 
     Row('co_deformable_detr_resnet50', 'r50_co_deformable_detr_12ep', 'Co-Deformable-DETR R50', CO_DEFORMABLE, 49.5, 12, '', co_file('co_deformable_detr_r50_1x_coco')),
+    Row('', 'r50_co_deformable_detr_mask_12ep', 'Co-Deformable-DETR R50, masks of its RoI head', CO_DEFORMABLE, None, 12),
     Row('co_deformable_detr_swin_tiny', 'swin_tiny_co_deformable_detr_12ep', 'Co-Deformable-DETR Swin-T', CO_DEFORMABLE | TINY, 51.7, 12,
         '', co_file('co_deformable_detr_swin_tiny_1x_coco')),
     Row('co_deformable_detr_swin_tiny_36ep', 'swin_tiny_co_deformable_detr_36ep', 'Co-Deformable-DETR Swin-T', CO_DEFORMABLE | TINY, 54.1, 36,

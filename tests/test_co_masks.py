@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import roi_align
 
 from engine import build_optimizer
 from models import build_model
@@ -16,6 +17,7 @@ from models.refine_masks import MaskIoUHead, RefineMaskHead, boundary, refined, 
 from models.training.criterion import weighted_sum
 from models.training.flags import resolve_all
 from models.training.mask_losses import iou_loss, iou_targets, mask_targets, refine_loss
+from models.training.mask_rcnn import MaskBranch
 from tests import rule
 from tests.models import HEADS, SMALL, TRICKS, random_targets, with_masks
 from tests.parity import assert_close
@@ -184,3 +186,69 @@ def test_a_run_evaluates_masks_by_their_own_scores(tmp_path: Path) -> None:
 def test_impossible_flags(flags: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_all(Namespace(**{'co_masks': True, 'backbone_weights': 'none'} | flags))
+
+
+RCNN_MASKS = TRICKS | HEADS | {'co_rcnn_masks': True}
+
+
+def test_the_mask_branch_of_mask_rcnn_equals_its_formula() -> None:
+    """One loss over all pixels of the positives' own classes, targets as RoIAlign gives them; and the official names."""
+    torch.manual_seed(0)
+    branch = MaskBranch(32, 6, [8, 16]).double()
+    maps = [torch.randn(2, 32, 12, 12, dtype=torch.float64), torch.randn(2, 32, 6, 6, dtype=torch.float64)]
+    regions = [
+        torch.tensor([[8.0, 16.0, 64.0, 80.0]]).double(),
+        torch.tensor([[0.0, 0.0, 90.0, 90.0], [5.5, 9.0, 40.0, 30.0]]).double(),
+    ]
+    labels = torch.tensor([4, 0, 2])
+    masks = [torch.zeros(len(x), 96, 96, dtype=torch.uint8) for x in regions]
+    masks[0][0, 16:48, 8:64] = 1  # the upper half of its region
+    masks[1][0] = 1
+    logits = branch(maps, regions, labels)
+    wanted = torch.zeros(3, 28, 28, dtype=torch.float64)
+    wanted[0, :14], wanted[1] = 1, 1
+    each = torch.where(wanted > 0, -logits.sigmoid().log(), -(1 - logits.sigmoid()).log())
+    assert_close(branch.loss(maps, regions, labels, masks), each.mean().detach(), 'loss')
+    # A region alone: RoIAlign of 14 x 14, four convolutions, and a map for each class.
+    features = roi_align(maps[0], [regions[0], regions[1][:0]], 14, 1 / 8, aligned=True)
+    for convolution in branch.convs:
+        features = convolution.conv(features).relu()
+    assert_close(logits[0], branch.conv_logits(branch.upsample(features).relu())[0, 4].detach(), 'logits')
+    assert list(branch.state_dict())[:2] == ['convs.0.conv.weight', 'convs.0.conv.bias']
+
+
+def test_roi_masks_train_and_the_rcnn_head_predicts_them() -> None:
+    torch.manual_seed(0)
+    flags = SMALL | RCNN_MASKS | {'dropout': 0.0}
+    model, criterion, _ = build_model(Namespace(**flags))
+    assert criterion.weight_dict['loss_rcnn_mask'] == 2 * flags['dec_layers']  # 12 with six layers
+    optimizer = build_optimizer(model, 1e-3, 1e-3, 1e-4)
+    images, targets = torch.randn(2, 3, 96, 96), with_masks(random_targets(2, 1), (96, 96))
+    first = None
+    for _ in range(30):
+        losses = criterion(model.train()(images, targets), targets)
+        optimizer.zero_grad()
+        weighted_sum(losses, criterion.weight_dict).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        first = first if first is not None else losses['loss_rcnn_mask'].item()
+    assert losses['loss_rcnn_mask'].item() < 0.7 * first
+    nothing = with_masks(random_targets(0, 0), (96, 96))
+    empty = criterion(model(images, nothing), nothing)
+    assert empty['loss_rcnn_mask'] == 0 and empty['loss_rcnn_mask'].requires_grad
+    # The decoder gives the same boxes with and without; the RoI head gives masks.
+    detector, _, postprocessors = build_model(Namespace(**flags | {'eval_module': 'faster_rcnn'}))
+    load_checkpoint(detector, model.state_dict())
+    with torch.no_grad():
+        outputs = detector.eval()(images)
+    sizes, seen = torch.tensor([[48, 48], [192, 192]]), torch.tensor([[96, 96], [96, 96]])
+    results = postprocessors['segm'](postprocessors['bbox'](outputs, sizes), outputs, sizes, seen, (96, 96))
+    for result, size in zip(results, sizes.tolist(), strict=True):
+        assert list(result['masks'].shape) == [len(result['scores']), 1, *size] and len(result['scores'])
+        assert torch.equal(result['mask_scores'], result['scores'])
+    assert 'segm' not in build_model(Namespace(**flags))[2]
+    theirs = to_mmdetection(model.state_dict())
+    assert {'roi_head.0.mask_head.convs.3.conv.weight', 'roi_head.0.mask_head.upsample.bias'} < theirs.keys()
+    assert to_official(theirs)[1].keys() == model.state_dict().keys()
+    with pytest.raises(ValueError, match='add it to --co_aux_heads'):
+        resolve_all(Namespace(**flags | {'co_aux_heads': ['atss']}))

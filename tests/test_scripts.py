@@ -71,6 +71,7 @@ RECIPES = {
     'swin_large_h_deformable_detr_900_36ep': (218_233_517, 36, 30),
     'swin_large_h_deformable_detr_900_decay0.05_36ep': (218_233_517, 36, 30),
     'r50_co_deformable_detr_12ep': (65_076_774, 12, 11),
+    'r50_co_deformable_detr_mask_12ep': (65_076_774 + 2_643_280, 12, 11),
     'swin_tiny_co_deformable_detr_12ep': (65_619_808, 12, 11),
     'swin_tiny_co_deformable_detr_36ep': (65_619_808, 36, 30),
     'swin_small_co_deformable_detr_12ep': (86_937_712, 12, 11),
@@ -180,6 +181,7 @@ OFFICIAL |= {
 }  # fmt: skip
 OFFICIAL |= {
     'r50_co_deformable_detr': CO,
+    'r50_co_deformable_detr_mask': f'{CO} --co_rcnn_masks',
     'r50_co_dino_5scale': f'{DINO} {PLAIN}',
     'r50_co_dino_5scale_lsj': f'{DINO} {JITTER} 1024',
     'r50_co_dino_5scale_9encoder_lsj': f'{DINO} {JITTER} 1024 --enc_layers 9',

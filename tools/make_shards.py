@@ -21,8 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.coco import Reading, check_size, find_files, objects_in
-from datasets.coco_json import Annotations, check_annotations, check_files, read_annotations
+from datasets.annotations import AnnotationTable, Columns
+from datasets.coco import Reading, check_size, find_files, kept_by
+from datasets.coco_json import Annotations, check_files, read_annotations
 from datasets.image_io import stored_size
 from datasets.streaming.index import ANNOTATIONS, INDEX, VERSION, import_webdataset
 from util.files import save_atomically
@@ -45,6 +46,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('--images', metavar='DIR', help='images, instead of --coco_path')
     parser.add_argument('--ann', metavar='FILE', help='annotations, instead of --coco_path')
+    parser.add_argument(
+        '--allow_outside', action='store_true', help='take file names that lead out of the image folder'
+    )
     parser.add_argument('--output', required=True, metavar='DIR', help='new folder for shards and index')
     parser.add_argument('--shard_size', default='1000', metavar='SIZE',
                         help='number of images per shard, or its size: 300MB, 1GB (default: %(default)s)')  # fmt: skip
@@ -109,8 +113,8 @@ def write_shards(
             counts[Path(writer.fname).name] += 1
             image_ids.append(record['image_id'])
             sizes.append([record['height'], record['width']])
-            objects = objects_in(record['annotations'], Reading(drop_tiny=True))
-            if not all(a.get('segmentation') for a in objects):
+            objects = Columns.of(record['annotations'])
+            if not objects.segmented[kept_by(Reading(drop_tiny=True), objects)].all():
                 unsegmented.append(record['image_id'])
     shards = [
         {'url': url.replace('{file}', name), 'images': count, 'bytes': (output / name).stat().st_size}
@@ -133,9 +137,8 @@ def make_shards(args: Namespace) -> str:
         raise ValueError(f'--url {args.url} needs {{file}} where the name of a shard goes')
     places = {f'{args.image_set}_images': args.images, f'{args.image_set}_ann': args.ann}
     folder, file = find_files(args.image_set, Namespace(coco_path=args.coco_path, **places))
+    check_files(AnnotationTable(file).file_names, folder, file, args.allow_outside)
     data = read_annotations(file)
-    check_annotations(data, file)
-    check_files(data['images'], folder, file)
 
     def write(partial: Path) -> None:
         partial.mkdir()

@@ -162,6 +162,7 @@ MMDETECTION: list[tuple[str, str]] = [
     (f'{SOURCE}heads.faster_rcnn.rpn.{{rest}}', 'rpn_head.{rest}'),
     ('co_masks.mask_head.{rest}', 'mask_head.{rest}'),
     ('co_masks.mask_iou_head.{rest}', 'mask_iou_head.{rest}'),
+    (f'{SOURCE}heads.faster_rcnn.masks.{{rest}}', 'roi_head.0.mask_head.{rest}'),
     (f'{SOURCE}heads.faster_rcnn.roi.{{rest}}', 'roi_head.0.bbox_head.{rest}'),
     (f'{SOURCE}heads.atss.{{rest}}', 'bbox_head.0.{rest}'),
 ]  # fmt: skip

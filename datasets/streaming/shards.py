@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from datasets.annotations import Columns
 from datasets.class_map import ClassMap, names_by_id
-from datasets.coco import Objects, Reading, check_size, make_target, objects_in, reading_of
+from datasets.coco import Objects, Reading, check_size, kept_by, make_target, reading_of
 from datasets.coco_json import Annotations, check_categories, read_annotations
 from datasets.copy_paste import build_mix
 from datasets.image_dataset import ImageDataset, Mix, loader_options
@@ -185,8 +186,10 @@ class ShardedCoco(ImageDataset):
         height, width = image.shape[1:]
         check_size(stored.name, (height, width), self.index.sizes[stored.row], self.index.path)
         try:
-            annotations = objects_in(json.loads(stored.record)['annotations'], self.reading)
-            objects = Objects.read(annotations, self.class_map, self.return_masks)
+            segmentations = bytearray() if self.return_masks else None
+            columns = Columns.of(json.loads(stored.record)['annotations'], segmentations)
+            kept = columns[np.flatnonzero(kept_by(self.reading, columns))]
+            objects = Objects.of(kept, self.class_map, self.return_masks)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f'{stored.name} has bad annotations ({error!r}): {WRITE_AGAIN}') from error
         return image, make_target(objects, int(self.index.image_ids[stored.row]), height, width)

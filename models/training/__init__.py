@@ -132,6 +132,7 @@ def build_heads(args: Namespace) -> CollaborativeHeads:
         with_features=args.with_coord_feat,
         derived_positions=args.dino,
         rcnn_head=args.co_rcnn_head,
+        rcnn_masks=args.co_rcnn_masks,
     )
 
 

@@ -5,6 +5,9 @@ Training only. Each head adds its own losses (Sec. 3.2) and a group of queries w
 (Sec. 3.3).
 """
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +35,7 @@ class CollaborativeHeads(nn.Module):
         strides: strides of the encoder's maps in pixels.
         max_queries: largest number of positives of an image that become queries.
         with_features: add the feature that the head saw to the content of a query.
-        rcnn_head: RoI head of `FasterRCNN`.
+        rcnn_head, rcnn_masks: RoI head of `FasterRCNN`, and whether it has a mask branch.
         derived_positions: leave the position of a query to the decoder, which computes it from the box (DINO).
     """
 
@@ -46,6 +49,7 @@ class CollaborativeHeads(nn.Module):
         with_features: bool = True,
         derived_positions: bool = False,
         rcnn_head: str = '2fc',
+        rcnn_masks: bool = False,
     ) -> None:
         super().__init__()
         self.max_queries, self.derived_positions = max_queries, derived_positions
@@ -53,7 +57,7 @@ class CollaborativeHeads(nn.Module):
             nn.Conv2d(hidden_dim, hidden_dim, 3, stride=2, padding=1), nn.GroupNorm(32, hidden_dim)
         )
         strides = [*strides, 2 * strides[-1]]
-        more = {'faster_rcnn': {'head': rcnn_head}}
+        more = {'faster_rcnn': {'head': rcnn_head, 'masks': rcnn_masks}}
         self.heads = nn.ModuleDict(
             {name: HEADS[name](hidden_dim, num_classes, strides, **more.get(name, {})) for name in names}
         )
@@ -105,18 +109,21 @@ class CollaborativeHeads(nn.Module):
         return QueryGroup(self.heads[name].kind, tgt, query_pos, reference, assignment=positives)
 
     @torch.no_grad()
-    def detect(self, memory: Memory, name: str) -> dict[str, list[dict[str, Tensor]]]:
+    def detect(self, memory: Memory, name: str) -> dict[str, Any]:
         """Detect with one head alone, before NMS.
 
         Returns:
-            `candidates`: a dictionary per image of `scores` [N], `labels` [N] and `boxes` [N, 4] cxcywh in [0, 1].
+            `candidates`: a dictionary per image of `scores` [N], `labels` [N] and `boxes` [N, 4] cxcywh in [0, 1]. With a
+                mask branch also `masks_of`, as `models.postprocess.RegionMaskPostProcess` calls it.
         """
         with without_autocast(memory.tokens):
             sizes = Images.of(memory, None).sizes
-            found = self.heads[name].detect(self.maps(memory), sizes)
+            maps, head = self.maps(memory), self.heads[name]
+            found = head.detect(maps, sizes)
         for candidates, size in zip(found, sizes, strict=True):
             candidates['boxes'] = box_xyxy_to_cxcywh(candidates['boxes'] / size.repeat(2))
-        return {'candidates': found}
+        branch = getattr(head, 'masks', None)
+        return {'candidates': found} | ({'masks_of': partial(branch.detect, maps)} if branch else {})
 
 
 class FeatureContent(nn.Module):

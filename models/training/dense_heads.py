@@ -33,18 +33,20 @@ class Images:
     sizes: Tensor  # [B, 2] width and height without the batch's padding
     boxes: list[Tensor]  # [T_i, 4]
     labels: list[Tensor]  # [T_i]
+    masks: list[Tensor | None]  # [T_i, H, W], if the data have them
 
     @classmethod
     def of(cls, memory: Memory, targets: list[dict] | None) -> 'Images':
         """Convert targets, a dictionary of `labels` and `boxes` cxcywh in [0, 1] per image; None: no objects."""
         sizes = valid_sizes(memory.pixel_mask).to(full_precision(memory.tokens).dtype)
         if targets is None:
-            return cls(sizes, [], [])
+            return cls(sizes, [], [], [])
         boxes = [
             undo_rounding(box_cxcywh_to_xyxy(target['boxes'].to(sizes)) * size.repeat(2))
             for target, size in zip(targets, sizes, strict=True)
         ]
-        return cls(sizes, boxes, [target['labels'] for target in targets])
+        labels, masks = ([target.get(key) for target in targets] for key in ('labels', 'masks'))
+        return cls(sizes, boxes, labels, masks)
 
     def offsets(self) -> list[int]:
         """Return the index in the batch of each image's first object."""

@@ -4,6 +4,7 @@ Faster R-CNN (arXiv:1506.01497) on the encoder's output, as Co-DETR (arXiv:2211.
 A region proposal network (RPN) finds boxes, which an RoI head classifies and refines from their RoI features.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -30,6 +31,7 @@ from .dense_heads import (
     owned_cells,
     sample,
 )
+from .mask_rcnn import MaskBranch
 from .structures import from_host
 
 SCALES = tuple(4 * 2 ** (octave / 3) for octave in range(3))
@@ -182,13 +184,17 @@ class FasterRCNN(nn.Module):
 
     num_samples, positive_fraction, overlap = 512, 0.25, 0.5
     train_candidates, test_candidates = 4000, 1000
-    coef = {'rpn_cls': 1.0, 'rpn_bbox': 1.0, 'rcnn_cls': 1.0, 'rcnn_bbox': 10.0}
+    coef = {'rpn_cls': 1.0, 'rpn_bbox': 1.0, 'rcnn_cls': 1.0, 'rcnn_bbox': 10.0, 'rcnn_mask': 1.0}
     kind = 'rcnn'  # kind of the decoder queries made from its positives
 
-    def __init__(self, channels: int, num_classes: int, strides: list[int], head: str = '2fc') -> None:
+    def __init__(
+        self, channels: int, num_classes: int, strides: list[int], head: str = '2fc', masks: bool = False
+    ) -> None:
         super().__init__()
         self.rpn = RegionProposals(channels, strides)
         self.roi = RoIHead(channels, num_classes, strides[:-1], head)
+        self.masks = MaskBranch(channels, num_classes, strides[:-1]) if masks else None
+        self.coef = {term: coef for term, coef in self.coef.items() if masks or term != 'rcnn_mask'}
 
     def forward(
         self, maps: list[Tensor], images: Images, with_features: bool = True
@@ -203,6 +209,8 @@ class FasterRCNN(nn.Module):
         regions, objects = zip(*sampled, strict=True)
         features, logits, deltas = self.roi(maps, list(regions))
         losses |= self.losses(logits, deltas, torch.cat(regions), list(objects), images)
+        if self.masks is not None:
+            losses['loss_rcnn_mask'] = self.mask_loss(maps, regions, objects, images)
         shortest = min(len(boxes) for boxes in regions)
         target = [
             torch.where(found == BACKGROUND, found, found + offset)
@@ -249,6 +257,19 @@ class FasterRCNN(nn.Module):
             'loss_rcnn_bbox': (1 - generalized_box_iou(decoded, boxes, SMALLEST_AREA)).sum() / divisor,
             'rcnn_accuracy': right * (100 / max(len(classes), 1)),
         }
+
+    def mask_loss(
+        self, maps: list[Tensor], regions: Sequence[Tensor], assigned: Sequence[Tensor], images: Images
+    ) -> Tensor:
+        """Return the loss of masks on the positive RoIs."""
+        positive = [found != BACKGROUND for found in assigned]
+        objects = [found[mine] for found, mine in zip(assigned, positive, strict=True)]
+        return self.masks.loss(
+            maps,
+            [boxes[mine] for boxes, mine in zip(regions, positive, strict=True)],
+            torch.cat([labels[found] for labels, found in zip(images.labels, objects, strict=True)]),
+            [masks[found] for masks, found in zip(images.masks, objects, strict=True)],
+        )
 
     @torch.no_grad()
     def detect(self, maps: list[Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:

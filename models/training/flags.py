@@ -289,6 +289,11 @@ def add_collaborative_args(parser: ArgumentParser) -> None:
         'for all classes (ViT on COCO; default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
+        '--co_rcnn_masks', action='store_true',
+        help='train masks of the positive RoIs of faster_rcnn too (co_deformable_detr_mask_r50); only --eval_module faster_rcnn '
+        'predicts them',
+    )  # fmt: skip
+    group.add_argument(
         '--lambda_1', default=1.0, type=float,
         help='factor of the losses of queries made from positives of --co_aux_heads (default: %(default)s)',
     )  # fmt: skip
@@ -448,6 +453,10 @@ def check_heads(args: Namespace) -> None:
     for flag in ('dn_number', 'co_aux_heads'):
         if getattr(args, flag) and not args.two_stage:
             raise ValueError(f'--{flag} needs --two_stage and --with_box_refine (or --dino): add them')
+    if args.co_rcnn_masks and 'faster_rcnn' not in args.co_aux_heads:
+        raise ValueError(
+            '--co_rcnn_masks is a part of faster_rcnn: add it to --co_aux_heads, or leave the flag out'
+        )
     if len(set(args.co_aux_heads)) < len(args.co_aux_heads):
         raise ValueError(f'--co_aux_heads {" ".join(args.co_aux_heads)} names a head twice')
     unknown = set(args.co_aux_heads) - set(AUXILIARY_HEADS)

@@ -1,0 +1,240 @@
+"""Annotation files read in blocks: the same as reading them whole, for any JSON, and errors that name the place."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from datasets import json_stream
+from datasets.annotations import AnnotationTable, PackedList
+from datasets.coco_json import read_annotations
+from datasets.json_stream import entry_of, list_blocks
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+)
+ENTRIES = st.lists(st.dictionaries(st.text(max_size=5), VALUES, max_size=4) | VALUES, max_size=9)
+FILES = st.dictionaries(st.text(max_size=6), ENTRIES | VALUES, max_size=4)
+FAST = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+
+
+def read_lists(file: Path) -> dict[str, list]:
+    lists: dict[str, list] = {}
+    for name, block in list_blocks(file):
+        lists.setdefault(name, []).extend(block)
+    return lists
+
+
+@FAST
+@given(data=FILES, indent=st.sampled_from([None, 1]), chunk=st.integers(1, 60), ascii=st.booleans())
+def test_blocks_hold_what_the_whole_file_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict, indent: int | None, chunk: int, ascii: bool
+) -> None:
+    """Also where a chunk of text ends within a number, a string or an escape."""
+    file = tmp_path / 'data.json'
+    try:
+        file.write_text(json.dumps(data, indent=indent, ensure_ascii=ascii), encoding='utf-8')
+    except UnicodeEncodeError:  # half a surrogate pair
+        file.write_text(json.dumps(data, indent=indent))
+    with monkeypatch.context() as patch:
+        patch.setattr(json_stream, 'CHUNK', chunk)
+        lists = {name: value for name, value in data.items() if isinstance(value, list)}
+        assert read_lists(file) == lists
+        for name, values in lists.items():
+            for index in range(len(values)):
+                assert entry_of(file, name, index) == values[index]
+
+
+@FAST
+@given(
+    data=FILES,
+    cut=st.floats(0, 1),
+    chunk=st.sampled_from([1, 7, 1 << 22]),
+    junk=st.sampled_from(['', ']', '}', ',', '"', 'x']),
+)
+def test_a_damaged_file_is_refused_or_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict, cut: float, chunk: int, junk: str
+) -> None:
+    text = json.dumps(data)
+    place = round(cut * len(text))
+    text = text[:place] + junk + (text[place:] if junk else '')
+    (tmp_path / 'data.json').write_text(text)
+    try:
+        expected = json.loads(text)
+    except ValueError:
+        expected = None
+    with monkeypatch.context() as patch:
+        patch.setattr(json_stream, 'CHUNK', chunk)
+        if isinstance(expected, dict):
+            assert read_lists(tmp_path / 'data.json') == {
+                name: value for name, value in expected.items() if isinstance(value, list)
+            }
+        else:
+            with pytest.raises(ValueError, match=r'data\.json is not JSON'):
+                read_lists(tmp_path / 'data.json')
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
+def test_encodings_of_json(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / 'data.json').write_text('{"a": [{"name": "Käfer"}]}', encoding=encoding)
+    assert read_lists(tmp_path / 'data.json') == {'a': [{'name': 'Käfer'}]}
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        (b'', 'its end at character 0'),
+        (b'{"a": [1, 2', 'character 11'),
+        (b'{"a": [{"b": 1}, {"b": }]}', 'Expecting value at character 23'),
+        (b'{"a": [1]} x', 'more text after its end'),
+        (b'{"a": [1], "a": [2]}', 'its list "a" occurs twice'),
+        (b'{"a": ' + b'[' * 100_000, 'nested too deep'),
+        (b'\xff\xff\xff\xff', "can't decode byte"),
+        (b'{"a": ["\xff\xff"]}', "can't decode byte"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_is_no_json_is_named(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / 'data.json').write_bytes(text)
+    with pytest.raises(ValueError, match=rf'data\.json is .*{message}'):
+        read_lists(tmp_path / 'data.json')
+
+
+def write(folder: Path, **changes: list) -> Path:
+    """Two images and three objects; ids in no order, and the lists in an unusual order."""
+    data = {
+        'annotations': [
+            {
+                'id': 1,
+                'image_id': 9,
+                'category_id': 3,
+                'bbox': [1, 2, 3, 4],
+                'segmentation': [[1, 2, 4, 2, 4, 6]],
+            },
+            {'id': 2, 'image_id': 4, 'category_id': 2, 'bbox': [0, 0, 5, 5], 'area': 7},
+            {'id': 3, 'image_id': 9, 'category_id': 2, 'bbox': [2.5, 0, 0, 1], 'iscrowd': 1},
+        ],
+        'categories': [{'id': 2, 'name': 'two'}, {'id': 3}],
+        'images': [
+            {'id': 9, 'file_name': 'nine.png', 'height': 8, 'width': 6},
+            {'id': 4, 'file_name': 'four.png'},
+        ],
+    }
+    (folder / 'data.json').write_text(json.dumps(data | changes))
+    return folder / 'data.json'
+
+
+def test_columns_are_sorted_by_image_and_keep_everything(tmp_path: Path) -> None:
+    table = AnnotationTable(write(tmp_path), with_masks=True)
+    objects = table.objects
+    assert table.image_ids.tolist() == [4, 9]
+    assert list(table.file_names) == ['four.png', 'nine.png']
+    assert table.sizes.tolist() == [[0, 0], [8, 6]]
+    assert table.starts.tolist() == [0, 1, 3]
+    assert objects.category_ids.tolist() == [2, 3, 2]
+    assert objects.boxes_xywh.tolist() == [[0, 0, 5, 5], [1, 2, 3, 4], [2.5, 0, 0, 1]]
+    assert objects.areas.tolist() == [7, 12, 0]
+    assert objects.crowd.tolist() == [False, False, True]
+    assert objects.segmented.tolist() == [False, True, False]
+    assert objects.tiny().tolist() == [False, False, True]
+    assert list(objects.segmentations or []) == [None, [[1, 2, 4, 2, 4, 6]], None]
+    assert not table.findings.counts
+
+
+def test_ids_that_other_tools_write_are_mended(tmp_path: Path) -> None:
+    """Text of digits and whole floats are integers; other image ids are numbered. Evaluation sees the same."""
+    annotations = [
+        {'id': 1, 'image_id': 'b', 'category_id': '3', 'bbox': [1, 2, 3, 4]},
+        {'id': 2, 'image_id': 7.0, 'category_id': 2.0, 'bbox': [1, 2, 3, 4]},
+    ]
+    images = [{'id': '7', 'file_name': 'x'}, {'id': 'b', 'file_name': 'y'}]
+    categories = [{'id': '2', 'name': 'two'}, {'id': 3}]
+    file = write(tmp_path, annotations=annotations, images=images, categories=categories)
+    table = AnnotationTable(file)
+    assert table.image_ids.tolist() == [1, 2]
+    assert table.objects.image_ids.tolist() == [1, 2]
+    assert table.objects.category_ids.tolist() == [2, 3]
+    assert table.findings.counts['image ids that are text, numbered from 1'] == 2
+    data = read_annotations(file)
+    assert [image['id'] for image in data['images']] == [1, 2]
+    assert [(a['image_id'], a['category_id']) for a in data['annotations']] == [(2, 3), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    'segmentation',
+    [
+        [[10, 20, 40, 20, 40, 60], [12, 5, 13, 5, 13, 6]],
+        {
+            'size': [100, 80],
+            'counts': [10 * 100 + 5, 55, 2900 - 5 - 50, 55, 8000 - 1000 - 55 - 2900 - 55 + 50],
+        },
+    ],
+    ids=['polygons', 'run lengths'],
+)
+def test_boxes_follow_from_segmentations(tmp_path: Path, segmentation: list | dict) -> None:
+    annotation = {'id': 1, 'image_id': 9, 'category_id': 3, 'segmentation': segmentation}
+    file = write(tmp_path, annotations=[annotation])
+    table = AnnotationTable(file)
+    assert table.objects.boxes_xywh.tolist() == [[10, 5, 30, 55]]
+    assert 'annotations without bbox' in table.findings.lines()[0]
+    assert read_annotations(file)['annotations'][0]['bbox'] == [10, 5, 30, 55]
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'annotations': [3]}, r'"annotations" has .3., which is no object'),
+        ({'images': ['a.jpg']}, r'"images" has .a\.jpg., which is no object'),
+        ({'images': [{'id': None, 'file_name': 'a'}]}, 'needs an id'),
+        ({'images': [{'id': 2**70, 'file_name': 'a'}]}, 'needs an id'),
+        ({'images': [{'id': 1, 'file_name': 'a', 'height': -2}]}, 'image 1 has height -2'),
+        ({'images': [{'id': 1, 'file_name': 'a', 'width': '9'}]}, "image 1 has width '9'"),
+        ({'images': []}, '"images" is empty'),
+        ({'categories': [{'id': 2**70}]}, 'integer id'),
+    ],
+    ids=lambda value: str(value)[:30],
+)  # fmt: skip
+def test_bad_entries_are_named(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=rf'data\.json: .*{message}'):
+        AnnotationTable(write(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'bbox': [1e30, 0, 1, 1]}, 'no image reaches 1e[+]30 pixels'),
+        ({'bbox': [True, None, 1, 1]}, 'four finite numbers'),
+        ({'bbox': [2**80, 0, 1, 1]}, 'no image reaches'),
+        ({'bbox': None, 'segmentation': [[1], []]}, 'its segmentation gives none'),
+        ({'bbox': None, 'segmentation': {'size': [1, 2]}}, 'its segmentation gives none'),
+        ({'bbox': None, 'segmentation': 'polygon'}, 'its segmentation gives none'),
+        ({'image_id': 2**70}, 'belongs to an image'),
+        ({'image_id': None}, 'belongs to an image'),
+        ({'image_id': 'x'}, 'belongs to an image'),
+        ({'image_id': 5}, 'belongs to an image'),
+        ({'category_id': 'two'}, "has category 'two', but the categories are 2, 3"),
+        ({'category_id': 2.5}, 'has category 2.5, but the categories are 2, 3'),
+        ({'area': 'large'}, 'has area large'),
+    ],
+    ids=lambda value: str(value)[:30],
+)  # fmt: skip
+def test_the_first_bad_annotation_of_many_is_named(tmp_path: Path, change: dict, message: str) -> None:
+    good = {'image_id': 9, 'category_id': 3, 'bbox': [1, 2, 3, 4]}
+    annotations = [good | {'id': number} | (change if number in (30, 40) else {}) for number in range(50)]
+    with pytest.raises(ValueError, match=rf'data\.json: annotation 30 \(image .*{message}'):
+        AnnotationTable(write(tmp_path, annotations=annotations))
+
+
+@FAST
+@given(values=st.lists(VALUES, max_size=6), more=st.lists(VALUES, max_size=6))
+def test_packed_lists_give_back_what_they_got(values: list, more: list) -> None:
+    data = bytearray()
+    packed = PackedList.joined([PackedList(values, data), PackedList(more, data)])
+    assert list(packed) == values + more
+    rows = np.arange(len(packed))[::-2]
+    assert list(packed.chosen(rows)) == (values + more)[::-2]
