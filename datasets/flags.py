@@ -6,6 +6,7 @@ from datasets import DATASETS
 from datasets.class_map import CLASS_IDS
 from datasets.streaming.shards import SHUFFLE_BUFFER
 from datasets.transforms import AUGMENTATIONS, LSJ_SIZE
+from util.bounds import check_bounds, real, whole
 from util.distributed.collectives import get_local_size
 
 
@@ -43,26 +44,28 @@ def add_data_args(parser: ArgumentParser) -> None:
         'an annotation file of unknown origin could name any file',
     )  # fmt: skip
     group.add_argument(
-        '--repeat_threshold', default=0.0, type=float, metavar='SHARE',
+        '--repeat_threshold', default=0.0, type=real(0, 1), metavar='SHARE',
         help='repeat training images of classes that are in less than this share of the images, the rarer the more often; usual '
         'for LVIS: 0.001 (default: 0, no repetition)',
     )  # fmt: skip
     group.add_argument(
-        '--img_size', default=800, type=int,
+        '--img_size', default=800, type=whole(16, 10**5),
         help='shorter side of an image at evaluation, pixels; the scales of training shrink and grow with it '
         '(default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
-        '--max_size', type=int,
+        '--max_size', type=whole(16, 10**5),
         help='longest side of an image, pixels (default: 1333, in proportion to --img_size)',
     )  # fmt: skip
     group.add_argument(
-        '--train_scales', nargs=2, type=int, metavar=('MIN', 'MAX'),
+        '--train_scales', nargs=2, type=whole(16, 10**5), metavar=('MIN', 'MAX'),
         help='shortest and longest short side of a training image, pixels, in steps of 32 (default: 480 800, in proportion to '
         '--img_size)',
     )  # fmt: skip
     group.add_argument(
-        '--train_max_size', type=int, help='longest side of a training image, pixels (default: --max_size)'
+        '--train_max_size',
+        type=whole(16, 10**5),
+        help='longest side of a training image, pixels (default: --max_size)',
     )
     group.add_argument(
         '--aug', default='detr', choices=AUGMENTATIONS,
@@ -71,7 +74,7 @@ def add_data_args(parser: ArgumentParser) -> None:
         'square and, where objects have masks, copy-paste (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
-        '--lsj_size', default=LSJ_SIZE, type=int,
+        '--lsj_size', default=LSJ_SIZE, type=whole(16, 10**5),
         help='side of the squares of --aug lsj, pixels, instead of --img_size and --max_size (default: %(default)s)',
     )  # fmt: skip
     for flag, default, text in (
@@ -79,7 +82,9 @@ def add_data_args(parser: ArgumentParser) -> None:
         ('shapes_val', 200, 'number of built-in validation images'),
         ('shapes_size', 128, 'longer side of a built-in image, pixels'),
     ):
-        group.add_argument(f'--{flag}', default=default, type=int, help=f'{text} (default: %(default)s)')
+        group.add_argument(
+            f'--{flag}', default=default, type=whole(1, 10**9), help=f'{text} (default: %(default)s)'
+        )
     add_loader_args(parser)
 
 
@@ -88,7 +93,7 @@ def add_loader_args(parser: ArgumentParser) -> None:
     group.add_argument(
         '--num_workers',
         default=2,
-        type=int,
+        type=whole(0, 10**4),
         help='loader workers per training process (default: %(default)s)',
     )
     group.add_argument(
@@ -105,7 +110,7 @@ def add_loader_args(parser: ArgumentParser) -> None:
         help='keep the compressed image files in memory; each process of a machine keeps its own share',
     )  # fmt: skip
     group.add_argument(
-        '--shard_buffer', default=SHUFFLE_BUFFER, type=int,
+        '--shard_buffer', default=SHUFFLE_BUFFER, type=whole(1),
         help='images among which a loader worker shuffles --train_shards; it holds their files in memory '
         '(default: %(default)s)',
     )  # fmt: skip
@@ -117,15 +122,13 @@ def check_data_args(args: Namespace) -> None:
     Raises:
         ValueError: flags contradict each other, or a number makes no sense.
     """
-    for flag in ('img_size', 'lsj_size', 'shapes_train', 'shapes_val', 'shapes_size', 'shard_buffer'):
-        if getattr(args, flag) < 1:
-            raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
-    if args.train_scales and not 0 < args.train_scales[0] <= args.train_scales[1]:
+    parser = ArgumentParser()
+    add_data_args(parser)
+    check_bounds(args, parser)
+    if args.train_scales and args.train_scales[0] > args.train_scales[1]:
         raise ValueError(
-            f'--train_scales {args.train_scales[0]} {args.train_scales[1]}: give a positive size and a larger one'
+            f'--train_scales {args.train_scales[0]} {args.train_scales[1]}: give the smaller size first'
         )
-    if args.train_max_size is not None and args.train_max_size < 1:
-        raise ValueError(f'--train_max_size must be at least 1, not {args.train_max_size}')
     if args.aug not in ('detr', 'co_detr') and (args.train_scales or args.train_max_size):
         raise ValueError(
             f'--train_scales and --train_max_size are not for --aug {args.aug}, which scales otherwise: leave them out'
@@ -133,10 +136,6 @@ def check_data_args(args: Namespace) -> None:
     if args.cache_mode and args.aug == 'lsj' and get_local_size() > 1:
         raise ValueError(
             '--aug lsj mixes any two images, but with --cache_mode a process keeps only its share: leave one out'
-        )
-    if not 0 <= args.repeat_threshold <= 1:
-        raise ValueError(
-            f'--repeat_threshold {args.repeat_threshold} is a share of images: it must be between 0 and 1'
         )
     if args.repeat_threshold and (args.dataset_file == 'shapes' or args.train_shards):
         raise ValueError('--repeat_threshold needs image files in COCO form or LVIS: leave it out')

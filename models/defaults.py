@@ -2,6 +2,8 @@
 
 from argparse import ArgumentParser, Namespace
 
+from util.bounds import check_bounds
+
 from .flags import (
     DEFORMABLE_FLAGS,
     DINO_FLAGS,
@@ -28,6 +30,7 @@ def resolve_args(args: Namespace) -> Namespace:
     parser = ArgumentParser()
     add_model_args(parser)
     defaults = vars(parser.parse_args([]))
+    check_bounds(args, parser)
     given = {OFFICIAL_NAMES.get(k, k): value for k, value in vars(args).items() if value is not None}
     deformable = [flag for flag in DEFORMABLE_FLAGS if given.get(flag)]
     if deformable and given.get('conditional'):
@@ -182,14 +185,10 @@ def check_detection_args(args: Namespace) -> None:
         raise ValueError(
             '--nms_iou_threshold is not for DETR, which gives one detection a query: leave it out'
         )
-    if args.nms_iou_threshold is not None and not 0 <= args.nms_iou_threshold <= 1:
-        raise ValueError(f'--nms_iou_threshold {args.nms_iou_threshold} must be between 0 and 1')
     if args.eval_module not in ('detr', *args.co_aux_heads):
         raise ValueError(
             f'--eval_module {args.eval_module} is not among --co_aux_heads: add it there, or evaluate detr'
         )
-    if not 0 <= args.soft_nms_threshold <= 1:
-        raise ValueError(f'--soft_nms_threshold {args.soft_nms_threshold} must be between 0 and 1')
     if args.soft_nms_threshold and args.nms_iou_threshold is not None:
         raise ValueError(
             '--soft_nms_threshold and --nms_iou_threshold are two ways of suppression: give one (--soft_nms_threshold 0 '
@@ -235,9 +234,6 @@ def check_deformable_args(args: Namespace) -> None:
             f'--num_feature_levels {args.num_feature_levels} must be 1, or at least the {num_maps} maps of a backbone of '
             f'--backbone_stages {args.backbone_stages}'
         )
-    for flag in ('enc_n_points', 'dec_n_points'):
-        if getattr(args, flag) < 1:
-            raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
 
 
 def backbone_maps(args: Namespace) -> range:

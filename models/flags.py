@@ -3,6 +3,8 @@
 import math
 from argparse import ArgumentParser, BooleanOptionalAction
 
+from util.bounds import real, whole
+
 from .backbone import NORM_LAYERS
 from .parts import PLACES
 
@@ -80,7 +82,7 @@ def add_model_args(parser: ArgumentParser) -> None:
     family.add_argument(
         '--local_init',
         default=0.0,
-        type=float,
+        type=real(),
         metavar='GAIN',
         help='initialise the attention of Conditional DETR around the reference points, the sharper the larger GAIN is; helps '
         'small models that train from scratch, usual: 12 (default: 0, the official initialisation)',
@@ -103,7 +105,7 @@ def add_model_args(parser: ArgumentParser) -> None:
                             help='take only the positions of two-stage queries from proposals, and learn their content')  # fmt: skip
     deformable.add_argument('--look_forward_twice', action='store_true',
                             help='let the box loss of a layer also train the refinement of the layer before')  # fmt: skip
-    deformable.add_argument('--num_feature_levels', type=int,
+    deformable.add_argument('--num_feature_levels', type=whole(1, 16),
                             help="number of feature maps; 1 is the backbone's last, more are its maps from the second stage on "
                                  'and strided convolutions of the last (default: 4)')  # fmt: skip
     deformable.add_argument('--finest_stride', type=int, choices=(4, 8),
@@ -120,7 +122,7 @@ def add_model_args(parser: ArgumentParser) -> None:
         deformable.add_argument(
             f'--{part}_n_points',
             default=4,
-            type=int,
+            type=whole(1, 1000),
             help=f'points that an attention head of the {part}oder samples on each level (default: %(default)s)',
         )
 
@@ -141,38 +143,47 @@ def add_model_args(parser: ArgumentParser) -> None:
                           help='number of stages of the backbone; 4 ends at stride 32, 3 at 16, 2 at 8 (default: %(default)s)')  # fmt: skip
     backbone.add_argument('--dilation', action='store_true',
                           help='dilate the last stage of the backbone instead of striding it (DC5, stride 16)')  # fmt: skip
-    backbone.add_argument('--drop_path_rate', default=DROP_PATH_RATE, type=float,
+    backbone.add_argument('--drop_path_rate', default=DROP_PATH_RATE, type=real(0, 1, below=True),
                           help='probability that the last block of Swin is skipped while training; it grows linearly from 0 over '
                                'the blocks (default: %(default)s)')  # fmt: skip
-    backbone.add_argument('--backbone_frozen_stages', default=-1, type=int, metavar='N',
+    backbone.add_argument('--backbone_frozen_stages', default=-1, type=whole(-1, 4), metavar='N',
                           help='stages of Swin to freeze: 0 and 1 freeze the patch embedding, 2 also the first stage, ... 5 all '
                                'four; norms of the maps always train (default: %(default)s, which freezes nothing)')  # fmt: skip
     backbone.add_argument('--position_embedding', default='sine', choices=('sine', 'learned', 'v2', 'v3'),
                           help='position encoding of the feature maps; v2 = sine, v3 = learned (default: %(default)s)')  # fmt: skip
     backbone.add_argument(
         '--pe_temperature',
-        type=float,
+        type=real(1e-6),
         help='temperature of sine encodings; about 20 resolves positions better on small feature maps '
         f'(default: {family_default("pe_temperature")})',
     )
 
-    backbone.add_argument('--position_embedding_scale', default=2 * math.pi, type=float,
+    backbone.add_argument('--position_embedding_scale', default=2 * math.pi, type=real(1e-6),
                           help='angle in radians that a whole side spans in sine encodings (default: 2 pi)')  # fmt: skip
 
     model = parser.add_argument_group('transformer')
-    model.add_argument('--enc_layers', default=6, type=int, help='encoder layers (default: %(default)s)')
-    model.add_argument('--dec_layers', default=6, type=int, help='decoder layers (default: %(default)s)')
-    model.add_argument('--dim_feedforward', type=int,
+    model.add_argument(
+        '--enc_layers', default=6, type=whole(0, 1000), help='encoder layers (default: %(default)s)'
+    )
+    model.add_argument(
+        '--dec_layers', default=6, type=whole(1, 1000), help='decoder layers (default: %(default)s)'
+    )
+    model.add_argument('--dim_feedforward', type=whole(1, 10**6),
                        help=f'hidden channels of the feed-forward blocks (default: {family_default("dim_feedforward")}; '
                             '2048 with --hybrid_k or --co_aux_heads)')  # fmt: skip
     model.add_argument(
-        '--hidden_dim', default=256, type=int, help='channels of tokens and queries (default: %(default)s)'
+        '--hidden_dim',
+        default=256,
+        type=whole(2, 10**5),
+        help='channels of tokens and queries (default: %(default)s)',
     )
-    model.add_argument('--dropout', type=float,
+    model.add_argument('--dropout', type=real(0, 1, below=True),
                        help='dropout probability in the transformer (default: '
                             f'{family_default("dropout")}; 0 with --co_aux_heads)')  # fmt: skip
-    model.add_argument('--nheads', default=8, type=int, help='attention heads (default: %(default)s)')
-    model.add_argument('--num_queries', '--num_queries_one2one', type=int,
+    model.add_argument(
+        '--nheads', default=8, type=whole(1, 10**4), help='attention heads (default: %(default)s)'
+    )
+    model.add_argument('--num_queries', '--num_queries_one2one', type=whole(1, 10**5),
                        help='number of object queries, the most objects an image can get '
                             f'(default: {family_default("num_queries")})')  # fmt: skip
     model.add_argument(
@@ -202,13 +213,13 @@ def add_model_args(parser: ArgumentParser) -> None:
     detections.add_argument('--co_masks', action='store_true',
                             help='predict masks of the detections from their RoI features (ViT models of Co-DETR; Deformable '
                                  'DETR); training data need segmentations')  # fmt: skip
-    detections.add_argument('--topk_eval', '--topk', type=int,
+    detections.add_argument('--topk_eval', '--topk', type=whole(1, 10**6),
                             help='number of detections kept per image (not DETR, which gives one per query; '
                                  f'default: {family_default("topk_eval")})')  # fmt: skip
-    detections.add_argument('--nms_iou_threshold', type=float,
+    detections.add_argument('--nms_iou_threshold', type=real(0, 1),
                             help='suppress detections that overlap a better one of their class by more than this IoU (not DETR; '
                                  'default: no suppression)')  # fmt: skip
-    detections.add_argument('--soft_nms_threshold', type=float,
+    detections.add_argument('--soft_nms_threshold', type=real(0, 1),
                             help='lower the scores of detections that overlap a better one of their class by this IoU or more '
                                  '(Deformable DETR; 0 turns it off; default: 0.8 with --dino, else 0)')  # fmt: skip
     detections.add_argument('--clamp_boxes', action=BooleanOptionalAction,

@@ -493,7 +493,7 @@ def test_a_run_of_this_recipe_resumes_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
-        ('--lsj_size 0', '--lsj_size must be at least 1, not 0'),
+        ('--lsj_size 0', '--lsj_size must be at least 16, not 0'),
         ('--dataset_file coco --cache_mode --aug lsj', '--aug lsj mixes any two images'),
     ],
 )

@@ -209,7 +209,7 @@ def test_a_run_in_16_bits_resumes(tmp_path: Path, amp: str) -> None:
         ('--bucket_sizes --group_aspect_ratio', 'in another way than --group_aspect_ratio'),
         ('--bucket_sizes --train_shards x', 'in another way than --train_shards'),
         ('--bucket_sizes --aug lsj', 'in another way than --aug lsj'),
-        ('--ema 1', '--ema 1.0 must be at least 0 and less than 1'),
+        ('--ema 1', '--ema must be less than 1, not 1'),
         ('--fsdp', '--fsdp shares a model among processes, and there is one'),
         ('--keep_checkpoints 0', '--keep_checkpoints must be at least 1'),
         ('--checkpoint_steps 0', '--checkpoint_steps must be at least 1'),

@@ -217,7 +217,7 @@ def test_weights_of_other_patches_and_grids_fit(tmp_path: Path) -> None:
             '--backbone_frozen_stages is not for --backbone vit_large',
         ),
         ('--lr_layer_decay 0.8', '--lr_layer_decay 0.8 is a factor'),
-        ('--backbone vit_mini --warmup_start 2', '--warmup_start 2.0 must be between'),
+        ('--backbone vit_mini --warmup_start 2', '--warmup_start must be at most 1, not 2'),
         ('--backbone vit_mini --backbone_weights imagenet', 'have no direct address'),
     ],
 )

@@ -6,6 +6,7 @@ import textwrap
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 
+from util.bounds import check_bounds, whole
 from util.distributed.collectives import get_world_size
 from util.logger import import_summary_writer
 
@@ -125,15 +126,15 @@ def add_run_args(parser: ArgumentParser, save_every: str) -> None:
         help='print parameters, FLOPs, memory, learning rates and steps, then stop: nothing is read, downloaded or trained',
     )  # fmt: skip
     group.add_argument(
-        '--save_every', type=int, help=f'epochs between numbered checkpoints (default: {save_every})'
+        '--save_every', type=whole(1), help=f'epochs between numbered checkpoints (default: {save_every})'
     )
     group.add_argument(
-        '--checkpoint_steps', type=int, metavar='N',
+        '--checkpoint_steps', type=whole(1), metavar='N',
         help='write checkpoint.pth every N steps of an epoch too (default: after each epoch, and when the run is asked to stop)',
     )  # fmt: skip
     group.add_argument(
         '--keep_checkpoints',
-        type=int,
+        type=whole(1),
         metavar='N',
         help='keep only the newest N numbered checkpoints (default: all)',
     )
@@ -143,12 +144,15 @@ def add_run_args(parser: ArgumentParser, save_every: str) -> None:
         help='cuda, mps or cpu; auto takes the first there is (default: %(default)s)',
     )
     group.add_argument(
-        '--seed', default=42, type=int, help='seed of all random numbers (default: %(default)s)'
+        '--seed',
+        default=42,
+        type=whole(0, 2**63 - 1),
+        help='seed of all random numbers (default: %(default)s)',
     )
     group.add_argument(
         '--print_freq',
         default=10,
-        type=int,
+        type=whole(1),
         help='optimizer steps between two progress lines (default: %(default)s)',
     )
     group.add_argument(
@@ -192,7 +196,7 @@ def add_evaluation_args(parser: ArgumentParser) -> None:
     group = parser.add_argument_group('evaluation')
     group.add_argument('--eval', action='store_true', help='evaluate --resume or --pretrained, then stop')
     group.add_argument(
-        '--eval_every', default=1, type=int,
+        '--eval_every', default=1, type=whole(1),
         help='epochs between evaluations; the last epoch is always evaluated (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
@@ -210,6 +214,9 @@ def check_run_args(args: Namespace) -> None:
     Raises:
         ValueError: flags contradict each other, or a number makes no sense.
     """
+    parser = ArgumentParser()
+    add_run_args(parser, '')
+    check_bounds(args, parser)
     if args.tensorboard:
         import_summary_writer()
     if args.eval and not (args.resume or args.pretrained):
@@ -241,17 +248,11 @@ def check_run_args(args: Namespace) -> None:
         raise ValueError(
             '--fsdp with --amp fp16: a process would scale its part of the gradient alone; use --amp bf16'
         )
-    for flag in ('checkpoint_steps', 'keep_checkpoints'):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
     if args.checkpoint_steps and not args.output_dir:
         raise ValueError('--checkpoint_steps writes into --output_dir: give it')
-    for flag in ('eval_every', 'save_every'):
-        if getattr(args, flag) < 1:
-            raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
     if args.total_batch_size is not None:
         at_a_time = args.batch_size * get_world_size()
-        if args.total_batch_size < 1 or args.total_batch_size % at_a_time:
+        if args.total_batch_size % at_a_time:
             raise ValueError(
                 f'--total_batch_size {args.total_batch_size} is not a multiple of --batch_size {args.batch_size} x '
                 f'{get_world_size()} processes'

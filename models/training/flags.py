@@ -9,6 +9,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from models.defaults import resolve_args
 from models.flags import AUXILIARY_HEADS, HYBRID_FLAGS, family_default
 from models.vit import VIT_SIZES
+from util.bounds import check_bounds, real, whole
 
 from .losses import BOX_LOSSES
 
@@ -76,25 +77,28 @@ def add_training_args(parser: ArgumentParser) -> None:
 def add_optimization_args(parser: ArgumentParser) -> None:
     group = parser.add_argument_group('optimization')
     group.add_argument(
-        '--epochs', type=int, help=f'passes over the training images (default: {default_of("epochs")})'
+        '--epochs', type=whole(1), help=f'passes over the training images (default: {default_of("epochs")})'
     )
     group.add_argument(
-        '--batch_size', default=2, type=int, help='images per process and forward pass (default: %(default)s)'
+        '--batch_size',
+        default=2,
+        type=whole(1, 10**5),
+        help='images per process and forward pass (default: %(default)s)',
     )
     group.add_argument(
-        '--accum_steps', default=1, type=int,
+        '--accum_steps', default=1, type=whole(1, 10**6),
         help='number of batches per optimizer step, whose gradient is that of one large batch, except for averages inside '
         '--co_aux_heads (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
         '--total_batch_size',
-        type=int,
+        type=whole(1, 10**7),
         help='images per optimizer step over all processes; sets --accum_steps (default: --batch_size x processes x '
         '--accum_steps)',
     )
-    group.add_argument('--lr', type=float, help=f'learning rate (default: {default_of("lr")})')
+    group.add_argument('--lr', type=real(), help=f'learning rate (default: {default_of("lr")})')
     group.add_argument(
-        '--lr_backbone', type=float,
+        '--lr_backbone', type=real(),
         help=f'learning rate of the backbone; 0 freezes it (default: {default_of("lr_backbone")})',
     )  # fmt: skip
     group.add_argument(
@@ -108,14 +112,14 @@ def add_optimization_args(parser: ArgumentParser) -> None:
         f'(default: {default_of("lr_linear_proj_names")})',
     )  # fmt: skip
     group.add_argument(
-        '--lr_linear_proj_mult', default=0.1, type=float,
+        '--lr_linear_proj_mult', default=0.1, type=real(),
         help='factor of the learning rate for --lr_linear_proj_names (default: %(default)s)',
     )  # fmt: skip
     group.add_argument('--sgd', action='store_true', help='use SGD with momentum 0.9 instead of AdamW')
     group.add_argument(
         '--weight_decay',
         default=1e-4,
-        type=float,
+        type=real(),
         help='weight decay of all parameters (default: %(default)s)',
     )
     group.add_argument(
@@ -124,37 +128,37 @@ def add_optimization_args(parser: ArgumentParser) -> None:
         '(default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
-        '--lr_drop', type=int,
+        '--lr_drop', type=whole(1),
         help=f'epochs after which the learning rate is divided by 10 (default: {default_of("lr_drop")})',
     )  # fmt: skip
     group.add_argument(
-        '--lr_drop_epochs', nargs='+', type=int, metavar='EPOCH',
+        '--lr_drop_epochs', nargs='+', type=whole(1), metavar='EPOCH',
         help='divide the learning rate by 10 after each of these epochs (default: every --lr_drop epochs)',
     )  # fmt: skip
     group.add_argument(
-        '--warmup_steps', default=0, type=int, metavar='N',
+        '--warmup_steps', default=0, type=whole(0), metavar='N',
         help='raise the learning rate linearly over the first N optimizer steps (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
-        '--warmup_start', default=0.0, type=float, metavar='FACTOR',
+        '--warmup_start', default=0.0, type=real(0, 1), metavar='FACTOR',
         help='factor of the learning rate in the first of --warmup_steps (default: 0, one step above 0)',
     )  # fmt: skip
     group.add_argument(
-        '--lr_layer_decay', type=float, metavar='FACTOR',
+        '--lr_layer_decay', type=real(1e-6, 1), metavar='FACTOR',
         help='multiply the learning rate by FACTOR for each block of a ViT, counted from the last, and decay no biases and norms; '
         '--lr_backbone is not used then (default: no such factor)',
     )  # fmt: skip
     group.add_argument(
-        '--clip_max_norm', default=0.1, type=float,
+        '--clip_max_norm', default=0.1, type=real(),
         help='clip the gradient to this norm; 0 does not clip (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
-        '--ema', default=0.0, type=float, metavar='DECAY',
+        '--ema', default=0.0, type=real(0, 1, below=True), metavar='DECAY',
         help='decay per step of an exponential moving average of the weights, which is evaluated and saved too; usual: 0.9997 '
         '(default: 0, no average)',
     )  # fmt: skip
     group.add_argument(
-        '--ema_warmup', default=0, type=int, metavar='N',
+        '--ema_warmup', default=0, type=whole(0), metavar='N',
         help='let the average of --ema follow the weights closely during the first steps, exponentially less over N of them; '
         'usual for ViT: 2000 (default: 0, another rule for about 10 steps)',
     )  # fmt: skip
@@ -164,15 +168,15 @@ def add_matching_args(parser: ArgumentParser) -> None:
     group = parser.add_argument_group('matching costs')
     group.add_argument(
         '--set_cost_class',
-        type=float,
+        type=real(),
         help=f'weight of the class in the matching cost (default: {default_of("set_cost_class")})',
     )
     group.add_argument(
-        '--set_cost_bbox', default=5, type=float,
+        '--set_cost_bbox', default=5, type=real(),
         help='weight of the L1 distance of boxes in the matching cost (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
-        '--set_cost_giou', default=2, type=float,
+        '--set_cost_giou', default=2, type=real(),
         help='weight of the generalized IoU in the matching cost (default: %(default)s)',
     )  # fmt: skip
 
@@ -189,31 +193,31 @@ def add_loss_args(parser: ArgumentParser) -> None:
         '--no_aux_loss', dest='aux_loss', action='store_false', help='supervise the last decoder layer only'
     )
     group.add_argument(
-        '--cls_loss_coef', type=float,
+        '--cls_loss_coef', type=real(),
         help=f'coefficient of the class loss (default: {default_of("cls_loss_coef")})',
     )  # fmt: skip
     for term, loss in BOX_LOSSES.items():
         group.add_argument(
-            f'--{term}_loss_coef', default=loss.coef, type=float,
+            f'--{term}_loss_coef', default=loss.coef, type=real(),
             help=f'coefficient of {loss.title} (default: %(default)s)',
         )  # fmt: skip
     for term, title in (('mask', 'the focal loss of masks'), ('dice', 'the Dice loss of masks')):
         group.add_argument(
             f'--{term}_loss_coef',
             default=1.0,
-            type=float,
+            type=real(),
             help=f'coefficient of {title} (default: %(default)s)',
         )
     group.add_argument(
-        '--co_mask_loss_coef', default=12.0, type=float,
+        '--co_mask_loss_coef', default=12.0, type=real(),
         help='coefficient of the masks of --co_masks; 15.96 in the official COCO model (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
-        '--co_mask_iou_loss_coef', default=6.0, type=float,
+        '--co_mask_iou_loss_coef', default=6.0, type=real(),
         help="coefficient of the predicted IoU of --co_masks's masks (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        '--eos_coef', default=0.1, type=float,
+        '--eos_coef', default=0.1, type=real(),
         help="weight of the class 'no object' in the class loss (DETR only; default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
@@ -222,7 +226,7 @@ def add_loss_args(parser: ArgumentParser) -> None:
         'quality_focal with --dino, else focal)',
     )  # fmt: skip
     group.add_argument(
-        '--focal_alpha', default=0.25, type=float,
+        '--focal_alpha', default=0.25, type=real(0, 1),
         help='weight of positives in the focal loss (not DETR; default: %(default)s)',
     )  # fmt: skip
 
@@ -233,21 +237,21 @@ def add_scheme_args(parser: ArgumentParser) -> None:
         'hybrid matching (H-DETR, arXiv:2207.13080; Deformable or Conditional DETR)'
     )
     group.add_argument(
-        '--hybrid_k', '--k_one2many', type=int, metavar='K',
+        '--hybrid_k', '--k_one2many', type=whole(0, 1000), metavar='K',
         help='train a second group of queries, of which K are matched to each object; 0 trains none (default: 5 with '
         '--hybrid_queries, else 0)',
     )  # fmt: skip
     group.add_argument(
-        '--hybrid_queries', '--num_queries_one2many', type=int, metavar='N',
+        '--hybrid_queries', '--num_queries_one2many', type=whole(0, 10**5), metavar='N',
         help='number of queries in the group of --hybrid_k (default: 1500 with --hybrid_k, else 0)',
     )  # fmt: skip
     group.add_argument(
-        '--hybrid_lambda', '--lambda_one2many', type=float, metavar='FACTOR',
+        '--hybrid_lambda', '--lambda_one2many', type=real(), metavar='FACTOR',
         help='factor of the losses of the group of --hybrid_k (default: 1)',
     )  # fmt: skip
     group = parser.add_argument_group('groups of queries (Group DETR, arXiv:2207.13085; any family)')
     group.add_argument(
-        '--group_detr', default=1, type=int, metavar='G',
+        '--group_detr', default=1, type=whole(1, 1000), metavar='G',
         help='train G groups of --num_queries queries, each matched one-to-one (default: %(default)s)',
     )  # fmt: skip
     add_denoising_args(parser)
@@ -260,16 +264,16 @@ def add_denoising_args(parser: ArgumentParser) -> None:
         'contrastive denoising (DINO, arXiv:2203.03605; Deformable DETR in two stages)'
     )
     group.add_argument(
-        '--dn_number', default=0, type=int, metavar='N',
+        '--dn_number', default=0, type=whole(0, 10**5), metavar='N',
         help='add queries that reconstruct noised objects, about N positives and N negatives per image; 0 adds none, '
         'usual: 100 (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
-        '--dn_label_noise_ratio', default=0.5, type=float,
+        '--dn_label_noise_ratio', default=0.5, type=real(0, 2),
         help='twice the share of labels that denoising replaces by random ones (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
-        '--dn_box_noise_scale', default=1.0, type=float,
+        '--dn_box_noise_scale', default=1.0, type=real(),
         help='largest displacement of the corners of noised boxes, as a multiple of half the side (default: %(default)s)',
     )  # fmt: skip
 
@@ -294,15 +298,15 @@ def add_collaborative_args(parser: ArgumentParser) -> None:
         'predicts them',
     )  # fmt: skip
     group.add_argument(
-        '--lambda_1', default=1.0, type=float,
+        '--lambda_1', default=1.0, type=real(),
         help='factor of the losses of queries made from positives of --co_aux_heads (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
-        '--lambda_2', default=2.0, type=float,
+        '--lambda_2', default=2.0, type=real(),
         help='factor of the losses of --co_aux_heads themselves, times --dec_layers (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
-        '--max_pos_coords', default=300, type=int,
+        '--max_pos_coords', default=300, type=whole(1, 10**5),
         help='largest number of positives of --co_aux_heads, per head and image, that become queries (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
@@ -314,19 +318,19 @@ def add_collaborative_args(parser: ArgumentParser) -> None:
 def add_mixed_args(parser: ArgumentParser) -> None:
     group = parser.add_argument_group('one-to-many matching of --use_ms_detr')
     group.add_argument(
-        '--o2m_matcher_k', default=6, type=int,
+        '--o2m_matcher_k', default=6, type=whole(1, 10**4),
         help='largest number of queries that one-to-many matching gives an object (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
-        '--o2m_matcher_threshold', default=0.4, type=float,
+        '--o2m_matcher_threshold', default=0.4, type=real(),
         help='smallest one-to-many score with which a query is positive for its best object (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
-        '--o2m_iou_weight', default=0.7, type=float,
+        '--o2m_iou_weight', default=0.7, type=real(),
         help='weight of the IoU in the one-to-many score (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
-        '--o2m_score_weight', default=0.3, type=float,
+        '--o2m_score_weight', default=0.3, type=real(),
         help="weight of the class's probability in the one-to-many score (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
@@ -336,11 +340,11 @@ def add_mixed_args(parser: ArgumentParser) -> None:
     for term in ('cls', *BOX_LOSSES):
         default = MIXED_COEFFICIENTS.get(term, 0.0)
         group.add_argument(
-            f'--o2m_{term}_loss_coef', type=float, default=default,
+            f'--o2m_{term}_loss_coef', type=real(), default=default,
             help=f'--{term}_loss_coef for the second predictions of --use_ms_detr (default: %(default)s)',
         )  # fmt: skip
         group.add_argument(
-            f'--enc_{term}_loss_coef', type=float,
+            f'--enc_{term}_loss_coef', type=real(),
             help=f'--{term}_loss_coef for the proposals of --two_stage (default: {default:g} with --use_ms_detr, else '
             f'--{term}_loss_coef)',
         )  # fmt: skip
@@ -364,6 +368,7 @@ def resolve_training(args: Namespace) -> Namespace:
     parser = ArgumentParser()
     add_training_args(parser)
     defaults = vars(parser.parse_args([]))
+    check_bounds(args, parser)
     family_defaults = TRAINING_DEFAULTS['dino' if args.dino else args.family]
     given = {name: value for name, value in vars(args).items() if value is not None}
     resolved = Namespace(**vars(args) | defaults | family_defaults | given)
@@ -397,38 +402,11 @@ def resolve_hybrid(args: Namespace) -> None:
 
 def check_training(args: Namespace) -> None:
     """Refuse flags of training that contradict each other."""
-    for flag in (
-        'epochs',
-        'lr_drop',
-        'batch_size',
-        'accum_steps',
-        'o2m_matcher_k',
-        'group_detr',
-        'max_pos_coords',
-    ):
-        if getattr(args, flag) < 1:
-            raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
-    not_negative = (
-        'dn_number',
-        'dn_label_noise_ratio',
-        'dn_box_noise_scale',
-        'lambda_1',
-        'lambda_2',
-        'warmup_steps',
-        'ema_warmup',
-    )
-    for flag in (*not_negative, *HYBRID_FLAGS):
-        if (getattr(args, flag) or 0) < 0:
-            raise ValueError(f'--{flag} must not be negative, as {getattr(args, flag)} is')
-    if args.lr_layer_decay is not None and not (args.backbone in VIT_SIZES and 0 < args.lr_layer_decay <= 1):
+    if args.lr_layer_decay is not None and args.backbone not in VIT_SIZES:
         raise ValueError(
-            f'--lr_layer_decay {args.lr_layer_decay} is a factor of at most 1 for the blocks of a ViT, and --backbone is '
+            f'--lr_layer_decay {args.lr_layer_decay} is a factor for the blocks of a ViT, and --backbone is '
             f'{args.backbone}: leave it out, or choose vit_large'
         )
-    if not 0 <= args.warmup_start <= 1:
-        raise ValueError(f'--warmup_start {args.warmup_start} must be between 0 and 1')
-    if not 0 <= args.ema < 1:
-        raise ValueError(f'--ema {args.ema} must be at least 0 and less than 1, usually near 1')
     if args.lr_schedule == 'cosine' and args.lr_drop_epochs:
         raise ValueError(
             '--lr_drop_epochs is for --lr_schedule step, and cosine has no drops: leave one of them out'
@@ -463,8 +441,4 @@ def check_heads(args: Namespace) -> None:
     if unknown:
         raise ValueError(
             f'--co_aux_heads {unknown.pop()} is not known: choose from {", ".join(AUXILIARY_HEADS)}'
-        )
-    if args.dn_label_noise_ratio > 2:
-        raise ValueError(
-            f'--dn_label_noise_ratio {args.dn_label_noise_ratio}: half of it is a share, so 2 is the most'
         )
