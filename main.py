@@ -9,7 +9,6 @@ Train and evaluate detectors.
 
 import argparse
 import json
-import sys
 import time
 import zlib
 from argparse import Namespace
@@ -24,6 +23,7 @@ from torch.utils.data import Dataset
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.coco_eval import LVIS_NAMES, STAT_NAMES, CocoEvaluator, Summary, record_of, tables
 from datasets.flags import add_data_args, check_data_args
+from datasets.inventory import check_data, print_inventory
 from datasets.loaders import begin_epoch, build_datasets, build_loader, worst_batch
 from engine import (
     build_scheduler,
@@ -35,7 +35,7 @@ from engine import (
     rehearse,
     train_one_epoch,
 )
-from models import add_model_args, build_model
+from models import add_model_args, build_model, level_strides
 from models.detector import class_map_of
 from models.flags import NUM_CLASSES
 from models.ops.functions import describe as describe_kernels
@@ -63,7 +63,7 @@ from util.distributed.parallel import broadcast_from_main, replicate, shard
 from util.distributed.preemption import Interrupted, StopRequests, was_restarted
 from util.ema import WeightAverage
 from util.files import code_checksum, lock_folder, remove_partial_files, save_atomically, unlock
-from util.flags import add_run_args, check_run_args, make_parser
+from util.flags import add_run_args, check_run_args, make_parser, run_command
 from util.logger import RunLog, format_time, import_summary_writer, print_main
 from util.plan import COCO_TRAIN_IMAGES, flops_text, print_dry_run, print_plan
 from util.precision import Precision, avoid_plans_per_shape, set_tf32
@@ -85,8 +85,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: Namespace) -> None:
     given = getattr(args, 'given', frozenset(vars(args)))
     args = resolve_all(with_row(args, given) if args.model else args)
-    if args.dry_run:
-        dry_run(args)
+    if args.dry_run or args.check_data:
+        check_data_args(args)
+        check_run_args(args)
+        dry_run(args, check_data(args, level_strides(args)[0]) if args.check_data else None)
         return
     device = choose_device(args.device)
     set_tf32(args.tf32)
@@ -155,6 +157,8 @@ def read_data(args: Namespace, given: frozenset[str]) -> tuple[dict, dict[str, D
             found = class_map_of(checkpoint, args.resume or args.pretrained)
             class_map = found if found.num_classes == PANOPTIC_CLASSES else None
         datasets = build_datasets(args, class_map)
+        if is_main_process():
+            print_inventory(datasets, args, level_strides(args)[0])
     facts = {f'{split} data': summary_of(dataset) for split, dataset in datasets.items()}
     images = checkpoint.get('within_epoch', {}).get('images', 0)
     found = f'epoch {checkpoint.get("epoch")}, {images} images further' if checkpoint else 'none'
@@ -381,16 +385,14 @@ def evaluate_alone(run: Run) -> None:
         save_atomically(Path(run.args.output_dir) / 'eval.json', lambda path: path.write_text(text))
 
 
-def dry_run(args: Namespace) -> None:
-    """Print what a run would need, from the flags alone."""
-    check_data_args(args)
-    check_run_args(args)
+def dry_run(args: Namespace, num_images: int | None) -> None:
+    """Print what a run would need, from the flags alone. num_images: of the training part; None: those of COCO."""
     args.num_classes, args.backbone_weights = NUM_CLASSES, 'none'
     with torch.device('meta'):
         model, criterion, _ = build_model(args)
         optimizer = optimizer_of(model, args)
-    images = args.shapes_train if args.dataset_file == 'shapes' else COCO_TRAIN_IMAGES
-    schedule = build_scheduler(optimizer, args, images // (args.batch_size * args.accum_steps))
+    images = num_images or (args.shapes_train if args.dataset_file == 'shapes' else COCO_TRAIN_IMAGES)
+    schedule = build_scheduler(optimizer, args, max(1, images // (args.batch_size * args.accum_steps)))
     notes = {
         'learning rate': describe_rates(args, schedule),
         'supervision': supervision_table(criterion.table, model.num_queries, criterion.weight_dict),
@@ -399,7 +401,4 @@ def dry_run(args: Namespace) -> None:
 
 
 if __name__ == '__main__':
-    try:
-        main(get_args_parser().parse_args())
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        sys.exit(f'error: {error}')
+    run_command(main, get_args_parser())

@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,6 @@ from datasets.coco_json import (
     File,
     Findings,
     Prepare,
-    annotation_problem,
     as_id,
     box_problem,
     check_categories,
@@ -28,6 +28,7 @@ from datasets.coco_json import (
     mend,
     numbers_of,
     object_area,
+    place_problem,
     title_of,
 )
 from datasets.json_stream import entry_of, has_lists, list_blocks
@@ -189,6 +190,10 @@ class AnnotationTable:
     categories: as the file has them. image_ids: [N] int64, ascending. file_names: their N files. sizes: [N, 2] height
     and width, 0 where the file has none. objects: columns of all annotations, in order of image and then of the file.
     starts: [N + 1]; image i has the objects starts[i] to starts[i + 1]. findings: what was mended.
+
+    Args:
+        prepare: what a format does to each block of entries.
+        problems: where to count annotations that cannot be used, which are then left out; None: the first is an error.
     """
 
     categories: list[dict]
@@ -199,8 +204,9 @@ class AnnotationTable:
         class_map: ClassMap | None = None,
         with_masks: bool = False,
         prepare: Prepare | None = None,
+        problems: Findings | None = None,
     ) -> None:
-        self.file, self.prepare, self.findings = file, prepare, Findings()
+        self.file, self.prepare, self.findings, self.problems = file, prepare, Findings(), problems
         found: set[str] = set()
         images: list[tuple] = []
         segmentations = bytearray() if with_masks else None
@@ -215,6 +221,8 @@ class AnnotationTable:
             elif name == 'images':
                 images.extend(map(self.read_image, block))
             else:
+                if self.problems is not None:
+                    block = self.usable(block)
                 blocks.append(self.told(Columns.of, block, segmentations))
         has_lists(file, found, LISTS)
         names = self.told(names_by_id, self.categories)
@@ -274,13 +282,30 @@ class AnnotationTable:
         rows = np.searchsorted(self.image_ids, objects.image_ids).clip(max=len(self.image_ids) - 1)
         bad = self.image_ids[rows] != objects.image_ids
         bad |= ~np.isin(objects.category_ids, np.array(list(names), dtype=np.int64))
-        if bad.any():
+        if bad.any() and self.problems is not None:
+            no_image = int((self.image_ids[rows] != objects.image_ids).sum())
+            for kind, number in (('image', no_image), ('category', int(bad.sum()) - no_image)):
+                if number:
+                    self.problems.add(f'annotations whose {kind} is not listed', str(self.file), number)
+            objects, rows = objects[~bad], rows[~bad]
+        elif bad.any():
             annotation = self.entry(int(bad.argmax()))
-            problem = annotation_problem(annotation, numbers or set(self.image_ids.tolist()), names)
+            problem = place_problem(annotation, numbers or set(self.image_ids.tolist()), names)
             raise ValueError(f'{self.file}: {title_of(annotation)} {problem}')
         self.order = np.argsort(rows, kind='stable')
         self.objects = objects[self.order]
         self.starts = np.searchsorted(rows[self.order], np.arange(len(self.image_ids) + 1))
+
+    def usable(self, block: list[dict]) -> list[dict]:
+        """Return the annotations whose box and area are numbers, and count the others."""
+        good = []
+        for annotation in block:
+            if problem := box_problem(annotation):
+                assert self.problems is not None
+                self.problems.add('annotations with a bad box or area', f'{title_of(annotation)} {problem}')
+            else:
+                good.append(annotation)
+        return good
 
     def entry(self, index: int) -> dict:
         """Return the annotation of this place in the file, which is read again: for messages."""
@@ -297,3 +322,22 @@ class AnnotationTable:
                 f'{self.file}: {title_of(annotation)} has no segmentation, which masks are made of: add polygons or '
                 'run-length masks, or train without --masks'
             )
+
+
+@dataclass
+class Inventory:
+    """The T objects of N images, as the annotations have them.
+
+    boxes_xywh: [T, 4] in pixels. labels: [T]. counts: [N] objects of each image. sizes: [N, 2] height and width, 0 where
+    they are not known. folder, names: where the image files are, and their names. findings: odd things that are kept,
+    mended or left out. problems: what cannot be used, if it was counted.
+    """
+
+    boxes_xywh: np.ndarray
+    labels: np.ndarray
+    counts: np.ndarray
+    sizes: np.ndarray
+    folder: Path
+    names: list[str]
+    findings: Findings
+    problems: Findings | None = None

@@ -18,9 +18,9 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from datasets.annotations import AnnotationTable, Columns, PackedList, Prepare
+from datasets.annotations import AnnotationTable, Columns, Inventory, PackedList, Prepare
 from datasets.class_map import ClassMap
-from datasets.coco_json import Annotations, check_files, read_annotations
+from datasets.coco_json import EXAMPLES, Annotations, Findings, check_files, read_annotations
 from datasets.copy_paste import build_mix
 from datasets.image_dataset import ImageDataset, Mix
 from datasets.image_io import decode_file, read_image, stored_size
@@ -54,6 +54,7 @@ class CocoDetection(ImageDataset):
         return_masks: None reads masks if every object has a segmentation.
         repeat_threshold: repeat images of rare classes (`repeats_of`); 0 repeats none.
         allow_outside: take file names that lead out of image_dir.
+        problems: where to count what cannot be used, which is then left out; None: the first of it is an error.
     """
 
     prepare: Prepare | None = None
@@ -70,17 +71,21 @@ class CocoDetection(ImageDataset):
         mix: Mix | None = None,
         repeat_threshold: float = 0.0,
         allow_outside: bool = False,
+        problems: Findings | None = None,
     ) -> None:
         super().__init__(transforms, mix, seed)
         self.image_dir, self.annotation_file = Path(image_dir), Path(annotation_file)
-        table = AnnotationTable(annotation_file, class_map, return_masks is not False, self.prepare)
-        check_files(table.file_names, image_dir, annotation_file, allow_outside)
+        table = AnnotationTable(annotation_file, class_map, return_masks is not False, self.prepare, problems)
+        check_files(table.file_names, image_dir, annotation_file, allow_outside, problems)
         self.class_map = class_map or ClassMap.numbered(table.categories, reading.class_ids)
         kept = self._large_images(table, reading.min_image_side)
         self.ids: list[int] = table.image_ids[kept].tolist()
         self._file_names = table.file_names.chosen(kept)
         self._json_sizes = table.sizes[kept]
         rows, self._starts = objects_of(table, kept, reading)
+        self.findings = table.findings
+        self.problems = problems
+        find_odd_boxes(self.findings, table, rows)
         self.most_objects = int(np.diff(self._starts).max(initial=0))
         if return_masks:
             table.check_segmentations(rows)
@@ -115,6 +120,20 @@ class CocoDetection(ImageDataset):
             )
         return kept
 
+    def inventory(self) -> Inventory:
+        """Return all objects, before repetition of rare classes."""
+        objects, rows = self._objects, np.unique(self._rows)
+        return Inventory(
+            objects.boxes_xywh.numpy(),
+            objects.labels.numpy(),
+            np.diff(self._starts),
+            self._json_sizes,
+            self.image_dir,
+            [self._file_names[row] for row in rows.tolist()],
+            self.findings,
+            self.problems,
+        )
+
     @property
     def ground_truth(self) -> Annotations:
         """Return the annotation file's content, which is read at the first call; training never calls this."""
@@ -131,7 +150,11 @@ class CocoDetection(ImageDataset):
         row = int(self._rows[idx])
         image = self._image(row)
         objects = self._objects[self._starts[row] : self._starts[row + 1]]
-        return image, make_target(objects, self.ids[idx], *image.shape[1:])
+        try:
+            return image, make_target(objects, self.ids[idx], *image.shape[1:])
+        except ValueError as error:
+            name = self._file_names[row]
+            raise ValueError(f'{self.annotation_file}: image {self.ids[idx]} ({name}) {error}') from error
 
     def _image(self, row: int) -> Tensor:
         path = self.image_dir / self._file_names[row]
@@ -243,6 +266,35 @@ def objects_of(table: AnnotationTable, images: np.ndarray, reading: Reading) -> 
     return np.flatnonzero(kept), np.searchsorted(position[kept], np.arange(len(images) + 1))
 
 
+def find_odd_boxes(findings: Findings, table: AnnotationTable, rows: np.ndarray) -> None:
+    """Count objects that training leaves out or changes."""
+    objects = table.objects[rows]
+    crowd = table.objects.image_ids[table.objects.crowd]
+    count_all(
+        findings, 'crowd regions, which training leaves out', np.searchsorted(table.image_ids, crowd), table
+    )
+    images = np.searchsorted(table.image_ids, objects.image_ids)
+    height, width = table.sizes[images].T
+    x, y, w, h = objects.boxes_xywh.T
+    known, sized = (height > 0) & (width > 0), (w > 0) & (h > 0)
+    outside = known & sized & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
+    over = known & sized & ~outside & ((x < -1) | (y < -1) | (x + w > width + 1) | (y + h > height + 1))
+    for which, kind in (
+        (~sized, 'boxes of no size, which training leaves out'),
+        (outside, 'boxes wholly outside their image, which training leaves out'),
+        (over, 'boxes that leave their image, which are cut off at its border'),
+    ):
+        count_all(findings, kind, images[which], table)
+
+
+def count_all(findings: Findings, kind: str, images: np.ndarray, table: AnnotationTable) -> None:
+    """Count objects of a kind by the table's rows of their images, the first of which are named."""
+    for row in images[:EXAMPLES].tolist():
+        findings.add(kind, f'in {table.file_names[row]}')
+    if len(images) > EXAMPLES:
+        findings.counts[kind] += len(images) - EXAMPLES
+
+
 def repeats_of(labels: np.ndarray, starts: np.ndarray, threshold: float) -> np.ndarray:
     """Return how often each image is in an epoch, by its rarest class (LVIS, arXiv:1908.03195, Appendix B.2).
 
@@ -265,15 +317,33 @@ def repeats_of(labels: np.ndarray, starts: np.ndarray, threshold: float) -> np.n
 
 
 def rasterize(segmentation: list | dict, height: int, width: int) -> Tensor:
-    """Draw the union of polygons, or a run-length mask (compressed or not), as uint8 [height, width]."""
+    """Draw the union of polygons, or a run-length mask (compressed or not), as uint8 [height, width].
+
+    Raises:
+        ValueError: it is neither, or of another size.
+    """
+    try:
+        return drawn(segmentation, height, width)
+    except Exception as error:  # pycocotools has its own for each kind of nonsense
+        text = str(segmentation)[:60]
+        raise ValueError(
+            f'has the segmentation {text}, which is no mask of {height} x {width} ({error})'
+        ) from error
+
+
+def drawn(segmentation: list | dict, height: int, width: int) -> Tensor:
     if isinstance(segmentation, dict):
         if list(segmentation['size']) != [height, width]:
             raise ValueError(
                 f'a run-length mask of {segmentation["size"]} in an image of {[height, width]} pixels'
             )
         if isinstance(segmentation['counts'], list):
+            if sum(segmentation['counts']) != height * width or min(segmentation['counts']) < 0:
+                raise ValueError(f'the run lengths cover {sum(segmentation["counts"])} pixels')
             segmentation = coco_mask.frPyObjects(segmentation, height, width)
         return torch.from_numpy(coco_mask.decode(segmentation))
+    if not all(isinstance(polygon, list) for polygon in segmentation):
+        raise TypeError('polygons are lists of numbers')
     polygons = [
         polygon for polygon in segmentation if len(polygon) >= 6
     ]  # fewer than three corners cover nothing
@@ -307,6 +377,7 @@ def options_of(image_set: str, args: argparse.Namespace, class_map: ClassMap | N
         'seed': args.seed,
         'reading': reading_of(image_set, args),
         'mix': mix,
+        'problems': Findings() if getattr(args, 'check_data', False) else None,
         'allow_outside': getattr(args, 'allow_outside', False),
         'repeat_threshold': getattr(args, 'repeat_threshold', 0.0) if image_set == 'train' else 0.0,
     }

@@ -156,14 +156,12 @@ def image_problem(image: dict) -> str | None:
     return None
 
 
-def annotation_problem(annotation: dict, image_ids: Collection, category_ids: Collection[int]) -> str | None:
-    """Return what is wrong with an annotation and how to correct it, or None."""
+def place_problem(annotation: dict, image_ids: Collection, category_ids: Collection[int]) -> str:
+    """Return what is wrong with an annotation whose image or category does not exist, and how to correct it."""
     if annotation.get('image_id') not in image_ids:
         return 'belongs to an image that "images" does not list: add the image or remove the annotation'
     category_id = annotation.get('category_id')
-    if category_id not in category_ids:
-        return f'has category {category_id!r}, but the categories are {shorten(category_ids)}: add it or correct the id'
-    return box_problem(annotation)
+    return f'has category {category_id!r}, but the categories are {shorten(category_ids)}: add it or correct the id'
 
 
 def box_problem(annotation: dict) -> str | None:
@@ -201,11 +199,14 @@ def check_files(
     image_dir: File,
     file: File,
     allow_outside: bool = False,
+    problems: Findings | None = None,
 ) -> None:
     """Check that the image files are in the folder, each of whose folders is listed once.
 
+    problems: where to count missing images.
+
     Raises:
-        FileNotFoundError: an image is missing.
+        FileNotFoundError: an image is missing, and problems is None.
         ValueError: a name leads out of the folder, and allow_outside is not set.
     """
     image_dir = Path(image_dir)
@@ -224,7 +225,9 @@ def check_files(
                 )
             inside = image_dir / folder
             present[folder] = set(os.listdir(inside)) if inside.is_dir() else set()
-        if name not in present[folder]:
+        if name not in present[folder] and problems is not None:
+            problems.add('images that are missing', path)
+        elif name not in present[folder]:
             missing, number_missing = missing or path, number_missing + 1
     if number_missing:
         raise FileNotFoundError(

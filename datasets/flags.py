@@ -39,6 +39,10 @@ def add_data_args(parser: ArgumentParser) -> None:
         'to K-1 for COCO too, 80 classes (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
+        '--check_data', action='store_true',
+        help='read and decode all data, report what is odd, draw some of it into --output_dir, then stop',
+    )  # fmt: skip
+    group.add_argument(
         '--allow_outside', action='store_true',
         help='take images whose file_name leads out of the image folder (an absolute path, or ..); refused otherwise, because '
         'an annotation file of unknown origin could name any file',

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datasets.annotations import Inventory
 from datasets.class_map import ClassMap
 from datasets.coco_json import Annotations
 from datasets.transforms import Sample, Target, Transform
@@ -54,6 +55,10 @@ class ImageDataset(Dataset[Sample], ABC):
     @abstractmethod
     def untransformed(self, idx: int) -> Sample:
         """Return image idx as it is stored, uint8 [3, H, W], and its target (the fields of `datasets.coco.CocoDetection`)."""
+
+    def inventory(self) -> Inventory | None:
+        """Return what the data set holds, for its summary; None: that is not known without reading all images."""
+        return None
 
     @abstractmethod
     def image_sizes(self) -> Sequence[Sequence[int]] | np.ndarray:

@@ -247,7 +247,7 @@ def load_backbone_file(network: nn.Module, path: str) -> nn.Module:
             f'--backbone_weights {path}: no such file (imagenet, none or a file of a state dict)'
         )
     try:
-        state = state_of(read_checkpoint(path), averaged=False)
+        state = state_of(read_checkpoint(path), averaged=False, source=path)
     except ValueError as error:
         raise ValueError(f'--backbone_weights: {error}') from error
     head = ('fc.', 'classifier.')

@@ -268,6 +268,6 @@ def level_strides(args: Namespace) -> list[int]:
     strides = [2 ** (stage + 1) for stage in backbone_maps(args)]
     if args.dilation:
         strides[-1] //= 2
-    while len(strides) < args.num_feature_levels:
+    while args.family == 'deformable' and len(strides) < args.num_feature_levels:
         strides.append(2 * strides[-1])
     return strides

@@ -104,7 +104,7 @@ def class_map_of(checkpoint: dict, source: str) -> ClassMap:
     """Return the classes that a file tells, or COCO's for heads of their number; others are called by their index."""
     if 'class_map' in checkpoint:
         return ClassMap.from_dict(checkpoint['class_map'])
-    layout, state = to_official(state_of(checkpoint))
+    layout, state = to_official(state_of(checkpoint, source=source))
     rows = next(
         (len(state[name]) for name in ('class_embed.0.bias', 'class_embed.bias') if name in state), None
     )

@@ -251,7 +251,7 @@ def load_pretrained(model: SwinTransformer, source: str) -> None:
         ValueError: the file is missing, or other entries are missing or of another shape.
     """
     try:
-        found = state_of(read_checkpoint(source), averaged=False)
+        found = state_of(read_checkpoint(source), averaged=False, source=source)
     except ValueError as error:
         raise ValueError(f'--backbone_weights: {error}') from error
     state = fit_pretrained(found, model)

@@ -276,7 +276,8 @@ def load_vit(model: VisionTransformer, source: str) -> None:
     """
     try:
         checkpoint = read_checkpoint(source)
-        state = state_of({'model': checkpoint['module']} if 'module' in checkpoint else checkpoint)
+        found = {'model': checkpoint['module']} if 'module' in checkpoint else checkpoint
+        state = state_of(found, source=source)
     except ValueError as error:
         raise ValueError(f'--backbone_weights: {error}') from error
     state = {re.sub(r'^(module|backbone)\.', '', name): value for name, value in state.items()}

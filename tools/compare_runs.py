@@ -33,6 +33,7 @@ from models.training import build_supervision
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
 from util.distributed.collectives import choose_device
 from util.files import save_atomically
+from util.flags import run_command
 from util.nested_tensor import collate_fn
 from util.visualize import new_figure
 
@@ -244,7 +245,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-    try:
-        main(get_args_parser().parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f'error: {error}')
+    run_command(main, get_args_parser())

@@ -25,6 +25,7 @@ from models.recorded import settle
 from models.zoo import find_row
 from util.checkpoint import TRAINING_ONLY, flags_of, save_checkpoint
 from util.files import save_atomically
+from util.flags import run_command
 from util.foreign_files import to_mmdetection, to_official_files, to_transformers
 from util.foreign_names import to_official
 from util.weight_files import SAFETENSORS, read_checkpoint, state_of, write_safetensors
@@ -86,7 +87,9 @@ def convert(source: str, output: Path, stripped: bool, to: str, model: str = '')
     if output.exists():
         raise ValueError(f'{output} exists: choose another name, or remove it')
     checkpoint = read_checkpoint(source)
-    layout, state = to_official(state_of(checkpoint))
+    layout, state = to_official(state_of(checkpoint, source=source))
+    if not any(name.startswith(('transformer.', 'query_embed.', 'backbone.')) for name in state):
+        raise ValueError(f'{source} holds no detector of this family, but {", ".join(list(state)[:3])} ...')
     flags, found = flags_of(checkpoint) or (find_row(model).flags if model else {}), len(state)
     if stripped:
         state, flags = strip(state, flags)
@@ -137,9 +140,9 @@ def write_folder(folder: Path, state: dict[str, Tensor], flags: dict, checkpoint
     return (folder / f'model{SAFETENSORS}').stat().st_size
 
 
+def main(args: argparse.Namespace) -> str:
+    return convert(args.source, args.output, args.strip, args.to, args.model)
+
+
 if __name__ == '__main__':
-    args = get_args_parser().parse_args()
-    try:
-        print(convert(args.source, args.output, args.strip, args.to, args.model))
-    except (ValueError, OSError) as error:
-        sys.exit(f'error: {error}')
+    run_command(main, get_args_parser())

@@ -27,6 +27,7 @@ from datasets.coco_json import Annotations, check_files, read_annotations
 from datasets.image_io import stored_size
 from datasets.streaming.index import ANNOTATIONS, INDEX, VERSION, import_webdataset
 from util.files import save_atomically
+from util.flags import run_command
 
 UNITS = {'MB': 10**6, 'GB': 10**9}
 
@@ -160,7 +161,4 @@ def make_shards(args: Namespace) -> str:
 
 
 if __name__ == '__main__':
-    try:
-        print(make_shards(get_args_parser().parse_args()))
-    except (ValueError, OSError) as error:
-        sys.exit(f'error: {error}')
+    run_command(make_shards, get_args_parser())

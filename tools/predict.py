@@ -28,6 +28,7 @@ from datasets.coco_eval import encode_masks
 from datasets.image_io import read_image
 from models.detector import load_detector
 from util.files import save_atomically
+from util.flags import run_command
 from util.visualize import draw_boxes
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
@@ -149,7 +150,4 @@ def write_png_file(image: Tensor, path: Path) -> None:
 
 
 if __name__ == '__main__':
-    try:
-        main(get_args_parser().parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f'error: {error}')
+    run_command(main, get_args_parser())

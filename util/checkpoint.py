@@ -97,6 +97,14 @@ def load_checkpoint(
     """
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
     name = name or ('' if isinstance(source, dict) else str(source))
+    try:
+        return fill(model, checkpoint, resize, resume, name)
+    except ValueError as error:
+        raise ValueError(f'{name}: {error}' if name else str(error)) from error
+
+
+def fill(model: nn.Module, checkpoint: dict, resize: bool, resume: bool, name: str) -> Report:
+    """Do the work of `load_checkpoint`, whose arguments these are."""
     found = state_of(checkpoint, averaged=not resume)
     layout, state = to_official(found)
     ours, recorded = model.state_dict(), flags_of(checkpoint)

@@ -4,7 +4,8 @@ import argparse
 import sys
 import textwrap
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from util.bounds import check_bounds, whole
 from util.distributed.collectives import get_world_size
@@ -32,6 +33,22 @@ class FlagParser(ArgumentParser):
         marked = super().parse_args(args, Namespace(**dict.fromkeys(vars(flags), unset)))
         flags.given = frozenset(flag for flag, value in vars(marked).items() if value is not unset)
         return flags
+
+
+USER_ERRORS = (ValueError, OSError, FloatingPointError)  # of flags, data and files; others are faults of ours
+
+
+def run_command(
+    program: Callable[[Any], object], parser: ArgumentParser, argv: Sequence[str] | None = None
+) -> None:
+    """Run a program on its command line, and print what it returns; an error of the user ends it in one message, status 1."""
+    args = parser.parse_args(argv)
+    try:
+        found = program(args)
+    except USER_ERRORS as error:
+        sys.exit(f'error: {error}')
+    if found is not None:
+        print(found)
 
 
 class HelpByTopic(argparse.Action):

@@ -145,7 +145,7 @@ def print_dry_run(
     weights = 4 * (total + trained * (1 + moments))
     kept = activation_bytes(model, args.batch_size, *largest)
     batch = args.batch_size * args.accum_steps * get_world_size()
-    steps = num_images // batch
+    steps = max(1, num_images // batch)
     sources, queries = cast(nn.ModuleDict, model.query_sources), cast(dict[str, int], model.num_queries)
     left_out = ', '.join(['losses', *sources, *['what is recomputed'] * bool(args.use_checkpoint)])
     rates: dict[float, int] = {}

@@ -173,8 +173,6 @@ def contact_sheet(
     """
     if not rows:
         raise ValueError('a contact sheet needs at least one image')
-    from PIL import Image
-
     panels = []
     for image, prediction, target in rows:
         drawn = draw_boxes(image, target['boxes'], target['labels'], names, masks=target.get('masks'))
@@ -183,9 +181,34 @@ def contact_sheet(
         kept = {name: values[chosen] for name, values in prediction.items() if name in PER_OBJECT}
         drawn = draw_boxes(image, kept['boxes'], kept['labels'], names, kept['scores'], kept.get('masks'))
         panels.append(panel_of(drawn, f'found with score {score_threshold:g} or more: {len(kept["boxes"])}'))
-    columns = 2 if len(rows) == 1 else 4
-    lines = math.ceil(len(panels) / columns)
-    sheet = Image.new('RGB', (columns * PANEL[0], lines * PANEL[1]), 'white')
+    save_panels(path, panels)
+
+
+def data_sheet(
+    path: str | os.PathLike,
+    rows: list[tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor]]],
+    names: Names,
+) -> None:
+    """Draw images and objects as they are stored and, right of it, as training sees them, two images a line.
+
+    rows: (image [3, H, W] uint8, target {'labels', 'boxes'}), twice; boxes xyxy in pixels of the image. `masks` are drawn
+    if present.
+    """
+    panels = []
+    for stored, objects, image, target in rows:
+        for title, picture, truth in (('stored', stored, objects), ('after augmentation', image, target)):
+            drawn = draw_boxes(picture, truth['boxes'], truth['labels'], names, masks=truth.get('masks'))
+            height, width = picture.shape[-2:]
+            panels.append(panel_of(drawn, f'{title}: {width} x {height}, {len(truth["boxes"])} objects'))
+    save_panels(path, panels)
+
+
+def save_panels(path: str | os.PathLike, panels: list['Image.Image']) -> None:
+    """Save panels as one image, four a line."""
+    from PIL import Image
+
+    columns = min(4, len(panels))
+    sheet = Image.new('RGB', (columns * PANEL[0], math.ceil(len(panels) / columns) * PANEL[1]), 'white')
     for number, panel in enumerate(panels):
         sheet.paste(panel, (number % columns * PANEL[0], number // columns * PANEL[1]))
     save_atomically(path, sheet.save)

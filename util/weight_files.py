@@ -189,10 +189,12 @@ def read_checkpoint(source: str | Path) -> dict:
     return checkpoint
 
 
-def state_of(checkpoint: Mapping, averaged: bool = True) -> dict[str, Tensor]:
+def state_of(checkpoint: Mapping, averaged: bool = True, source: str = 'the file') -> dict[str, Tensor]:
     """Return the weights in a checkpoint, which may also be a plain state dict, without the prefix of DDP.
 
-    averaged: return the EMA weights if the file has them, because those were evaluated.
+    Args:
+        averaged: return the EMA weights if the file has them, because those were evaluated.
+        source: name of the file, for messages.
 
     Raises:
         ValueError: there are none.
@@ -203,7 +205,7 @@ def state_of(checkpoint: Mapping, averaged: bool = True) -> dict[str, Tensor]:
     weights = {name: value for name, value in entries if isinstance(value, Tensor) and isinstance(name, str)}
     if not weights:
         raise ValueError(
-            f'the file holds no weights, but {", ".join(map(str, checkpoint)) or "nothing"}: expected a state dict, or one '
+            f'{source} holds no weights, but {", ".join(map(str, checkpoint)) or "nothing"}: expected a state dict, or one '
             'below "model" or "state_dict"'
         )
     if all(name.startswith('module.') for name in weights):

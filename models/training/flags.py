@@ -416,6 +416,10 @@ def check_training(args: Namespace) -> None:
             f'--hybrid_queries {args.hybrid_queries} would be trained by nothing with --hybrid_k 0: raise --hybrid_k, or give '
             '0 for both'
         )
+    if args.hybrid_k and not args.hybrid_queries:
+        raise ValueError(
+            f'--hybrid_k {args.hybrid_k} would train no queries with --hybrid_queries 0: raise it, or give 0 for both'
+        )
     if args.use_indices_merge and not args.use_ms_detr:
         raise ValueError('--use_indices_merge needs --use_ms_detr: add it')
     if args.enc_match == 'anchors' and not args.two_stage:

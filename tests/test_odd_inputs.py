@@ -1,0 +1,518 @@
+"""A corpus of odd and bad inputs: each ends in one clear message and changes nothing, or is handled as docs/data.md says."""
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+
+import main
+from tests.runs import TINY
+from tests.shared_data import rule_image
+from tools import compare_runs, convert_checkpoint, make_shards, predict
+from util.flags import run_command
+from util.weight_files import write_safetensors
+
+PROGRAMS = {
+    'main': (main.main, main.get_args_parser),
+    'predict': (predict.main, predict.get_args_parser),
+    'convert': (convert_checkpoint.main, convert_checkpoint.get_args_parser),
+    'shards': (make_shards.make_shards, make_shards.get_args_parser),
+    'compare': (compare_runs.main, compare_runs.get_args_parser),
+}
+SMALL = [word for word in TINY.split() if word not in ('--dataset_file', 'shapes')] + [
+    '--epochs',
+    '1',
+    '--batch_size',
+    '3',
+]
+
+
+def complaint(program: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The message with which a program ends, as its user reads it."""
+    function, parser = PROGRAMS[program]
+    with pytest.raises(SystemExit) as stop:
+        run_command(function, parser(), argv)
+    said = capsys.readouterr()
+    text = stop.value.code if isinstance(stop.value.code, str) else said.err
+    assert stop.value.code == 2 or text.startswith('error: '), text
+    assert 'Traceback' not in said.err and 'weights_only' not in text
+    assert len(text) < 1500 and text.count('\n') < 15, text
+    return text
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three images and five objects of two classes."""
+    for split in ('train', 'val'):
+        (tmp_path / split).mkdir()
+        for number in range(3):
+            PIL.Image.fromarray(rule_image(f'{split}{number}', 48, 64)).save(
+                tmp_path / f'{split}/{number}.png'
+            )
+        (tmp_path / f'{split}.json').write_text(json.dumps(content()))
+    return tmp_path
+
+
+def content() -> dict:
+    boxes = [[2, 3, 20, 20], [30, 10, 25, 30], [1, 1, 9, 9], [5, 5, 40, 40], [12, 20, 8, 8]]
+    return {
+        'images': [{'id': n, 'file_name': f'{n}.png', 'height': 48, 'width': 64} for n in range(3)],
+        'annotations': [
+            {'id': n + 1, 'image_id': n % 3, 'category_id': 1 + n % 2, 'bbox': box, 'area': box[2] * box[3], 'iscrowd': 0,
+             'segmentation': [[box[0], box[1], box[0] + box[2], box[1], box[0], box[1] + box[3]]]}
+            for n, box in enumerate(boxes)
+        ],
+        'categories': [{'id': 1, 'name': 'one'}, {'id': 2, 'name': 'two'}],
+    }  # fmt: skip
+
+
+def flags(data: Path, *more: str) -> list[str]:
+    places = [
+        f'--{split}_{kind}={data / split}{end}'
+        for split in ('train', 'val')
+        for kind, end in (('images', ''), ('ann', '.json'))
+    ]
+    return [*SMALL, *places, *more]
+
+
+# Flags ------------------------------------------------------------------------------------------------------------
+
+FLAGS = [
+    ('--nheads 0', 'nheads must be at least 1'),
+    ('--nheads eight', "'eight' is not a whole number"),
+    ('--nheads 3', 'hidden_dim 32 must be a multiple of --nheads 3'),
+    ('--num_queries 1000000000', 'num_queries must be at most'),
+    ('--num_queries -5', 'num_queries must be at least 1'),
+    ('--hidden_dim 0', 'hidden_dim must be at least'),
+    ('--enc_layers -1', 'enc_layers must be at least 0'),
+    ('--dec_layers 0', 'dec_layers must be at least 1'),
+    ('--dropout 1.5', 'dropout must be less than 1'),
+    ('--lr nan', 'lr must be a finite number'),
+    ('--lr -1', 'lr must be at least 0'),
+    ('--weight_decay inf', 'weight_decay must be a finite number'),
+    ('--clip_max_norm nan', 'clip_max_norm must be a finite number'),
+    ('--clip_max_norm -1', 'clip_max_norm must be at least 0'),
+    ('--focal_alpha 2', 'focal_alpha must be at most 1'),
+    ('--epochs 0', 'epochs must be at least 1'),
+    ('--batch_size 0', 'batch_size must be at least 1'),
+    ('--img_size 1', 'img_size must be at least 16'),
+    ('--max_size 2', 'max_size must be at least 16'),
+    ('--num_workers -1', 'num_workers must be at least 0'),
+    ('--print_freq 0', 'print_freq must be at least 1'),
+    ('--eval_every 0', 'eval_every must be at least 1'),
+    ('--seed -3', 'seed must be at least 0'),
+    ('--ema 1', 'ema must be less than 1'),
+    ('--shapes_train 0', 'shapes_train must be at least 1'),
+    ('--conditional --deformable', 'choose different models'),
+    ('--two_stage', '--conditional and --two_stage choose different models'),
+    ('--backbone resnet999', 'resnet999'),
+    ('--backbone timm/no_such_network', 'no_such_network'),
+    ('--backbone_weights imagenet', 'resnet10 has no ImageNet weights'),
+    ('--device tpu', 'tpu'),
+    ('--device cuda:99', 'cuda'),
+    ('--dataset_file voc', "invalid choice: 'voc'"),
+    ('--aug spectacular', 'invalid choice'),
+    ('--amp int8', 'invalid choice'),
+    ('--eval', '--eval needs weights'),
+    ('--model no_such_model', 'no_such_model'),
+    ('--resume nowhere.pth', 'no checkpoint at nowhere.pth'),
+    ('--pretrained nowhere.pth', 'no checkpoint at nowhere.pth'),
+    ('--co_rcnn_masks', 'faster_rcnn'),
+    ('--hybrid_k 3 --hybrid_queries 0', 'hybrid'),
+    ('--masks --co_masks', 'give one of them'),
+    ('--frozen_weights x.pth', 'add --masks'),
+    ('--unknown_flag 3', 'unrecognized arguments: --unknown_flag'),
+    ('--lr_drop_epochs 0 1', 'lr_drop_epochs must be at least 1'),
+    ('--train_scales 64 32', 'smaller size first'),
+    ('--coco_eval magic', 'invalid choice'),
+    ('--fsdp', '--fsdp shares a model among processes'),
+]
+
+
+@pytest.mark.parametrize(('more', 'message'), FLAGS, ids=[more for more, _ in FLAGS])
+def test_flags(more: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = complaint('main', [*TINY.split(), '--output_dir', str(tmp_path / 'out'), *more.split()], capsys)
+    assert message in text
+    assert not list(tmp_path.rglob('*.pth'))
+
+
+# Annotations ------------------------------------------------------------------------------------------------------
+
+
+def put(path: str, value: object) -> Callable[[dict], object]:
+    """A change of one place, such as annotations.0.bbox; ... removes it."""
+
+    def change(data: dict) -> None:
+        *way, last = path.split('.')
+        place: object = data
+        for step in way:
+            place = place[int(step) if step.isdecimal() else step]
+        if value is ...:
+            del place[last]
+        else:
+            place[int(last) if last.isdecimal() else last] = value
+
+    return change
+
+
+REFUSED = {
+    'no images': (put('images', ...), 'no list "images"'),
+    'no annotations': (put('annotations', ...), 'no list "annotations"'),
+    'no categories': (put('categories', ...), 'no list "categories"'),
+    'images a dictionary': (put('images', {'0': {}}), 'no list "images"'),
+    'images empty': (put('images', []), '"images" is empty'),
+    'categories empty': (put('categories', []), 'no categories'),
+    'an image that is a name': (put('images.0', '0.png'), 'no object in braces'),
+    'an annotation that is a number': (put('annotations.1', 7), 'no object in braces'),
+    'a category that is a name': (put('categories.0', 'one'), 'no object in braces'),
+    'image without id': (put('images.0.id', ...), 'needs an id'),
+    'image id a list': (put('images.0.id', [1]), 'needs an id'),
+    'image id twice': (put('images.0.id', 1), 'image id 1 occurs twice'),
+    'image without name': (put('images.0.file_name', ...), 'image 0 needs a file_name'),
+    'image name a number': (put('images.0.file_name', 3), 'image 0 needs a file_name'),
+    'image missing': (put('images.0.file_name', 'gone.png'), 'the first is gone.png'),
+    'image in a missing folder': (put('images.0.file_name', 'gone/0.png'), 'the first is gone/0.png'),
+    'absolute image': (put('images.0.file_name', '/etc/passwd'), 'leads out of the image folder'),
+    'image above': (put('images.0.file_name', '../val/0.png'), 'leads out of the image folder'),
+    'negative height': (put('images.0.height', -48), 'has height -48'),
+    'height in words': (put('images.0.height', 'tall'), "has height 'tall'"),
+    'category without id': (put('categories.0.id', ...), 'integer id'),
+    'category id twice': (put('categories.0.id', 2), 'category id 2 occurs twice'),
+    'category id in words': (put('categories.0.id', 'one'), 'integer id'),
+    'annotation of no image': (put('annotations.0.image_id', 77), '(image 77) belongs to an image'),
+    'annotation without image': (put('annotations.0.image_id', ...), 'belongs to an image'),
+    'annotation of no category': (put('annotations.0.category_id', 9), 'has category 9, but the categories are 1, 2'),
+    'annotation without category': (put('annotations.0.category_id', ...), 'has category None'),
+    'box of three': (put('annotations.0.bbox', [1, 2, 3]), 'annotation 1 (image 0) has bbox [1, 2, 3]'),
+    'box of words': (put('annotations.0.bbox', ['a', 'b', 'c', 'd']), 'four finite numbers'),
+    'box not a number': (put('annotations.0.bbox', [float('nan'), 1, 2, 3]), 'four finite numbers'),
+    'box infinite': (put('annotations.0.bbox', [1, 1, float('inf'), 3]), 'four finite numbers'),
+    'box negative': (put('annotations.0.bbox', [10, 10, -5, 5]), 'not negative'),
+    'box far away': (put('annotations.0.bbox', [1e30, 1, 2, 3]), 'no image reaches'),
+    'box and segmentation missing': (lambda d: (put('annotations.0.bbox', None)(d), put('annotations.0.segmentation', [])(d)), 'has bbox None'),
+    'segmentation without corners': (lambda d: (put('annotations.0.bbox', None)(d), put('annotations.0.segmentation', [[1]])(d)), 'gives none'),
+    'area in words': (put('annotations.0.area', 'big'), 'has area big'),
+    'area not a number': (put('annotations.0.area', float('nan')), 'has area nan'),
+    'only crowds': (lambda d: [a.update(iscrowd=1) for a in d['annotations']], 'no object to learn from'),
+    'no object': (put('annotations', []), 'no object to learn from'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_annotations_that_are_refused(name: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, message = REFUSED[name]
+    bad = content()
+    change(bad)
+    (data / 'train.json').write_text(json.dumps(bad))
+    before = files_of(data)
+    text = complaint('main', flags(data, '--output_dir', str(data / 'out')), capsys)
+    assert message in text and str(data) in text
+    after = files_of(data)
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) <= {'out/run.lock'}
+
+
+JSON = {
+    'empty': (b'', 'is not JSON'),
+    'a list': (b'[]', 'no list'),
+    'a number': (b'3', 'is not JSON'),
+    'text': (b'images: none', 'is not JSON'),
+    'cut off': (json.dumps(content()).encode()[:-40], 'is not JSON'),
+    'cut off in a number': (json.dumps(content()).encode()[:300], 'is not JSON'),
+    'twice': (json.dumps(content()).encode() * 2, 'more text after its end'),
+    'nested without end': (b'{"images": ' + b'[' * 200_000, 'nested too deep'),
+    'nested objects': (b'{"images": [' + b'{"a":' * 200_000, 'nested too deep'),
+    'no UTF-8': (b'{"images": ["\xff\xfe\xfa"]}', 'is not JSON'),
+    'a picture': (b'\x89PNG\r\n\x1a\n' + bytes(range(256)), 'is not JSON'),
+    'a list twice': (b'{"images": [], "images": []}', 'occurs twice'),
+    'comments': (b'{"images": [] // none\n}', 'is not JSON'),
+    'a comma too many': (json.dumps(content()).encode()[:-1] + b',}', 'is not JSON'),
+}
+
+
+@pytest.mark.parametrize('name', JSON)
+def test_files_that_are_no_annotations(name: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, message = JSON[name]
+    (data / 'train.json').write_bytes(text)
+    assert message in complaint('main', flags(data), capsys)
+
+
+HANDLED = {
+    'ids as text': (lambda d: [i.update(id=str(i['id'])) for i in d['images']], 'not written as integers'),
+    'ids as words': (
+        lambda d: [i.update(id=f'img{i["id"]}') for i in d['images']] + [a.update(image_id=f'img{a["image_id"]}') for a in d['annotations']],
+        'numbered from 1',
+    ),
+    'ids as floats': (lambda d: [a.update(image_id=float(a['image_id'])) for a in d['annotations']], 'not written as integers'),
+    'category ids as text': (lambda d: [c.update(id=str(c['id'])) for c in d['categories']], 'not written as integers'),
+    'no boxes, only polygons': (lambda d: [a.pop('bbox') for a in d['annotations']], 'made from the segmentation'),
+    'a box of no size': (put('annotations.0.bbox', [5, 5, 0, 10]), 'of no size'),
+    'a box outside': (put('annotations.0.bbox', [70, 5, 10, 10]), 'wholly outside'),
+    'a box over the border': (put('annotations.0.bbox', [50, 5, 40, 10]), 'cut off'),
+    'a crowd region': (put('annotations.0.iscrowd', 1), 'crowd regions'),
+    'an image without objects': (lambda d: [a.update(image_id=1) for a in d['annotations']], '2 of them without objects'),
+    'a class without objects': (lambda d: d['categories'].append({'id': 9, 'name': 'rare'}), 'classes have no training object: rare'),
+    'more objects than queries': (lambda d: d['annotations'].extend({**d['annotations'][0], 'id': 100 + n} for n in range(20)), 'more objects than'),
+    'no area': (lambda d: [a.pop('area') for a in d['annotations']], '5 objects'),
+    'no sizes': (lambda d: [i.pop('height') for i in d['images']], '3 images'),
+    'unknown keys': (lambda d: (d.update(info=[1], extra={'a': [1]}), d['images'][0].update(camera='x')), '3 images'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', HANDLED)
+def test_annotations_that_are_kept_mended_or_left_out(
+    name: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run trains and evaluates, and says what it did."""
+    change, message = HANDLED[name]
+    for split in ('train', 'val'):
+        odd = content()
+        change(odd)
+        (data / f'{split}.json').write_text(json.dumps(odd))
+    main.main(main.get_args_parser().parse_args(flags(data, '--output_dir', str(data / 'out'))))
+    assert message in capsys.readouterr().out
+    assert len(json.loads((data / 'out/log.jsonl').read_text())['test_coco_eval_bbox']) == 12
+
+
+MASKS = {
+    'run lengths of another size': {'size': [48, 60], 'counts': [48 * 60]},
+    'too few run lengths': {'size': [48, 64], 'counts': [5, 5]},
+    'negative run lengths': {'size': [48, 64], 'counts': [-5, 48 * 64 + 5]},
+    'compressed nonsense': {'size': [48, 64], 'counts': 'not a mask at all'},
+    'no counts': {'size': [48, 64]},
+    'words': 'everything',
+    'a polygon of words': [['a', 'b', 'c', 'd', 'e', 'f']],
+}
+
+
+@pytest.mark.parametrize('name', MASKS)
+def test_masks_that_are_none(name: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--check_data names the image before a run is lost."""
+    bad = content()
+    bad['annotations'][0]['segmentation'] = MASKS[name]
+    (data / 'train.json').write_text(json.dumps(bad))
+    text = complaint('main', flags(data, '--masks', '--check_data'), capsys)
+    assert 'image 0 (0.png)' in text and 'which is no mask of 48 x 64' in text
+
+
+def test_polygons_of_two_points_cover_nothing(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = content()
+    odd['annotations'][0]['segmentation'] = [[1, 1, 5, 5]]
+    (data / 'train.json').write_text(json.dumps(odd))
+    main.main(main.get_args_parser().parse_args(flags(data, '--masks', '--check_data')))
+    assert 'can be read' in capsys.readouterr().out
+
+
+def test_val_equal_to_train_is_said(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = [
+        f'--{split}_{kind}={data}/train{end}'
+        for split in ('train', 'val')
+        for kind, end in (('images', ''), ('ann', '.json'))
+    ]
+    main.main(
+        main.get_args_parser().parse_args(
+            [*SMALL, *places, '--check_data', '--output_dir', str(data / 'out')]
+        )
+    )
+    printed = capsys.readouterr().out
+    assert '3 images are in the training and in the validation part' in printed
+    assert '3 images that are twice in train and val' in printed
+    assert (data / 'out/data_train.png').is_file() and (data / 'out/data_val.png').is_file()
+
+
+def test_check_data_counts_all_that_is_bad(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = content()
+    bad['annotations'][0]['bbox'] = [1, 2]
+    bad['annotations'][1]['bbox'] = None
+    bad['annotations'][1]['segmentation'] = None
+    bad['annotations'][2]['category_id'] = 8
+    bad['images'].append({'id': 9, 'file_name': 'gone.png'})
+    (data / 'train.json').write_text(json.dumps(bad))
+    (data / 'train/1.png').write_bytes(b'no image')
+    text = complaint('main', flags(data, '--check_data'), capsys)
+    for part in (
+        '2 annotations with a bad box',
+        '1 annotations whose category',
+        '1 images that are missing',
+        'cannot be read',
+    ):
+        assert part in text, text
+
+
+# Images -----------------------------------------------------------------------------------------------------------
+
+
+def png(number: int = 0) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(rule_image(f'train{number}', 48, 64)).save(buffer, 'PNG')
+    return buffer.getvalue()
+
+
+def jpeg(size: tuple[int, int] = (48, 64)) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(rule_image('x', *size)).save(buffer, 'JPEG')
+    return buffer.getvalue()
+
+
+IMAGES = {
+    'empty': (b'', 'is not a readable image'),
+    'text': (b'this is no image', 'is not a readable image'),
+    'half a PNG': (png()[: len(png()) // 2], 'is not a readable image'),
+    'half a JPEG': (jpeg()[: len(jpeg()) // 2], 'is not a readable image'),
+    'a JPEG header': (b'\xff\xd8\xff\xe0', 'is not a readable image'),
+    'JSON': (b'{"images": []}', 'is not a readable image'),
+    'another size': (jpeg((50, 64)), 'is 64 x 50'),
+    'a vector image': (b'<svg xmlns="http://www.w3.org/2000/svg"/>', 'is not a readable image'),
+    'a bomb': (b'P6 40000 40000 255\n', 'is not a readable image'),
+}
+
+
+@pytest.mark.parametrize('name', IMAGES)
+def test_images_that_are_none(name: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / 'train/0.png').write_bytes(IMAGES[name][0])
+    text = complaint('main', flags(data, '--output_dir', str(data / 'out')), capsys)
+    assert '0.png' in text and IMAGES[name][1] in text
+
+
+def test_an_image_that_is_a_folder(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / 'train/0.png').unlink()
+    (data / 'train/0.png').mkdir()
+    assert '0.png' in complaint('main', flags(data), capsys)
+    (data / 'folder.jpg').mkdir()
+    assert 'no image there' in complaint(
+        'predict', ['--checkpoint', 'x', '--source', str(data / 'folder.jpg')], capsys
+    )
+
+
+def test_places_that_are_something_else(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / 'file').write_text('')
+    for argv in (
+        flags(data, '--output_dir', str(data / 'file')),
+        flags(data, '--output_dir', str(data / 'file/below')),
+        flags(data, '--train_ann', str(data / 'train')),
+        flags(data, '--train_images', str(data / 'train.json')),
+        flags(data, '--pretrained', str(data / 'train')),
+        flags(data, '--backbone_weights', str(data / 'train')),
+    ):
+        text = complaint('main', argv, capsys)
+        assert str(data) in text
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')
+def test_a_folder_that_cannot_be_written(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / 'closed').mkdir(mode=0o500)
+    assert 'closed' in complaint('main', flags(data, '--output_dir', str(data / 'closed/out')), capsys)
+
+
+# Weights ----------------------------------------------------------------------------------------------------------
+
+
+def saved(path: Path, value: object) -> None:
+    torch.save(value, path)
+
+
+class Foreign:
+    """An object of a program."""
+
+
+def zipped(path: Path) -> None:
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('weights.pth', b'1')
+
+
+WEIGHTS: dict[str, Callable[[Path], object]] = {
+    'empty': lambda path: path.write_bytes(b''),
+    'text': lambda path: path.write_text('weights'),
+    'a list': lambda path: saved(path, [1, 2]),
+    'a tensor': lambda path: saved(path, torch.ones(3)),
+    'nothing': lambda path: saved(path, None),
+    'no model': lambda path: saved(path, {'model': None}),
+    'an empty model': lambda path: saved(path, {'model': {}}),
+    'numbers for weights': lambda path: saved(path, {'model': {'a': 1.0}}),
+    'cut off': lambda path: (saved(path, {'model': {'a': torch.ones(9)}}), path.write_bytes(path.read_bytes()[:-200])),
+    'damaged': lambda path: (saved(path, {'model': {'a': torch.ones(9)}}), path.write_bytes(b'PK' + bytes(300))),
+    'a zip': zipped,
+    'a pickle': lambda path: path.write_bytes(pickle.dumps({'a': [1]})),
+    'a cut pickle': lambda path: path.write_bytes(pickle.dumps({'a': list(range(99))})[:40]),
+    'an object': lambda path: saved(path, Foreign()),
+    'a program': lambda path: path.write_bytes(b"cos\nsystem\n(S'touch proof'\ntR."),
+    'a picture': lambda path: path.write_bytes(png()),
+    'JSON': lambda path: path.write_text('{"model": {}}'),
+    'another network': lambda path: saved(path, {'model': {'layer.weight': torch.ones(3, 3)}}),
+    'safetensors of another network': lambda path: write_safetensors(path, {'model': {'b': torch.ones(2)}}),
+}  # fmt: skip
+DOORS = {
+    'resume': ('main', ['--resume', '{file}']),
+    'pretrained': ('main', ['--pretrained', '{file}']),
+    'eval': ('main', ['--eval', '--resume', '{file}']),
+    'backbone': ('main', ['--backbone_weights', '{file}']),
+    'predict': ('predict', ['--checkpoint', '{file}', '--source', '{image}']),
+    'convert': ('convert', ['{file}', '{out}']),
+}
+
+
+@pytest.mark.parametrize('door', DOORS)
+@pytest.mark.parametrize('name', WEIGHTS)
+def test_weights_that_are_none(
+    name: str, door: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, image = tmp_path / 'weights.pth', tmp_path / 'image.png'
+    WEIGHTS[name](path)
+    image.write_bytes(png())
+    before = files_of(tmp_path)
+    program, words = DOORS[door]
+    places = {'file': path, 'image': image, 'out': tmp_path / 'out.pth'}
+    argv = [word.format(**places) for word in words]
+    text = complaint(program, [*TINY.split(), *argv] if program == 'main' else argv, capsys)
+    assert 'weights.pth' in text, text
+    assert files_of(tmp_path) == before
+
+
+# Tools ------------------------------------------------------------------------------------------------------------
+
+TOOLS = [
+    ('predict', '--checkpoint w.pth --source nowhere', 'no image there'),
+    ('predict', '--source {data}/train', 'give --checkpoint FILE'),
+    ('predict', '--model no_such --source {data}/train', 'no_such'),
+    ('predict', '--checkpoint nowhere.pth --source {data}/train', 'no checkpoint at nowhere.pth'),
+    ('predict', '--checkpoint w.pth', 'required: --source'),
+    ('convert', 'nowhere.pth out.pth', 'no checkpoint at nowhere.pth'),
+    ('shards', '--coco_path nowhere --output {data}/s', 'check --coco_path'),
+    ('shards', '--images {data}/train --ann {data}/train.json --output {data}', 'exists'),
+    (
+        'shards',
+        '--images {data}/train --ann {data}/train.json --output {data}/s --shard_size -3',
+        '--shard_size -3',
+    ),
+    (
+        'shards',
+        '--images {data}/train --ann {data}/train.json --output {data}/s --shard_size many',
+        '--shard_size many',
+    ),
+    ('shards', '--images {data}/nowhere --ann {data}/train.json --output {data}/s', 'nowhere'),
+    ('shards', '--images {data}/train --ann {data}/train.json --output {data}/s --url x', '{file}'),
+]
+
+
+@pytest.mark.parametrize(
+    ('tool', 'words', 'message'), TOOLS, ids=[f'{tool} {words}' for tool, words, _ in TOOLS]
+)
+def test_tools(tool: str, words: str, message: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files_of(data)
+    assert message in complaint(tool, words.replace('{data}', str(data)).split(), capsys)
+    assert files_of(data) == before
