@@ -1,8 +1,8 @@
 """
 Run one epoch of training, or one evaluation: plain loops that know no scheme by name.
 
-A training step synchronises with the device once, when the criterion copies the matching costs. Co-DETR's heads and denoising
-add some.
+A training step synchronises with the device twice: when the criterion copies the matching costs, and when the norm of the gradient
+tells whether the step is made. Co-DETR's heads and denoising add some.
 """
 
 import math
@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -22,10 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 from datasets.coco_eval import CocoEvaluator, Summary
 from datasets.transforms import frame_size, seen_size
 from models.training.criterion import weighted_sum
+from util.black_box import BlackBox
 from util.box_ops import box_cxcywh_to_xyxy
 from util.distributed.parallel import local_gradients
 from util.logger import Progress
-from util.nested_tensor import collate_fn
+from util.nested_tensor import NestedTensor, collate_fn
 from util.precision import Precision
 from util.run_state import EpochState
 from util.visualize import contact_sheet
@@ -227,6 +229,7 @@ def train_one_epoch(
     precision: Precision | None = None,
     state: EpochState | None = None,
     after_step: Callable[[EpochState], None] = lambda state: None,
+    black_box: BlackBox | None = None,
 ) -> dict[str, float]:
     """Train on every batch once.
 
@@ -236,13 +239,14 @@ def train_one_epoch(
         print_freq: optimizer steps between two progress lines.
         state: how far an interrupted epoch had come; the loader begins there.
         after_step: called after each optimizer step.
+        black_box: what looks at steps that are left out because their gradient is not finite.
 
     Returns:
         Averages over epoch and processes: `loss`, every unweighted term, and for each kind of prediction `positives_KIND`
         (queries per object) and `share_KIND` (of the loss).
 
     Raises:
-        FloatingPointError: predictions or losses are not finite.
+        FloatingPointError: too many steps in a row had to be left out.
     """
     model.train()
     criterion.train()
@@ -250,24 +254,45 @@ def train_one_epoch(
     precision = precision or Precision('off', device)
     state = state or EpochState()
     progress = Progress(title, len(data_loader) // accum_steps, print_freq, state.step)
+    black_box, bare = black_box or BlackBox(), getattr(model, 'module', model)
     for batches in grouped(data_loader, accum_steps):
         step_targets = [targets_to(targets, device) for _, targets in batches]
         optimizer.zero_grad(set_to_none=True)
-        for index, ((samples, _), targets) in enumerate(zip(batches, step_targets, strict=True)):
+        black_box.before(model)
+        found = []
+        for index, (samples, targets) in enumerate(batches):
             with local_gradients(model) if index + 1 < len(batches) else nullcontext():
-                with precision.autocast():
-                    outputs = model(samples.to(device, non_blocking=True), targets)
-                losses = criterion(outputs, targets, step_targets)
-                loss = weighted_sum(losses, criterion.weight_dict)
+                _, losses, loss = losses_of(model, criterion, precision, step_targets, samples, targets)
                 precision.backward(loss / len(batches))
-            state.meter.update({'loss': loss} | losses)
-        precision.step(optimizer, model, max_norm)
+            found.append({'loss': loss.detach()} | {name: value.detach() for name, value in losses.items()})
+        finite = precision.step(optimizer, model, max_norm, [each['loss'] for each in found])
+        again = partial(losses_of, bare, criterion, precision, step_targets)
+        black_box.after(finite, bare, batches, again, f'{title} step {state.step + 1}')
+        for each in found if finite else []:
+            state.meter.update(each)
         state.step += 1
         progress.step(sum(len(targets) for targets in step_targets), state.meter)
         after_step(state)
     progress.close()
     averages = state.meter.averages()
     return averages | criterion.statistics(averages)
+
+
+def losses_of(
+    model: nn.Module,
+    criterion: nn.Module,
+    precision: Precision,
+    step_targets: list[list[dict[str, Tensor]]],
+    samples: NestedTensor,
+    targets: list[dict[str, Tensor]],
+) -> tuple[dict, dict[str, Tensor], Tensor]:
+    """Return outputs, unweighted losses and their weighted sum for one of the batches of a step."""
+    device = next(model.parameters()).device
+    targets = targets_to(targets, device)
+    with precision.autocast():
+        outputs = model(samples.to(device, non_blocking=True), targets)
+    losses = criterion(outputs, targets, step_targets)
+    return outputs, losses, weighted_sum(losses, criterion.weight_dict)
 
 
 def rehearse(

@@ -46,6 +46,7 @@ from models.structures import Prediction
 from models.training.flags import add_training_args, default_of, resolve_all
 from models.training.report import statistics_text, supervision_table
 from models.zoo import with_row
+from util.black_box import BlackBox
 from util.checkpoint import check_frozen, flags_of, load_checkpoint
 from util.distributed.collectives import (
     all_gather_object,
@@ -272,6 +273,7 @@ def train(run: Run, first_epoch: int, state: EpochState, checkpoint: dict) -> No
         print_main(f'all {args.epochs} epochs are done; raise --epochs to train longer')
     if state.step:
         print_main(f'epoch {first_epoch + 1} goes on after step {state.step} of {run.steps_an_epoch}')
+    black_box = BlackBox(folder, args.bad_steps, args)
     for epoch in range(first_epoch, args.epochs):
         start = time.perf_counter()
         begin_epoch(run.loaders['train'], epoch, state.step * args.accum_steps)
@@ -288,6 +290,7 @@ def train(run: Run, first_epoch: int, state: EpochState, checkpoint: dict) -> No
             precision=run.precision,
             state=state,
             after_step=partial(after_step, run, folder, epoch),
+            black_box=black_box,
         )
         metrics = {'epoch': epoch, 'lr': lr, 'lr_backbone': lr_backbone}
         metrics |= {f'train_{name}': value for name, value in averages.items()}

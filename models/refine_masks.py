@@ -193,7 +193,7 @@ def roi_features(
     image = torch.cat([x.new_full((len(x), 1), index) for index, x in enumerate(regions)])
     boxes = torch.cat(regions)
     side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
-    levels = torch.floor(torch.log2(side / finest + 1e-6)).clamp(0, len(strides) - 1)
+    levels = torch.floor(torch.log2(side / finest + 1e-6)).nan_to_num(0.0).clamp(0, len(strides) - 1)
     rois = torch.cat([image, boxes], dim=1)
     order, parts = [], []
     for level, (x, stride) in enumerate(zip(maps, strides, strict=False)):

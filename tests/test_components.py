@@ -11,7 +11,7 @@ from models.heads import add_reference, inverse_sigmoid
 from models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from models.structures import Prediction
 from models.training.losses import FocalLoss
-from models.training.matcher import HungarianMatcher, focal_cost, softmax_cost
+from models.training.matcher import HungarianMatcher, OneToManyMatcher, focal_cost, softmax_cost
 from models.training.structures import Stack
 from tests import rule
 from tests.shared_data import needs_shared, read_shared
@@ -147,12 +147,20 @@ def test_images_without_objects_give_no_pairs() -> None:
     assert len(pairs.query) == 0 and pairs.count == 0
 
 
-def test_predictions_that_are_not_finite_are_named() -> None:
-    prediction = Prediction(torch.randn(2, 12, 6), torch.rand(2, 12, 4))
-    prediction.boxes[1, 3, 2] = float('nan')
+@pytest.mark.parametrize(
+    'matcher', [HungarianMatcher(1, 5, 2), OneToManyMatcher(3, 0.4, 0.7, 0.3)], ids=['one', 'many']
+)
+def test_predictions_that_are_not_finite_get_pairs_like_others(
+    matcher: HungarianMatcher | OneToManyMatcher,
+) -> None:
+    """Of the image without bad predictions the same pairs."""
+    good = Prediction(torch.randn(2, 12, 6), torch.rand(2, 12, 4))
+    bad = Prediction(good.logits, good.boxes.clone())
+    bad.boxes[1, :, 2] = float('nan')
     target = {'labels': torch.tensor([1]), 'boxes': torch.full((1, 4), 0.3)}
-    with pytest.raises(FloatingPointError, match='image 1'):
-        HungarianMatcher(1, 5, 2)(prediction, [target, target])
+    expected, found = matcher(good, [target, target]), matcher(bad, [target, target])
+    assert found.query[found.batch == 0].tolist() == expected.query[expected.batch == 0].tolist()
+    assert 1 in found.batch
 
 
 @needs_shared

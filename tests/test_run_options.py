@@ -247,11 +247,11 @@ def test_a_schedule_goes_on_in_the_middle(
     rates = []
     original = engine.Precision.step
 
-    def step(self: Precision, optimizer: torch.optim.Optimizer, *rest: object) -> None:
+    def step(self: Precision, optimizer: torch.optim.Optimizer, *rest: object) -> bool:
         rates.append(optimizer.param_groups[0]['lr'])
         if len(rates) == 8 and stop:
             raise KeyboardInterrupt
-        original(self, optimizer, *rest)
+        return original(self, optimizer, *rest)
 
     monkeypatch.setattr(engine.Precision, 'step', step)
     stop = False

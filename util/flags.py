@@ -156,6 +156,11 @@ def add_run_args(parser: ArgumentParser, save_every: str) -> None:
         help='keep only the newest N numbered checkpoints (default: all)',
     )
     group.add_argument(
+        '--bad_steps', default=3, type=whole(1), metavar='N',
+        help='stop after N steps in a row whose gradient is not finite; each of them is left out, and its batch is saved in '
+        '--output_dir for tools/replay.py (default: %(default)s)',
+    )  # fmt: skip
+    group.add_argument(
         '--device',
         default='auto',
         help='cuda, mps or cpu; auto takes the first there is (default: %(default)s)',

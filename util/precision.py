@@ -6,11 +6,14 @@ Parameters, and whatever places or compares boxes, stay float32: the modules tha
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from util.distributed.collectives import all_reduce_sum, get_world_size
 
 DTYPES = {'off': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
@@ -38,22 +41,47 @@ class Precision:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def step(
-        self, optimizer: torch.optim.Optimizer, trained: nn.Module | Iterable[Tensor], max_norm: float = 0.0
-    ) -> None:
-        """Unscale and clip gradients, then step the optimizer.
+        self,
+        optimizer: torch.optim.Optimizer,
+        trained: nn.Module | Iterable[Tensor],
+        max_norm: float = 0.0,
+        losses: Sequence[Tensor] = (),
+    ) -> bool:
+        """Unscale and clip gradients, then step the optimizer, unless gradient or losses are not finite on any rank.
 
-        trained: the model or its parameters. max_norm: largest norm of their gradient; 0 = no clipping.
+        Args:
+            trained: the model or its parameters.
+            max_norm: largest norm of their gradient; 0 = no clipping.
+            losses: losses of the step, scalars.
+
+        Returns:
+            Whether all is finite, the same on all ranks. The device is waited for. Gradients that only the scale of fp16
+            makes too large count as finite.
         """
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
+        parameters = list(trained.parameters() if isinstance(trained, nn.Module) else trained)
         if max_norm > 0:
-            parameters = trained.parameters() if isinstance(trained, nn.Module) else trained
-            nn.utils.clip_grad_norm_(parameters, max_norm)
-        if self.scaler is None:
-            optimizer.step()
+            norm = nn.utils.clip_grad_norm_(parameters, max_norm)
         else:
-            self.scaler.step(optimizer)
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        total = (
+            torch.stack([loss.detach().to(norm) for loss in losses]).sum()
+            if losses
+            else torch.zeros_like(norm)
+        )
+        bad = (~torch.stack([norm, total]).isfinite()).float()
+        bad_norm, bad_loss = (all_reduce_sum(bad) if get_world_size() > 1 else bad).tolist()
+        if self.scaler is not None:
+            if not bad_loss:
+                self.scaler.step(optimizer)  # which looks at the gradients itself
             self.scaler.update()
+            return not bad_loss
+        if bad_norm or bad_loss:
+            return False
+        optimizer.step()
+        return True
 
     def state_dict(self) -> dict:
         """Return the scaler's state; empty without one."""

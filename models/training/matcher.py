@@ -20,6 +20,8 @@ from util.precision import full_precision
 
 from .structures import Targets
 
+LARGEST_COST = 1e6
+
 
 def stack_predictions(rows: list[Prediction]) -> Prediction:
     """Stack the layers of one kind into one prediction with a first axis [L], in float32 at least."""
@@ -139,9 +141,6 @@ class HungarianMatcher(SingleMatch):
         """Solve costs [L, B, T_max, Q] on the host, and return an assignment per layer, with indices on the host.
 
         Queries are in ascending order within an image.
-
-        Raises:
-            FloatingPointError: a cost is not finite; the message names layer and image.
         """
         offsets = list(accumulate(sizes, initial=0))
         return [self.solve_layer(layer, cost[layer], sizes, offsets) for layer in range(len(cost))]
@@ -150,7 +149,7 @@ class HungarianMatcher(SingleMatch):
         pairs = [np.zeros((3, 0), dtype=np.int64)]
         for image, (num_objects, offset) in enumerate(zip(sizes, offsets, strict=False)):
             block = np.tile(cost[image, :num_objects], (self.repeats, 1))
-            check_finite(block, layer, image)
+            block = finite(block, worst=LARGEST_COST)
             target, query = linear_sum_assignment(block)
             order = query.argsort()
             query, target = query[order], target[order] % max(num_objects, 1)
@@ -210,9 +209,6 @@ class OneToManyMatcher(SingleMatch):
 
         Pairs of an image are in the order of ascending scores. Random numbers come from torch's CPU generator: two
         permutations per image, whether they are needed or not, the last layer first.
-
-        Raises:
-            FloatingPointError: a score is not finite; the message names layer and image.
         """
         last = len(cost) - 1
         solved = {layer: self.solve_layer(layer, cost[layer], sizes) for layer in (last, *range(last))}
@@ -222,7 +218,7 @@ class OneToManyMatcher(SingleMatch):
         parts, offset = [np.zeros((4, 0), dtype=np.int64)], 0
         for image, num_objects in enumerate(sizes):
             block = scores[image, :num_objects]  # [T_i, Q]
-            check_finite(block, layer, image)
+            block = finite(block, worst=0.0)
             query, target, decides_class = self.pairs(block)
             parts.append(np.stack([np.full_like(query, image), query, offset + target, decides_class]))
             offset += num_objects
@@ -275,8 +271,11 @@ def merge(pairs: Assignment, more: Assignment) -> Assignment:
     )
 
 
-def check_finite(block: np.ndarray, layer: int, image: int) -> None:
-    if not np.isfinite(block).all():
-        raise FloatingPointError(
-            f'predictions of decoder layer {layer} for image {image} of the batch are not finite'
-        )
+def finite(block: np.ndarray, worst: float) -> np.ndarray:
+    """Replace what is not finite by a value that no pair should have: bad predictions get some pair, and their losses tell.
+
+    The run leaves such a step out (`util.black_box`).
+    """
+    if np.isfinite(block).all():
+        return block
+    return np.where(np.isfinite(block), block, np.asarray(worst, dtype=block.dtype))

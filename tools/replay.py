@@ -1,0 +1,68 @@
+"""
+Run the batch of a black box again, and say where the first value that is not finite comes up.
+
+  python tools/replay.py OUT/black_box/epoch_1_5_step_12_rank0.pth
+  python tools/replay.py FILE --amp off        in float32: is the precision to blame?
+
+Training saves such a file when a step has a gradient that is not finite: batch, random states, flags and weights of a process.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from engine import losses_of, targets_to
+from models import build_model
+from util.black_box import Diagnosis, diagnose
+from util.checkpoint import load_checkpoint, set_rng_state
+from util.distributed.collectives import choose_device
+from util.flags import run_command
+from util.nested_tensor import NestedTensor
+from util.precision import DTYPES, Precision
+from util.weight_files import read_checkpoint
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        'replay.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('file', help='file in OUT/black_box')
+    parser.add_argument('--amp', choices=DTYPES, help='precision (default: that of the run)')
+    parser.add_argument('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
+    return parser
+
+
+def replay(args: argparse.Namespace) -> Diagnosis:
+    """Return where the first bad value of a saved step comes up.
+
+    Raises:
+        ValueError: the file is not one of a black box.
+    """
+    saved = read_checkpoint(args.file)
+    lacking = {'model', 'args', 'rng', 'batches', 'where'} - saved.keys()
+    if lacking:
+        raise ValueError(f'{args.file} is not a file of a black box: it lacks {", ".join(sorted(lacking))}')
+    flags = argparse.Namespace(**saved['args'] | {'backbone_weights': 'none'})
+    model, criterion, _ = build_model(flags)
+    load_checkpoint(model, {'model': saved['model'], 'args': saved['args']}, resume=True, name=args.file)
+    device = choose_device(args.device)
+    model.to(device).train()
+    batches = [(NestedTensor(each['tensors'], each['mask']), each['targets']) for each in saved['batches']]
+    step_targets = [targets_to(targets, device) for _, targets in batches]
+    set_rng_state(saved['rng'])
+    precision = Precision(args.amp or flags.amp, device)
+    return diagnose(model, batches, partial(losses_of, model, criterion, precision, step_targets))
+
+
+def main(args: argparse.Namespace) -> str:
+    torch.set_grad_enabled(True)
+    return str(replay(args))
+
+
+if __name__ == '__main__':
+    run_command(main, get_args_parser())
