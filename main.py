@@ -10,7 +10,6 @@ Train and evaluate detectors.
 import argparse
 import json
 import time
-import zlib
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from torch.utils.data import Dataset
 
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.coco_eval import LVIS_NAMES, STAT_NAMES, CocoEvaluator, Summary, record_of, tables
-from datasets.flags import add_data_args, check_data_args
+from datasets.flags import add_data_args, adopt_data, check_data_args
 from datasets.inventory import check_data, print_inventory
 from datasets.loaders import begin_epoch, build_datasets, build_loader, worst_batch
 from engine import (
@@ -43,7 +42,7 @@ from models.parts import all_parts, compile_parts
 from models.recorded import adopt
 from models.segmentation import freeze_all_but_masks
 from models.structures import Prediction
-from models.training.flags import add_training_args, default_of, resolve_all
+from models.training.flags import add_training_args, resolve_all
 from models.training.report import statistics_text, supervision_table
 from models.zoo import with_row
 from util.black_box import BlackBox
@@ -63,7 +62,7 @@ from util.distributed.heartbeat import Heartbeat
 from util.distributed.parallel import broadcast_from_main, replicate, shard
 from util.distributed.preemption import Interrupted, StopRequests, was_restarted
 from util.ema import WeightAverage
-from util.files import code_checksum, lock_folder, remove_partial_files, save_atomically, unlock
+from util.files import code_checksum, lock_folder, or_warn, remove_partial_files, save_atomically, unlock
 from util.flags import add_run_args, check_run_args, make_parser, run_command
 from util.logger import RunLog, format_time, import_summary_writer, print_main
 from util.plan import COCO_TRAIN_IMAGES, flops_text, print_dry_run, print_plan
@@ -79,7 +78,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_data_args(parser)
     add_model_args(parser)
     add_training_args(parser)
-    add_run_args(parser, save_every=default_of('save_every'))
+    add_run_args(parser)
     return parser
 
 
@@ -152,6 +151,9 @@ def read_data(args: Namespace, given: frozenset[str]) -> tuple[dict, dict[str, D
         checkpoint = find_checkpoint(args, restarted)
         if args.eval and (recorded := flags_of(checkpoint)):
             vars(args).update(vars(resolve_all(adopt(args, given, recorded))))
+            if 'class_map' in checkpoint:  # a run of this program
+                adopt_data(args, given, recorded)
+                check_data_args(args)
         seed_everything(args.seed + get_rank())
         class_map = ClassMap.from_dict(checkpoint['class_map']) if 'class_map' in checkpoint else None
         if args.eval and class_map is None and checkpoint:
@@ -160,7 +162,7 @@ def read_data(args: Namespace, given: frozenset[str]) -> tuple[dict, dict[str, D
         datasets = build_datasets(args, class_map)
         if is_main_process():
             print_inventory(datasets, args, level_strides(args)[0])
-    facts = {f'{split} data': summary_of(dataset) for split, dataset in datasets.items()}
+    facts = {f'{split} data': dataset.summary for split, dataset in datasets.items()}
     images = checkpoint.get('within_epoch', {}).get('images', 0)
     found = f'epoch {checkpoint.get("epoch")}, {images} images further' if checkpoint else 'none'
     check_agreement(facts | {'the checkpoint': found})  # a folder that is not shared, for instance
@@ -237,12 +239,6 @@ def facts_of(args: Namespace) -> dict[str, object]:
     return facts | {'PyTorch': torch.__version__, 'the code': code_checksum(Path(__file__).parent)}
 
 
-def summary_of(dataset: Dataset) -> str:
-    """Describe a data set in one line, with a checksum of its image ids."""
-    checksum = zlib.crc32(repr(dataset.ids).encode())
-    return f'{len(dataset)} images of {dataset.class_map.num_classes} class indices ({checksum:08x})'
-
-
 def plan_notes(run: Run, device: torch.device) -> dict[str, str]:
     args = run.args
     notes = {'kernels': describe_kernels(device.type)} if args.family == 'deformable' else {}
@@ -273,7 +269,7 @@ def train(run: Run, first_epoch: int, state: EpochState, checkpoint: dict) -> No
         print_main(f'all {args.epochs} epochs are done; raise --epochs to train longer')
     if state.step:
         print_main(f'epoch {first_epoch + 1} goes on after step {state.step} of {run.steps_an_epoch}')
-    black_box = BlackBox(folder, args.bad_steps, args)
+    black_box, saved = BlackBox(folder, args.bad_steps, args), True
     for epoch in range(first_epoch, args.epochs):
         start = time.perf_counter()
         begin_epoch(run.loaders['train'], epoch, state.step * args.accum_steps)
@@ -294,11 +290,15 @@ def train(run: Run, first_epoch: int, state: EpochState, checkpoint: dict) -> No
         )
         metrics = {'epoch': epoch, 'lr': lr, 'lr_backbone': lr_backbone}
         metrics |= {f'train_{name}': value for name, value in averages.items()}
-        if folder:
-            save(run, folder, epoch, metrics)
+        saved = folder is None or save(run, folder, epoch, metrics)
+        if folder and saved:
             keep_numbered(run, folder, epoch)
-        finish_epoch(run, epoch, metrics, log, board, time.perf_counter() - start)
+        finish_epoch(run, epoch, metrics, log, board, time.perf_counter() - start, saved)
         state = EpochState()
+    if not saved:
+        raise OSError(
+            f'{folder}/checkpoint.pth is not that of the last epoch: free some space, and go on with --resume auto'
+        )
 
 
 def after_step(run: Run, folder: Path | None, epoch: int, state: EpochState) -> None:
@@ -313,16 +313,21 @@ def after_step(run: Run, folder: Path | None, epoch: int, state: EpochState) -> 
     try:
         run.stops.check()
     except Interrupted:
-        if folder:
-            save(run, folder, epoch - 1, within=state)
+        if folder and save(run, folder, epoch - 1, within=state):
             print_main(f'asked to stop: saved after step {state.step} of epoch {epoch + 1}')
         raise
 
 
 def finish_epoch(
-    run: Run, epoch: int, metrics: dict, log: RunLog | None, board: object | None, seconds: float = 0.0
+    run: Run,
+    epoch: int,
+    metrics: dict,
+    log: RunLog | None,
+    board: object | None,
+    seconds: float = 0.0,
+    saved: bool = True,
 ) -> None:
-    """Evaluate if an evaluation is due, and log the epoch."""
+    """Evaluate if an evaluation is due, and log the epoch. saved: `checkpoint.pth` is that of this epoch."""
     args, row, record = run.args, dict(metrics), dict(metrics)
     due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
     due = due and not args.no_validate
@@ -339,11 +344,12 @@ def finish_epoch(
     images = run.steps_an_epoch * run.images_a_step
     record |= {'images': images, 'train_seconds': round(seconds, 2)}
     if log:
-        if summary and is_main_process() and summary.stats[0] > log.best('test_AP'):
+        if summary and saved and is_main_process() and summary.stats[0] > log.best('test_AP'):
             keep_copy(log.csv_path.parent, 'checkpoint_best.pth')
-        log.append(row, record)
-        if is_main_process() and summary:
-            plot_curves(log.csv_path.with_name('curves.png'), log.csv_path)
+        with or_warn():
+            log.append(row, record)
+            if is_main_process() and summary:
+                plot_curves(log.csv_path.with_name('curves.png'), log.csv_path)
     if board:
         for name, value in row.items():
             if value is not None:
@@ -375,7 +381,8 @@ def evaluate_once(run: Run, title: str = 'evaluate') -> dict[str, Summary]:
         print(tables(summaries), flush=True)
     if run.args.output_dir and (is_main_process() or run.args.fsdp):  # sharded weights need all processes
         path = Path(run.args.output_dir) / 'predictions.png'
-        draw_predictions(model, run.postprocessors, dataset, path if is_main_process() else None)
+        with or_warn():
+            draw_predictions(model, run.postprocessors, dataset, path if is_main_process() else None)
     return summaries
 
 

@@ -1,6 +1,7 @@
 """Declare the flags of data (paths, image preparation, batches) and refuse impossible combinations."""
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Collection, Mapping
 
 from datasets import DATASETS
 from datasets.class_map import CLASS_IDS
@@ -118,6 +119,18 @@ def add_loader_args(parser: ArgumentParser) -> None:
         help='images among which a loader worker shuffles --train_shards; it holds their files in memory '
         '(default: %(default)s)',
     )  # fmt: skip
+
+
+SOURCES = ('dataset_file', 'coco_path', 'val_images', 'val_ann', 'val_shards', 'shapes_val', 'shapes_size')
+VIEW = ('img_size', 'max_size', 'aug', 'lsj_size', 'class_ids')  # how images and classes reach the model
+
+
+def adopt_data(args: Namespace, given: Collection[str], recorded: Mapping) -> None:
+    """Take from the flags of a run what an evaluation of it needs and was not given: sizes, and the data if none is named."""
+    names = VIEW if set(SOURCES) & set(given) else (*SOURCES, *VIEW)
+    for name in names:
+        if name not in given and name in recorded:
+            setattr(args, name, recorded[name])
 
 
 def check_data_args(args: Namespace) -> None:

@@ -1,6 +1,7 @@
 """Base class of all data sets of images: what a new data set must provide."""
 
 import random
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -55,6 +56,12 @@ class ImageDataset(Dataset[Sample], ABC):
     @abstractmethod
     def untransformed(self, idx: int) -> Sample:
         """Return image idx as it is stored, uint8 [3, H, W], and its target (the fields of `datasets.coco.CocoDetection`)."""
+
+    @property
+    def summary(self) -> str:
+        """Describe the data set in one line, with a checksum of its image ids."""
+        checksum = zlib.crc32(repr(self.ids).encode())
+        return f'{len(self)} images of {self.class_map.num_classes} class indices ({checksum:08x})'
 
     def inventory(self) -> Inventory | None:
         """Return what the data set holds, for its summary; None: that is not known without reading all images."""

@@ -1,11 +1,14 @@
 """Runs that are stopped, killed, restarted, or started twice: nothing is lost, and everybody is told why."""
 
+import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,7 +68,7 @@ def whole_run(folder: Path, number: int, *flags: str) -> Path:
     return folder / 'whole'
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_in_the_middle_of_an_epoch(tmp_path: Path, number: int) -> None:
     command = [*LONG, '--output_dir', str(tmp_path / 'parts'), '--accum_steps', '2', '--resume', 'auto']
     log = tmp_path / 'log'
@@ -313,3 +316,85 @@ def test_another_number_of_processes_sees_the_rest_of_the_images(tmp_path: Path)
     for name, value in theirs['model'].items():
         torch.testing.assert_close(ours['model'][name], value, rtol=1e-3, atol=1e-4)
     assert ours['metrics']['train_loss'] == pytest.approx(theirs['metrics']['train_loss'], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_pause_changes_nothing(tmp_path: Path) -> None:
+    """SIGSTOP to both processes in the middle of an epoch, SIGCONT later: longer than the heartbeat's patience would allow."""
+    processes = start_group(tmp_path / 'log', [*LONG, '--output_dir', str(tmp_path / 'parts')])
+    wait_for(tmp_path / 'log0', 'epoch 1/2  3/6')
+    for number, seconds in ((signal.SIGSTOP, 3), (signal.SIGCONT, 0)):
+        for process in processes:
+            os.kill(process.pid, number)
+        time.sleep(seconds)
+    assert end_group(processes) == [0, 0]
+    same_end(whole_run(tmp_path, 2), tmp_path / 'parts')
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MB."""
+    place = tmp_path / 'disk'
+    place.mkdir()
+    mounted = subprocess.run(
+        ['mount', '-t', 'tmpfs', '-o', 'size=8m', 'none', str(place)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip('needs the right to mount a small file system')
+    yield place
+    subprocess.run(['umount', '-l', str(place)], check=True)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run goes on, says so each time, and ends with an error; with space again it goes on to the same end."""
+    out, flags = small_disk / 'out', [*LONG, '--epochs', '3', '--resume', 'auto']
+    arguments = main.get_args_parser().parse_args([*flags, '--epochs', '1', '--output_dir', str(out)])
+    main.main(arguments)
+    before = load(out)
+    with (small_disk / 'filler').open('wb') as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+            filler.flush()
+    capsys.readouterr()
+    arguments = main.get_args_parser().parse_args([*flags, '--output_dir', str(out)])
+    with pytest.raises(OSError, match='free some space'):
+        main.main(arguments)
+    printed = capsys.readouterr().out
+    assert printed.count('checkpoint.pth could not be written') == 2 and 'epoch 3/3: loss' in printed
+    assert_same(load(out), before)
+    (small_disk / 'filler').unlink()
+    main.main(main.get_args_parser().parse_args([*flags, '--output_dir', str(out)]))
+    main.main(main.get_args_parser().parse_args([*flags, '--output_dir', str(tmp_path / 'whole')]))
+    same_end(tmp_path / 'whole', out)
+
+
+def test_a_folder_that_is_removed_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, out = main.keep_numbered, tmp_path / 'out'
+
+    def removed(run: object, folder: Path, epoch: int) -> None:
+        original(run, folder, epoch)
+        if epoch == 0:
+            shutil.rmtree(out)
+
+    monkeypatch.setattr(main, 'keep_numbered', removed)
+    main.main(main.get_args_parser().parse_args([*LONG, '--output_dir', str(out)]))
+    assert load(out)['epoch'] == 1 and len((out / 'metrics.csv').read_text().splitlines()) == 3
+
+
+def test_other_images_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / 'out')
+    main.main(main.get_args_parser().parse_args([*LONG, '--epochs', '1', '--output_dir', out]))
+    fewer = [*LONG, '--shapes_train', '12', '--resume', 'auto', '--output_dir', out]
+    main.main(main.get_args_parser().parse_args(fewer))
+    assert 'was trained on 24 images of 6 class indices' in capsys.readouterr().out
+    checkpoint = load(tmp_path / 'out')
+    checkpoint['within_epoch'] = {'images': 4, 'meters': [], 'tallies': []}
+    torch.save(checkpoint, tmp_path / 'out/checkpoint.pth')
+    with pytest.raises(ValueError, match='cannot go on with other images'):
+        main.main(
+            main.get_args_parser().parse_args(
+                [*LONG, '--epochs', '4', '--resume', 'auto', '--output_dir', out]
+            )
+        )

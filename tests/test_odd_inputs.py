@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import signal
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import main
+from datasets.coco import CocoDetection
 from tests.runs import TINY
 from tests.shared_data import rule_image
 from tools import compare_runs, convert_checkpoint, make_shards, predict
@@ -410,6 +412,26 @@ def test_places_that_are_something_else(data: Path, capsys: pytest.CaptureFixtur
     ):
         text = complaint('main', argv, capsys)
         assert str(data) in text
+
+
+def test_an_image_that_vanishes_and_a_worker_that_is_killed(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = CocoDetection.untransformed
+
+    def vanishing(self: CocoDetection, idx: int) -> tuple:
+        (data / 'train/1.png').unlink(missing_ok=True)
+        return original(self, idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CocoDetection, 'untransformed', vanishing)
+        text = complaint('main', flags(data, '--num_workers', '1'), capsys)
+    assert 'train/1.png' in text and '\n' not in text
+    PIL.Image.fromarray(rule_image('train1', 48, 64)).save(data / 'train/1.png')
+    monkeypatch.setattr(
+        CocoDetection, 'untransformed', lambda self, idx: os.kill(os.getpid(), signal.SIGKILL)
+    )
+    assert 'lower --num_workers' in complaint('main', flags(data, '--num_workers', '1'), capsys)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')

@@ -1,12 +1,13 @@
 """Files and folders that are written whole or not at all, and folders that one run locks."""
 
+import contextlib
 import os
 import re
 import shutil
 import socket
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -16,26 +17,46 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]  # a module elsewhere
 
 LOCK_FILE = 'run.lock'
+STAYS = 'what was there before stays'
 
 
 def save_atomically(path: str | os.PathLike, save: Callable[[Path], object]) -> None:
     """Call `save` with a temporary name beside `path`, of the same suffix, then move the file to `path`.
 
-    `save` may also make a folder of that name. OSError is raised if `path` is a folder that is not empty.
+    `save` may also make a folder of that name.
+
+    Raises:
+        OSError: the file cannot be written, for instance since the disk is full; what was at `path` stays.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save(partial)
         if partial.is_file():
             with partial.open('rb+') as file:
                 os.fsync(file.fileno())  # on disk before the name says so
         os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f'{path} could not be written ({error.strerror or error}); {STAYS}') from error
+    except RuntimeError as error:  # PyTorch's words for a disk that is full
+        if 'PytorchStreamWriter' not in str(error) and 'unexpected pos' not in str(error):
+            raise
+        raise OSError(f'{path} could not be written (is the disk full?); {STAYS}') from error
     finally:
         if partial.is_dir():
             shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def or_warn() -> Iterator[None]:
+    """Turn an OSError inside into a printed warning: a training of days does not end because a drawing cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        print(f'warning: {error}', flush=True)
 
 
 def remove_partial_files(folder: str | os.PathLike) -> None:

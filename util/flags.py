@@ -46,7 +46,17 @@ def run_command(
     try:
         found = program(args)
     except USER_ERRORS as error:
-        sys.exit(f'error: {error}')
+        # A loader worker's error holds its traceback, whose last line says all.
+        text = str(error)
+        sys.exit(f'error: {text.strip().splitlines()[-1] if "Original Traceback" in text else text}')
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except RuntimeError as error:
+        if not str(error).startswith('DataLoader worker'):
+            raise
+        sys.exit(
+            f'error: {error} A worker was killed, perhaps for lack of memory: lower --num_workers, and --resume auto'
+        )
     if found is not None:
         print(found)
 
@@ -111,8 +121,8 @@ def make_parser(description: str | None) -> FlagParser:
     return parser
 
 
-def add_run_args(parser: ArgumentParser, save_every: str) -> None:
-    """Declare flags of precision, processes, evaluation and files. save_every: default of that flag in words."""
+def add_run_args(parser: ArgumentParser) -> None:
+    """Declare flags of precision, processes, evaluation and files."""
     add_scale_args(parser)
     add_evaluation_args(parser)
     group = parser.add_argument_group('run')
@@ -143,7 +153,11 @@ def add_run_args(parser: ArgumentParser, save_every: str) -> None:
         help='print parameters, FLOPs, memory, learning rates and steps, then stop: nothing is read, downloaded or trained',
     )  # fmt: skip
     group.add_argument(
-        '--save_every', type=whole(1), help=f'epochs between numbered checkpoints (default: {save_every})'
+        '--save_every',
+        type=whole(1),
+        metavar='N',
+        help='keep a numbered checkpoint every N epochs, and at each drop of the learning rate (default: only the last and the '
+        'best are kept)',
     )
     group.add_argument(
         '--checkpoint_steps', type=whole(1), metavar='N',
@@ -237,7 +251,7 @@ def check_run_args(args: Namespace) -> None:
         ValueError: flags contradict each other, or a number makes no sense.
     """
     parser = ArgumentParser()
-    add_run_args(parser, '')
+    add_run_args(parser)
     check_bounds(args, parser)
     if args.tensorboard:
         import_summary_writer()

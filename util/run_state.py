@@ -17,8 +17,8 @@ from util.distributed.collectives import all_gather_object, get_rank, get_world_
 from util.distributed.parallel import gather, load_model_state, load_optimizer_state
 from util.distributed.preemption import StopRequests
 from util.ema import WeightAverage
-from util.files import save_atomically
-from util.logger import Meter
+from util.files import or_warn, save_atomically
+from util.logger import Meter, print_main
 from util.precision import Precision
 from util.seeding import seed_everything
 from util.weight_files import read_checkpoint
@@ -29,6 +29,9 @@ class ImageData(Protocol):
 
     class_map: Any
     federated: bool
+
+    @property
+    def summary(self) -> str: ...
 
     def __len__(self) -> int: ...
     def __getitem__(self, idx: int) -> tuple[Tensor, dict[str, Tensor]]: ...
@@ -99,10 +102,15 @@ class Run:
 
 def save(
     run: Run, folder: Path, epoch: int, metrics: dict | None = None, within: EpochState | None = None
-) -> None:
+) -> bool:
     """Write `checkpoint.pth` after an epoch, or in the middle of the one after `epoch`. All ranks must call it.
 
-    metrics: results of the epoch. within: progress of the unfinished epoch.
+    Args:
+        metrics: results of the epoch.
+        within: progress of the unfinished epoch.
+
+    Returns:
+        False if it could not be written, for instance since the disk is full: that is said, and the former one stays.
 
     Raises:
         FloatingPointError: losses since the last reading are not finite; the former checkpoint stays.
@@ -121,6 +129,7 @@ def save(
         'epoch': epoch,
         'args': vars(run.args),
         'class_map': run.datasets['train'].class_map.to_dict(),
+        'data': run.datasets['train'].summary,
         'rng': [each['rng'] for each in everyone],
     }
     if run.precision.state_dict():
@@ -137,22 +146,29 @@ def save(
             'tallies': [each['tally'] for each in everyone],
         }
     if is_main_process():
-        save_checkpoint(folder / 'checkpoint.pth', checkpoint)
+        try:
+            save_checkpoint(folder / 'checkpoint.pth', checkpoint)
+        except OSError as error:
+            print(f'warning: {error}; the run goes on, and saves again later', flush=True)
+            return False
+    return True
 
 
 def keep_copy(folder: Path, name: str) -> None:
     """Copy the newest checkpoint to another name."""
-    save_atomically(folder / name, lambda path: shutil.copyfile(folder / 'checkpoint.pth', path))
+    with or_warn():
+        save_atomically(folder / name, lambda path: shutil.copyfile(folder / 'checkpoint.pth', path))
 
 
 def keep_numbered(run: Run, folder: Path, epoch: int) -> None:
-    """Keep a numbered copy at learning-rate drops and every --save_every epochs.
+    """Keep a numbered copy every --save_every epochs, and at learning-rate drops, if that flag is given.
 
     The oldest copies are removed if there are more than --keep_checkpoints.
     """
     args, schedule = run.args, cast(Schedule, run.scheduler.lr_lambdas[0])
-    due = schedule.drops_after(epoch) or (epoch + 1) % args.save_every == 0
-    if not is_main_process() or not due:
+    if not is_main_process() or args.save_every is None:
+        return
+    if (epoch + 1) % args.save_every and not schedule.drops_after(epoch):
         return
     keep_copy(folder, f'checkpoint{epoch:04}.pth')
     if args.keep_checkpoints is not None:
@@ -180,6 +196,7 @@ def restore(run: Run, checkpoint: dict) -> tuple[int, EpochState]:
         load_model_state(run.average.module, checkpoint['model_ema'])
         run.average.num_updates = checkpoint['ema_updates']
     epoch, state = checkpoint['epoch'] + 1, EpochState()
+    check_data_of(run, checkpoint)
     if 'within_epoch' in checkpoint:
         state = restore_epoch(run, checkpoint['within_epoch'])
     restore_schedule(run.scheduler, checkpoint['lr_scheduler'], epoch * run.steps_an_epoch + state.step)
@@ -189,6 +206,23 @@ def restore(run: Run, checkpoint: dict) -> tuple[int, EpochState]:
     else:  # another number of processes, or an official file: repeatable, though not as if undisturbed
         seed_everything(run.args.seed + get_rank() + 1000 * (epoch + 1) + state.step)
     return epoch, state
+
+
+def check_data_of(run: Run, checkpoint: dict) -> None:
+    """Compare the training images with those of a checkpoint, if it tells them.
+
+    Raises:
+        ValueError: others are to go on in the middle of an epoch.
+    """
+    theirs, ours = checkpoint.get('data'), run.datasets['train'].summary
+    if theirs in (None, ours):
+        return
+    text = f'{run.args.resume} was trained on {theirs}, and here are {ours}'
+    if 'within_epoch' in checkpoint:
+        raise ValueError(
+            f'{text}: the epoch cannot go on with other images; give those of its run, or start from its weights with --pretrained'
+        )
+    print_main(f'warning: {text}')
 
 
 def restore_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR, saved: dict, steps_done: int) -> None:

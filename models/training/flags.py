@@ -26,7 +26,6 @@ TRAINING_DEFAULTS = {
         'lr_linear_proj_names': [],
         'epochs': 300,
         'lr_drop': 200,
-        'save_every': 100,
     },
     'conditional': {
         'set_cost_class': 2.0,
@@ -37,7 +36,6 @@ TRAINING_DEFAULTS = {
         'lr_linear_proj_names': [],
         'epochs': 50,
         'lr_drop': 40,
-        'save_every': 10,
     },
     'deformable': {
         'set_cost_class': 2.0,
@@ -48,7 +46,6 @@ TRAINING_DEFAULTS = {
         'lr_linear_proj_names': ['reference_points', 'sampling_offsets'],
         'epochs': 50,
         'lr_drop': 40,
-        'save_every': 5,
     },
 }
 # Deformable DETR with DINO's decoder.

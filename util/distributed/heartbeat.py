@@ -20,7 +20,21 @@ from util.distributed.collectives import all_gather_object, get_rank, get_world_
 
 INTERVAL = 1.0  # seconds between two signs of life
 PATIENCE = 40.0  # seconds without one after which a process counts as lost
+LOCAL = '127.0.0.1'
 FAILED = 'failed'  # key of the reason, once there is one
+
+
+def serve(address: str, timeout: timedelta) -> dist.TCPStore:
+    """Start the store, which listens on the interface of this address only; by itself it would listen on all."""
+    try:
+        family, *_, place = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(place[:2], family=family)
+    except OSError:  # the address is that of a gateway, not of an interface
+        return dist.TCPStore(address, 0, None, True, timeout, wait_for_workers=False)
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        address, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
 class Heartbeat:
@@ -44,13 +58,13 @@ class Heartbeat:
             return
         here, timeout = (socket.gethostname(), machine(), os.getpid()), timedelta(seconds=10)
         processes = all_gather_object(here)
+        alone = machine() is not None and all(each[1] == machine() for each in processes)
+        address = LOCAL if alone else os.environ.get('MASTER_ADDR') or processes[0][0]
         if get_rank() == 0:
-            self.store = dist.TCPStore('localhost', 0, None, True, timeout, wait_for_workers=False)
-        host, port = all_gather_object((here[0], self.store.port if self.store else None))[0]
+            self.store = serve(address, timeout)
+        port = all_gather_object(self.store.port if self.store else None)[0]
         if get_rank() > 0:
-            same = machine() is not None and machine() == processes[0][1]
-            name = 'localhost' if same else os.environ.get('MASTER_ADDR') or host
-            self.store = dist.TCPStore(name, port, None, False, timeout, wait_for_workers=False)
+            self.store = dist.TCPStore(address, port, None, False, timeout, wait_for_workers=False)
         self.neighbour = (get_rank() + 1) % get_world_size()
         host, system, pid = processes[self.neighbour]
         self.neighbour_pid = pid if system is not None and system == machine() else None

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from util.distributed.collectives import get_world_size, is_main_process, leave_distributed
 from util.distributed.launch import is_preempted
+from util.logger import print_main
 
 # SIGTERM: torchrun, Slurm and Kubernetes send it before they kill. SIGUSR1, SIGUSR2: time is nearly up (`sbatch
-# --signal`, submitit). Where they do not exist (Windows), nothing listens.
-SIGNALS = tuple(getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1', 'SIGUSR2') if hasattr(signal, name))
+# --signal`, submitit). SIGINT: Ctrl-C. Where they do not exist (Windows), nothing listens.
+NAMES = ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGUSR2')
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 # Who sends one of these does not requeue the job.
-NEARLY_OVER = [number for number in SIGNALS if number != signal.SIGTERM]
+NEARLY_OVER = [number for number in SIGNALS if number not in (signal.SIGINT, signal.SIGTERM)]
 UNFINISHED = 75  # exit status of a run that was stopped and can go on (EX_TEMPFAIL)
 
 
@@ -47,6 +49,10 @@ class StopRequests:
                 break
 
     def on_signal(self, signum: int, frame: object) -> None:
+        if signum == signal.SIGINT:
+            if self.signum:
+                raise KeyboardInterrupt
+            print_main('asked to stop: the run ends after this step; Ctrl-C again ends it at once')
         if self.signum not in NEARLY_OVER:  # SIGTERM may come before and after, and says less
             self.signum = signum
 
@@ -106,7 +112,7 @@ class StopRequests:
         listener, main = self.previous.get(signum), is_main_process()
         self.close()
         try:
-            if callable(listener):
+            if callable(listener) and signum != signal.SIGINT:
                 listener(signum, None)
             alone = signum in NEARLY_OVER and not callable(listener)
             # A preempted job that ends before Slurm takes its place by force counts as done.
