@@ -7,7 +7,13 @@ from datasets.class_map import ClassMap
 from datasets.image_dataset import ImageDataset
 
 # Value of --dataset_file -> module whose `build(image_set, args, class_map)` makes the data set.
-DATASETS = {'coco': 'datasets.coco', 'lvis': 'datasets.lvis', 'shapes': 'datasets.shapes'}
+DATASETS = {
+    'coco': 'datasets.coco',
+    'lvis': 'datasets.lvis',
+    'voc': 'datasets.foreign',
+    'yolo': 'datasets.foreign',
+    'shapes': 'datasets.shapes',
+}
 
 
 def build_dataset(

@@ -18,9 +18,9 @@ from datasets.class_map import ClassMap, names_by_id
 from datasets.coco_json import (
     LARGEST,
     LISTS,
+    Blocks,
     File,
     Findings,
-    Prepare,
     as_id,
     box_problem,
     check_categories,
@@ -31,7 +31,7 @@ from datasets.coco_json import (
     place_problem,
     title_of,
 )
-from datasets.json_stream import entry_of, has_lists, list_blocks
+from datasets.json_stream import has_lists, list_blocks
 
 NO_ID = np.iinfo(np.int64).min  # what is no integer; no file has it
 
@@ -192,7 +192,7 @@ class AnnotationTable:
     starts: [N + 1]; image i has the objects starts[i] to starts[i + 1]. findings: what was mended.
 
     Args:
-        prepare: what a format does to each block of entries.
+        blocks: what reads the file, in the format's own way.
         problems: where to count annotations that cannot be used, which are then left out; None: the first is an error.
     """
 
@@ -203,19 +203,19 @@ class AnnotationTable:
         file: File,
         class_map: ClassMap | None = None,
         with_masks: bool = False,
-        prepare: Prepare | None = None,
+        blocks: Blocks = list_blocks,
         problems: Findings | None = None,
     ) -> None:
-        self.file, self.prepare, self.findings, self.problems = file, prepare, Findings(), problems
+        self.file, self.read, self.findings, self.problems = file, blocks, Findings(), problems
         found: set[str] = set()
         images: list[tuple] = []
         segmentations = bytearray() if with_masks else None
-        self.categories, blocks = [], [Columns.of([], segmentations)]
-        for name, block in list_blocks(file):
+        self.categories, parts = [], [Columns.of([], segmentations)]
+        for name, block in blocks(file):
             if name not in LISTS:
                 continue
             found.add(name)
-            self.mended(name, block, self.findings)
+            mend(name, block, file, self.findings)
             if name == 'categories':
                 self.categories.extend(block)
             elif name == 'images':
@@ -223,14 +223,14 @@ class AnnotationTable:
             else:
                 if self.problems is not None:
                     block = self.usable(block)
-                blocks.append(self.told(Columns.of, block, segmentations))
+                parts.append(self.told(Columns.of, block, segmentations))
         has_lists(file, found, LISTS)
         names = self.told(names_by_id, self.categories)
         if class_map is not None:
             self.told(check_categories, names, class_map)
         numbers = self.place_images(images)
         del images
-        self.place(Columns.joined(blocks), numbers, names)
+        self.place(Columns.joined(parts), numbers, names)
 
     def told(self, function: Callable, *arguments: Any) -> Any:
         """Call a function; its errors name the file."""
@@ -238,11 +238,6 @@ class AnnotationTable:
             return function(*arguments)
         except ValueError as error:
             raise ValueError(f'{self.file}: {error}') from error
-
-    def mended(self, name: str, block: list[dict], findings: Findings) -> None:
-        mend(name, block, self.file, findings)
-        if self.prepare is not None:
-            self.prepare(name, block, self.file)
 
     def read_image(self, image: dict) -> tuple:
         if problem := image_problem(image):
@@ -309,9 +304,13 @@ class AnnotationTable:
 
     def entry(self, index: int) -> dict:
         """Return the annotation of this place in the file, which is read again: for messages."""
-        annotation = entry_of(self.file, 'annotations', index)
-        self.mended('annotations', [annotation], Findings())
-        return annotation
+        for name, block in self.read(self.file):
+            if name == 'annotations':
+                if index < len(block):
+                    mend(name, block[index : index + 1], self.file, Findings())
+                    return block[index]
+                index -= len(block)
+        raise IndexError(f'{self.file} has fewer annotations than before')
 
     def check_segmentations(self, rows: np.ndarray) -> None:
         """Raise ValueError if one of these objects has neither polygons nor run lengths."""

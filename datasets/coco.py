@@ -8,7 +8,7 @@ share. Millions of Python objects would be copied by every worker.
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from datasets.annotations import AnnotationTable, Columns, Inventory, PackedList, Prepare
+from datasets.annotations import AnnotationTable, Columns, Inventory, PackedList
 from datasets.class_map import ClassMap
-from datasets.coco_json import EXAMPLES, Annotations, Findings, check_files, read_annotations
+from datasets.coco_json import EXAMPLES, Annotations, File, Findings, check_files, read_annotations
 from datasets.copy_paste import build_mix
 from datasets.image_dataset import ImageDataset, Mix
 from datasets.image_io import decode_file, read_image, stored_size
+from datasets.json_stream import list_blocks
 from datasets.transforms import Target, Transform, transforms_of, wants_masks
 
 MMDETECTION = ('co_detr', 'lsj')  # recipes whose annotations are read as mmdetection does
@@ -57,7 +58,10 @@ class CocoDetection(ImageDataset):
         problems: where to count what cannot be used, which is then left out; None: the first of it is an error.
     """
 
-    prepare: Prepare | None = None
+    @classmethod
+    def blocks(cls, annotation_file: File) -> Iterator[tuple[str, list]]:
+        """Yield the lists of the annotation file in COCO form; other formats have their own way."""
+        return list_blocks(annotation_file)
 
     def __init__(
         self,
@@ -75,7 +79,7 @@ class CocoDetection(ImageDataset):
     ) -> None:
         super().__init__(transforms, mix, seed)
         self.image_dir, self.annotation_file = Path(image_dir), Path(annotation_file)
-        table = AnnotationTable(annotation_file, class_map, return_masks is not False, self.prepare, problems)
+        table = AnnotationTable(annotation_file, class_map, return_masks is not False, self.blocks, problems)
         check_files(table.file_names, image_dir, annotation_file, allow_outside, problems)
         self.class_map = class_map or ClassMap.numbered(table.categories, reading.class_ids)
         kept = self._large_images(table, reading.min_image_side)
@@ -138,7 +142,7 @@ class CocoDetection(ImageDataset):
     def ground_truth(self) -> Annotations:
         """Return the annotation file's content, which is read at the first call; training never calls this."""
         if self._ground_truth is None:
-            self._ground_truth = read_annotations(self.annotation_file, self.prepare)
+            self._ground_truth = read_annotations(self.annotation_file, self.blocks)
         return self._ground_truth
 
     def __getstate__(self) -> dict:

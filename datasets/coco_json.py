@@ -8,7 +8,7 @@ has the whole policy.
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from datasets.json_stream import has_lists, list_blocks
 
 Annotations = dict[str, list[dict]]
 File = str | os.PathLike[str]
-Prepare = Callable[[str, list[dict], File], None]
+# What reads an annotation file, as lists of entries in COCO form with their names, in blocks.
+Blocks = Callable[[File], Iterator[tuple[str, list]]]
 LISTS = ('images', 'annotations', 'categories')
 LARGEST = 1e6  # pixels; no image is larger, and float32 has no exact pixels beyond
 EXAMPLES = 3
@@ -47,21 +48,19 @@ class Findings:
         ]
 
 
-def read_annotations(file: File, prepare: Prepare | None = None) -> Annotations:
+def read_annotations(file: File, blocks: Blocks = list_blocks) -> Annotations:
     """Return the file's lists, mended (`mend`), as evaluation needs them. Training reads `datasets.annotations`.
 
-    prepare: what a format does to each block of entries before.
+    blocks: what reads the file, in the format's own way.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: it is not JSON, or lacks one of the lists.
     """
     data: Annotations = {}
-    for name, block in list_blocks(file):
+    for name, block in blocks(file):
         if name in LISTS:
             mend(name, block, file, Findings())
-            if prepare is not None:
-                prepare(name, block, file)
             data.setdefault(name, []).extend(block)
     has_lists(file, data, LISTS)
     numbers = numbers_of([image['id'] for image in data['images']])

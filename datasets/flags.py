@@ -15,13 +15,13 @@ def add_data_args(parser: ArgumentParser) -> None:
     group = parser.add_argument_group('data')
     group.add_argument(
         '--dataset_file', default='coco', choices=DATASETS,
-        help='coco: any data in COCO form; lvis: LVIS v1; shapes: built-in images, drawn as they are needed '
-        '(default: %(default)s)',
+        help='coco: any data in COCO form; lvis: LVIS v1; voc, yolo: folders of Pascal VOC and of YOLO; shapes: built-in images, '
+        'drawn as they are needed (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
         '--coco_path', metavar='DIR',
         help='folder with annotations/instances_{train,val}2017.json and {train,val}2017/ or images/{train,val}2017/ (2017 may '
-        'be missing)',
+        'be missing); of voc with ImageSets/Main; of yolo with data.yaml, or that file',
     )  # fmt: skip
     for split in ('train', 'val'):
         group.add_argument(
@@ -122,7 +122,7 @@ def add_loader_args(parser: ArgumentParser) -> None:
 
 
 SOURCES = ('dataset_file', 'coco_path', 'val_images', 'val_ann', 'val_shards', 'shapes_val', 'shapes_size')
-VIEW = ('img_size', 'max_size', 'aug', 'lsj_size', 'class_ids')  # how images and classes reach the model
+VIEW = ('img_size', 'max_size', 'aug', 'lsj_size', 'class_ids', 'batch_size')  # how images and classes reach the model
 
 
 def adopt_data(args: Namespace, given: Collection[str], recorded: Mapping) -> None:

@@ -173,16 +173,6 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def entry_of(file: str | os.PathLike[str], name: str, index: int) -> Any:
-    """Read a list up to one entry, and return it."""
-    for key, block in list_blocks(file):
-        if key == name:
-            if index < len(block):
-                return block[index]
-            index -= len(block)
-    raise IndexError(f'{file} has no entry {index} in "{name}"')
-
-
 def has_lists(file: str | os.PathLike[str], found: Collection[str], names: Collection[str]) -> None:
     """Raise ValueError if a list is missing."""
     for name in names:

@@ -1,12 +1,14 @@
 """LVIS v1 (arXiv:1908.03195): COCO's images with 1203 classes, whose annotations are federated."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
 
 from datasets.class_map import ClassMap
 from datasets.coco import CocoDetection, find_path, options_of
 from datasets.coco_json import File
+from datasets.json_stream import list_blocks
 
 
 class LvisDetection(CocoDetection):
@@ -17,6 +19,13 @@ class LvisDetection(CocoDetection):
     """
 
     federated = True
+
+    @classmethod
+    def blocks(cls, annotation_file: File) -> Iterator[tuple[str, list]]:
+        """Yield the lists of the file, prepared."""
+        for name, block in list_blocks(annotation_file):
+            cls.prepare(name, [entry for entry in block if isinstance(entry, dict)], annotation_file)
+            yield name, block
 
     @staticmethod
     def prepare(name: str, block: list[dict], file: File) -> None:

@@ -404,5 +404,5 @@ def test_validation_takes_the_class_map_of_training(tmp_path: Path) -> None:
 
 
 def test_unknown_data_set_is_refused() -> None:
-    with pytest.raises(ValueError, match='coco, lvis, shapes'):
-        build_dataset('val', arguments(dataset_file='voc'))
+    with pytest.raises(ValueError, match='coco, lvis, voc, yolo, shapes'):
+        build_dataset('val', arguments(dataset_file='pascal'))

@@ -122,7 +122,7 @@ FLAGS = [
     ('--backbone_weights imagenet', 'resnet10 has no ImageNet weights'),
     ('--device tpu', 'tpu'),
     ('--device cuda:99', 'cuda'),
-    ('--dataset_file voc', "invalid choice: 'voc'"),
+    ('--dataset_file pascal', "invalid choice: 'pascal'"),
     ('--aug spectacular', 'invalid choice'),
     ('--amp int8', 'invalid choice'),
     ('--eval', '--eval needs weights'),

@@ -1,0 +1,235 @@
+"""Data in VOC's and YOLO's formats: the same targets and metrics as their COCO form, and errors that name the file."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import pytest
+import torch
+from torch import Tensor
+
+from datasets import build_dataset
+from datasets.coco_eval import CocoEvaluator
+from datasets.shapes import ShapesDetection, export
+from tests.runs import TINY, load
+from tools import convert_dataset
+from util.flags import run_command
+
+
+def arguments(kind: str, root: Path) -> Namespace:
+    names = ('train_images', 'train_ann', 'val_images', 'val_ann', 'max_size')
+    return Namespace(
+        **dict.fromkeys(names), dataset_file=kind, coco_path=str(root), img_size=64, aug='none', seed=0
+    )
+
+
+def write_voc(root: Path, data: dict, split: str) -> None:
+    """As VOC's development kit: corners counted from 1, which belong to the box."""
+    for folder in ('Annotations', 'ImageSets/Main'):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    names = {category['id']: category['name'] for category in data['categories']}
+    lines = []
+    for image in data['images']:
+        objects = ''
+        for a in data['annotations']:
+            if a['image_id'] == image['id']:
+                x, y, w, h = a['bbox']
+                corners = zip(('xmin', 'ymin', 'xmax', 'ymax'), (x + 1, y + 1, x + w, y + h), strict=True)
+                box = ''.join(f'<{key}>{value!r}</{key}>' for key, value in corners)
+                objects += (
+                    f'<object><name>{escape(names[a["category_id"]])}</name><bndbox>{box}</bndbox></object>'
+                )
+        stem = Path(image['file_name']).stem
+        size = f'<size><width>{image["width"]}</width><height>{image["height"]}</height></size>'
+        text = f'<annotation><filename>{image["file_name"]}</filename>{size}{objects}</annotation>'
+        (root / 'Annotations' / f'{stem}.xml').write_text(text)
+        lines.append(stem)
+    (root / f'ImageSets/Main/{split}.txt').write_text('\n'.join(lines) + '\n')
+
+
+def write_yolo(root: Path, data: dict, split: str) -> None:
+    (root / 'labels' / split).mkdir(parents=True, exist_ok=True)
+    for image in data['images']:
+        lines = []
+        for a in data['annotations']:
+            if a['image_id'] == image['id']:
+                x, y, w, h = a['bbox']
+                values = (
+                    (x + w / 2) / image['width'],
+                    (y + h / 2) / image['height'],
+                    w / image['width'],
+                    h / image['height'],
+                )
+                lines.append(' '.join(map(repr, (a['category_id'] - 1, *values))))
+        if lines:
+            (root / 'labels' / split / Path(image['file_name']).with_suffix('.txt').name).write_text(
+                '\n'.join(lines)
+            )
+    names = ''.join(f'  {c["id"] - 1}: {c["name"]}\n' for c in data['categories'])
+    (root / 'data.yaml').write_text(f'path: .\ntrain: images/train\nval: images/val\nnames:\n{names}')
+
+
+@pytest.fixture(scope='module')
+def copies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same images and objects in three formats. Categories in alphabetical order have ids 1 to K in all of them."""
+    root = tmp_path_factory.mktemp('copies')
+    places = {kind: root / kind for kind in ('coco', 'voc', 'yolo')}
+    for split, count in (('train', 8), ('val', 6)):
+        export(places['coco'], ShapesDetection(count, split, image_size=64))
+        file = places['coco'] / f'annotations/instances_{split}2017.json'
+        data = json.loads(file.read_text())
+        ordered = sorted(category['name'] for category in data['categories'])
+        ids = {c['id']: ordered.index(c['name']) + 1 for c in data['categories']}
+        data['categories'] = [{'id': number, 'name': name} for number, name in enumerate(ordered, start=1)]
+        for a in data['annotations']:
+            a['category_id'] = ids[a['category_id']]
+            a.pop('area', None)
+            a.pop('segmentation', None)
+        file.write_text(json.dumps(data))
+        images = next(f for f in places['coco'].rglob('*') if f.is_dir() and f.name.startswith(split))
+        (places['yolo'] / 'images').mkdir(parents=True, exist_ok=True)
+        (places['yolo'] / 'images' / split).symlink_to(images)
+        (places['voc'] / 'JPEGImages').mkdir(parents=True, exist_ok=True)
+        for image in data['images']:
+            (places['voc'] / 'JPEGImages' / f'{split}_{image["file_name"]}').symlink_to(
+                images / image['file_name']
+            )
+        renamed = [{**image, 'file_name': f'{split}_{image["file_name"]}'} for image in data['images']]
+        write_voc(places['voc'], {**data, 'images': renamed}, split)
+        write_yolo(places['yolo'], data, split)
+    return places
+
+
+def same(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['voc', 'yolo'])
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_targets_equal_those_of_the_coco_form(copies: dict[str, Path], kind: str, split: str) -> None:
+    theirs = build_dataset(split, arguments('coco', copies['coco']))
+    ours = build_dataset(split, arguments(kind, copies[kind]))
+    assert len(ours) == len(theirs) and ours.class_map.names == theirs.class_map.names
+    for (image, target), (other, expected) in zip(ours, theirs, strict=True):
+        assert torch.equal(image, other) and torch.equal(target['labels'], expected['labels'])
+        same(target['boxes'], expected['boxes'])
+
+
+@pytest.mark.parametrize('kind', ['voc', 'yolo'])
+def test_metrics_equal_those_of_the_coco_form(copies: dict[str, Path], kind: str) -> None:
+    """To the last digit, of predictions of every quality."""
+    results = []
+    for name in ('coco', kind):
+        dataset = build_dataset('val', arguments(name, copies[name]))
+        evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map)
+        torch.manual_seed(0)
+        for idx, image_id in enumerate(dataset.ids):
+            boxes = dataset.untransformed(idx)[1]['boxes'].round(decimals=3)
+            labels = dataset.untransformed(idx)[1]['labels']
+            boxes = torch.cat([boxes + torch.randn(len(boxes), 4) * 2 for _ in range(3)])
+            boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)
+            found = {'boxes': boxes, 'labels': labels.repeat(3), 'scores': torch.rand(len(boxes))}
+            evaluator.update({image_id: found})
+        results.append(evaluator.summarize()['bbox'])
+    assert 0.1 < results[0].stats[0] < 0.9
+    assert results[0].stats == results[1].stats
+    assert [row['AP'] for row in results[0].per_class] == [row['AP'] for row in results[1].per_class]
+
+
+@pytest.mark.parametrize('kind', ['voc', 'yolo'])
+def test_a_run_trains_and_its_evaluation_needs_no_flag(
+    copies: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    import main
+
+    words = [word for word in TINY.split() if word not in ('--dataset_file', 'shapes')]
+    flags = [
+        *words,
+        '--dataset_file',
+        kind,
+        '--coco_path',
+        str(copies[kind]),
+        '--epochs',
+        '1',
+        '--output_dir',
+        str(tmp_path),
+    ]
+    main.main(main.get_args_parser().parse_args(flags))
+    trained = json.loads((tmp_path / 'log.jsonl').read_text())['test_coco_eval_bbox']
+    assert load(tmp_path)['class_map']['names'] == sorted(load(tmp_path)['class_map']['names'])
+    again = [
+        '--eval',
+        '--resume',
+        str(tmp_path / 'checkpoint.pth'),
+        '--output_dir',
+        str(tmp_path),
+        '--num_workers',
+        '0',
+    ]
+    main.main(main.get_args_parser().parse_args(again))
+    assert json.loads((tmp_path / 'eval.json').read_text())['test_coco_eval_bbox'] == trained
+
+
+@pytest.mark.parametrize('kind', ['voc', 'yolo'])
+def test_conversion_gives_the_coco_form(copies: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    words = f'--dataset_file {kind} --coco_path {copies[kind]} --image_set val --output {tmp_path}/val.json'
+    run_command(convert_dataset.convert, convert_dataset.get_args_parser(), words.split())
+    theirs = json.loads((copies['coco'] / 'annotations/instances_val2017.json').read_text())
+    ours = json.loads((tmp_path / 'val.json').read_text())
+    assert (
+        len(ours['annotations']) == len(theirs['annotations']) and ours['categories'] == theirs['categories']
+    )
+    with pytest.raises(SystemExit, match='exists: choose another'):
+        run_command(convert_dataset.convert, convert_dataset.get_args_parser(), words.split())
+
+
+def test_polygons_of_yolo_have_boxes_and_masks(copies: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / 'images').mkdir()
+    (tmp_path / 'images/train').symlink_to(copies['yolo'] / 'images/train')
+    (tmp_path / 'labels/train').mkdir(parents=True)
+    (tmp_path / 'data.yaml').write_text('train: images/train\nnames: [shape]\n')
+    first = min((tmp_path / 'images/train').iterdir()).stem
+    (tmp_path / f'labels/train/{first}.txt').write_text('0 0.25 0.25 0.75 0.25 0.75 0.5 0.25 0.5\n')
+    args = arguments('yolo', tmp_path)
+    args.masks = True
+    target = build_dataset('train', args)[0][1]
+    same(target['boxes'], torch.tensor([[0.5, 0.375, 0.5, 0.25]]))
+    assert target['masks'].float().mean().item() == pytest.approx(0.125, abs=0.02)
+
+
+BAD = {
+    'no list': ('voc', 'ImageSets/Main/train.txt', None, 'does not exist'),
+    'no XML': ('voc', 'Annotations/train_{first}.xml', 'text', 'is not XML'),
+    'a missing XML': ('voc', 'Annotations/train_{first}.xml', None, 'take its name out of the list'),
+    'no file name': ('voc', 'Annotations/train_{first}.xml', '<annotation/>', 'must name the image file'),
+    'a box of words': (
+        'voc', 'Annotations/train_{first}.xml',
+        '<annotation><filename>a.jpg</filename><object><name>disc</name><bndbox><xmin>left</xmin></bndbox></object></annotation>',
+        'is no annotation of VOC',
+    ),
+    'no data.yaml': ('yolo', 'data.yaml', None, 'must be the folder of data.yaml'),
+    'no YAML': ('yolo', 'data.yaml', 'a: [', 'is not YAML'),
+    'no names': ('yolo', 'data.yaml', 'train: images/train', 'must list the class names'),
+    'no folder': ('yolo', 'data.yaml', 'train: gone\nnames: [a]', 'are in none of'),
+    'a line of words': ('yolo', 'labels/train/{first}.txt', '0 a b c d', 'is no box or polygon'),
+    'three numbers': ('yolo', 'labels/train/{first}.txt', '0 0.5 0.5 0.1', 'line 1'),
+    'a class that is not named': ('yolo', 'labels/train/{first}.txt', '77 0.5 0.5 0.1 0.1', 'has category 78'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_files_are_named(name: str, copies: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    kind, file, text, message = BAD[name]
+    shutil.copytree(copies[kind], tmp_path / kind, symlinks=True)
+    first = min((copies['yolo'] / 'images/train').iterdir()).stem
+    path = tmp_path / kind / file.format(first=first)
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        build_dataset('train', arguments(kind, tmp_path / kind))
+    assert str(tmp_path) in str(error.value)

@@ -1,0 +1,59 @@
+"""
+Write a part of a data set in Pascal VOC's or YOLO's format as an annotation file in COCO form.
+
+  python tools/convert_dataset.py --dataset_file voc --coco_path VOCdevkit/VOC2012 --image_set train --output train.json
+  python tools/convert_dataset.py --dataset_file yolo --coco_path data.yaml --image_set val --output val.json
+
+Training needs no such file (--dataset_file voc|yolo); other tools may.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from datasets.annotations import AnnotationTable
+from datasets.coco_json import check_files, read_annotations
+from datasets.foreign import places_of
+from util.files import save_atomically
+from util.flags import run_command
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        'convert_dataset.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--dataset_file', required=True, choices=('voc', 'yolo'), help='format to read')
+    parser.add_argument(
+        '--coco_path',
+        required=True,
+        metavar='DIR',
+        help='folder of the data set; for yolo also its data.yaml',
+    )
+    parser.add_argument(
+        '--image_set', default='train', choices=('train', 'val'), help='part to write (default: %(default)s)'
+    )
+    parser.add_argument('--output', required=True, type=Path, metavar='FILE', help='JSON file to write')
+    return parser
+
+
+def convert(args: argparse.Namespace) -> str:
+    """Write the file, and return a summary.
+
+    Raises:
+        ValueError: the file exists, or the data are wrong.
+    """
+    if args.output.exists():
+        raise ValueError(f'{args.output} exists: choose another --output, or remove it')
+    kind, image_dir, file = places_of(args.image_set, args.dataset_file, args.coco_path)
+    check_files(AnnotationTable(file, blocks=kind.blocks).file_names, image_dir, file)
+    data = read_annotations(file, kind.blocks)
+    save_atomically(args.output, lambda path: path.write_text(json.dumps(data)))
+    numbers = ', '.join(f'{len(entries)} {name}' for name, entries in data.items())
+    return f'{args.output}: {numbers}; the images are in {image_dir}'
+
+
+if __name__ == '__main__':
+    run_command(convert, get_args_parser())
