@@ -146,7 +146,7 @@ def add_model_args(parser: ArgumentParser) -> None:
     backbone.add_argument('--drop_path_rate', default=DROP_PATH_RATE, type=real(0, 1, below=True),
                           help='probability that the last block of Swin is skipped while training; it grows linearly from 0 over '
                                'the blocks (default: %(default)s)')  # fmt: skip
-    backbone.add_argument('--backbone_frozen_stages', default=-1, type=whole(-1, 4), metavar='N',
+    backbone.add_argument('--backbone_frozen_stages', default=-1, type=whole(-1, 5), metavar='N',
                           help='stages of Swin to freeze: 0 and 1 freeze the patch embedding, 2 also the first stage, ... 5 all '
                                'four; norms of the maps always train (default: %(default)s, which freezes nothing)')  # fmt: skip
     backbone.add_argument('--position_embedding', default='sine', choices=('sine', 'learned', 'v2', 'v3'),

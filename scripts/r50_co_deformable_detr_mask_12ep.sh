@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Co-Deformable-DETR, R50, with the mask branch of Mask R-CNN on its RoI head (co_deformable_detr_mask_r50). Only
-# --eval_module faster_rcnn predicts masks; the decoder gives boxes as without. No AP is published.
+# Co-Deformable-DETR, R50, masks on its RoI head (co_deformable_detr_mask_r50): AP on COCO val2017 is not published.
+# Only --eval_module faster_rcnn predicts masks; the decoder gives boxes as without.
 # Trained there with 16 images a step, 2 on each of 8 GPUs; hours are not published.
 #
 #   LAUNCH="torchrun --nproc_per_node 8" bash scripts/r50_co_deformable_detr_mask_12ep.sh --coco_path DATA

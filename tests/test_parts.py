@@ -50,9 +50,10 @@ def step(model: nn.Module, criterion: nn.Module, size: tuple[int, int]) -> dict[
     [
         pytest.param({}, 'inductor', marks=pytest.mark.exhaustive),
         pytest.param(TWO_STAGE, 'inductor', marks=pytest.mark.exhaustive),
-        (TWO_STAGE | {'use_checkpoint': True}, 'aot_eager'),
+        ({}, 'aot_eager'),
+        pytest.param(TWO_STAGE | {'use_checkpoint': True}, 'aot_eager', marks=pytest.mark.exhaustive),
     ],
-    ids=['detr', 'two stages', 'two stages, recomputed'],
+    ids=['detr', 'two stages', 'detr, eager', 'two stages, recomputed'],
 )
 def test_equals_eager_with_few_programs(flags: dict, backend: str) -> None:
     """To 1e-5 of each tensor. Layers that are alike share a program, and the third size needs no new one."""

@@ -317,7 +317,7 @@ def test_detrex_checkpoints_name_swin_without_the_joiner() -> None:
         ({'backbone': 'resnet18', 'drop_path_rate': 0.1}, '--drop_path_rate is not for'),
         ({'backbone': 'resnet18', 'backbone_frozen_stages': 2}, '--backbone_frozen_stages is not for'),
         ({'backbone': 'swin_tiny', 'drop_path_rate': 1.0}, 'less than 1'),
-        ({'backbone': 'swin_tiny', 'backbone_frozen_stages': 6}, 'between -1 and 5'),
+        ({'backbone': 'swin_tiny', 'backbone_frozen_stages': 6}, 'at most 5, not 6'),
         ({'backbone': 'swin_huge'}, "unknown backbone 'swin_huge': choose .*swin_large_window12"),
     ],
 )
