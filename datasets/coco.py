@@ -20,7 +20,16 @@ from torch import Tensor
 
 from datasets.annotations import AnnotationTable, Columns, Inventory, PackedList
 from datasets.class_map import ClassMap
-from datasets.coco_json import EXAMPLES, Annotations, File, Findings, check_files, read_annotations
+from datasets.coco_json import (
+    EXAMPLES,
+    Annotations,
+    File,
+    Findings,
+    check_files,
+    polygons_of,
+    read_annotations,
+    run_lengths,
+)
 from datasets.copy_paste import build_mix
 from datasets.image_dataset import ImageDataset, Mix
 from datasets.image_io import decode_file, read_image, stored_size
@@ -338,19 +347,9 @@ def rasterize(segmentation: list | dict, height: int, width: int) -> Tensor:
 def drawn(segmentation: list | dict, height: int, width: int) -> Tensor:
     if isinstance(segmentation, dict):
         if list(segmentation['size']) != [height, width]:
-            raise ValueError(
-                f'a run-length mask of {segmentation["size"]} in an image of {[height, width]} pixels'
-            )
-        if isinstance(segmentation['counts'], list):
-            if sum(segmentation['counts']) != height * width or min(segmentation['counts']) < 0:
-                raise ValueError(f'the run lengths cover {sum(segmentation["counts"])} pixels')
-            segmentation = coco_mask.frPyObjects(segmentation, height, width)
-        return torch.from_numpy(coco_mask.decode(segmentation))
-    if not all(isinstance(polygon, list) for polygon in segmentation):
-        raise TypeError('polygons are lists of numbers')
-    polygons = [
-        polygon for polygon in segmentation if len(polygon) >= 6
-    ]  # fewer than three corners cover nothing
+            raise ValueError(f'it is a mask of {segmentation["size"]}')
+        return torch.from_numpy(coco_mask.decode(run_lengths(segmentation)))
+    polygons = polygons_of(segmentation)
     if not polygons:
         return torch.zeros(height, width, dtype=torch.uint8)
     parts = coco_mask.decode(coco_mask.frPyObjects(polygons, height, width))  # [height, width, parts]

@@ -18,6 +18,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from datasets.class_map import ClassMap
+from datasets.coco_json import polygons_of, run_lengths
 from util.distributed.collectives import all_gather_object
 
 STAT_NAMES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
@@ -250,7 +251,14 @@ def require_segmentation(annotation: dict) -> list | dict:
             f'annotation {annotation.get("id")} (image {annotation["image_id"]}) has no segmentation: '
             'masks cannot be evaluated on this data, boxes can'
         )
-    return annotation['segmentation']
+    found = annotation['segmentation']
+    try:  # the evaluators are C and would crash
+        return run_lengths(found) if isinstance(found, dict) else polygons_of(found) or [[0.0] * 6]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f'annotation {annotation.get("id")} (image {annotation["image_id"]}) has a segmentation that is none ({error}): '
+            'correct it, or evaluate boxes'
+        ) from error
 
 
 def result_rows(detections: dict[int, Detections], iou_type: str) -> np.ndarray | list[dict]:

@@ -122,7 +122,14 @@ def add_loader_args(parser: ArgumentParser) -> None:
 
 
 SOURCES = ('dataset_file', 'coco_path', 'val_images', 'val_ann', 'val_shards', 'shapes_val', 'shapes_size')
-VIEW = ('img_size', 'max_size', 'aug', 'lsj_size', 'class_ids', 'batch_size')  # how images and classes reach the model
+VIEW = (
+    'img_size',
+    'max_size',
+    'aug',
+    'lsj_size',
+    'class_ids',
+    'batch_size',
+)  # how images and classes reach the model
 
 
 def adopt_data(args: Namespace, given: Collection[str], recorded: Mapping) -> None:

@@ -333,11 +333,11 @@ def test_a_pause_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MB."""
+    """A file system of 96 MB, four and a half checkpoints."""
     place = tmp_path / 'disk'
     place.mkdir()
     mounted = subprocess.run(
-        ['mount', '-t', 'tmpfs', '-o', 'size=8m', 'none', str(place)], capture_output=True
+        ['mount', '-t', 'tmpfs', '-o', 'size=96m', 'none', str(place)], capture_output=True
     )
     if mounted.returncode:
         pytest.skip('needs the right to mount a small file system')
@@ -353,10 +353,9 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     arguments = main.get_args_parser().parse_args([*flags, '--epochs', '1', '--output_dir', str(out)])
     main.main(arguments)
     before = load(out)
-    with (small_disk / 'filler').open('wb') as filler, contextlib.suppress(OSError):
+    with (small_disk / 'filler').open('wb', buffering=0) as filler, contextlib.suppress(OSError):
         while True:
             filler.write(bytes(4096))
-            filler.flush()
     capsys.readouterr()
     arguments = main.get_args_parser().parse_args([*flags, '--output_dir', str(out)])
     with pytest.raises(OSError, match='free some space'):
