@@ -11,6 +11,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
+from torch.utils.data import get_worker_info
 
 import main
 from datasets.coco import CocoDetection
@@ -428,9 +429,13 @@ def test_an_image_that_vanishes_and_a_worker_that_is_killed(
         text = complaint('main', flags(data, '--num_workers', '1'), capsys)
     assert 'train/1.png' in text and '\n' not in text
     PIL.Image.fromarray(rule_image('train1', 48, 64)).save(data / 'train/1.png')
-    monkeypatch.setattr(
-        CocoDetection, 'untransformed', lambda self, idx: os.kill(os.getpid(), signal.SIGKILL)
-    )
+
+    def killed(self: CocoDetection, idx: int) -> tuple:
+        if get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, idx)
+
+    monkeypatch.setattr(CocoDetection, 'untransformed', killed)
     assert 'lower --num_workers' in complaint('main', flags(data, '--num_workers', '1'), capsys)
 
 
