@@ -132,3 +132,13 @@ def test_backbone_weights_go_through_the_same_reader(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'--backbone_weights.*empty'):
         build_model(Namespace(**SMALL | {'backbone_weights': str(path)}))
     assert not proof.exists()
+
+
+def test_a_small_file_cannot_ask_for_much_memory(tmp_path: Path) -> None:
+    """A large memo index makes C's unpickler allocate an array of that size: 11 GB for 19 bytes (found by fuzzing)."""
+    resource = pytest.importorskip('resource')
+    (tmp_path / 'bomb.pth').write_bytes(b'\x80\x02K\x01r' + (673_710_081).to_bytes(4, 'little') + b'.')
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r'bomb\.pth'):
+        read_checkpoint(tmp_path / 'bomb.pth')
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6  # kB

@@ -4,20 +4,27 @@ Find objects in images with a trained checkpoint, or with published weights.
   python tools/predict.py --checkpoint output/quickstart/checkpoint.pth --source IMAGE --output_dir OUT
   python tools/predict.py --model detr_resnet50 --source IMAGE               a row of docs/zoo.md
   python tools/predict.py --model ms_detr_resnet50 --weights FILE --source IMAGE
+  python tools/predict.py --checkpoint FILE --source film.mp4                needs PyAV (pip install av)
 
-This draws every image and writes `predictions.json` in COCO's result form. The model's flags, the classes and the
-image size come from the checkpoint, or from the row.
+This draws every image, or film, and writes `predictions.json` in COCO's result form. The model's flags, the classes and
+the image size come from the checkpoint, or from the row.
 """
 
 import argparse
+import contextlib
+import csv
 import glob
+import io
 import json
 import os
 import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
 
+import torch
 from torch import Tensor
 from torchvision.io import write_png
 
@@ -26,12 +33,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.class_map import ClassMap
 from datasets.coco_eval import encode_masks
 from datasets.image_io import read_image
-from models.detector import load_detector
+from models.detector import Detector, load_detector
 from util.files import save_atomically
 from util.flags import run_command
 from util.visualize import draw_boxes
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
+FILMS = ('.mp4', '.avi', '.mov', '.mkv', '.webm')
+COLUMNS = (
+    'image_id',
+    'file_name',
+    'frame',
+    'category_id',
+    'category_name',
+    'score',
+    'x',
+    'y',
+    'width',
+    'height',
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -47,8 +67,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         help='hub entry or recipe whose model to build, with its published weights if no file is named',
     )  # fmt: skip
     parser.add_argument(
-        '--source', required=True, help='an image, a folder of images, or a pattern such as "*.jpg"'
-    )
+        '--source', required=True,
+        help='an image, a folder of images, a pattern such as "*.jpg", the address of an image, a film '
+        f'({", ".join(FILMS)}), or webcam (webcam:1 for the second), which Ctrl-C ends',
+    )  # fmt: skip
     parser.add_argument(
         '--output_dir',
         default='output/predictions',
@@ -61,6 +83,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--json_score_thr', default=0.0, type=float, help='lowest score written (default: %(default)s)'
     )
+    parser.add_argument(
+        '--class_thresholds',
+        nargs='+',
+        default=[],
+        metavar='NAME=SCORE',
+        help='lowest score drawn of single classes',
+    )
+    parser.add_argument(
+        '--formats', nargs='+', default=['json'], choices=('json', 'csv', 'yolo'),
+        help='what is written beside the drawings: predictions.json in COCO\'s result form, predictions.csv, labels/NAME.txt of '
+        'YOLO with the score behind the box (default: json)',
+    )  # fmt: skip
     parser.add_argument('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
     return parser
 
@@ -117,32 +151,175 @@ def coco_results(name: str, result: dict[str, Tensor], class_map: ClassMap) -> l
     ]
 
 
-def select(result: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
-    keep = result['scores'] >= threshold
+def select(result: dict[str, Tensor], threshold: float | Tensor) -> dict[str, Tensor]:
+    """Keep detections from a score on. threshold: one for all, or one for each class [K]."""
+    keep = result['scores'] >= (threshold[result['labels']] if isinstance(threshold, Tensor) else threshold)
     return {key: value[keep] for key, value in result.items()}
 
 
+def thresholds_of(class_map: ClassMap, usual: float, single: list[str]) -> Tensor:
+    """Return the lowest score drawn of each class, [K]. single: `NAME=SCORE` for some.
+
+    Raises:
+        ValueError: there is no such class, or no number.
+    """
+    thresholds = torch.full((class_map.num_classes,), usual)
+    for text in single:
+        name, _, score = text.rpartition('=')
+        if name not in class_map.names:
+            known = ', '.join(str(each) for each in class_map.names if each is not None)[:300]
+            raise ValueError(f'--class_thresholds {text}: no class is named {name!r}; there are {known}')
+        try:
+            thresholds[class_map.names.index(name)] = float(score)
+        except ValueError:
+            raise ValueError(f'--class_thresholds {text}: {score!r} is no score') from None
+    return thresholds
+
+
+def fetch_image(url: str, folder: Path) -> Path:
+    """Fetch an image into a folder.
+
+    Raises:
+        ValueError: it cannot be fetched.
+    """
+    path = folder / (Path(urlparse(url).path).name or 'image')
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(path), progress=False)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f'{url} could not be fetched ({error}): check the address') from error
+    return path
+
+
+def write_results(
+    folder: Path, rows: list[dict], formats: list[str], sizes: dict[str, tuple[int, int]], labels: dict
+) -> None:
+    """Write detections. sizes: height and width of each image by name. labels: class index of each category id."""
+    if 'json' in formats:
+        save_atomically(folder / 'predictions.json', lambda path: path.write_text(json.dumps(rows)))
+    if 'csv' in formats:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator='\n')
+        writer.writerow(COLUMNS)
+        writer.writerows([*(row.get(name, '') for name in COLUMNS[:6]), *row['bbox']] for row in rows)
+        save_atomically(folder / 'predictions.csv', lambda path: path.write_text(text.getvalue()))
+    if 'yolo' in formats:
+        lines: dict[Path, list[str]] = {
+            folder / 'labels' / Path(name).with_suffix('.txt'): [] for name in sizes
+        }
+        for row in rows:
+            height, width = sizes[row['file_name']]
+            x, y, w, h = row['bbox']
+            values = ((x + w / 2) / width, (y + h / 2) / height, w / width, h / height, row['score'])
+            text_line = ' '.join([str(labels[row['category_id']]), *(f'{value:.6g}' for value in values)])
+            lines[folder / 'labels' / Path(row['file_name']).with_suffix('.txt')].append(text_line)
+        for path, found in lines.items():
+            save_atomically(
+                path, lambda place, found=found: place.write_text(''.join(f'{line}\n' for line in found))
+            )
+
+
+def import_av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError('films need PyAV: pip install av') from error
+    return av
+
+
+def detect_film(
+    detector: Detector, source: str, folder: Path, thresholds: Tensor, lowest: float
+) -> list[dict]:
+    """Detect in every frame of a film or webcam, write the drawn film, and return rows with their `frame`, from 0.
+
+    Raises:
+        ValueError: it is no film.
+    """
+    from tqdm import tqdm
+
+    av = import_av()
+    kind, _, number = source.partition(':')
+    is_camera = kind == 'webcam'
+    name = 'webcam' if is_camera else Path(source).name
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict] = []
+
+    def write(path: Path) -> None:
+        opened = av.open(f'/dev/video{number or 0}', format='v4l2') if is_camera else av.open(source)
+        with opened as film, av.open(str(path), 'w') as output, contextlib.suppress(KeyboardInterrupt):
+            stream = film.streams.video[0]
+            drawn_stream = None
+            for count, frame in enumerate(
+                tqdm(film.decode(stream), total=stream.frames or None, unit='frame', disable=None)
+            ):
+                image = torch.from_numpy(frame.to_ndarray(format='rgb24')).permute(2, 0, 1).contiguous()
+                drawing, found = detect_and_draw(detector, image, name, thresholds, lowest)
+                rows.extend(row | {'frame': count} for row in found)
+                drawing = drawing[
+                    :, : drawing.shape[1] // 2 * 2, : drawing.shape[2] // 2 * 2
+                ]  # codecs want even sides
+                if drawn_stream is None:
+                    drawn_stream = output.add_stream('libx264', rate=stream.average_rate or 25)
+                    drawn_stream.height, drawn_stream.width = drawing.shape[1:]
+                    drawn_stream.pix_fmt = 'yuv420p'
+                array = drawing.permute(1, 2, 0).contiguous().numpy()
+                output.mux(drawn_stream.encode(av.VideoFrame.from_ndarray(array, format='rgb24')))
+            if drawn_stream is None:
+                raise ValueError(f'{source} has no frames')
+            output.mux(drawn_stream.encode())
+
+    try:
+        save_atomically(folder / f'{Path(name).stem}.mp4', write)
+    except (av.error.FFmpegError, IndexError) as error:
+        raise ValueError(f'{source} is not a readable film ({error})') from error
+    return rows
+
+
+def detect_and_draw(
+    detector: Detector, image: Tensor, name: str, thresholds: Tensor, lowest: float
+) -> tuple[Tensor, list[dict]]:
+    """Return the drawn image, and the detections as rows."""
+    class_map, result = detector.class_map, detector.detect(image)
+    drawn = select(result, thresholds)
+    drawing = draw_boxes(
+        image, drawn['boxes'], drawn['labels'], class_map.names, drawn['scores'], drawn.get('masks')
+    )
+    return drawing, coco_results(name, select(result, lowest), class_map)
+
+
 def main(args: Namespace) -> None:
-    images, folder = find_images(args.source), Path(args.output_dir)
+    folder = Path(args.output_dir)
+    is_film = args.source.partition(':')[0] == 'webcam' or args.source.lower().endswith(FILMS)
+    is_address = args.source.startswith(('http://', 'https://'))
+    images = [] if is_film or is_address else find_images(args.source)
     if not (args.model or args.checkpoint):
         raise ValueError('give --checkpoint FILE, or --model NAME for published weights')
+    if is_film:
+        import_av()
+        if not args.source.startswith('webcam') and not Path(args.source).is_file():
+            raise ValueError(f'--source {args.source}: no film there')
     detector = load_detector(args.model, args.checkpoint, args.device)
     class_map = detector.class_map
-    names = names_below(images)
+    thresholds = thresholds_of(class_map, args.score_thr, args.class_thresholds)
+    if is_film:
+        rows = detect_film(detector, args.source, folder, thresholds, args.json_score_thr)
+        write_results(folder, rows, [name for name in args.formats if name != 'yolo'], {}, class_map.label_of)
+        print(f'the drawn film and {len(rows)} detections lie in {folder}')
+        return
+    if is_address:
+        images = [fetch_image(args.source, folder / 'fetched')]
+    names, sizes, rows = names_below(images), {}, []
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
     for path, name in zip(images, names, strict=True):
         image = read_image(path)
-        result = detector.detect(image)
-        rows += coco_results(name, select(result, args.json_score_thr), class_map)
-        drawn = select(result, args.score_thr)
-        drawing = draw_boxes(
-            image, drawn['boxes'], drawn['labels'], class_map.names, drawn['scores'], drawn.get('masks')
-        )
+        sizes[name] = (image.shape[1], image.shape[2])
+        drawing, found = detect_and_draw(detector, image, name, thresholds, args.json_score_thr)
+        rows += found
         save_atomically(folder / drawing_name(name, names), partial(write_png_file, drawing))
-        print(f'{path}: {len(drawn["scores"])} objects of score {args.score_thr} or more')
-    save_atomically(folder / 'predictions.json', lambda path: path.write_text(json.dumps(rows)))
-    print(f'{len(images)} drawn images and predictions.json lie in {folder}')
+        number = sum(row['score'] >= thresholds[class_map.label_of[row['category_id']]] for row in found)
+        print(f'{path}: {number} objects of score {args.score_thr} or more')
+    write_results(folder, rows, args.formats, sizes, class_map.label_of)
+    print(f'{len(images)} drawn images and {", ".join(args.formats)} results lie in {folder}')
 
 
 def write_png_file(image: Tensor, path: Path) -> None:

@@ -116,7 +116,8 @@ def plain_functions() -> dict[str, Any]:
 def restricted_pickle(refused: set[str]) -> types.ModuleType:
     """Return what torch.load takes as `pickle_module`. Names that are not plain data are added to `refused`."""
 
-    class Unpickler(pickle.Unpickler):
+    # Python's own, not that in C: for that one a file of a hundred bytes can ask for gigabytes (a large memo index).
+    class Unpickler(pickle._Unpickler):  # type: ignore[misc,name-defined]  # private, but as old as Python 3
         def __init__(self, file: IO[bytes], **options: Any) -> None:
             super().__init__(file, **options)
             self.functions = plain_functions()

@@ -1,0 +1,133 @@
+"""tools/predict.py: images, addresses and films in; drawings, JSON, CSV and YOLO's text out."""
+
+import contextlib
+import csv
+import functools
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+
+from datasets.foreign import read_yolo
+from datasets.shapes import ShapesDetection
+from tests.runs import run
+from tools import predict
+from util.flags import run_command
+
+TOP = 60  # detections of an image: 10 queries of 6 classes
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, and a folder of images of two sizes."""
+    folder = tmp_path_factory.mktemp('trained')
+    run(folder, '--epochs', '1', '--no_validate')
+    (folder / 'images/more').mkdir(parents=True)
+    for number, place in enumerate(('images/1.png', 'images/2.jpg', 'images/more/1.png')):
+        image = ShapesDetection(3, 'val', image_size=64)[number][0].permute(1, 2, 0).numpy()
+        PIL.Image.fromarray(image).save(folder / place)
+    return folder
+
+
+def words(folder: Path, source: object, out: Path, *more: str) -> list[str]:
+    return [
+        '--checkpoint',
+        str(folder / 'checkpoint.pth'),
+        '--source',
+        str(source),
+        '--output_dir',
+        str(out),
+        '--device',
+        'cpu',
+        *more,
+    ]
+
+
+def predicted(*argv: str) -> None:
+    run_command(predict.main, predict.get_args_parser(), argv)
+
+
+def test_all_formats_hold_the_same(trained: Path, tmp_path: Path) -> None:
+    predicted(*words(trained, f'{trained}/images/**/*.*', tmp_path, '--formats', 'json', 'csv', 'yolo'))
+    rows = json.loads((tmp_path / 'predictions.json').read_text())
+    with (tmp_path / 'predictions.csv').open() as file:
+        table = list(csv.DictReader(file))
+    assert len(rows) == len(table) == 3 * TOP
+    for row, line in zip(rows, table, strict=True):
+        assert (row['file_name'], row['category_name'], str(row['score'])) == (
+            line['file_name'],
+            line['category_name'],
+            line['score'],
+        )
+        assert [float(line[key]) for key in ('x', 'y', 'width', 'height')] == row['bbox']
+    for name in ('1.png', '2.jpg', 'more/1.png'):
+        with PIL.Image.open(trained / 'images' / name) as image:
+            width, height = image.size
+        own = [row['bbox'] for row in rows if row['file_name'] == name]
+        text = (tmp_path / 'labels' / name).with_suffix('.txt').read_text()
+        lines = [' '.join(line.split()[:5]) for line in text.splitlines()]
+        (tmp_path / 'read.txt').write_text('\n'.join(lines))
+        found = [each['bbox'] for each in read_yolo(tmp_path / 'read.txt', height, width)]
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(own), atol=1e-3, rtol=1e-4)
+
+
+def test_thresholds_of_classes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = trained / 'images/1.png'
+    for more, expected in (
+        (['--score_thr', '0'], TOP),
+        (['--score_thr', '1', '--class_thresholds', 'disc=0'], None),
+    ):
+        predicted(*words(trained, source, tmp_path, *more))
+        rows = json.loads((tmp_path / 'predictions.json').read_text())
+        number = expected or sum(row['category_name'] == 'disc' for row in rows)
+        assert f'1.png: {number} objects' in capsys.readouterr().out
+    for bad, message in (('dog=0.5', "no class is named 'dog'"), ('disc=high', "'high' is no score")):
+        with pytest.raises(SystemExit, match=message):
+            predicted(*words(trained, source, tmp_path, '--class_thresholds', bad))
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}'
+        server.shutdown()
+
+
+def test_an_address(trained: Path, tmp_path: Path) -> None:
+    with served(trained / 'images') as address:
+        predicted(*words(trained, f'{address}/2.jpg', tmp_path))
+        assert {row['file_name'] for row in json.loads((tmp_path / 'predictions.json').read_text())} == {
+            '2.jpg'
+        }
+        with pytest.raises(SystemExit, match=r'gone\.jpg could not be fetched'):
+            predicted(*words(trained, f'{address}/gone.jpg', tmp_path))
+
+
+def test_a_film(trained: Path, tmp_path: Path) -> None:
+    av = pytest.importorskip('av')
+    shapes = ShapesDetection(5, 'val', image_size=64)
+    with av.open(str(tmp_path / 'film.mp4'), 'w') as output:
+        stream = output.add_stream('libx264', rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, 'yuv420p'
+        for number in range(5):
+            image = PIL.Image.fromarray(shapes[number][0].permute(1, 2, 0).numpy()).resize((64, 48))
+            output.mux(stream.encode(av.VideoFrame.from_image(image)))
+        output.mux(stream.encode())
+    predicted(*words(trained, tmp_path / 'film.mp4', tmp_path / 'out', '--formats', 'json', 'csv'))
+    rows = json.loads((tmp_path / 'out/predictions.json').read_text())
+    assert [row['frame'] for row in rows] == [frame for frame in range(5) for _ in range(TOP)]
+    with av.open(str(tmp_path / 'out/film.mp4')) as film:
+        frames = [frame.to_ndarray(format='rgb24').shape for frame in film.decode(video=0)]
+        assert frames == [(384, 512, 3)] * 5 and film.streams.video[0].average_rate == 5
+    (tmp_path / 'broken.mp4').write_bytes(b'no film')
+    with pytest.raises(SystemExit, match=r'broken\.mp4 is not a readable film'):
+        predicted(*words(trained, tmp_path / 'broken.mp4', tmp_path / 'out'))
+    with pytest.raises(SystemExit, match='no film there'):
+        predicted(*words(trained, tmp_path / 'gone.mp4', tmp_path / 'out'))
