@@ -1,0 +1,59 @@
+"""From a detector of COCO's 91 classes to the 3 of a small data set: one command, and none of its flags again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import main
+from tests.runs import TINY, load
+from tests.shared_data import SHARED, needs_shared
+from tools import predict
+
+WORDS = [word for word in TINY.split() if word not in ('--dataset_file', 'shapes')]
+FLAGS = [*WORDS, '--epochs', '1', '--img_size', '96', '--max_size', '96', '--batch_size', '8']
+
+
+@needs_shared
+@pytest.mark.slow
+def test_from_91_classes_to_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    coco = [
+        '--coco_path',
+        str(SHARED / 'data/coco_mini'),
+        '--no_validate',
+        '--output_dir',
+        str(tmp_path / 'coco'),
+    ]
+    main.main(main.get_args_parser().parse_args([*FLAGS, *coco]))
+    assert load(tmp_path / 'coco')['model']['class_embed.bias'].shape == (91,)
+    tuned = ['--coco_path', str(SHARED / 'data/bccd'), '--pretrained', str(tmp_path / 'coco/checkpoint.pth')]
+    capsys.readouterr()
+    main.main(main.get_args_parser().parse_args([*FLAGS, *tuned, '--output_dir', str(tmp_path / 'bccd')]))
+    printed = capsys.readouterr().out
+    checkpoint = load(tmp_path / 'bccd')
+    names = checkpoint['class_map']['names']
+    assert len(names) == 3 and checkpoint['model']['class_embed.bias'].shape == (3,)
+    assert 're-initialised: class_embed.weight, class_embed.bias\n' in printed
+    assert 'train objects by class: RBC 3,348' in printed
+    trained = json.loads((tmp_path / 'bccd/log.jsonl').read_text())['test_coco_eval_bbox']
+    again = [
+        '--eval',
+        '--resume',
+        str(tmp_path / 'bccd/checkpoint.pth'),
+        '--output_dir',
+        str(tmp_path / 'eval'),
+    ]
+    main.main(main.get_args_parser().parse_args([*again, '--num_workers', '0', '--device', 'cpu']))
+    assert json.loads((tmp_path / 'eval/eval.json').read_text())['test_coco_eval_bbox'] == trained
+    image = min((SHARED / 'data/bccd').rglob('*.jp*g'))
+    words = [
+        '--checkpoint',
+        str(tmp_path / 'bccd/checkpoint.pth'),
+        '--source',
+        str(image),
+        '--output_dir',
+        str(tmp_path / 'out'),
+    ]
+    predict.main(predict.get_args_parser().parse_args([*words, '--device', 'cpu']))
+    rows = json.loads((tmp_path / 'out/predictions.json').read_text())
+    assert rows and {row['category_name'] for row in rows} <= set(names)
