@@ -389,7 +389,12 @@ def test_detrex_files_fit_the_hub_and_predict(tmp_path: Path) -> None:
     [
         ('detr', 'r50_dc5', 'detr_resnet50_dc5'),
         ('conditional_detr', 'r50', 'conditional_detr_resnet50'),
-        pytest.param('deformable_detr', 'r50_box_refine', 'deformable_detr_resnet50_box_refine', marks=pytest.mark.exhaustive),
+        pytest.param(
+            'deformable_detr',
+            'r50_box_refine',
+            'deformable_detr_resnet50_box_refine',
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_hub_gives_recorded_outputs_for_official_files(

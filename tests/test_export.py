@@ -1,0 +1,75 @@
+"""tools/export.py: programs of any size that compute the same, and are refused if they do not."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from datasets.shapes import ShapesDetection
+from datasets.shapes import export as write_shapes
+from tests.runs import TINY, run
+from tools import export
+from util.flags import run_command
+
+PLAIN = ' '.join(word for word in TINY.split() if word != '--conditional')
+FAMILIES = {
+    'conditional': TINY,
+    'detr': PLAIN,
+    'two stages': f'{PLAIN} --two_stage --with_box_refine --num_feature_levels 3',
+    'dino': f'{PLAIN} --dino --num_feature_levels 3',
+    'mixed': f'{PLAIN} --two_stage --with_box_refine --use_ms_detr --num_feature_levels 3',
+}
+needs_onnx = pytest.mark.skipif(
+    any(find_spec(name) is None for name in export.PACKAGES), reason=f'needs {", ".join(export.PACKAGES)}'
+)
+
+
+def trained(folder: Path, family: str) -> Path:
+    run(folder, '--epochs', '1', '--no_validate', '--shapes_train', '4', flags=FAMILIES[family])
+    return folder / 'checkpoint.pth'
+
+
+def exported(checkpoint: Path, output: Path, *more: str) -> None:
+    words = ['--checkpoint', str(checkpoint), '--output', str(output), *more]
+    run_command(export.main, export.get_args_parser(), words)
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'family',
+    [pytest.param(name, marks=() if name == 'detr' else pytest.mark.exhaustive) for name in FAMILIES],
+)
+def test_onnx_equals_torch(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At three sizes and two numbers of images, on the spot; then the AP of both."""
+    checkpoint = trained(tmp_path / 'run', family)
+    write_shapes(tmp_path / 'data', ShapesDetection(3, 'val', image_size=64))
+    exported(checkpoint, tmp_path / 'detector.onnx', '--coco_path', str(tmp_path / 'data'))
+    printed = capsys.readouterr().out
+    assert printed.count('largest difference of scores') == 3
+    first, second = printed.split('PyTorch AP ')[1].splitlines()[0].split('; exported AP ')
+    assert first == second
+    assert (tmp_path / 'detector.onnx').stat().st_size > 1e6
+
+
+@pytest.mark.slow
+def test_a_program_of_torch_export_and_what_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = trained(tmp_path / 'run', 'conditional')
+    exported(checkpoint, tmp_path / 'out', '--format', 'pt2', '--postprocess')
+    assert capsys.readouterr().out.count('largest difference of scores') == 3
+    with pytest.raises(SystemExit, match='exists: choose another name'):
+        exported(checkpoint, tmp_path / 'out', '--format', 'pt2')
+    with pytest.raises(SystemExit, match=r'let it end in \.pt2'):
+        exported(checkpoint, tmp_path / 'detector.onnx', '--format', 'pt2')
+    load = export.load
+    monkeypatch.setattr(
+        export, 'load', lambda path: lambda images: tuple(x + 0.01 for x in load(path)(images))
+    )
+    with pytest.raises(SystemExit, match=r'is not the detector .* so its file is removed'):
+        exported(checkpoint, tmp_path / 'wrong', '--format', 'pt2')
+    assert not (tmp_path / 'wrong/detector.pt2').exists()
+    monkeypatch.setattr(export, 'find_spec', lambda name: None)
+    with pytest.raises(SystemExit, match='pip install onnx'):
+        exported(checkpoint, tmp_path / 'other', '--format', 'onnx')

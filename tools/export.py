@@ -1,0 +1,319 @@
+"""
+Export a trained detector as one program of any batch size, height and width, and check that it computes the same.
+
+  python tools/export.py --checkpoint output/quickstart/checkpoint.pth --output detector.onnx
+  python tools/export.py --model detr_resnet50 --output exported --format pt2          exported/detector.pt2
+  python tools/export.py --checkpoint FILE --output OUT.onnx --postprocess             scores, labels, boxes in pixels
+  python tools/export.py --checkpoint FILE --output OUT.onnx --coco_path DATA          AP of both, too
+
+The input `images` is uint8 [B, 3, H, W], resized but not normalised; all of it is image, none is padding. The outputs are
+`pred_logits` and `pred_boxes`; with --postprocess `scores`, `labels` and `boxes` (xyxy in pixels of the input). Masks are
+left out. A file whose outputs differ from PyTorch's does not stay. A pt2 file is run by
+`torch.export.load(FILE).module(check_guards=False)`: its guards ask for no more than the parity of the example's sides.
+"""
+
+import argparse
+import logging
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from importlib.util import find_spec
+from inspect import signature
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from datasets import build_dataset
+from datasets.coco_eval import CocoEvaluator
+from datasets.flags import add_data_args
+from datasets.image_dataset import ImageDataset
+from datasets.shapes import ShapesDetection
+from datasets.transforms import frame_size
+from models.detector import Detector, load_detector
+from models.postprocess import SoftmaxPostProcess, TopKPostProcess, clamp_boxes
+from util.bounds import whole
+from util.box_ops import box_cxcywh_to_xyxy
+from util.files import save_atomically
+from util.flags import run_command
+
+Run = Callable[[Tensor], tuple[Tensor, ...]]
+
+TOLERANCE = 1e-4  # of scores, and of boxes in [0, 1]
+OPSET = 20
+PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
+OUTPUTS, DETECTIONS = ['pred_logits', 'pred_boxes'], ['scores', 'labels', 'boxes']
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        'export.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        '--checkpoint', '--weights', default='', metavar='FILE',
+        help='path or address of weights: of a run of main.py or any file that tells its flags, of any other file with --model',
+    )  # fmt: skip
+    parser.add_argument(
+        '--model', default='', metavar='NAME',
+        help='hub entry or recipe whose model to build, with its published weights if no file is named',
+    )  # fmt: skip
+    parser.add_argument(
+        '--output', required=True, type=Path, metavar='OUT',
+        help='file to write, or a folder for detector.onnx or detector.pt2; the file must not exist',
+    )  # fmt: skip
+    parser.add_argument(
+        '--format', default='onnx', choices=('onnx', 'pt2'),
+        help='onnx, or pt2: a program of torch.export (default: %(default)s)',
+    )  # fmt: skip
+    parser.add_argument(
+        '--postprocess',
+        action='store_true',
+        help='let the program end in detections, not in logits and boxes',
+    )
+    group = parser.add_argument_group('AP of PyTorch and of the program, side by side')
+    group.add_argument('--coco_path', metavar='DIR', help='data in COCO form, as main.py reads it')
+    group.add_argument('--val_images', metavar='DIR', help='folder of images, instead of --coco_path')
+    group.add_argument('--val_ann', metavar='FILE', help='file of annotations, instead of --coco_path')
+    group.add_argument('--limit', type=whole(1), metavar='N', help='only the first N images (default: all)')
+    return parser
+
+
+class Program(nn.Module):
+    """What is exported: images in, tensors in the order of `names` out.
+
+    postprocess: module whose detections end the program; None: it ends in logits and boxes.
+    """
+
+    def __init__(self, model: nn.Module, postprocess: nn.Module | None) -> None:
+        super().__init__()
+        self.model, self.postprocess = model, postprocess
+        self.names = OUTPUTS if postprocess is None else DETECTIONS
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.model(images)
+        logits, boxes = outputs['pred_logits'], outputs['pred_boxes']
+        if self.postprocess is None:
+            return logits, boxes
+        # As the modules of models/postprocess.py, whose list of images would fix their number; `verify` compares the two.
+        size = torch.stack([boxes.new_full((), side) for side in images.shape[-2:]])
+        boxes = box_cxcywh_to_xyxy(boxes) * size.flip(0).repeat(2)
+        if isinstance(self.postprocess, SoftmaxPostProcess):
+            return *logits.softmax(-1)[..., :-1].max(-1), boxes
+        scores = logits.sigmoid().flatten(1)
+        scores, index = scores.topk(min(self.postprocess.num_select, scores.shape[1]))
+        boxes = clamp_boxes(boxes, size) if self.postprocess.clamp else boxes
+        query = index.div(logits.shape[-1], rounding_mode='floor')
+        return scores, index % logits.shape[-1], boxes.gather(1, query[..., None].expand(-1, -1, 4))
+
+    @torch.no_grad()
+    def expected(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return what `forward` must, computed by the detector's own modules."""
+        outputs = self.model(images)
+        if self.postprocess is None:
+            return outputs['pred_logits'], outputs['pred_boxes']
+        size = torch.tensor(images.shape[-2:]).expand(len(images), 2)
+        found = self.postprocess(outputs, size)
+        return tuple(torch.stack([one[name] for one in found]) for name in self.names)
+
+
+def make_program(detector: Detector, postprocess: bool) -> Program:
+    """Return what to export of a detector.
+
+    Raises:
+        ValueError: its detections cannot be computed inside a program.
+    """
+    module = detector.postprocessors['bbox']
+    if postprocess and not isinstance(module, SoftmaxPostProcess | TopKPostProcess):
+        raise ValueError(
+            f'--postprocess: {type(module).__name__} keeps another number of detections in each image, which cannot be '
+            'exported: leave the flag out'
+        )
+    return Program(detector.model, module if postprocess else None).eval()
+
+
+def check_packages() -> None:
+    missing = ' '.join(name for name in PACKAGES if find_spec(name) is None)
+    if missing:
+        raise ValueError(f'--format onnx needs packages: pip install {missing}, or take --format pt2')
+
+
+def export(program: Program, images: Tensor, path: Path) -> None:
+    """Write a program as .onnx or .pt2, with number, height and width of the images variable."""
+    dynamic = torch.export.Dim.DYNAMIC
+    with torch.no_grad():
+        exported = torch.export.export(
+            program, (images,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
+        )
+    if path.suffix == '.pt2':
+        torch.export.save(exported, path)
+        return
+    names = {'input_names': ['images'], 'output_names': program.names}
+    torch.onnx.export(exported, **names, opset_version=OPSET, dynamo=True, verbose=False).save(path)
+    if (weights := path.with_name(f'{path.name}.data')).exists():
+        weights.unlink()
+        raise ValueError('--format onnx: these weights do not fit into one file: take --format pt2')
+
+
+def load(path: Path) -> Run:
+    """Load a program that `export` has written."""
+    if path.suffix == '.pt2':
+        make_module = torch.export.load(path).module
+        guarded = 'check_guards' in signature(make_module).parameters  # from PyTorch 2.9 on
+        return make_module(check_guards=False) if guarded else make_module()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    return lambda images: tuple(map(torch.from_numpy, session.run(None, {'images': images.numpy()})))
+
+
+def draw_images(number: int, height: int, width: int) -> Tensor:
+    """Return built-in images, uint8 [number, 3, height, width]."""
+    shapes = ShapesDetection(number, 'test')
+    images = [F.interpolate(shapes[index][0][None].float(), (height, width)) for index in range(number)]
+    return torch.cat(images).byte()
+
+
+def sizes(detector: Detector) -> list[tuple[int, int, int]]:
+    """Return number, height and width of the images of the example, and of those to compare."""
+    side, multiple = max(256, detector.args.img_size // 2), detector.model.multiple
+    wide = side * 5 // 4
+    chosen = [(2, side, wide), (1, side + 37, side - 19), (2, wide, side), (2, side - 51, side + 62)]
+    return [(number, *(-(-edge // multiple) * multiple for edge in edges)) for number, *edges in chosen]
+
+
+def rows_of(program: Program, outputs: tuple[Tensor, ...], softmax: bool) -> Tensor:
+    """Return what is compared, [B, N, D]: the label of detections, then scores, then a box."""
+    if program.postprocess is None:
+        logits, boxes = outputs
+        return torch.cat([logits.softmax(-1) if softmax else logits.sigmoid(), boxes], dim=-1)
+    scores, labels, boxes = outputs
+    return torch.cat([labels[..., None], scores[..., None], boxes], dim=-1)
+
+
+def largest_differences(ours: Tensor, theirs: Tensor, cut: bool) -> tuple[float, float]:
+    """Return the largest difference of scores (and labels), and of boxes, between each row and the nearest of the others.
+
+    The order may differ, because rounding chooses between proposals, or detections, whose scores are almost equal.
+
+    Args:
+        cut: rows are the best of more, by score; those that are hardly better than the last may be others.
+    """
+    gaps = []
+    for these, others in ((ours, theirs), (theirs, ours)):
+        nearest = torch.cdist(these, others, p=torch.inf).argmin(2, keepdim=True)
+        gap = (these - others.gather(1, nearest.expand_as(these))).abs()
+        if cut:
+            scores = these[..., -5:-4]
+            gap *= scores > scores.amin(1, keepdim=True) + TOLERANCE
+            gap[..., -5] = (ours - theirs)[..., -5].abs()
+        gaps.append(gap)
+    worst = torch.cat(gaps, dim=1).amax((0, 1))  # [D]
+    return worst[:-4].amax().item(), worst[-4:].amax().item()
+
+
+def verify(detector: Detector, program: Program, run: Run) -> None:
+    """Compare a program in a file with the detector at several sizes, and print the largest differences.
+
+    Raises:
+        ValueError: one is above TOLERANCE.
+    """
+    module = detector.postprocessors['bbox']
+    softmax, cut = isinstance(module, SoftmaxPostProcess), isinstance(program.postprocess, TopKPostProcess)
+    for number, height, width in sizes(detector)[1:]:
+        images = draw_images(number, height, width)
+        rows = [rows_of(program, outputs, softmax) for outputs in (program.expected(images), run(images))]
+        if program.postprocess is not None:
+            rows = [
+                torch.cat([x[..., :-4], x[..., -4:] / torch.tensor([width, height] * 2)], -1) for x in rows
+            ]
+        scores, boxes = largest_differences(*rows, cut)
+        line = f'largest difference of scores {scores:.1e}, of boxes {boxes:.1e}'
+        print(f'{number} x {height} x {width}: {line}', flush=True)
+        if not (scores <= TOLERANCE and boxes <= TOLERANCE):
+            raise ValueError(
+                f'the exported program is not the detector ({line}, at most {TOLERANCE} is allowed), so no file is kept: try the '
+                'other --format'
+            )
+
+
+def read_data(detector: Detector, args: Namespace) -> ImageDataset:
+    """Build the validation data of the command line, prepared as those of the detector's run."""
+    parser = argparse.ArgumentParser()
+    add_data_args(parser)
+    kind = 'lvis' if getattr(detector.args, 'dataset_file', '') == 'lvis' else 'coco'
+    given = {name: getattr(args, name) for name in ('coco_path', 'val_images', 'val_ann')}
+    given |= {'dataset_file': kind, 'val_shards': None, 'seed': 0, 'masks': False, 'co_masks': False}
+    flags = vars(parser.parse_args([])) | vars(detector.args) | given
+    return build_dataset('val', Namespace(**flags), detector.class_map)
+
+
+@torch.no_grad()
+def average_precision(
+    detector: Detector, program: Program, runs: dict[str, Run], dataset: ImageDataset, limit: int | None
+) -> str:
+    """Return a line with AP and AP50 of each way to run a program, image by image."""
+    truth = dataset.ground_truth, detector.class_map
+    evaluators = {name: CocoEvaluator(*truth, federated=dataset.federated) for name in runs}
+    count = min(limit or len(dataset), len(dataset))
+    for index in range(count):
+        image, target = dataset[index]
+        size = frame_size(target)
+        for name, run in runs.items():
+            found = dict(zip(program.names, run(image[None]), strict=True))
+            if program.postprocess is None:
+                result = detector.postprocessors['bbox'](found, size[None])[0]
+            else:
+                result = {key: value[0] for key, value in found.items()}
+                result['boxes'] *= (size / torch.tensor(image.shape[-2:])).flip(0).repeat(2)
+            evaluators[name].update({int(target['image_id']): result})
+    stats = {name: evaluator.summarize()['bbox'].stats for name, evaluator in evaluators.items()}
+    lines = [f'{name} AP {100 * ap:.2f}, AP50 {100 * ap50:.2f}' for name, (ap, ap50, *_) in stats.items()]
+    return f'{count} images: {"; ".join(lines)}'
+
+
+def output_path(output: Path, suffix: str) -> Path:
+    """Return the file to write.
+
+    Raises:
+        ValueError: it exists, or has another suffix.
+    """
+    if output.suffix not in ('', suffix) and not output.is_dir():
+        raise ValueError(f'--output {output}: let it end in {suffix}, or name a folder')
+    path = output if output.suffix == suffix else output / f'detector{suffix}'
+    if path.exists():
+        raise ValueError(f'{path} exists: choose another name, or remove it')
+    return path
+
+
+def main(args: Namespace) -> str:
+    if not (args.model or args.checkpoint):
+        raise ValueError('give --checkpoint FILE, or --model NAME for published weights')
+    if args.format == 'onnx':
+        check_packages()
+    path = output_path(args.output, f'.{args.format}')
+    detector = load_detector(args.model, args.checkpoint)
+    program = make_program(detector, args.postprocess)
+    dataset = read_data(detector, args) if args.coco_path or args.val_ann else None
+
+    def save(partial: Path) -> None:
+        export(program, draw_images(*sizes(detector)[0]), partial)
+        verify(detector, program, load(partial))
+
+    logging.getLogger('onnxscript').setLevel(
+        logging.ERROR
+    )  # it tells of each operator that it leaves as it is
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        save_atomically(path, save)
+    if dataset is not None:
+        runs = {'PyTorch': program.expected, 'exported': load(path)}
+        print(average_precision(detector, program, runs, dataset, args.limit))
+    return f'{path}: {path.stat().st_size / 1e6:.1f} MB'
+
+
+if __name__ == '__main__':
+    run_command(main, get_args_parser())
