@@ -203,7 +203,6 @@ class BlackBox:
         self.saved += 1
         name = re.sub(r'\W+', '_', where)
         file = self.folder / 'black_box' / f'{name}_rank{get_rank()}.pth'
-        file.parent.mkdir(parents=True, exist_ok=True)
         plain = [
             {
                 'tensors': samples.tensors.cpu(),
@@ -212,14 +211,18 @@ class BlackBox:
             }
             for samples, targets in batches
         ]
-        save_checkpoint(
-            file,
-            {
-                'model': model.state_dict(),
-                'args': vars(self.args),
-                'rng': self.rng,
-                'batches': plain,
-                'where': where,
-            },
-        )
+        try:
+            save_checkpoint(
+                file,
+                {
+                    'model': model.state_dict(),
+                    'args': vars(self.args),
+                    'rng': self.rng,
+                    'batches': plain,
+                    'where': where,
+                },
+            )
+        except OSError as error:  # the run goes on without the file
+            print(f'warning: {error}', flush=True)
+            return None
         return file
