@@ -67,7 +67,7 @@ def test_a_program_of_torch_export_and_what_is_refused(
     monkeypatch.setattr(
         export, 'load', lambda path: lambda images: tuple(x + 0.01 for x in load(path)(images))
     )
-    with pytest.raises(SystemExit, match=r'is not the detector .* so its file is removed'):
+    with pytest.raises(SystemExit, match=r'is not the detector .* so no file is kept'):
         exported(checkpoint, tmp_path / 'wrong', '--format', 'pt2')
     assert not (tmp_path / 'wrong/detector.pt2').exists()
     monkeypatch.setattr(export, 'find_spec', lambda name: None)
