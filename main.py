@@ -38,7 +38,7 @@ from models import add_model_args, build_model, level_strides
 from models.detector import class_map_of
 from models.flags import NUM_CLASSES
 from models.ops.functions import describe as describe_kernels
-from models.parts import all_parts, compile_parts
+from models.parts import all_parts, compile_parts, freeze
 from models.recorded import adopt
 from models.segmentation import freeze_all_but_masks
 from models.structures import Prediction
@@ -64,11 +64,12 @@ from util.distributed.preemption import Interrupted, StopRequests, was_restarted
 from util.ema import WeightAverage
 from util.files import code_checksum, lock_folder, or_warn, remove_partial_files, save_atomically, unlock
 from util.flags import add_run_args, check_run_args, make_parser, run_command
-from util.logger import RunLog, format_time, import_summary_writer, print_main
+from util.logger import RunLog, format_time, print_main
 from util.plan import COCO_TRAIN_IMAGES, flops_text, print_dry_run, print_plan
 from util.precision import Precision, avoid_plans_per_shape, set_tf32
 from util.run_state import EpochState, Run, find_checkpoint, keep_copy, keep_numbered, restore, save
 from util.seeding import seed_everything
+from util.trackers import Tracker, trackers_of
 from util.visualize import plot_curves
 
 
@@ -190,6 +191,8 @@ def set_up(
             check_frozen(report)
     if args.frozen_weights:
         freeze_all_but_masks(model)
+    if not args.eval:
+        freeze(model, args.freeze)
     model.to(device)
     broadcast_from_main([*model.parameters(), *model.buffers()])
     average = WeightAverage(model, args.ema, args.ema_warmup) if args.ema and not args.eval else None
@@ -259,18 +262,21 @@ def train(run: Run, first_epoch: int, state: EpochState, checkpoint: dict) -> No
         checkpoint: the resumed checkpoint, {} for a new run.
     """
     args, folder = run.args, Path(run.args.output_dir) if run.args.output_dir else None
-    log = RunLog(folder, first_epoch - 1) if folder else None
-    board = import_summary_writer()(folder) if args.tensorboard and is_main_process() else None
-    if log and first_epoch > 0 and 'metrics' in checkpoint and not log.has_epoch(first_epoch - 1):
+    log = RunLog(folder, first_epoch) if folder else None
+    trackers = trackers_of(folder, args) if folder and is_main_process() else []
+    if log and first_epoch > 0 and 'metrics' in checkpoint and not log.has_epoch(first_epoch):
         # The run stopped between saving this epoch and logging it.
         keep_numbered(run, folder, first_epoch - 1)
-        finish_epoch(run, first_epoch - 1, checkpoint['metrics'], log, board)
+        finish_epoch(run, first_epoch - 1, checkpoint['metrics'], log, trackers)
     if first_epoch >= args.epochs:
         print_main(f'all {args.epochs} epochs are done; raise --epochs to train longer')
     if state.step:
         print_main(f'epoch {first_epoch + 1} goes on after step {state.step} of {run.steps_an_epoch}')
     black_box, saved = BlackBox(folder, args.bad_steps, args), True
     for epoch in range(first_epoch, args.epochs):
+        if log and args.patience and log.evaluations_since_best('test_AP') >= args.patience:
+            print_main(f'no better AP in {args.patience} evaluations: stopping after {epoch} epochs')
+            break
         start = time.perf_counter()
         begin_epoch(run.loaders['train'], epoch, state.step * args.accum_steps)
         lr, lr_backbone, *_ = rates_at(run.scheduler, epoch * run.steps_an_epoch)
@@ -288,12 +294,12 @@ def train(run: Run, first_epoch: int, state: EpochState, checkpoint: dict) -> No
             after_step=partial(after_step, run, folder, epoch),
             black_box=black_box,
         )
-        metrics = {'epoch': epoch, 'lr': lr, 'lr_backbone': lr_backbone}
+        metrics = {'epoch': epoch + 1, 'lr': lr, 'lr_backbone': lr_backbone}
         metrics |= {f'train_{name}': value for name, value in averages.items()}
         saved = folder is None or save(run, folder, epoch, metrics)
         if folder and saved:
             keep_numbered(run, folder, epoch)
-        finish_epoch(run, epoch, metrics, log, board, time.perf_counter() - start, saved)
+        finish_epoch(run, epoch, metrics, log, trackers, time.perf_counter() - start, saved)
         state = EpochState()
     if not saved:
         raise OSError(
@@ -323,7 +329,7 @@ def finish_epoch(
     epoch: int,
     metrics: dict,
     log: RunLog | None,
-    board: object | None,
+    trackers: list[Tracker],
     seconds: float = 0.0,
     saved: bool = True,
 ) -> None:
@@ -350,11 +356,8 @@ def finish_epoch(
             log.append(row, record)
             if is_main_process() and summary:
                 plot_curves(log.csv_path.with_name('curves.png'), log.csv_path)
-    if board:
-        for name, value in row.items():
-            if value is not None:
-                board.add_scalar(name, value, epoch)
-        board.flush()
+    for tracker in trackers:
+        tracker.add(epoch + 1, {name: value for name, value in row.items() if value is not None})
     ap = f'  AP {summary.stats[0]:.3f}  AP50 {summary.stats[1]:.3f}' if summary else ''
     if 'segm' in summaries:
         stats = summaries['segm'].stats

@@ -1,6 +1,7 @@
 """A detector with all that detection needs around it: image in, named boxes out."""
 
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -27,13 +28,19 @@ class Detector:
 
     Args:
         args: settled flags of the model and of the preparation (img_size, max_size, aug, lsj_size).
+        half: compute in 16 bits, as training with --amp: fp16 on GPUs, bf16 elsewhere.
     """
 
     def __init__(
-        self, model: nn.Module, postprocessors: dict[str, nn.Module], class_map: ClassMap, args: Namespace
+        self,
+        model: nn.Module,
+        postprocessors: dict[str, nn.Module],
+        class_map: ClassMap,
+        args: Namespace,
+        half: bool = False,
     ) -> None:
         self.model, self.postprocessors = model.eval(), postprocessors
-        self.class_map, self.args = class_map, args
+        self.class_map, self.args, self.half = class_map, args, half
         self.prepare = transforms_of('val', args)
 
     def __call__(self, image: Tensor | str | Path, score_threshold: float = 0.3) -> list[dict]:
@@ -54,28 +61,40 @@ class Detector:
                 found[-1] |= {'mask': result['masks'][index, 0].bool()} if 'masks' in result else {}
         return found
 
-    @torch.no_grad()
     def detect(self, image: Tensor) -> dict[str, Tensor]:
         """Return `scores`, `labels` and `boxes` (xyxy in pixels of the image) of one uint8 image [3, H, W]."""
+        return self.detect_batch([image])[0]
+
+    @torch.no_grad()
+    def detect_batch(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """Return what `detect` does for each of several images; smaller ones are padded, which moves results a little."""
         device = next(self.model.parameters()).device
-        resized, target = self.prepare(image, {'orig_size': torch.tensor(image.shape[-2:])})
-        samples = nested_tensor_from_tensor_list([resized]).to(device)
-        outputs, size = self.model(samples), frame_size(target)[None]
-        results = self.postprocessors['bbox'](outputs, size.to(device))
+        prepared = [self.prepare(image, {'orig_size': torch.tensor(image.shape[-2:])}) for image in images]
+        samples = nested_tensor_from_tensor_list([image for image, _ in prepared]).to(device)
+        targets = [target for _, target in prepared]
+        dtype = torch.float16 if device.type == 'cuda' else torch.bfloat16
+        with torch.autocast(device.type, dtype) if self.half else nullcontext():
+            outputs = self.model(samples)
+        sizes = torch.stack([frame_size(target) for target in targets])
+        results = self.postprocessors['bbox'](outputs, sizes.to(device))
         if 'segm' in self.postprocessors:
-            original, seen = target['orig_size'][None], seen_size(target)[None]
+            originals = torch.stack([target['orig_size'] for target in targets])
+            seen = torch.stack([seen_size(target) for target in targets])
             canvas = tuple(samples.mask.shape[-2:])
-            results = self.postprocessors['segm'](results, outputs, original, seen, canvas)
-        return {key: value.cpu() for key, value in results[0].items()}
+            results = self.postprocessors['segm'](results, outputs, originals, seen, canvas)
+        return [{key: value.cpu() for key, value in result.items()} for result in results]
 
 
-def load_detector(model: str = '', weights: str | Path = '', device: str | torch.device = 'cpu') -> Detector:
+def load_detector(
+    model: str = '', weights: str | Path = '', device: str | torch.device = 'cpu', half: bool = False
+) -> Detector:
     """Load a detector from a row of the zoo, from a file of weights, or from both.
 
     Args:
         model: name of a hub entry; '': the flags in the file tell the model.
         weights: path or address of weights; '': those published for `model`.
         device: where the model goes; `auto` takes the first of cuda, mps and cpu that there is.
+        half: compute in 16 bits.
 
     Raises:
         ValueError: the file does not fit the model, tells no flags although no model is named, or there is none.
@@ -86,7 +105,7 @@ def load_detector(model: str = '', weights: str | Path = '', device: str | torch
         raise ValueError('name a model, or a file of weights')
     checkpoint = read_checkpoint(source)
     recorded = row.flags if row else flags_of(checkpoint)
-    if not recorded:
+    if row is None and not recorded:
         raise ValueError(
             f'{source} holds weights alone, without the flags of its run: name its model too (--model NAME in a tool, '
             'docs/zoo.md has the names)'
@@ -97,7 +116,7 @@ def load_detector(model: str = '', weights: str | Path = '', device: str | torch
     network = build_detector(args, {'one2one': args.num_queries})
     load_checkpoint(network, checkpoint, name=source)
     network.to(choose_device(str(device)) if device == 'auto' else device)
-    return Detector(network, build_postprocessors(args), class_map, args)
+    return Detector(network, build_postprocessors(args), class_map, args, half)
 
 
 def class_map_of(checkpoint: dict, source: str) -> ClassMap:

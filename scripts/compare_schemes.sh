@@ -1,25 +1,48 @@
 #!/usr/bin/env bash
-# How fast do the ways of supervision learn? Trains small detectors on built-in images, every one with the same seeds
-# and the same images, and compares them: output/compare/comparison.png and comparison.md.
+# How fast do the ways of supervision learn? Trains small detectors, every one with the same seeds and the same images, and compares
+# them: output/compare/comparison.png and comparison.md.
 #
-#   bash scripts/compare_schemes.sh                       about two hours on two CPU cores
+#   bash scripts/compare_schemes.sh                       built-in images, from random numbers; about two hours on two CPU cores
 #   JOBS=4 SEEDS="0 1 2" bash scripts/compare_schemes.sh --epochs 16
 #   NAMES="plain co-deformable co-dino" bash scripts/compare_schemes.sh
 #   NAMES="plain bf16 fp16" bash scripts/compare_schemes.sh       plain in 16 bits
+#
+# With DATA, flags that name photographs, the backbone is a MobileNetV2 with the weights of a file (or of ImageNet), which stay:
+#
+#   DATA="--coco_path DIR" WEIGHTS=FILE NAMES="plain hybrid mixed hybrid+mixed all" bash scripts/compare_schemes.sh
+#   DATA="--coco_path DIR" WEIGHTS=FILE NAMES="detr conditional" bash scripts/compare_schemes.sh --epochs 150 --lr_drop 120
 set -euo pipefail
 source "$(dirname "$0")/env.sh" requirements.txt
 bash scripts/build_ops.sh
 
 out=${OUT:-output/compare}
+if [ -z "${DATA:-}" ]; then
+    setting="--dataset_file shapes --shapes_train 1600 --img_size 96 --max_size 96 --aug flip --num_workers 0 \
+        --num_queries 40 --hidden_dim 64 --nheads 4 --enc_layers 1 --dec_layers 3 --dim_feedforward 256 \
+        --dropout 0 --pe_temperature 20 --backbone resnet10 --backbone_weights none --backbone_norm batch \
+        --backbone_stages 3 --batch_size 8 --lr 1e-3 --lr_backbone 1e-3 --lr_linear_proj_mult 1 --epochs 8 \
+        --lr_drop 7 --save_every 1 --print_freq 50"
+    hybrid="--hybrid_k 4 --hybrid_queries 80"
+else
+    setting="$DATA --img_size 160 --max_size 214 --aug flip --num_workers 0 \
+        --num_queries 60 --hidden_dim 128 --nheads 8 --enc_layers 1 --dec_layers 3 --dim_feedforward 512 \
+        --dropout 0 --pe_temperature 20 --backbone mobilenet_v2 --backbone_weights ${WEIGHTS:-imagenet} \
+        --backbone_stages 3 --lr_backbone 0 --batch_size 4 --lr 4e-4 --epochs 30 --lr_drop 25 --eval_every 3 --print_freq 73"
+    hybrid="--hybrid_k 6 --hybrid_queries 240"
+fi
 two_stage="--two_stage --with_box_refine --mixed_selection --look_forward_twice --num_feature_levels 3"
+mixed="--use_ms_detr --use_aux_ffn --cls_loss_coef 1"
+heads="--co_aux_heads faster_rcnn atss"
 declare -A schemes=(
     [plain]="$two_stage"
-    [hybrid]="$two_stage --hybrid_k 4 --hybrid_queries 80"
-    [mixed]="$two_stage --use_ms_detr --use_aux_ffn --cls_loss_coef 1"
-    [hybrid+mixed]="$two_stage --hybrid_k 4 --hybrid_queries 80 --use_ms_detr --use_aux_ffn --cls_loss_coef 1"
-    [co-deformable]="$two_stage --co_aux_heads faster_rcnn atss"
-    [co-dino]="--dino --num_feature_levels 3 --dn_number 20 --co_aux_heads faster_rcnn atss"
-    [conditional]="--conditional --local_init 12"
+    [hybrid]="$two_stage $hybrid"
+    [mixed]="$two_stage $mixed"
+    [hybrid+mixed]="$two_stage $hybrid $mixed"
+    [co-deformable]="$two_stage $heads"
+    [all]="$two_stage $hybrid $mixed $heads"
+    [co-dino]="--dino --num_feature_levels 3 --dn_number 20 $heads"
+    [detr]=""
+    [conditional]="--conditional"
     [bf16]="$two_stage --amp bf16"
     [fp16]="$two_stage --amp fp16"
 )
@@ -29,12 +52,8 @@ for seed in ${SEEDS:-0 1}; do
     for name in "${names[@]}"; do
         folder="$out/$name/seed$seed"
         mkdir -p "$folder"
-        commands+=("python -u main.py --output_dir $folder --resume auto --seed $seed ${schemes[$name]} \
-            --dataset_file shapes --shapes_train 1600 --img_size 96 --max_size 96 --aug flip --num_workers 0 \
-            --num_queries 40 --hidden_dim 64 --nheads 4 --enc_layers 1 --dec_layers 3 --dim_feedforward 256 \
-            --dropout 0 --pe_temperature 20 --backbone resnet10 --backbone_weights none --backbone_norm batch \
-            --backbone_stages 3 --batch_size 8 --lr 1e-3 --lr_backbone 1e-3 --lr_linear_proj_mult 1 --epochs 8 \
-            --lr_drop 7 --save_every 1 --print_freq 50 $* >> $folder/train.log 2>&1")
+        commands+=("python -u main.py --output_dir $folder --resume auto --seed $seed $setting ${schemes[$name]} \
+            $* >> $folder/train.log 2>&1")
     done
 done
 # Several runs of one thread each share the cores better than one run of many threads.

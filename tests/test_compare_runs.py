@@ -66,7 +66,7 @@ def test_folders_that_are_no_runs_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'no log\.jsonl in it'):
         compare_runs.read_run(tmp_path)
     record = {
-        'epoch': 0,
+        'epoch': 1,
         'images': 5,
         'train_seconds': 30,
         'train_loss_ce': 1,

@@ -15,6 +15,7 @@ import torch
 
 from datasets.foreign import read_yolo
 from datasets.shapes import ShapesDetection
+from models.detector import load_detector
 from tests.runs import run
 from tools import predict
 from util.flags import run_command
@@ -91,6 +92,26 @@ def test_thresholds_of_classes(trained: Path, tmp_path: Path, capsys: pytest.Cap
             predicted(*words(trained, source, tmp_path, '--class_thresholds', bad))
 
 
+def test_batches_and_16_bits_find_the_same(trained: Path) -> None:
+    images = [ShapesDetection(1, 'val', image_size=64)[0][0]] * 3
+    single = load_detector(weights=trained / 'checkpoint.pth')
+    expected = single.detect(images[0])
+    for found in single.detect_batch(images):
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-4)
+    half = load_detector(weights=trained / 'checkpoint.pth', half=True).detect(images[0])
+    assert not torch.equal(half['boxes'], expected['boxes'])
+    close = (half['scores'].sort()[0] - expected['scores'].sort()[0]).abs().max()
+    assert close < 0.02
+
+
+def test_images_of_other_sizes_share_a_batch(trained: Path, tmp_path: Path) -> None:
+    predicted(*words(trained, f'{trained}/images/**/*.*', tmp_path, '--batch_size', '2', '--half'))
+    rows = json.loads((tmp_path / 'predictions.json').read_text())
+    assert [row['file_name'] for row in rows] == [name for name in ('1.png', '2.jpg', 'more/1.png') for _ in range(TOP)]
+    assert len(list(tmp_path.rglob('*.png'))) == 3
+
+
 @contextlib.contextmanager
 def served(folder: Path) -> Iterator[str]:
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
@@ -120,7 +141,7 @@ def test_a_film(trained: Path, tmp_path: Path) -> None:
             image = PIL.Image.fromarray(shapes[number][0].permute(1, 2, 0).numpy()).resize((64, 48))
             output.mux(stream.encode(av.VideoFrame.from_image(image)))
         output.mux(stream.encode())
-    predicted(*words(trained, tmp_path / 'film.mp4', tmp_path / 'out', '--formats', 'json', 'csv'))
+    predicted(*words(trained, tmp_path / 'film.mp4', tmp_path / 'out', '--formats', 'json', 'csv', '--batch_size', '2'))
     rows = json.loads((tmp_path / 'out/predictions.json').read_text())
     assert [row['frame'] for row in rows] == [frame for frame in range(5) for _ in range(TOP)]
     with av.open(str(tmp_path / 'out/film.mp4')) as film:

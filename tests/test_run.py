@@ -79,7 +79,7 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
     assert not [name for name in names if name.startswith('.')]
     with (tmp_path / 'metrics.csv').open() as file:
         rows = list(csv.DictReader(file))
-    assert [row['epoch'] for row in rows] == ['0', '1']
+    assert [row['epoch'] for row in rows] == ['1', '2']
     assert rows[0]['test_AP'] == '' and 0 <= float(rows[1]['test_AP']) <= 1
     records = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
     assert len(records[1]['test_coco_eval_bbox']) == 12

@@ -20,6 +20,7 @@ from models import build_model
 from tests.models import SMALLER, TRICKS
 from tests.runs import assert_same, load, run
 from tools.convert_checkpoint import convert
+from util import trackers
 from util.checkpoint import load_checkpoint
 from util.distributed.parallel import load_optimizer_state
 from util.ema import WeightAverage
@@ -140,6 +141,64 @@ def test_the_newest_and_the_best_checkpoints_stay(tmp_path: Path) -> None:
         aps = [float(row['test_AP']) for row in csv.DictReader(file)]
     best = torch.load(tmp_path / 'checkpoint_best.pth', weights_only=True)
     assert best['epoch'] == aps.index(max(aps))
+
+
+def test_a_run_stops_when_its_ap_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    still = ('--epochs', '9', '--patience', '2', '--lr', '0', '--lr_backbone', '0', '--backbone_norm', 'frozen')
+    for more in ((), ('--resume', 'auto')):
+        run(tmp_path, *still, *more)
+        assert 'no better AP in 2 evaluations: stopping after 3 epochs' in capsys.readouterr().out
+        with (tmp_path / 'metrics.csv').open() as file:
+            assert [row['epoch'] for row in csv.DictReader(file)] == ['1', '2', '3']
+    with pytest.raises(ValueError, match='--no_validate measures none'):
+        run(tmp_path / 'other', '--patience', '2', '--no_validate')
+
+
+def test_frozen_parts_stay_as_they_are(tmp_path: Path) -> None:
+    parts = ('--freeze', 'backbone', 'decoder.layers.0', '--backbone_norm', 'frozen')
+    run(tmp_path, '--epochs', '2', '--save_every', '1', '--no_validate', *parts)
+    first, second = (
+        torch.load(tmp_path / f'checkpoint000{epoch}.pth', weights_only=True)['model'] for epoch in (0, 1)
+    )
+    same = {name for name in first if torch.equal(first[name], second[name])}
+    assert same == {name for name in first if 'backbone.' in name or 'decoder.layers.0.' in name}
+    for names, more, message in (
+        (['neck'], [], '--freeze neck: no parameter has this in its name; there are .*encoder'),
+        (['transformer', 'backbone', 'class_embed', 'bbox_embed', 'input_proj', 'query_embed'], [], 'nothing to train'),
+        (['backbone'], ['--backbone_norm', 'batch'], 'statistics of batch norms would still change'),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / 'other', '--backbone_norm', 'frozen', '--freeze', *names, *more)
+
+
+def test_trackers_get_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Recorder:
+        def __init__(self, folder: Path, args: Namespace) -> None:
+            seen.append((folder, args.wandb))
+
+        @staticmethod
+        def load() -> None:
+            pass
+
+        def add(self, epoch: int, numbers: dict[str, float]) -> None:
+            seen.append((epoch, numbers['epoch'], 'test_AP' in numbers))
+
+    monkeypatch.setitem(trackers.TRACKERS, 'wandb', Recorder)
+    run(tmp_path, '--epochs', '2', '--eval_every', '2', '--wandb', 'mine')
+    assert seen == [(tmp_path, 'mine'), (1, 1, False), (2, 2, True)]
+
+
+def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip('wandb')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    tracker = trackers.WandB(tmp_path, Namespace(wandb='mine', lr=0.5))
+    tracker.add(1, {'epoch': 1, 'train_loss': 2.5})
+    tracker.run.finish()
+    (file,) = tmp_path.glob('wandb/offline-run-*/run-*.wandb')
+    assert b'train_loss' in file.read_bytes()
 
 
 def test_training_alone_reads_no_validation_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,12 +97,12 @@ def read_run(folder: Path) -> list[Epoch]:
     epochs, images, minutes = [], 0, 0.0
     for line in log.read_text().splitlines():
         record = json.loads(line)
-        images += record['images'] if 'images' in record else record['pictures']  # of older logs
+        images += record['images']
         minutes += record['train_seconds'] / 60
         terms = (2, 'ce'), (5, 'bbox'), (2, 'giou')
         loss = sum(weight * record[f'train_loss_{term}'] for weight, term in terms)
         stats = record.get('test_coco_eval_bbox', [None, None])
-        epochs.append(Epoch(record['epoch'] + 1, images, minutes, loss, *stats[:2]))
+        epochs.append(Epoch(record['epoch'], images, minutes, loss, *stats[:2]))
     if not epochs:
         raise ValueError(f'{log} is empty: the run has finished no epoch')
     return epochs

@@ -9,7 +9,7 @@ from typing import Any
 
 from util.bounds import check_bounds, whole
 from util.distributed.collectives import get_world_size
-from util.logger import import_summary_writer
+from util.trackers import check_trackers
 
 # Flags of a first run; `--help` shows these alone.
 ESSENTIAL = (
@@ -195,6 +195,9 @@ def add_run_args(parser: ArgumentParser) -> None:
         '--tensorboard', action='store_true', help='write TensorBoard events into --output_dir'
     )
     group.add_argument(
+        '--wandb', default='', metavar='PROJECT', help='log to this project of Weights & Biases too'
+    )
+    group.add_argument(
         '--dist_url',
         default='env://',
         help='address where processes meet (default: %(default)s, as torchrun says)',
@@ -236,6 +239,10 @@ def add_evaluation_args(parser: ArgumentParser) -> None:
         help='epochs between evaluations; the last epoch is always evaluated (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
+        '--patience', type=whole(1), metavar='N',
+        help='stop after N evaluations without a better AP of boxes (default: train all epochs)',
+    )  # fmt: skip
+    group.add_argument(
         '--no_validate', action='store_true', help='train without evaluating; validation data are not read'
     )
     group.add_argument(
@@ -253,8 +260,7 @@ def check_run_args(args: Namespace) -> None:
     parser = ArgumentParser()
     add_run_args(parser)
     check_bounds(args, parser)
-    if args.tensorboard:
-        import_summary_writer()
+    check_trackers(args)
     if args.eval and not (args.resume or args.pretrained):
         raise ValueError('--eval needs weights: add --resume FILE (or --pretrained FILE, or --model NAME)')
     if args.resume and args.pretrained and args.resume != 'auto':
@@ -267,8 +273,10 @@ def check_run_args(args: Namespace) -> None:
         raise ValueError('--frozen_weights and --pretrained both start from weights: give one of them')
     if args.resume == 'auto' and not args.output_dir:
         raise ValueError('--resume auto looks into --output_dir: give it')
-    if args.tensorboard and not args.output_dir:
-        raise ValueError('--tensorboard writes into --output_dir: give it')
+    if args.patience and not args.output_dir:
+        raise ValueError('--patience looks into metrics.csv of --output_dir: give it')
+    if args.patience and args.no_validate:
+        raise ValueError('--patience waits for a better AP, and --no_validate measures none: leave one out')
     if args.no_validate and args.eval:
         raise ValueError('--eval evaluates, --no_validate does not: leave one out')
     if args.fsdp and get_world_size() == 1:

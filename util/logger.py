@@ -162,16 +162,16 @@ def format_time(seconds: float) -> str:
 
 class RunLog:
     """Log with one row per epoch: `metrics.csv` (numbers only, equal for equal runs) and `log.jsonl` (all values, also
-    times).
+    times). Epochs count from 1.
 
-    resume_epoch: rows of later epochs are dropped, because those epochs will run again. The main process writes the
+    epochs_done: rows of later epochs are dropped, because those epochs will run again. The main process writes the
     files.
     """
 
-    def __init__(self, folder: Path, resume_epoch: int = -1) -> None:
+    def __init__(self, folder: Path, epochs_done: int = 0) -> None:
         self.csv_path, self.jsonl_path = folder / 'metrics.csv', folder / 'log.jsonl'
-        self.rows = [row for row in self.read_csv() if int(row['epoch']) <= resume_epoch]
-        self.records = [record for record in self.read_jsonl() if record['epoch'] <= resume_epoch]
+        self.rows = [row for row in self.read_csv() if int(row['epoch']) <= epochs_done]
+        self.records = [record for record in self.read_jsonl() if record['epoch'] <= epochs_done]
 
     def read_csv(self) -> list[dict]:
         if not self.csv_path.is_file():
@@ -191,6 +191,11 @@ class RunLog:
         """Return the largest value of a column so far; minus infinity if there is none."""
         return max((float(row[column]) for row in self.rows if row.get(column)), default=-math.inf)
 
+    def evaluations_since_best(self, column: str) -> int:
+        """Return how many values of a column came after the first of its largest."""
+        values = [float(row[column]) for row in self.rows if row.get(column)]
+        return len(values) - 1 - values.index(max(values)) if values else 0
+
     def append(self, row: dict[str, float | int | None], record: dict) -> None:
         """Add an epoch. row: numbers, None if not measured. record: JSON values. Both hold `epoch`."""
         self.rows.append({name: '' if value is None else value for name, value in row.items()})
@@ -205,16 +210,3 @@ class RunLog:
         save_atomically(self.csv_path, lambda path: path.write_text(text.getvalue()))
         lines = ''.join(json.dumps(each) + '\n' for each in self.records)
         save_atomically(self.jsonl_path, lambda path: path.write_text(lines))
-
-
-def import_summary_writer() -> type:
-    """Import TensorBoard's writer.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError('--tensorboard needs the package tensorboard: pip install tensorboard') from error
-    return SummaryWriter

@@ -99,6 +99,11 @@ def add_optimization_args(parser: ArgumentParser) -> None:
         help=f'learning rate of the backbone; 0 freezes it (default: {default_of("lr_backbone")})',
     )  # fmt: skip
     group.add_argument(
+        '--freeze', nargs='+', default=[], metavar='PART',
+        help='do not train these parts: backbone, encoder, decoder, or any words between the dots of parameter names, such as '
+        'decoder.layers.0 (default: all is trained that the backbone does not freeze itself)',
+    )  # fmt: skip
+    group.add_argument(
         '--lr_backbone_names', nargs='+', metavar='PART',
         help='a parameter belongs to the backbone if its name contains one of these '
         f'(default: {default_of("lr_backbone_names")})',

@@ -1,0 +1,80 @@
+"""Trackers of experiments: each is a class in `TRACKERS`, under the flag that asks for it."""
+
+from argparse import Namespace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Tracker(Protocol):
+    """What the main process tells the numbers of each epoch."""
+
+    def __init__(self, folder: Path, args: Namespace) -> None: ...
+
+    def add(self, epoch: int, numbers: dict[str, float]) -> None:
+        """Take the numbers of an epoch, counted from 1: the row of metrics.csv."""
+
+
+def import_extra(module: str, package: str, flag: str) -> Any:
+    """Import a package that only one flag needs.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ValueError(f'{flag} needs the package {package}: pip install {package}') from error
+
+
+class TensorBoard:
+    """Events of TensorBoard in the output folder."""
+
+    def __init__(self, folder: Path, args: Namespace) -> None:
+        self.writer = self.load().SummaryWriter(folder)
+
+    @staticmethod
+    def load() -> Any:
+        return import_extra('torch.utils.tensorboard', 'tensorboard', '--tensorboard')
+
+    def add(self, epoch: int, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, epoch)
+        self.writer.flush()
+
+
+class WandB:
+    """A run of Weights & Biases in the project that the flag names; its environment variables apply (WANDB_MODE=offline)."""
+
+    def __init__(self, folder: Path, args: Namespace) -> None:
+        self.run = self.load().init(
+            project=args.wandb, name=folder.name, dir=folder, config=vars(args), resume='auto'
+        )
+
+    @staticmethod
+    def load() -> Any:
+        return import_extra('wandb', 'wandb', '--wandb')
+
+    def add(self, epoch: int, numbers: dict[str, float]) -> None:
+        self.run.log(numbers, step=epoch)
+
+
+TRACKERS: dict[str, Any] = {'tensorboard': TensorBoard, 'wandb': WandB}
+
+
+def trackers_of(folder: Path, args: Namespace) -> list[Tracker]:
+    """Start the trackers that the flags ask for."""
+    return [make(folder, args) for flag, make in TRACKERS.items() if getattr(args, flag)]
+
+
+def check_trackers(args: Namespace) -> None:
+    """Refuse trackers without an output folder, or whose package is not installed.
+
+    Raises:
+        ValueError: for one of these reasons.
+    """
+    for flag, make in TRACKERS.items():
+        if getattr(args, flag):
+            make.load()
+            if not args.output_dir:
+                raise ValueError(f'--{flag} writes into --output_dir: give it')
