@@ -72,7 +72,8 @@ class Case:
 
     @cached_property
     def built(self) -> tuple[nn.Module, nn.Module, dict]:
-        model, criterion, postprocessors = build_model(self.args)
+        with rule.Unfilled():
+            model, criterion, postprocessors = build_model(self.args)
         self.fill(model)
         return model, criterion, postprocessors
 

@@ -10,17 +10,36 @@ import zlib
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+CHUNK = 1 << 15  # numbers at a time, which stay in the processor's cache
+
+
+class Unfilled(TorchDispatchMode):
+    """Leave parameters without their random values, because others are written over them: most of the time of building."""
+
+    def __torch_dispatch__(self, func: object, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+        if func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def uniform(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """float64 values in [-1, 1)."""
+    values = np.empty(math.prod(shape))
+    first = (zlib.crc32(name.encode()) << 32) + 0x9E3779B97F4A7C15
+    count = np.arange(min(CHUNK, len(values)), dtype=np.uint64)
     with np.errstate(over='ignore'):
-        z = np.uint64(zlib.crc32(name.encode()) << 32) + np.arange(math.prod(shape), dtype=np.uint64)
-        z += np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-    return ((z >> np.uint64(11)).astype(np.float64) / 2**52 - 1).reshape(shape)
+        for start in range(0, len(values), CHUNK):
+            z = count[: len(values) - start] + np.uint64((first + start) % 2**64)
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+                z ^= z >> np.uint64(shift)
+                z *= np.uint64(factor)
+            values[start : start + CHUNK] = z >> np.uint64(11)
+    values /= 2**52
+    values -= 1
+    return values.reshape(shape)
 
 
 def parameter(name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -354,6 +354,7 @@ IMAGES = [(1, 160, 192), (2, 224, 160), (2, 128, 288)]
 
 @exports
 @pytest.mark.slow
+@pytest.mark.exhaustive  # tests/test_export.py compares detectors too
 def test_exported_detector_equals_eager_at_any_size(tmp_path: Path, exhaustive: bool) -> None:
     """torch.export and, with --exhaustive, ONNX from the same program, with dynamic batch, height and width."""
     detector, dynamic = small_detector(), torch.export.Dim.DYNAMIC

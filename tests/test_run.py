@@ -297,13 +297,19 @@ def repeated(data: dict, times: int) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'family', [pytest.param('--conditional', marks=pytest.mark.exhaustive), ''], ids=['conditional', 'detr']
+    ('family', 'epochs'),
+    [
+        pytest.param('--conditional', 40, marks=pytest.mark.exhaustive),
+        pytest.param('', 40, marks=pytest.mark.exhaustive),
+        ('--two_stage --with_box_refine --num_feature_levels 3', 18),
+    ],
+    ids=['conditional', 'detr', 'two stages'],
 )
-def test_overfits_8_images(tmp_path: Path, family: str) -> None:
+def test_overfits_8_images(tmp_path: Path, family: str, epochs: int) -> None:
     """AP > 0.9 on the 8 images that it was trained on, exported and read back as COCO data.
 
-    An epoch is 10 steps of 8, in which each image comes 10 times: after 400 epochs of a step, most of the time would have
-    gone to checkpoints.
+    An epoch is 10 steps of 8, in which each image comes 10 times: with epochs of a step, most of the time would go to
+    checkpoints.
     """
     export(tmp_path / 'data', ShapesDetection(8, image_size=64))
     images = tmp_path / 'data/train2017'
@@ -311,8 +317,8 @@ def test_overfits_8_images(tmp_path: Path, family: str) -> None:
     often = tmp_path / 'often.json'
     often.write_text(json.dumps(repeated(json.loads(once.read_text()), 10)))
     data = [f'--train_images={images}', f'--train_ann={often}', f'--val_images={images}', f'--val_ann={once}']
-    flags = """--dataset_file coco --aug none --epochs 40 --lr_drop 32 --eval_every 40 --save_every 40 --batch_size 8
-        --dropout 0 --hidden_dim 64 --num_queries 20 --print_freq 100"""
+    flags = f"""--dataset_file coco --aug none --epochs {epochs} --lr_drop {epochs * 4 // 5} --eval_every {epochs}
+        --batch_size 8 --dropout 0 --hidden_dim 64 --num_queries 20 --print_freq 100"""
     run(tmp_path, *flags.split(), *data, flags=TINY.replace('--conditional', family))
     with (tmp_path / 'metrics.csv').open() as file:
         assert float(list(csv.DictReader(file))[-1]['test_AP']) > 0.9
