@@ -86,7 +86,9 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
         found = [p for full, p in model.named_parameters() if f'.{name}.' in f'.{full}.']
         if not found:
             words = sorted({full.split('.')[0] for full, _ in model.named_parameters()} | set(PLACES))
-            raise ValueError(f'--freeze {name}: no parameter has this in its name; there are {", ".join(words)}')
+            raise ValueError(
+                f'--freeze {name}: no parameter has this in its name; there are {", ".join(words)}'
+            )
         for parameter in found:
             parameter.requires_grad_(False)
     if names and not any(parameter.requires_grad for parameter in model.parameters()):

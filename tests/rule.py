@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
 CHUNK = 1 << 15  # numbers at a time, which stay in the processor's cache
 
 
 class Unfilled(TorchDispatchMode):
     """Leave parameters without their random values, because others are written over them: most of the time of building."""
 
-    def __torch_dispatch__(self, func: object, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+    def __torch_dispatch__(
+        self, func: object, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         if func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
             return args[0]
         return func(*args, **(kwargs or {}))

@@ -374,7 +374,8 @@ OF_32_CHANNELS = 'Li32EEE'  # in the name of a kernel
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'architecture', [pytest.param(80, marks=pytest.mark.exhaustive), 90, pytest.param(100, marks=pytest.mark.exhaustive)]
+    'architecture',
+    [pytest.param(80, marks=pytest.mark.exhaustive), 90, pytest.param(100, marks=pytest.mark.exhaustive)],
 )
 def test_no_kernel_of_32_channels_spills_registers(architecture: int, tmp_path: Path) -> None:
     command = [

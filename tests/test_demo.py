@@ -37,8 +37,19 @@ def address(checkpoint: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    words = [sys.executable, 'tools/demo.py', '--checkpoint', str(checkpoint), '--port', str(port), '--device', 'cpu']
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+    words = [
+        sys.executable,
+        'tools/demo.py',
+        '--checkpoint',
+        str(checkpoint),
+        '--port',
+        str(port),
+        '--device',
+        'cpu',
+    ]
+    with subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as server:
         try:
             place, end = f'http://127.0.0.1:{port}', time.monotonic() + 120
             while time.monotonic() < end and server.poll() is None:
@@ -68,7 +79,9 @@ def test_numbers_equal_those_of_the_detector(checkpoint: Path) -> None:
     assert demo.answer(detector, pixels, 1.0, True, 1)[1:3] == ([], None)
 
 
-@pytest.mark.skipif(bool(MISSING) or CHROMIUM is None, reason=f'needs chromium, gradio and playwright; no {MISSING}')
+@pytest.mark.skipif(
+    bool(MISSING) or CHROMIUM is None, reason=f'needs chromium, gradio and playwright; no {MISSING}'
+)
 def test_a_browser_drops_an_image(address: str, tmp_path: Path) -> None:
     from playwright.sync_api import expect, sync_playwright
 

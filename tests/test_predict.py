@@ -108,7 +108,9 @@ def test_batches_and_16_bits_find_the_same(trained: Path) -> None:
 def test_images_of_other_sizes_share_a_batch(trained: Path, tmp_path: Path) -> None:
     predicted(*words(trained, f'{trained}/images/**/*.*', tmp_path, '--batch_size', '2', '--half'))
     rows = json.loads((tmp_path / 'predictions.json').read_text())
-    assert [row['file_name'] for row in rows] == [name for name in ('1.png', '2.jpg', 'more/1.png') for _ in range(TOP)]
+    assert [row['file_name'] for row in rows] == [
+        name for name in ('1.png', '2.jpg', 'more/1.png') for _ in range(TOP)
+    ]
     assert len(list(tmp_path.rglob('*.png'))) == 3
 
 
@@ -141,7 +143,11 @@ def test_a_film(trained: Path, tmp_path: Path) -> None:
             image = PIL.Image.fromarray(shapes[number][0].permute(1, 2, 0).numpy()).resize((64, 48))
             output.mux(stream.encode(av.VideoFrame.from_image(image)))
         output.mux(stream.encode())
-    predicted(*words(trained, tmp_path / 'film.mp4', tmp_path / 'out', '--formats', 'json', 'csv', '--batch_size', '2'))
+    predicted(
+        *words(
+            trained, tmp_path / 'film.mp4', tmp_path / 'out', '--formats', 'json', 'csv', '--batch_size', '2'
+        )
+    )
     rows = json.loads((tmp_path / 'out/predictions.json').read_text())
     assert [row['frame'] for row in rows] == [frame for frame in range(5) for _ in range(TOP)]
     with av.open(str(tmp_path / 'out/film.mp4')) as film:

@@ -144,7 +144,18 @@ def test_the_newest_and_the_best_checkpoints_stay(tmp_path: Path) -> None:
 
 
 def test_a_run_stops_when_its_ap_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    still = ('--epochs', '9', '--patience', '2', '--lr', '0', '--lr_backbone', '0', '--backbone_norm', 'frozen')
+    still = (
+        '--epochs',
+        '9',
+        '--patience',
+        '2',
+        '--lr',
+        '0',
+        '--lr_backbone',
+        '0',
+        '--backbone_norm',
+        'frozen',
+    )
     for more in ((), ('--resume', 'auto')):
         run(tmp_path, *still, *more)
         assert 'no better AP in 2 evaluations: stopping after 3 epochs' in capsys.readouterr().out

@@ -69,9 +69,7 @@ def answer(
     found = select(result, lowest)
     order = found['scores'].argsort(descending=True)
     found = {key: value[order] for key, value in found.items()}
-    drawing = draw_boxes(
-        image, found['boxes'], found['labels'], names, found['scores'], found.get('masks')
-    )
+    drawing = draw_boxes(image, found['boxes'], found['labels'], names, found['scores'], found.get('masks'))
     columns = zip(*(found[key].tolist() for key in ('labels', 'scores', 'boxes')), strict=True)
     rows = [
         [class_name(names, label), round(score, 3), *(round(edge, 1) for edge in box)]

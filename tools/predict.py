@@ -322,9 +322,7 @@ def main(args: Namespace) -> None:
     class_map = detector.class_map
     thresholds = thresholds_of(class_map, args.score_thr, args.class_thresholds)
     if is_film:
-        rows = detect_film(
-            detector, args.source, folder, thresholds, args.json_score_thr, args.batch_size
-        )
+        rows = detect_film(detector, args.source, folder, thresholds, args.json_score_thr, args.batch_size)
         write_results(folder, rows, [name for name in args.formats if name != 'yolo'], {}, class_map.label_of)
         print(f'the drawn film and {len(rows)} detections lie in {folder}')
         return
@@ -336,9 +334,7 @@ def main(args: Namespace) -> None:
         pixels = [read_image(path) for path, _ in batch]
         for (path, name), image, result in zip(batch, pixels, detector.detect_batch(pixels), strict=True):
             sizes[name] = (image.shape[1], image.shape[2])
-            drawing, found = drawn_and_listed(
-                class_map, image, result, name, thresholds, args.json_score_thr
-            )
+            drawing, found = drawn_and_listed(class_map, image, result, name, thresholds, args.json_score_thr)
             rows += found
             save_atomically(folder / drawing_name(name, names), partial(write_png_file, drawing))
             number = len(select(result, thresholds)['scores'])
