@@ -257,6 +257,7 @@ def train_one_epoch(
     black_box, bare = black_box or BlackBox(), getattr(model, 'module', model)
     for batches in grouped(data_loader, accum_steps):
         step_targets = [targets_to(targets, device) for _, targets in batches]
+        counted = criterion.tally.copy()
         optimizer.zero_grad(set_to_none=True)
         black_box.before(model)
         found = []
@@ -268,6 +269,8 @@ def train_one_epoch(
         finite = precision.step(optimizer, model, max_norm, [each['loss'] for each in found])
         again = partial(losses_of, bare, criterion, precision, step_targets)
         black_box.after(finite, bare, batches, again, f'{title} step {state.step + 1}')
+        if not finite:
+            criterion.tally = counted
         for each in found if finite else []:
             state.meter.update(each)
         state.step += 1
