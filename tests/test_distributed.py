@@ -140,7 +140,9 @@ def test_sharded_weights_train_as_whole_ones(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('backbone', ['swin_tiny', 'mobilenet_v2'])
+@pytest.mark.parametrize(
+    'backbone', [pytest.param('swin_tiny', marks=pytest.mark.exhaustive), 'mobilenet_v2']
+)
 def test_the_backbone_is_sharded_block_by_block(backbone: str) -> None:
     """No unit of FSDP holds most of it; and two processes train as one."""
     flags = {'backbone': backbone, 'backbone_norm': 'frozen', 'backbone_stages': 4, 'drop_path_rate': 0.0}

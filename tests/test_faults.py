@@ -161,7 +161,7 @@ def end_as_a_launcher(processes: list) -> list[int]:
 @pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(tmp_path: Path, exhaustive: bool) -> None:
     """Two processes; one of them is killed, or both, or one is asked to stop, again and again until the run has ended."""
-    kills = 40 if exhaustive else 6
+    kills = 40 if exhaustive else 4
     flags = ['--checkpoint_steps', '1', '--epochs', str(6 * kills // 5), '--eval_every', str(kills // 3)]
     command = [*LONG, *flags, '--output_dir', str(tmp_path / 'parts'), '--resume', 'auto']
     chance, disturbed, codes = random.Random(0), 0, [1, 1]

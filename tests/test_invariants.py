@@ -33,6 +33,7 @@ from tests.parity import float64
 from tests.runs import ROOT
 from util.logger import Meter
 from util.nested_tensor import NestedTensor, collate_fn, nested_tensor_from_tensor_list
+from util.trackers import TRACKERS
 
 QUICK_FAMILIES = ('detr', 'two stages with tricks', 'all, conditional')
 family = pytest.mark.parametrize(
@@ -376,6 +377,8 @@ def test_every_flag_is_read() -> None:
     if "getattr(args, f'{image_set}_shards', None)" in sources[ROOT / 'datasets/__init__.py']:
         finder.found |= {'train_shards', 'val_shards'}
     finder.found |= set(DEFORMABLE_FLAGS)  # read by their names there
+    if 'for flag, make in TRACKERS.items() if getattr(args, flag)' in sources[ROOT / 'util/trackers.py']:
+        finder.found |= set(TRACKERS)
     if "getattr(args, f'{prefix}{name}_loss_coef')" in sources[ROOT / 'models/training/__init__.py']:
         finder.found |= {
             dest for dest in vars(get_args_parser().parse_args([])) if dest.endswith('_loss_coef')

@@ -386,6 +386,7 @@ def importable(name: str) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # tests/test_parts.py compiles the layers, as --compile does
 def test_transformer_compiles_in_one_graph() -> None:
     """Encoder, proposals and decoder without a graph break, forward and backward."""
     model = small_detector().model

@@ -28,7 +28,6 @@ FLAGS = {
     'main.py --help': '',
     'main.py --eval --resume': '--device cpu',
     'main.py --coco_path DATA --eval --model': '--img_size 64 --max_size 64 --num_workers 0 --device cpu',
-    'main.py --coco_path MINE --model': '--img_size 64 --max_size 64 --num_workers 0 --device cpu --epochs 1',
     'main.py --coco_path DATA --conditional --dry_run': '',
     'main.py --model co_dino_resnet50 --dry_run': '',
     'main.py': SMALL,
@@ -58,6 +57,7 @@ ELSEWHERE = {
     'python main.py --dataset_file yolo': 'test_foreign_data.py',
     'python tools/convert_dataset.py': 'test_foreign_data.py',
     'python main.py --dataset_file lvis': 'test_lvis.py',
+    'python main.py --coco_path MINE --model': 'test_zoo.py, with a smaller row',
 }
 
 

@@ -167,9 +167,11 @@ def draw(path: Path, schemes: list[Scheme]) -> None:
         ('one-to-one loss', 'loss', 'epoch'), ('one-to-one loss', 'loss', 'images'), ('one-to-one loss', 'loss', 'minutes'),
         ('objects whose query changed', 'changes', 'epoch'), ('detections too many, an object', 'duplicates', 'epoch'),
     ]  # fmt: skip
+    panels = [panel for panel in panels if any(scheme.curve(panel[2], panel[1])[0] for scheme in schemes)]
     labels = {'epoch': 'epoch', 'images': 'images seen', 'minutes': 'minutes of training'}
-    figure = new_figure(12, 10)
-    axes = figure.subplots(3, 3).ravel()
+    lines = len(panels) // 3 + 1
+    figure = new_figure(12, 3.3 * lines)
+    axes = figure.subplots(lines, 3, squeeze=False).ravel()
     for panel, (title, y, x) in zip(axes, panels, strict=False):
         for index, scheme in enumerate(schemes):
             xs, means, lows, highs = scheme.curve(x, y)
@@ -179,7 +181,8 @@ def draw(path: Path, schemes: list[Scheme]) -> None:
         panel.set_xlabel(labels[x], fontsize=9)
         panel.grid(alpha=0.25)
         panel.spines[['top', 'right']].set_visible(False)
-    axes[-1].axis('off')
+    for empty in axes[len(panels) :]:
+        empty.axis('off')
     axes[-1].legend(*axes[0].get_legend_handles_labels(), loc='upper left', fontsize=10, edgecolor='none')
     save_atomically(path, lambda partial: figure.savefig(partial, dpi=100))
 
