@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models import build_model
-from tests.models import TWO_STAGE
+from tests.models import SMALL, TWO_STAGE
 from tests.rule import fill
 from tests.shared_data import SHARED, needs_shared, read_shared
 from util.checkpoint import load_checkpoint, save_checkpoint
@@ -22,7 +22,7 @@ FLAGS = {'detr': {}, 'conditional_detr': {'conditional': True}, 'deformable_detr
 
 
 def build(**flags: object) -> nn.Module:
-    return build_model(Namespace(backbone_weights='none', **flags))[0]
+    return build_model(Namespace(**{'backbone_weights': 'none'} | flags))[0]
 
 
 def official_state(system: str, case: str) -> dict[str, Tensor]:
@@ -205,3 +205,17 @@ def test_published_transformers_names_become_official(variant: str) -> None:
 def test_names_without_a_rule_show_up_as_left_over() -> None:
     assert rename('model.something.new', []) == 'model.something.new'
     assert to_official({'a': torch.ones(1)})[0] == 'official'
+
+
+def test_second_class_heads_begin_as_the_first_of_the_file() -> None:
+    """MS-DETR's (variant a), fine-tuned from a file without them; for another number of classes both begin anew."""
+    flags = SMALL | {'with_box_refine': True}
+    plain = build(**flags).state_dict()
+    for number, same in ((SMALL['num_classes'], True), (3, False)):
+        mixed = build(**flags | {'use_ms_detr': True, 'ms_variant': 'a', 'num_classes': number})
+        load_checkpoint(mixed, {'model': plain}, resize=True)
+        second = {name: x for name, x in mixed.state_dict().items() if name.startswith('class_embed_o2m')}
+        assert second
+        for name, value in second.items():
+            first = plain[name.replace('class_embed_o2m', 'class_embed')]
+            assert (value.shape == first.shape and torch.equal(value, first)) == same, name

@@ -125,15 +125,15 @@ def fill(model: nn.Module, checkpoint: dict, resize: bool, resume: bool, name: s
         if first_group(layout, recorded, name, len(queries), wanted) == wanted:
             state['query_embed.weight'] = queries[:wanted]
     state = {name: value for name, value in state.items() if not is_dropped(name, ours)}
+    if resize:  # second class heads begin as the first
+        for name in ours:
+            first = name.replace('class_embed_o2m', 'class_embed')
+            if name not in state and first in state:
+                state[name] = state[first]
     wrong_shape = [name for name in state if name in ours and state[name].shape != ours[name].shape]
     sources_needed = resume or getattr(model, 'eval_module', None) is not None
     replaceable = (*RESIZABLE * resize, *SOURCES * (resize or not sources_needed))
     refused = [name for name in wrong_shape if not name.startswith(replaceable)]
-    if resize:  # second class heads begin as the first
-        for name in ours:
-            first = name.replace('class_embed_o2m', 'class_embed')
-            if name not in state and first in state and state[first].shape == ours[name].shape:
-                state[name] = state[first]
     if not any(re.fullmatch(INPUT_BIAS, name) for name in state):  # a bias of 0 is as good as none
         state |= {name: torch.zeros_like(x) for name, x in ours.items() if re.fullmatch(INPUT_BIAS, name)}
     optional = (*SOURCES * (not sources_needed), *MASKS * resize)
