@@ -30,6 +30,7 @@ FLAGS = {
     'main.py --coco_path DATA --eval --model': '--img_size 64 --max_size 64 --num_workers 0 --device cpu',
     'main.py --coco_path DATA --conditional --dry_run': '',
     'main.py --model co_dino_resnet50 --dry_run': '',
+    'main.py --coco_path DATA --two_stage': SMALL.replace('--conditional', '--img_size 128 --max_size 160'),
     'main.py': SMALL,
     'tools/predict.py': '--device cpu',
     'tools/visualize_attention.py': '--device cpu',

@@ -301,7 +301,7 @@ def repeated(data: dict, times: int) -> dict:
     [
         pytest.param('--conditional', 40, marks=pytest.mark.exhaustive),
         pytest.param('', 40, marks=pytest.mark.exhaustive),
-        ('--two_stage --with_box_refine --num_feature_levels 3', 16),
+        ('--two_stage --with_box_refine --num_feature_levels 3', 20),
     ],
     ids=['conditional', 'detr', 'two stages'],
 )
