@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.coco_eval import CocoEvaluator, Summary
-from datasets.transforms import frame_size, seen_size
+from models.detector import detections_of
 from models.training.criterion import weighted_sum
 from util.black_box import BlackBox
 from util.box_ops import box_cxcywh_to_xyxy
@@ -365,13 +365,7 @@ def evaluate(
     for samples, targets in data_loader:
         with precision.autocast():
             outputs = model(samples.to(device, non_blocking=True))
-        sizes = torch.stack([frame_size(target) for target in targets]).to(device, non_blocking=True)
-        results = postprocessors['bbox'](outputs, sizes)
-        if 'segm' in postprocessors:
-            originals = torch.stack([target['orig_size'] for target in targets])
-            seen = torch.stack([seen_size(target) for target in targets])
-            canvas = tuple(samples.mask.shape[-2:])
-            results = postprocessors['segm'](results, outputs, originals, seen, canvas)
+        results = detections_of(postprocessors, outputs, targets, samples)
         evaluator.update(
             {int(t['image_id']): to_cpu(result) for t, result in zip(targets, results, strict=True)}
         )

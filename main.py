@@ -38,7 +38,7 @@ from models import add_model_args, build_model, level_strides
 from models.detector import class_map_of
 from models.flags import NUM_CLASSES
 from models.ops.functions import describe as describe_kernels
-from models.parts import all_parts, compile_parts, freeze
+from models.parts import all_parts, compile_parts
 from models.recorded import adopt
 from models.segmentation import freeze_all_but_masks
 from models.structures import Prediction
@@ -191,8 +191,6 @@ def set_up(
             check_frozen(report)
     if args.frozen_weights:
         freeze_all_but_masks(model)
-    if not args.eval:
-        freeze(model, args.freeze)
     model.to(device)
     broadcast_from_main([*model.parameters(), *model.buffers()])
     average = WeightAverage(model, args.ema, args.ema_warmup) if args.ema and not args.eval else None

@@ -30,7 +30,7 @@ from .ms_detr import (
     TwiceReadDecoderLayer,
 )
 from .ops.modules import MSDeformAttn
-from .parts import recompute
+from .parts import freeze, recompute
 from .position_encoding import build_position_encoding
 from .postprocess import (
     CandidatePostProcess,
@@ -248,6 +248,7 @@ def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, nn.Mod
     criterion, num_queries, query_sources = build_supervision(args)
     model = build_detector(args, num_queries, query_sources)
     freeze_unreached_heads(model, criterion, args.two_stage)
+    freeze(model, args.freeze)
     return model, criterion, build_postprocessors(args)
 
 

@@ -1,7 +1,6 @@
 """A detector with all that detection needs around it: image in, named boxes out."""
 
-from argparse import Namespace
-from contextlib import nullcontext
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import torch
@@ -16,7 +15,8 @@ from models.zoo import find_row
 from util.checkpoint import flags_of, load_checkpoint
 from util.distributed.collectives import choose_device
 from util.foreign_names import COCO_IDS, to_official
-from util.nested_tensor import nested_tensor_from_tensor_list
+from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from util.precision import Precision
 from util.weight_files import read_checkpoint, state_of
 
 # How images are prepared where a file does not tell: as at the official evaluation.
@@ -28,7 +28,7 @@ class Detector:
 
     Args:
         args: settled flags of the model and of the preparation (img_size, max_size, aug, lsj_size).
-        half: compute in 16 bits, as training with --amp: fp16 on GPUs, bf16 elsewhere.
+        half: compute in 16 bits, as training with --amp: fp16 on NVIDIA GPUs, bf16 elsewhere.
     """
 
     def __init__(
@@ -40,7 +40,9 @@ class Detector:
         half: bool = False,
     ) -> None:
         self.model, self.postprocessors = model.eval(), postprocessors
-        self.class_map, self.args, self.half = class_map, args, half
+        self.class_map, self.args = class_map, args
+        device = next(model.parameters()).device
+        self.precision = Precision(half_mode(device) if half else 'off', device)
         self.prepare = transforms_of('val', args)
 
     def __call__(self, image: Tensor | str | Path, score_threshold: float = 0.3) -> list[dict]:
@@ -71,18 +73,57 @@ class Detector:
         device = next(self.model.parameters()).device
         prepared = [self.prepare(image, {'orig_size': torch.tensor(image.shape[-2:])}) for image in images]
         samples = nested_tensor_from_tensor_list([image for image, _ in prepared]).to(device)
-        targets = [target for _, target in prepared]
-        dtype = torch.float16 if device.type == 'cuda' else torch.bfloat16
-        with torch.autocast(device.type, dtype) if self.half else nullcontext():
+        with self.precision.autocast():
             outputs = self.model(samples)
-        sizes = torch.stack([frame_size(target) for target in targets])
-        results = self.postprocessors['bbox'](outputs, sizes.to(device))
-        if 'segm' in self.postprocessors:
-            originals = torch.stack([target['orig_size'] for target in targets])
-            seen = torch.stack([seen_size(target) for target in targets])
-            canvas = tuple(samples.mask.shape[-2:])
-            results = self.postprocessors['segm'](results, outputs, originals, seen, canvas)
+        results = detections_of(self.postprocessors, outputs, [target for _, target in prepared], samples)
         return [{key: value.cpu() for key, value in result.items()} for result in results]
+
+
+def half_mode(device: torch.device) -> str:
+    """Return the precision of `half` on a device, as `util.precision.Precision` names it."""
+    return 'fp16' if device.type == 'cuda' else 'bf16'
+
+
+def detections_of(
+    postprocessors: dict[str, nn.Module],
+    outputs: dict,
+    targets: list[dict[str, Tensor]],
+    samples: NestedTensor,
+) -> list[dict[str, Tensor]]:
+    """Return the detections of a batch in pixels of the original images, with masks if there is a postprocessor for them.
+
+    targets: what the preparation of the images left in them, its sizes. samples: the batch.
+    """
+    sizes = torch.stack([frame_size(target) for target in targets])
+    sizes = sizes.to(outputs['pred_logits'].device, non_blocking=True)
+    results = postprocessors['bbox'](outputs, sizes)
+    if 'segm' in postprocessors:
+        originals = torch.stack([target['orig_size'] for target in targets])
+        seen = torch.stack([seen_size(target) for target in targets])
+        results = postprocessors['segm'](results, outputs, originals, seen, tuple(samples.mask.shape[-2:]))
+    return results
+
+
+def add_detector_args(parser: ArgumentParser) -> None:
+    """Declare the flags that name a detector for a tool."""
+    parser.add_argument(
+        '--checkpoint', '--weights', default='', metavar='FILE',
+        help='path or address of weights: of a run of main.py or any file that tells its flags, of any other file with --model',
+    )  # fmt: skip
+    parser.add_argument(
+        '--model', default='', metavar='NAME',
+        help='hub entry or recipe whose model to build, with its published weights if no file is named',
+    )  # fmt: skip
+
+
+def check_detector_args(args: Namespace) -> None:
+    """Refuse a command line that names no detector.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if not (args.model or args.checkpoint):
+        raise ValueError('give --checkpoint FILE, or --model NAME for published weights')
 
 
 def load_detector(

@@ -5,7 +5,7 @@
 #   bash scripts/test.sh --quick         without the slow tests
 #   bash scripts/test.sh --exhaustive    with further cases of what a few cases show too
 #   bash scripts/test.sh -k matcher      more words go to pytest
-#   TEST_JOBS=8 bash scripts/test.sh     tests at a time (4: some wait), each with one thread; up to 5 GB of memory each
+#   TEST_JOBS=8 bash scripts/test.sh     tests at a time (3: some wait), each with one thread; up to 5 GB of memory each
 set -euo pipefail
 source "$(dirname "$0")/env.sh" requirements-dev.txt
 bash scripts/build_ops.sh
@@ -18,4 +18,4 @@ ruff check .
 ruff format --check .
 mypy
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-python -m pytest -n "${TEST_JOBS:-4}" --dist worksteal "$@"
+python -m pytest -n "${TEST_JOBS:-3}" --dist worksteal "$@"

@@ -1,11 +1,14 @@
 """Every command of README.md and docs/*.md runs, on small made files that have the names of the text."""
 
 import json
+import os
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +17,12 @@ import PIL.Image
 import pytest
 import torch
 
+import main
 from datasets.class_map import ClassMap
 from datasets.shapes import ShapesDetection
 from datasets.shapes import export as write_shapes
-from models import zoo
+from models import build_model, zoo
+from models.training.flags import resolve_all
 from tests.runs import ROOT
 
 # Flags that are added, by the beginning of a command; the first that fits.
@@ -38,14 +43,14 @@ FLAGS = {
 }
 # Commands that other tests run, or that a test cannot.
 ELSEWHERE = {
-    'bash scripts/quickstart.sh': 'test_scripts.py, with fewer images',
+    'bash scripts/quickstart.sh': 'below, with fewer images',
     'bash scripts/test.sh': 'this',
     'bash scripts/build_ops.sh': 'test.sh calls it',
     'bash scripts/gpu_check.sh': 'test_gpu_check.py',
-    'bash scripts/compare_': 'an experiment of hours; test_scripts.py reads its commands',
+    'bash scripts/compare_': 'hours of training; below, its flags are checked',
     'python -m models.ops.test': 'test_ops.py',
-    'python tools/benchmark.py': 'test_gpu_check.py',
-    'torchrun --nproc_per_node 8': 'test_distributed.py, with two processes',
+    'python tools/benchmark.py op': 'test_gpu_check.py, smaller',
+    'torchrun --nproc_per_node 8': 'test_faults.py, with two processes',
     './tools/run_dist_launch.sh': 'test_launch.py',
     './tools/run_dist_slurm.sh': 'test_slurm.py',
     'python run_with_submitit.py': 'test_submit.py and test_slurm.py',
@@ -187,3 +192,68 @@ def test_lines_of_python(user: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
             assert isinstance(names['detect']('image.jpg'), list)
             ran += 1
     assert ran >= 3
+
+
+def script(name: str, *flags: str, **environment: str) -> str:
+    """Run a script with this Python in place of an environment of its own; return what it prints."""
+    path = f'{environment.pop("first", "")}:{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    done = subprocess.run(
+        ['bash', str(ROOT / 'scripts' / name), *flags],
+        env=os.environ | {'VENV': 'none', 'PATH': path} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_quickstart_with_few_images(tmp_path: Path) -> None:
+    """Twice: the second run finds that all is done."""
+    small = [
+        '--output_dir',
+        str(tmp_path),
+        '--device',
+        'cpu',
+        '--shapes_train',
+        '16',
+        '--shapes_val',
+        '4',
+        '--epochs',
+        '1',
+    ]
+    script('quickstart.sh', *small)
+    for name in ('predictions.png', 'curves.png', 'metrics.csv', 'log.jsonl', 'checkpoint.pth'):
+        assert (tmp_path / name).is_file(), name
+    assert 'all 1 epochs are done' in script('quickstart.sh', *small)
+
+
+@pytest.mark.parametrize('data', ['', '--coco_path DATA'])
+def test_the_comparison_asks_for_flags_that_fit(data: str, tmp_path: Path) -> None:
+    """Of every scheme; nothing is trained."""
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin/python').write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / 'bin/python').chmod(0o755)
+    names = [
+        'plain',
+        'hybrid',
+        'mixed',
+        'hybrid+mixed',
+        'co-deformable',
+        'all',
+        'co-dino',
+        'detr',
+        'conditional',
+        'bf16',
+        'fp16',
+    ]
+    out = {'OUT': str(tmp_path / 'out'), 'NAMES': ' '.join(names), 'SEEDS': '0', 'DATA': data}
+    script('compare_schemes.sh', first=str(tmp_path / 'bin'), **out)
+    for name in names:
+        words = (tmp_path / f'out/{name}/seed0/train.log').read_text().split()
+        assert words[:2] == ['-u', 'main.py']
+        args = resolve_all(main.get_args_parser().parse_args(words[2:]))
+        assert args.dataset_file == ('coco' if data else 'shapes')
+        with torch.device('meta'):
+            build_model(Namespace(**vars(args) | {'backbone_weights': 'none'}))

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import re
+import time
 from argparse import Namespace
 from itertools import chain
 from pathlib import Path
@@ -144,7 +146,7 @@ def test_the_newest_and_the_best_checkpoints_stay(tmp_path: Path) -> None:
 
 
 def test_a_run_stops_when_its_ap_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    still = (
+    still = [
         '--epochs',
         '9',
         '--patience',
@@ -155,7 +157,7 @@ def test_a_run_stops_when_its_ap_stays(tmp_path: Path, capsys: pytest.CaptureFix
         '0',
         '--backbone_norm',
         'frozen',
-    )
+    ]
     for more in ((), ('--resume', 'auto')):
         run(tmp_path, *still, *more)
         assert 'no better AP in 2 evaluations: stopping after 3 epochs' in capsys.readouterr().out
@@ -182,6 +184,20 @@ def test_frozen_parts_stay_as_they_are(tmp_path: Path) -> None:
             run(tmp_path / 'other', '--backbone_norm', 'frozen', '--freeze', *names, *more)
 
 
+def test_another_choice_of_frozen_parts_is_no_continuation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, '--epochs', '1', '--no_validate', '--freeze', 'encoder')
+    with pytest.raises(ValueError, match='give the --freeze, --lr_backbone'):
+        run(tmp_path, '--epochs', '2', '--no_validate', '--resume', 'auto')
+    assert load(tmp_path)['epoch'] == 0
+    trainable = set()
+    for more in ([], ['--freeze', 'encoder']):
+        run(tmp_path / 'dry', '--dry_run', *more)
+        trainable.add(re.search(r'parameters +[\d,]+, ([\d,]+) trainable', capsys.readouterr().out)[1])
+    assert len(trainable) == 2, 'the dry run knows of --freeze'
+
+
 def test_trackers_get_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
@@ -202,14 +218,24 @@ def test_trackers_get_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip('wandb')
+    wandb = pytest.importorskip('wandb')
     monkeypatch.setenv('WANDB_MODE', 'offline')
     monkeypatch.setenv('WANDB_SILENT', 'true')
     tracker = trackers.WandB(tmp_path, Namespace(wandb='mine', lr=0.5))
     tracker.add(1, {'epoch': 1, 'train_loss': 2.5})
     tracker.run.finish()
     (file,) = tmp_path.glob('wandb/offline-run-*/run-*.wandb')
+    end = time.monotonic() + 60  # another process writes it
+    while b'train_loss' not in file.read_bytes() and time.monotonic() < end:
+        time.sleep(0.2)
     assert b'train_loss' in file.read_bytes()
+
+    def refuse(**options: object) -> None:
+        raise wandb.errors.UsageError('No API key configured.')
+
+    monkeypatch.setattr(wandb, 'init', refuse)
+    with pytest.raises(ValueError, match=r'--wandb mine: No API key configured\. Or set WANDB_MODE=offline'):
+        trackers.WandB(tmp_path, Namespace(wandb='mine'))
 
 
 def test_training_alone_reads_no_validation_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from argparse import Namespace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.detector import Detector, load_detector
+from models.detector import Detector, add_detector_args, check_detector_args, load_detector
 from tools.predict import select
 from tools.visualize_attention import attention_of, panels_of, sheet_of
 from util.bounds import whole
@@ -38,11 +37,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         'demo.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flag = parser.add_argument
-    flag('--checkpoint', '--weights', default='', metavar='FILE', help='path or address of weights')
-    flag('--model', default='', metavar='NAME', help='hub entry or recipe; its published weights if no FILE')
+    add_detector_args(parser)
     flag('--address', default='127.0.0.1', help='interface that the page is served on (default: %(default)s)')
     flag('--port', default=7860, type=whole(1, 65535), help='port of the page (default: %(default)s)')
-    flag('--half', action='store_true', help='compute in 16 bits: fp16 on GPUs, bf16 elsewhere')
+    flag('--half', action='store_true', help='compute in 16 bits: fp16 on NVIDIA GPUs, bf16 elsewhere')
     flag('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
     return parser
 
@@ -110,19 +108,18 @@ def make_page(detector: Detector, title: str) -> Any:
                 raise gradio.Error('drop an image first')
             return answer(detector, pixels, *settings)
 
-        answers = partial(
-            gradio.on,
-            fn=show,
+        gradio.on(
+            [button.click, image.upload, lowest.release, layer.release, look.input],
+            show,
             inputs=[image, lowest, look, layer],
             outputs=[drawing, table, attention, text],
+            api_name='detect',
         )
-        answers([button.click, image.upload, lowest.release, layer.release, look.input], api_name='detect')
     return page
 
 
 def main(args: Namespace) -> None:
-    if not (args.model or args.checkpoint):
-        raise ValueError('give --checkpoint FILE, or --model NAME for published weights')
+    check_detector_args(args)
     if find_spec('gradio') is None:
         raise ValueError('the demo needs gradio: pip install gradio')
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'

@@ -37,7 +37,7 @@ from datasets.flags import add_data_args
 from datasets.image_dataset import ImageDataset
 from datasets.shapes import ShapesDetection
 from datasets.transforms import frame_size
-from models.detector import Detector, load_detector
+from models.detector import Detector, add_detector_args, check_detector_args, load_detector
 from models.postprocess import SoftmaxPostProcess, TopKPostProcess, clamp_boxes
 from util.bounds import whole
 from util.box_ops import box_cxcywh_to_xyxy
@@ -59,14 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         'export.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        '--checkpoint', '--weights', default='', metavar='FILE',
-        help='path or address of weights: of a run of main.py or any file that tells its flags, of any other file with --model',
-    )  # fmt: skip
-    parser.add_argument(
-        '--model', default='', metavar='NAME',
-        help='hub entry or recipe whose model to build, with its published weights if no file is named',
-    )  # fmt: skip
+    add_detector_args(parser)
     parser.add_argument(
         '--output', required=True, type=Path, metavar='OUT',
         help='file to write, or a folder for detector.onnx or detector.pt2; the file must not exist',
@@ -339,8 +332,7 @@ def output_path(output: Path, suffix: str) -> Path:
 
 
 def main(args: Namespace) -> str:
-    if not (args.model or args.checkpoint):
-        raise ValueError('give --checkpoint FILE, or --model NAME for published weights')
+    check_detector_args(args)
     if args.format == 'onnx':
         check_packages()
     elif args.half:

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.class_map import ClassMap
 from datasets.coco_eval import encode_masks
 from datasets.image_io import read_image
-from models.detector import Detector, load_detector
+from models.detector import Detector, add_detector_args, check_detector_args, load_detector
 from util.bounds import real, whole
 from util.files import save_atomically
 from util.flags import run_command
@@ -61,14 +61,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         'predict.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        '--checkpoint', '--weights', default='', metavar='FILE',
-        help='path or address of weights: of a run of main.py or any file that tells its flags, of any other file with --model',
-    )  # fmt: skip
-    parser.add_argument(
-        '--model', default='', metavar='NAME',
-        help='hub entry or recipe whose model to build, with its published weights if no file is named',
-    )  # fmt: skip
+    add_detector_args(parser)
     parser.add_argument(
         '--source', required=True,
         help='an image, a folder of images, a pattern such as "*.jpg", the address of an image, a film '
@@ -103,7 +96,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help='images, or frames of a film, that are computed at once; padding moves results a little (default: %(default)s)',
     )  # fmt: skip
     parser.add_argument(
-        '--half', action='store_true', help='compute in 16 bits: fp16 on GPUs, bf16 elsewhere'
+        '--half', action='store_true', help='compute in 16 bits: fp16 on NVIDIA GPUs, bf16 elsewhere'
     )
     parser.add_argument('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
     return parser
@@ -312,8 +305,7 @@ def main(args: Namespace) -> None:
     is_film = args.source.partition(':')[0] == 'webcam' or args.source.lower().endswith(FILMS)
     is_address = args.source.startswith(('http://', 'https://'))
     images = [] if is_film or is_address else find_images(args.source)
-    if not (args.model or args.checkpoint):
-        raise ValueError('give --checkpoint FILE, or --model NAME for published weights')
+    check_detector_args(args)
     if is_film:
         import_av()
         if not args.source.startswith('webcam') and not Path(args.source).is_file():

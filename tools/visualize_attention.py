@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.image_io import read_image
 from models.deformable_transformer import valid_ratio
-from models.detector import Detector, load_detector
+from models.detector import Detector, add_detector_args, load_detector
 from models.ops.modules import MSDeformAttn
 from util import visualize
 from util.bounds import check_bounds, whole
@@ -265,8 +265,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         'visualize_attention.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flag = parser.add_argument
-    flag('--checkpoint', '--weights', default='', metavar='FILE', help='path or address of weights')
-    flag('--model', default='', metavar='NAME', help='hub entry or recipe; its published weights if no FILE')
+    add_detector_args(parser)
     flag('--source', required=True, metavar='IMAGE', help='an image')
     flag('--output', required=True, metavar='FILE', help='image to write, for example attention.png')
     flag('--queries', nargs='+', default=['best'], help='numbers, or best: with the best scores (default)')

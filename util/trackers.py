@@ -47,9 +47,13 @@ class WandB:
     """A run of Weights & Biases in the project that the flag names; its environment variables apply (WANDB_MODE=offline)."""
 
     def __init__(self, folder: Path, args: Namespace) -> None:
-        self.run = self.load().init(
-            project=args.wandb, name=folder.name, dir=folder, config=vars(args), resume='auto'
-        )
+        wandb = self.load()
+        try:
+            self.run = wandb.init(
+                project=args.wandb, name=folder.name, dir=folder, config=vars(args), resume='auto'
+            )
+        except wandb.Error as error:
+            raise ValueError(f'--wandb {args.wandb}: {error} Or set WANDB_MODE=offline') from error
 
     @staticmethod
     def load() -> Any:

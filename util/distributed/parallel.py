@@ -129,7 +129,20 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load whole tensors into the optimizer of a model, sharded or not."""
+    """Load whole tensors into the optimizer of a model, sharded or not.
+
+    Raises:
+        ValueError: it is the state of other parameters.
+    """
+    theirs, ours = (
+        [len(group['params']) for group in groups]
+        for groups in (state['param_groups'], optimizer.param_groups)
+    )
+    if theirs != ours:
+        raise ValueError(
+            f'the checkpoint trains groups of {theirs} parameters, this run of {ours}: give the --freeze, --lr_backbone and '
+            '--lr_..._names of its run, or start from its weights with --pretrained'
+        )
     parameters = [p for group in optimizer.param_groups for p in group['params']]
     parts = {
         index: {
