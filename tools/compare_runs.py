@@ -169,7 +169,7 @@ def draw(path: Path, schemes: list[Scheme]) -> None:
     ]  # fmt: skip
     panels = [panel for panel in panels if any(scheme.curve(panel[2], panel[1])[0] for scheme in schemes)]
     labels = {'epoch': 'epoch', 'images': 'images seen', 'minutes': 'minutes of training'}
-    lines = len(panels) // 3 + 1
+    lines = math.ceil(len(panels) / 3)
     figure = new_figure(12, 3.3 * lines)
     axes = figure.subplots(lines, 3, squeeze=False).ravel()
     for panel, (title, y, x) in zip(axes, panels, strict=False):
@@ -183,7 +183,8 @@ def draw(path: Path, schemes: list[Scheme]) -> None:
         panel.spines[['top', 'right']].set_visible(False)
     for empty in axes[len(panels) :]:
         empty.axis('off')
-    axes[-1].legend(*axes[0].get_legend_handles_labels(), loc='upper left', fontsize=10, edgecolor='none')
+    shown = axes[0].get_legend_handles_labels()
+    figure.legend(*shown, loc='outside lower center', ncols=len(schemes), fontsize=10, edgecolor='none')
     save_atomically(path, lambda partial: figure.savefig(partial, dpi=100))
 
 
