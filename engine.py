@@ -365,7 +365,7 @@ def evaluate(
     for samples, targets in data_loader:
         with precision.autocast():
             outputs = model(samples.to(device, non_blocking=True))
-        results = detections_of(postprocessors, outputs, targets, samples)
+        results = detections_of(postprocessors, outputs, targets, samples, device)
         evaluator.update(
             {int(t['image_id']): to_cpu(result) for t, result in zip(targets, results, strict=True)}
         )

@@ -75,7 +75,8 @@ class Detector:
         samples = nested_tensor_from_tensor_list([image for image, _ in prepared]).to(device)
         with self.precision.autocast():
             outputs = self.model(samples)
-        results = detections_of(self.postprocessors, outputs, [target for _, target in prepared], samples)
+        targets = [target for _, target in prepared]
+        results = detections_of(self.postprocessors, outputs, targets, samples, device)
         return [{key: value.cpu() for key, value in result.items()} for result in results]
 
 
@@ -89,13 +90,16 @@ def detections_of(
     outputs: dict,
     targets: list[dict[str, Tensor]],
     samples: NestedTensor,
+    device: torch.device,
 ) -> list[dict[str, Tensor]]:
     """Return the detections of a batch in pixels of the original images, with masks if there is a postprocessor for them.
 
-    targets: what the preparation of the images left in them, its sizes. samples: the batch.
+    Args:
+        targets: what the preparation of the images left in them, its sizes.
+        samples: the batch.
+        device: that of the model.
     """
-    sizes = torch.stack([frame_size(target) for target in targets])
-    sizes = sizes.to(outputs['pred_logits'].device, non_blocking=True)
+    sizes = torch.stack([frame_size(target) for target in targets]).to(device, non_blocking=True)
     results = postprocessors['bbox'](outputs, sizes)
     if 'segm' in postprocessors:
         originals = torch.stack([target['orig_size'] for target in targets])
