@@ -18,4 +18,5 @@ ruff check .
 ruff format --check .
 mypy
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+unset PYTHONDONTWRITEBYTECODE # each process of a test would compile this code again
 python -m pytest -n "${TEST_JOBS:-3}" --dist worksteal "$@"

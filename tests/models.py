@@ -19,6 +19,7 @@ from util.nested_tensor import NestedTensor
 SMALL = {
     'backbone': 'resnet10',
     'backbone_weights': 'none',
+    'backbone_stages': 3,
     'hidden_dim': 32,
     'nheads': 4,
     'enc_layers': 2,

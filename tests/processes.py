@@ -1,6 +1,7 @@
 """Several processes for a test: forked from a server that has imported PyTorch once, so that each starts in no time."""
 
 import faulthandler
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -14,6 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+# What a run does besides, where main.py has it from: half the time of small ones.
+EXTRAS = {'plot_curves': 'util.visualize', 'draw_predictions': 'engine', 'flops_text': 'util.plan'}
 CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(['torch', 'torch._dynamo', 'main'])
 
@@ -28,6 +31,7 @@ def start(environment: dict[str, str], function: Callable, *args: object) -> mul
 def enter(environment: dict[str, str], function: Callable, *args: object) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method('fork', force=True)  # of loader workers, as in a run of its own
     multiprocessing.process.current_process()._config['daemon'] = False  # it may have loader workers
     function(*args)
 
@@ -61,7 +65,7 @@ def member(folder: Path, rank: int, number: int, function: Callable, *args: obje
 
 
 def start_main(log: Path, argv: list[str], environment: dict[str, str]) -> multiprocessing.Process:
-    """`python main.py argv` in a process of its own; what it prints goes to the end of `log`."""
+    """`python main.py argv` without EXTRAS in a process of its own; what it prints goes to the end of `log`."""
     return start(environment, run_main, str(log), argv)
 
 
@@ -75,6 +79,8 @@ def print_to(log: str | Path) -> None:
 def run_main(log: str, argv: list[str]) -> None:
     print_to(log)
     faulthandler.dump_traceback_later(100)  # where it hangs, if it does
+    for name, module in EXTRAS.items():
+        setattr(importlib.import_module(module), name, lambda *_: '')
     sys.argv = ['main.py', *argv]
     runpy.run_path(str(Path(__file__).resolve().parents[1] / 'main.py'), run_name='__main__')
 

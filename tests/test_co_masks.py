@@ -116,7 +116,13 @@ KINDS = {
     'two stages': TRICKS,
     'co_dino': HEADS | {'dino': True, 'dn_number': 4, 'num_feature_levels': 5},
     'all': TRICKS | HEADS | {'use_ms_detr': True, 'hybrid_queries': 24, 'hybrid_k': 2, 'dn_number': 4},
-    'vit': {'backbone': 'vit_mini', 'dino': True, 'num_feature_levels': 5, 'drop_path_rate': 0.0},
+    'vit': {
+        'backbone': 'vit_mini',
+        'dino': True,
+        'num_feature_levels': 5,
+        'drop_path_rate': 0.0,
+        'backbone_stages': 4,
+    },
 }
 
 
@@ -134,14 +140,14 @@ def test_masks_train_and_boxes_stay(kind: str) -> None:
     optimizer = build_optimizer(model, 1e-3, 1e-3, 1e-4)
     images, targets = torch.randn(2, 3, 96, 96), with_masks(random_targets(2, 1), (96, 96))
     first = None
-    for _ in range(30):
+    for _ in range(10):
         losses = criterion(model.train()(images, targets), targets)
         optimizer.zero_grad()
         weighted_sum(losses, criterion.weight_dict).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         first = first if first is not None else losses['loss_comask'].item()
-    assert losses['loss_comask'].item() < 0.7 * first and 'loss_comask_iou' in losses
+    assert losses['loss_comask'].item() < 0.5 * first and 'loss_comask_iou' in losses
     nothing = with_masks(random_targets(0, 0), (96, 96))
     empty = criterion(model(images, nothing), nothing)
     assert empty['loss_comask'] == 0 and empty['loss_comask'].requires_grad
@@ -169,6 +175,7 @@ def test_official_names_of_the_heads() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.draws
 def test_a_run_evaluates_masks_by_their_own_scores(tmp_path: Path) -> None:
     flags = """--dataset_file shapes --shapes_train 8 --shapes_val 4 --shapes_size 128 --img_size 128 --max_size 128 --backbone resnet10
         --backbone_weights none --backbone_norm batch --hidden_dim 32 --nheads 4 --enc_layers 1 --dec_layers 2 --num_queries 10
@@ -225,7 +232,7 @@ def test_roi_masks_train_and_the_rcnn_head_predicts_them() -> None:
     optimizer = build_optimizer(model, 1e-3, 1e-3, 1e-4)
     images, targets = torch.randn(2, 3, 96, 96), with_masks(random_targets(2, 1), (96, 96))
     first = None
-    for _ in range(30):
+    for _ in range(10):
         losses = criterion(model.train()(images, targets), targets)
         optimizer.zero_grad()
         weighted_sum(losses, criterion.weight_dict).backward()

@@ -186,6 +186,7 @@ def test_transformers_opens_what_is_written_for_it(kind: str, tmp_path: Path) ->
     pytest.importorskip('timm')
     flags = SMALL | {
         'backbone': 'resnet18' if kind != 'detr, DC5' else 'resnet50',
+        'backbone_stages': 4,
         'hidden_dim': 256,
         'num_classes': 91,
     }
@@ -221,6 +222,7 @@ def test_transformers_opens_what_is_written_for_it(kind: str, tmp_path: Path) ->
     ],
 )
 def test_transformers_has_no_place_for_others(flags: dict, message: str, tmp_path: Path) -> None:
+    flags = {'backbone_stages': 4} | flags
     torch.save({'model': build({}).state_dict(), 'args': SMALL | flags}, tmp_path / 'run.pth')
     with pytest.raises(ValueError, match=message):
         convert(str(tmp_path / 'run.pth'), tmp_path / 'theirs', stripped=False, to='transformers')

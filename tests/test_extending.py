@@ -18,9 +18,7 @@ TASKS = {
     )
     for title, body in re.findall(r'^## (A new .*?)\n(.*?)(?=^## |\Z)', TEXT, re.DOTALL | re.MULTILINE)
 }
-LEFT_OUT = shutil.ignore_patterns(
-    '.git', '.venv', 'venv', 'output', 'exps', 'build', '__pycache__', '.*_cache'
-)
+LEFT_OUT = shutil.ignore_patterns('.git', '.venv', 'venv', 'output', 'exps', 'build', '.*_cache')
 TINY = """--img_size 64 --max_size 64 --backbone_weights none --hidden_dim 32 --nheads 4 --enc_layers 1 --dec_layers 2
     --dim_feedforward 64 --num_queries 10 --epochs 1 --num_workers 0 --device cpu --shapes_train 8 --shapes_val 4"""
 

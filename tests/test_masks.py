@@ -184,6 +184,7 @@ DATA = """--dataset_file shapes --shapes_train 12 --shapes_val 4 --shapes_size 6
 
 
 @pytest.mark.slow
+@pytest.mark.draws
 def test_a_run_trains_evaluates_draws_and_predicts_masks(tmp_path: Path) -> None:
     run(tmp_path / 'boxes', flags=DATA)
     file = str(tmp_path / 'boxes/checkpoint.pth')

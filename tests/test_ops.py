@@ -206,7 +206,7 @@ def test_nothing_in_nothing_out(name: str) -> None:
         assert value.grad.shape == value.shape and not value.grad.any()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_more_than_2_to_the_31_numbers() -> None:
     """The last pixel of the last head lies beyond what 32 bits can count; memory is touched only where it is read."""
     if 'cpp' not in available('cpu'):

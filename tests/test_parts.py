@@ -50,7 +50,7 @@ def step(model: nn.Module, criterion: nn.Module, size: tuple[int, int]) -> dict[
     [
         pytest.param({}, 'inductor', marks=pytest.mark.exhaustive),
         pytest.param(TWO_STAGE, 'inductor', marks=pytest.mark.exhaustive),
-        ({}, 'aot_eager'),
+        ({}, 'eager'),
         pytest.param(TWO_STAGE | {'use_checkpoint': True}, 'aot_eager', marks=pytest.mark.exhaustive),
     ],
     ids=['detr', 'two stages', 'detr, eager', 'two stages, recomputed'],

@@ -46,7 +46,7 @@ def small_swin(monkeypatch: pytest.MonkeyPatch) -> None:
 def training_pass(flags: dict, mode: str) -> tuple[nn.Module, dict, Tensor]:
     """A freshly built model, its outputs and its loss; the same images and objects every time."""
     # As deep as what the tolerances below were chosen for.
-    model, criterion, _ = build({'backbone': 'resnet18'} | flags | {'dropout': 0.0})
+    model, criterion, _ = build({'backbone': 'resnet18', 'backbone_stages': 4} | flags | {'dropout': 0.0})
     torch.manual_seed(1)
     targets = random_targets(3, 2)
     with Precision(mode, CPU).autocast():
@@ -190,7 +190,14 @@ def test_fp16_trains(steps: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('flags', [{}, {'conditional': True}, TWO_STAGE | CO_HEADS, {'dino': True}])
+@pytest.mark.parametrize(
+    'flags',
+    [
+        {},
+        *(pytest.param(f, marks=pytest.mark.exhaustive) for f in ({'conditional': True}, {'dino': True})),
+        TWO_STAGE | CO_HEADS,
+    ],
+)
 def test_fp16_steps_of_whole_models(flags: dict) -> None:
     """From images on; the scale finds its size within a few steps, each of which halves it."""
     model, criterion, _ = build(flags)

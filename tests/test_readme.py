@@ -162,6 +162,7 @@ def test_none_is_left_out_in_silence() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.draws
 def test_commands(user: pytest.MonkeyPatch) -> None:
     """In the order of the text: what one leaves, the next reads."""
     write_film(Path('film.mp4'))

@@ -16,7 +16,9 @@ from util.checkpoint import flags_of, load_checkpoint
 
 # Values that differ while all shapes are equal, and flags that both models have.
 SILENT = {
-    'dilation': ({'dilation': True}, {'backbone': 'resnet50', 'enc_layers': 1, 'dec_layers': 1}),
+    'dilation': (
+        {'dilation': True}, {'backbone': 'resnet50', 'backbone_stages': 4, 'enc_layers': 1, 'dec_layers': 1},
+    ),
     'nheads': ({'nheads': 8}, {}),
     'pe_temperature': ({'pe_temperature': 20.0}, {'conditional': True}),
     'position_embedding_scale': ({'position_embedding_scale': 3.0}, {}),
@@ -101,7 +103,7 @@ def test_transformers_configuration_is_compared(tmp_path: Path) -> None:
         'encoder_attention_heads': 8, 'decoder_attention_heads': 8, 'num_queries': 12, 'two_stage': True,
         'with_box_refine': True, 'backbone': 'resnet10',
     }  # fmt: skip
-    model = build(TRICKS | {'mixed_selection': False})
+    model = build(TRICKS | {'mixed_selection': False, 'backbone_stages': 4})
     with pytest.raises(ValueError, match='--nheads 8 there, 4 here'):
         load_checkpoint(model, {'model': model.state_dict(), 'config': config})
     same = config | {'encoder_attention_heads': 4, 'decoder_attention_heads': 4}

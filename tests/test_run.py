@@ -69,6 +69,7 @@ def test_same_seed_same_run_whatever_the_workers(tmp_path: Path) -> None:
     assert not torch.equal(load(tmp_path / 'a')['model'][name], load(tmp_path / 'c')['model'][name])
 
 
+@pytest.mark.draws
 def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
     pytest.importorskip('tensorboard')
     run(tmp_path, '--epochs', '2', '--eval_every', '2', '--save_every', '1', '--tensorboard')
@@ -368,6 +369,7 @@ def test_deformable_run_resumes_on_any_schedule(
 
 
 @pytest.mark.slow
+@pytest.mark.draws
 def test_auxiliary_heads_are_evaluated_on_their_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     heads = '--dino --dn_number 10 --co_aux_heads faster_rcnn atss --hidden_dim 64'
     tiny = TINY.replace('--conditional', heads)

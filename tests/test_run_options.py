@@ -238,6 +238,7 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         trackers.WandB(tmp_path, Namespace(wandb='mine'))
 
 
+@pytest.mark.draws
 def test_training_alone_reads_no_validation_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from datasets import loaders
 

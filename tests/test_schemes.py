@@ -393,14 +393,14 @@ def plain_state(model: nn.Module) -> dict[str, object]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('base', 'names'), mixes())
-def test_combinations_train_30_steps(base: str, names: tuple[str, ...]) -> None:
+def test_combinations_train_a_few_steps(base: str, names: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     sizes = {'backbone': 'resnet10', 'backbone_norm': 'batch', 'enc_layers': 1, 'dec_layers': 2}
     model, criterion, _ = build_model(Namespace(**flags_of(base, names) | sizes))
     data = build_dataset(
-        'train', parse('--dataset_file shapes --shapes_train 60 --img_size 64 --max_size 64 --aug flip')
+        'train', parse('--dataset_file shapes --shapes_train 24 --img_size 64 --max_size 64 --aug flip')
     )
-    batches = [collate_fn([data[2 * i], data[2 * i + 1]]) for i in range(30)]
+    batches = [collate_fn([data[2 * i], data[2 * i + 1]]) for i in range(12)]
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(model, 1e-3, 1e-3, 0.0)
     averages = train_one_epoch(model, criterion, batches, optimizer, max_norm=0.1)

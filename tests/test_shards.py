@@ -527,6 +527,7 @@ def test_flags_build_what_they_build_of_files(files: Path, shards: Path, aug: st
         assert_items_equal(ours[0], theirs[0])
 
 
+@pytest.mark.draws
 def test_a_run_from_shards(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Trains, evaluates and draws."""
     flags = f'--dataset_file coco --train_shards {shards} --val_shards {shards}/shards.json --epochs 1'
