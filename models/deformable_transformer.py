@@ -272,11 +272,15 @@ class DeformableTransformer(nn.Module):
         if self.training:
             boxes = (box_head(features) + anchors).sigmoid()
             everywhere = Prediction(class_head(features), boxes, 'enc', anchors=anchors.sigmoid())
-            best = everywhere.logits[..., 0].topk(num_proposals, dim=1).indices
+            best = self.select(everywhere.logits[..., 0], num_proposals)
             return gather_rows(everywhere.boxes, best).detach(), everywhere
         # At inference only the selected tokens need a box, and no token needs logits of other classes.
-        best = class_head.first(features).topk(num_proposals, dim=1).indices
+        best = self.select(class_head.first(features), num_proposals)
         return (box_head(gather_rows(features, best)) + gather_rows(anchors, best)).sigmoid(), None
+
+    def select(self, scores: Tensor, num_proposals: int) -> Tensor:
+        """Return the indices of the largest scores, the largest first: [B, S] to [B, num_proposals]."""
+        return scores.topk(num_proposals, dim=1).indices
 
     def proposal_features(self, memory: Memory, num_proposals: int) -> tuple[Tensor, Tensor]:
         """Return features of every cell for the heads, [B, S, C], and its default box in logit space, [B, S, 4]."""
