@@ -30,6 +30,7 @@ def read_lists(file: Path) -> dict[str, list]:
     return lists
 
 
+@pytest.mark.slow
 @FAST
 @given(data=FILES, indent=st.sampled_from([None, 1]), chunk=st.integers(1, 60), ascii=st.booleans())
 def test_blocks_hold_what_the_whole_file_holds(
@@ -47,6 +48,7 @@ def test_blocks_hold_what_the_whole_file_holds(
         assert read_lists(file) == lists
 
 
+@pytest.mark.slow
 @FAST
 @given(
     data=FILES,

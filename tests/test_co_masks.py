@@ -129,7 +129,7 @@ KINDS = {
 @pytest.mark.parametrize(
     'kind',
     [
-        pytest.param(k, marks={'co_dino': (), 'vit': pytest.mark.slow}.get(k, pytest.mark.exhaustive))
+        pytest.param(k, marks=pytest.mark.slow if k in ('co_dino', 'vit') else pytest.mark.exhaustive)
         for k in KINDS
     ],
 )
@@ -224,6 +224,7 @@ def test_the_mask_branch_of_mask_rcnn_equals_its_formula() -> None:
     assert list(branch.state_dict())[:2] == ['convs.0.conv.weight', 'convs.0.conv.bias']
 
 
+@pytest.mark.slow
 def test_roi_masks_train_and_the_rcnn_head_predicts_them() -> None:
     torch.manual_seed(0)
     flags = SMALL | RCNN_MASKS | {'dropout': 0.0}

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+pytestmark = pytest.mark.slow
 TESTS = Path(__file__).resolve().parent
 SOURCE = TESTS.parent / 'models/ops/src/cuda'
 KERNELS = SOURCE / 'ms_deform_attn_kernels.cu'
@@ -372,7 +373,6 @@ OF_32_CHANNELS = 'Li32EEE'  # in the name of a kernel
 
 
 @needs_nvcc
-@pytest.mark.slow
 @pytest.mark.parametrize(
     'architecture',
     [pytest.param(80, marks=pytest.mark.exhaustive), 90, pytest.param(100, marks=pytest.mark.exhaustive)],
@@ -403,7 +403,6 @@ def test_no_kernel_of_32_channels_spills_registers(architecture: int, tmp_path: 
 
 
 @needs_nvcc
-@pytest.mark.slow
 def test_memory_is_moved_16_bytes_at_a_time(tmp_path: Path) -> None:
     command = ['nvcc', '-std=c++17', '-arch=sm_90', '-ptx', '-o', tmp_path / 'ptx', KERNELS]
     subprocess.run(command, check=True)

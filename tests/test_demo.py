@@ -79,6 +79,7 @@ def test_numbers_equal_those_of_the_detector(checkpoint: Path) -> None:
     assert demo.answer(detector, pixels, 1.0, True, 1)[1:3] == ([], None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     bool(MISSING) or CHROMIUM is None, reason=f'needs chromium, gradio and playwright; no {MISSING}'
 )

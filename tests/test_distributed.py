@@ -232,6 +232,7 @@ def disagree(rank: int) -> str:
     return [*messages, str(error.value)]
 
 
+@pytest.mark.slow
 def test_processes_that_disagree_say_so() -> None:
     expected = [
         '--lr is 0.1 in process 0 and 1.1 in process 1',

@@ -76,6 +76,7 @@ def test_estimated_activations_are_those_of_a_real_step(flags: dict) -> None:
     assert outputs and estimated == pytest.approx(measured, rel=0.01 if dense else 0.2)
 
 
+@pytest.mark.slow
 def test_recomputing_lowers_the_estimate(capsys: pytest.CaptureFixture[str]) -> None:
     def gibibytes(flags: str) -> float:
         return float(re.search(r'about ([\d.]+) GiB', printed(flags, capsys)['memory'])[1])

@@ -1,9 +1,11 @@
 """tools/export.py: programs of any size that compute the same, and are refused if they do not."""
 
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from datasets.shapes import ShapesDetection
 from datasets.shapes import export as write_shapes
@@ -18,7 +20,7 @@ FAMILIES = {
     'detr': PLAIN,
     'two stages': f'{PLAIN} --two_stage --with_box_refine --num_feature_levels 3',
     'deformable': f'{PLAIN} --deformable --num_feature_levels 3',
-    'hybrid': f'{PLAIN} --two_stage --with_box_refine --hybrid_k 2 --hybrid_queries 20 --num_feature_levels 3',
+    'hybrid': f'{PLAIN} --two_stage --with_box_refine --mixed_selection --hybrid_k 2 --hybrid_queries 20 --num_feature_levels 3',
     'swin': f'{PLAIN.replace("resnet10", "swin_tiny").replace("--backbone_norm batch", "")} --deformable --num_feature_levels 2',
     'dino': f'{PLAIN} --dino --num_feature_levels 3',
     'mixed': f'{PLAIN} --two_stage --with_box_refine --use_ms_detr --num_feature_levels 3',
@@ -42,10 +44,14 @@ def exported(checkpoint: Path, output: Path, *more: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'family',
-    [pytest.param(name, marks=() if name == 'detr' else pytest.mark.exhaustive) for name in FAMILIES],
+    [pytest.param(name, marks=() if name == 'hybrid' else pytest.mark.exhaustive) for name in FAMILIES],
 )
-def test_onnx_equals_torch(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """At three sizes and two numbers of images, on the spot; then the AP of both."""
+def test_onnx_equals_torch(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At three sizes and two numbers of images, on the spot; then the AP of both, and the same with half the bits."""
+    half, drop = tmp_path / 'half.onnx', export.drop_proposals
+    monkeypatch.setattr(export, 'drop_proposals', lambda path: (shutil.copy(path, half), drop(path)))
     checkpoint = trained(tmp_path / 'run', family)
     write_shapes(tmp_path / 'data', ShapesDetection(3, 'val', image_size=64))
     exported(checkpoint, tmp_path / 'detector.onnx', '--coco_path', str(tmp_path / 'data'))
@@ -53,13 +59,32 @@ def test_onnx_equals_torch(family: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert printed.count('largest difference of scores') == 3
     first, second = printed.split('PyTorch AP ')[1].splitlines()[0].split('; exported AP ')
     assert first == second
-    size = (tmp_path / 'detector.onnx').stat().st_size
-    export.halve(tmp_path / 'detector.onnx')
+    export.halve(half)
     detector = load_detector(weights=checkpoint)
-    run_half = export.load(tmp_path / 'detector.onnx')
-    export.verify(detector, export.make_program(detector, False), run_half, half=True)
+    program = export.make_program(detector, False)
+    program.tell_proposals()
+    export.verify(detector, program, export.load(half), half=True)
     assert capsys.readouterr().out.count('largest difference of scores') == 3
-    assert 1e6 < (tmp_path / 'detector.onnx').stat().st_size < 0.7 * size
+    assert 1e6 < half.stat().st_size < 0.75 * (tmp_path / 'detector.onnx').stat().st_size
+
+
+def test_other_proposals_move_every_query_and_are_judged_by_their_scores(tmp_path: Path) -> None:
+    """PyTorch computes what it is asked for: in another order all queries move; others than the best are told by the scores."""
+    detector = load_detector(weights=trained(tmp_path, 'hybrid'))
+    program = export.make_program(detector, False)
+    program.tell_proposals()
+    images = export.draw_images(1, 96, 96)
+    program.expected(images)
+    best = program.selection.taken
+    logits, _ = program.expected(images, best)
+    assert program.selection.difference == 0
+    order = torch.arange(best.shape[1]).roll(1)
+    moved = program.expected(images, best[:, order])[0]
+    assert 0 < program.selection.difference < 1
+    # Its content is learned for a place in the order, so no query stays what it was anywhere.
+    assert torch.cdist(moved[0], logits[0]).amin(1).min() > 0
+    program.expected(images, torch.zeros_like(best))
+    assert program.selection.difference > 0
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def whole_run(folder: Path, number: int, *flags: str) -> Path:
     return folder / 'whole'
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_in_the_middle_of_an_epoch(tmp_path: Path, number: int) -> None:
     command = [*LONG, '--output_dir', str(tmp_path / 'parts'), '--accum_steps', '2', '--resume', 'auto']
     log = tmp_path / 'log'
@@ -128,6 +128,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_half_files_go(
     assert not list(tmp_path.glob('.*'))
 
 
+@pytest.mark.slow
 def test_saving_every_few_steps_is_enough_for_a_run_that_is_killed(tmp_path: Path) -> None:
     command = [*LONG, '--output_dir', str(tmp_path / 'parts'), '--checkpoint_steps', '3', '--resume', 'auto']
     process = start_main(tmp_path / 'log', command, {})
@@ -345,6 +346,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(['umount', '-l', str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint(
     small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

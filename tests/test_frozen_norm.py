@@ -49,7 +49,8 @@ def results(body: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ('name', 'dilation'), [('resnet18', False), ('resnet50', True), ('mobilenet_v2', False)]
+    ('name', 'dilation'),
+    [('resnet18', False), pytest.param('resnet50', True, marks=pytest.mark.slow), ('mobilenet_v2', False)],
 )
 def test_equals_the_unfolded_network(name: str, dilation: bool) -> None:
     """In the sense of whole tensors: a sum of thousands of float32 products has no better digits. Gradients in float64: where
@@ -100,6 +101,7 @@ def test_a_copy_has_its_own_norms() -> None:
     torch.testing.assert_close(body(images)['4'], expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['resnet18', pytest.param('mobilenet_v2', marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_exports_and_compiles(name: str) -> None:

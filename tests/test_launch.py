@@ -153,6 +153,7 @@ def test_run_dist_launch_gives_each_process_its_place(tmp_path: Path) -> None:
         assert (tmp_path / rank).read_text() == f'{rank}/2 {rank}/2 127.0.0.1 --a b\n'
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
     script = tmp_path / 'script.sh'
     script.write_text('[ $RANK = 0 ] && kill -9 $$\nexec sleep 50\n')

@@ -90,6 +90,7 @@ def test_masks_and_detections_equal_official(case: MaskCase) -> None:
         assert result['masks'].flatten(1).sum(1).tolist() == areas
 
 
+@pytest.mark.slow
 @needs_shared
 def test_losses_gradients_and_steps_equal_official(case: MaskCase) -> None:
     model, criterion, _ = case.built
@@ -142,7 +143,10 @@ KINDS = {
 
 @pytest.mark.parametrize(
     'kind',
-    [pytest.param(kind, marks=() if kind == 'all' else pytest.mark.exhaustive) for kind in KINDS],
+    [
+        pytest.param(kind, marks=pytest.mark.slow if kind == 'all' else pytest.mark.exhaustive)
+        for kind in KINDS
+    ],
 )
 def test_masks_train_with_every_family_and_scheme(kind: str) -> None:
     """30 steps lower the loss of the masks; the boxes of the trained model do not depend on its mask heads."""

@@ -137,12 +137,13 @@ def test_equals_pytorch_in_float64(name: str, size: str, dtype: torch.dtype) -> 
         assert max(ops_test.relative_errors(name, size, 'cpu', dtype)) <= ops_test.TOLERANCES[dtype]
 
 
-@pytest.mark.parametrize('channels', [30, 32, 64, 71])
+@pytest.mark.parametrize('channels', [30, *(pytest.param(n, marks=pytest.mark.slow) for n in (32, 64, 71))])
 @implementations
 def test_numerical_gradients(name: str, channels: int) -> None:
     assert ops_test.numerical_gradients_agree(name, channels, 'cpu')
 
 
+@pytest.mark.slow
 @implementations
 def test_compiles_without_a_graph_break(name: str) -> None:
     assert ops_test.compiled_equals_eager(name, 'cpu')
@@ -284,6 +285,7 @@ def test_shapes_that_do_not_fit_are_named(change: object, message: str) -> None:
         torch.ops.detr.ms_deform_attn(*change(*inputs))
 
 
+@pytest.mark.slow
 def test_a_library_that_does_not_load_is_passed_over(tmp_path: Path) -> None:
     """Another process, in which the built file is broken: training goes on in plain PyTorch, and says why."""
     broken = tmp_path / 'broken.so'

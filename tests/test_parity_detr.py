@@ -142,7 +142,7 @@ def test_optimizer_steps_equal_official(case: DenseCase, exhaustive: bool) -> No
     case.fill(model)
 
 
-@pytest.mark.parametrize('system', FLAGS)
+@pytest.mark.parametrize('system', ['detr', pytest.param('conditional_detr', marks=pytest.mark.slow)])
 def test_recorded_numbers_equal_official(system: str) -> None:
     """A part of the same, from numbers that lie in this repository."""
     with float64():

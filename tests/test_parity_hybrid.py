@@ -240,6 +240,7 @@ def test_detrex_port_loads_by_its_own_names_and_gives_its_numbers(monkeypatch: p
     check_assignments(case, criterion, outputs['predictions'])
 
 
+@pytest.mark.slow
 @needs_shared
 def test_detrex_classes_go_to_their_coco_ids() -> None:
     """80 rows without gaps become 91; the proposals' head keeps its rows, since its first means 'object'."""

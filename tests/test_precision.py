@@ -25,7 +25,14 @@ EVERY = FAMILIES | {
     'batch norms': {'backbone_norm': 'batch'},
     'pre-norm': {'pre_norm': True},
 }
-every = pytest.mark.parametrize('flags', EVERY.values(), ids=EVERY)
+QUICK = ('detr', 'conditional', 'two stages', 'co-dino')
+every = pytest.mark.parametrize(
+    'flags',
+    [
+        pytest.param(flags, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, flags in EVERY.items()
+    ],
+)
 sampling = pytest.mark.parametrize(
     'flags',
     [

@@ -230,6 +230,7 @@ def test_the_quickstart_with_few_images(tmp_path: Path) -> None:
     assert 'all 1 epochs are done' in script('quickstart.sh', *small)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('data', ['', '--coco_path DATA'])
 def test_the_comparison_asks_for_flags_that_fit(data: str, tmp_path: Path) -> None:
     """Of every scheme; nothing is trained."""

@@ -286,6 +286,7 @@ def test_a_lack_of_memory_is_explained_before_the_first_step(monkeypatch: pytest
         engine.rehearse(model, criterion, Precision('off', torch.device('cpu')), 4, (96, 64), 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('amp', [pytest.param('bf16', marks=pytest.mark.exhaustive), 'fp16'])
 def test_a_run_in_16_bits_resumes(tmp_path: Path, amp: str) -> None:
     """The scale of fp16's gradients, too."""

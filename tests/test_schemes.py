@@ -448,6 +448,7 @@ def test_numbers_that_are_not_given_follow_from_those_that_are() -> None:
     )
 
 
+@pytest.mark.slow
 @needs_shared
 @pytest.mark.parametrize('name', ['ms_detr_300', 'ms_detr_pp_300', 'ms_detr_pp_900', 'ms_detr_a_300'])
 def test_official_command_lines_of_ms_detr_build_the_official_model(name: str) -> None:

@@ -170,7 +170,7 @@ def test_stored_files_are_unchanged(files: Path, shards: Path) -> None:
 
 
 @pytest.mark.parametrize('world_size', [1, 2, 3])
-@pytest.mark.parametrize('workers', [0, 1, 2])
+@pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_no_image_comes_twice_in_an_epoch(shards: Path, world_size: int, workers: int) -> None:
     """And less than one batch a process is left out."""
     data, orders = small_data(shards), []
@@ -283,7 +283,7 @@ def test_without_segmentations_nothing_is_pasted(files: Path, write: Write, tmp_
 
 
 @pytest.mark.parametrize('world_size', [1, 2, 3, 30])
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_evaluation_sees_every_image_once(shards: Path, world_size: int, workers: int) -> None:
     """In the same batches for any number of processes; those that would have a batch less than others share one."""
     if world_size == 30 and workers:

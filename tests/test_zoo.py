@@ -238,7 +238,7 @@ def layouts(model: nn.Module, flags: dict, folder: Path) -> Iterator[tuple[str, 
 
 
 CO_DINO = HEADS | {'dino': True, 'dn_number': 10}
-MARKS = {'tricks': (), 'co_dino': pytest.mark.slow}
+MARKS = dict.fromkeys(('tricks', 'co_dino'), pytest.mark.slow)
 DETECTORS = {
     'conditional': {'conditional': True},
     'refine': {'with_box_refine': True},
