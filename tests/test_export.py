@@ -21,7 +21,6 @@ FAMILIES = {
     'two stages': f'{PLAIN} --two_stage --with_box_refine --num_feature_levels 3',
     'deformable': f'{PLAIN} --deformable --num_feature_levels 3',
     'hybrid': f'{PLAIN} --two_stage --with_box_refine --mixed_selection --hybrid_k 2 --hybrid_queries 20 --num_feature_levels 3',
-    'swin': f'{PLAIN.replace("resnet10", "swin_tiny").replace("--backbone_norm batch", "")} --deformable --num_feature_levels 2',
     'dino': f'{PLAIN} --dino --num_feature_levels 3',
     'mixed': f'{PLAIN} --two_stage --with_box_refine --use_ms_detr --num_feature_levels 3',
 }
