@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 
@@ -48,7 +49,10 @@ def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert head[-2:] == ['queries changed', 'too many |']
     assert plain[:2] == ['| plain', '1'] and plain[-2] == '-'
     assert many[:2] == ['| many', '2'] and 0 <= float(many[-2].split()[0]) <= 1
-    assert (tmp_path / 'out/comparison.png').read_bytes().startswith(b'\x89PNG')
+    assert PIL.Image.open(tmp_path / 'out/comparison.png').width == 1200, 'three panels in a row'
+    args = ['--output', str(tmp_path / 'out'), '--logs_only', '--by', 'epoch', '--', str(folders[0])]
+    compare_runs.main(compare_runs.get_args_parser().parse_args(args))
+    assert PIL.Image.open(tmp_path / 'out/comparison.png').width == 800, 'AP and loss'
 
 
 def test_curves_are_means_of_repetitions() -> None:

@@ -37,6 +37,7 @@ from util.flags import run_command
 from util.nested_tensor import collate_fn
 from util.visualize import new_figure
 
+AXES = {'epoch': 'epoch', 'images': 'images seen', 'minutes': 'minutes of training'}
 FOUND_SCORE, FOUND_IOU = 0.3, 0.5  # a detection of an object: its class, with at least these
 
 
@@ -77,6 +78,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--output', default='.', metavar='DIR',
                         help='where comparison.png and comparison.md go (default: %(default)s)')  # fmt: skip
     parser.add_argument('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
+    parser.add_argument('--by', nargs='+', choices=AXES, default=list(AXES),
+                        help='draw AP and loss by these; minutes mean nothing for runs that were paused (default: all)')  # fmt: skip
     parser.add_argument('--logs_only', action='store_true', help='read the logs, not the checkpoints')
     return parser
 
@@ -161,24 +164,23 @@ def num_surplus(result: dict[str, Tensor], labels: Tensor, boxes: Tensor) -> int
     return len(found) - len(found.unique())
 
 
-def draw(path: Path, schemes: list[Scheme]) -> None:
+def draw(path: Path, schemes: list[Scheme], by: list[str]) -> None:
     panels = [
-        ('AP', 'ap', 'epoch'), ('AP', 'ap', 'images'), ('AP', 'ap', 'minutes'),
-        ('one-to-one loss', 'loss', 'epoch'), ('one-to-one loss', 'loss', 'images'), ('one-to-one loss', 'loss', 'minutes'),
+        *(('AP', 'ap', x) for x in by), *(('one-to-one loss', 'loss', x) for x in by),
         ('objects whose query changed', 'changes', 'epoch'), ('detections too many, an object', 'duplicates', 'epoch'),
     ]  # fmt: skip
     panels = [panel for panel in panels if any(scheme.curve(panel[2], panel[1])[0] for scheme in schemes)]
-    labels = {'epoch': 'epoch', 'images': 'images seen', 'minutes': 'minutes of training'}
-    lines = math.ceil(len(panels) / 3)
-    figure = new_figure(12, 3.3 * lines)
-    axes = figure.subplots(lines, 3, squeeze=False).ravel()
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = new_figure(4 * columns, 3.3 * lines)
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for panel, (title, y, x) in zip(axes, panels, strict=False):
         for index, scheme in enumerate(schemes):
             xs, means, lows, highs = scheme.curve(x, y)
             panel.plot(xs, means, label=scheme.name, color=f'C{index}', marker='o', markersize=3)
             panel.fill_between(xs, lows, highs, color=f'C{index}', alpha=0.15, linewidth=0)
         panel.set_title(title, loc='left', fontsize=11)
-        panel.set_xlabel(labels[x], fontsize=9)
+        panel.set_xlabel(AXES[x], fontsize=9)
         panel.grid(alpha=0.25)
         panel.spines[['top', 'right']].set_visible(False)
     for empty in axes[len(panels) :]:
@@ -243,7 +245,7 @@ def main(args: argparse.Namespace) -> None:
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     text = table(list(schemes.values()))
-    draw(output / 'comparison.png', list(schemes.values()))
+    draw(output / 'comparison.png', list(schemes.values()), args.by)
     save_atomically(output / 'comparison.md', lambda path: path.write_text(text))
     print(f'\n{text}\ncomparison.png and comparison.md lie in {output}')
 
