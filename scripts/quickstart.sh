@@ -8,7 +8,11 @@ set -euo pipefail
 source "$(dirname "$0")/env.sh" requirements.txt
 bash scripts/build_ops.sh
 
-out=output/quickstart
+out=output/quickstart previous=''
+for word in "$@"; do
+    [ "$previous" != --output_dir ] || out=$word
+    previous=$word
+done
 python main.py --output_dir "$out" --resume auto \
     --dataset_file shapes --shapes_train 4200 --img_size 96 --max_size 96 --aug flip --num_workers 0 \
     --two_stage --with_box_refine --mixed_selection --look_forward_twice --num_queries 80 \

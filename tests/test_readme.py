@@ -224,7 +224,7 @@ def test_the_quickstart_with_few_images(tmp_path: Path) -> None:
         '--epochs',
         '1',
     ]
-    script('quickstart.sh', *small)
+    assert f'The results lie in {tmp_path}:' in script('quickstart.sh', *small)
     for name in ('predictions.png', 'curves.png', 'metrics.csv', 'log.jsonl', 'checkpoint.pth'):
         assert (tmp_path / name).is_file(), name
     assert 'all 1 epochs are done' in script('quickstart.sh', *small)
