@@ -11,6 +11,7 @@ bash scripts/build_ops.sh
 out=output/quickstart previous=''
 for word in "$@"; do
     [ "$previous" != --output_dir ] || out=$word
+    [[ $word != --output_dir=* ]] || out=${word#*=}
     previous=$word
 done
 python main.py --output_dir "$out" --resume auto \

@@ -346,6 +346,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(['umount', '-l', str(place)], check=True)
 
 
+@pytest.mark.draws
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint(
     small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -371,6 +372,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     same_end(tmp_path / 'whole', out)
 
 
+@pytest.mark.draws
 def test_a_folder_that_is_removed_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, out = main.keep_numbered, tmp_path / 'out'
 

@@ -137,6 +137,7 @@ def test_wrapped_for_nccl_it_trains_the_same(scheme: str, wrap: str, nccl: None)
         )
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize('mode', ['off', 'bf16', 'fp16'])
 def test_a_run_of_main_resumes(mode: str, tmp_path: Path) -> None:
     """Trained, evaluated, drawn, with loader workers and pinned memory; the second half in a run of its own."""

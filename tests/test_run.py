@@ -18,6 +18,7 @@ from tests.runs import TINY, assert_same, load, run
 from tools import predict
 
 
+@pytest.mark.draws
 def test_interrupted_and_resumed_equals_uninterrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
