@@ -17,6 +17,7 @@ from torchvision.ops import StochasticDepth
 from util.weight_files import read_checkpoint, state_of
 
 from .parts import call_part
+from .windows import Windows
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Turn [B, 3, H, W] into [B, ceil(H / 4), ceil(W / 4), C]."""
-        height, width = images.shape[-2:]
-        padded = F.pad(images, (0, -width % 4, 0, -height % 4))
+        padded = F.pad(images, (0, 3, 0, 3))  # the convolution leaves out what does not fill a patch
         return self.norm(self.proj(padded).permute(0, 2, 3, 1))
 
 
@@ -78,45 +78,35 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend in a map [B, H, W, C], and return the same shape."""
         height, width = x.shape[1:3]
-        size, shift = self.window_size, self.shift
-        x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
-        padded = x.shape[1:3]
+        windows, shift = Windows.cover(height, width, self.window_size), self.shift
+        x = windows.pad(x)
         if shift:
             x = x.roll((-shift, -shift), dims=(1, 2))
-        x = self.merge(self.attend(self.partition(x), padded), padded)
+        x = windows.merge(self.attend(windows.split(x), windows))
         if shift:
             x = x.roll((shift, shift), dims=(1, 2))
         return x[:, :height, :width]
 
-    def partition(self, x: Tensor) -> Tensor:
-        """Split a map [B, H, W, C] into windows [B, windows, N, C], row by row."""
+    def attend(self, x: Tensor, windows: Windows) -> Tensor:
+        """Attend within each window of x [B, windows, size, size, C]."""
         size = self.window_size
-        x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))  # [B, rows, size, columns, size, C]
-        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-    def merge(self, windows: Tensor, padded: tuple[int, int]) -> Tensor:
-        """Undo `partition`. padded: height and width of the map."""
-        size = self.window_size
-        x = windows.unflatten(2, (size, size)).unflatten(1, (padded[0] // size, -1))
-        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-    def attend(self, windows: Tensor, padded: tuple[int, int]) -> Tensor:
-        """Attend within each of windows [B, windows, N, C]."""
-        q, k, v = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
+        q, k, v = self.qkv(x.flatten(2, 3)).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # [M, N, N]
         if self.shift:
-            bias = bias + self.mask(padded, bias)[:, None]  # [windows, M, N, N]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        return self.proj(attended.transpose(2, 3).flatten(3))
+            bias = bias + self.mask(windows, bias)[:, None]  # [windows, M, N, N]
+        # Not by scaled_dot_product_attention, whose fused kernels refuse five dimensions: it would be slower.
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
+        attended = scores.softmax(-1) @ v
+        return self.proj(attended.transpose(2, 3).flatten(3)).unflatten(2, (size, size))
 
-    def mask(self, padded: tuple[int, int], like: Tensor) -> Tensor:
+    def mask(self, windows: Windows, like: Tensor) -> Tensor:
         """Return [windows, N, N], which is FORBIDDEN between tokens from different sides of the map, else 0."""
         regions = []
-        for side in padded:
+        for side in windows.sides:
             place = torch.arange(side, device=like.device)
             regions.append((place >= side - self.window_size).int() + (place >= side - self.shift).int())
         labels = 3 * regions[0][:, None] + regions[1]  # [H, W]
-        labels = self.partition(labels[None, ..., None])[0, ..., 0]  # [windows, N]
+        labels = windows.split(labels[None, ..., None]).flatten(2)[0]  # [windows, N]
         apart = labels[:, :, None] != labels[:, None]
         return torch.zeros_like(apart, dtype=like.dtype).masked_fill(apart, FORBIDDEN)
 
@@ -156,8 +146,10 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
-        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-        parts = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        x = F.pad(x, (0, 0, 0, 1, 0, 1))
+        parts = [
+            x[:, row : height + row : 2, column : width + column : 2] for column in (0, 1) for row in (0, 1)
+        ]
         return self.reduction(self.norm(torch.cat(parts, dim=-1)))
 
 

@@ -16,6 +16,7 @@ from torchvision.ops import StochasticDepth
 from util.weight_files import read_checkpoint, state_of
 
 from .parts import call_part
+from .windows import Windows
 
 PATCH = 16  # pixels of a side; the stride
 ROTARY_SIDE = 16  # positions along an axis are scaled to this number, whatever its length
@@ -104,12 +105,10 @@ class Attention(nn.Module):
                 )
             return self.attend(x)
         batch, height, width = x.shape[:3]
-        side = self.window_size
-        x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))  # padding takes part
-        rows, columns = x.shape[1] // side, x.shape[2] // side
-        windows = x.unflatten(2, (columns, side)).unflatten(1, (rows, side)).transpose(2, 3)
-        windows = self.attend(windows.flatten(0, 2)).unflatten(0, (batch, rows, columns))
-        return windows.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :height, :width]
+        windows = Windows.cover(height, width, self.window_size)
+        x = windows.split(windows.pad(x))  # padding takes part
+        x = self.attend(x.flatten(0, 1)).unflatten(0, (batch, windows.rows * windows.columns))
+        return windows.merge(x)[:, :height, :width]
 
     def attend(self, x: Tensor) -> Tensor:
         """Attend among all tokens of each map [B, H, W, C]."""

@@ -15,6 +15,7 @@ from tools import export
 from util.flags import run_command
 
 PLAIN = ' '.join(word for word in TINY.split() if word != '--conditional')
+TRANSFORMER = PLAIN.replace('--backbone_norm batch', '').replace('--backbone_stages 3', '')
 FAMILIES = {
     'conditional': TINY,
     'detr': PLAIN,
@@ -23,6 +24,8 @@ FAMILIES = {
     'hybrid': f'{PLAIN} --two_stage --with_box_refine --mixed_selection --hybrid_k 2 --hybrid_queries 20 --num_feature_levels 3',
     'dino': f'{PLAIN} --dino --num_feature_levels 3',
     'mixed': f'{PLAIN} --two_stage --with_box_refine --use_ms_detr --num_feature_levels 3',
+    'swin': f'{TRANSFORMER.replace("resnet10", "swin_tiny")} --two_stage --with_box_refine --num_feature_levels 4',
+    'vit': f'{TRANSFORMER.replace("resnet10", "vit_mini")} --dino --num_feature_levels 5',
 }
 needs_onnx = pytest.mark.skipif(
     any(find_spec(name) is None for name in export.PACKAGES), reason=f'needs {", ".join(export.PACKAGES)}'

@@ -381,11 +381,6 @@ def main(args: Namespace) -> str:
         )
     path = output_path(args.output, f'.{args.format}')
     detector = load_detector(args.model, args.checkpoint)
-    if detector.args.backbone.startswith('swin'):
-        print(
-            'warning: with a Swin backbone PyTorch may take far more than ten minutes to export variable sizes',
-            flush=True,
-        )
     program = make_program(detector, args.postprocess)
     if args.format == 'onnx':
         program.tell_proposals()
