@@ -24,7 +24,7 @@ FAMILIES = {
     'hybrid': f'{PLAIN} --two_stage --with_box_refine --mixed_selection --hybrid_k 2 --hybrid_queries 20 --num_feature_levels 3',
     'dino': f'{PLAIN} --dino --num_feature_levels 3',
     'mixed': f'{PLAIN} --two_stage --with_box_refine --use_ms_detr --num_feature_levels 3',
-    'swin': f'{TRANSFORMER.replace("resnet10", "swin_tiny")} --two_stage --with_box_refine --num_feature_levels 4',
+    'swin': f'{TRANSFORMER.replace("resnet10", "swin_tiny")} --two_stage --with_box_refine --num_feature_levels 3',
     'vit': f'{TRANSFORMER.replace("resnet10", "vit_mini")} --dino --num_feature_levels 5',
 }
 needs_onnx = pytest.mark.skipif(

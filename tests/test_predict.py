@@ -158,3 +158,31 @@ def test_a_film(trained: Path, tmp_path: Path) -> None:
         predicted(*words(trained, tmp_path / 'broken.mp4', tmp_path / 'out'))
     with pytest.raises(SystemExit, match='no film there'):
         predicted(*words(trained, tmp_path / 'gone.mp4', tmp_path / 'out'))
+
+
+def test_a_webcam_until_ctrl_c(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generated source without an end stands for the device. All frames before the interrupt are in the film."""
+    av = pytest.importorskip('av')
+    opened, drawn, frames = av.open, predict.drawn_and_listed, iter(range(5))
+
+    def open_source(path: str, *args: str, **options: str) -> object:
+        if options.get('format') != 'v4l2':
+            return opened(path, *args, **options)
+        assert path == '/dev/video1'
+        return opened('testsrc=size=64x48:rate=5', format='lavfi')
+
+    def draw(*args: object) -> object:
+        if next(frames, None) is None:
+            raise KeyboardInterrupt
+        return drawn(*args)
+
+    monkeypatch.setattr(av, 'open', open_source)
+    monkeypatch.setattr(predict, 'drawn_and_listed', draw)
+    predicted(*words(trained, 'webcam:1', tmp_path))
+    rows = json.loads((tmp_path / 'predictions.json').read_text())
+    assert [row['frame'] for row in rows] == [frame for frame in range(5) for _ in range(TOP)]
+    with opened(str(tmp_path / 'webcam.mp4')) as film:
+        assert len(list(film.decode(video=0))) == 5
+    monkeypatch.setattr(av, 'open', opened)
+    with pytest.raises(SystemExit, match='webcam:99 is no webcam that Linux can read'):
+        predicted(*words(trained, 'webcam:99', tmp_path))

@@ -239,7 +239,7 @@ def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 def detect_film(
     detector: Detector, source: str, folder: Path, thresholds: Tensor, lowest: float, batch_size: int
 ) -> list[dict]:
-    """Detect in every frame of a film or webcam, write the drawn film, and return rows with their `frame`, from 0.
+    """Detect in every frame of a film or a webcam (of Linux), write the drawn film, and return rows with their `frame`, from 0.
 
     Raises:
         ValueError: it is no film.
@@ -254,33 +254,39 @@ def detect_film(
     rows: list[dict] = []
 
     def write(path: Path) -> None:
-        opened = av.open(f'/dev/video{number or 0}', format='v4l2') if is_camera else av.open(source)
-        with opened as film, av.open(str(path), 'w') as output, contextlib.suppress(KeyboardInterrupt):
+        with av.open(str(path), 'w') as output:
             stream = film.streams.video[0]
             drawn_stream = None
             bar = tqdm(film.decode(stream), total=stream.frames or None, unit='frame', disable=None)
             images = (torch.from_numpy(frame.to_ndarray(format='rgb24')).permute(2, 0, 1) for frame in bar)
-            for count, (image, result) in enumerate(
+            pairs = (
                 (image, result)
                 for batch in in_batches(images, batch_size)
                 for image, result in zip(batch, detector.detect_batch(batch), strict=True)
-            ):
-                drawing, found = drawn_and_listed(detector.class_map, image, result, name, thresholds, lowest)
-                rows.extend(row | {'frame': count} for row in found)
-                height, width = (side // 2 * 2 for side in drawing.shape[1:])  # codecs want even sides
-                if drawn_stream is None:
-                    drawn_stream = output.add_stream('libx264', rate=stream.average_rate or 25)
-                    drawn_stream.height, drawn_stream.width, drawn_stream.pix_fmt = height, width, 'yuv420p'
-                array = drawing[:, :height, :width].permute(1, 2, 0).contiguous().numpy()
-                output.mux(drawn_stream.encode(av.VideoFrame.from_ndarray(array, format='rgb24')))
+            )
+            with contextlib.suppress(KeyboardInterrupt):
+                for count, (image, result) in enumerate(pairs):
+                    drawing, found = drawn_and_listed(
+                        detector.class_map, image, result, name, thresholds, lowest
+                    )
+                    height, width = (side // 2 * 2 for side in drawing.shape[1:])  # codecs want even sides
+                    if drawn_stream is None:
+                        drawn_stream = output.add_stream('libx264', rate=stream.average_rate or 25)
+                        drawn_stream.height, drawn_stream.width = height, width
+                        drawn_stream.pix_fmt = 'yuv420p'
+                    array = drawing[:, :height, :width].permute(1, 2, 0).contiguous().numpy()
+                    output.mux(drawn_stream.encode(av.VideoFrame.from_ndarray(array, format='rgb24')))
+                    rows.extend(row | {'frame': count} for row in found)
             if drawn_stream is None:
                 raise ValueError(f'{source} has no frames')
             output.mux(drawn_stream.encode())
 
     try:
-        save_atomically(folder / f'{Path(name).stem}.mp4', write)
+        with av.open(f'/dev/video{number or 0}', format='v4l2') if is_camera else av.open(source) as film:
+            save_atomically(folder / f'{Path(name).stem}.mp4', write)
     except (av.error.FFmpegError, IndexError) as error:
-        raise ValueError(f'{source} is not a readable film ({error})') from error
+        known = 'no webcam that Linux can read' if is_camera else 'not a readable film'
+        raise ValueError(f'--source {source} is {known} ({error})') from error
     return rows
 
 
