@@ -94,7 +94,7 @@ class WindowAttention(nn.Module):
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # [M, N, N]
         if self.shift:
             bias = bias + self.mask(windows, bias)[:, None]  # [windows, M, N, N]
-        # Not by scaled_dot_product_attention, whose fused kernels refuse five dimensions: it would be slower.
+        # Written out: ONNX has scaled_dot_product_attention for four dimensions only, and here it is slower on a CPU.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
         attended = scores.softmax(-1) @ v
         return self.proj(attended.transpose(2, 3).flatten(3)).unflatten(2, (size, size))
@@ -146,7 +146,9 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
-        x = F.pad(x, (0, 0, 0, 1, 0, 1))
+        x = F.pad(
+            x, (0, 0, 0, 1, 0, 1)
+        )  # even where it is not needed: without remainders exported shapes stay short
         parts = [
             x[:, row : height + row : 2, column : width + column : 2] for column in (0, 1) for row in (0, 1)
         ]

@@ -324,3 +324,19 @@ def test_detrex_checkpoints_name_swin_without_the_joiner() -> None:
 def test_impossible_flags_are_refused(flags: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_model(Namespace(backbone_weights='none', **flags))
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='takes minutes before PyTorch 2.7')
+def test_an_exported_program_takes_other_sizes() -> None:
+    """Other numbers of windows, one window only, sides of every remainder, another number of images."""
+    torch.manual_seed(0)
+    model = SwinTransformer(replace(SMALL, depths=(2, 2)), range(1, 3)).eval()
+    free = torch.export.Dim.DYNAMIC
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (torch.rand(2, 3, 64, 80),), dynamic_shapes=({0: free, 2: free, 3: free},)
+        ).module(check_guards=False)
+        for size in ((1, 3, 64, 80), (2, 3, 93, 118), (3, 3, 19, 41)):
+            images = torch.rand(size)
+            for theirs, ours in zip(program(images).values(), model(images).values(), strict=True):
+                torch.testing.assert_close(theirs, ours)
