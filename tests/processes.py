@@ -57,6 +57,7 @@ def in_processes(number: int, function: Callable, *args: object, seconds: float 
 def member(folder: Path, rank: int, number: int, function: Callable, *args: object) -> None:
     try:
         dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=number)
+        dist.barrier()  # one that ended at once would break off while the others still connect
         torch.save(function(rank, *args), folder / f'{rank}.pth')
         dist.destroy_process_group()
     except BaseException:

@@ -2,17 +2,15 @@
 
 import copy
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from datasets.class_map import ClassMap
 from datasets.coco_eval import STAT_NAMES, CocoEvaluator, Summary, encode_masks
+from tests.processes import in_processes
 from tests.shared_data import needs_shared, read_shared
 
 REFERENCE = 'data/coco_eval_reference'
@@ -241,21 +239,18 @@ def test_masks_are_encoded_as_they_are() -> None:
     assert np.array_equal(decoded, masks[:, 0].numpy())
 
 
-def gather_in_two_processes(rank: int, folder: str) -> None:
-    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
+def gather_in_two_processes(rank: int) -> list[float]:
     truth = tiny_ground_truth()
     evaluator = CocoEvaluator(truth, CLASS_MAP)
     # Image 2 comes twice, as a sampler that fills up gives it; the copy of rank 0 counts.
     evaluator.update({1: perfect(truth, 1), 2: perfect(truth, 2)} if rank == 0 else {3: {}, 2: {}})
     evaluator.synchronize_between_processes()
-    torch.save(evaluator.summarize()['bbox'].stats, f'{folder}/{rank}.pth')
-    dist.destroy_process_group()
+    return evaluator.summarize()['bbox'].stats
 
 
 @pytest.mark.slow
-def test_processes_merge_and_count_a_image_once(tmp_path: Path) -> None:
-    mp.spawn(gather_in_two_processes, (str(tmp_path),), nprocs=2)
-    stats = [torch.load(tmp_path / f'{rank}.pth') for rank in (0, 1)]
+def test_processes_merge_and_count_an_image_once() -> None:
+    stats = in_processes(2, gather_in_two_processes)
     alone = tiny_ground_truth()
     expected = summarize('auto', {image_id: perfect(alone, image_id) for image_id in (1, 2, 3)})
     for first, second in itertools.pairwise([*stats, expected.stats]):
