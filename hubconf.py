@@ -21,7 +21,7 @@ import models.zoo as _zoo
 from models.detector import load_detector as _load_detector
 from util import checkpoint as _checkpoint
 
-dependencies = ['torch', 'torchvision', 'numpy']
+dependencies = ['torch', 'torchvision', 'numpy', 'PIL', 'pycocotools']
 
 
 def _build(

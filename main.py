@@ -62,7 +62,15 @@ from util.distributed.heartbeat import Heartbeat
 from util.distributed.parallel import broadcast_from_main, replicate, shard
 from util.distributed.preemption import Interrupted, StopRequests, was_restarted
 from util.ema import WeightAverage
-from util.files import code_checksum, lock_folder, or_warn, remove_partial_files, save_atomically, unlock
+from util.files import (
+    code_checksum,
+    lock_folder,
+    make_folder,
+    or_warn,
+    remove_partial_files,
+    save_atomically,
+    unlock,
+)
 from util.flags import add_run_args, check_run_args, make_parser, run_command
 from util.logger import RunLog, format_time, print_main
 from util.plan import COCO_TRAIN_IMAGES, flops_text, print_dry_run, print_plan
@@ -127,7 +135,7 @@ def one_run_a_folder(args: Namespace) -> Iterator[None]:
     with fail_together():
         lock = None
         if args.output_dir and not args.eval and is_main_process():
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            make_folder(args.output_dir)
             lock = lock_folder(args.output_dir)
             remove_partial_files(args.output_dir)
     try:

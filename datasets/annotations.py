@@ -258,7 +258,7 @@ class AnnotationTable:
             raise ValueError(f'{self.file}: image id {twice} occurs twice: give every image an id of its own')
         numbers = numbers_of(ids)
         if numbers:
-            self.findings.add('image ids that are text, numbered from 1', repr(ids[0]), len(ids))
+            self.findings.add('image ids that are text or negative, numbered from 1', repr(ids[0]), len(ids))
         unsorted = np.array([numbers[value] for value in ids] if numbers else ids, dtype=np.int64)
         order = np.argsort(unsorted)
         self.image_ids = unsorted[order]

@@ -75,8 +75,6 @@ class ClassMap:
     def identity(cls, categories: list[dict]) -> ClassMap:
         """Use category ids as class indices, as the official pipeline does; this gives max id + 1 classes."""
         names = names_by_id(categories)
-        if min(names) < 0:
-            raise ValueError(f'category id {min(names)} cannot be a class index; use ids from 0 upwards')
         ids = tuple(range(max(names) + 1))
         return cls(ids, tuple(names.get(category_id) for category_id in ids))
 
@@ -99,8 +97,8 @@ def names_by_id(categories: list[dict]) -> dict[int, str]:
     names: dict[int, str] = {}
     for category in categories:
         category_id = category.get('id')
-        if isinstance(category_id, bool) or not isinstance(category_id, int) or abs(category_id) >= 2**63:
-            raise ValueError(f'category {category} needs an integer id')
+        if isinstance(category_id, bool) or not isinstance(category_id, int) or not 0 <= category_id < 2**63:
+            raise ValueError(f'category {category} needs an integer id, not negative')
         if category_id in names:
             raise ValueError(f'category id {category_id} occurs twice: give every category an id of its own')
         names[category_id] = str(category.get('name') or category_id)

@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from datasets.class_map import ClassMap
-from datasets.coco_json import polygons_of, run_lengths
+from datasets.coco_json import as_id, polygons_of, run_lengths
 from util.distributed.collectives import all_gather_object
 
 STAT_NAMES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
@@ -29,6 +29,7 @@ LVIS_NAMES = (
 )  # fmt: skip
 ALL_AREAS, MOST_DETECTIONS, IOU_50, IOU_75 = 0, -1, 0, 5  # indices into the evaluators' arrays
 LVIS_DETECTIONS = 300
+FEDERATED = ('neg_category_ids', 'not_exhaustive_category_ids')  # an image's lists in LVIS
 
 
 @dataclass
@@ -236,7 +237,13 @@ def prepare_ground_truth(ground_truth: dict, image_ids: set[int], iou_type: str)
         if iou_type == 'segm':
             entry['segmentation'] = require_segmentation(annotation)
         annotations.append(entry)
-    images = [{**image, 'file_name': ''} for image in ground_truth['images'] if image['id'] in image_ids]
+    images = [
+        {'id': image['id'], 'file_name': ''}
+        | {key: int(image.get(key) or 0) for key in ('height', 'width')}
+        | {key: [as_id(value) for value in image[key]] for key in FEDERATED if key in image}
+        for image in ground_truth['images']
+        if image['id'] in image_ids
+    ]
     categories = [
         {'id': category['id'], 'name': str(category.get('name') or category['id'])}
         | {key: category[key] for key in ('frequency',) if key in category}

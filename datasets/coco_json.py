@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from pycocotools import mask as coco_mask
 
@@ -73,10 +74,10 @@ def read_annotations(file: File, blocks: Blocks = list_blocks) -> Annotations:
 
 
 def mend(name: str, block: list[dict], file: File, findings: Findings) -> None:
-    """Mend entries of a list in place: ids that are written as text or as 1.0, boxes that only their segmentation gives.
+    """Mend entries of a list in place: numbers written as text or as 1.0, names and boxes that other fields give.
 
     Raises:
-        ValueError: an entry is no JSON object, an image or a category has no id, or a segmentation is none.
+        ValueError: an entry is no JSON object, or a segmentation or an iscrowd is none.
     """
     keys = ('image_id', 'category_id') if name == 'annotations' else ('id',)
     for entry in block:
@@ -86,6 +87,8 @@ def mend(name: str, block: list[dict], file: File, findings: Findings) -> None:
             if type(entry.get(key)) is not int and (number := as_id(entry.get(key))) is not None:
                 findings.add(f'{key} of {name} not written as integers', repr(entry[key]))
                 entry[key] = number
+        if name == 'images' and 'file_name' not in entry and isinstance(entry.get('coco_url'), str):  # LVIS
+            entry['file_name'] = '/'.join(urlparse(entry['coco_url']).path.split('/')[-2:])
         if name == 'annotations' and not entry.get('bbox') and entry.get('segmentation'):
             try:
                 entry['bbox'] = box_around(entry['segmentation'])
@@ -94,6 +97,13 @@ def mend(name: str, block: list[dict], file: File, findings: Findings) -> None:
                     f'{file}: {title_of(entry)} has no bbox, and its segmentation gives none ({error}): correct one of them'
                 ) from None
             findings.add('annotations without bbox, which was made from the segmentation', title_of(entry))
+        if name == 'annotations' and entry.get('iscrowd') not in (None, 0, 1):
+            if as_id(entry['iscrowd']) not in (0, 1):
+                raise ValueError(
+                    f'{file}: {title_of(entry)} has iscrowd {str(entry["iscrowd"])[:40]!r}: it must be 0 or 1'
+                )
+            findings.add('iscrowd of annotations not written as integers', repr(entry['iscrowd']))
+            entry['iscrowd'] = as_id(entry['iscrowd'])
 
 
 def as_id(value: Any) -> int | str | None:
@@ -107,8 +117,8 @@ def as_id(value: Any) -> int | str | None:
 
 
 def numbers_of(ids: list) -> dict | None:
-    """Return a number for each image id, counted from 1, if some are text; None if all are integers."""
-    if all(isinstance(value, int) for value in ids):
+    """Return a number for each image id, counted from 1, if some are text or negative; None if none is."""
+    if all(isinstance(value, int) and value >= 0 for value in ids):
         return None
     return {value: number for number, value in enumerate(ids, start=1)}
 

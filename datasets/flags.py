@@ -165,6 +165,11 @@ def check_data_args(args: Namespace) -> None:
         raise ValueError('--repeat_threshold needs image files in COCO form or LVIS: leave it out')
     if args.cache_mode and args.dataset_file == 'shapes':
         raise ValueError('--cache_mode keeps image files; built-in images have none: leave it out')
+    for flag in ('coco_path', 'train_images', 'train_ann', 'val_images', 'val_ann'):
+        places = {'voc': ('coco_path',), 'yolo': ('coco_path',), 'shapes': ()}.get(args.dataset_file)
+        if places is not None and flag not in places and getattr(args, flag) is not None:
+            instead = 'give --coco_path instead' if places else 'leave it out'
+            raise ValueError(f'--{flag} is not for --dataset_file {args.dataset_file}: {instead}')
     others = {
         'group_aspect_ratio': args.group_aspect_ratio,
         'cache_mode': args.cache_mode,

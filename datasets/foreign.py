@@ -6,18 +6,17 @@ data.yaml.
 """
 
 import argparse
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from datasets.class_map import ClassMap
 from datasets.coco import CocoDetection, options_of
-from datasets.coco_json import File
-from datasets.image_io import stored_size
-
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
+from datasets.coco_json import File, box_problem, shorten
+from datasets.image_io import SUFFIXES, orientation, stored_size
 
 
 class VocDetection(CocoDetection):
@@ -32,13 +31,20 @@ class VocDetection(CocoDetection):
         """Yield images, annotations and categories of a list in ImageSets/Main."""
         file = Path(annotation_file)
         folder = file.parents[2] / 'Annotations'
-        names = [line.split()[0] for line in read_lines(file) if line.strip()]
-        found = [read_voc(folder / f'{name}.xml') for name in names]
+        files = voc_files(file, folder)
+        found = [read_voc(each) for each in files]
         training = file.with_name('train.txt')
-        more = read_lines(training) if training != file and training.is_file() else []
-        trained = [read_voc(folder / f'{line.split()[0]}.xml') for line in more if line.strip()]
+        more = voc_files(training, folder) if training != file and training.is_file() else []
+        trained = [read_voc(each) for each in more]
         classes = sorted({each['class'] for _, objects in (trained or found) for each in objects})
         ids = {name: number for number, name in enumerate(classes, start=1)}
+        for place, (_, objects) in zip(files, found, strict=True):
+            for each in objects:
+                if each['class'] not in ids:
+                    raise ValueError(
+                        f'{place} has the class {each["class"]!r}, which no image of {training} has: correct it, or take such an '
+                        'image into training'
+                    )
         yield 'categories', [{'id': number, 'name': name} for name, number in ids.items()]
         yield 'images', [image | {'id': number} for number, (image, _) in enumerate(found, start=1)]
         annotations = [
@@ -46,23 +52,30 @@ class VocDetection(CocoDetection):
                 'image_id': number,
                 'bbox': each['bbox'],
                 'iscrowd': each['difficult'],
-                'category_id': each['class'],
+                'category_id': ids[each['class']],
             }
             for number, (_, objects) in enumerate(found, start=1)
             for each in objects
         ]
         for number, annotation in enumerate(annotations, start=1):
-            annotation |= {
-                'id': number,
-                'category_id': ids.get(annotation['category_id'], annotation['category_id']),
-            }
+            annotation['id'] = number
         yield 'annotations', annotations
 
 
 def read_lines(file: Path) -> list[str]:
     if not file.is_file():
         raise FileNotFoundError(f'{file} does not exist: check the path')
-    return file.read_text(encoding='utf-8', errors='replace').splitlines()
+    return file.read_text(encoding='utf-8-sig', errors='replace').splitlines()
+
+
+def voc_files(file: Path, folder: Path) -> list[Path]:
+    """Return the annotation files of a list; behind a name may stand whether the image has a class, as in VOC's own."""
+    lines = [line.strip() for line in read_lines(file) if line.strip()]
+    whole = [folder / f'{line}.xml' for line in lines]
+    return [
+        path if path.is_file() else folder / f'{line.split()[0]}.xml'
+        for path, line in zip(whole, lines, strict=True)
+    ]
 
 
 def read_voc(file: Path) -> tuple[dict, list[dict]]:
@@ -91,6 +104,8 @@ def read_voc(file: Path) -> tuple[dict, list[dict]]:
             ]
             left, top, right, bottom = corners
             box = [left - 1, top - 1, right - left + 1, bottom - top + 1]
+            if problem := box_problem({'bbox': box}):
+                raise ValueError(f'an object with the corners {corners} {problem}')
             label = (each.findtext('name') or '').strip()
             if not label:
                 raise ValueError('an object without a name')
@@ -103,8 +118,9 @@ def read_voc(file: Path) -> tuple[dict, list[dict]]:
 class YoloDetection(CocoDetection):
     """Images with annotations as ultralytics' tools write them; the annotation file is data.yaml, image_dir its images.
 
-    A line of a label file is a class and a box (centre, size), or a class and a polygon, in shares of the image. Images
-    without a label file have no objects.
+    A line of a label file is a class and a box (centre, size), or a class and a polygon, in shares of the image as it is
+    shown: turned as its EXIF data say, while pixels are read as they are stored. Images without a label file have no
+    objects.
     """
 
     @classmethod
@@ -116,9 +132,14 @@ class YoloDetection(CocoDetection):
         yield 'categories', [{'id': number + 1, 'name': name} for number, name in names.items()]
         folder = yolo_images(settings, Path(place), split)
         files = sorted(file for file in folder.rglob('*') if file.suffix.lower() in SUFFIXES)
+        labels = [labels_of(file, folder) for file in files]
+        if files and not any(label.is_file() for label in labels):
+            raise FileNotFoundError(
+                f'{place}: none of the {len(files)} {split} images has a label file; that of {files[0]} would be {labels[0]}'
+            )
         count = 0
-        for number, file in enumerate(files, start=1):
-            height, width = stored_size(file)
+        for number, (file, label) in enumerate(zip(files, labels, strict=True), start=1):
+            (height, width), turn = stored_size(file), orientation(file)
             yield (
                 'images',
                 [
@@ -131,8 +152,8 @@ class YoloDetection(CocoDetection):
                 ],
             )
             annotations = [
-                {'id': count + place, 'image_id': number, **each}
-                for place, each in enumerate(read_yolo(labels_of(file, folder), height, width), start=1)
+                {'id': count + row, 'image_id': number, **each}
+                for row, each in enumerate(read_yolo(label, height, width, names, turn), start=1)
             ]
             count += len(annotations)
             yield 'annotations', annotations
@@ -156,7 +177,7 @@ def read_yaml(file: Path) -> dict:
             f'{file} does not exist: --coco_path must be the folder of data.yaml, or that file'
         )
     try:
-        found = yaml.safe_load(file.read_text(encoding='utf-8'))
+        found = yaml.safe_load(file.read_text(encoding='utf-8-sig'))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f'{file} is not YAML ({str(error).splitlines()[0]}): write it again') from error
     if not isinstance(found, dict):
@@ -194,24 +215,33 @@ def yolo_images(settings: dict, file: Path, split: str) -> Path:
 
 
 def labels_of(image: Path, folder: Path) -> Path:
-    """Return the label file of an image: below `labels` in place of the last `images` of its path."""
-    parts = list(image.with_suffix('.txt').parts)
+    """Return the label file of an image: below `labels` in place of the last `images` of its path, else in `labels` beside
+    the folder of images, else beside the image.
+    """
+    file = image.with_suffix('.txt')
+    parts = list(file.absolute().parts)
     places = [index for index, part in enumerate(parts[:-1]) if part == 'images']
+    near = folder.parent / 'labels' / file.relative_to(folder)
     if places:
         parts[places[-1]] = 'labels'
-        return Path(*parts)
-    return folder.parent / 'labels' / image.with_suffix('.txt').relative_to(folder)
+    candidates = [Path(*parts), near, file] if places else [near, file]
+    return next((path for path in candidates if path.is_file()), candidates[0])
 
 
-def read_yolo(file: Path, height: int, width: int) -> list[dict]:
+def read_yolo(file: Path, height: int, width: int, names: Collection[int], turn: int = 1) -> list[dict]:
     """Return category_id and bbox, and with polygons segmentation, of each line.
+
+    Args:
+        height: of the stored image, in pixels; so is width.
+        names: the class numbers that there are.
+        turn: orientation of the image.
 
     Raises:
         ValueError: a line is none; the message names file and line.
     """
     if not file.is_file():
         return []
-    found = []
+    found: list[dict] = []
     for number, line in enumerate(read_lines(file), start=1):
         words = line.split()
         if not words:
@@ -220,18 +250,47 @@ def read_yolo(file: Path, height: int, width: int) -> list[dict]:
             label, values = int(words[0]), [float(word) for word in words[1:]]
             if len(values) != 4 and (len(values) < 6 or len(values) % 2):
                 raise ValueError(f'{len(values)} numbers behind the class')
+            if label not in names:
+                raise ValueError(f'the classes are {shorten(names)}')
+            if not all(map(math.isfinite, values)) or (len(values) == 4 and min(values[2:]) < 0):
+                raise ValueError('a size is negative or a number not finite')
         except ValueError as error:
             raise ValueError(
                 f'{file}, line {number}: {line[:60]!r} is no box or polygon ({error}): correct it'
             ) from error
         if len(values) == 4:
-            x, y, w, h = values
+            x, y, w, h = turned_box(values, turn)
             box = [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]
             found.append({'category_id': label + 1, 'bbox': box})
         else:
-            polygon = [value * (height if index % 2 else width) for index, value in enumerate(values)]
+            corners = [TURNS[turn](*corner) for corner in zip(values[::2], values[1::2], strict=True)]
+            polygon = [value for x, y in corners for value in (x * width, y * height)]
             found.append({'category_id': label + 1, 'segmentation': [polygon]})
     return found
+
+
+# Where a point (x, y) of the image as it is shown lies in the stored one, by the EXIF tag Orientation; in shares of the sides.
+TURNS: dict[int, Callable[[float, float], tuple[float, float]]] = {
+    1: lambda x, y: (x, y),
+    2: lambda x, y: (1 - x, y),
+    3: lambda x, y: (1 - x, 1 - y),
+    4: lambda x, y: (x, 1 - y),
+    5: lambda x, y: (y, x),
+    6: lambda x, y: (y, 1 - x),
+    7: lambda x, y: (1 - y, 1 - x),
+    8: lambda x, y: (1 - y, x),
+}
+
+
+def turned_box(box: Sequence[float], turn: int) -> list[float]:
+    """Return the stored box (centre, size) of one in the image as it is shown."""
+    x, y, w, h = box
+    return [*TURNS[turn](x, y), *((h, w) if turn >= 5 else (w, h))]
+
+
+def shown_box(box: Sequence[float], turn: int) -> list[float]:
+    """Invert `turned_box`."""
+    return turned_box(box, {6: 8, 8: 6}.get(turn, turn))
 
 
 def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> CocoDetection:

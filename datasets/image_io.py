@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')  # of image files, in small letters
 JPEG_START = b'\xff\xd8\xff'
 
 
@@ -38,12 +40,19 @@ def stored_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         return image.height, image.width
 
 
+def orientation(path: str | os.PathLike[str]) -> int:
+    """Return the EXIF tag Orientation, 1 to 8: how a viewer turns the stored image; 1, as it is, where there is none."""
+    with naming(path), PIL.Image.open(path) as image:
+        found = image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
+    return found if found in range(1, 9) else 1
+
+
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn an image error inside the block into a ValueError that names the file."""
     try:
         yield
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, TypeError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f'{path} is not a readable image ({error}): fetch it again, or remove it') from error
 
 

@@ -3,10 +3,10 @@
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlparse
 
 from datasets.class_map import ClassMap
 from datasets.coco import CocoDetection, find_path, options_of
+from datasets.coco_eval import FEDERATED
 from datasets.coco_json import File
 from datasets.json_stream import list_blocks
 
@@ -29,15 +29,13 @@ class LvisDetection(CocoDetection):
 
     @staticmethod
     def prepare(name: str, block: list[dict], file: File) -> None:
-        """Name each image by its path below the folder of all images.
+        """Check what LVIS has besides.
 
         Raises:
             ValueError: the fields that federated evaluation reads are missing.
         """
         for image in block if name == 'images' else []:
-            if 'file_name' not in image and 'coco_url' in image:
-                image['file_name'] = '/'.join(urlparse(image['coco_url']).path.split('/')[-2:])
-            for key in ('neg_category_ids', 'not_exhaustive_category_ids'):
+            for key in FEDERATED:
                 if not isinstance(image.get(key), list):
                     raise ValueError(
                         f'{file}: image {image.get("id")} has no list {key}: LVIS needs it; read data in COCO form with '

@@ -16,6 +16,7 @@ from datasets.class_map import ClassMap
 from tests.shared_data import SHARED, needs_shared
 from tools import analyze_errors as tool
 from tools.predict import coco_results
+from util.flags import run_command
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 CAT, DOG, CROWD = 3, 7, {'iscrowd': 1}
@@ -280,7 +281,7 @@ def test_results_of_predict_are_understood(tmp_path: Path) -> None:
     }
     objects = [(5, DOG, [50, 50, 40, 40], {})]
     found, truth = read(
-        tmp_path, objects, coco_results('008.jpg', detected, class_map), **{'007': 8, '008': 5}
+        tmp_path, objects, coco_results('008.jpg', 8, detected, class_map), **{'007': 8, '008': 5}
     )
     report = tool.analyze(found, truth, 0.5)
     assert report['confusion'] == [[0, 0, 0], [0, 1, 0], [0, 0, 0]] and report['stats'][
@@ -307,11 +308,14 @@ def test_results_that_cannot_be_used_are_named(tmp_path: Path, results: object, 
 
 def test_flags_and_files_that_cannot_be_used_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     flags = write(tmp_path)
-    with pytest.raises(ValueError, match=r'--iou must be at least 0\.1, not 0\.05'):
-        run([*flags, '--iou=0.05'])
-    with pytest.raises(SystemExit):
-        run([*flags, '--score_thr=best'])
-    assert "--score_thr: invalid score value: 'best'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r'--iou must be at least 0\.1, not 0\.05'):
+        run_command(tool.main, tool.get_args_parser(), [*flags, '--iou=0.05'])
+    for bad, message in (('best', "'best' is not a number"), ('nan', 'must be a finite number')):
+        with pytest.raises(SystemExit):
+            run([*flags, f'--score_thr={bad}'])
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r'val\.json: let it end in \.html'):
+        run([*flags, f'--output={tmp_path}/val.json'])
     (tmp_path / 'one.jpg').unlink()
     with pytest.raises(FileNotFoundError, match=r'1 of 2 images of .*val\.json are not in'):
         run([*flags, '--score_thr=0'])

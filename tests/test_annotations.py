@@ -158,10 +158,38 @@ def test_ids_that_other_tools_write_are_mended(tmp_path: Path) -> None:
     assert table.image_ids.tolist() == [1, 2]
     assert table.objects.image_ids.tolist() == [1, 2]
     assert table.objects.category_ids.tolist() == [2, 3]
-    assert table.findings.counts['image ids that are text, numbered from 1'] == 2
+    assert table.findings.counts['image ids that are text or negative, numbered from 1'] == 2
     data = read_annotations(file)
     assert [image['id'] for image in data['images']] == [1, 2]
     assert [(a['image_id'], a['category_id']) for a in data['annotations']] == [(2, 3), (1, 2)]
+
+
+def test_crowd_regions_written_as_text_are_mended(tmp_path: Path) -> None:
+    annotations = [
+        {'id': number, 'image_id': 1, 'category_id': 2, 'bbox': [1, 2, 3, 4], 'iscrowd': value}
+        for number, value in enumerate(['0', '1', None, 0, 1, True, 1.0])
+    ]
+    images, categories = [{'id': 1, 'file_name': 'x'}], [{'id': 2}]
+    file = write(tmp_path, annotations=annotations, images=images, categories=categories)
+    assert AnnotationTable(file).objects.crowd.tolist() == [False, True, False, False, True, True, True]
+    assert [a['iscrowd'] for a in read_annotations(file)['annotations']] == [0, 1, None, 0, 1, 1, 1]
+    for bad in ('yes', 2, [0]):
+        annotations[3]['iscrowd'] = bad
+        file = write(tmp_path, annotations=annotations, images=images, categories=categories)
+        with pytest.raises(ValueError, match=r'annotation 3 \(image 1\) has iscrowd .*: it must be 0 or 1'):
+            AnnotationTable(file)
+
+
+def test_negative_ids(tmp_path: Path) -> None:
+    """Of images they are numbered, since hotcoco knows none; of categories refused."""
+    annotations = [{'id': 1, 'image_id': -5, 'category_id': 2, 'bbox': [1, 2, 3, 4]}]
+    images = [{'id': 7, 'file_name': 'x'}, {'id': -5, 'file_name': 'y'}]
+    file = write(tmp_path, annotations=annotations, images=images, categories=[{'id': 2}])
+    assert AnnotationTable(file).objects.image_ids.tolist() == [2]
+    assert read_annotations(file)['annotations'][0]['image_id'] == 2
+    file = write(tmp_path, annotations=[], images=images, categories=[{'id': -2}])
+    with pytest.raises(ValueError, match='needs an integer id, not negative'):
+        AnnotationTable(file)
 
 
 @pytest.mark.parametrize(

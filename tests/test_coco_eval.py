@@ -231,6 +231,19 @@ def test_wrong_input_is_refused() -> None:
         masks.summarize()
 
 
+def test_fields_that_evaluation_does_not_need_may_hold_anything(backend: str) -> None:
+    odd = {'license': 'CC BY 4.0', 'date_captured': 0, 'flickr_url': 7, 'height': None, 'width': None}
+    truth, plain = tiny_ground_truth(), tiny_ground_truth()
+    truth['images'] = [image | odd for image in truth['images']]
+    predictions = {image_id: perfect(plain, image_id) for image_id in (1, 2, 3)}
+    stats = []
+    for data in (truth, plain):
+        evaluator = CocoEvaluator(data, CLASS_MAP, backend=backend)
+        evaluator.update(predictions)
+        stats.append(evaluator.summarize()['bbox'].stats)
+    assert stats[0] == stats[1] and stats[0][0] == 1
+
+
 def test_masks_are_encoded_as_they_are() -> None:
     from pycocotools import mask as coco_mask
 

@@ -73,7 +73,7 @@ def test_all_formats_hold_the_same(trained: Path, tmp_path: Path) -> None:
         text = (tmp_path / 'labels' / name).with_suffix('.txt').read_text()
         lines = [' '.join(line.split()[:5]) for line in text.splitlines()]
         (tmp_path / 'read.txt').write_text('\n'.join(lines))
-        found = [each['bbox'] for each in read_yolo(tmp_path / 'read.txt', height, width)]
+        found = [each['bbox'] for each in read_yolo(tmp_path / 'read.txt', height, width, range(6))]
         torch.testing.assert_close(torch.tensor(found), torch.tensor(own), atol=1e-3, rtol=1e-4)
 
 
@@ -87,9 +87,62 @@ def test_thresholds_of_classes(trained: Path, tmp_path: Path, capsys: pytest.Cap
         rows = json.loads((tmp_path / 'predictions.json').read_text())
         number = expected or sum(row['category_name'] == 'disc' for row in rows)
         assert f'1.png: {number} objects' in capsys.readouterr().out
-    for bad, message in (('dog=0.5', "no class is named 'dog'"), ('disc=high', "'high' is no score")):
+    for bad, message in (
+        ('dog=0.5', "no class is named 'dog'"),
+        ('disc=high', "'high' is no score"),
+        ('disc=nan', 'disc=nan: a score must be a finite number'),
+        ('disc=99', 'a score must be at most 1, not 99'),
+    ):
         with pytest.raises(SystemExit, match=message):
             predicted(*words(trained, source, tmp_path, '--class_thresholds', bad))
+
+
+@pytest.mark.parametrize('flag', ['--batch_size=0', '--score_thr=5', '--json_score_thr=nan'])
+def test_numbers_out_of_bounds_are_refused(flag: str, trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=f'error: {flag.split("=")[0]} must be'):
+        predicted(*words(trained, trained / 'images', tmp_path, flag))
+    assert not any(tmp_path.iterdir())
+
+
+def test_nothing_is_written_among_the_images(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / 'images').symlink_to(trained / 'images')
+    before = {path: path.read_bytes() for path in trained.rglob('*') if path.is_file()}
+    for source, out in ((trained / 'images', trained), (tmp_path / 'images/1.png', trained / 'images')):
+        with pytest.raises(SystemExit, match='a source: choose a folder of its own'):
+            predicted(*words(trained, source, out, '--formats', 'yolo'))
+    with pytest.raises(SystemExit, match=r'cannot be an output folder, since .*1\.png is a file'):
+        predicted(*words(trained, trained / 'images', tmp_path / 'images/1.png/more'))
+    assert {path: path.read_bytes() for path in trained.rglob('*') if path.is_file()} == before
+
+
+def test_an_unreadable_image_costs_no_other(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (trained / 'images/2.jpg').read_bytes()
+    for name, data in (('1.jpg', whole), ('2.jpg', whole[:200]), ('3.jpg', whole), ('read.me', b'text')):
+        (tmp_path / name).write_bytes(data)
+    for number in ('1', '3'):
+        with pytest.raises(
+            SystemExit, match=r'1 of 3 images were left out, the first because .*2\.jpg is not'
+        ):
+            predicted(*words(trained, f'{tmp_path}/*', tmp_path / number, '--batch_size', number))
+        rows = json.loads((tmp_path / number / 'predictions.json').read_text())
+        assert [row['image_id'] for row in rows] == [1] * TOP + [3] * TOP
+        assert {path.name for path in (tmp_path / number).glob('*.png')} == {'1.png', '3.png'}
+    assert '2 drawn images' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r'error: .*2\.jpg is not a readable image'):
+        predicted(*words(trained, tmp_path / '2.jpg', tmp_path / 'out'))
+    with pytest.raises(SystemExit, match='no image there'):
+        predicted(*words(trained, f'{tmp_path}/*.me', tmp_path / 'out'))
+
+
+def test_no_two_images_share_a_result() -> None:
+    names = ['a.jpg', 'a.png', 'a.jpg.bmp', '1.jpg', 'x/1.jpg', 'b.jpg']
+    stems = predict.stems_of(names)
+    assert stems['b.jpg'] == 'b' and stems['x/1.jpg'] == 'x/1' and stems['a.png'] == 'a.png'
+    assert len(set(stems.values())) == len(names)
+    assert predict.ids_of(names) == {name: name for name in names}
+    assert predict.ids_of(['007.jpg', 'x/8.png', 'b.jpg']) == {'007.jpg': 7, 'x/8.png': 8, 'b.jpg': 'b.jpg'}
 
 
 def test_batches_and_16_bits_find_the_same(trained: Path) -> None:
@@ -156,6 +209,8 @@ def test_a_film(trained: Path, tmp_path: Path) -> None:
     (tmp_path / 'broken.mp4').write_bytes(b'no film')
     with pytest.raises(SystemExit, match=r'broken\.mp4 is not a readable film'):
         predicted(*words(trained, tmp_path / 'broken.mp4', tmp_path / 'out'))
+    with pytest.raises(SystemExit, match='--formats yolo is for images'):
+        predicted(*words(trained, tmp_path / 'film.mp4', tmp_path / 'out', '--formats', 'yolo'))
     with pytest.raises(SystemExit, match='no film there'):
         predicted(*words(trained, tmp_path / 'gone.mp4', tmp_path / 'out'))
 

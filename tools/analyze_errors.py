@@ -31,7 +31,7 @@ from datasets.coco_eval import CocoEvaluator, Summary
 from datasets.coco_json import as_id, box_problem, check_files, is_finite, read_annotations, shorten
 from datasets.image_io import read_image
 from datasets.json_stream import list_blocks
-from util.bounds import check_bounds, real
+from util.bounds import real
 from util.files import save_atomically
 from util.flags import run_command
 
@@ -337,11 +337,17 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def score(text: str) -> float | None:
-    return None if text == 'auto' else float(text)
+    if text == 'auto':
+        return None
+    number = real(0, 1)
+    if problem := number.problem(number(text)):
+        raise argparse.ArgumentTypeError(problem)
+    return number(text)
 
 
 def main(args: Namespace) -> str:
-    check_bounds(args, get_args_parser())
+    if Path(args.output).suffix.lower() not in ('.html', '.htm'):
+        raise ValueError(f'--output {args.output}: let it end in .html')
     truth = read_truth(args.ann)
     found = read_results(args.predictions, truth)
     report = analyze(found, truth, args.iou, args.score_thr)

@@ -32,7 +32,7 @@ from models.structures import Prediction
 from models.training import build_supervision
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
 from util.distributed.collectives import choose_device
-from util.files import save_atomically
+from util.files import make_folder, save_atomically
 from util.flags import run_command
 from util.nested_tensor import collate_fn
 from util.visualize import new_figure
@@ -243,7 +243,7 @@ def main(args: argparse.Namespace) -> None:
         schemes.setdefault(name, Scheme(name)).runs.append(epochs)
         print(f'{folder}: {len(epochs)} epochs', flush=True)
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     text = table(list(schemes.values()))
     draw(output / 'comparison.png', list(schemes.values()), args.by)
     save_atomically(output / 'comparison.md', lambda path: path.write_text(text))

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.annotations import AnnotationTable
-from datasets.coco_json import check_files, read_annotations
+from datasets.coco_json import check_files, object_area, read_annotations
 from datasets.foreign import places_of
 from util.files import save_atomically
 from util.flags import run_command
@@ -50,6 +50,8 @@ def convert(args: argparse.Namespace) -> str:
     kind, image_dir, file = places_of(args.image_set, args.dataset_file, args.coco_path)
     check_files(AnnotationTable(file, blocks=kind.blocks).file_names, image_dir, file)
     data = read_annotations(file, kind.blocks)
+    for annotation in data['annotations']:
+        annotation |= {'iscrowd': annotation.get('iscrowd', 0), 'area': object_area(annotation)}
     save_atomically(args.output, lambda path: path.write_text(json.dumps(data)))
     numbers = ', '.join(f'{len(entries)} {name}' for name, entries in data.items())
     return f'{args.output}: {numbers}; the images are in {image_dir}'

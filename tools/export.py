@@ -379,6 +379,8 @@ def main(args: Namespace) -> str:
         raise ValueError(
             '--half is for --format onnx: a program of torch.export runs in the types of its weights'
         )
+    if args.val_images and not args.val_ann:
+        raise ValueError(f'--val_images {args.val_images}: give --val_ann too, or leave it out')
     path = output_path(args.output, f'.{args.format}')
     detector = load_detector(args.model, args.checkpoint)
     program = make_program(detector, args.postprocess)

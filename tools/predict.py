@@ -19,6 +19,7 @@ import json
 import os
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -28,20 +29,20 @@ from urllib.parse import urlparse
 
 import torch
 from torch import Tensor
-from torchvision.io import write_png
+from torchvision.io import encode_png
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.class_map import ClassMap
 from datasets.coco_eval import encode_masks
-from datasets.image_io import read_image
+from datasets.foreign import shown_box
+from datasets.image_io import SUFFIXES, orientation, read_image
 from models.detector import Detector, add_detector_args, check_detector_args, load_detector
 from util.bounds import real, whole
-from util.files import save_atomically
+from util.files import make_folder, save_atomically
 from util.flags import run_command
 from util.visualize import draw_boxes
 
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
 FILMS = ('.mp4', '.avi', '.mov', '.mkv', '.webm')
 COLUMNS = (
     'image_id',
@@ -103,19 +104,36 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def find_images(source: str) -> list[Path]:
-    """Return image files of a path, folder or pattern, sorted.
+    """Return image files of a path, folder or pattern, sorted; those of the latter two by their suffix.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or a name that cannot be written into the results.
     """
     path = Path(source)
-    if path.is_dir():
-        images = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    if path.is_file():
+        images = [path]
     else:
-        images = [path] if path.is_file() else sorted(map(Path, glob.glob(source, recursive=True)))
+        found = path.iterdir() if path.is_dir() else map(Path, glob.glob(source, recursive=True))
+        images = sorted(file for file in found if file.suffix.lower() in SUFFIXES and file.is_file())
     if not images:
         raise ValueError(f'--source {source}: no image there ({", ".join(SUFFIXES)})')
+    for image in images:
+        try:
+            str(image).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f'{str(image)!r} has a name that is not UTF-8: rename the file') from None
     return images
+
+
+def check_outside(images: list[Path], folder: Path) -> None:
+    """Refuse to write among the images: a drawing, a film or a label file could replace one of theirs.
+
+    Raises:
+        ValueError: an image lies in the output folder.
+    """
+    for image in images:
+        if image.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f'--output_dir {folder} holds {image}, a source: choose a folder of its own')
 
 
 def names_below(images: list[Path]) -> list[str]:
@@ -124,24 +142,29 @@ def names_below(images: list[Path]) -> list[str]:
     return [path.relative_to(common).as_posix() for path in images]
 
 
-def drawing_name(name: str, names: list[str]) -> str:
-    """Return NAME.png, or NAME.jpg.png if another image differs in the suffix only."""
-    stem = str(Path(name).with_suffix(''))
-    alone = sum(str(Path(other).with_suffix('')) == stem for other in names) == 1
-    return f'{stem}.png' if alone else f'{name}.png'
+def stems_of(names: list[str]) -> dict[str, str]:
+    """Return what each image's drawing and labels are called: NAME without suffix, or with it where two would be equal."""
+    short = {name: str(Path(name).with_suffix('')) for name in names}
+    often = Counter(short.values())
+    return {name: stem if often[stem] == 1 and stem not in short else name for name, stem in short.items()}
 
 
-def coco_results(name: str, result: dict[str, Tensor], class_map: ClassMap) -> list[dict]:
-    """Return detections in COCO's result form.
+def ids_of(names: list[str]) -> dict[str, int | str]:
+    """Return the number that each image is named by, as COCO's are, else its name; all names if two have the same number."""
+    stems = {name: Path(name).stem for name in names}
+    ids = {name: int(stem) if stem.isdecimal() else name for name, stem in stems.items()}
+    return ids if len(set(ids.values())) == len(ids) else {name: name for name in names}
 
-    The id of an image is the number that its file is named by, as COCO's are, else its name.
-    """
-    stem = Path(name).stem
+
+def coco_results(
+    name: str, image_id: int | str, result: dict[str, Tensor], class_map: ClassMap
+) -> list[dict]:
+    """Return detections in COCO's result form."""
     columns = [result[key].tolist() for key in ('scores', 'labels', 'boxes')]
     masks = encode_masks(result['masks']) if 'masks' in result else [None] * len(columns[0])
     return [
         {
-            'image_id': int(stem) if stem.isdecimal() else name,
+            'image_id': image_id,
             'file_name': name,
             'category_id': class_map.category_ids[label],
             'category_name': class_map.names[label],
@@ -173,9 +196,12 @@ def thresholds_of(class_map: ClassMap, usual: float, single: list[str]) -> Tenso
             known = ', '.join(str(each) for each in class_map.names if each is not None)[:300]
             raise ValueError(f'--class_thresholds {text}: no class is named {name!r}; there are {known}')
         try:
-            thresholds[class_map.names.index(name)] = float(score)
+            threshold = float(score)
         except ValueError:
             raise ValueError(f'--class_thresholds {text}: {score!r} is no score') from None
+        if problem := real(0, 1).problem(threshold):
+            raise ValueError(f'--class_thresholds {text}: a score {problem}')
+        thresholds[class_map.names.index(name)] = threshold
     return thresholds
 
 
@@ -195,9 +221,20 @@ def fetch_image(url: str, folder: Path) -> Path:
 
 
 def write_results(
-    folder: Path, rows: list[dict], formats: list[str], sizes: dict[str, tuple[int, int]], labels: dict
+    folder: Path,
+    rows: list[dict],
+    formats: list[str],
+    sizes: dict[str, tuple[int, int, int]],
+    stems: dict[str, str],
+    labels: dict[int, int],
 ) -> None:
-    """Write detections. sizes: height and width of each image by name. labels: class index of each category id."""
+    """Write detections.
+
+    Args:
+        sizes: height, width and orientation of each image by name.
+        stems: what its label file is called.
+        labels: class index of each category id.
+    """
     if 'json' in formats:
         save_atomically(folder / 'predictions.json', lambda path: path.write_text(json.dumps(rows)))
     if 'csv' in formats:
@@ -207,18 +244,16 @@ def write_results(
         writer.writerows([*(row.get(name, '') for name in COLUMNS[:6]), *row['bbox']] for row in rows)
         save_atomically(folder / 'predictions.csv', lambda path: path.write_text(text.getvalue()))
     if 'yolo' in formats:
-        lines: dict[Path, list[str]] = {
-            folder / 'labels' / Path(name).with_suffix('.txt'): [] for name in sizes
-        }
+        lines: dict[str, list[str]] = {name: [] for name in sizes}
         for row in rows:
-            height, width = sizes[row['file_name']]
+            height, width, turn = sizes[row['file_name']]
             x, y, w, h = row['bbox']
-            values = ((x + w / 2) / width, (y + h / 2) / height, w / width, h / height, row['score'])
-            text_line = ' '.join([str(labels[row['category_id']]), *(f'{value:.6g}' for value in values)])
-            lines[folder / 'labels' / Path(row['file_name']).with_suffix('.txt')].append(text_line)
-        for path, found in lines.items():
+            box = shown_box(((x + w / 2) / width, (y + h / 2) / height, w / width, h / height), turn)
+            values = ' '.join(f'{value:.6g}' for value in (*box, row['score']))
+            lines[row['file_name']].append(f'{labels[row["category_id"]]} {values}\n')
+        for name, found in lines.items():
             save_atomically(
-                path, lambda place, found=found: place.write_text(''.join(f'{line}\n' for line in found))
+                folder / 'labels' / f'{stems[name]}.txt', partial(Path.write_text, data=''.join(found))
             )
 
 
@@ -250,7 +285,7 @@ def detect_film(
     kind, _, number = source.partition(':')
     is_camera = kind == 'webcam'
     name = 'webcam' if is_camera else Path(source).name
-    folder.mkdir(parents=True, exist_ok=True)
+    image_id = ids_of([name])[name]
     rows: list[dict] = []
 
     def write(path: Path) -> None:
@@ -267,7 +302,7 @@ def detect_film(
             with contextlib.suppress(KeyboardInterrupt):
                 for count, (image, result) in enumerate(pairs):
                     drawing, found = drawn_and_listed(
-                        detector.class_map, image, result, name, thresholds, lowest
+                        detector.class_map, image, result, name, image_id, thresholds, lowest
                     )
                     height, width = (side // 2 * 2 for side in drawing.shape[1:])  # codecs want even sides
                     if drawn_stream is None:
@@ -295,6 +330,7 @@ def drawn_and_listed(
     image: Tensor,
     result: dict[str, Tensor],
     name: str,
+    image_id: int | str,
     thresholds: Tensor,
     lowest: float,
 ) -> tuple[Tensor, list[dict]]:
@@ -303,7 +339,7 @@ def drawn_and_listed(
     drawing = draw_boxes(
         image, drawn['boxes'], drawn['labels'], class_map.names, drawn['scores'], drawn.get('masks')
     )
-    return drawing, coco_results(name, select(result, lowest), class_map)
+    return drawing, coco_results(name, image_id, select(result, lowest), class_map)
 
 
 def main(args: Namespace) -> None:
@@ -314,35 +350,54 @@ def main(args: Namespace) -> None:
     check_detector_args(args)
     if is_film:
         import_av()
+        if 'yolo' in args.formats:
+            raise ValueError('--formats yolo is for images, not for a film: choose json or csv')
         if not args.source.startswith('webcam') and not Path(args.source).is_file():
             raise ValueError(f'--source {args.source}: no film there')
+    check_outside([Path(args.source)] if is_film else images, make_folder(args.output_dir))
     detector = load_detector(args.model, args.checkpoint, args.device, args.half)
     class_map = detector.class_map
     thresholds = thresholds_of(class_map, args.score_thr, args.class_thresholds)
     if is_film:
         rows = detect_film(detector, args.source, folder, thresholds, args.json_score_thr, args.batch_size)
-        write_results(folder, rows, [name for name in args.formats if name != 'yolo'], {}, class_map.label_of)
+        write_results(folder, rows, args.formats, {}, {}, class_map.label_of)
         print(f'the drawn film and {len(rows)} detections lie in {folder}')
         return
     if is_address:
         images = [fetch_image(args.source, folder / 'fetched')]
     names, sizes, rows = names_below(images), {}, []
-    folder.mkdir(parents=True, exist_ok=True)
-    for batch in in_batches(zip(images, names, strict=True), args.batch_size):
-        pixels = [read_image(path) for path, _ in batch]
-        for (path, name), image, result in zip(batch, pixels, detector.detect_batch(pixels), strict=True):
-            sizes[name] = (image.shape[1], image.shape[2])
-            drawing, found = drawn_and_listed(class_map, image, result, name, thresholds, args.json_score_thr)
+    stems, ids, paths = stems_of(names), ids_of(names), dict(zip(names, images, strict=True))
+    left_out: list[ValueError] = []
+    for batch in in_batches(names, args.batch_size):
+        pixels = {}
+        for name in batch:
+            try:
+                pixels[name] = read_image(paths[name])
+            except ValueError as error:
+                left_out.append(error)
+                print(f'left out: {error}')
+        results = detector.detect_batch(list(pixels.values())) if pixels else []
+        for (name, image), result in zip(pixels.items(), results, strict=True):
+            sizes[name] = (image.shape[1], image.shape[2], orientation(paths[name]))
+            drawing, found = drawn_and_listed(
+                class_map, image, result, name, ids[name], thresholds, args.json_score_thr
+            )
             rows += found
-            save_atomically(folder / drawing_name(name, names), partial(write_png_file, drawing))
+            save_atomically(folder / f'{stems[name]}.png', partial(write_png, drawing))
             number = len(select(result, thresholds)['scores'])
-            print(f'{path}: {number} objects of score {args.score_thr} or more')
-    write_results(folder, rows, args.formats, sizes, class_map.label_of)
-    print(f'{len(images)} drawn images and {", ".join(args.formats)} results lie in {folder}')
+            print(f'{paths[name]}: {number} objects of score {args.score_thr} or more')
+    if not sizes:
+        raise left_out[0]
+    write_results(folder, rows, args.formats, sizes, stems, class_map.label_of)
+    print(f'{len(sizes)} drawn images and {", ".join(args.formats)} results lie in {folder}')
+    if left_out:
+        raise ValueError(
+            f'{len(left_out)} of {len(images)} images were left out, the first because {left_out[0]}'
+        )
 
 
-def write_png_file(image: Tensor, path: Path) -> None:
-    write_png(image, str(path))
+def write_png(image: Tensor, path: Path) -> None:
+    path.write_bytes(encode_png(image).numpy().tobytes())
 
 
 if __name__ == '__main__':

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.image_io import read_image
+from datasets.image_io import SUFFIXES, read_image
 from models.deformable_transformer import valid_ratio
 from models.detector import Detector, add_detector_args, load_detector
 from models.ops.modules import MSDeformAttn
 from util import visualize
-from util.bounds import check_bounds, whole
-from util.files import save_atomically
+from util.bounds import whole
+from util.files import check_output, save_atomically
 from util.flags import run_command
 
 # Colours of weights from 0 to the largest.
@@ -209,7 +209,7 @@ def panels_of(
     dense, num_queries = attention.points is None, attention.outputs['pred_boxes'].shape[1]
     heads = heads_of(args.head, attention.weights.shape[0 if dense else 1], dense)
     words = [] if args.queries == ['best'] else args.queries
-    queries = [number_of('--queries', word, 0, num_queries - 1, 'best or ') for word in words]
+    queries = [number_of('--queries', word, 0, num_queries - 1, 'best alone, or ') for word in words]
     layer, names = args.layer % len(detector.model.transformer.decoder.layers), detector.class_map.names
     canvas, factor = visualize.enlarged(image)
     canvas, rows = faded(canvas), []
@@ -252,7 +252,9 @@ def sheet_of(rows: list[list[Image.Image]], attention: Attention) -> Image.Image
 
 
 def main(args: Namespace) -> None:
-    check_bounds(args, get_args_parser())
+    check_output(args.output, [args.source])
+    if Path(args.output).suffix.lower() not in SUFFIXES:
+        raise ValueError(f'--output {args.output}: let it end in .png or .jpg')
     image, detector = read_image(args.source), load_detector(args.model, args.checkpoint, args.device)
     attention = attention_of(detector, image, args.layer)
     rows = panels_of(detector, image, attention, args)

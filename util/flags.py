@@ -44,6 +44,7 @@ def run_command(
     """Run a program on its command line, and print what it returns; an error of the user ends it in one message, status 1."""
     args = parser.parse_args(argv)
     try:
+        check_bounds(args, parser)
         found = program(args)
     except USER_ERRORS as error:
         # A loader worker's error holds its traceback, whose last line says all.

@@ -17,7 +17,7 @@ from util.distributed.collectives import all_gather_object, get_rank, get_world_
 from util.distributed.parallel import gather, load_model_state, load_optimizer_state
 from util.distributed.preemption import StopRequests
 from util.ema import WeightAverage
-from util.files import or_warn, save_atomically
+from util.files import make_folder, or_warn, save_atomically
 from util.logger import Meter, print_main
 from util.precision import Precision
 from util.seeding import seed_everything
@@ -291,6 +291,6 @@ def find_checkpoint(args: Namespace, restarted: bool) -> dict:
                 f'{args.output_dir} holds the checkpoint of a run: add --resume auto to go on with it, or choose another '
                 '--output_dir'
             )
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        make_folder(args.output_dir)
     source = args.resume or args.pretrained or args.frozen_weights
     return read_checkpoint(source) if source else {}
