@@ -331,18 +331,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--output', default='report.html', metavar='FILE', help='page (default: %(default)s)')
     parser.add_argument('--iou', default=0.5, type=real(NEAR, 1.0),
                         help='IoU from which a detection has an object (default: %(default)s)')  # fmt: skip
-    parser.add_argument('--score_thr', default='auto', type=score,
-                        help='lowest score that counts; auto: the one of the best F1 of all classes (default: auto)')  # fmt: skip
+    parser.add_argument('--score_thr', type=real(0, 1),
+                        help='lowest score that counts (default: that of the best F1 of all classes)')  # fmt: skip
     return parser
-
-
-def score(text: str) -> float | None:
-    if text == 'auto':
-        return None
-    number = real(0, 1)
-    if problem := number.problem(number(text)):
-        raise argparse.ArgumentTypeError(problem)
-    return number(text)
 
 
 def main(args: Namespace) -> str:
