@@ -292,12 +292,12 @@ class AnnotationTable:
         self.starts = np.searchsorted(rows[self.order], np.arange(len(self.image_ids) + 1))
 
     def usable(self, block: list[dict]) -> list[dict]:
-        """Return the annotations whose box and area are numbers, and count the others."""
+        """Return the annotations without a problem of their own, and count the others."""
         good = []
         for annotation in block:
             if problem := box_problem(annotation):
                 assert self.problems is not None
-                self.problems.add('annotations with a bad box or area', f'{title_of(annotation)} {problem}')
+                self.problems.add('annotations that cannot be used', f'{title_of(annotation)} {problem}')
             else:
                 good.append(annotation)
         return good

@@ -152,6 +152,9 @@ class CocoDetection(ImageDataset):
         """Return the annotation file's content, which is read at the first call; training never calls this."""
         if self._ground_truth is None:
             self._ground_truth = read_annotations(self.annotation_file, self.blocks)
+            for image in self._ground_truth['images'] if self.return_masks else []:
+                if not (image.get('height') and image.get('width')):  # masks need them
+                    image['height'], image['width'] = stored_size(self.image_dir / image['file_name'])
         return self._ground_truth
 
     def __getstate__(self) -> dict:

@@ -237,19 +237,28 @@ def prepare_ground_truth(ground_truth: dict, image_ids: set[int], iou_type: str)
         if iou_type == 'segm':
             entry['segmentation'] = require_segmentation(annotation)
         annotations.append(entry)
-    images = [
-        {'id': image['id'], 'file_name': ''}
-        | {key: int(image.get(key) or 0) for key in ('height', 'width')}
-        | {key: [as_id(value) for value in image[key]] for key in FEDERATED if key in image}
-        for image in ground_truth['images']
-        if image['id'] in image_ids
-    ]
+    images = []
+    for image in ground_truth['images']:
+        if image['id'] in image_ids:
+            lists = {
+                key: [as_id(value) for value in image[key]] for key in FEDERATED if image.get(key) is not None
+            }
+            images.append({'id': image['id'], 'file_name': '', **size_of(image, iou_type), **lists})
     categories = [
         {'id': category['id'], 'name': str(category.get('name') or category['id'])}
         | {key: category[key] for key in ('frequency',) if key in category}
         for category in sorted(ground_truth['categories'], key=lambda category: category['id'])
     ]
     return {'info': {}, 'images': images, 'annotations': annotations, 'categories': categories}
+
+
+def size_of(image: dict, iou_type: str) -> dict[str, int]:
+    size = {key: int(image.get(key) or 0) for key in ('height', 'width')}
+    if iou_type == 'segm' and not all(size.values()):
+        raise ValueError(
+            f'image {image["id"]} has no height and width, which masks are evaluated with: add them'
+        )
+    return size
 
 
 def require_segmentation(annotation: dict) -> list | dict:

@@ -87,7 +87,7 @@ def mend(name: str, block: list[dict], file: File, findings: Findings) -> None:
             if type(entry.get(key)) is not int and (number := as_id(entry.get(key))) is not None:
                 findings.add(f'{key} of {name} not written as integers', repr(entry[key]))
                 entry[key] = number
-        if name == 'images' and 'file_name' not in entry and isinstance(entry.get('coco_url'), str):  # LVIS
+        if name == 'images' and not entry.get('file_name') and isinstance(entry.get('coco_url'), str):  # LVIS
             entry['file_name'] = '/'.join(urlparse(entry['coco_url']).path.split('/')[-2:])
         if name == 'annotations' and not entry.get('bbox') and entry.get('segmentation'):
             try:
@@ -97,13 +97,15 @@ def mend(name: str, block: list[dict], file: File, findings: Findings) -> None:
                     f'{file}: {title_of(entry)} has no bbox, and its segmentation gives none ({error}): correct one of them'
                 ) from None
             findings.add('annotations without bbox, which was made from the segmentation', title_of(entry))
-        if name == 'annotations' and entry.get('iscrowd') not in (None, 0, 1):
-            if as_id(entry['iscrowd']) not in (0, 1):
+        if name == 'annotations' and entry.get('iscrowd') is not None:
+            crowd = entry['iscrowd']
+            if type(crowd) is not int:
+                findings.add('iscrowd of annotations not written as integers', repr(crowd))
+                entry['iscrowd'] = int(crowd) if isinstance(crowd, bool) else as_id(crowd)
+            if entry['iscrowd'] not in (0, 1):
                 raise ValueError(
-                    f'{file}: {title_of(entry)} has iscrowd {str(entry["iscrowd"])[:40]!r}: it must be 0 or 1'
+                    f'{file}: {title_of(entry)} has iscrowd {str(crowd)[:40]!r}: it must be 0 or 1'
                 )
-            findings.add('iscrowd of annotations not written as integers', repr(entry['iscrowd']))
-            entry['iscrowd'] = as_id(entry['iscrowd'])
 
 
 def as_id(value: Any) -> int | str | None:
@@ -187,7 +189,9 @@ def box_around(segmentation: list | dict) -> list[float]:
 
 
 def title_of(annotation: dict) -> str:
-    """Return how messages name an annotation."""
+    """Return how messages name an annotation. source: file and line, where these are not those of COCO's form."""
+    if 'source' in annotation:
+        return annotation['source']
     return f'annotation {annotation.get("id")} (image {annotation.get("image_id")})'
 
 
@@ -226,7 +230,9 @@ def place_problem(annotation: dict, image_ids: Collection, category_ids: Collect
 
 
 def box_problem(annotation: dict) -> str | None:
-    """Return what is wrong with an annotation's box or area, or None."""
+    """Return what is wrong with an annotation's box or area, or what its format's reader has found (`problem`), or None."""
+    if 'problem' in annotation:
+        return annotation['problem']
     bbox = annotation.get('bbox')
     if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(is_finite, bbox)) and min(bbox[2:]) >= 0):
         return f'has bbox {str(bbox)[:80]}: it must be four finite numbers x, y, width, height (not negative), in pixels'

@@ -166,9 +166,11 @@ def check_data_args(args: Namespace) -> None:
     if args.cache_mode and args.dataset_file == 'shapes':
         raise ValueError('--cache_mode keeps image files; built-in images have none: leave it out')
     for flag in ('coco_path', 'train_images', 'train_ann', 'val_images', 'val_ann'):
-        places = {'voc': ('coco_path',), 'yolo': ('coco_path',), 'shapes': ()}.get(args.dataset_file)
-        if places is not None and flag not in places and getattr(args, flag) is not None:
-            instead = 'give --coco_path instead' if places else 'leave it out'
+        fits = args.dataset_file in ('coco', 'lvis') or (
+            flag == 'coco_path' and args.dataset_file != 'shapes'
+        )
+        if not fits and getattr(args, flag) is not None:
+            instead = 'leave it out' if args.dataset_file == 'shapes' else 'give --coco_path instead'
             raise ValueError(f'--{flag} is not for --dataset_file {args.dataset_file}: {instead}')
     others = {
         'group_aspect_ratio': args.group_aspect_ratio,

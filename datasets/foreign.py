@@ -38,28 +38,24 @@ class VocDetection(CocoDetection):
         trained = [read_voc(each) for each in more]
         classes = sorted({each['class'] for _, objects in (trained or found) for each in objects})
         ids = {name: number for number, name in enumerate(classes, start=1)}
-        for place, (_, objects) in zip(files, found, strict=True):
-            for each in objects:
-                if each['class'] not in ids:
-                    raise ValueError(
-                        f'{place} has the class {each["class"]!r}, which no image of {training} has: correct it, or take such an '
-                        'image into training'
-                    )
         yield 'categories', [{'id': number, 'name': name} for name, number in ids.items()]
         yield 'images', [image | {'id': number} for number, (image, _) in enumerate(found, start=1)]
-        annotations = [
-            {
-                'image_id': number,
-                'bbox': each['bbox'],
-                'iscrowd': each['difficult'],
-                'category_id': ids[each['class']],
-            }
-            for number, (_, objects) in enumerate(found, start=1)
-            for each in objects
-        ]
-        for number, annotation in enumerate(annotations, start=1):
-            annotation['id'] = number
+        annotations: list[dict] = []
+        for number, (path, (_, objects)) in enumerate(zip(files, found, strict=True), start=1):
+            for each in objects:
+                label = each.pop('class')
+                if label not in ids:
+                    each |= unusable(
+                        f'has the class {label!r}, which no image of {training} has: correct it, or take such an image there'
+                    )
+                own = {'id': len(annotations) + 1, 'image_id': number, 'source': str(path)}
+                annotations.append(each | own | {'category_id': ids.get(label)})
         yield 'annotations', annotations
+
+
+def unusable(problem: str) -> dict:
+    """Return fields of an annotation that is refused, or counted by --check_data."""
+    return {'bbox': None, 'segmentation': None, 'problem': problem}
 
 
 def read_lines(file: Path) -> list[str]:
@@ -69,7 +65,9 @@ def read_lines(file: Path) -> list[str]:
 
 
 def voc_files(file: Path, folder: Path) -> list[Path]:
-    """Return the annotation files of a list; behind a name may stand whether the image has a class, as in VOC's own."""
+    """Return the annotation files of a list. A line is a name if such a file exists, else its first word is: VOC's own lists of
+    a class say behind the name whether the image has it.
+    """
     lines = [line.strip() for line in read_lines(file) if line.strip()]
     whole = [folder / f'{line}.xml' for line in lines]
     return [
@@ -79,7 +77,7 @@ def voc_files(file: Path, folder: Path) -> list[Path]:
 
 
 def read_voc(file: Path) -> tuple[dict, list[dict]]:
-    """Return an image, and its objects with class, bbox and difficult.
+    """Return an image, and its objects with class, bbox and iscrowd.
 
     Raises:
         ValueError: the file is no annotation of VOC; the message names it.
@@ -104,12 +102,13 @@ def read_voc(file: Path) -> tuple[dict, list[dict]]:
             ]
             left, top, right, bottom = corners
             box = [left - 1, top - 1, right - left + 1, bottom - top + 1]
-            if problem := box_problem({'bbox': box}):
-                raise ValueError(f'an object with the corners {corners} {problem}')
             label = (each.findtext('name') or '').strip()
             if not label:
                 raise ValueError('an object without a name')
-            objects.append({'class': label, 'bbox': box, 'difficult': int(each.findtext('difficult') or 0)})
+            found = {'class': label, 'bbox': box, 'iscrowd': int(each.findtext('difficult') or 0)}
+            if box_problem(found):
+                found |= unusable(f'has an object of the corners {corners}: correct them')
+            objects.append(found)
     except ValueError as error:
         raise ValueError(f'{file} is no annotation of VOC ({error}): correct it') from error
     return image, objects
@@ -133,9 +132,9 @@ class YoloDetection(CocoDetection):
         folder = yolo_images(settings, Path(place), split)
         files = sorted(file for file in folder.rglob('*') if file.suffix.lower() in SUFFIXES)
         labels = [labels_of(file, folder) for file in files]
-        if files and not any(label.is_file() for label in labels):
+        if split == 'train' and files and not any(label.is_file() for label in labels):
             raise FileNotFoundError(
-                f'{place}: none of the {len(files)} {split} images has a label file; that of {files[0]} would be {labels[0]}'
+                f'{place}: none of the {len(files)} training images has a label file; that of {files[0]} would be {labels[0]}'
             )
         count = 0
         for number, (file, label) in enumerate(zip(files, labels, strict=True), start=1):
@@ -205,7 +204,8 @@ def yolo_images(settings: dict, file: Path, split: str) -> Path:
     if not isinstance(place, str):
         raise ValueError(f'{file} has {split} {place!r}: it must name one folder of images')
     root = Path(settings.get('path') or '.')
-    candidates = [file.parent / root / place, root / place, file.parent / place]
+    inside = place.removeprefix('../')  # Roboflow writes ../train/images, and means its own folder
+    candidates = [file.parent / root / place, root / place, file.parent / place, file.parent / inside]
     for folder in candidates:
         if folder.is_dir():
             return folder
@@ -216,7 +216,7 @@ def yolo_images(settings: dict, file: Path, split: str) -> Path:
 
 def labels_of(image: Path, folder: Path) -> Path:
     """Return the label file of an image: below `labels` in place of the last `images` of its path, else in `labels` beside
-    the folder of images, else beside the image.
+    the folder of images, else beside the image. The first of these, if none exists.
     """
     file = image.with_suffix('.txt')
     parts = list(file.absolute().parts)
@@ -236,8 +236,7 @@ def read_yolo(file: Path, height: int, width: int, names: Collection[int], turn:
         names: the class numbers that there are.
         turn: orientation of the image.
 
-    Raises:
-        ValueError: a line is none; the message names file and line.
+    A line that is none of these has its `problem`.
     """
     if not file.is_file():
         return []
@@ -255,18 +254,20 @@ def read_yolo(file: Path, height: int, width: int, names: Collection[int], turn:
             if not all(map(math.isfinite, values)) or (len(values) == 4 and min(values[2:]) < 0):
                 raise ValueError('a size is negative or a number not finite')
         except ValueError as error:
-            raise ValueError(
-                f'{file}, line {number}: {line[:60]!r} is no box or polygon ({error}): correct it'
-            ) from error
-        if len(values) == 4:
-            x, y, w, h = turned_box(values, turn)
-            box = [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]
-            found.append({'category_id': label + 1, 'bbox': box})
+            found.append(unusable(f'is {line[:60]!r}, which is no box or polygon ({error}): correct it'))
         else:
-            corners = [TURNS[turn](*corner) for corner in zip(values[::2], values[1::2], strict=True)]
-            polygon = [value for x, y in corners for value in (x * width, y * height)]
-            found.append({'category_id': label + 1, 'segmentation': [polygon]})
+            found.append({'category_id': label + 1, **shape_of(values, height, width, turn)})
+        found[-1]['source'] = f'{file}, line {number}'
     return found
+
+
+def shape_of(values: list[float], height: int, width: int, turn: int) -> dict:
+    """Return bbox or segmentation, in pixels, of a box or a polygon in shares."""
+    if len(values) == 4:
+        x, y, w, h = turned_box(values, turn)
+        return {'bbox': [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]}
+    corners = [TURNS[turn](*corner) for corner in zip(values[::2], values[1::2], strict=True)]
+    return {'segmentation': [[value for x, y in corners for value in (x * width, y * height)]]}
 
 
 # Where a point (x, y) of the image as it is shown lies in the stored one, by the EXIF tag Orientation; in shares of the sides.

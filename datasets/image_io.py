@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,9 +42,18 @@ def stored_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def orientation(path: str | os.PathLike[str]) -> int:
-    """Return the EXIF tag Orientation, 1 to 8: how a viewer turns the stored image; 1, as it is, where there is none."""
+    """Return the EXIF tag Orientation, 1 to 8: how a viewer turns the image that `read_image` returns.
+
+    1, as it is, where the header has none that can be read, and for TIFF, which Pillow turns itself.
+    """
     with naming(path), PIL.Image.open(path) as image:
-        found = image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
+        data = None if image.format == 'TIFF' else image.info.get('exif')
+    exif = PIL.Image.Exif()
+    try:
+        exif.load(data or b'')
+        found = exif.get(PIL.ExifTags.Base.Orientation, 1)
+    except (OSError, SyntaxError, TypeError, ValueError, KeyError, struct.error):
+        return 1
     return found if found in range(1, 9) else 1
 
 

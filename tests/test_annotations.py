@@ -173,6 +173,7 @@ def test_crowd_regions_written_as_text_are_mended(tmp_path: Path) -> None:
     file = write(tmp_path, annotations=annotations, images=images, categories=categories)
     assert AnnotationTable(file).objects.crowd.tolist() == [False, True, False, False, True, True, True]
     assert [a['iscrowd'] for a in read_annotations(file)['annotations']] == [0, 1, None, 0, 1, 1, 1]
+    assert AnnotationTable(file).findings.counts == {'iscrowd of annotations not written as integers': 4}
     for bad in ('yes', 2, [0]):
         annotations[3]['iscrowd'] = bad
         file = write(tmp_path, annotations=annotations, images=images, categories=categories)

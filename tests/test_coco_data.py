@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from datasets import build_dataset
 from datasets.class_map import COCO_IDS, ClassMap
 from datasets.coco import CocoDetection, find_files
+from datasets.coco_eval import prepare_ground_truth
 from datasets.image_io import read_image
 from datasets.transforms import make_transforms
 from tests.shared_data import (
@@ -221,6 +222,20 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 def test_masks_need_segmentations(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'annotation 1 .* has no segmentation.*without --masks'):
         load(write_data(tmp_path, small_data()), return_masks=True)
+
+
+def test_masks_are_evaluated_where_images_have_no_size(tmp_path: Path) -> None:
+    data = small_data()
+    write_data(tmp_path, data)
+    sizes = {image['id']: (image.pop('height'), image.pop('width')) for image in data['images']}
+    for annotation in data['annotations']:
+        annotation['segmentation'] = [[1, 1, 9, 1, 9, 9]]
+    (tmp_path / 'annotations/instances_val2017.json').write_text(json.dumps(data))
+    dataset = load(tmp_path, return_masks=True)
+    truth = prepare_ground_truth(dataset.ground_truth, set(sizes), 'segm')
+    assert {image['id']: (image['height'], image['width']) for image in truth['images']} == sizes
+    with pytest.raises(ValueError, match='image .* has no height and width, which masks are evaluated with'):
+        prepare_ground_truth(load(tmp_path).ground_truth, set(sizes), 'segm')
 
 
 def test_a_image_of_another_size_is_refused(tmp_path: Path) -> None:

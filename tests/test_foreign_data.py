@@ -16,7 +16,10 @@ from torch import Tensor
 
 import main
 from datasets import build_dataset, foreign
+from datasets.annotations import AnnotationTable
 from datasets.coco_eval import CocoEvaluator
+from datasets.coco_json import Findings
+from datasets.image_io import orientation, read_image, stored_size
 from datasets.shapes import ShapesDetection, export
 from tests.runs import TINY, load
 from tools import convert_dataset
@@ -205,17 +208,20 @@ def test_polygons_of_yolo_have_boxes_and_masks(copies: dict[str, Path], tmp_path
     assert target['masks'].float().mean().item() == pytest.approx(0.125, abs=0.02)
 
 
+@pytest.mark.parametrize('suffix', ['png', 'jpg'])
 @pytest.mark.parametrize('orientation', range(1, 9))
-def test_boxes_of_yolo_belong_to_the_image_as_it_is_shown(tmp_path: Path, orientation: int) -> None:
+def test_boxes_of_yolo_belong_to_the_image_as_it_is_shown(
+    tmp_path: Path, orientation: int, suffix: str
+) -> None:
     """As a viewer turns it by its EXIF data; the stored pixels are found, and written in the same way."""
     stored = PIL.Image.new('L', (40, 60))
     stored.paste(255, (4, 12, 16, 30))
     exif = PIL.Image.Exif()
     exif[PIL.ExifTags.Base.Orientation] = orientation
     (tmp_path / 'images').mkdir()
-    stored.save(tmp_path / 'images/a.png', exif=exif)
-    with PIL.Image.open(tmp_path / 'images/a.png') as image:
-        shown = PIL.ImageOps.exif_transpose(image)
+    stored.save(tmp_path / f'images/a.{suffix}', exif=exif, quality=100)
+    with PIL.Image.open(tmp_path / f'images/a.{suffix}') as image:
+        shown = PIL.ImageOps.exif_transpose(image).point(lambda value: 255 * (value > 127))
     left, top, right, bottom = shown.getbbox()
     shares = (
         (left + right) / 2 / shown.width,
@@ -228,8 +234,10 @@ def test_boxes_of_yolo_belong_to_the_image_as_it_is_shown(tmp_path: Path, orient
     lines = [' '.join(map(str, (0, *values))) for values in (shares, polygon)]
     (tmp_path / 'images/a.txt').write_text('\n'.join(lines))  # beside the image, where no labels/ is
     (tmp_path / 'data.yaml').write_text('train: images\nnames: [a]\n', encoding='utf-8-sig')
-    _, dataset = build_dataset('train', arguments('yolo', tmp_path)).untransformed(0)
-    same(dataset['boxes'], torch.tensor([[4.0, 12, 16, 30]] * 2))
+    pixels, target = build_dataset('train', arguments('yolo', tmp_path)).untransformed(0)
+    rows, columns = (pixels[0] > 127).nonzero(as_tuple=True)
+    edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    same(target['boxes'], torch.stack(edges).float().expand(2, 4))
     again = foreign.shown_box(foreign.turned_box(shares, orientation), orientation)
     assert again == pytest.approx(shares)
 
@@ -250,8 +258,18 @@ def test_label_files_do_not_depend_on_the_folder_of_the_program(
         numbers.append(build_dataset('train', arguments('yolo', Path(place))).summary)
     assert len(set(numbers)) == 1 and ' 0 objects' not in numbers[0], numbers
     (root / 'labels').unlink()
-    with pytest.raises(FileNotFoundError, match='none of the 8 train images has a label file'):
+    with pytest.raises(FileNotFoundError, match='none of the 8 training images has a label file'):
         build_dataset('train', arguments('yolo', root.parent))
+
+
+def test_folders_as_roboflow_writes_them(copies: dict[str, Path], tmp_path: Path) -> None:
+    for part in ('images', 'labels'):
+        (tmp_path / 'train').mkdir(exist_ok=True)
+        (tmp_path / 'train' / part).symlink_to(copies['yolo'] / part / 'train')
+    text = (copies['yolo'] / 'data.yaml').read_text().replace('path: .\n', '')
+    (tmp_path / 'data.yaml').write_text(text.replace('images/train', '../train/images'))
+    expected = build_dataset('train', arguments('yolo', copies['yolo']))
+    assert build_dataset('train', arguments('yolo', tmp_path)).summary == expected.summary
 
 
 def test_lists_of_voc(copies: dict[str, Path], tmp_path: Path) -> None:
@@ -264,10 +282,31 @@ def test_lists_of_voc(copies: dict[str, Path], tmp_path: Path) -> None:
     assert len(build_dataset('train', arguments('voc', tmp_path))) == 2
     last = tmp_path / f'Annotations/{(tmp_path / "ImageSets/Main/val.txt").read_text().split()[-1]}.xml'
     last.write_text(re.sub('<name>[a-z]+</name>', '<name>cow</name>', last.read_text()))
+    problems, counted = Findings(), last.read_text().count('<name>cow')
+    AnnotationTable(file.with_name('val.txt'), blocks=foreign.VocDetection.blocks, problems=problems)
+    assert problems.counts == {'annotations that cannot be used': counted}
     with pytest.raises(
         ValueError, match=f"{last.name} has the class 'cow', which no image of .*train.txt has"
     ):
         build_dataset('val', arguments('voc', tmp_path))
+
+
+def test_broken_exif_data_cost_nothing(tmp_path: Path) -> None:
+    """Nor are a PNG's pixels decoded to look for some behind them."""
+    for data in (b'Exif\0\0II*\0', b'Exif\0\0' + bytes(range(200))):
+        PIL.Image.new('L', (4, 6)).save(tmp_path / 'a.jpg', exif=data)
+        assert orientation(tmp_path / 'a.jpg') == 1
+    PIL.Image.new('L', (400, 600)).save(tmp_path / 'a.png')
+    (tmp_path / 'cut.png').write_bytes((tmp_path / 'a.png').read_bytes()[:60])
+    assert orientation(tmp_path / 'cut.png') == 1
+
+
+def test_pillow_turns_tiff_images_itself(tmp_path: Path) -> None:
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 6
+    PIL.Image.new('L', (40, 60)).save(tmp_path / 'a.tif', exif=exif)
+    assert orientation(tmp_path / 'a.tif') == 1
+    assert read_image(tmp_path / 'a.tif').shape[1:] == stored_size(tmp_path / 'a.tif') == (40, 60)
 
 
 @pytest.mark.parametrize('flag', ['val_images', 'train_ann'])
@@ -275,6 +314,8 @@ def test_flags_of_the_coco_form_are_refused(flag: str) -> None:
     words = ['--dataset_file', 'yolo', '--coco_path', 'somewhere', f'--{flag}', 'elsewhere']
     with pytest.raises(ValueError, match=f'--{flag} is not for --dataset_file yolo: give --coco_path'):
         main.main(main.get_args_parser().parse_args(words))
+    with pytest.raises(ValueError, match='--coco_path is not for --dataset_file shapes: leave it out'):
+        main.main(main.get_args_parser().parse_args(['--dataset_file', 'shapes', '--coco_path', 'somewhere']))
 
 
 BAD = {
@@ -290,17 +331,17 @@ BAD = {
     'a box without a side': (
         'voc', 'Annotations/train_{first}.xml',
         '<annotation><filename>a.jpg</filename><object><name>disc</name><bndbox><ymin>1</ymin></bndbox></object></annotation>',
-        'is no annotation of VOC .an object with the corners .nan, 1.0',
+        r'train_.*xml has an object of the corners \[nan, 1.0',
     ),
-    'a negative number': ('yolo', 'labels/train/{first}.txt', '0 0.5 0.5 0.1 -0.1', '-0.1. is no box or polygon .a size is negative'),
-    'no number': ('yolo', 'labels/train/{first}.txt', '0 0.5 nan 0.1 0.1', 'line 1: .* number not finite'),
+    'a negative number': ('yolo', 'labels/train/{first}.txt', '0 0.5 0.5 0.1 -0.1', '-0.1., which is no box or polygon .a size is negative'),
+    'no number': ('yolo', 'labels/train/{first}.txt', '0 0.5 nan 0.1 0.1', 'line 1 is .* number not finite'),
     'no data.yaml': ('yolo', 'data.yaml', None, 'must be the folder of data.yaml'),
     'no YAML': ('yolo', 'data.yaml', 'a: [', 'is not YAML'),
     'no names': ('yolo', 'data.yaml', 'train: images/train', 'must list the class names'),
     'no folder': ('yolo', 'data.yaml', 'train: gone\nnames: [a]', 'are in none of'),
     'a line of words': ('yolo', 'labels/train/{first}.txt', '0 a b c d', 'is no box or polygon'),
     'three numbers': ('yolo', 'labels/train/{first}.txt', '0 0.5 0.5 0.1', 'line 1'),
-    'a class that is not named': ('yolo', 'labels/train/{first}.txt', '77 0.5 0.5 0.1 0.1', r'line 1: .* \(the classes are 0, 1, '),
+    'a class that is not named': ('yolo', 'labels/train/{first}.txt', '77 0.5 0.5 0.1 0.1', r'line 1 is .* \(the classes are 0, 1, '),
 }  # fmt: skip
 
 

@@ -344,7 +344,7 @@ def test_check_data_counts_all_that_is_bad(data: Path, capsys: pytest.CaptureFix
     (data / 'train/1.png').write_bytes(b'no image')
     text = complaint('main', flags(data, '--check_data'), capsys)
     for part in (
-        '2 annotations with a bad box',
+        '2 annotations that cannot be used',
         '1 annotations whose category',
         '1 images that are missing',
         'cannot be read',

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import PIL.ExifTags
 import PIL.Image
 import pytest
 import torch
@@ -107,8 +108,14 @@ def test_numbers_out_of_bounds_are_refused(flag: str, trained: Path, tmp_path: P
 def test_nothing_is_written_among_the_images(trained: Path, tmp_path: Path) -> None:
     (tmp_path / 'images').symlink_to(trained / 'images')
     before = {path: path.read_bytes() for path in trained.rglob('*') if path.is_file()}
-    for source, out in ((trained / 'images', trained), (tmp_path / 'images/1.png', trained / 'images')):
-        with pytest.raises(SystemExit, match='a source: choose a folder of its own'):
+    (tmp_path / 'links').mkdir()
+    (tmp_path / 'links/1.png').symlink_to(trained / 'images/1.png')
+    for source, out in (
+        (trained / 'images', trained),
+        (tmp_path / 'images/1.png', trained / 'images'),
+        (tmp_path / 'links', tmp_path / 'links'),
+    ):
+        with pytest.raises(SystemExit, match='where the source lies: choose a folder of its own'):
             predicted(*words(trained, source, out, '--formats', 'yolo'))
     with pytest.raises(SystemExit, match=r'cannot be an output folder, since .*1\.png is a file'):
         predicted(*words(trained, trained / 'images', tmp_path / 'images/1.png/more'))
@@ -130,10 +137,31 @@ def test_an_unreadable_image_costs_no_other(
         assert [row['image_id'] for row in rows] == [1] * TOP + [3] * TOP
         assert {path.name for path in (tmp_path / number).glob('*.png')} == {'1.png', '3.png'}
     assert '2 drawn images' in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r'error: .*2\.jpg is not a readable image'):
-        predicted(*words(trained, tmp_path / '2.jpg', tmp_path / 'out'))
+    (tmp_path / '2.jpg').unlink()
+    (tmp_path / '2.jpg').symlink_to('nowhere')
+    with pytest.raises(SystemExit, match=r'1 of 3 images were left out, the first because .*No such file'):
+        predicted(*words(trained, f'{tmp_path}/*', tmp_path / 'link'))
+    (tmp_path / '4.jfif').write_bytes(whole)
+    predicted(*words(trained, f'{tmp_path}/*.jfif', tmp_path / 'jfif'))
+    (tmp_path / '5.jpg').write_bytes(whole[:200])
+    with pytest.raises(SystemExit, match=r'error: .*5\.jpg is not a readable image'):
+        predicted(*words(trained, tmp_path / '5.jpg', tmp_path / 'out'))
     with pytest.raises(SystemExit, match='no image there'):
-        predicted(*words(trained, f'{tmp_path}/*.me', tmp_path / 'out'))
+        predicted(*words(trained, f'{tmp_path}/*m*', tmp_path / 'out'))
+
+
+def test_labels_belong_to_the_image_as_it_is_shown(trained: Path, tmp_path: Path) -> None:
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 6
+    with PIL.Image.open(trained / 'images/2.jpg') as image:
+        image.save(tmp_path / 'a.jpg', exif=exif)
+        width, height = image.size
+    predicted(*words(trained, tmp_path / 'a.jpg', tmp_path / 'out', '--formats', 'json', 'yolo'))
+    row = json.loads((tmp_path / 'out/predictions.json').read_text())[0]
+    x, y, w, h = row['bbox']
+    shown = [float(value) for value in (tmp_path / 'out/labels/a.txt').read_text().split()[1:5]]
+    expected = [1 - (y + h / 2) / height, (x + w / 2) / width, h / height, w / width]
+    assert shown == pytest.approx(expected, abs=1e-4)
 
 
 def test_no_two_images_share_a_result() -> None:

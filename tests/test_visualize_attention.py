@@ -251,6 +251,7 @@ def test_the_tool_draws_a_row_for_each_query(
      (['--queries', '12'], '--queries 12: choose best alone, or a number from 0 to 11'),
      (['--queries', 'best', '1'], '--queries best: choose'), (['--num', '0'], '--num must be at least 1'),
      (['--output', 'out'], '--output out: let it end in .png'),
+     (['--source', 'a.png', '--output', './a.png'], '--output ./a.png is the source'),
      (['--source', 'none.png'], 'none.png'), (['--checkpoint', ''], 'name a model, or a file of weights')],
 )  # fmt: skip
 def test_errors_say_what_is_possible(files: Path, more: list[str], message: str) -> None:

@@ -28,7 +28,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.annotations import AnnotationTable
 from datasets.class_map import ClassMap
 from datasets.coco_eval import CocoEvaluator, Summary
-from datasets.coco_json import as_id, box_problem, check_files, is_finite, read_annotations, shorten
+from datasets.coco_json import (
+    as_id,
+    box_problem,
+    check_files,
+    is_finite,
+    numbers_of,
+    read_annotations,
+    shorten,
+)
 from datasets.image_io import read_image
 from datasets.json_stream import list_blocks
 from util.bounds import real
@@ -87,7 +95,7 @@ def read_truth(file: str | Path) -> Truth:
     """Read annotations in COCO form; ids of images may be text."""
     table, content = AnnotationTable(file), read_annotations(file)
     ids = [as_id(image['id']) for name, block in list_blocks(file) if name == 'images' for image in block]
-    ids = ids if any(isinstance(value, str) for value in ids) else sorted(ids)
+    ids = ids if numbers_of(ids) else sorted(ids)
     files, class_map, columns = list(table.file_names), ClassMap.contiguous(table.categories), table.objects
     bases = [name.rpartition('/')[2] for name in files]
     often = Counter(bases)

@@ -51,6 +51,7 @@ def convert(args: argparse.Namespace) -> str:
     check_files(AnnotationTable(file, blocks=kind.blocks).file_names, image_dir, file)
     data = read_annotations(file, kind.blocks)
     for annotation in data['annotations']:
+        annotation.pop('source')
         annotation |= {'iscrowd': annotation.get('iscrowd', 0), 'area': object_area(annotation)}
     save_atomically(args.output, lambda path: path.write_text(json.dumps(data)))
     numbers = ', '.join(f'{len(entries)} {name}' for name, entries in data.items())

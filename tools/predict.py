@@ -114,7 +114,10 @@ def find_images(source: str) -> list[Path]:
         images = [path]
     else:
         found = path.iterdir() if path.is_dir() else map(Path, glob.glob(source, recursive=True))
-        images = sorted(file for file in found if file.suffix.lower() in SUFFIXES and file.is_file())
+        named = '*' not in path.suffix and path.suffix  # by the pattern: *.jfif
+        images = sorted(
+            file for file in found if (named or file.suffix.lower() in SUFFIXES) and not file.is_dir()
+        )
     if not images:
         raise ValueError(f'--source {source}: no image there ({", ".join(SUFFIXES)})')
     for image in images:
@@ -131,9 +134,12 @@ def check_outside(images: list[Path], folder: Path) -> None:
     Raises:
         ValueError: an image lies in the output folder.
     """
-    for image in images:
-        if image.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f'--output_dir {folder} holds {image}, a source: choose a folder of its own')
+    whole = folder.resolve()
+    for place in {image.parent.resolve() for image in images} | {image.resolve().parent for image in images}:
+        if place.is_relative_to(whole):
+            raise ValueError(
+                f'--output_dir {folder} holds {place}, where the source lies: choose a folder of its own'
+            )
 
 
 def names_below(images: list[Path]) -> list[str]:
@@ -187,7 +193,7 @@ def thresholds_of(class_map: ClassMap, usual: float, single: list[str]) -> Tenso
     """Return the lowest score drawn of each class, [K]. single: `NAME=SCORE` for some.
 
     Raises:
-        ValueError: there is no such class, or no number.
+        ValueError: there is no such class, or no number from 0 to 1.
     """
     thresholds = torch.full((class_map.num_classes,), usual)
     for text in single:
@@ -344,7 +350,8 @@ def drawn_and_listed(
 
 def main(args: Namespace) -> None:
     folder = Path(args.output_dir)
-    is_film = args.source.partition(':')[0] == 'webcam' or args.source.lower().endswith(FILMS)
+    is_camera = args.source.partition(':')[0] == 'webcam'
+    is_film = is_camera or args.source.lower().endswith(FILMS)
     is_address = args.source.startswith(('http://', 'https://'))
     images = [] if is_film or is_address else find_images(args.source)
     check_detector_args(args)
@@ -352,9 +359,11 @@ def main(args: Namespace) -> None:
         import_av()
         if 'yolo' in args.formats:
             raise ValueError('--formats yolo is for images, not for a film: choose json or csv')
-        if not args.source.startswith('webcam') and not Path(args.source).is_file():
+        if not is_camera and not Path(args.source).is_file():
             raise ValueError(f'--source {args.source}: no film there')
-    check_outside([Path(args.source)] if is_film else images, make_folder(args.output_dir))
+    check_outside(
+        [] if is_camera else [Path(args.source)] if is_film else images, make_folder(args.output_dir)
+    )
     detector = load_detector(args.model, args.checkpoint, args.device, args.half)
     class_map = detector.class_map
     thresholds = thresholds_of(class_map, args.score_thr, args.class_thresholds)
@@ -367,18 +376,21 @@ def main(args: Namespace) -> None:
         images = [fetch_image(args.source, folder / 'fetched')]
     names, sizes, rows = names_below(images), {}, []
     stems, ids, paths = stems_of(names), ids_of(names), dict(zip(names, images, strict=True))
-    left_out: list[ValueError] = []
+    left_out: list[str] = []
     for batch in in_batches(names, args.batch_size):
         pixels = {}
         for name in batch:
             try:
                 pixels[name] = read_image(paths[name])
-            except ValueError as error:
-                left_out.append(error)
+            except (ValueError, OSError) as error:
+                if len(names) == 1:
+                    raise
+                left_out.append(str(error))
                 print(f'left out: {error}')
         results = detector.detect_batch(list(pixels.values())) if pixels else []
         for (name, image), result in zip(pixels.items(), results, strict=True):
-            sizes[name] = (image.shape[1], image.shape[2], orientation(paths[name]))
+            turn = orientation(paths[name]) if 'yolo' in args.formats else 1
+            sizes[name] = (image.shape[1], image.shape[2], turn)
             drawing, found = drawn_and_listed(
                 class_map, image, result, name, ids[name], thresholds, args.json_score_thr
             )
@@ -387,7 +399,7 @@ def main(args: Namespace) -> None:
             number = len(select(result, thresholds)['scores'])
             print(f'{paths[name]}: {number} objects of score {args.score_thr} or more')
     if not sizes:
-        raise left_out[0]
+        raise ValueError(f'no image could be read, the first because {left_out[0]}')
     write_results(folder, rows, args.formats, sizes, stems, class_map.label_of)
     print(f'{len(sizes)} drawn images and {", ".join(args.formats)} results lie in {folder}')
     if left_out:

@@ -29,7 +29,7 @@ from models.detector import Detector, add_detector_args, load_detector
 from models.ops.modules import MSDeformAttn
 from util import visualize
 from util.bounds import whole
-from util.files import check_output, save_atomically
+from util.files import save_atomically
 from util.flags import run_command
 
 # Colours of weights from 0 to the largest.
@@ -252,7 +252,8 @@ def sheet_of(rows: list[list[Image.Image]], attention: Attention) -> Image.Image
 
 
 def main(args: Namespace) -> None:
-    check_output(args.output, [args.source])
+    if Path(args.output).resolve() == Path(args.source).resolve():
+        raise ValueError(f'--output {args.output} is the source: choose another')
     if Path(args.output).suffix.lower() not in SUFFIXES:
         raise ValueError(f'--output {args.output}: let it end in .png or .jpg')
     image, detector = read_image(args.source), load_detector(args.model, args.checkpoint, args.device)

@@ -7,7 +7,7 @@ import shutil
 import socket
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -50,21 +50,11 @@ def save_atomically(path: str | os.PathLike, save: Callable[[Path], object]) -> 
             partial.unlink(missing_ok=True)
 
 
-def check_output(path: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> None:
-    """Refuse to write a file over an input.
-
-    Raises:
-        ValueError: `path` is one of the inputs.
-    """
-    if Path(path).resolve() in {Path(one).resolve() for one in inputs}:
-        raise ValueError(f'{path} would be written over, and it is an input: choose another output')
-
-
 def make_folder(path: str | os.PathLike) -> Path:
     """Make an output folder with its parents, if it does not exist.
 
     Raises:
-        ValueError: there is a file of that name.
+        ValueError: there is a file of that name, or of a parent's.
     """
     path = Path(path)
     for place in (path, *path.parents):
