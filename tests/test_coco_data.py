@@ -234,7 +234,7 @@ def test_masks_are_evaluated_where_images_have_no_size(tmp_path: Path) -> None:
     dataset = load(tmp_path, return_masks=True)
     truth = prepare_ground_truth(dataset.ground_truth, set(sizes), 'segm')
     assert {image['id']: (image['height'], image['width']) for image in truth['images']} == sizes
-    with pytest.raises(ValueError, match='image .* has no height and width, which masks are evaluated with'):
+    with pytest.raises(ValueError, match=r'image .* has no height and width, which masks are evaluated with'):
         prepare_ground_truth(load(tmp_path).ground_truth, set(sizes), 'segm')
 
 
