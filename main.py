@@ -95,9 +95,13 @@ def main(args: Namespace) -> None:
     given = getattr(args, 'given', frozenset(vars(args)))
     args = resolve_all(with_row(args, given) if args.model else args)
     if args.dry_run or args.check_data:
-        check_data_args(args)
-        check_run_args(args)
-        dry_run(args, check_data(args, level_strides(args)[0]) if args.check_data else None)
+        init_distributed(torch.device('cpu'), args.dist_url)
+        with fail_together():
+            check_data_args(args)
+            check_run_args(args)
+            if is_main_process():
+                dry_run(args, check_data(args, level_strides(args)[0]) if args.check_data else None)
+        leave_distributed()
         return
     device = choose_device(args.device)
     set_tf32(args.tf32)
@@ -271,7 +275,9 @@ def train(run: Run, first_epoch: int, state: EpochState, checkpoint: dict) -> No
     log = RunLog(folder, first_epoch) if folder else None
     trackers = trackers_of(folder, args) if folder and is_main_process() else []
     if log and first_epoch > 0 and 'metrics' in checkpoint and not log.has_epoch(first_epoch):
-        # The run stopped between saving this epoch and logging it.
+        # The run stopped between saving this epoch and logging it, or goes on in another folder.
+        if Path(args.resume).resolve() != (folder / 'checkpoint.pth').resolve():
+            save(run, folder, first_epoch - 1, checkpoint['metrics'])
         keep_numbered(run, folder, first_epoch - 1)
         finish_epoch(run, first_epoch - 1, checkpoint['metrics'], log, trackers)
     if first_epoch >= args.epochs:

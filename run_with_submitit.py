@@ -7,13 +7,17 @@ preemptions where it stopped.
 """
 
 import argparse
-import os
+import getpass
 import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
 
+from datasets.flags import check_data_args
 from main import get_args_parser
+from models.training.flags import resolve_all
+from models.zoo import with_row
+from util.flags import run_command
 
 MAX_TIMEOUTS = 30  # times that a job is continued after its time was over; preemptions do not count
 SHARED = Path('/checkpoint')  # where the official script keeps everything
@@ -90,7 +94,7 @@ def find_job_dir(args: Namespace) -> str:
     if args.job_dir or args.output_dir:
         return str(Path(args.job_dir or args.output_dir).resolve())
     if SHARED.is_dir():
-        return str(SHARED / os.environ['USER'] / 'experiments/%j')
+        return str(SHARED / getpass.getuser() / 'experiments/%j')
     raise ValueError('give --job_dir, a folder that all nodes share, for instance $HOME/experiments/%j')
 
 
@@ -138,6 +142,9 @@ def job_parameters(args: Namespace) -> dict[str, object]:
 def submit(args: Namespace) -> str:
     """Submit the job and return its number; raise ValueError for impossible flags, or without Slurm."""
     args.output_dir = find_job_dir(args)
+    if args.dry_run or args.check_data:
+        raise ValueError('--dry_run and --check_data need no job: give them to main.py')
+    check_data_args(resolve_all(with_row(args, args.given) if args.model else args))
     parameters = job_parameters(args)
     if not shutil.which('sbatch'):
         raise ValueError('there is no Slurm here (no sbatch); on one machine use torchrun')
@@ -149,8 +156,4 @@ def submit(args: Namespace) -> str:
 
 
 if __name__ == '__main__':
-    parsed = get_submit_parser().parse_args()
-    try:
-        print('Submitted job_id:', submit(parsed))
-    except ValueError as error:
-        sys.exit(f'error: {error}')
+    run_command(lambda args: f'Submitted job_id: {submit(args)}', get_submit_parser())

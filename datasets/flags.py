@@ -134,7 +134,11 @@ VIEW = (
 
 def adopt_data(args: Namespace, given: Collection[str], recorded: Mapping) -> None:
     """Take from the flags of a run what an evaluation of it needs and was not given: sizes, and the data if none is named."""
-    names = VIEW if set(SOURCES) & set(given) else (*SOURCES, *VIEW)
+    names: tuple[str, ...] = (*SOURCES, *VIEW)
+    kind, shapes = recorded.get('dataset_file'), {'shapes_val', 'shapes_size'}
+    if set(SOURCES) - shapes & set(given):
+        same = getattr(args, 'dataset_file', None) == kind if 'dataset_file' in given else kind == 'lvis'
+        names = (*VIEW, *(('dataset_file', *shapes) if same and not args.val_shards else ()))
     for name in names:
         if name not in given and name in recorded:
             setattr(args, name, recorded[name])

@@ -80,3 +80,22 @@ def test_folders_that_are_no_runs_are_named(tmp_path: Path) -> None:
     (tmp_path / 'log.jsonl').write_text(json.dumps(record) + '\n')
     (epoch,) = compare_runs.read_run(tmp_path)
     assert (epoch.images, epoch.minutes, epoch.loss, epoch.ap) == (5, 0.5, 9, None)
+    (tmp_path / 'log.jsonl').write_text('{}\n{')
+    with pytest.raises(ValueError, match=r'log\.jsonl, line 2 is not JSON'):
+        compare_runs.read_run(tmp_path)
+
+
+def test_repetitions_have_the_name_of_their_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = ['plain/seed0', 'plain/seed1', 'x/a', 'y/a', 'b']
+    assert compare_runs.scheme_names([Path(name) for name in folders]) == [
+        'plain',
+        'plain',
+        'x/a',
+        'y/a',
+        'b',
+    ]
+    (tmp_path / 'plain').mkdir()
+    monkeypatch.chdir(tmp_path / 'plain')
+    for name in ('seed0', '.'):
+        assert compare_runs.scheme_names([Path(name)]) == ['plain']

@@ -49,6 +49,8 @@ def test_nothing_is_read_downloaded_or_written(
 def test_contradictions_are_refused_too() -> None:
     with pytest.raises(ValueError, match='--total_batch_size 3 is not a multiple'):
         main.main(parse('', flags='--dry_run --total_batch_size 3'))
+    with pytest.raises(ValueError, match='3 training images do not fill one step of 4'):
+        main.main(parse('', flags='--dry_run --dataset_file shapes --shapes_train 3 --batch_size 4'))
     with pytest.raises(ValueError, match=r'no model .resnet. is known'):
         main.main(parse('', flags='--dry_run --model resnet'))
 

@@ -211,6 +211,12 @@ def test_a_run_trains_evaluates_draws_and_predicts_masks(tmp_path: Path) -> None
     run(tmp_path / 'eval', '--eval', '--resume', masks, flags=evaluated)
     found = json.loads((tmp_path / 'eval/eval.json').read_text())
     assert found['test_coco_eval_masks'] == record['test_coco_eval_masks']
+    convert(masks, tmp_path / 'stripped.pth', stripped=True, to='ours')
+    run(tmp_path / 'eval', '--eval', '--resume', str(tmp_path / 'stripped.pth'), flags=evaluated)
+    assert (
+        json.loads((tmp_path / 'eval/eval.json').read_text())['test_coco_eval_masks']
+        == record['test_coco_eval_masks']
+    )
     image = next((ROOT / 'docs').glob('*.jpg'))
     words = [
         '--checkpoint',

@@ -4,6 +4,7 @@ wrong.
 
 import csv
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import engine
 import main
 from datasets.class_map import ClassMap
+from datasets.flags import adopt_data
 from datasets.shapes import ShapesDetection, export
 from tests.processes import end_group, start_group
 from tests.runs import TINY, assert_same, load, run
@@ -97,6 +99,13 @@ def test_a_run_that_is_complete_says_so(tmp_path: Path, capsys: pytest.CaptureFi
     run(tmp_path, '--epochs', '1', '--resume', 'auto')
     assert 'all 1 epochs are done' in capsys.readouterr().out
     assert (tmp_path / 'checkpoint.pth').read_bytes() == before
+    run(tmp_path / 'other', '--epochs', '1', '--resume', str(tmp_path / 'checkpoint.pth'))
+    for name in ('checkpoint.pth', 'checkpoint_best.pth'):
+        assert_same(torch.load(tmp_path / 'other' / name, weights_only=True), load(tmp_path))
+    first, second = (
+        json.loads((folder / 'log.jsonl').read_text()) for folder in (tmp_path, tmp_path / 'other')
+    )
+    assert first['test_coco_eval_bbox'] == second['test_coco_eval_bbox']
 
 
 def test_evaluation_alone_gives_the_number_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -106,6 +115,17 @@ def test_evaluation_alone_gives_the_number_of_the_run(tmp_path: Path, capsys: py
     capsys.readouterr()
     run('', '--eval', '--resume', str(tmp_path / 'run/checkpoint.pth'))
     assert f'{100 * ap:.1f}' in capsys.readouterr().out.splitlines()[-1]
+    for more in ('--shapes_val 2', '--dataset_file shapes --shapes_val 2'):  # the rest is that of the run
+        run('', '--eval', '--resume', str(tmp_path / 'run/checkpoint.pth'), flags=f'--device cpu {more}')
+        assert 'shapes, 2 val' in capsys.readouterr().out
+    recorded, flags = {'dataset_file': 'shapes', 'shapes_size': 64}, Namespace(val_shards=None)
+    adopt_data(flags, {'dataset_file', 'shapes_val'}, recorded | {'dataset_file': 'coco'})
+    assert not hasattr(flags, 'shapes_size')
+    flags.dataset_file = 'shapes'
+    adopt_data(flags, {'dataset_file', 'shapes_val'}, recorded)
+    assert flags.shapes_size == 64
+    adopt_data(flags, {'val_ann'}, {'dataset_file': 'lvis'})
+    assert flags.dataset_file == 'lvis'
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:

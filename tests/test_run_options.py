@@ -28,6 +28,7 @@ from util.distributed.parallel import load_optimizer_state
 from util.ema import WeightAverage
 from util.precision import Precision
 from util.run_state import restore_schedule
+from util.weight_files import read_checkpoint
 
 
 def shapes(number: int, aug: str = 'detr') -> ShapesDetection:
@@ -118,6 +119,10 @@ def test_averaged_weights_are_what_is_evaluated_and_loaded(tmp_path: Path) -> No
     for resume, part in ((False, 'model_ema'), (True, 'model')):
         load_checkpoint(model, checkpoint, resume=resume)
         assert torch.equal(model.state_dict()[name], checkpoint[part][name])
+    for more, message in (([], 'its average would be lost'), (['--ema', '0.5', '--sgd'], 'leave --sgd out')):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / 'run', '--epochs', '2', '--resume', 'auto', *more)
+    assert_same(load(tmp_path / 'run'), checkpoint)
 
 
 def test_converting_keeps_the_average_beside_the_weights_and_stripping_keeps_it_alone(tmp_path: Path) -> None:
@@ -133,14 +138,25 @@ def test_converting_keeps_the_average_beside_the_weights_and_stripping_keeps_it_
             if name in converted
         }
         assert found == expected
+    said = convert(str(tmp_path / 'run.pth'), tmp_path / 'run.safetensors', False, 'ours')
+    assert said.endswith('the averaged weights alone, without the state of the run')
+    assert read_checkpoint(tmp_path / 'run.safetensors')['model']['query_embed.weight'][0, 0] == 2
 
 
 def test_the_newest_and_the_best_checkpoints_stay(tmp_path: Path) -> None:
+    mine = tmp_path / 'checkpoint0000_mine.pth'
+    mine.touch()
     run(tmp_path, '--epochs', '4', '--save_every', '1', '--keep_checkpoints', '2')
     names = {path.name for path in tmp_path.glob('*.pth')}
-    assert names == {'checkpoint.pth', 'checkpoint0002.pth', 'checkpoint0003.pth', 'checkpoint_best.pth'}
+    assert names - {mine.name} == {
+        'checkpoint.pth',
+        'checkpoint0002.pth',
+        'checkpoint0003.pth',
+        'checkpoint_best.pth',
+    }
     with (tmp_path / 'metrics.csv').open() as file:
         aps = [float(row['test_AP']) for row in csv.DictReader(file)]
+    assert mine.is_file()
     best = torch.load(tmp_path / 'checkpoint_best.pth', weights_only=True)
     assert best['epoch'] == aps.index(max(aps))
 

@@ -11,10 +11,10 @@ is a rank among the proposals). The other is the number of duplicate detections.
 """
 
 import argparse
-import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,7 @@ from util.box_ops import box_cxcywh_to_xyxy, box_iou
 from util.distributed.collectives import choose_device
 from util.files import make_folder, save_atomically
 from util.flags import run_command
+from util.logger import read_records
 from util.nested_tensor import collate_fn
 from util.visualize import new_figure
 
@@ -84,8 +85,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def scheme_name(folder: Path) -> str:
-    return folder.parent.name if re.fullmatch(r'seed\d+', folder.name) else folder.name
+def scheme_names(folders: list[Path]) -> list[str]:
+    """Return what the runs of folders NAME/seedN are called, NAME, and others by their folder; two of one name by their path."""
+    places = [folder.resolve() for folder in folders]
+    names = [place.parent.name if re.fullmatch(r'seed\d+', place.name) else place.name for place in places]
+    often = Counter(name for name, place in zip(names, places, strict=True) if place.name == name)
+    return [
+        str(folder) if often[name] > 1 and place.name == name else name
+        for name, place, folder in zip(names, places, folders, strict=True)
+    ]
 
 
 def read_run(folder: Path) -> list[Epoch]:
@@ -98,12 +106,11 @@ def read_run(folder: Path) -> list[Epoch]:
     if not log.is_file():
         raise ValueError(f'{folder} is no output folder of a run: there is no log.jsonl in it')
     epochs, images, minutes = [], 0, 0.0
-    for line in log.read_text().splitlines():
-        record = json.loads(line)
+    for record in read_records(log):
         images += record['images']
         minutes += record['train_seconds'] / 60
         terms = (2, 'ce'), (5, 'bbox'), (2, 'giou')
-        loss = sum(weight * record[f'train_loss_{term}'] for weight, term in terms)
+        loss = sum(weight * record.get(f'train_loss_{term}', 0.0) for weight, term in terms)
         stats = record.get('test_coco_eval_bbox', [None, None])
         epochs.append(Epoch(record['epoch'], images, minutes, loss, *stats[:2]))
     if not epochs:
@@ -235,11 +242,11 @@ def mean_and_range(values: list[float | None]) -> str:
 def main(args: argparse.Namespace) -> None:
     schemes: dict[str, Scheme] = {}
     device = choose_device(args.device)
-    for folder in map(Path, args.runs):
+    folders = [Path(run) for run in args.runs]
+    for folder, name in zip(folders, scheme_names(folders), strict=True):
         epochs = read_run(folder)
         if not args.logs_only:
             read_checkpoints(folder, epochs, device)
-        name = scheme_name(folder)
         schemes.setdefault(name, Scheme(name)).runs.append(epochs)
         print(f'{folder}: {len(epochs)} epochs', flush=True)
     output = Path(args.output)

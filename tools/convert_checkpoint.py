@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.detector import class_map_of
 from models.recorded import settle
 from models.zoo import find_row
-from util.checkpoint import TRAINING_ONLY, flags_of, save_checkpoint
+from util.checkpoint import MASKS, TRAINING_ONLY, flags_of, save_checkpoint
 from util.files import save_atomically
 from util.flags import run_command
 from util.foreign_files import to_mmdetection, to_official_files, to_transformers
@@ -66,7 +66,12 @@ def strip(state: dict[str, Tensor], flags: dict) -> tuple[dict[str, Tensor], dic
 
     Queries beyond the inference group are removed if the flags of the run tell which they are.
     """
-    state = {name: value for name, value in state.items() if not re.match(TRAINING_ONLY, name)}
+    masks = MASKS if flags.get('masks') or flags.get('co_masks') else ()
+    state = {
+        name: value
+        for name, value in state.items()
+        if name.startswith(masks) or not re.match(TRAINING_ONLY, name)
+    }
     queries = flags.get('num_queries_one2one', flags.get('num_queries'))
     if queries is not None and 'query_embed.weight' in state:
         state['query_embed.weight'] = state['query_embed.weight'][:queries].clone()
@@ -101,14 +106,22 @@ def convert(source: str, output: Path, stripped: bool, to: str, model: str = '')
         elif to == 'mmdet':
             converted = {'meta': {}, 'state_dict': to_mmdetection(state)}
         else:
-            converted = our_file(checkpoint, layout, state, flags, stripped)
+            weights_only = stripped or output.suffix == SAFETENSORS
+            converted = our_file(checkpoint, layout, state, flags, weights_only)
         if output.suffix == SAFETENSORS:
             converted = {'model': converted['state_dict']} if to == 'mmdet' else converted
             save_atomically(output, lambda path: write_safetensors(path, converted))
         else:
             save_checkpoint(output, converted)
         size = output.stat().st_size
-    return f'{output}: {len(state)} of {found} entries ({layout} names to {to}), {size / 1e6:.1f} MB'
+    left_out = 'optimizer' in checkpoint and not (
+        to == 'ours' and output.suffix != SAFETENSORS and not stripped
+    )
+    more = (
+        f'; the {"averaged " * ("model_ema" in checkpoint)}weights alone, without the state of the run'
+        * left_out
+    )
+    return f'{output}: {len(state)} of {found} entries ({layout} names to {to}), {size / 1e6:.1f} MB{more}'
 
 
 def our_file(checkpoint: dict, layout: str, state: dict[str, Tensor], flags: dict, stripped: bool) -> dict:

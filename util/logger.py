@@ -160,6 +160,21 @@ def format_time(seconds: float) -> str:
     return f'{hours}:{minutes:02}:{seconds:02}'
 
 
+def read_records(path: Path) -> list[dict]:
+    """Read a log.jsonl.
+
+    Raises:
+        ValueError: a line is not JSON; the message names it.
+    """
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            records += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f'{path}, line {number} is not JSON ({error}): mend it, or remove it') from error
+    return records
+
+
 class RunLog:
     """Log with one row per epoch: `metrics.csv` (numbers only, equal for equal runs) and `log.jsonl` (all values, also
     times). Epochs count from 1.
@@ -182,7 +197,7 @@ class RunLog:
     def read_jsonl(self) -> list[dict]:
         if not self.jsonl_path.is_file():
             return []
-        return [json.loads(line) for line in self.jsonl_path.read_text().splitlines() if line.strip()]
+        return read_records(self.jsonl_path)
 
     def has_epoch(self, epoch: int) -> bool:
         return any(int(row['epoch']) == epoch for row in self.rows)

@@ -61,7 +61,7 @@ def print_plan(
             'output': args.output_dir or 'nothing is written (no --output_dir)',
         }
     print('\n'.join(f'{name:>14}  {text}' for name, text in rows.items()), flush=True)
-    scratch = args.backbone_weights == 'none' and not (args.resume or args.pretrained)
+    scratch = args.backbone_weights == 'none' and not (args.resume or args.pretrained or args.frozen_weights)
     has_statistics = any(name.endswith('running_mean') for name, _ in model.named_buffers())
     if scratch and not args.eval and args.backbone_norm == 'frozen' and has_statistics:
         print(
@@ -145,7 +145,12 @@ def print_dry_run(
     weights = 4 * (total + trained * (1 + moments))
     kept = activation_bytes(model, args.batch_size, *largest)
     batch = args.batch_size * args.accum_steps * get_world_size()
-    steps = max(1, num_images // batch)
+    if num_images < batch:
+        raise ValueError(
+            f'{num_images} training images do not fill one step of {batch}: lower --batch_size, --accum_steps or '
+            '--total_batch_size, or add images'
+        )
+    steps = num_images // batch
     sources, queries = cast(nn.ModuleDict, model.query_sources), cast(dict[str, int], model.num_queries)
     left_out = ', '.join(['losses', *sources, *['what is recomputed'] * bool(args.use_checkpoint)])
     rates: dict[float, int] = {}

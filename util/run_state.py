@@ -1,5 +1,6 @@
 """Parts of a training run, and saving and restoring their state."""
 
+import re
 import shutil
 from argparse import Namespace
 from collections import Counter
@@ -172,9 +173,10 @@ def keep_numbered(run: Run, folder: Path, epoch: int) -> None:
         return
     keep_copy(folder, f'checkpoint{epoch:04}.pth')
     if args.keep_checkpoints is not None:
-        numbered = sorted(folder.glob('checkpoint[0-9][0-9][0-9][0-9]*.pth'))
-        for old in numbered[: max(len(numbered) - args.keep_checkpoints, 0)]:
-            old.unlink()
+        names = (re.fullmatch(r'checkpoint(\d{4,})\.pth', path.name) for path in folder.iterdir())
+        numbered = sorted((int(name[1]), name[0]) for name in names if name)
+        for _, old in numbered[: max(len(numbered) - args.keep_checkpoints, 0)]:
+            (folder / old).unlink()
 
 
 def restore(run: Run, checkpoint: dict) -> tuple[int, EpochState]:
@@ -186,9 +188,16 @@ def restore(run: Run, checkpoint: dict) -> tuple[int, EpochState]:
 
     Returns:
         The epoch to go on with, and the progress within it.
+
+    Raises:
+        ValueError: the checkpoint has an average or an optimizer that this run has not, or other images.
     """
     if 'optimizer' not in checkpoint:
         return 0, EpochState()
+    if run.average is None and 'model_ema' in checkpoint:
+        raise ValueError(
+            f'{run.args.resume} averages the weights, and its average would be lost: give the --ema of its run'
+        )
     load_optimizer_state(run.optimizer, checkpoint['optimizer'])
     if 'scaler' in checkpoint:
         run.precision.load_state_dict(checkpoint['scaler'])

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from util.distributed.collectives import get_world_size
+from util.logger import print_main
 
 REGISTERED: set[type] = set()
 
@@ -132,8 +133,18 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load whole tensors into the optimizer of a model, sharded or not.
 
     Raises:
-        ValueError: it is the state of other parameters.
+        ValueError: it is the state of another optimizer, or of other parameters.
     """
+    saved, here = state['param_groups'][0], optimizer.param_groups[0]
+    if ('momentum' in saved) != ('momentum' in here):
+        name, remedy = ('SGD', 'give --sgd') if 'momentum' in saved else ('AdamW', 'leave --sgd out')
+        raise ValueError(
+            f'the checkpoint was trained with {name}: {remedy}, or start from its weights with --pretrained'
+        )
+    if saved.get('weight_decay') != here['weight_decay']:
+        print_main(
+            f'warning: the weight decay of the checkpoint stays, {saved.get("weight_decay")}, not {here["weight_decay"]}'
+        )
     theirs, ours = (
         [len(group['params']) for group in groups]
         for groups in (state['param_groups'], optimizer.param_groups)
