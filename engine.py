@@ -212,7 +212,7 @@ def describe_rates(args: Namespace, scheduler: torch.optim.lr_scheduler.LambdaLR
     if args.lr_layer_decay is not None:
         text = f'{text}, blocks of the backbone times {args.lr_layer_decay} each, counted from the last'
         asked[1][1] = args.lr * args.lr_layer_decay
-    if asked == (asdict(schedule), scheduler.base_lrs[:2]):
+    if not args.resume or asked == (asdict(schedule), scheduler.base_lrs[:2]):
         return text
     return f'{text} (of the resumed checkpoint; the flags say otherwise and are not used)'
 
