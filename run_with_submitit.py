@@ -142,8 +142,8 @@ def job_parameters(args: Namespace) -> dict[str, object]:
 def submit(args: Namespace) -> str:
     """Submit the job and return its number; raise ValueError for impossible flags, or without Slurm."""
     args.output_dir = find_job_dir(args)
-    if args.dry_run or args.check_data:
-        raise ValueError('--dry_run and --check_data need no job: give them to main.py')
+    if args.dry_run:
+        raise ValueError('--dry_run needs no job: give it to main.py')
     check_data_args(resolve_all(with_row(args, args.given) if args.model else args))
     parameters = job_parameters(args)
     if not shutil.which('sbatch'):

@@ -62,7 +62,7 @@ def test_a_continued_job_has_the_flags_of_the_first() -> None:
         ('--job_dir a --tasks_per_node 0', '--tasks_per_node must be at least 1, not 0'),
         ('--job_dir a --ngpus 8 --tasks_per_node 1', 'each GPU needs one process'),
         ('--job_dir a --timeout 2', '--signal_delay 120 seconds are not less than --timeout 2 minutes'),
-        ('--job_dir a --dry_run', 'need no job: give them to main.py'),
+        ('--job_dir a --dry_run', 'needs no job: give it to main.py'),
         ('--job_dir a --masks --co_masks', 'two ways to predict masks'),
         ('--job_dir a', 'there is no Slurm here'),
     ],
