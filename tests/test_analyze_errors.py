@@ -270,6 +270,8 @@ def test_images_are_known_by_name_and_by_id(tmp_path: Path) -> None:
         assert truth.image_of(entry) == row, entry
     _, truth = read(tmp_path, [('x1', CAT, [0, 0, 9, 9], {})], [], one='x2', two='x1')
     assert truth.image_of({'image_id': 'x1'}) == 1 and truth.objects.images.tolist() == [1]
+    _, truth = read(tmp_path, [(-5, CAT, [0, 0, 9, 9], {})], [], one=7, two=-5)
+    assert truth.image_of({'image_id': -5}) == 1 and truth.objects.images.tolist() == [1]
 
 
 def test_results_of_predict_are_understood(tmp_path: Path) -> None:

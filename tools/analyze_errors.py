@@ -29,14 +29,8 @@ from datasets.annotations import AnnotationTable
 from datasets.class_map import ClassMap
 from datasets.coco_eval import CocoEvaluator, Summary
 from datasets.coco_json import (
-    as_id,
-    box_problem,
-    check_files,
-    is_finite,
-    numbers_of,
-    read_annotations,
-    shorten,
-)
+    as_id, box_problem, check_files, is_finite, numbers_of, read_annotations, shorten,
+)  # fmt: skip
 from datasets.image_io import read_image
 from datasets.json_stream import list_blocks
 from util.bounds import real
