@@ -29,8 +29,14 @@ from datasets.annotations import AnnotationTable
 from datasets.class_map import ClassMap
 from datasets.coco_eval import CocoEvaluator, Summary
 from datasets.coco_json import (
-    as_id, box_problem, check_files, is_finite, numbers_of, read_annotations, shorten,
-)  # fmt: skip
+    as_id,
+    box_problem,
+    check_files,
+    is_finite,
+    numbers_of,
+    read_annotations,
+    shorten,
+)
 from datasets.image_io import read_image
 from datasets.json_stream import list_blocks
 from util.bounds import real
@@ -342,8 +348,7 @@ def main(args: Namespace) -> str:
     if Path(args.output).suffix.lower() not in ('.html', '.htm'):
         raise ValueError(f'--output {args.output}: let it end in .html')
     truth = read_truth(args.ann)
-    found = read_results(args.predictions, truth)
-    report = analyze(found, truth, args.iou, args.score_thr)
+    report = analyze(read_results(args.predictions, truth), truth, args.iou, args.score_thr)
     check_files([image['name'] for image in report['worst']], args.images, args.ann)
     text = page(report, args.images, Path(args.predictions).name)
     save_atomically(args.output, lambda path: path.write_text(text, encoding='utf-8'))
