@@ -145,7 +145,7 @@ def print_dry_run(
     weights = 4 * (total + trained * (1 + moments))
     kept = activation_bytes(model, args.batch_size, *largest)
     batch = args.batch_size * args.accum_steps * get_world_size()
-    if num_images < batch:
+    if num_images < batch and not args.eval:
         raise ValueError(
             f'{num_images} training images do not fill one step of {batch}: lower --batch_size, --accum_steps or '
             '--total_batch_size, or add images'
