@@ -26,6 +26,7 @@ from models.training.criterion import weighted_sum
 from util.black_box import BlackBox
 from util.box_ops import box_cxcywh_to_xyxy
 from util.distributed.parallel import local_gradients
+from util.errors import UserError
 from util.logger import Progress
 from util.nested_tensor import NestedTensor, collate_fn
 from util.precision import Precision
@@ -54,7 +55,7 @@ def build_optimizer(
     layer_decay: factor of `layer_decay_groups`, which then makes the groups.
 
     Raises:
-        ValueError: a parameter belongs to two groups.
+        UserError: a parameter belongs to two groups.
     """
     params: dict[str, list[nn.Parameter]] = {'rest': [], 'backbone': [], 'slow': []}
     for name, parameter in model.named_parameters():
@@ -64,7 +65,7 @@ def build_optimizer(
             if any(part in name for part in parts)
         ]
         if len(groups) == 2:
-            raise ValueError(
+            raise UserError(
                 f'{name} fits --lr_backbone_names {" ".join(backbone_names)} and --lr_linear_proj_names '
                 f'{" ".join(slow_names)}: make the names disjoint'
             )
@@ -246,7 +247,7 @@ def train_one_epoch(
         (queries per object) and `share_KIND` (of the loss).
 
     Raises:
-        FloatingPointError: too many steps in a row had to be left out.
+        UserError: too many steps in a row had to be left out.
     """
     model.train()
     criterion.train()
@@ -314,7 +315,7 @@ def rehearse(
         size: height and width of the images, pixels.
 
     Raises:
-        ValueError: the memory does not suffice.
+        UserError: the memory does not suffice.
     """
     model.train()
     device = next(model.parameters()).device
@@ -336,7 +337,7 @@ def rehearse(
             del moments
     except torch.OutOfMemoryError as error:
         height, width = size
-        raise ValueError(
+        raise UserError(
             f'{batch_size} images of {height} x {width} pixels with {num_objects} objects each, the worst batch that can '
             'come, do not fit into the memory of the GPU: lower --batch_size (and keep --total_batch_size), or add --amp '
             'bf16, --bucket_sizes, --use_checkpoint, --fsdp'

@@ -41,7 +41,7 @@ def _build(
         weights: path or address of weights to load instead, in any layout that `main.py --resume` reads.
 
     Raises:
-        ValueError: the weights do not fit, or are asked for and have no direct address.
+        UserError: the weights do not fit, or are asked for and have no direct address.
     """
     source = weights or (row.source() if pretrained else '')
     model, args = _zoo.build_row(row, num_classes, 'none' if source else 'imagenet')

@@ -62,6 +62,7 @@ from util.distributed.heartbeat import Heartbeat
 from util.distributed.parallel import broadcast_from_main, replicate, shard
 from util.distributed.preemption import Interrupted, StopRequests, was_restarted
 from util.ema import WeightAverage
+from util.errors import FileError
 from util.files import (
     code_checksum,
     lock_folder,
@@ -134,7 +135,7 @@ def one_run_a_folder(args: Namespace) -> Iterator[None]:
     """Lock --output_dir for this run.
 
     Raises:
-        ValueError: another run holds it.
+        UserError: another run holds it.
     """
     with fail_together():
         lock = None
@@ -154,7 +155,7 @@ def read_data(args: Namespace, given: frozenset[str]) -> tuple[dict, dict[str, D
     To evaluate, the flags of the detector that are not among `given` become those that the checkpoint tells.
 
     Raises:
-        ValueError: flags, checkpoint or data are wrong, or the processes disagree about them.
+        UserError: flags, checkpoint or data are wrong, or the processes disagree about them.
     """
     check_agreement(facts_of(args))
     restarted = any(all_gather_object(was_restarted()))
@@ -314,7 +315,7 @@ def train(run: Run, first_epoch: int, state: EpochState, checkpoint: dict) -> No
         finish_epoch(run, epoch, metrics, log, trackers, time.perf_counter() - start, saved)
         state = EpochState()
     if not saved:
-        raise OSError(
+        raise FileError(
             f'{folder}/checkpoint.pth is not that of the last epoch: free some space, and go on with --resume auto'
         )
 

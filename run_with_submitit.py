@@ -17,6 +17,7 @@ from datasets.flags import check_data_args
 from main import get_args_parser
 from models.training.flags import resolve_all
 from models.zoo import with_row
+from util.errors import UserError
 from util.flags import run_command
 
 MAX_TIMEOUTS = 30  # times that a job is continued after its time was over; preemptions do not count
@@ -90,19 +91,19 @@ class Training:
 def find_job_dir(args: Namespace) -> str:
     """Raise ValueError if no folder is named, or two."""
     if args.job_dir and args.output_dir and args.job_dir != args.output_dir:
-        raise ValueError('--job_dir is the output folder too: leave --output_dir out')
+        raise UserError('--job_dir is the output folder too: leave --output_dir out')
     if args.job_dir or args.output_dir:
         return str(Path(args.job_dir or args.output_dir).resolve())
     if SHARED.is_dir():
         return str(SHARED / getpass.getuser() / 'experiments/%j')
-    raise ValueError('give --job_dir, a folder that all nodes share, for instance $HOME/experiments/%j')
+    raise UserError('give --job_dir, a folder that all nodes share, for instance $HOME/experiments/%j')
 
 
 def job_parameters(args: Namespace) -> dict[str, object]:
-    """Return what submitit asks Slurm for; raise ValueError for impossible numbers."""
+    """Return what submitit asks Slurm for; raise UserError for impossible numbers."""
     tasks = args.tasks_per_node if args.tasks_per_node is not None else max(args.ngpus, 1)
     if args.ngpus < 0:
-        raise ValueError(f'--ngpus must be at least 0, not {args.ngpus}')
+        raise UserError(f'--ngpus must be at least 0, not {args.ngpus}')
     counts = {
         'nodes': args.nodes,
         'tasks_per_node': tasks,
@@ -111,13 +112,13 @@ def job_parameters(args: Namespace) -> dict[str, object]:
     }
     for flag, value in counts.items():
         if value < 1:
-            raise ValueError(f'--{flag} must be at least 1, not {value}')
+            raise UserError(f'--{flag} must be at least 1, not {value}')
     if args.ngpus and tasks != args.ngpus:
-        raise ValueError(
+        raise UserError(
             f'--tasks_per_node {tasks} differs from --ngpus {args.ngpus}: each GPU needs one process'
         )
     if args.signal_delay >= 60 * args.timeout:
-        raise ValueError(
+        raise UserError(
             f'--signal_delay {args.signal_delay} seconds are not less than --timeout {args.timeout} minutes'
         )
     wanted = {
@@ -140,14 +141,14 @@ def job_parameters(args: Namespace) -> dict[str, object]:
 
 
 def submit(args: Namespace) -> str:
-    """Submit the job and return its number; raise ValueError for impossible flags, or without Slurm."""
+    """Submit the job and return its number; raise UserError for impossible flags, or without Slurm."""
     args.output_dir = find_job_dir(args)
     if args.dry_run:
-        raise ValueError('--dry_run needs no job: give it to main.py')
+        raise UserError('--dry_run needs no job: give it to main.py')
     check_data_args(resolve_all(with_row(args, args.given) if args.model else args))
     parameters = job_parameters(args)
     if not shutil.which('sbatch'):
-        raise ValueError('there is no Slurm here (no sbatch); on one machine use torchrun')
+        raise UserError('there is no Slurm here (no sbatch); on one machine use torchrun')
     import submitit
 
     executor = submitit.AutoExecutor(args.output_dir, cluster='slurm', slurm_max_num_timeout=MAX_TIMEOUTS)

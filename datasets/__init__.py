@@ -5,6 +5,7 @@ from importlib import import_module
 
 from datasets.class_map import ClassMap
 from datasets.image_dataset import ImageDataset
+from util.errors import UserError
 
 # Value of --dataset_file -> module whose `build(image_set, args, class_map)` makes the data set.
 DATASETS = {
@@ -25,7 +26,7 @@ def build_dataset(
         class_map: class indices that are settled already, for instance those of the training part or of a checkpoint.
 
     Raises:
-        ValueError: the format is not known, or the data are wrong.
+        UserError: the format is not known, or the data are wrong.
         TypeError: the data set does not keep the contract of `datasets.image_dataset.ImageDataset`.
     """
     if getattr(args, f'{image_set}_shards', None):
@@ -33,7 +34,7 @@ def build_dataset(
     elif args.dataset_file in DATASETS:
         module = DATASETS[args.dataset_file]
     else:
-        raise ValueError(
+        raise UserError(
             f'--dataset_file {args.dataset_file!r} is not known: choose one of {", ".join(DATASETS)}'
         )
     dataset = import_module(module).build(image_set, args, class_map)

@@ -32,6 +32,7 @@ from datasets.coco_json import (
     title_of,
 )
 from datasets.json_stream import has_lists, list_blocks
+from util.errors import UserError
 
 NO_ID = np.iinfo(np.int64).min  # what is no integer; no file has it
 
@@ -98,7 +99,7 @@ class Columns:
         segmentations: where to put these, if they are asked for.
 
         Raises:
-            ValueError: a box or an area is none.
+            UserError: a box or an area is none.
         """
         boxes, areas = boxes_and_areas(annotations)
         return cls(
@@ -152,7 +153,7 @@ def boxes_and_areas(annotations: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     """Return boxes [A, 4] and areas [A], float64. Only where numpy finds something odd is every annotation looked at.
 
     Raises:
-        ValueError: a box or an area is none; the message names the annotation.
+        UserError: a box or an area is none; the message names the annotation.
     """
     boxes = numeric([a.get('bbox') for a in annotations], (4,))
     if boxes is not None and (np.abs(boxes) <= LARGEST).all() and (boxes[:, 2:] >= 0).all():
@@ -161,7 +162,7 @@ def boxes_and_areas(annotations: list[dict]) -> tuple[np.ndarray, np.ndarray]:
             return boxes, areas
     for annotation in annotations:
         if problem := box_problem(annotation):
-            raise ValueError(f'{title_of(annotation)} {problem}')
+            raise UserError(f'{title_of(annotation)} {problem}')
     boxes = np.array([[float(value) for value in a['bbox']] for a in annotations])
     return boxes, np.array([float(object_area(a)) for a in annotations])
 
@@ -236,26 +237,26 @@ class AnnotationTable:
         """Call a function; its errors name the file."""
         try:
             return function(*arguments)
-        except ValueError as error:
-            raise ValueError(f'{self.file}: {error}') from error
+        except UserError as error:
+            raise UserError(f'{self.file}: {error}') from error
 
     def read_image(self, image: dict) -> tuple:
         if problem := image_problem(image):
-            raise ValueError(f'{self.file}: {problem}')
+            raise UserError(f'{self.file}: {problem}')
         return image['id'], image['file_name'], int(image.get('height') or 0), int(image.get('width') or 0)
 
     def place_images(self, images: list[tuple]) -> dict | None:
         """Sort the images, and return the numbers of ids that are text.
 
         Raises:
-            ValueError: there is none, or an id occurs twice.
+            UserError: there is none, or an id occurs twice.
         """
         if not images:
-            raise ValueError(f'{self.file}: "images" is empty: there is nothing to train on or to evaluate')
+            raise UserError(f'{self.file}: "images" is empty: there is nothing to train on or to evaluate')
         ids = [image[0] for image in images]
         if len(set(ids)) < len(ids):
             twice = Counter(ids).most_common(1)[0][0]
-            raise ValueError(f'{self.file}: image id {twice} occurs twice: give every image an id of its own')
+            raise UserError(f'{self.file}: image id {twice} occurs twice: give every image an id of its own')
         numbers = numbers_of(ids)
         if numbers:
             self.findings.add('image ids that are text or negative, numbered from 1', repr(ids[0]), len(ids))
@@ -286,7 +287,7 @@ class AnnotationTable:
         elif bad.any():
             annotation = self.entry(int(bad.argmax()))
             problem = place_problem(annotation, numbers or set(self.image_ids.tolist()), names)
-            raise ValueError(f'{self.file}: {title_of(annotation)} {problem}')
+            raise UserError(f'{self.file}: {title_of(annotation)} {problem}')
         self.order = np.argsort(rows, kind='stable')
         self.objects = objects[self.order]
         self.starts = np.searchsorted(rows[self.order], np.arange(len(self.image_ids) + 1))
@@ -317,7 +318,7 @@ class AnnotationTable:
         without = rows[~self.objects.segmented[rows]]
         if len(without):
             annotation = self.entry(int(self.order[without].min()))
-            raise ValueError(
+            raise UserError(
                 f'{self.file}: {title_of(annotation)} has no segmentation, which masks are made of: add polygons or '
                 'run-length masks, or train without --masks'
             )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from util.errors import UserError
+
 # COCO's 80 category ids are 1..90 with ten gaps; official checkpoints use the ids as class indices, 0 and
 # gaps included.
 PANOPTIC_CLASSES = 250  # of DETR's panoptic models: things have COCO's ids, stuff has those above
@@ -68,7 +70,7 @@ class ClassMap:
     def numbered(cls, categories: list[dict], class_ids: str) -> ClassMap:
         """Number the categories as --class_ids asks."""
         if class_ids not in CLASS_IDS:
-            raise ValueError(f'--class_ids {class_ids!r} is not known: choose one of {", ".join(CLASS_IDS)}')
+            raise UserError(f'--class_ids {class_ids!r} is not known: choose one of {", ".join(CLASS_IDS)}')
         return cls.contiguous(categories) if class_ids == 'contiguous' else cls.from_categories(categories)
 
     @classmethod
@@ -91,15 +93,15 @@ class ClassMap:
 def names_by_id(categories: list[dict]) -> dict[int, str]:
     """Return the names of COCO-form categories by id; a category without a name is called by its id."""
     if not categories:
-        raise ValueError(
+        raise UserError(
             'there are no categories: the annotations need at least one, {"id": 1, "name": "..."}'
         )
     names: dict[int, str] = {}
     for category in categories:
         category_id = category.get('id')
         if isinstance(category_id, bool) or not isinstance(category_id, int) or not 0 <= category_id < 2**63:
-            raise ValueError(f'category {category} needs an integer id, not negative')
+            raise UserError(f'category {category} needs an integer id, not negative')
         if category_id in names:
-            raise ValueError(f'category id {category_id} occurs twice: give every category an id of its own')
+            raise UserError(f'category id {category_id} occurs twice: give every category an id of its own')
         names[category_id] = str(category.get('name') or category_id)
     return names

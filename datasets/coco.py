@@ -32,9 +32,10 @@ from datasets.coco_json import (
 )
 from datasets.copy_paste import build_mix
 from datasets.image_dataset import ImageDataset, Mix
-from datasets.image_io import decode_file, read_image, stored_size
+from datasets.image_io import decode_file, naming, read_image, stored_size
 from datasets.json_stream import list_blocks
 from datasets.transforms import Target, Transform, transforms_of, wants_masks
+from util.errors import FileError, UserError
 
 MMDETECTION = ('co_detr', 'lsj')  # recipes whose annotations are read as mmdetection does
 MIN_IMAGE_SIDE = 32
@@ -119,7 +120,7 @@ class CocoDetection(ImageDataset):
         """Return the table's rows of images whose sides all have min_side pixels; headers are read where it has no size.
 
         Raises:
-            ValueError: there is none.
+            UserError: there is none.
         """
         sizes = table.sizes.copy()
         if min_side:
@@ -127,7 +128,7 @@ class CocoDetection(ImageDataset):
                 sizes[row] = stored_size(self.image_dir / table.file_names[row])
         kept = np.flatnonzero(sizes.min(axis=1) >= min_side)
         if not len(kept):
-            raise ValueError(
+            raise UserError(
                 f'all {len(sizes)} images of {self.image_dir} have a side of less than {min_side} pixels: this --aug needs '
                 'larger ones'
             )
@@ -168,9 +169,9 @@ class CocoDetection(ImageDataset):
         objects = self._objects[self._starts[row] : self._starts[row + 1]]
         try:
             return image, make_target(objects, self.ids[idx], *image.shape[1:])
-        except ValueError as error:
+        except UserError as error:
             name = self._file_names[row]
-            raise ValueError(f'{self.annotation_file}: image {self.ids[idx]} ({name}) {error}') from error
+            raise UserError(f'{self.annotation_file}: image {self.ids[idx]} ({name}) {error}') from error
 
     def _image(self, row: int) -> Tensor:
         path = self.image_dir / self._file_names[row]
@@ -196,7 +197,8 @@ class CocoDetection(ImageDataset):
     def _bytes(self, path: Path) -> bytes:
         assert self._files is not None
         if path not in self._files:
-            self._files[path] = path.read_bytes()
+            with naming(path):
+                self._files[path] = path.read_bytes()
         return self._files[path]
 
 
@@ -255,11 +257,11 @@ def check_size(path: object, found: Sequence[int], annotated: Sequence[int], sou
     """Compare an image's (height, width) with that of its annotations, where 0 means unknown.
 
     Raises:
-        ValueError: the two differ.
+        UserError: the two differ.
     """
     (height, width), (expected_height, expected_width) = found, annotated
     if expected_height > 0 and expected_width > 0 and (height, width) != (expected_height, expected_width):
-        raise ValueError(
+        raise UserError(
             f'{path} is {width} x {height} (width x height), but {source} says {expected_width} x {expected_height}: '
             'the boxes would be wrong; fetch the right image, or store it without EXIF rotation'
         )
@@ -336,13 +338,13 @@ def rasterize(segmentation: list | dict, height: int, width: int) -> Tensor:
     """Draw the union of polygons, or a run-length mask (compressed or not), as uint8 [height, width].
 
     Raises:
-        ValueError: it is neither, or of another size.
+        UserError: it is neither, or of another size.
     """
     try:
         return drawn(segmentation, height, width)
     except Exception as error:  # pycocotools has its own for each kind of nonsense
         text = str(segmentation)[:60]
-        raise ValueError(
+        raise UserError(
             f'has the segmentation {text}, which is no mask of {height} x {width} ({error})'
         ) from error
 
@@ -408,13 +410,13 @@ def find_files(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:
 def find_path(root: str | None, explicit: str | None, usual: list[str], option: str) -> Path:
     if explicit is not None:
         if not Path(explicit).exists():
-            raise FileNotFoundError(f'{option} {explicit} does not exist: check the path')
+            raise FileError(f'{option} {explicit} does not exist: check the path')
         return Path(explicit)
     if root is None:
-        raise ValueError(f'where is the data? Give --coco_path (a folder in a usual layout) or {option}')
+        raise UserError(f'where is the data? Give --coco_path (a folder in a usual layout) or {option}')
     paths = [Path(root) / name for name in usual]
     for path in paths:
         if path.exists():
             return path
     tried = ', '.join(map(str, paths))
-    raise FileNotFoundError(f'none of {tried} exists: check --coco_path, or give {option}')
+    raise FileError(f'none of {tried} exists: check --coco_path, or give {option}')

@@ -20,6 +20,7 @@ from torch import Tensor
 from datasets.class_map import ClassMap
 from datasets.coco_json import as_id, polygons_of, run_lengths
 from util.distributed.collectives import all_gather_object
+from util.errors import UserError
 
 STAT_NAMES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
 BACKENDS = ('auto', 'hotcoco', 'pycocotools')
@@ -112,7 +113,7 @@ class CocoEvaluator:
         self.ground_truth, self.class_map, self.iou_types = ground_truth, class_map, tuple(iou_types)
         self.backend, self.federated = choose_backend(backend), federated
         if federated and self.backend != 'hotcoco':
-            raise ValueError(
+            raise UserError(
                 f'--coco_eval {backend}: only hotcoco knows the rules of LVIS: pip install hotcoco, and leave the flag out'
             )
         self.image_ids = {image['id'] for image in ground_truth['images']}
@@ -180,7 +181,7 @@ def best_of(detections: Detections, number: int) -> Detections:
 def choose_backend(backend: str) -> str:
     """Resolve 'auto': hotcoco if it is installed, else pycocotools."""
     if backend not in BACKENDS:
-        raise ValueError(f'evaluation backend {backend!r} is not known: choose one of {", ".join(BACKENDS)}')
+        raise UserError(f'evaluation backend {backend!r} is not known: choose one of {", ".join(BACKENDS)}')
     if backend == 'auto':
         return 'pycocotools' if importlib.util.find_spec('hotcoco') is None else 'hotcoco'
     return backend
@@ -192,7 +193,7 @@ def read_prediction(prediction: dict, class_map: ClassMap, with_masks: bool) -> 
         return Detections(np.zeros((0, 6)), [] if with_masks else None)
     labels = prediction['labels'].tolist()
     if labels and not 0 <= min(labels) <= max(labels) < class_map.num_classes:
-        raise ValueError(
+        raise UserError(
             f'predicted labels run from {min(labels)} to {max(labels)}, but the data has {class_map.num_classes} '
             'classes: evaluate the model with the class map that it was trained with'
         )
@@ -255,7 +256,7 @@ def prepare_ground_truth(ground_truth: dict, image_ids: set[int], iou_type: str)
 def size_of(image: dict, iou_type: str) -> dict[str, int]:
     size = {key: int(image.get(key) or 0) for key in ('height', 'width')}
     if iou_type == 'segm' and not all(size.values()):
-        raise ValueError(
+        raise UserError(
             f'image {image["id"]} has no height and width, which masks are evaluated with: add them'
         )
     return size
@@ -263,7 +264,7 @@ def size_of(image: dict, iou_type: str) -> dict[str, int]:
 
 def require_segmentation(annotation: dict) -> list | dict:
     if not annotation.get('segmentation'):
-        raise ValueError(
+        raise UserError(
             f'annotation {annotation.get("id")} (image {annotation["image_id"]}) has no segmentation: '
             'masks cannot be evaluated on this data, boxes can'
         )
@@ -271,7 +272,7 @@ def require_segmentation(annotation: dict) -> list | dict:
     try:  # the evaluators are C and would crash
         return run_lengths(found) if isinstance(found, dict) else polygons_of(found) or [[0.0] * 6]
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
+        raise UserError(
             f'annotation {annotation.get("id")} (image {annotation["image_id"]}) has a segmentation that is none ({error}): '
             'correct it, or evaluate boxes'
         ) from error

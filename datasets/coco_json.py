@@ -17,6 +17,7 @@ from pycocotools import mask as coco_mask
 
 from datasets.class_map import ClassMap
 from datasets.json_stream import has_lists, list_blocks
+from util.errors import FileError, UserError
 
 Annotations = dict[str, list[dict]]
 File = str | os.PathLike[str]
@@ -55,8 +56,8 @@ def read_annotations(file: File, blocks: Blocks = list_blocks) -> Annotations:
     blocks: what reads the file, in the format's own way.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: it is not JSON, or lacks one of the lists.
+        FileError: the file does not exist.
+        UserError: it is not JSON, or lacks one of the lists.
     """
     data: Annotations = {}
     for name, block in blocks(file):
@@ -77,12 +78,12 @@ def mend(name: str, block: list[dict], file: File, findings: Findings) -> None:
     """Mend entries of a list in place: numbers written as text or as 1.0, names and boxes that other fields give.
 
     Raises:
-        ValueError: an entry is no JSON object, or a segmentation or an iscrowd is none.
+        UserError: an entry is no JSON object, or a segmentation or an iscrowd is none.
     """
     keys = ('image_id', 'category_id') if name == 'annotations' else ('id',)
     for entry in block:
         if not isinstance(entry, dict):
-            raise ValueError(f'{file}: "{name}" has {str(entry)[:40]!r}, which is no object in braces')
+            raise UserError(f'{file}: "{name}" has {str(entry)[:40]!r}, which is no object in braces')
         for key in keys:
             if type(entry.get(key)) is not int and (number := as_id(entry.get(key))) is not None:
                 findings.add(f'{key} of {name} not written as integers', repr(entry[key]))
@@ -93,7 +94,7 @@ def mend(name: str, block: list[dict], file: File, findings: Findings) -> None:
             try:
                 entry['bbox'] = box_around(entry['segmentation'])
             except (ValueError, TypeError, KeyError, IndexError) as error:
-                raise ValueError(
+                raise UserError(
                     f'{file}: {title_of(entry)} has no bbox, and its segmentation gives none ({error}): correct one of them'
                 ) from None
             findings.add('annotations without bbox, which was made from the segmentation', title_of(entry))
@@ -103,7 +104,7 @@ def mend(name: str, block: list[dict], file: File, findings: Findings) -> None:
                 findings.add('iscrowd of annotations not written as integers', repr(crowd))
                 entry['iscrowd'] = int(crowd) if isinstance(crowd, bool) else as_id(crowd)
             if entry['iscrowd'] not in (0, 1):
-                raise ValueError(
+                raise UserError(
                     f'{file}: {title_of(entry)} has iscrowd {str(crowd)[:40]!r}: it must be 0 or 1'
                 )
 
@@ -201,7 +202,7 @@ def check_categories(categories: dict[int, str], class_map: ClassMap) -> None:
         label = class_map.label_of.get(category_id)
         settled = None if label is None else class_map.names[label]
         if settled != name:
-            raise ValueError(
+            raise UserError(
                 f'category {category_id} is "{name}" here, and {f"{settled!r}" if settled else "unknown"} to the training '
                 'data or checkpoint in use: their classes must agree (--pretrained fine-tunes on other classes)'
             )
@@ -273,12 +274,12 @@ def check_files(
     problems: where to count missing images.
 
     Raises:
-        FileNotFoundError: an image is missing, and problems is None.
-        ValueError: a name leads out of the folder, and allow_outside is not set.
+        FileError: an image is missing, and problems is None.
+        UserError: a name leads out of the folder, and allow_outside is not set.
     """
     image_dir = Path(image_dir)
     if not image_dir.is_dir():
-        raise FileNotFoundError(f'image folder {image_dir} does not exist: check the path')
+        raise FileError(f'image folder {image_dir} does not exist: check the path')
     present: dict[str, set[str]] = {}
     missing, number_missing, number = '', 0, 0
     for path in names:
@@ -286,7 +287,7 @@ def check_files(
         folder, name = os.path.split(path)
         if folder not in present:
             if not allow_outside and (os.path.isabs(folder) or '..' in Path(folder).parts):
-                raise ValueError(
+                raise UserError(
                     f'{file}: file_name {path!r} leads out of the image folder {image_dir}: correct it, or trust the file '
                     'with --allow_outside'
                 )
@@ -297,7 +298,7 @@ def check_files(
         elif name not in present[folder]:
             missing, number_missing = missing or path, number_missing + 1
     if number_missing:
-        raise FileNotFoundError(
+        raise FileError(
             f'{number_missing} of {number} images of {file} are not in {image_dir}, the first is {missing}: '
             'fetch them, give the right folder, or remove them from the file'
         )

@@ -28,6 +28,7 @@ from datasets.transforms import (
     wants_masks,
 )
 from util.box_ops import box_area
+from util.errors import UserError
 
 SCALES = (0.1, 2.0)  # of the square
 MIN_BOX_SIDE = 0.01  # pixels; smaller boxes are dropped
@@ -61,14 +62,14 @@ class LargeScaleJitter:
         """Jitter an image, or a replacement if it loses all its objects.
 
         Raises:
-            ValueError: TRIES images in turn lose their objects.
+            UserError: TRIES images in turn lose their objects.
         """
         for _ in range(TRIES):
             sample = jitter(image, target, self.size)
             if sample is not None:
                 return sample
             image, target = random_item()
-        raise ValueError(
+        raise UserError(
             f'{TRIES} images one after another lost all their objects when they were scaled for --aug lsj: are '
             'their segmentations empty?'
         )

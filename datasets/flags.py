@@ -9,6 +9,7 @@ from datasets.streaming.shards import SHUFFLE_BUFFER
 from datasets.transforms import AUGMENTATIONS, LSJ_SIZE
 from util.bounds import check_bounds, real, whole
 from util.distributed.collectives import get_local_size
+from util.errors import UserError
 
 
 def add_data_args(parser: ArgumentParser) -> None:
@@ -148,34 +149,34 @@ def check_data_args(args: Namespace) -> None:
     """Refuse impossible combinations.
 
     Raises:
-        ValueError: flags contradict each other, or a number makes no sense.
+        UserError: flags contradict each other, or a number makes no sense.
     """
     parser = ArgumentParser()
     add_data_args(parser)
     check_bounds(args, parser)
     if args.train_scales and args.train_scales[0] > args.train_scales[1]:
-        raise ValueError(
+        raise UserError(
             f'--train_scales {args.train_scales[0]} {args.train_scales[1]}: give the smaller size first'
         )
     if args.aug not in ('detr', 'co_detr') and (args.train_scales or args.train_max_size):
-        raise ValueError(
+        raise UserError(
             f'--train_scales and --train_max_size are not for --aug {args.aug}, which scales otherwise: leave them out'
         )
     if args.cache_mode and args.aug == 'lsj' and get_local_size() > 1:
-        raise ValueError(
+        raise UserError(
             '--aug lsj mixes any two images, but with --cache_mode a process keeps only its share: leave one out'
         )
     if args.repeat_threshold and (args.dataset_file == 'shapes' or args.train_shards):
-        raise ValueError('--repeat_threshold needs image files in COCO form or LVIS: leave it out')
+        raise UserError('--repeat_threshold needs image files in COCO form or LVIS: leave it out')
     if args.cache_mode and args.dataset_file == 'shapes':
-        raise ValueError('--cache_mode keeps image files; built-in images have none: leave it out')
+        raise UserError('--cache_mode keeps image files; built-in images have none: leave it out')
     for flag in ('coco_path', 'train_images', 'train_ann', 'val_images', 'val_ann'):
         fits = args.dataset_file in ('coco', 'lvis') or (
             flag == 'coco_path' and args.dataset_file != 'shapes'
         )
         if not fits and getattr(args, flag) is not None:
             instead = 'leave it out' if args.dataset_file == 'shapes' else 'give --coco_path instead'
-            raise ValueError(f'--{flag} is not for --dataset_file {args.dataset_file}: {instead}')
+            raise UserError(f'--{flag} is not for --dataset_file {args.dataset_file}: {instead}')
     others = {
         'group_aspect_ratio': args.group_aspect_ratio,
         'cache_mode': args.cache_mode,
@@ -184,7 +185,7 @@ def check_data_args(args: Namespace) -> None:
     }
     if args.bucket_sizes and any(others.values()):
         other = next(flag for flag, given in others.items() if given)
-        raise ValueError(f'--bucket_sizes makes batches in another way than --{other}: leave one out')
+        raise UserError(f'--bucket_sizes makes batches in another way than --{other}: leave one out')
     for split in ('train', 'val'):
         if getattr(args, f'{split}_shards') is not None and not (args.eval and split == 'train'):
             check_shard_args(split, args)
@@ -194,13 +195,13 @@ def check_shard_args(split: str, args: Namespace) -> None:
     """Refuse flags that contradict shards of the 'train' or 'val' part."""
     flag = f'--{split}_shards'
     if args.dataset_file != 'coco':
-        raise ValueError(f'{flag} holds data in COCO form: leave --dataset_file {args.dataset_file} out')
+        raise UserError(f'{flag} holds data in COCO form: leave --dataset_file {args.dataset_file} out')
     for other in (f'{split}_images', f'{split}_ann'):
         if getattr(args, other) is not None:
-            raise ValueError(f'{flag} and --{other} name the same images twice: give one of them')
+            raise UserError(f'{flag} and --{other} name the same images twice: give one of them')
     if args.cache_mode:
-        raise ValueError(f'--cache_mode keeps image files, and {flag} has none: leave it out')
+        raise UserError(f'--cache_mode keeps image files, and {flag} has none: leave it out')
     if args.group_aspect_ratio and split == 'train':
-        raise ValueError(
+        raise UserError(
             f'--group_aspect_ratio chooses images for a batch, and {flag} streams them: leave it out'
         )

@@ -17,6 +17,7 @@ from datasets.class_map import ClassMap
 from datasets.coco import CocoDetection, options_of
 from datasets.coco_json import File, box_problem, shorten
 from datasets.image_io import SUFFIXES, orientation, stored_size
+from util.errors import FileError, UserError
 
 
 class VocDetection(CocoDetection):
@@ -60,7 +61,7 @@ def unusable(problem: str) -> dict:
 
 def read_lines(file: Path) -> list[str]:
     if not file.is_file():
-        raise FileNotFoundError(f'{file} does not exist: check the path')
+        raise FileError(f'{file} does not exist: check the path')
     return file.read_text(encoding='utf-8-sig', errors='replace').splitlines()
 
 
@@ -80,18 +81,18 @@ def read_voc(file: Path) -> tuple[dict, list[dict]]:
     """Return an image, and its objects with class, bbox and iscrowd.
 
     Raises:
-        ValueError: the file is no annotation of VOC; the message names it.
+        UserError: the file is no annotation of VOC; the message names it.
     """
     if not file.is_file():
-        raise FileNotFoundError(f'{file} does not exist: write it, or take its name out of the list')
+        raise FileError(f'{file} does not exist: write it, or take its name out of the list')
     try:
         tree = ElementTree.parse(file).getroot()
     except (ElementTree.ParseError, ValueError) as error:
-        raise ValueError(f'{file} is not XML ({error}): write it again') from error
+        raise UserError(f'{file} is not XML ({error}): write it again') from error
     name = tree.findtext('filename') or ''
     image: dict[str, Any] = {'file_name': name}
     if not Path(name).suffix:
-        raise ValueError(f'{file} has the filename {name!r}: it must name the image file')
+        raise UserError(f'{file} has the filename {name!r}: it must name the image file')
     objects = []
     try:
         for key in ('height', 'width'):
@@ -110,7 +111,7 @@ def read_voc(file: Path) -> tuple[dict, list[dict]]:
                 found |= unusable(f'has an object of the corners {corners}: correct them')
             objects.append(found)
     except ValueError as error:
-        raise ValueError(f'{file} is no annotation of VOC ({error}): correct it') from error
+        raise UserError(f'{file} is no annotation of VOC ({error}): correct it') from error
     return image, objects
 
 
@@ -133,7 +134,7 @@ class YoloDetection(CocoDetection):
         files = sorted(file for file in folder.rglob('*') if file.suffix.lower() in SUFFIXES)
         labels = [labels_of(file, folder) for file in files]
         if split == 'train' and files and not any(label.is_file() for label in labels):
-            raise FileNotFoundError(
+            raise FileError(
                 f'{place}: none of the {len(files)} training images has a label file; that of {files[0]} would be {labels[0]}'
             )
         count = 0
@@ -165,22 +166,20 @@ def read_yaml(file: Path) -> dict:
     """Read data.yaml.
 
     Raises:
-        ValueError: it is none, or PyYAML is not installed.
+        UserError: it is none, or PyYAML is not installed.
     """
     try:
         import yaml
     except ImportError as error:
-        raise ValueError('--dataset_file yolo reads data.yaml with PyYAML: pip install pyyaml') from error
+        raise UserError('--dataset_file yolo reads data.yaml with PyYAML: pip install pyyaml') from error
     if not file.is_file():
-        raise FileNotFoundError(
-            f'{file} does not exist: --coco_path must be the folder of data.yaml, or that file'
-        )
+        raise FileError(f'{file} does not exist: --coco_path must be the folder of data.yaml, or that file')
     try:
         found = yaml.safe_load(file.read_text(encoding='utf-8-sig'))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f'{file} is not YAML ({str(error).splitlines()[0]}): write it again') from error
+        raise UserError(f'{file} is not YAML ({str(error).splitlines()[0]}): write it again') from error
     if not isinstance(found, dict):
-        raise ValueError(f'{file} must have names, train and val')
+        raise UserError(f'{file} must have names, train and val')
     return found
 
 
@@ -190,7 +189,7 @@ def names_of(settings: dict, file: Path) -> dict[int, str]:
     if isinstance(names, list):
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not all(isinstance(key, int) for key in names):
-        raise ValueError(f'{file} has names {names!r}: it must list the class names')
+        raise UserError(f'{file} has names {names!r}: it must list the class names')
     return {key: str(name) for key, name in sorted(names.items())}
 
 
@@ -198,20 +197,18 @@ def yolo_images(settings: dict, file: Path, split: str) -> Path:
     """Return the folder of images of a part.
 
     Raises:
-        ValueError: data.yaml names none, or it does not exist.
+        UserError: data.yaml names none, or it does not exist.
     """
     place = settings.get(split)
     if not isinstance(place, str):
-        raise ValueError(f'{file} has {split} {place!r}: it must name one folder of images')
+        raise UserError(f'{file} has {split} {place!r}: it must name one folder of images')
     root = Path(settings.get('path') or '.')
     inside = place.removeprefix('../')  # Roboflow writes ../train/images, and means its own folder
     candidates = [file.parent / root / place, root / place, file.parent / place, file.parent / inside]
     for folder in candidates:
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(
-        f'{file}: the {split} images {place!r} are in none of {", ".join(map(str, candidates))}'
-    )
+    raise FileError(f'{file}: the {split} images {place!r} are in none of {", ".join(map(str, candidates))}')
 
 
 def labels_of(image: Path, folder: Path) -> Path:
@@ -298,10 +295,10 @@ def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None =
     """Build the 'train' or 'val' part of --dataset_file voc or yolo in --coco_path.
 
     Raises:
-        ValueError: --coco_path is missing.
+        UserError: --coco_path is missing.
     """
     if args.coco_path is None:
-        raise ValueError(
+        raise UserError(
             f'where is the data? Give --coco_path, the folder of --dataset_file {args.dataset_file}'
         )
     kind, image_dir, annotation_file = places_of(image_set, args.dataset_file, args.coco_path)

@@ -16,6 +16,7 @@ from datasets.annotations import Inventory
 from datasets.class_map import ClassMap
 from datasets.coco_json import Annotations
 from datasets.transforms import Sample, Target, Transform
+from util.errors import UserError
 from util.nested_tensor import collate_fn
 from util.seeding import local_seed
 
@@ -80,9 +81,9 @@ class ImageDataset(Dataset[Sample], ABC):
         """Keep this process's share of the compressed files in memory (`--cache_mode`).
 
         Raises:
-            ValueError: the data set has no files.
+            UserError: the data set has no files.
         """
-        raise ValueError(f'--cache_mode keeps image files, and {type(self).__name__} has none: leave it out')
+        raise UserError(f'--cache_mode keeps image files, and {type(self).__name__} has none: leave it out')
 
     def __len__(self) -> int:
         return len(self.ids)

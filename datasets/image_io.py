@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from util.errors import FileError, UserError
+
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')  # of image files, in small letters
 JPEG_START = b'\xff\xd8\xff'
 
@@ -24,9 +26,10 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
     The three values of a pixel are adjacent in memory (the strides of a permuted [H, W, 3]).
 
     Raises:
-        ValueError: the file is not a whole image; the message names it.
+        UserError: the file is missing or not a whole image; the message names it.
     """
-    return decode_file(path, Path(path).read_bytes())
+    with naming(path):
+        return decode(Path(path).read_bytes())
 
 
 def decode_file(path: str | os.PathLike[str], data: bytes) -> Tensor:
@@ -59,11 +62,17 @@ def orientation(path: str | os.PathLike[str]) -> int:
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn an image error inside the block into a ValueError that names the file."""
+    """Turn an error of a file or of its decoder inside the block into a UserError that names the file."""
     try:
         yield
-    except (OSError, SyntaxError, TypeError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f'{path} is not a readable image ({error}): fetch it again, or remove it') from error
+    except OSError as error:
+        if (
+            error.errno is not None
+        ):  # of the file system, in full: the exceptions of loader workers keep their texts alone
+            raise FileError(f'{path} cannot be read ({error.strerror})') from error
+        raise UserError(f'{path} is not a readable image ({error}): fetch it again, or remove it') from error
+    except (SyntaxError, TypeError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise UserError(f'{path} is not a readable image ({error}): fetch it again, or remove it') from error
 
 
 def decode(data: bytes) -> Tensor:

@@ -13,6 +13,7 @@ from datasets.annotations import Inventory
 from datasets.coco_json import Findings
 from datasets.image_dataset import ImageDataset
 from datasets.loaders import build_datasets
+from util.errors import UserError
 
 CLASSES_SHOWN = 8
 MANY = 0.5  # share of the objects that is worth a warning
@@ -54,13 +55,13 @@ def warnings(datasets: Mapping[str, ImageDataset], args: Namespace, finest_strid
     finest_stride: pixels between neighbours in the finest map that the detector reads.
 
     Raises:
-        ValueError: the training part has no object.
+        UserError: the training part has no object.
     """
     parts = {split: dataset.inventory() for split, dataset in datasets.items()}
     train, val, texts = parts.get('train'), parts.get('val'), []
     if train is not None:
         if not len(train.labels):
-            raise ValueError(
+            raise UserError(
                 f'the training data ({train.folder}) have no object to learn from: check the annotation file (crowd regions '
                 'are not trained on)'
             )
@@ -117,7 +118,7 @@ class Examined(Dataset):
     def __getitem__(self, idx: int) -> tuple[str, str]:
         try:
             image, _ = self.dataset.untransformed(idx)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             return '', str(error)
         return hashlib.sha1(image.contiguous().numpy().tobytes(), usedforsecurity=False).hexdigest(), ''
 
@@ -171,7 +172,7 @@ def check_data(args: Namespace, finest_stride: int) -> int:
         The number of training images.
 
     Raises:
-        ValueError: something would stop a run; all of it is counted, and the first of each kind is named.
+        UserError: something would stop a run; all of it is counted, and the first of each kind is named.
     """
     from util.visualize import data_sheet
 
@@ -184,7 +185,7 @@ def check_data(args: Namespace, finest_stride: int) -> int:
     for line in twins.lines():
         print(f'warning: {line}')
     if texts:
-        raise ValueError('\n  '.join(['a run would stop at these data:', *texts]))
+        raise UserError('\n  '.join(['a run would stop at these data:', *texts]))
     if args.output_dir:
         for split, dataset in datasets.items():
             path = Path(args.output_dir) / f'data_{split}.png'

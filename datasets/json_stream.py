@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from util.errors import FileError, UserError
+
 CHUNK = 1 << 22  # characters read at a time
 AFTER_NUMBER = tuple(',]} \t\r\n')
 # A text that ends here may still go on in the next chunk: longer than any literal or escape.
@@ -21,22 +23,22 @@ def list_blocks(file: str | os.PathLike[str]) -> Iterator[tuple[str, list]]:
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no such file.
-        ValueError: it is not a JSON object, or a list occurs twice.
+        UserError: it is not a JSON object, or a list occurs twice.
     """
     file = Path(file)
     if not file.exists():
-        raise FileNotFoundError(f'annotation file {file} does not exist: check the path')
+        raise FileError(f'annotation file {file} does not exist: check the path')
     if not file.is_file():
-        raise IsADirectoryError(f'annotation file {file} is no file: give the JSON file itself')
+        raise FileError(f'annotation file {file} is no file: give the JSON file itself')
     try:
         with file.open('rb') as start:
             encoding = json.detect_encoding(start.read(4))
         with file.open(encoding=encoding) as stream:
             yield from _Reader(stream).lists()
     except RecursionError:
-        raise ValueError(f'{file} is nested too deep for annotations: write it again') from None
+        raise UserError(f'{file} is nested too deep for annotations: write it again') from None
     except (ValueError, EOFError) as error:
-        raise ValueError(f'{file} is not JSON ({error}): write it again, or fetch it again') from error
+        raise UserError(f'{file} is not JSON ({error}): write it again, or fetch it again') from error
 
 
 class _Reader:
@@ -70,9 +72,7 @@ class _Reader:
         found = self.next()
         if not found or found not in expected:
             what = repr(found) if found else 'its end'
-            raise ValueError(
-                f'{what} at character {self.passed + self.at} instead of {" or ".join(expected)}'
-            )
+            raise UserError(f'{what} at character {self.passed + self.at} instead of {" or ".join(expected)}')
         self.at += 1
         return found
 
@@ -86,7 +86,7 @@ class _Reader:
                 cut_off = error.pos + MARGIN > len(self.text) or error.msg.startswith('Unterminated')
                 if cut_off and self.more():
                     continue
-                raise ValueError(f'{error.msg} at character {self.passed + error.pos}') from None
+                raise UserError(f'{error.msg} at character {self.passed + error.pos}') from None
             # A number may go on behind the end of the text, or where only its first part was a number.
             complete = self.text[end : end + 1] in AFTER_NUMBER if isinstance(value, int | float) else True
             if (complete and end < len(self.text)) or not self.more():
@@ -105,7 +105,7 @@ class _Reader:
             self.take(':')
             if self.next() == '[':
                 if key in seen:
-                    raise ValueError(f'its list "{key}" occurs twice')
+                    raise UserError(f'its list "{key}" occurs twice')
                 seen.add(key)
                 for block in self.blocks():
                     yield key, block
@@ -118,7 +118,7 @@ class _Reader:
                 self.take('"')
         self.take('}')
         if self.next():
-            raise ValueError(f'more text after its end, at character {self.passed + self.at}')
+            raise UserError(f'more text after its end, at character {self.passed + self.at}')
 
     def blocks(self) -> Iterator[list]:
         self.take('[')
@@ -177,4 +177,4 @@ def has_lists(file: str | os.PathLike[str], found: Collection[str], names: Colle
     """Raise ValueError if a list is missing."""
     for name in names:
         if name not in found:
-            raise ValueError(f'{file} has no list "{name}": COCO-form annotations need {", ".join(names)}')
+            raise UserError(f'{file} has no list "{name}": COCO-form annotations need {", ".join(names)}')

@@ -19,6 +19,7 @@ from datasets.samplers import (
 )
 from datasets.streaming.shards import ShardedCoco, ShardStream, build_shard_loader
 from util.distributed.collectives import get_local_rank, get_local_size, get_rank, get_world_size
+from util.errors import UserError
 
 
 def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, ImageDataset]:
@@ -27,7 +28,7 @@ def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Ima
     class_map: classes of the checkpoint in use, None if it has none.
 
     Raises:
-        ValueError: --resume or --eval of a checkpoint with other classes.
+        UserError: --resume or --eval of a checkpoint with other classes.
     """
     if args.eval:
         datasets = {'val': build_dataset('val', args, class_map)}
@@ -39,11 +40,11 @@ def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Ima
     found = list(datasets.values())[-1].class_map
     if (args.resume or args.eval) and class_map is not None and class_map != found:
         if {*class_map.names, None} == {*found.names, None}:
-            raise ValueError(
+            raise UserError(
                 f'{args.resume or args.pretrained} numbers its classes otherwise ({class_map.num_classes} class indices, here '
                 f'{found.num_classes}): give the --class_ids of its run'
             )
-        raise ValueError(
+        raise UserError(
             f'{args.resume or args.pretrained} was trained on {describe(class_map)}, the data has {describe(found)}: evaluate it on its own '
             'data, or fine-tune it on this data with --pretrained'
         )
@@ -67,7 +68,7 @@ def build_loader(dataset: ImageDataset, split: str, args: Namespace) -> DataLoad
         loader = DataLoader(dataset, batch_sampler=batches, **loader_options(args.num_workers))
     if train and len(loader) < args.accum_steps:
         images = args.batch_size * args.accum_steps * get_world_size()
-        raise ValueError(
+        raise UserError(
             f'{len(dataset)} training images do not fill one step of {images}: lower --batch_size, --accum_steps '
             'or --total_batch_size'
         )

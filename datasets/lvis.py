@@ -9,6 +9,7 @@ from datasets.coco import CocoDetection, find_path, options_of
 from datasets.coco_eval import FEDERATED
 from datasets.coco_json import File
 from datasets.json_stream import list_blocks
+from util.errors import UserError
 
 
 class LvisDetection(CocoDetection):
@@ -32,18 +33,18 @@ class LvisDetection(CocoDetection):
         """Check what LVIS has besides.
 
         Raises:
-            ValueError: the fields that federated evaluation reads are missing.
+            UserError: the fields that federated evaluation reads are missing.
         """
         for image in block if name == 'images' else []:
             for key in FEDERATED:
                 if not isinstance(image.get(key), list):
-                    raise ValueError(
+                    raise UserError(
                         f'{file}: image {image.get("id")} has no list {key}: LVIS needs it; read data in COCO form with '
                         '--dataset_file coco'
                     )
         for category in block if name == 'categories' else []:
             if category.get('frequency') not in ('r', 'c', 'f'):
-                raise ValueError(
+                raise UserError(
                     f'{file}: category {category.get("id")} has frequency {category.get("frequency")!r}: LVIS needs r, c or '
                     'f (rare, common, frequent)'
                 )
@@ -57,5 +58,5 @@ def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None =
     )
     images = getattr(args, f'{image_set}_images') or args.coco_path
     if images is None:
-        raise ValueError(f'where are the images? Give --coco_path or --{image_set}_images')
+        raise UserError(f'where are the images? Give --coco_path or --{image_set}_images')
     return LvisDetection(Path(images), annotation_file, **options_of(image_set, args, class_map))

@@ -10,8 +10,8 @@ This writes them as plain files in COCO's layout, for `--coco_path DIR` or for o
     python -m datasets.shapes --out DIR --count 50 --split val
 """
 
-import argparse
 import json
+from argparse import Namespace
 from functools import cached_property
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from datasets.copy_paste import build_mix
 from datasets.image_dataset import ImageDataset, Mix
 from datasets.shape_scenes import KINDS, SPLITS, Scene, draw_scene, scene_size
 from datasets.transforms import Transform, transforms_of, wants_masks
+from util.bounds import whole
+from util.flags import FlagParser, run_command
 
 IMAGE_SEED = 17  # a constant: all runs share the data, whatever their --seed
 # Ids in the order of KINDS, so that the class index of a category is its number there.
@@ -138,7 +140,7 @@ def annotations_of(scene: Scene, image_id: int, first_id: int) -> list[dict]:
     ]
 
 
-def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> ShapesDetection:
+def build(image_set: str, args: Namespace, class_map: ClassMap | None = None) -> ShapesDetection:
     """Build the split `image_set` ('train' or 'val') from the flags; its classes are always the same."""
     mix = build_mix(image_set, args)
     return ShapesDetection(
@@ -166,16 +168,19 @@ def export(folder: Path, dataset: ShapesDetection) -> None:
     path.write_text(json.dumps(dataset.ground_truth), encoding='utf-8')
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser('datasets.shapes', description='Write the built-in images as files.')
+def get_args_parser() -> FlagParser:
+    parser = FlagParser('datasets.shapes', description='Write the built-in images as files.')
     parser.add_argument('--out', type=Path, required=True, help='output folder, created if missing')
-    parser.add_argument('--count', type=int, default=50, help='number of images')
+    parser.add_argument('--count', type=whole(1), default=50, help='number of images')
     parser.add_argument('--split', choices=list(SPLITS), default='val', help='split to write')
-    parser.add_argument('--size', type=int, default=128, help='longer side of an image in pixels')
-    args = parser.parse_args(argv)
+    parser.add_argument('--size', type=whole(1), default=128, help='longer side of an image in pixels')
+    return parser
+
+
+def main(args: Namespace) -> None:
     export(args.out, ShapesDetection(args.count, args.split, image_size=args.size))
     print(f'{args.count} images of the {args.split} split lie in {args.out}')
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main, get_args_parser())

@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as F
 
 from util.box_ops import box_area, box_xyxy_to_cxcywh
+from util.errors import UserError
 
 Image = Tensor | PIL.Image.Image
 Target = dict[str, Tensor]
@@ -356,9 +357,9 @@ def make_transforms(
     if image_set not in ('train', 'val'):
         raise ValueError(f'image_set {image_set!r} has no transform: choose train or val')
     if aug not in AUGMENTATIONS:
-        raise ValueError(f'--aug {aug!r} is not known: choose one of {", ".join(AUGMENTATIONS)}')
+        raise UserError(f'--aug {aug!r} is not known: choose one of {", ".join(AUGMENTATIONS)}')
     if img_size < 1:
-        raise ValueError(
+        raise UserError(
             f'--img_size {img_size} is not an image size: choose a positive number, for example 800'
         )
     if aug == 'lsj':

@@ -239,7 +239,7 @@ def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, nn.Mod
             set it.
 
     Raises:
-        ValueError: flags contradict each other.
+        UserError: flags contradict each other.
     """
     from .training import build_supervision
     from .training.flags import resolve_all

@@ -20,6 +20,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from util.distributed.collectives import is_main_process
+from util.errors import UserError
 from util.nested_tensor import NestedTensor, resize_mask
 from util.weight_files import read_checkpoint, state_of
 
@@ -159,7 +160,7 @@ def build_backbone(
         drop_path_rate, frozen_stages: arguments of `SwinTransformer`; ViT has the first too, other networks none.
 
     Raises:
-        ValueError: the name is unknown, or the network lacks one of the options.
+        UserError: the name is unknown, or the network lacks one of the options.
     """
     if name.startswith('timm/'):
         backbone = build_timm(name.removeprefix('timm/'), weights, dilation, norm, stages)
@@ -191,11 +192,11 @@ def trainable_stages(name: str, norm: str) -> tuple[str, ...] | None:
 def build_torchvision(name: str, weights: str, dilation: bool, norm: str, stages: range) -> Backbone:
     if name not in (*RESNETS, *FEATURE_STAGES):
         names = ', '.join((*RESNETS, *FEATURE_STAGES, *SWIN_SIZES, *VIT_SIZES))
-        raise ValueError(f"unknown backbone '{name}': choose {names} or timm/NAME")
+        raise UserError(f"unknown backbone '{name}': choose {names} or timm/NAME")
     if dilation and name in ('resnet10', 'resnet18', 'resnet34', *FEATURE_STAGES):
-        raise ValueError(f'--dilation (DC5) needs resnet50 or deeper: {name} has no dilated last stage')
+        raise UserError(f'--dilation (DC5) needs resnet50 or deeper: {name} has no dilated last stage')
     if norm == 'group' and (weights == 'imagenet' or name in FEATURE_STAGES):
-        raise ValueError(
+        raise UserError(
             '--backbone_norm group is for ResNets that start from random numbers or a file (--backbone_weights none or '
             f'FILE): the weights of {name} have batch norms'
         )
@@ -216,7 +217,7 @@ def torchvision_network(name: str, weights: str, **options: object) -> nn.Module
     """Build a torchvision classifier and load its weights. Only the main process downloads those of ImageNet."""
     if name == 'resnet10':  # one block a stage; torchvision has the class, but neither the name nor weights
         if weights == 'imagenet':
-            raise ValueError('resnet10 has no ImageNet weights: give --backbone_weights none or FILE')
+            raise UserError('resnet10 has no ImageNet weights: give --backbone_weights none or FILE')
         network = ResNet(BasicBlock, [1, 1, 1, 1], **options)
         return network if weights == 'none' else load_backbone_file(network, weights)
     if weights == 'imagenet':
@@ -224,7 +225,7 @@ def torchvision_network(name: str, weights: str, **options: object) -> nn.Module
         try:
             return torchvision.models.get_model(name, weights=pretrained, **options)
         except (urllib.error.URLError, OSError) as error:
-            raise ValueError(no_download(name, error)) from error
+            raise UserError(no_download(name, error)) from error
     network = torchvision.models.get_model(name, weights=None, **options)
     return network if weights == 'none' else load_backbone_file(network, weights)
 
@@ -240,22 +241,20 @@ def load_backbone_file(network: nn.Module, path: str) -> nn.Module:
     """Load a state dict into a torchvision network; only the classifier may be absent.
 
     Raises:
-        ValueError: the file is missing, or other entries are missing or unexpected.
+        UserError: the file is missing, or other entries are missing or unexpected.
     """
     if not Path(path).is_file():
-        raise ValueError(
-            f'--backbone_weights {path}: no such file (imagenet, none or a file of a state dict)'
-        )
+        raise UserError(f'--backbone_weights {path}: no such file (imagenet, none or a file of a state dict)')
     try:
         state = state_of(read_checkpoint(path), averaged=False, source=path)
-    except ValueError as error:
-        raise ValueError(f'--backbone_weights: {error}') from error
+    except UserError as error:
+        raise UserError(f'--backbone_weights: {error}') from error
     head = ('fc.', 'classifier.')
     state = {key: value for key, value in state.items() if not key.startswith(head)}
     ours = network.state_dict()
     shapes = [name for name in state if name in ours and state[name].shape != ours[name].shape]
     if shapes:
-        raise ValueError(
+        raise UserError(
             f'--backbone_weights {path} does not fit {type(network).__name__}: {len(shapes)} entries have another shape, such as '
             f'{shapes[0]}, {tuple(state[shapes[0]].shape)} there, {tuple(ours[shapes[0]].shape)} here'
         )
@@ -263,7 +262,7 @@ def load_backbone_file(network: nn.Module, path: str) -> nn.Module:
     missing = [key for key in missing if not key.startswith(head) and not key.endswith('num_batches_tracked')]
     unexpected = [key for key in unexpected if not key.endswith('num_batches_tracked')]
     if missing or unexpected:
-        raise ValueError(
+        raise UserError(
             f'--backbone_weights {path} does not fit {type(network).__name__}: it lacks {len(missing)} entries '
             f'{missing[:3]} and has {len(unexpected)} others {unexpected[:3]}'
         )
@@ -273,7 +272,7 @@ def load_backbone_file(network: nn.Module, path: str) -> nn.Module:
 def refuse_convolutional(name: str, dilation: bool, norm: str) -> None:
     if dilation or norm != 'frozen':
         flag = '--dilation' if dilation else f'--backbone_norm {norm}'
-        raise ValueError(
+        raise UserError(
             f'{flag} is for convolutional backbones, and {name} has neither batch norms nor a dilated stage: leave it out'
         )
 
@@ -289,7 +288,7 @@ def build_swin(name: str, weights: str, stages: range, drop_path_rate: float, fr
 
 def build_vit(name: str, weights: str, drop_path_rate: float) -> Backbone:
     if weights == 'imagenet':
-        raise ValueError(
+        raise UserError(
             f'the weights of {name} have no direct address: fetch those of EVA-02 (pretrained on Objects365 by Co-DETR, or on '
             'images) and pass their path (--backbone_weights FILE), or none to start from random numbers'
         )
@@ -304,15 +303,15 @@ def build_timm(name: str, weights: str, dilation: bool, norm: str, stages: range
         import timm
         from timm.layers import freeze_batch_norm_2d
     except ImportError as error:
-        raise ValueError(f'--backbone timm/{name} needs timm: pip install timm') from error
+        raise UserError(f'--backbone timm/{name} needs timm: pip install timm') from error
     if norm == 'group':
-        raise ValueError(
+        raise UserError(
             '--backbone_norm group is for torchvision backbones; timm networks keep their own norms'
         )
     options = {'output_stride': 16} if dilation else {}
     if weights not in ('imagenet', 'none'):
         if not Path(weights).is_file():
-            raise ValueError(f'--backbone_weights {weights}: no such file')
+            raise UserError(f'--backbone_weights {weights}: no such file')
         read_checkpoint(weights)  # refuse a damaged file in our words
         options['pretrained_cfg_overlay'] = {'file': weights}
     try:
@@ -324,9 +323,9 @@ def build_timm(name: str, weights: str, dilation: bool, norm: str, stages: range
             **options,
         )
     except (urllib.error.URLError, OSError) as error:
-        raise ValueError(no_download(f'timm/{name}', error)) from error
+        raise UserError(no_download(f'timm/{name}', error)) from error
     except (RuntimeError, IndexError, pickle.UnpicklingError) as error:
-        raise ValueError(f'--backbone timm/{name} --backbone_stages {stages[-1]}: {error}') from error
+        raise UserError(f'--backbone timm/{name} --backbone_stages {stages[-1]}: {error}') from error
     body = TimmBody(network)
     if norm == 'frozen':
         body = freeze_batch_norm_2d(body)

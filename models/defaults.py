@@ -3,6 +3,7 @@
 from argparse import ArgumentParser, Namespace
 
 from util.bounds import check_bounds
+from util.errors import UserError
 
 from .flags import (
     DEFORMABLE_FLAGS,
@@ -25,7 +26,7 @@ def resolve_args(args: Namespace) -> Namespace:
     """Return a copy of `args` with every flag of the detector settled, and `family` set. Other flags stay as they are.
 
     Raises:
-        ValueError: flags contradict each other.
+        UserError: flags contradict each other.
     """
     parser = ArgumentParser()
     add_model_args(parser)
@@ -34,9 +35,7 @@ def resolve_args(args: Namespace) -> Namespace:
     given = {OFFICIAL_NAMES.get(k, k): value for k, value in vars(args).items() if value is not None}
     deformable = [flag for flag in DEFORMABLE_FLAGS if given.get(flag)]
     if deformable and given.get('conditional'):
-        raise ValueError(
-            f'--conditional and --{deformable[0]} choose different models: leave one of them out'
-        )
+        raise UserError(f'--conditional and --{deformable[0]} choose different models: leave one of them out')
     hybrid = any(flag in given for flag in HYBRID_FLAGS)
     deformable = deformable or hybrid or given.get('use_ms_detr')
     family = 'conditional' if given.get('conditional') else 'deformable' if deformable else 'detr'
@@ -88,19 +87,19 @@ def resolve_checkpointing(args: Namespace) -> None:
 def check_args(args: Namespace) -> None:
     """Refuse flags that contradict each other, before anything is built."""
     if args.hidden_dim % args.nheads or args.hidden_dim % 4:
-        raise ValueError(
+        raise UserError(
             f'--hidden_dim {args.hidden_dim} must be a multiple of --nheads {args.nheads} and of 4'
         )
     if args.family != 'detr' and args.pre_norm:
-        raise ValueError(
+        raise UserError(
             f'--pre_norm exists for DETR only, and the other flags choose {args.family}: leave it out'
         )
     if args.family == 'deformable':
         check_deformable_args(args)
     if args.family != 'conditional' and args.local_init:
-        raise ValueError('--local_init exists for Conditional DETR only: add --conditional, or leave it out')
+        raise UserError('--local_init exists for Conditional DETR only: add --conditional, or leave it out')
     if args.dilation and args.backbone_stages != 4:
-        raise ValueError(
+        raise UserError(
             f'--dilation changes stage 4, but --backbone_stages is {args.backbone_stages}: give one of them'
         )
     check_swin_args(args)
@@ -111,7 +110,7 @@ def check_args(args: Namespace) -> None:
     check_detection_args(args)
     for flag in ('enc_layers', 'dec_layers', 'num_queries', 'num_classes', 'topk_eval'):
         if getattr(args, flag) < 1:
-            raise ValueError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
+            raise UserError(f'--{flag} must be at least 1, not {getattr(args, flag)}')
 
 
 def check_swin_args(args: Namespace) -> None:
@@ -119,11 +118,11 @@ def check_swin_args(args: Namespace) -> None:
     for flag, default in (('drop_path_rate', DROP_PATH_RATE), ('backbone_frozen_stages', -1)):
         has_blocks = args.backbone in SWIN_SIZES or (args.backbone in VIT_SIZES and flag == 'drop_path_rate')
         if not has_blocks and getattr(args, flag) != default:
-            raise ValueError(f'--{flag} is not for --backbone {args.backbone}: leave it out')
+            raise UserError(f'--{flag} is not for --backbone {args.backbone}: leave it out')
     if not 0 <= args.drop_path_rate < 1:
-        raise ValueError(f'--drop_path_rate {args.drop_path_rate} must be at least 0 and less than 1')
+        raise UserError(f'--drop_path_rate {args.drop_path_rate} must be at least 0 and less than 1')
     if not -1 <= args.backbone_frozen_stages <= args.backbone_stages + 1:
-        raise ValueError(
+        raise UserError(
             f'--backbone_frozen_stages {args.backbone_frozen_stages} must be between -1 and {args.backbone_stages + 1}, '
             f'the number for all {args.backbone_stages} stages'
         )
@@ -133,11 +132,11 @@ def check_vit_args(args: Namespace) -> None:
     if args.backbone not in VIT_SIZES:
         return
     if args.backbone_stages != 4:
-        raise ValueError(
+        raise UserError(
             f'--backbone_stages {args.backbone_stages} is not for {args.backbone}, which has one map: leave it out'
         )
     if args.family == 'deformable' and args.num_feature_levels not in (1, len(PYRAMID_STRIDES)):
-        raise ValueError(
+        raise UserError(
             f'--num_feature_levels {args.num_feature_levels} must be {len(PYRAMID_STRIDES)}, the levels of the feature pyramid '
             f'of {args.backbone}, or 1'
         )
@@ -145,52 +144,52 @@ def check_vit_args(args: Namespace) -> None:
 
 def check_masks(args: Namespace) -> None:
     if args.masks and args.co_masks:
-        raise ValueError('--masks and --co_masks are two ways to predict masks: give one of them')
+        raise UserError('--masks and --co_masks are two ways to predict masks: give one of them')
     if args.co_masks and args.family != 'deformable':
-        raise ValueError(
+        raise UserError(
             f'--co_masks is for Deformable DETR, and the other flags choose {args.family}: use --masks'
         )
     if (args.masks or args.co_masks) and args.eval_module != 'detr':
-        raise ValueError(
+        raise UserError(
             f'--{"masks" if args.masks else "co_masks"} are those of the decoder: leave --eval_module {args.eval_module} out'
         )
     if args.masks and args.backbone in VIT_SIZES:
-        raise ValueError(f'--masks needs maps of several strides, and {args.backbone} has one: leave it out')
+        raise UserError(f'--masks needs maps of several strides, and {args.backbone} has one: leave it out')
 
 
 def check_checkpointing(args: Namespace) -> None:
     parts = args.use_checkpoint or ()
     unknown = set(parts) - set(PLACES)
     if unknown:
-        raise ValueError(f'--use_checkpoint {unknown.pop()} is not known: choose from {", ".join(PLACES)}')
+        raise UserError(f'--use_checkpoint {unknown.pop()} is not known: choose from {", ".join(PLACES)}')
     if 'backbone' in parts and args.backbone.startswith('timm/'):
-        raise ValueError(
+        raise UserError(
             f'--use_checkpoint backbone is not for --backbone {args.backbone}: leave it out, or name encoder and decoder'
         )
 
 
 def check_ms_detr_args(args: Namespace) -> None:
     if args.use_aux_ffn and not args.use_ms_detr:
-        raise ValueError('--use_aux_ffn needs --use_ms_detr: add it')
+        raise UserError('--use_aux_ffn needs --use_ms_detr: add it')
     if args.use_aux_ffn and args.ms_variant == 'a':
-        raise ValueError(
+        raise UserError(
             '--use_aux_ffn belongs to the second reading after the cross-attention: leave it out, or leave --ms_variant a out'
         )
     if args.ms_variant == 'a' and not args.use_ms_detr:
-        raise ValueError('--ms_variant a needs --use_ms_detr: add it')
+        raise UserError('--ms_variant a needs --use_ms_detr: add it')
 
 
 def check_detection_args(args: Namespace) -> None:
     if args.family == 'detr' and args.nms_iou_threshold is not None:
-        raise ValueError(
+        raise UserError(
             '--nms_iou_threshold is not for DETR, which gives one detection a query: leave it out'
         )
     if args.eval_module not in ('detr', *args.co_aux_heads):
-        raise ValueError(
+        raise UserError(
             f'--eval_module {args.eval_module} is not among --co_aux_heads: add it there, or evaluate detr'
         )
     if args.soft_nms_threshold and args.nms_iou_threshold is not None:
-        raise ValueError(
+        raise UserError(
             '--soft_nms_threshold and --nms_iou_threshold are two ways of suppression: give one (--soft_nms_threshold 0 '
             'turns that of --dino off)'
         )
@@ -203,15 +202,15 @@ def check_detection_args(args: Namespace) -> None:
         }
         for flag, value in usual.items():
             if getattr(args, flag) != value:
-                raise ValueError(
+                raise UserError(
                     f'--{flag} {getattr(args, flag)} is for Deformable DETR, and the other flags choose {args.family}: leave it out'
                 )
     elif args.num_feature_levels == 1 and args.finest_stride == 4:
-        raise ValueError(
+        raise UserError(
             '--finest_stride 4 is for several feature maps, but --num_feature_levels is 1: leave one of them out'
         )
     if args.eval_module != 'detr' and args.nms_iou_threshold is not None:
-        raise ValueError(
+        raise UserError(
             f'--nms_iou_threshold is for the decoder: --eval_module {args.eval_module} suppresses by its own rule'
         )
 
@@ -223,14 +222,14 @@ def check_deformable_args(args: Namespace) -> None:
         ('mixed_selection', 'two_stage'),
     ):
         if getattr(args, flag) and not getattr(args, needed):
-            raise ValueError(f'--{flag} needs --{needed}: add it')
+            raise UserError(f'--{flag} needs --{needed}: add it')
     if args.hidden_dim % 32:
-        raise ValueError(
+        raise UserError(
             f'--hidden_dim {args.hidden_dim} must be a multiple of 32 in Deformable DETR (group norm)'
         )
     num_maps = len(backbone_maps(args))
     if args.num_feature_levels < num_maps:
-        raise ValueError(
+        raise UserError(
             f'--num_feature_levels {args.num_feature_levels} must be 1, or at least the {num_maps} maps of a backbone of '
             f'--backbone_stages {args.backbone_stages}'
         )

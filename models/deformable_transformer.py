@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from util.errors import UserError
+
 from .heads import ExactLinear, add_reference, inverse_sigmoid
 from .ops.functions import exporting
 from .ops.modules import MSDeformAttn
@@ -266,7 +268,7 @@ class DeformableTransformer(nn.Module):
             Boxes [B, num_proposals, 4] without gradient, and while training the prediction of every token (kind 'enc').
 
         Raises:
-            ValueError: there are fewer tokens than proposals.
+            UserError: there are fewer tokens than proposals.
         """
         features, anchors = self.proposal_features(memory, num_proposals)
         if self.training:
@@ -286,7 +288,7 @@ class DeformableTransformer(nn.Module):
         """Return features of every cell for the heads, [B, S, C], and its default box in logit space, [B, S, 4]."""
         num_tokens = memory.tokens.shape[1]
         if not exporting() and num_tokens < num_proposals:
-            raise ValueError(
+            raise UserError(
                 f'{num_proposals} proposals, but the feature maps {memory.shapes} have {num_tokens} cells: lower '
                 '--num_queries (or what training adds to it), or use larger images'
             )

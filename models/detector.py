@@ -14,6 +14,7 @@ from models.recorded import settle
 from models.zoo import find_row
 from util.checkpoint import flags_of, load_checkpoint
 from util.distributed.collectives import choose_device
+from util.errors import UserError
 from util.foreign_names import COCO_IDS, to_official
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from util.precision import Precision
@@ -124,10 +125,10 @@ def check_detector_args(args: Namespace) -> None:
     """Refuse a command line that names no detector.
 
     Raises:
-        ValueError: so it is.
+        UserError: so it is.
     """
     if not (args.model or args.checkpoint):
-        raise ValueError('give --checkpoint FILE, or --model NAME for published weights')
+        raise UserError('give --checkpoint FILE, or --model NAME for published weights')
 
 
 def load_detector(
@@ -142,16 +143,16 @@ def load_detector(
         half: compute in 16 bits.
 
     Raises:
-        ValueError: the file does not fit the model, tells no flags although no model is named, or there is none.
+        UserError: the file does not fit the model, tells no flags although no model is named, or there is none.
     """
     row = find_row(model) if model else None
     source = str(weights) if weights or row is None else row.source()
     if not source:
-        raise ValueError('name a model, or a file of weights')
+        raise UserError('name a model, or a file of weights')
     checkpoint = read_checkpoint(source)
     recorded = row.flags if row else flags_of(checkpoint)
     if row is None and not recorded:
-        raise ValueError(
+        raise UserError(
             f'{source} holds weights alone, without the flags of its run: name its model too (--model NAME in a tool, '
             'docs/zoo.md has the names)'
         )
@@ -173,7 +174,7 @@ def class_map_of(checkpoint: dict, source: str) -> ClassMap:
         (len(state[name]) for name in ('class_embed.0.bias', 'class_embed.bias') if name in state), None
     )
     if rows is None:
-        raise ValueError(f'{source} has no class head ({layout} names), so it is no detector of this family')
+        raise UserError(f'{source} has no class head ({layout} names), so it is no detector of this family')
     rows -= 'class_embed.bias' in state and 'transformer.decoder.ref_point_head.layers.0.weight' not in state
     names = names_in(checkpoint)
     if rows == PANOPTIC_CLASSES:

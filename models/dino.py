@@ -60,7 +60,7 @@ class DinoTransformer(DeformableTransformer):
             Boxes [B, num_proposals, 4] without gradient, and while training the prediction of these tokens (kind 'enc').
 
         Raises:
-            ValueError: there are fewer tokens than proposals.
+            UserError: there are fewer tokens than proposals.
         """
         features, anchors = self.proposal_features(memory, num_proposals)
         logits = class_head(features)

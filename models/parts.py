@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from util.errors import UserError
+
 PLACES = ('backbone', 'encoder', 'decoder')
 # Compiled programs of one function that PyTorch may keep. There are four kinds of stages and two of layers, each in
 # training and evaluation.
@@ -80,21 +82,21 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
     """Freeze parameters by words between the dots of their names, such as `backbone` or `decoder.layers.0`.
 
     Raises:
-        ValueError: no parameter has such a name, nothing is left to train, or a batch norm's statistics would still change.
+        UserError: no parameter has such a name, nothing is left to train, or a batch norm's statistics would still change.
     """
     for name in names:
         found = [p for full, p in model.named_parameters() if f'.{name}.' in f'.{full}.']
         if not found:
             words = sorted({full.split('.')[0] for full, _ in model.named_parameters()} | set(PLACES))
-            raise ValueError(
+            raise UserError(
                 f'--freeze {name}: no parameter has this in its name; there are {", ".join(words)}'
             )
         for parameter in found:
             parameter.requires_grad_(False)
     if names and not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f'--freeze {" ".join(names)} leaves nothing to train: name fewer parts')
+        raise UserError(f'--freeze {" ".join(names)} leaves nothing to train: name fewer parts')
     if names and any(not norm.weight.requires_grad for norm in batch_norms(model)):
-        raise ValueError(
+        raise UserError(
             f'--freeze {" ".join(names)}: the statistics of batch norms would still change: add --backbone_norm frozen'
         )
 
@@ -108,10 +110,10 @@ def compile_parts(model: nn.Module, **options: object) -> None:
         options: arguments of `torch.compile`.
 
     Raises:
-        ValueError: a part with batch norms is to be recomputed.
+        UserError: a part with batch norms is to be recomputed.
     """
     if any(getattr(part, 'recompute', False) and batch_norms(part) for part in all_parts(model)):
-        raise ValueError(
+        raise UserError(
             'compiled stages with batch norms cannot be computed again: leave backbone out of --use_checkpoint, or do not '
             'compile'
         )

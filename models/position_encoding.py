@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from util.errors import UserError
+
 
 def frequencies(num_feats: int, temperature: float, device: torch.device) -> Tensor:
     """Return divisors [num_feats] in equal pairs, float32 whatever the model's precision (official code)."""
@@ -78,11 +80,11 @@ class PositionEmbeddingLearned(nn.Module):
         """Encode the cells of a padding mask [B, H, W] as [B, 2 * num_pos_feats, H, W], x before y.
 
         Raises:
-            ValueError: a side has more than 50 cells.
+            UserError: a side has more than 50 cells.
         """
         batch, height, width = mask.shape
         if max(height, width) > self.cells:
-            raise ValueError(
+            raise UserError(
                 f'learned position encodings cover {self.cells} x {self.cells} cells, this feature map has '
                 f'{height} x {width}: use --position_embedding sine, or smaller images (--img_size, --max_size)'
             )

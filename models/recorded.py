@@ -8,6 +8,8 @@ flags tell.
 from argparse import ArgumentParser, Namespace
 from collections.abc import Collection, Mapping
 
+from util.errors import UserError
+
 from .defaults import resolve_args
 from .flags import add_model_args
 
@@ -88,7 +90,7 @@ def settle(recorded: Mapping) -> Namespace:
     """Return the detector's flags in a file of this or an official repository, with defaults for those it lacks.
 
     Raises:
-        ValueError: they contradict each other.
+        UserError: they contradict each other.
     """
     known = set(recorded)
     # Only the official Conditional DETR has the focal loss and no feature levels.
@@ -96,8 +98,8 @@ def settle(recorded: Mapping) -> Namespace:
     more = {'backbone_weights': 'none'} | ({'conditional': True} if conditional else {})
     try:
         return resolve_args(Namespace(**{**recorded, **more}))
-    except ValueError as error:
-        raise ValueError(f'the flags in the checkpoint: {error}') from error
+    except UserError as error:
+        raise UserError(f'the flags in the checkpoint: {error}') from error
 
 
 def adopt(args: Namespace, given: Collection[str], recorded: Mapping) -> Namespace:
@@ -108,7 +110,7 @@ def adopt(args: Namespace, given: Collection[str], recorded: Mapping) -> Namespa
         recorded: flags in the checkpoint, or those of a row of the zoo.
 
     Raises:
-        ValueError: a given flag contradicts the checkpoint; the message has both values.
+        UserError: a given flag contradicts the checkpoint; the message has both values.
     """
     theirs = settle(recorded)
     network = NetworkFlags.of(theirs)
@@ -124,7 +126,7 @@ def adopt(args: Namespace, given: Collection[str], recorded: Mapping) -> Namespa
         else:
             same = SAME.get(value, value) == network.get(flag, getattr(theirs, flag))
         if not same:
-            raise ValueError(
+            raise UserError(
                 f'--{flag}{"" if value is True else f" {value}"} on the command line contradicts the weights, which were trained '
                 f'with {describe(flag, theirs)}: leave it out, or name other weights'
             )

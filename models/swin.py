@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from util.errors import UserError
 from util.weight_files import read_checkpoint, state_of
 
 from .parts import call_part
@@ -242,12 +243,12 @@ def load_pretrained(model: SwinTransformer, source: str) -> None:
     """Load an official ImageNet file (path or URL), which has no norms of maps.
 
     Raises:
-        ValueError: the file is missing, or other entries are missing or of another shape.
+        UserError: the file is missing, or other entries are missing or of another shape.
     """
     try:
         found = state_of(read_checkpoint(source), averaged=False, source=source)
-    except ValueError as error:
-        raise ValueError(f'--backbone_weights: {error}') from error
+    except UserError as error:
+        raise UserError(f'--backbone_weights: {error}') from error
     state = fit_pretrained(found, model)
     ours = model.state_dict()
     unfit = [
@@ -258,7 +259,7 @@ def load_pretrained(model: SwinTransformer, source: str) -> None:
         and (name not in state or state[name].shape != ours[name].shape)
     ]
     if unfit:
-        raise ValueError(
+        raise UserError(
             f'--backbone_weights {source} does not fit this Swin: {len(unfit)} of {len(ours)} entries are missing or of '
             f'another shape, such as {", ".join(unfit[:3])}'
         )

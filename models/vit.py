@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from util.errors import UserError
 from util.weight_files import read_checkpoint, state_of
 
 from .parts import call_part
@@ -94,12 +95,12 @@ class Attention(nn.Module):
         """Attend in a map [B, H, W, C], and return the same shape.
 
         Raises:
-            ValueError: the map has another size than the only one that the network is for.
+            UserError: the map has another size than the only one that the network is for.
         """
         if self.window_size is None:
             if self.fixed_grid is not None and x.shape[1:3] != (self.fixed_grid, self.fixed_grid):
                 side = PATCH * self.fixed_grid
-                raise ValueError(
+                raise UserError(
                     f'this ViT is for images of {side} x {side} pixels, not {PATCH * x.shape[1]} x {PATCH * x.shape[2]}: give '
                     f'--aug lsj --lsj_size {side}, or --backbone vit_large'
                 )
@@ -271,14 +272,14 @@ def load_vit(model: VisionTransformer, source: str) -> None:
     """Load an EVA-02 file (path or address), with patches and grid of positions resized to those of the model.
 
     Raises:
-        ValueError: the file is missing, or entries are missing or of another shape.
+        UserError: the file is missing, or entries are missing or of another shape.
     """
     try:
         checkpoint = read_checkpoint(source)
         found = {'model': checkpoint['module']} if 'module' in checkpoint else checkpoint
         state = state_of(found, source=source)
-    except ValueError as error:
-        raise ValueError(f'--backbone_weights: {error}') from error
+    except UserError as error:
+        raise UserError(f'--backbone_weights: {error}') from error
     state = {re.sub(r'^(module|backbone)\.', '', name): value for name, value in state.items()}
     ours = model.state_dict()
     for name, resize in (('patch_embed.proj.weight', resize_patches), ('pos_embed', resize_positions)):
@@ -289,7 +290,7 @@ def load_vit(model: VisionTransformer, source: str) -> None:
         if not name.startswith('out_norm.') and (name not in state or state[name].shape != value.shape)
     ]  # fmt: skip
     if unfit:
-        raise ValueError(
+        raise UserError(
             f'--backbone_weights {source} does not fit this ViT: {len(unfit)} of {len(ours)} entries are missing or of '
             f'another shape, such as {", ".join(unfit[:3])}'
         )

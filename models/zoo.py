@@ -15,6 +15,7 @@ from torch import nn
 
 from models import build_detector, resolve_args
 from models.recorded import adopt, settle
+from util.errors import UserError
 from util.plan import count_flops
 
 DETR_FILES = 'https://dl.fbaipublicfiles.com/detr/detr-'
@@ -80,12 +81,12 @@ class Row:
         """Return the address of the weights.
 
         Raises:
-            ValueError: there is none; the message says where they are linked from.
+            UserError: there is none; the message says where they are linked from.
         """
         if self.weights:
             return self.weights
         where = self.linked or 'no place: their authors have not published them'
-        raise ValueError(
+        raise UserError(
             f'the weights of {self.name} ({self.title}) have no direct address: fetch them by hand from {where}, and pass '
             'their path (weights=PATH, --weights PATH, or --resume PATH)'
         )
@@ -271,14 +272,14 @@ def find_row(name: str) -> Row:
     """Return the row of a hub entry, or of a recipe in scripts/.
 
     Raises:
-        ValueError: there is none; the message names similar ones.
+        UserError: there is none; the message names similar ones.
     """
     for row in ZOO:
         if name and name in (row.name, row.script):
             return row
     names = [row.name for row in ZOO if row.name]
     similar = get_close_matches(name, names, n=3) or names[:3]
-    raise ValueError(f'no model {name!r} is known: {", ".join(similar)}, ... (docs/zoo.md has all)')
+    raise UserError(f'no model {name!r} is known: {", ".join(similar)}, ... (docs/zoo.md has all)')
 
 
 def with_row(args: Namespace, given: Collection[str]) -> Namespace:
@@ -288,7 +289,7 @@ def with_row(args: Namespace, given: Collection[str]) -> Namespace:
         given: names of the flags on the command line.
 
     Raises:
-        ValueError: there is no such row, a given flag contradicts it, or weights are needed and have no direct address.
+        UserError: there is no such row, a given flag contradicts it, or weights are needed and have no direct address.
     """
     row = find_row(args.model)
     args = adopt(args, given, vars(settle(row.flags)))

@@ -16,6 +16,7 @@ from datasets.class_map import ClassMap
 from tests.shared_data import SHARED, needs_shared
 from tools import analyze_errors as tool
 from tools.predict import coco_results
+from util.errors import FileError
 from util.flags import run_command
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
@@ -322,7 +323,7 @@ def test_flags_and_files_that_cannot_be_used_are_named(tmp_path: Path, capsys: p
     with pytest.raises(ValueError, match=r'val\.json: let it end in \.html'):
         run([*flags, f'--output={tmp_path}/val.json'])
     (tmp_path / 'one.jpg').unlink()
-    with pytest.raises(FileNotFoundError, match=r'1 of 2 images of .*val\.json are not in'):
+    with pytest.raises(FileError, match=r'1 of 2 images of .*val\.json are not in'):
         run([*flags, '--score_thr=0'])
     assert not (tmp_path / 'out').exists()
     (tmp_path / 'results.json').write_text('[{')

@@ -20,6 +20,7 @@ from tests.processes import in_processes
 from tests.runs import load, run
 from tools import replay
 from util.black_box import BlackBox
+from util.errors import UserError
 from util.nested_tensor import collate_fn
 
 BAD = float('nan')
@@ -53,7 +54,7 @@ def test_a_bad_weight_stops_the_run_and_is_named(
     with monkeypatch.context() as patch:
         patch.setattr(engine, 'losses_of', spoilt)
         with pytest.raises(
-            FloatingPointError,
+            UserError,
             match=r'3 steps in a row are not finite \(weight bbox_embed\.layers\.1\.weight, 1 of',
         ):
             run(tmp_path, '--epochs', '1')
@@ -146,7 +147,7 @@ def test_a_bad_prediction_is_named_and_matched(
 
     monkeypatch.setattr('main.build_model', hooked)
     monkeypatch.setattr(replay, 'build_model', hooked)
-    with pytest.raises(FloatingPointError, match='3 steps in a row'):
+    with pytest.raises(UserError, match='3 steps in a row'):
         run(tmp_path, '--epochs', '1')
     report = report_of(capsys.readouterr().out)
     assert re.fullmatch(expected, report), report
@@ -205,7 +206,7 @@ def test_a_bad_gradient_names_its_parameter(capsys: pytest.CaptureFixture[str]) 
     model, criterion, optimizer = tiny()
     parameter = model.transformer.encoder.layers[1].linear2.bias
     parameter.register_hook(lambda gradient: gradient * BAD)
-    with pytest.raises(FloatingPointError, match='2 steps in a row'):
+    with pytest.raises(UserError, match='2 steps in a row'):
         train_one_epoch(model, criterion, batches(), optimizer, black_box=BlackBox(limit=2))
     assert 'gradient of transformer.encoder.layers.1.linear2.bias; images 0, 1' in capsys.readouterr().out
 

@@ -30,6 +30,7 @@ from tests.shared_data import (
     recorded_fields,
     rule_image,
 )
+from util.errors import FileError
 from util.seeding import local_seed
 
 RECORDED = read_shared('parity/transforms/coco_pipeline.json')
@@ -211,11 +212,11 @@ def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
 def test_missing_files_are_named(tmp_path: Path) -> None:
     write_data(tmp_path, small_data())
     (tmp_path / 'val2017/a.png').unlink()
-    with pytest.raises(FileNotFoundError, match=r'1 of 2 images .* the first is a\.png'):
+    with pytest.raises(FileError, match=r'1 of 2 images .* the first is a\.png'):
         load(tmp_path)
-    with pytest.raises(FileNotFoundError, match='does not exist'):
+    with pytest.raises(FileError, match='does not exist'):
         CocoDetection(tmp_path / 'val2017', tmp_path / 'nothing.json')
-    with pytest.raises(FileNotFoundError, match='image folder'):
+    with pytest.raises(FileError, match='image folder'):
         CocoDetection(tmp_path / 'nothing', tmp_path / 'annotations/instances_val2017.json')
 
 
@@ -398,9 +399,9 @@ def test_explicit_paths_win_and_need_no_coco_path(tmp_path: Path) -> None:
     root = write_data(tmp_path, small_data())
     paths = {'val_images': str(root / 'val2017'), 'val_ann': str(root / 'annotations/instances_val2017.json')}
     assert len(build_dataset('val', arguments(**paths))) == 2
-    with pytest.raises(FileNotFoundError, match='--val_ann'):
+    with pytest.raises(FileError, match='--val_ann'):
         build_dataset('val', arguments(coco_path=str(root), val_ann='nowhere.json'))
-    with pytest.raises(FileNotFoundError, match=r'train2017.*images/train2017.*--train_images'):
+    with pytest.raises(FileError, match=r'train2017.*images/train2017.*--train_images'):
         build_dataset('train', arguments(coco_path=str(root)))
     with pytest.raises(ValueError, match='--coco_path'):
         build_dataset('train', arguments())

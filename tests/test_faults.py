@@ -20,6 +20,7 @@ from tests.processes import end_group, in_processes, print_to, start_group, star
 from tests.runs import ROOT, TINY, assert_same, load
 from util.distributed.heartbeat import Heartbeat
 from util.distributed.preemption import UNFINISHED
+from util.errors import FileError
 from util.files import lock_folder, unlock
 
 # Twelve steps an epoch for one process, six for two.
@@ -361,7 +362,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
             filler.write(bytes(4096))
     capsys.readouterr()
     arguments = main.get_args_parser().parse_args([*flags, '--output_dir', str(out)])
-    with pytest.raises(OSError, match='free some space'):
+    with pytest.raises(FileError, match='free some space'):
         main.main(arguments)
     printed = capsys.readouterr().out
     assert printed.count('checkpoint.pth could not be written') == 2 and 'epoch 3/3: loss' in printed

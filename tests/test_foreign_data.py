@@ -23,6 +23,7 @@ from datasets.image_io import orientation, read_image, stored_size
 from datasets.shapes import ShapesDetection, export
 from tests.runs import TINY, load
 from tools import convert_dataset
+from util.errors import FileError, UserError
 from util.flags import run_command
 
 
@@ -258,7 +259,7 @@ def test_label_files_do_not_depend_on_the_folder_of_the_program(
         numbers.append(build_dataset('train', arguments('yolo', Path(place))).summary)
     assert len(set(numbers)) == 1 and ' 0 objects' not in numbers[0], numbers
     (root / 'labels').unlink()
-    with pytest.raises(FileNotFoundError, match='none of the 8 training images has a label file'):
+    with pytest.raises(FileError, match='none of the 8 training images has a label file'):
         build_dataset('train', arguments('yolo', root.parent))
 
 
@@ -355,6 +356,6 @@ def test_bad_files_are_named(name: str, copies: dict[str, Path], tmp_path: Path)
         path.unlink()
     else:
         path.write_text(text)
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         build_dataset('train', arguments(kind, tmp_path / kind))
     assert str(tmp_path) in str(error.value)

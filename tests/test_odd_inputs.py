@@ -1,9 +1,12 @@
 """A corpus of odd and bad inputs: each ends in one clear message and changes nothing, or is handled as docs/data.md says."""
 
+import argparse
+import errno
 import json
 import os
 import pickle
 import signal
+import traceback
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +18,12 @@ from torch.utils.data import get_worker_info
 
 import main
 from datasets.coco import CocoDetection
+from models.training import losses
 from tests.runs import TINY
 from tests.shared_data import rule_image
 from tools import compare_runs, convert_checkpoint, make_shards, predict
-from util.flags import run_command
+from util.errors import UserError
+from util.flags import is_of_user, run_command
 from util.weight_files import write_safetensors
 
 PROGRAMS = {
@@ -437,6 +442,42 @@ def test_an_image_that_vanishes_and_a_worker_that_is_killed(
 
     monkeypatch.setattr(CocoDetection, 'untransformed', killed)
     assert 'lower --num_workers' in complaint('main', flags(data, '--num_workers', '1'), capsys)
+
+
+def test_the_fault_of_a_loss_keeps_its_traceback(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
+        return torch.stack([box for box, _ in zip(boxes, target_boxes[1:], strict=True)])
+
+    monkeypatch.setitem(losses.BOX_LOSSES, 'bbox', losses.BoxLoss(broken, 5, 'a mistake'))
+    with pytest.raises(ValueError, match='shorter') as found:
+        run_command(main.main, main.get_args_parser(), flags(data))
+    line = broken.__code__.co_firstlineno + 1
+    assert f'File "{__file__}", line {line}, in broken' in ''.join(traceback.format_exception(found.value))
+    assert not isinstance(found.value, UserError)
+
+
+def test_whose_fault_an_oserror_is(tmp_path: Path) -> None:
+    flags = argparse.Namespace(output_dir=str(tmp_path / 'out'), queries=[1], ann=None)
+    assert is_of_user(PermissionError(13, 'Permission denied', str(tmp_path / 'out/log.jsonl')), flags)
+    assert is_of_user(NotADirectoryError(20, 'Not a directory', tmp_path), flags)
+    assert is_of_user(OSError(errno.ENOSPC, 'No space left on device'), flags)
+    assert not is_of_user(FileNotFoundError(2, 'No such file', str(tmp_path / 'other')), flags)
+    assert not is_of_user(ConnectionResetError(104, 'Connection reset by peer'), flags)
+
+
+def test_flags_have_no_abbreviations(capsys: pytest.CaptureFixture[str]) -> None:
+    for word, near in (
+        ('--epoch', '--epochs'),
+        ('--hybrid_q=9', '--hybrid_queries'),
+        ('--ouput_dir', '--output_dir'),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main.get_args_parser().parse_args([word, *([] if '=' in word else ['3'])])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and f'did you mean {near}' in said, said
+    with pytest.raises(SystemExit):
+        predict.get_args_parser().parse_args(['--source', 'x', '--check', 'y'])
+    assert 'did you mean --checkpoint' in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')

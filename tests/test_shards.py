@@ -29,6 +29,7 @@ from datasets.streaming.shards import ShardedCoco, ShardStream, ShufflePool, bui
 from datasets.transforms import make_transforms
 from tests.runs import TINY, assert_same
 from tools import make_shards
+from util.errors import FileError
 
 pytest.importorskip('webdataset', reason='needs webdataset: pip install webdataset')
 
@@ -414,7 +415,7 @@ def test_broken_shards_are_named(write: Write, damage: Callable, message: str) -
 
 def test_an_index_that_contradicts_itself_or_the_folder_is_refused(write: Write, tmp_path: Path) -> None:
     place = write()
-    with pytest.raises(FileNotFoundError, match=r'no index .*make_shards'):
+    with pytest.raises(FileError, match=r'no index .*make_shards'):
         ShardedCoco(str(tmp_path / 'nothing'))
     index = json.loads((place / 'shards.json').read_text())
     for change, message in (
@@ -433,7 +434,7 @@ def test_an_index_that_contradicts_itself_or_the_folder_is_refused(write: Write,
     ):
         ShardedCoco(str(place))
     (place / '000001.tar').unlink()
-    with pytest.raises(FileNotFoundError, match=r'000001.tar .* does not exist: .*make_shards'):
+    with pytest.raises(FileError, match=r'000001.tar .* does not exist: .*make_shards'):
         ShardedCoco(str(place))
 
 

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from util.errors import UserError
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.annotations import AnnotationTable
@@ -41,7 +43,7 @@ from datasets.image_io import read_image
 from datasets.json_stream import list_blocks
 from util.bounds import real
 from util.files import save_atomically
-from util.flags import run_command
+from util.flags import FlagParser, run_command
 
 # Of false positives.
 KINDS = ('wrong class', 'wrong place', 'wrong class and place', 'duplicate', 'background')
@@ -111,15 +113,15 @@ def read_results(file: str | Path, truth: Truth) -> Boxes:
     """Read detections in COCO's result form.
 
     Raises:
-        ValueError: the file is no list of results, or one of them has a bad box or score, an unknown image or category.
+        UserError: the file is no list of results, or one of them has a bad box or score, an unknown image or category.
     """
     try:
         results = json.loads(Path(file).read_text(encoding='utf-8'))
     except ValueError as error:
-        raise ValueError(f'{file} is not JSON ({error}): write it again') from error
+        raise UserError(f'{file} is not JSON ({error}): write it again') from error
     if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
         form = '[{"image_id": 1, "category_id": 1, "bbox": [x, y, width, height], "score": 0.9}, ...]'
-        raise ValueError(f'{file} is no list of results, which COCO has as {form}')
+        raise UserError(f'{file} is no list of results, which COCO has as {form}')
     rows, labels = [], truth.class_map.label_of
     for number, result in enumerate(results):
         category, problem = as_id(result.get('category_id')), box_problem(result)
@@ -132,7 +134,7 @@ def read_results(file: str | Path, truth: Truth) -> Boxes:
             given = {key: result.get(key) for key in ('image_id', 'file_name')}
             problem = f'has image {given}, which is none of the {len(truth.files)} of the annotations'
         if problem:
-            raise ValueError(f'{file}: result {number} {problem}')
+            raise UserError(f'{file}: result {number} {problem}')
         rows.append((image, label, *result['bbox'], result['score']))
     columns = np.array(rows, dtype=np.float64).reshape(-1, 7)
     images, labels = columns[:, :2].astype(np.int64).T
@@ -330,7 +332,7 @@ def page(report: dict, folder: str | Path, title: str) -> str:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         'analyze_errors.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--predictions', required=True, metavar='FILE', help="detections in COCO's form")
@@ -346,7 +348,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: Namespace) -> str:
     if Path(args.output).suffix.lower() not in ('.html', '.htm'):
-        raise ValueError(f'--output {args.output}: let it end in .html')
+        raise UserError(f'--output {args.output}: let it end in .html')
     truth = read_truth(args.ann)
     report = analyze(read_results(args.predictions, truth), truth, args.iou, args.score_thr)
     check_files([image['name'] for image in report['worst']], args.images, args.ann)

@@ -20,12 +20,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.benchmarks import criterion, data, fps, model, op, schemes, step, train
+from util.flags import FlagParser, run_command
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def get_args_parser() -> FlagParser:
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     for part in (data, op, model, criterion, train, schemes, step, fps):
         part.add_command(commands)
@@ -33,8 +32,4 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == '__main__':
-    args = get_args_parser().parse_args()
-    try:
-        args.run(args)
-    except ValueError as error:
-        sys.exit(f'error: {error}')
+    run_command(lambda args: args.run(args), get_args_parser())

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from util.errors import UserError
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import build_dataset
@@ -33,7 +35,7 @@ from models.training import build_supervision
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
 from util.distributed.collectives import choose_device
 from util.files import make_folder, save_atomically
-from util.flags import run_command
+from util.flags import FlagParser, run_command
 from util.logger import read_records
 from util.nested_tensor import collate_fn
 from util.visualize import new_figure
@@ -72,7 +74,7 @@ class Scheme:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         'compare_runs.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('runs', nargs='+', metavar='RUN', help='output folders of main.py')
@@ -100,11 +102,11 @@ def read_run(folder: Path) -> list[Epoch]:
     """Read the log of a run.
 
     Raises:
-        ValueError: the folder has none.
+        UserError: the folder has none.
     """
     log = folder / 'log.jsonl'
     if not log.is_file():
-        raise ValueError(f'{folder} is no output folder of a run: there is no log.jsonl in it')
+        raise UserError(f'{folder} is no output folder of a run: there is no log.jsonl in it')
     epochs, images, minutes = [], 0, 0.0
     for record in read_records(log):
         images += record['images']
@@ -114,7 +116,7 @@ def read_run(folder: Path) -> list[Epoch]:
         stats = record.get('test_coco_eval_bbox', [None, None])
         epochs.append(Epoch(record['epoch'], images, minutes, loss, *stats[:2]))
     if not epochs:
-        raise ValueError(f'{log} is empty: the run has finished no epoch')
+        raise UserError(f'{log} is empty: the run has finished no epoch')
     return epochs
 
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from util.errors import UserError
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.detector import class_map_of
@@ -25,7 +27,7 @@ from models.recorded import settle
 from models.zoo import find_row
 from util.checkpoint import MASKS, TRAINING_ONLY, flags_of, save_checkpoint
 from util.files import save_atomically
-from util.flags import run_command
+from util.flags import FlagParser, run_command
 from util.foreign_files import to_mmdetection, to_official_files, to_transformers
 from util.foreign_names import to_official
 from util.weight_files import SAFETENSORS, read_checkpoint, state_of, write_safetensors
@@ -42,7 +44,7 @@ PLAIN = {
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         'convert_checkpoint.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('source', metavar='FILE', help='checkpoint: a path or an address')
@@ -87,14 +89,14 @@ def convert(source: str, output: Path, stripped: bool, to: str, model: str = '')
         model: row of the zoo whose flags to take, for a file without flags.
 
     Raises:
-        ValueError: `output` exists, or `to` has no such entry.
+        UserError: `output` exists, or `to` has no such entry.
     """
     if output.exists():
-        raise ValueError(f'{output} exists: choose another name, or remove it')
+        raise UserError(f'{output} exists: choose another name, or remove it')
     checkpoint = read_checkpoint(source)
     layout, state = to_official(state_of(checkpoint, source=source))
     if not any(name.startswith(('transformer.', 'query_embed.', 'backbone.')) for name in state):
-        raise ValueError(f'{source} holds no detector of this family, but {", ".join(list(state)[:3])} ...')
+        raise UserError(f'{source} holds no detector of this family, but {", ".join(list(state)[:3])} ...')
     flags, found = flags_of(checkpoint) or (find_row(model).flags if model else {}), len(state)
     if stripped:
         state, flags = strip(state, flags)
@@ -137,7 +139,7 @@ def our_file(checkpoint: dict, layout: str, state: dict[str, Tensor], flags: dic
 def write_folder(folder: Path, state: dict[str, Tensor], flags: dict, checkpoint: dict, source: str) -> int:
     """Write weights and configuration for transformers; return the size of the weights in bytes."""
     if not flags:
-        raise ValueError(
+        raise UserError(
             f'{source} tells no flags of its model, which a configuration needs: name it (--model NAME)'
         )
     settled = vars(settle(flags))

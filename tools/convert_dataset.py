@@ -12,17 +12,19 @@ import json
 import sys
 from pathlib import Path
 
+from util.errors import UserError
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.annotations import AnnotationTable
 from datasets.coco_json import check_files, object_area, read_annotations
 from datasets.foreign import places_of
 from util.files import save_atomically
-from util.flags import run_command
+from util.flags import FlagParser, run_command
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         'convert_dataset.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--dataset_file', required=True, choices=('voc', 'yolo'), help='format to read')
@@ -43,10 +45,10 @@ def convert(args: argparse.Namespace) -> str:
     """Write the file, and return a summary.
 
     Raises:
-        ValueError: the file exists, or the data are wrong.
+        UserError: the file exists, or the data are wrong.
     """
     if args.output.exists():
-        raise ValueError(f'{args.output} exists: choose another --output, or remove it')
+        raise UserError(f'{args.output} exists: choose another --output, or remove it')
     kind, image_dir, file = places_of(args.image_set, args.dataset_file, args.coco_path)
     check_files(AnnotationTable(file, blocks=kind.blocks).file_names, image_dir, file)
     data = read_annotations(file, kind.blocks)

@@ -20,22 +20,22 @@ import numpy as np
 import torch
 from PIL import Image
 
+from util.errors import UserError
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.detector import Detector, add_detector_args, check_detector_args, load_detector
 from tools.predict import select
 from tools.visualize_attention import attention_of, panels_of, sheet_of
 from util.bounds import whole
-from util.flags import run_command
+from util.flags import FlagParser, run_command
 from util.visualize import class_name, draw_boxes
 
 COLUMNS = ['class', 'score', 'left', 'top', 'right', 'bottom']
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        'demo.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser('demo.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     add_detector_args(parser)
     flag('--address', default='127.0.0.1', help='interface that the page is served on (default: %(default)s)')
@@ -121,7 +121,7 @@ def make_page(detector: Detector, title: str) -> Any:
 def main(args: Namespace) -> None:
     check_detector_args(args)
     if find_spec('gradio') is None:
-        raise ValueError('the demo needs gradio: pip install gradio')
+        raise UserError('the demo needs gradio: pip install gradio')
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
     detector = load_detector(args.model, args.checkpoint, args.device, args.half)
     number = sum(parameter.numel() for parameter in detector.model.parameters())

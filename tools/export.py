@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from util.errors import UserError
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import build_dataset
@@ -41,7 +43,7 @@ from models.postprocess import SoftmaxPostProcess, TopKPostProcess, clamp_boxes
 from util.bounds import whole
 from util.box_ops import box_cxcywh_to_xyxy
 from util.files import save_atomically
-from util.flags import run_command
+from util.flags import FlagParser, run_command
 
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -55,7 +57,7 @@ OUTPUTS, DETECTIONS = ['pred_logits', 'pred_boxes'], ['scores', 'labels', 'boxes
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         'export.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_detector_args(parser)
@@ -155,11 +157,11 @@ def make_program(detector: Detector, postprocess: bool) -> Program:
     """Return what to export of a detector.
 
     Raises:
-        ValueError: its detections cannot be computed inside a program.
+        UserError: its detections cannot be computed inside a program.
     """
     module = detector.postprocessors['bbox']
     if postprocess and not isinstance(module, SoftmaxPostProcess | TopKPostProcess):
-        raise ValueError(
+        raise UserError(
             f'--postprocess: {type(module).__name__} keeps another number of detections in each image, which cannot be '
             'exported: leave the flag out'
         )
@@ -169,7 +171,7 @@ def make_program(detector: Detector, postprocess: bool) -> Program:
 def check_packages() -> None:
     missing = ' '.join(name for name in PACKAGES if find_spec(name) is None)
     if missing:
-        raise ValueError(f'--format onnx needs packages: pip install {missing}, or take --format pt2')
+        raise UserError(f'--format onnx needs packages: pip install {missing}, or take --format pt2')
 
 
 def export(program: Program, images: Tensor, path: Path) -> None:
@@ -187,7 +189,7 @@ def export(program: Program, images: Tensor, path: Path) -> None:
     torch.onnx.export(exported, **names, opset_version=OPSET, dynamo=True, verbose=False).save(path)
     if (weights := path.with_name(f'{path.name}.data')).exists():
         weights.unlink()
-        raise ValueError('--format onnx: these weights do not fit into one file: take --format pt2')
+        raise UserError('--format onnx: these weights do not fit into one file: take --format pt2')
 
 
 def halve(path: Path) -> None:
@@ -296,7 +298,7 @@ def verify(detector: Detector, program: Program, run: Run, half: bool = False) -
     """Compare a program in a file with the detector at several sizes, and print the largest differences.
 
     Raises:
-        ValueError: one is above TOLERANCE (HALF_TOLERANCE).
+        UserError: one is above TOLERANCE (HALF_TOLERANCE).
     """
     tolerance = HALF_TOLERANCE if half else TOLERANCE
     module = detector.postprocessors['bbox']
@@ -316,7 +318,7 @@ def verify(detector: Detector, program: Program, run: Run, half: bool = False) -
         line = f'largest difference of scores {scores:.1e}, of boxes {boxes:.1e}'
         print(f'{number} x {height} x {width}: {line}', flush=True)
         if not (scores <= tolerance and boxes <= tolerance):
-            raise ValueError(
+            raise UserError(
                 f'the exported program is not the detector ({line}, at most {tolerance} is allowed), so no file is kept: '
                 + ('leave --half out' if half else 'try the other --format')
             )
@@ -361,13 +363,13 @@ def output_path(output: Path, suffix: str) -> Path:
     """Return the file to write.
 
     Raises:
-        ValueError: it exists, or has another suffix.
+        UserError: it exists, or has another suffix.
     """
     if output.suffix not in ('', suffix) and not output.is_dir():
-        raise ValueError(f'--output {output}: let it end in {suffix}, or name a folder')
+        raise UserError(f'--output {output}: let it end in {suffix}, or name a folder')
     path = output if output.suffix == suffix else output / f'detector{suffix}'
     if path.exists():
-        raise ValueError(f'{path} exists: choose another name, or remove it')
+        raise UserError(f'{path} exists: choose another name, or remove it')
     return path
 
 
@@ -376,11 +378,11 @@ def main(args: Namespace) -> str:
     if args.format == 'onnx':
         check_packages()
     elif args.half:
-        raise ValueError(
+        raise UserError(
             '--half is for --format onnx: a program of torch.export runs in the types of its weights'
         )
     if args.val_images and not args.val_ann:
-        raise ValueError(f'--val_images {args.val_images}: give --val_ann too, or leave it out')
+        raise UserError(f'--val_images {args.val_images}: give --val_ann too, or leave it out')
     path = output_path(args.output, f'.{args.format}')
     detector = load_detector(args.model, args.checkpoint)
     program = make_program(detector, args.postprocess)

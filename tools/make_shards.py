@@ -19,6 +19,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from util.errors import UserError
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.annotations import AnnotationTable, Columns
@@ -27,13 +29,13 @@ from datasets.coco_json import Annotations, check_files, read_annotations
 from datasets.image_io import stored_size
 from datasets.streaming.index import ANNOTATIONS, INDEX, VERSION, import_webdataset
 from util.files import save_atomically
-from util.flags import run_command
+from util.flags import FlagParser, run_command
 
 UNITS = {'MB': 10**6, 'GB': 10**9}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         'make_shards.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
@@ -65,11 +67,11 @@ def shard_limit(text: str) -> dict[str, float]:
     """Return WebDataset's limit of a shard, in images or bytes.
 
     Raises:
-        ValueError: the text is neither.
+        UserError: the text is neither.
     """
     number, unit = (text[:-2], text[-2:].upper()) if text[-2:].upper() in UNITS else (text, '')
     if not number.isdecimal() or int(number) < 1:
-        raise ValueError(f'--shard_size {text}: give a number of images, 1000, or a size, 300MB or 1GB')
+        raise UserError(f'--shard_size {text}: give a number of images, 1000, or a size, 300MB or 1GB')
     if unit:
         return {'maxcount': sys.maxsize, 'maxsize': int(number) * UNITS[unit]}
     return {'maxcount': int(number), 'maxsize': sys.maxsize}
@@ -79,7 +81,7 @@ def image_records(data: Annotations, folder: Path, file: Path, seed: int | None)
     """Yield a record per image, as shards hold it, in order of id, or shuffled.
 
     Raises:
-        ValueError: an image's size differs from that of its annotations.
+        UserError: an image's size differs from that of its annotations.
     """
     annotations: dict[int, list[dict]] = {image['id']: [] for image in data['images']}
     for annotation in data['annotations']:
@@ -129,13 +131,13 @@ def make_shards(args: Namespace) -> str:
     """Write the folder, and return a summary.
 
     Raises:
-        ValueError: the folder exists, or the data cannot be trained on.
+        UserError: the folder exists, or the data cannot be trained on.
     """
     output, limit = Path(args.output), shard_limit(args.shard_size)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f'{output} exists: choose another --output, or remove it')
+        raise UserError(f'{output} exists: choose another --output, or remove it')
     if '{file}' not in args.url:
-        raise ValueError(f'--url {args.url} needs {{file}} where the name of a shard goes')
+        raise UserError(f'--url {args.url} needs {{file}} where the name of a shard goes')
     places = {f'{args.image_set}_images': args.images, f'{args.image_set}_ann': args.ann}
     folder, file = find_files(args.image_set, Namespace(coco_path=args.coco_path, **places))
     check_files(AnnotationTable(file).file_names, folder, file, args.allow_outside)

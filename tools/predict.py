@@ -31,6 +31,8 @@ import torch
 from torch import Tensor
 from torchvision.io import encode_png
 
+from util.errors import UserError
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.class_map import ClassMap
@@ -40,7 +42,7 @@ from datasets.image_io import SUFFIXES, orientation, read_image
 from models.detector import Detector, add_detector_args, check_detector_args, load_detector
 from util.bounds import real, whole
 from util.files import make_folder, save_atomically
-from util.flags import run_command
+from util.flags import FlagParser, run_command
 from util.visualize import draw_boxes
 
 FILMS = ('.mp4', '.avi', '.mov', '.mkv', '.webm')
@@ -59,7 +61,7 @@ COLUMNS = (
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         'predict.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_detector_args(parser)
@@ -107,7 +109,7 @@ def find_images(source: str) -> list[Path]:
     """Return image files of a path, folder or pattern, sorted; those of the latter two by their suffix.
 
     Raises:
-        ValueError: there is none, or a name that cannot be written into the results.
+        UserError: there is none, or a name that cannot be written into the results.
     """
     path = Path(source)
     if path.is_file():
@@ -119,12 +121,12 @@ def find_images(source: str) -> list[Path]:
             file for file in found if (named or file.suffix.lower() in SUFFIXES) and not file.is_dir()
         )
     if not images:
-        raise ValueError(f'--source {source}: no image there ({", ".join(SUFFIXES)})')
+        raise UserError(f'--source {source}: no image there ({", ".join(SUFFIXES)})')
     for image in images:
         try:
             str(image).encode()
         except UnicodeEncodeError:
-            raise ValueError(f'{str(image)!r} has a name that is not UTF-8: rename the file') from None
+            raise UserError(f'{str(image)!r} has a name that is not UTF-8: rename the file') from None
     return images
 
 
@@ -132,12 +134,12 @@ def check_outside(images: list[Path], folder: Path) -> None:
     """Refuse to write among the images: a drawing, a film or a label file could replace one of theirs.
 
     Raises:
-        ValueError: an image lies in the output folder.
+        UserError: an image lies in the output folder.
     """
     whole = folder.resolve()
     for place in {image.parent.resolve() for image in images} | {image.resolve().parent for image in images}:
         if place.is_relative_to(whole):
-            raise ValueError(
+            raise UserError(
                 f'--output_dir {folder} holds {place}, where the source lies: choose a folder of its own'
             )
 
@@ -193,20 +195,20 @@ def thresholds_of(class_map: ClassMap, usual: float, single: list[str]) -> Tenso
     """Return the lowest score drawn of each class, [K]. single: `NAME=SCORE` for some.
 
     Raises:
-        ValueError: there is no such class, or no number from 0 to 1.
+        UserError: there is no such class, or no number from 0 to 1.
     """
     thresholds = torch.full((class_map.num_classes,), usual)
     for text in single:
         name, _, score = text.rpartition('=')
         if name not in class_map.names:
             known = ', '.join(str(each) for each in class_map.names if each is not None)[:300]
-            raise ValueError(f'--class_thresholds {text}: no class is named {name!r}; there are {known}')
+            raise UserError(f'--class_thresholds {text}: no class is named {name!r}; there are {known}')
         try:
             threshold = float(score)
         except ValueError:
-            raise ValueError(f'--class_thresholds {text}: {score!r} is no score') from None
+            raise UserError(f'--class_thresholds {text}: {score!r} is no score') from None
         if problem := real(0, 1).problem(threshold):
-            raise ValueError(f'--class_thresholds {text}: a score {problem}')
+            raise UserError(f'--class_thresholds {text}: a score {problem}')
         thresholds[class_map.names.index(name)] = threshold
     return thresholds
 
@@ -215,14 +217,14 @@ def fetch_image(url: str, folder: Path) -> Path:
     """Fetch an image into a folder.
 
     Raises:
-        ValueError: it cannot be fetched.
+        UserError: it cannot be fetched.
     """
     path = folder / (Path(urlparse(url).path).name or 'image')
     folder.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, str(path), progress=False)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f'{url} could not be fetched ({error}): check the address') from error
+        raise UserError(f'{url} could not be fetched ({error}): check the address') from error
     return path
 
 
@@ -267,7 +269,7 @@ def import_av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise ValueError('films need PyAV: pip install av') from error
+        raise UserError('films need PyAV: pip install av') from error
     return av
 
 
@@ -283,7 +285,7 @@ def detect_film(
     """Detect in every frame of a film or a webcam (of Linux), write the drawn film, and return rows with their `frame`, from 0.
 
     Raises:
-        ValueError: it is no film.
+        UserError: it is no film.
     """
     from tqdm import tqdm
 
@@ -319,7 +321,7 @@ def detect_film(
                     output.mux(drawn_stream.encode(av.VideoFrame.from_ndarray(array, format='rgb24')))
                     rows.extend(row | {'frame': count} for row in found)
             if drawn_stream is None:
-                raise ValueError(f'{source} has no frames')
+                raise UserError(f'{source} has no frames')
             output.mux(drawn_stream.encode())
 
     try:
@@ -327,7 +329,7 @@ def detect_film(
             save_atomically(folder / f'{Path(name).stem}.mp4', write)
     except (av.error.FFmpegError, IndexError) as error:
         known = 'no webcam that Linux can read' if is_camera else 'not a readable film'
-        raise ValueError(f'--source {source} is {known} ({error})') from error
+        raise UserError(f'--source {source} is {known} ({error})') from error
     return rows
 
 
@@ -358,9 +360,9 @@ def main(args: Namespace) -> None:
     if is_film:
         import_av()
         if 'yolo' in args.formats:
-            raise ValueError('--formats yolo is for images, not for a film: choose json or csv')
+            raise UserError('--formats yolo is for images, not for a film: choose json or csv')
         if not is_camera and not Path(args.source).is_file():
-            raise ValueError(f'--source {args.source}: no film there')
+            raise UserError(f'--source {args.source}: no film there')
     check_outside(
         [] if is_camera else [Path(args.source)] if is_film else images, make_folder(args.output_dir)
     )
@@ -382,7 +384,7 @@ def main(args: Namespace) -> None:
         for name in batch:
             try:
                 pixels[name] = read_image(paths[name])
-            except (ValueError, OSError) as error:
+            except (UserError, OSError) as error:
                 if len(names) == 1:
                     raise
                 left_out.append(str(error))
@@ -399,11 +401,11 @@ def main(args: Namespace) -> None:
             number = len(select(result, thresholds)['scores'])
             print(f'{paths[name]}: {number} objects of score {args.score_thr} or more')
     if not sizes:
-        raise ValueError(f'no image could be read, the first because {left_out[0]}')
+        raise UserError(f'no image could be read, the first because {left_out[0]}')
     write_results(folder, rows, args.formats, sizes, stems, class_map.label_of)
     print(f'{len(sizes)} drawn images and {", ".join(args.formats)} results lie in {folder}')
     if left_out:
-        raise ValueError(
+        raise UserError(
             f'{len(left_out)} of {len(images)} images were left out, the first because {left_out[0]}'
         )
 

@@ -12,6 +12,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from util.errors import UserError
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -21,14 +23,14 @@ from models import build_model
 from util.black_box import Diagnosis, diagnose
 from util.checkpoint import load_checkpoint, set_rng_state
 from util.distributed.collectives import choose_device
-from util.flags import run_command
+from util.flags import FlagParser, run_command
 from util.nested_tensor import NestedTensor
 from util.precision import DTYPES, Precision
 from util.weight_files import read_checkpoint
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         'replay.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('file', help='file in OUT/black_box')
@@ -41,12 +43,12 @@ def replay(args: argparse.Namespace) -> Diagnosis:
     """Return where the first bad value of a saved step comes up.
 
     Raises:
-        ValueError: the file is not one of a black box.
+        UserError: the file is not one of a black box.
     """
     saved = read_checkpoint(args.file)
     lacking = {'model', 'args', 'rng', 'batches', 'where'} - saved.keys()
     if lacking:
-        raise ValueError(f'{args.file} is not a file of a black box: it lacks {", ".join(sorted(lacking))}')
+        raise UserError(f'{args.file} is not a file of a black box: it lacks {", ".join(sorted(lacking))}')
     flags = argparse.Namespace(**saved['args'] | {'backbone_weights': 'none'})
     model, criterion, _ = build_model(flags)
     load_checkpoint(model, {'model': saved['model'], 'args': saved['args']}, resume=True, name=args.file)

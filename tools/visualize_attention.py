@@ -21,6 +21,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from util.errors import UserError
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.image_io import SUFFIXES, read_image
@@ -30,7 +32,7 @@ from models.ops.modules import MSDeformAttn
 from util import visualize
 from util.bounds import whole
 from util.files import save_atomically
-from util.flags import run_command
+from util.flags import FlagParser, run_command
 
 # Colours of weights from 0 to the largest.
 RAMP = torch.tensor([(70, 70, 255), (160, 40, 190), (235, 50, 60), (255, 160, 30), (255, 255, 160)]).float()
@@ -61,7 +63,7 @@ def attention_of(detector: Detector, image: Tensor, layer: int = -1) -> Attentio
     layer: from 0, or from the end if negative. Hooks note what modules are given; nothing is changed.
 
     Raises:
-        ValueError: there is no such layer.
+        UserError: there is no such layer.
     """
     decoder, seen = detector.model.transformer.decoder, {}
     chosen = decoder.layers[number_of('layer', layer, -len(decoder.layers), len(decoder.layers) - 1)]
@@ -126,7 +128,7 @@ def detections_of(detector: Detector, attention: Attention, queries: list[int], 
         if names[one['labels']] is not None and len(kept) < num:
             kept.setdefault(int(one['query']), one)
     if not kept:
-        raise ValueError('nothing was detected in the image: name queries, for example --queries 0 1 2')
+        raise UserError('nothing was detected in the image: name queries, for example --queries 0 1 2')
     return kept
 
 
@@ -134,7 +136,7 @@ def number_of(flag: str, text: str | int, low: int, high: int, words: str = '') 
     """Return a number of the command line, or raise a ValueError if it is none or out of its bounds."""
     number = int(text) if str(text).removeprefix('-').isdecimal() else low - 1
     if not low <= number <= high:
-        raise ValueError(f'{flag} {text}: choose {words}a number from {low} to {high} for this detector')
+        raise UserError(f'{flag} {text}: choose {words}a number from {low} to {high} for this detector')
     return number
 
 
@@ -253,9 +255,9 @@ def sheet_of(rows: list[list[Image.Image]], attention: Attention) -> Image.Image
 
 def main(args: Namespace) -> None:
     if Path(args.output).resolve() == Path(args.source).resolve():
-        raise ValueError(f'--output {args.output} is the source: choose another')
+        raise UserError(f'--output {args.output} is the source: choose another')
     if Path(args.output).suffix.lower() not in SUFFIXES:
-        raise ValueError(f'--output {args.output}: let it end in .png or .jpg')
+        raise UserError(f'--output {args.output}: let it end in .png or .jpg')
     image, detector = read_image(args.source), load_detector(args.model, args.checkpoint, args.device)
     attention = attention_of(detector, image, args.layer)
     rows = panels_of(detector, image, attention, args)
@@ -264,7 +266,7 @@ def main(args: Namespace) -> None:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         'visualize_attention.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flag = parser.add_argument

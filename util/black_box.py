@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from util.checkpoint import get_rng_state, save_checkpoint, set_rng_state
 from util.distributed.collectives import all_gather_object, get_rank, is_main_process
+from util.errors import UserError
 from util.nested_tensor import NestedTensor
 
 NOT_FOUND = 'not found, since running the batch again gives finite values'
@@ -165,7 +166,7 @@ class BlackBox:
         """Look at a step that was left out because gradient or loss are not finite; all ranks must call this.
 
         Raises:
-            FloatingPointError: these were too many in a row.
+            UserError: these were too many in a row.
         """
         if finite:
             self.in_a_row = 0
@@ -184,7 +185,7 @@ class BlackBox:
             more = f'. Saved: python tools/replay.py {file} runs it again' if file else ''
             print(f'warning: {where} is left out, it is not finite: {text}{more}', flush=True)
         if self.in_a_row >= self.limit:
-            raise FloatingPointError(
+            raise UserError(
                 f'{self.in_a_row} steps in a row are not finite ({text}), stopping training; the last checkpoint '
                 'is untouched. A lower --lr or --clip_max_norm usually helps, or --amp bf16 in place of fp16'
             )

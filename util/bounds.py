@@ -6,6 +6,8 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from typing import Any
 
+from util.errors import UserError
+
 MOST = 10**12
 
 
@@ -51,7 +53,7 @@ def check_bounds(args: Namespace, parser: ArgumentParser) -> None:
     """Check the numbers among a parser's flags, which may not come from a command line; None is left to its default.
 
     Raises:
-        ValueError: a number is out of its bounds.
+        UserError: a number is out of its bounds.
     """
     for action in parser._actions:
         given = getattr(args, action.dest, None)
@@ -59,4 +61,4 @@ def check_bounds(args: Namespace, parser: ArgumentParser) -> None:
             continue
         for value in given if isinstance(given, list | tuple) else [given]:
             if problem := action.type.problem(value):
-                raise ValueError(f'--{action.dest} {problem}')
+                raise UserError(f'--{action.dest} {problem}')

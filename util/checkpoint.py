@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from util.errors import UserError
 from util.files import save_atomically
 from util.foreign_names import COCO_IDS, flags_of_transformers, spread_coco_classes, to_official
 from util.weight_files import read_checkpoint, state_of
@@ -92,15 +93,15 @@ def load_checkpoint(
         name: name of the file, if `source` is its content.
 
     Raises:
-        ValueError: an entry is missing, left over or of another shape, or the file was trained with other flags of the
+        UserError: an entry is missing, left over or of another shape, or the file was trained with other flags of the
             network. The message lists them. The model is unchanged then.
     """
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
     name = name or ('' if isinstance(source, dict) else str(source))
     try:
         return fill(model, checkpoint, resize, resume, name)
-    except ValueError as error:
-        raise ValueError(f'{name}: {error}' if name else str(error)) from error
+    except UserError as error:
+        raise UserError(f'{name}: {error}' if name else str(error)) from error
 
 
 def fill(model: nn.Module, checkpoint: dict, resize: bool, resume: bool, name: str) -> Report:
@@ -110,7 +111,7 @@ def fill(model: nn.Module, checkpoint: dict, resize: bool, resume: bool, name: s
     ours, recorded = model.state_dict(), flags_of(checkpoint)
     differing = differences(model, recorded) if recorded else {}
     if differing and not resize:
-        raise ValueError(
+        raise UserError(
             f'the checkpoint was trained with other flags than this model has: {differences_text(differing)}; give the '
             'flags of its run'
         )
@@ -141,7 +142,7 @@ def fill(model: nn.Module, checkpoint: dict, resize: bool, resume: bool, name: s
     fresh = [name for name in ours if name not in state and name.startswith(MASKS)]
     unexpected = [name for name in state if name not in ours]
     if missing or unexpected or refused:
-        raise ValueError(mismatch_text(layout, state, ours, missing, unexpected, refused))
+        raise UserError(mismatch_text(layout, state, ours, missing, unexpected, refused))
     for name in wrong_shape:
         state[name] = fit_rows(state[name], ours[name]) if name.startswith('query_embed') else ours[name]
     model.load_state_dict(ours | state)
@@ -183,7 +184,7 @@ def check_shared_heads(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Require that a file without flags shares its box heads among the decoder layers as a model of one stage does.
 
     Raises:
-        ValueError: with --with_box_refine each layer has its own heads, without it all layers share one.
+        UserError: with --with_box_refine each layer has its own heads, without it all layers share one.
     """
     heads = getattr(model, 'bbox_embed', None)
     name = 'bbox_embed.{}.layers.2.bias'
@@ -192,7 +193,7 @@ def check_shared_heads(model: nn.Module, state: dict[str, Tensor]) -> None:
         return
     ours, theirs = heads[0] is heads[1], torch.equal(state[name.format(0)], state[name.format(1)])
     if ours != theirs:
-        raise ValueError(
+        raise UserError(
             f'the checkpoint was trained {"without" if theirs else "with"} --with_box_refine, which gives each decoder layer '
             f'heads of its own: {"leave it out" if theirs else "add it"}'
         )
@@ -202,10 +203,10 @@ def check_frozen(report: Report) -> None:
     """Require that only masks start anew, as --frozen_weights demands.
 
     Raises:
-        ValueError: another part of the model is not in the file.
+        UserError: another part of the model is not in the file.
     """
     if others := [name for name in report.reinitialised if not name.startswith(MASKS)]:
-        raise ValueError(
+        raise UserError(
             f'--frozen_weights must hold the whole detector of boxes, but {", ".join(others[:4])} would start anew: give the '
             '--num_queries and classes of its run'
         )
@@ -223,7 +224,7 @@ def check_layer_order(model: nn.Module, layout: str, trained: dict, state: dict[
     are accepted.
 
     Raises:
-        ValueError: the order is another one.
+        UserError: the order is another one.
     """
     ours = any(getattr(module, 'reads_memory_first', False) for module in model.modules())
     if any('.linear3.' in name for name in state):
@@ -233,7 +234,7 @@ def check_layer_order(model: nn.Module, layout: str, trained: dict, state: dict[
     else:
         return
     if ours != theirs:
-        raise ValueError(
+        raise UserError(
             f'the checkpoint was trained {"with" if theirs else "without"} --use_ms_detr, which moves the cross-attention '
             f'of a decoder layer in front of its self-attention: {"add it" if theirs else "leave it out"}'
         )

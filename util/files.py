@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from util.errors import FileError, UserError
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -26,7 +28,7 @@ def save_atomically(path: str | os.PathLike, save: Callable[[Path], object]) -> 
     `save` may also make a folder of that name.
 
     Raises:
-        OSError: the file cannot be written, for instance since the disk is full; what was at `path` stays.
+        FileError: the file cannot be written, for instance since the disk is full; what was at `path` stays.
     """
     path = Path(path)
     partial = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
@@ -38,11 +40,11 @@ def save_atomically(path: str | os.PathLike, save: Callable[[Path], object]) -> 
                 os.fsync(file.fileno())  # on disk before the name says so
         os.replace(partial, path)
     except OSError as error:
-        raise OSError(f'{path} could not be written ({error.strerror or error}); {STAYS}') from error
+        raise FileError(f'{path} could not be written ({error.strerror or error}); {STAYS}') from error
     except RuntimeError as error:  # PyTorch's words for a disk that is full
         if 'PytorchStreamWriter' not in str(error) and 'unexpected pos' not in str(error):
             raise
-        raise OSError(f'{path} could not be written (is the disk full?); {STAYS}') from error
+        raise FileError(f'{path} could not be written (is the disk full?); {STAYS}') from error
     finally:
         if partial.is_dir():
             shutil.rmtree(partial)
@@ -54,12 +56,12 @@ def make_folder(path: str | os.PathLike) -> Path:
     """Make an output folder with its parents, if it does not exist.
 
     Raises:
-        ValueError: there is a file of that name, or of a parent's.
+        UserError: there is a file of that name, or of a parent's.
     """
     path = Path(path)
     for place in (path, *path.parents):
         if place.exists() and not place.is_dir():
-            raise ValueError(f'{path} cannot be an output folder, since {place} is a file: choose another')
+            raise UserError(f'{path} cannot be an output folder, since {place} is a file: choose another')
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -87,7 +89,7 @@ def lock_folder(folder: str | os.PathLike, wait: float = 20.0) -> TextIO | None:
     just ending.
 
     Raises:
-        ValueError: another process holds the lock; the message names it.
+        UserError: another process holds the lock; the message names it.
     """
     if fcntl is None:
         return None
@@ -101,7 +103,7 @@ def lock_folder(folder: str | os.PathLike, wait: float = 20.0) -> TextIO | None:
             if time.monotonic() > deadline:
                 holder = path.read_text().strip() or 'another process'
                 file.close()
-                raise ValueError(
+                raise UserError(
                     f'{folder} is in use by {holder}: choose another --output_dir, or stop that run'
                 ) from None
             time.sleep(0.2)

@@ -1,14 +1,19 @@
 """Declare the flags of a run (precision, processes, evaluation, files), and show the help of all flags by topic."""
 
 import argparse
+import difflib
+import errno
+import os
 import sys
 import textwrap
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from util.bounds import check_bounds, whole
 from util.distributed.collectives import get_world_size
+from util.errors import UserError
 from util.trackers import check_trackers
 
 # Flags of a first run; `--help` shows these alone.
@@ -25,31 +30,58 @@ class ParsedFlags(Namespace):
 
 
 class FlagParser(ArgumentParser):
-    """Parser whose result is a `ParsedFlags`."""
+    """Parser whose result is a `ParsedFlags`. It knows no abbreviations, and answers a mistyped flag with those nearest to it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.allow_abbrev = False
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> ParsedFlags:  # type: ignore[override]
-        flags = super().parse_args(args, ParsedFlags())
+        flags, unknown = self.parse_known_args(args, ParsedFlags())
+        if unknown:
+            self.error(f'unrecognized arguments: {" ".join(unknown)}{suggestions(self, unknown)}')
         unset = object()
         marked = super().parse_args(args, Namespace(**dict.fromkeys(vars(flags), unset)))
         flags.given = frozenset(flag for flag, value in vars(marked).items() if value is not unset)
         return flags
 
 
-USER_ERRORS = (ValueError, OSError, FloatingPointError)  # of flags, data and files; others are faults of ours
+def suggestions(parser: ArgumentParser, unknown: Sequence[str]) -> str:
+    """Return the text that names, for each unknown option, the options that begin alike or are spelled alike; or ''."""
+    options = [option for action in parser._actions for option in action.option_strings]
+    for commands in (
+        action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)
+    ):
+        options += [option for command in commands.values() for option in command._option_string_actions]
+    found = []
+    for word in (word.split('=')[0] for word in unknown if word.startswith('--')):
+        alike = [option for option in options if option.startswith(word)]
+        near = dict.fromkeys(alike + difflib.get_close_matches(word, options, 3))
+        if near:
+            found.append(f'{word}: did you mean {" or ".join(list(near)[:3])}?')
+    return f' ({" ".join(found)})' if found else ''
 
 
 def run_command(
     program: Callable[[Any], object], parser: ArgumentParser, argv: Sequence[str] | None = None
 ) -> None:
-    """Run a program on its command line, and print what it returns; an error of the user ends it in one message, status 1."""
+    """Run a program on its command line, and print what it returns.
+
+    A `UserError`, or an `OSError` that the user must settle (`is_of_user`), ends it with the message alone and status 1. Every other
+    exception is a fault of the code and keeps its traceback.
+    """
     args = parser.parse_args(argv)
     try:
         check_bounds(args, parser)
         found = program(args)
-    except USER_ERRORS as error:
+    except UserError as error:
         # A loader worker's error holds its traceback, whose last line says all.
         text = str(error)
         sys.exit(f'error: {text.strip().splitlines()[-1] if "Original Traceback" in text else text}')
+    except OSError as error:
+        if not is_of_user(error, args):
+            raise
+        sys.exit(f'error: {error}')
     except KeyboardInterrupt:
         sys.exit(130)
     except RuntimeError as error:
@@ -60,6 +92,22 @@ def run_command(
         )
     if found is not None:
         print(found)
+
+
+def is_of_user(error: OSError, args: Namespace) -> bool:
+    """Return whether the disk is full, or the error is about a path that a flag names, or one below or above it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    values = [
+        value for value in vars(args).values() if value and isinstance(value, str | Path | list | tuple)
+    ]
+    words = [word for value in values for word in ([value] if isinstance(value, str | Path) else value)]
+    named = [Path(os.path.abspath(word)) for word in words if isinstance(word, str | Path)]
+    names = [
+        name for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)
+    ]
+    about = [Path(os.path.abspath(os.fsdecode(name))) for name in names]
+    return any(one.is_relative_to(other) or other.is_relative_to(one) for one in named for other in about)
 
 
 class HelpByTopic(argparse.Action):
@@ -256,49 +304,49 @@ def check_run_args(args: Namespace) -> None:
     """Refuse impossible combinations, and settle --accum_steps.
 
     Raises:
-        ValueError: flags contradict each other, or a number makes no sense.
+        UserError: flags contradict each other, or a number makes no sense.
     """
     parser = ArgumentParser()
     add_run_args(parser)
     check_bounds(args, parser)
     check_trackers(args)
     if args.eval and not (args.resume or args.pretrained):
-        raise ValueError('--eval needs weights: add --resume FILE (or --pretrained FILE, or --model NAME)')
+        raise UserError('--eval needs weights: add --resume FILE (or --pretrained FILE, or --model NAME)')
     if args.resume and args.pretrained and args.resume != 'auto':
-        raise ValueError('--resume goes on with a run, --pretrained starts one: give one of them')
+        raise UserError('--resume goes on with a run, --pretrained starts one: give one of them')
     if args.frozen_weights and not args.masks:
-        raise ValueError(
+        raise UserError(
             '--frozen_weights trains the heads of --masks alone: add --masks, or use --pretrained'
         )
     if args.frozen_weights and args.pretrained:
-        raise ValueError('--frozen_weights and --pretrained both start from weights: give one of them')
+        raise UserError('--frozen_weights and --pretrained both start from weights: give one of them')
     if args.resume == 'auto' and not args.output_dir:
-        raise ValueError('--resume auto looks into --output_dir: give it')
+        raise UserError('--resume auto looks into --output_dir: give it')
     if args.patience and not args.output_dir:
-        raise ValueError('--patience looks into metrics.csv of --output_dir: give it')
+        raise UserError('--patience looks into metrics.csv of --output_dir: give it')
     if args.patience and args.no_validate:
-        raise ValueError('--patience waits for a better AP, and --no_validate measures none: leave one out')
+        raise UserError('--patience waits for a better AP, and --no_validate measures none: leave one out')
     if args.no_validate and args.eval:
-        raise ValueError('--eval evaluates, --no_validate does not: leave one out')
+        raise UserError('--eval evaluates, --no_validate does not: leave one out')
     if args.fsdp and get_world_size() == 1:
-        raise ValueError(
+        raise UserError(
             '--fsdp shares a model among processes, and there is one: start several, or leave it out'
         )
     if args.fsdp and args.co_masks:
-        raise ValueError(
+        raise UserError(
             '--fsdp with --co_masks: masks are made after the forward pass, when a process has its part of the weights alone; '
             'leave one out'
         )
     if args.fsdp and args.amp == 'fp16':
-        raise ValueError(
+        raise UserError(
             '--fsdp with --amp fp16: a process would scale its part of the gradient alone; use --amp bf16'
         )
     if args.checkpoint_steps and not args.output_dir:
-        raise ValueError('--checkpoint_steps writes into --output_dir: give it')
+        raise UserError('--checkpoint_steps writes into --output_dir: give it')
     if args.total_batch_size is not None:
         at_a_time = args.batch_size * get_world_size()
         if args.total_batch_size % at_a_time:
-            raise ValueError(
+            raise UserError(
                 f'--total_batch_size {args.total_batch_size} is not a multiple of --batch_size {args.batch_size} x '
                 f'{get_world_size()} processes'
             )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
+from util.errors import UserError
 from util.foreign_names import (
     MMDETECTION_DINO,
     TRANSFORMERS_FLAGS,
@@ -67,7 +68,7 @@ DEFORMABLE = [
 
 def refuse_unknown(names: list[str], project: str, known: str) -> None:
     if names:
-        raise ValueError(
+        raise UserError(
             f'{project} has no place for {len(names)} entries, such as {", ".join(names[:4])}: only {known} can be written '
             'for it'
         )
@@ -77,7 +78,7 @@ def to_official_files(state: State) -> State:
     """Add the second names that heads have in official files of Deformable DETR and MS-DETR.
 
     Raises:
-        ValueError: the official repositories have no such entry.
+        UserError: the official repositories have no such entry.
     """
     unknown = [name for name in state if name.startswith('query_sources.')]
     unknown += [DINO_KEY] if DINO_KEY in state and 'bbox_embed.0.layers.0.bias' in state else []
@@ -133,7 +134,7 @@ def to_transformers(state: State, flags: Mapping, names: list[str | None]) -> tu
         names: name of each class index, None: no class.
 
     Raises:
-        ValueError: transformers has no such detector.
+        UserError: transformers has no such detector.
     """
     family = flags['family']
     kinds = {'detr': (DENSE, 'detr'), 'conditional': (CONDITIONAL + DENSE, 'conditional_detr')}
@@ -145,7 +146,7 @@ def to_transformers(state: State, flags: Mapping, names: list[str | None]) -> tu
     if not str(flags['backbone']).startswith('resnet') or flags['backbone'] == 'resnet10':
         wrong.append('backbone')
     if wrong:
-        raise ValueError(
+        raise UserError(
             f'transformers has no detector of --{wrong[0]} {flags[wrong[0]]}: only DETR, Conditional DETR and Deformable DETR '
             'with a ResNet can be written for it'
         )
@@ -189,7 +190,7 @@ def to_mmdetection(state: State) -> State:
     """Translate our Co-DETR to mmdetection's names.
 
     Raises:
-        ValueError: mmdetection has no such entry.
+        UserError: mmdetection has no such entry.
     """
     maps = [name for name in state if re.fullmatch(r'input_proj\.\d+\.0\.weight', name)]
     pyramid = 'backbone.0.body.pos_embed' in state

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from util.errors import UserError
+
 State = dict[str, Tensor]
 Rules = list[tuple[str, str]]
 
@@ -348,16 +350,16 @@ def flags_of_transformers(config: dict) -> dict:
     """Return our flags for the `config.json` of a detector of transformers.
 
     Raises:
-        ValueError: it is no DETR, Conditional DETR or Deformable DETR, or one that cannot be built here.
+        UserError: it is no DETR, Conditional DETR or Deformable DETR, or one that cannot be built here.
     """
     kind = config.get('model_type')
     if kind not in ('detr', 'conditional_detr', 'deformable_detr'):
-        raise ValueError(
+        raise UserError(
             f'the configuration beside the weights is that of {kind!r}: known are detr, conditional_detr, deformable_detr'
         )
     heads = config.get('encoder_attention_heads', 8), config.get('decoder_attention_heads', 8)
     if heads[0] != heads[1]:
-        raise ValueError(
+        raise UserError(
             f'the configuration has {heads[0]} attention heads in the encoder and {heads[1]} in the decoder: here both '
             'have --nheads'
         )
@@ -368,6 +370,6 @@ def flags_of_transformers(config: dict) -> dict:
     if body.get('model_type') == 'resnet':
         name = RESNET_LAYERS.get(tuple(body.get('depths', (3, 4, 6, 3))))
     if name is None and body:
-        raise ValueError(f'the configuration has a backbone that is not known: {body.get("model_type")!r}')
+        raise UserError(f'the configuration has a backbone that is not known: {body.get("model_type")!r}')
     flags['backbone'] = name or 'resnet50'
     return flags | {'conditional': kind == 'conditional_detr', 'deformable': kind == 'deformable_detr'}

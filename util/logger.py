@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from util.distributed.collectives import all_reduce_sum, get_world_size, is_main_process
+from util.errors import UserError
 from util.files import save_atomically
 
 
@@ -70,7 +71,7 @@ class Meter:
         """Return means since the last call, with one copy from the device.
 
         Raises:
-            FloatingPointError: one of them is not finite.
+            UserError: one of them is not finite.
         """
         if self.pending is None:
             return {}
@@ -82,7 +83,7 @@ class Meter:
         self.pending, self.num_pending = None, 0
         broken = [name for name, value in window.items() if not math.isfinite(value)]
         if broken:
-            raise FloatingPointError(
+            raise UserError(
                 f'loss is not finite, stopping training: {", ".join(broken)}. The last checkpoint is untouched; a lower '
                 '--lr or --clip_max_norm 0.1 usually helps'
             )
@@ -164,14 +165,14 @@ def read_records(path: Path) -> list[dict]:
     """Read a log.jsonl.
 
     Raises:
-        ValueError: a line is not JSON; the message names it.
+        UserError: a line is not JSON; the message names it.
     """
     records = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
             records += [json.loads(line)] if line.strip() else []
         except ValueError as error:
-            raise ValueError(f'{path}, line {number} is not JSON ({error}): mend it, or remove it') from error
+            raise UserError(f'{path}, line {number} is not JSON ({error}): mend it, or remove it') from error
     return records
 
 

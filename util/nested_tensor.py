@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from util.errors import UserError
+
 
 @dataclass
 class NestedTensor:
@@ -50,7 +52,7 @@ def nested_tensor_from_tensor_list(images: Sequence[Tensor] | Tensor) -> NestedT
     if isinstance(images, Tensor) and images.ndim == 4:
         return NestedTensor(images, images.new_zeros(images[:, 0].shape, dtype=torch.bool))
     if any(image.ndim != 3 for image in images):
-        raise ValueError(f'images must be [3, h, w], not {[tuple(image.shape) for image in images]}')
+        raise UserError(f'images must be [3, h, w], not {[tuple(image.shape) for image in images]}')
     height, width = (max(image.shape[side] for image in images) for side in (1, 2))
     first = images[0]
     tensors = first.new_zeros(len(images), first.shape[0], height, width)

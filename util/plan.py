@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from util.distributed.collectives import get_world_size
+from util.errors import UserError
 from util.nested_tensor import NestedTensor
 from util.run_state import ImageData
 
@@ -146,7 +147,7 @@ def print_dry_run(
     kept = activation_bytes(model, args.batch_size, *largest)
     batch = args.batch_size * args.accum_steps * get_world_size()
     if num_images < batch and not args.eval:
-        raise ValueError(
+        raise UserError(
             f'{num_images} training images do not fill one step of {batch}: lower --batch_size, --accum_steps or '
             '--total_batch_size, or add images'
         )

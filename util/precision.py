@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from util.distributed.collectives import all_reduce_sum, get_world_size
+from util.errors import UserError
 
 DTYPES = {'off': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
@@ -25,7 +26,7 @@ class Precision:
     the step is left out and the scale halved.
 
     Raises:
-        ValueError: the device does not support the mode.
+        UserError: the device does not support the mode.
     """
 
     def __init__(self, mode: str, device: torch.device) -> None:
@@ -95,17 +96,17 @@ class Precision:
 
 def check_mode(mode: str, device: torch.device) -> None:
     if mode not in DTYPES:
-        raise ValueError(f'unknown precision {mode}: choose of {", ".join(DTYPES)}')
+        raise UserError(f'unknown precision {mode}: choose of {", ".join(DTYPES)}')
     if mode == 'off':
         return
     if not torch.amp.is_autocast_available(device.type):
-        raise ValueError(f'{mode} needs autocast, which {device.type} devices do not have: turn it off')
+        raise UserError(f'{mode} needs autocast, which {device.type} devices do not have: turn it off')
     if mode == 'fp16' and device.type not in ('cpu', 'cuda'):
-        raise ValueError(
+        raise UserError(
             f'fp16 needs scaled gradients, which are for CUDA and CPU, not {device.type}: use bf16'
         )
     if mode == 'bf16' and device.type == 'cuda' and not torch.cuda.is_bf16_supported(False):
-        raise ValueError(f'{torch.cuda.get_device_name(device)} does not compute in bf16: use fp16')
+        raise UserError(f'{torch.cuda.get_device_name(device)} does not compute in bf16: use fp16')
 
 
 def set_tf32(allowed: bool | None) -> None:

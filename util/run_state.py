@@ -18,6 +18,7 @@ from util.distributed.collectives import all_gather_object, get_rank, get_world_
 from util.distributed.parallel import gather, load_model_state, load_optimizer_state
 from util.distributed.preemption import StopRequests
 from util.ema import WeightAverage
+from util.errors import UserError
 from util.files import make_folder, or_warn, save_atomically
 from util.logger import Meter, print_main
 from util.precision import Precision
@@ -114,7 +115,7 @@ def save(
         False if it could not be written, for instance since the disk is full: that is said, and the former one stays.
 
     Raises:
-        FloatingPointError: losses since the last reading are not finite; the former checkpoint stays.
+        UserError: losses since the last reading are not finite; the former checkpoint stays.
     """
     own = {'rng': get_rng_state()}
     if within is not None:
@@ -122,7 +123,7 @@ def save(
     everyone = all_gather_object(own)
     pending = [each['meter']['pending'] for each in everyone if within is not None]
     if any(values is not None and not values.isfinite().all() for values in pending):
-        raise FloatingPointError('loss is not finite, stopping training; the last checkpoint is untouched')
+        raise UserError('loss is not finite, stopping training; the last checkpoint is untouched')
     checkpoint = {
         'model': gather(run.bare_model.state_dict()),
         'optimizer': gather(run.optimizer.state_dict()),
@@ -190,12 +191,12 @@ def restore(run: Run, checkpoint: dict) -> tuple[int, EpochState]:
         The epoch to go on with, and the progress within it.
 
     Raises:
-        ValueError: the checkpoint has an average or an optimizer that this run has not, or other images.
+        UserError: the checkpoint has an average or an optimizer that this run has not, or other images.
     """
     if 'optimizer' not in checkpoint:
         return 0, EpochState()
     if run.average is None and 'model_ema' in checkpoint:
-        raise ValueError(
+        raise UserError(
             f'{run.args.resume} averages the weights, and its average would be lost: give the --ema of its run'
         )
     load_optimizer_state(run.optimizer, checkpoint['optimizer'])
@@ -221,14 +222,14 @@ def check_data_of(run: Run, checkpoint: dict) -> None:
     """Compare the training images with those of a checkpoint, if it tells them.
 
     Raises:
-        ValueError: others are to go on in the middle of an epoch.
+        UserError: others are to go on in the middle of an epoch.
     """
     theirs, ours = checkpoint.get('data'), run.datasets['train'].summary
     if theirs in (None, ours):
         return
     text = f'{run.args.resume} was trained on {theirs}, and here are {ours}'
     if 'within_epoch' in checkpoint:
-        raise ValueError(
+        raise UserError(
             f'{text}: the epoch cannot go on with other images; give those of its run, or start from its weights with --pretrained'
         )
     print_main(f'warning: {text}')
@@ -258,7 +259,7 @@ def restore_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR, saved: dict, 
 def restore_epoch(run: Run, saved: dict) -> EpochState:
     """Restore the progress within an epoch. A rank takes over the sums of its number, and of ranks that no longer exist."""
     if 'images' not in saved:
-        raise ValueError(
+        raise UserError(
             f'{run.args.resume} was written in the middle of an epoch by an older version, whose sums cannot be taken up: go on '
             'from a checkpoint of a whole epoch, or start from its weights with --pretrained'
         )
@@ -281,7 +282,7 @@ def find_checkpoint(args: Namespace, restarted: bool) -> dict:
         restarted: a launcher has started this job again.
 
     Raises:
-        ValueError: the output folder holds another run, which would be overwritten.
+        UserError: the output folder holds another run, which would be overwritten.
     """
     if args.output_dir:
         existing = Path(args.output_dir) / 'checkpoint.pth'
@@ -290,13 +291,13 @@ def find_checkpoint(args: Namespace, restarted: bool) -> dict:
         if args.resume == 'auto':
             args.resume = str(existing) if existing.is_file() else ''
             if args.eval and not args.resume:
-                raise ValueError(f'there is no checkpoint at {existing} to evaluate')
+                raise UserError(f'there is no checkpoint at {existing} to evaluate')
         elif (
             existing.is_file()
             and not args.eval
             and not (args.resume and Path(args.resume).resolve() == existing.resolve())
         ):
-            raise ValueError(
+            raise UserError(
                 f'{args.output_dir} holds the checkpoint of a run: add --resume auto to go on with it, or choose another '
                 '--output_dir'
             )

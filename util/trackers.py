@@ -5,6 +5,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from util.errors import UserError
+
 
 class Tracker(Protocol):
     """What the main process tells the numbers of each epoch."""
@@ -19,12 +21,12 @@ def import_extra(module: str, package: str, flag: str) -> Any:
     """Import a package that only one flag needs.
 
     Raises:
-        ValueError: it is not installed.
+        UserError: it is not installed.
     """
     try:
         return import_module(module)
     except ImportError as error:
-        raise ValueError(f'{flag} needs the package {package}: pip install {package}') from error
+        raise UserError(f'{flag} needs the package {package}: pip install {package}') from error
 
 
 class TensorBoard:
@@ -53,7 +55,7 @@ class WandB:
                 project=args.wandb, name=folder.name, dir=folder, config=vars(args), resume='auto'
             )
         except wandb.Error as error:
-            raise ValueError(f'--wandb {args.wandb}: {error} Or set WANDB_MODE=offline') from error
+            raise UserError(f'--wandb {args.wandb}: {error} Or set WANDB_MODE=offline') from error
 
     @staticmethod
     def load() -> Any:
@@ -75,10 +77,10 @@ def check_trackers(args: Namespace) -> None:
     """Refuse trackers without an output folder, or whose package is not installed.
 
     Raises:
-        ValueError: for one of these reasons.
+        UserError: for one of these reasons.
     """
     for flag, make in TRACKERS.items():
         if getattr(args, flag):
             make.load()
             if not args.output_dir:
-                raise ValueError(f'--{flag} writes into --output_dir: give it')
+                raise UserError(f'--{flag} writes into --output_dir: give it')

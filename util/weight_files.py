@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from util.errors import UserError
 from util.logger import print_main
 
 SAFETENSORS = '.safetensors'
@@ -163,30 +164,30 @@ def read_checkpoint(source: str | Path) -> dict:
     that are not plain data are left out and named in a printed line.
 
     Raises:
-        ValueError: there is no such file, or it holds no dictionary of weights; the message names it.
+        UserError: there is no such file, or it holds no dictionary of weights; the message names it.
     """
     path = download(str(source)) if str(source).startswith(('http://', 'https://')) else Path(source)
     if path.is_dir():
         return read_folder(path)
     if not path.is_file():
-        raise ValueError(f'no checkpoint at {path}: check the path')
+        raise UserError(f'no checkpoint at {path}: check the path')
     refused: set[str] = set()
     try:
         checkpoint = read_safetensors(path) if is_safetensors(path) else plain(read_torch(path, refused))
-    except ValueError as error:
-        raise ValueError(f'{error}{names_text(refused)}') from error
+    except UserError as error:
+        raise UserError(f'{error}{names_text(refused)}') from error
     except RecursionError:
-        raise ValueError(f'{path} is not a readable checkpoint: it is nested without end') from None
+        raise UserError(f'{path} is not a readable checkpoint: it is nested without end') from None
     except Exception as error:  # a damaged file can end in almost any of them
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
+        raise UserError(
             f'{path} is not a readable checkpoint ({reason[:200]}): is it whole?{names_text(refused)}'
         ) from error
     if refused:
         print_main(f'{path}: what is no plain data was left out{names_text(refused)}')
     if not isinstance(checkpoint, dict):
         found = 'n object of a program' if checkpoint is None and refused else f' {type(checkpoint).__name__}'
-        raise ValueError(f'{path} holds a{found}, not a dictionary of weights{names_text(refused)}')
+        raise UserError(f'{path} holds a{found}, not a dictionary of weights{names_text(refused)}')
     return checkpoint
 
 
@@ -198,14 +199,14 @@ def state_of(checkpoint: Mapping, averaged: bool = True, source: str = 'the file
         source: name of the file, for messages.
 
     Raises:
-        ValueError: there are none.
+        UserError: there are none.
     """
     names = (*AVERAGED * averaged, 'model', 'state_dict')
     state = next((checkpoint[name] for name in names if name in checkpoint), checkpoint)
     entries = state.items() if isinstance(state, Mapping) else ()
     weights = {name: value for name, value in entries if isinstance(value, Tensor) and isinstance(name, str)}
     if not weights:
-        raise ValueError(
+        raise UserError(
             f'{source} holds no weights, but {", ".join(map(str, checkpoint)) or "nothing"}: expected a state dict, or one '
             'below "model" or "state_dict"'
         )
@@ -226,20 +227,20 @@ def read_torch(path: Path, refused: set[str]) -> object:
     with path.open('rb') as file:
         start = file.read(2)
     if not start:
-        raise ValueError(f'{path} is empty: fetch or copy it again')
+        raise UserError(f'{path} is empty: fetch or copy it again')
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = [PurePosixPath(name).name for name in archive.namelist()]
         if 'constants.pkl' in names:
-            raise ValueError(
+            raise UserError(
                 f'{path} is a TorchScript archive, which holds a program: save its state_dict() instead'
             )
         if 'data.pkl' not in names:
-            raise ValueError(f'{path} is a zip archive without weights: name the file of weights in it')
+            raise UserError(f'{path} is a zip archive without weights: name the file of weights in it')
     elif start == b'PK':
-        raise ValueError(f'{path} is not a readable checkpoint: it is cut off, so fetch or copy it again')
+        raise UserError(f'{path} is not a readable checkpoint: it is cut off, so fetch or copy it again')
     elif start[:1] != b'\x80':
-        raise ValueError(f'{path} is not a readable checkpoint: neither torch.save nor safetensors wrote it')
+        raise UserError(f'{path} is not a readable checkpoint: neither torch.save nor safetensors wrote it')
     return torch.load(path, map_location='cpu', pickle_module=restricted_pickle(refused), weights_only=False)
 
 
@@ -254,7 +255,7 @@ def safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             'files in the safetensors format need its package: pip install safetensors'
         ) from error
     return safetensors
@@ -280,17 +281,17 @@ def read_folder(folder: Path) -> dict:
     """Read a folder of transformers: weights in one file or in several with an index, and its configuration as `config`."""
     name = next((name for name in TRANSFORMERS_FILES if (folder / name).is_file()), None)
     if name is None:
-        raise ValueError(
+        raise UserError(
             f'{folder} is a folder without {" or ".join(TRANSFORMERS_FILES)}: name the file of weights'
         )
     files = {name}
     if name.endswith('.json'):
         index = read_json(folder / name).get('weight_map')
         if not isinstance(index, dict) or not index:
-            raise ValueError(f'{folder / name} has no weight_map, so the files of weights are not known')
+            raise UserError(f'{folder / name} has no weight_map, so the files of weights are not known')
         files = {str(file) for file in index.values()}
         if outside := [file for file in files if Path(file).name != file]:
-            raise ValueError(f'{folder / name} names {outside[0]}, which is not a file of this folder')
+            raise UserError(f'{folder / name} names {outside[0]}, which is not a file of this folder')
     state: dict[str, Tensor] = {}
     for file in sorted(files):
         part = read_checkpoint(folder / file)
@@ -303,9 +304,9 @@ def read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f'{path} is not a readable JSON file ({error})') from error
+        raise UserError(f'{path} is not a readable JSON file ({error})') from error
     if not isinstance(found, dict):
-        raise ValueError(f'{path} holds a {type(found).__name__}, not an object')
+        raise UserError(f'{path} holds a {type(found).__name__}, not an object')
     return found
 
 
@@ -323,7 +324,7 @@ def download(url: str) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(path), digits and digits[1], progress=True)
         except (OSError, RuntimeError) as error:
-            raise ValueError(
+            raise UserError(
                 f'{url} could not be fetched ({error}): fetch it by hand and pass its path'
             ) from error
     return path

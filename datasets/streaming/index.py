@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.class_map import names_by_id
+from util.errors import FileError, UserError
 
 INDEX, ANNOTATIONS = 'shards.json', 'annotations.json'
 VERSION = 2
@@ -51,20 +52,20 @@ def read_index(place: str | os.PathLike[str]) -> ShardIndex:
     """Read the index at a path, or in a folder. Local shards must exist with the sizes in it.
 
     Raises:
-        FileNotFoundError: the index or a shard does not exist.
-        ValueError: the index or a shard is damaged.
+        FileError: the index or a shard does not exist.
+        UserError: the index or a shard is damaged.
     """
     path = Path(place) / INDEX if Path(place).is_dir() else Path(place)
     if not path.is_file():
-        raise FileNotFoundError(f'there is no index {path}: write shards with tools/make_shards.py')
+        raise FileError(f'there is no index {path}: write shards with tools/make_shards.py')
     try:
         data = json.loads(path.read_bytes())
         index = parse_index(path, data)
         names_by_id(index.categories)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} is no index of shards ({error!r}): {WRITE_AGAIN}') from error
+        raise UserError(f'{path} is no index of shards ({error!r}): {WRITE_AGAIN}') from error
     if len(set(index.image_ids.tolist())) != len(index.image_ids):
-        raise ValueError(f'{path} has an image id twice: {WRITE_AGAIN}')
+        raise UserError(f'{path} has an image id twice: {WRITE_AGAIN}')
     for url, shard in zip(index.urls, data['shards'], strict=True):
         if is_local(url):
             check_file(Path(url), shard['bytes'], path)
@@ -104,9 +105,9 @@ def shard_url(url: str, folder: Path) -> str:
 
 def check_file(path: Path, size: int, index: Path) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f'shard {path} of {index} does not exist: {WRITE_AGAIN}')
+        raise FileError(f'shard {path} of {index} does not exist: {WRITE_AGAIN}')
     if path.stat().st_size != size:
-        raise ValueError(
+        raise UserError(
             f'shard {path} has {path.stat().st_size} bytes, but {index} says {size}: {WRITE_AGAIN}'
         )
 
@@ -115,7 +116,7 @@ def import_webdataset() -> types.ModuleType:
     try:
         import webdataset
     except ImportError as error:
-        raise ValueError('tar shards are read and written by WebDataset: pip install webdataset') from error
+        raise UserError('tar shards are read and written by WebDataset: pip install webdataset') from error
     return webdataset
 
 
@@ -123,7 +124,7 @@ def read_samples(url: str) -> Iterator[dict]:
     """Yield a shard's images in order: a dictionary with `__key__` and the bytes of each member by its suffix.
 
     Raises:
-        ValueError: the shard cannot be opened or read.
+        UserError: the shard cannot be opened or read.
     """
     parts = import_webdataset().tariterators
     stream = None
@@ -135,7 +136,7 @@ def read_samples(url: str) -> Iterator[dict]:
         stream.close()
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
         reason = getattr(error, 'strerror', None) or (error.args or [error])[0]
-        raise ValueError(f'shard {url} cannot be read ({reason}): {WRITE_AGAIN}') from error
+        raise UserError(f'shard {url} cannot be read ({reason}): {WRITE_AGAIN}') from error
     finally:
         with suppress(OSError):  # a command that is left in the middle complains
             if stream is not None:

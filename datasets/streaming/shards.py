@@ -41,6 +41,7 @@ from datasets.streaming.index import (
 )
 from datasets.transforms import Sample, Transform, transforms_of, wants_masks
 from util.distributed.collectives import get_rank, get_world_size
+from util.errors import UserError
 from util.seeding import mixed
 
 SHUFFLE_BUFFER = 1000  # images; about 160 MB of COCO's files a worker
@@ -81,14 +82,14 @@ class ShardedCoco(ImageDataset):
         self._kept = self.index.sizes.min(axis=1) >= self.reading.min_image_side  # [rows]
         rows = np.flatnonzero(self._kept)
         if not len(rows):
-            raise ValueError(f'all images of {place} have a side below {self.reading.min_image_side} pixels')
+            raise UserError(f'all images of {place} have a side below {self.reading.min_image_side} pixels')
         self._rows = rows[np.argsort(self.index.image_ids[rows])]  # [N], the row of image i
         self._number = np.zeros(len(self._kept), dtype=np.int64)  # [rows], the inverse
         self._number[self._rows] = np.arange(len(rows))
         self.ids: list[int] = self.index.image_ids[self._rows].tolist()
         without = self.index.unsegmented.intersection(self.ids)
         if return_masks and without:
-            raise ValueError(f'{self.index.path}: image {min(without)} has an object without segmentation')
+            raise UserError(f'{self.index.path}: image {min(without)} has an object without segmentation')
         self.return_masks = not without if return_masks is None else return_masks
         self._start = torch.zeros((), dtype=torch.int64).share_memory_()  # as the epoch
         self._ground_truth: Annotations | None = None
@@ -148,7 +149,7 @@ class ShardedCoco(ImageDataset):
         opened.
 
         Raises:
-            ValueError: a shard cannot be read, or does not match the index.
+            UserError: a shard cannot be read, or does not match the index.
         """
         for shard, group in groupby(rows, self.index.shard_of):
             yield from self._read_shard(shard, list(group))
@@ -163,7 +164,7 @@ class ShardedCoco(ImageDataset):
             if row == rows[-1] and row + 1 < behind:
                 return
         if found != behind - first:
-            raise ValueError(
+            raise UserError(
                 f'shard {url} holds {found} images, but {self.index.path} says {behind - first}: {WRITE_AGAIN}'
             )
 
@@ -172,10 +173,10 @@ class ShardedCoco(ImageDataset):
         images = [name for name in members if name != 'json']
         key = sample['__key__']
         if len(images) != 1 or len(members) != 2:
-            raise ValueError(f'shard {url}: {key} is {members}, not an image and a json: {WRITE_AGAIN}')
+            raise UserError(f'shard {url}: {key} is {members}, not an image and a json: {WRITE_AGAIN}')
         expected = int(self.index.image_ids[row])
         if key != f'{expected:012d}':
-            raise ValueError(
+            raise UserError(
                 f'shard {url} has image {key} where {self.index.path} has {expected}: {WRITE_AGAIN}'
             )
         return Stored(row, f'shard {url}: {key}.{images[0]}', sample[images[0]], sample['json'])
@@ -191,7 +192,7 @@ class ShardedCoco(ImageDataset):
             kept = columns[np.flatnonzero(kept_by(self.reading, columns))]
             objects = Objects.of(kept, self.class_map, self.return_masks)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{stored.name} has bad annotations ({error!r}): {WRITE_AGAIN}') from error
+            raise UserError(f'{stored.name} has bad annotations ({error!r}): {WRITE_AGAIN}') from error
         return image, make_target(objects, int(self.index.image_ids[stored.row]), height, width)
 
     def item(self, stored: Stored, others: Sequence[Stored]) -> Sample:
@@ -207,14 +208,14 @@ def classes_of(index: ShardIndex, class_map: ClassMap | None, class_ids: str) ->
     """Return the given class map, or number the index's categories.
 
     Raises:
-        ValueError: the index has other classes than the class map.
+        UserError: the index has other classes than the class map.
     """
     if class_map is None:
         return ClassMap.numbered(index.categories, class_ids)
     try:
         check_categories(names_by_id(index.categories), class_map)
-    except ValueError as error:
-        raise ValueError(f'{index.path}: {error}') from error
+    except UserError as error:
+        raise UserError(f'{index.path}: {error}') from error
     return class_map
 
 
@@ -297,9 +298,7 @@ class ShardStream(IterableDataset):
     def __iter__(self) -> Iterator[Sample]:
         epoch, start = self.data.position
         if start > self.num_batches:
-            raise ValueError(
-                f'batch {start} of an epoch of {self.num_batches}: was it begun with other data?'
-            )
+            raise UserError(f'batch {start} of an epoch of {self.num_batches}: was it begun with other data?')
         owner, run, skipped = self.worker_run(start)
         rows = self.rows()[run.start : run.stop]
         generator = random.Random(mixed(self.data.seed, epoch, self.rank, owner))

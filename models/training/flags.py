@@ -10,6 +10,7 @@ from models.defaults import resolve_args
 from models.flags import AUXILIARY_HEADS, HYBRID_FLAGS, family_default
 from models.vit import VIT_SIZES
 from util.bounds import check_bounds, real, whole
+from util.errors import UserError
 
 from .losses import BOX_LOSSES
 
@@ -356,7 +357,7 @@ def resolve_all(args: Namespace) -> Namespace:
     """Return a copy of `args` with every flag of detector and training settled.
 
     Raises:
-        ValueError: flags contradict each other.
+        UserError: flags contradict each other.
     """
     return resolve_training(resolve_args(args))
 
@@ -365,7 +366,7 @@ def resolve_training(args: Namespace) -> Namespace:
     """Return a copy of `args` with every flag of training settled; those of the model are so (`models.resolve_args`).
 
     Raises:
-        ValueError: flags contradict each other.
+        UserError: flags contradict each other.
     """
     parser = ArgumentParser()
     add_training_args(parser)
@@ -405,29 +406,29 @@ def resolve_hybrid(args: Namespace) -> None:
 def check_training(args: Namespace) -> None:
     """Refuse flags of training that contradict each other."""
     if args.lr_layer_decay is not None and args.backbone not in VIT_SIZES:
-        raise ValueError(
+        raise UserError(
             f'--lr_layer_decay {args.lr_layer_decay} is a factor for the blocks of a ViT, and --backbone is '
             f'{args.backbone}: leave it out, or choose vit_large'
         )
     if args.lr_schedule == 'cosine' and args.lr_drop_epochs:
-        raise ValueError(
+        raise UserError(
             '--lr_drop_epochs is for --lr_schedule step, and cosine has no drops: leave one of them out'
         )
     if args.hybrid_queries and not args.hybrid_k:
-        raise ValueError(
+        raise UserError(
             f'--hybrid_queries {args.hybrid_queries} would be trained by nothing with --hybrid_k 0: raise --hybrid_k, or give '
             '0 for both'
         )
     if args.hybrid_k and not args.hybrid_queries:
-        raise ValueError(
+        raise UserError(
             f'--hybrid_k {args.hybrid_k} would train no queries with --hybrid_queries 0: raise it, or give 0 for both'
         )
     if args.use_indices_merge and not args.use_ms_detr:
-        raise ValueError('--use_indices_merge needs --use_ms_detr: add it')
+        raise UserError('--use_indices_merge needs --use_ms_detr: add it')
     if args.enc_match == 'anchors' and not args.two_stage:
-        raise ValueError('--enc_match anchors is for the proposals of --two_stage: add it, or leave it out')
+        raise UserError('--enc_match anchors is for the proposals of --two_stage: add it, or leave it out')
     if args.class_loss != 'focal' and args.family != 'deformable':
-        raise ValueError(
+        raise UserError(
             f'--class_loss {args.class_loss} is for Deformable DETR, and the other flags choose {args.family}: leave it out'
         )
     check_heads(args)
@@ -436,15 +437,15 @@ def check_training(args: Namespace) -> None:
 def check_heads(args: Namespace) -> None:
     for flag in ('dn_number', 'co_aux_heads'):
         if getattr(args, flag) and not args.two_stage:
-            raise ValueError(f'--{flag} needs --two_stage and --with_box_refine (or --dino): add them')
+            raise UserError(f'--{flag} needs --two_stage and --with_box_refine (or --dino): add them')
     if args.co_rcnn_masks and 'faster_rcnn' not in args.co_aux_heads:
-        raise ValueError(
+        raise UserError(
             '--co_rcnn_masks is a part of faster_rcnn: add it to --co_aux_heads, or leave the flag out'
         )
     if len(set(args.co_aux_heads)) < len(args.co_aux_heads):
-        raise ValueError(f'--co_aux_heads {" ".join(args.co_aux_heads)} names a head twice')
+        raise UserError(f'--co_aux_heads {" ".join(args.co_aux_heads)} names a head twice')
     unknown = set(args.co_aux_heads) - set(AUXILIARY_HEADS)
     if unknown:
-        raise ValueError(
+        raise UserError(
             f'--co_aux_heads {unknown.pop()} is not known: choose from {", ".join(AUXILIARY_HEADS)}'
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from models.structures import Assignment, Prediction
 from util.box_ops import box_cxcywh_to_xyxy, box_iou, generalized_box_iou
+from util.errors import UserError
 from util.precision import full_precision
 
 from .structures import Targets
@@ -106,7 +107,7 @@ class HungarianMatcher(SingleMatch):
         on: str = 'boxes',
     ) -> None:
         if cost_class == 0 and cost_bbox == 0 and cost_giou == 0:
-            raise ValueError(
+            raise UserError(
                 'all matching costs are 0: give --set_cost_class, --set_cost_bbox or --set_cost_giou'
             )
         self.weights = cost_class, cost_bbox, cost_giou

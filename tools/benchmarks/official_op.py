@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
+from util.errors import UserError
+
 # Names that PyTorch has changed: dtype and device of a tensor, its pointer, checks, and a removed header.
 SUBSTITUTIONS = (
     (r'\.type\(\)\.is_cuda\(\)', '.is_cuda()'),
@@ -37,14 +39,14 @@ def load_official(folder: Path) -> ModuleType:
     """Compile a changed copy, which has `ms_deform_attn_forward` and `ms_deform_attn_backward`.
 
     Raises:
-        ValueError: the sources are not there, or do not compile.
+        UserError: the sources are not there, or do not compile.
     """
     from torch.utils.cpp_extension import load
 
     suffixes = ('.cpp', '.cu', '.cuh', '.h')
     sources = [path for path in sorted(folder.rglob('*')) if path.suffix in suffixes]
     if not any(path.suffix == '.cu' for path in sources):
-        raise ValueError(
+        raise UserError(
             f'--official {folder} has no CUDA sources: give models/ops/src of an official repository'
         )
     copy = Path(tempfile.mkdtemp())
@@ -62,4 +64,4 @@ def load_official(folder: Path) -> ModuleType:
             extra_include_paths=[str(copy)],
         )
     except (RuntimeError, ImportError, OSError) as error:
-        raise ValueError(f'the official extension in {folder} does not compile: {error}') from error
+        raise UserError(f'the official extension in {folder} does not compile: {error}') from error

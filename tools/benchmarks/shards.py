@@ -16,6 +16,7 @@ from datasets.streaming.index import import_webdataset
 from datasets.streaming.shards import ShardedCoco, ShardStream
 from datasets.transforms import make_transforms
 from tools.make_shards import make_shards
+from util.errors import UserError
 
 BOXES = 7  # as many as COCO has an image
 
@@ -24,7 +25,7 @@ def report_shards(root: Path, paths: list[Path], folder: Path, args: argparse.Na
     """Write shards of the images into the folder, and print images per second. WebDataset may be missing."""
     try:
         import_webdataset()
-    except ValueError as error:
+    except UserError as error:
         print(f'\nfiles against shards: left out, {error}')
         return
     annotations, place = folder / 'boxes.json', folder / 'shards'

@@ -25,6 +25,7 @@ from models.training.criterion import weighted_sum
 from models.training.flags import resolve_all
 from tools.benchmarks.timing import time_in_turn
 from tools.benchmarks.train import TRICKS
+from util.errors import UserError
 from util.precision import Precision, avoid_plans_per_shape, set_tf32
 
 WIDE = TRICKS | {'dim_feedforward': 2048, 'dropout': 0.0}
@@ -122,7 +123,7 @@ def benchmark_steps(args: argparse.Namespace) -> None:
         if on_gpu:
             torch.cuda.empty_cache()
     if problems:
-        raise ValueError('; '.join(problems))
+        raise UserError('; '.join(problems))
 
 
 def benchmark_method(

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from util.distributed.launch import export_launcher_environment
+from util.errors import UserError
 
 
 def is_distributed() -> bool:
@@ -43,7 +44,7 @@ def choose_device(name: str) -> torch.device:
     """Choose a device. `auto` takes the first of cuda, mps, cpu; each of several ranks on a machine takes its own GPU.
 
     Raises:
-        ValueError: there is no such device.
+        UserError: there is no such device.
     """
     export_launcher_environment()
     if name == 'auto':
@@ -51,11 +52,11 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f'--device {name} is not known: choose auto, cuda, mps or cpu') from error
+        raise UserError(f'--device {name} is not known: choose auto, cuda, mps or cpu') from error
     if device.type != 'cuda':
         return device
     if not torch.cuda.is_available():
-        raise ValueError(f'--device {name}: no usable NVIDIA GPU here; use --device auto')
+        raise UserError(f'--device {name}: no usable NVIDIA GPU here; use --device auto')
     # Slurm may show a process its own GPU only.
     local = int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()
     index = device.index if device.index is not None else local
@@ -105,34 +106,34 @@ def all_gather_object(value: object) -> list:
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """Let a ValueError or OSError of one rank stop all ranks at the end of the block, instead of leaving them waiting.
+    """Let an error of one rank stop all ranks at the end of the block, instead of leaving them waiting.
 
     The block must not hold a collective that only some ranks reach.
     """
-    error: ValueError | OSError | None = None
+    error: Exception | None = None
     try:
         yield
-    except (ValueError, OSError) as found:
+    except Exception as found:
         error = found
     texts = all_gather_object(None if error is None else str(error))
     if error is not None:
         raise error
     for rank, text in enumerate(texts):
         if text is not None:
-            raise ValueError(f'process {rank}: {text}')
+            raise UserError(f'process {rank}: {text}')
 
 
 def check_agreement(facts: dict[str, object]) -> None:
     """Require that all ranks give the same facts (name to value).
 
     Raises:
-        ValueError: they do not; the message names the first difference.
+        UserError: they do not; the message names the first difference.
     """
     first, *others = all_gather_object(facts)
     for rank, theirs in enumerate(others, start=1):
         for name in [*first, *(name for name in theirs if name not in first)]:
             if first.get(name) != theirs.get(name):
-                raise ValueError(
+                raise UserError(
                     f'the processes disagree: {name} is {first.get(name)} in process 0 and {theirs.get(name)} in process {rank}. '
                     'Start all of them with the same command, data and versions'
                 )

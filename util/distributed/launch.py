@@ -8,6 +8,8 @@ import re
 import subprocess
 from collections.abc import Mapping
 
+from util.errors import UserError
+
 # Below the ports that systems give away by themselves (from 32768 on), above those of services.
 FIRST_PORT, NUM_PORTS = 15000, 15000
 
@@ -16,7 +18,7 @@ def export_launcher_environment() -> None:
     """Set missing variables of torchrun in a task of Slurm's srun or of submitit; do nothing elsewhere.
 
     Raises:
-        ValueError: WORLD_SIZE is set, but not to the number of tasks.
+        UserError: WORLD_SIZE is set, but not to the number of tasks.
     """
     if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ:
         return  # torchrun, perhaps one started by srun on each node
@@ -25,7 +27,7 @@ def export_launcher_environment() -> None:
         return
     size = os.environ.get('WORLD_SIZE', found['WORLD_SIZE'])
     if size != found['WORLD_SIZE']:
-        raise ValueError(
+        raise UserError(
             f'WORLD_SIZE is {size}, but {found["WORLD_SIZE"]} tasks were started: unset WORLD_SIZE'
         )
     for name, value in found.items():

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from util.distributed.collectives import get_world_size
+from util.errors import UserError
 from util.logger import print_main
 
 REGISTERED: set[type] = set()
@@ -133,12 +134,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load whole tensors into the optimizer of a model, sharded or not.
 
     Raises:
-        ValueError: it is the state of another optimizer, or of other parameters.
+        UserError: it is the state of another optimizer, or of other parameters.
     """
     saved, here = state['param_groups'][0], optimizer.param_groups[0]
     if ('momentum' in saved) != ('momentum' in here):
         name, remedy = ('SGD', 'give --sgd') if 'momentum' in saved else ('AdamW', 'leave --sgd out')
-        raise ValueError(
+        raise UserError(
             f'the checkpoint was trained with {name}: {remedy}, or start from its weights with --pretrained'
         )
     if saved.get('weight_decay') != here['weight_decay']:
@@ -150,7 +151,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
         for groups in (state['param_groups'], optimizer.param_groups)
     )
     if theirs != ours:
-        raise ValueError(
+        raise UserError(
             f'the checkpoint trains groups of {theirs} parameters, this run of {ours}: give the --freeze, --lr_backbone and '
             '--lr_..._names of its run, or start from its weights with --pretrained'
         )

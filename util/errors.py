@@ -1,0 +1,9 @@
+"""The errors that are meant for users. Every other exception is a fault of the code and keeps its traceback."""
+
+
+class UserError(ValueError):
+    """Flags, data or a file are wrong. The message names them and says what to do; programs print it alone."""
+
+
+class FileError(UserError, OSError):
+    """A file is missing, or cannot be read or written."""
