@@ -7,70 +7,54 @@ Detectors through torch.hub; an entry for each row of docs/zoo.md.
   model, postprocess = torch.hub.load(REPO, 'detr_resnet50', pretrained=True, return_postprocessor=True)
   detections = postprocess(model.eval()(images), target_sizes)
 
-Each entry takes the arguments of `_build`.
+Each entry takes the arguments of `models.hub.build`.
+
+Other people's packages are called `datasets`, `models` and `util` too. Ours are therefore imported from this folder as
+parts of a package with a name of its own: `detr_1a2b3c4d.models.hub`, for example.
 """
 
-import functools as _functools
-from collections.abc import Callable as _Callable
+import re as _re
+import sys as _sys
+from importlib import import_module as _import_module
+from importlib.machinery import ModuleSpec as _ModuleSpec
+from importlib.machinery import PathFinder as _PathFinder
+from importlib.machinery import SourceFileLoader as _SourceFileLoader
 from pathlib import Path as _Path
+from types import CodeType as _CodeType
+from types import ModuleType as _ModuleType
+from zlib import crc32 as _crc32
 
-from torch import nn as _nn
+dependencies = ['torch', 'torchvision', 'numpy', 'PIL']
 
-import models as _models
-import models.zoo as _zoo
-from models.detector import load_detector as _load_detector
-from util import checkpoint as _checkpoint
-
-dependencies = ['torch', 'torchvision', 'numpy', 'PIL', 'pycocotools']
-
-
-def _build(
-    row: _zoo.Row,
-    pretrained: bool = False,
-    num_classes: int | None = None,
-    return_postprocessor: bool = False,
-    weights: str | _Path = '',
-) -> _nn.Module | tuple[_nn.Module, _nn.Module]:
-    """Build the detector of a row for inference.
-
-    Args:
-        pretrained: load the published weights.
-        num_classes: class indices, 'no object' not counted; None: those of the published weights (91 for COCO's ids, 1203
-            for LVIS). For another number their class heads start from random values, and a printed line says so.
-        return_postprocessor: return what turns outputs into detections too.
-        weights: path or address of weights to load instead, in any layout that `main.py --resume` reads.
-
-    Raises:
-        UserError: the weights do not fit, or are asked for and have no direct address.
-    """
-    source = weights or (row.source() if pretrained else '')
-    model, args = _zoo.build_row(row, num_classes, 'none' if source else 'imagenet')
-    if source:
-        resize = num_classes not in (None, row.num_classes)
-        report = _checkpoint.load_checkpoint(model, str(source), resize=resize)
-        if report.reinitialised:
-            print(f'{row.name} with {num_classes} classes: {report}')
-    return (model, _models.build_postprocessors(args)['bbox']) if return_postprocessor else model
+_ROOT = str(_Path(__file__).resolve().parent)
+_PACKAGE = f'detr_{_crc32(_ROOT.encode()):08x}'  # every copy of this folder has its own
+_RENAMED = rb'\1%s.\2' % _PACKAGE.encode()
 
 
-def detector(model: str, weights: str | _Path = '', device: str = 'auto') -> object:
-    """Return a `models.detector.Detector` of an entry: image or file in, named boxes out.
+class _Loader(_SourceFileLoader):
+    """Loader of a file of this folder. What it imports from our packages is that of this folder."""
 
-    Args:
-        model: name of an entry; '': the flags in `weights` tell the model, as those of a run of main.py do.
-        weights: path or address of weights (default: the published ones).
-        device: cuda, mps or cpu; auto takes the first there is.
-    """
-    return _load_detector(model, weights, device)
+    def get_code(self, fullname: str) -> _CodeType:
+        """Compile the file, and leave alone the cached bytecode, whose imports are as they are written."""
+        source = _re.sub(rb'(?m)^( *from )(datasets|models|util)\b', _RENAMED, self.get_data(self.path))
+        return self.source_to_code(source, self.path)
 
 
-def _entry(row: _zoo.Row) -> _Callable:
-    entry = _functools.partial(_build, row)
-    _functools.update_wrapper(entry, _build)
-    ap = f'{row.ap} AP on {row.data}' if row.ap else 'AP not published'
-    entry.__name__ = entry.__qualname__ = row.name
-    entry.__doc__ = f'{row.title}: {ap} ({row.epochs} epochs).\n\n{_build.__doc__}'
-    return entry
+class _Finder:
+    """Finder of the modules of our package, and of no others."""
+
+    @staticmethod
+    def find_spec(name: str, path: list[str] | None, target: object = None) -> _ModuleSpec | None:
+        if not name.startswith(f'{_PACKAGE}.'):
+            return None
+        spec = _PathFinder.find_spec(name, path)
+        if spec:
+            spec.loader = _Loader(name, spec.origin)
+        return spec
 
 
-globals().update({row.name: _entry(row) for row in _zoo.ZOO if row.name})
+if _PACKAGE not in _sys.modules:
+    _sys.modules[_PACKAGE] = _ModuleType(_PACKAGE)
+    _sys.modules[_PACKAGE].__path__ = [_ROOT]
+    _sys.meta_path.insert(0, _Finder)
+globals().update(_import_module(f'{_PACKAGE}.models.hub').entries())

@@ -1,11 +1,16 @@
-"""Data sets by the name of their format."""
+"""Data sets by the name of their format. Inference needs a few modules of this package, and none that reads annotations."""
+
+from __future__ import annotations
 
 import argparse
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from datasets.class_map import ClassMap
-from datasets.image_dataset import ImageDataset
 from util.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets.image_dataset import ImageDataset
 
 # Value of --dataset_file -> module whose `build(image_set, args, class_map)` makes the data set.
 DATASETS = {
@@ -29,6 +34,8 @@ def build_dataset(
         UserError: the format is not known, or the data are wrong.
         TypeError: the data set does not keep the contract of `datasets.image_dataset.ImageDataset`.
     """
+    from datasets.image_dataset import ImageDataset
+
     if getattr(args, f'{image_set}_shards', None):
         module = 'datasets.streaming.shards'
     elif args.dataset_file in DATASETS:

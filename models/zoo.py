@@ -15,8 +15,8 @@ from torch import nn
 
 from models import build_detector, resolve_args
 from models.recorded import adopt, settle
+from util.costs import count_flops
 from util.errors import UserError
-from util.plan import count_flops
 
 DETR_FILES = 'https://dl.fbaipublicfiles.com/detr/detr-'
 # The authors' weights under the names of transformers; util/checkpoint.py knows them.

@@ -13,7 +13,7 @@ from models import build_model
 from models.detr import DETR
 from tests.models import SMALL, TRICKS
 from tests.runs import parse
-from util.plan import activation_bytes
+from util.costs import activation_bytes
 
 
 def printed(flags: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:

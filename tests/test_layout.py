@@ -1,6 +1,8 @@
 """How the files of this repository lean on each other, and how long they are."""
 
 import ast
+import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -101,8 +103,28 @@ def module_level_imports(path: Path) -> Iterator[str]:
 def test_inference_never_imports_training() -> None:
     for path in (ROOT / 'models').glob('*.py'):
         assert not [name for name in module_level_imports(path) if 'training' in name], path
-    code = 'import sys, hubconf; sys.exit(any(name.startswith("models.training") for name in sys.modules))'
-    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=False).returncode == 0
+    loaded, dependencies = loaded_by_the_hub()
+    assert not [name for name in loaded if 'models.training' in name]
+    ours = {name.split('.', 1)[1] for name in loaded if re.match(r'detr_\w+\.', name)}
+    assert 40 < len(ours) < 60, 'what inference does not need stays out'
+    modules = product()
+    needed = {found.split('.')[0] for name in ours for found in module_level_imports(modules[name])}
+    assert needed - set(sys.stdlib_module_names) - {'', *FOLDERS} == set(dependencies)
+
+
+def loaded_by_the_hub() -> tuple[list[str], list[str]]:
+    """Names of all modules that `import hubconf` loads in a process of its own, and the packages that it asks for."""
+    code = 'import json, sys, hubconf; print(json.dumps([list(sys.modules), hubconf.dependencies]))'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
+
+
+def test_packages_import_each_other_in_the_form_that_the_hub_knows() -> None:
+    """`from models import ...`, which hubconf.py gives another name; never `import models`."""
+    for folder in ('models', 'datasets', 'util'):
+        for path in (ROOT / folder).rglob('*.py'):
+            for module, names in imports(path):
+                assert names or module.split('.')[0] not in FOLDERS, f'{path}: import {module}'
 
 
 def test_util_knows_neither_models_nor_datasets() -> None:

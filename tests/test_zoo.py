@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import hubconf
 import main
-from models import build_detector, build_model, zoo
+from models import build_detector, build_model, hub, zoo
 from models.backbone import build_backbone
 from models.detector import Detector, load_detector
 from models.recorded import settle
@@ -61,23 +60,23 @@ def test_every_entry_builds_without_network(monkeypatch: pytest.MonkeyPatch) -> 
     first = {repr(row.flags) + str(row.num_classes): row.name for row in reversed(ZOO) if row.name}
     zoo_build = zoo.build_row
     monkeypatch.setattr(
-        zoo, 'build_row', lambda row, *_: build(first[repr(row.flags) + str(row.num_classes)])
+        hub, 'build_row', lambda row, *_: build(first[repr(row.flags) + str(row.num_classes)])
     )
-    monkeypatch.setattr(hubconf._checkpoint, 'load_checkpoint', note_source(asked))
+    monkeypatch.setattr(hub, 'load_checkpoint', note_source(asked))
     built = set()
     for row in ZOO:
         if not row.name:
             continue
         if row.weights or repr(row.flags) not in built:
             with torch.device('meta'):
-                model = getattr(hubconf, row.name)(weights=row.weights or 'by hand')
+                model = hub.entries()[row.name](weights=row.weights or 'by hand')
             built.add(repr(row.flags))
             assert list(model.num_queries) == ['one2one'] and not list(model.query_sources)
         if not row.weights:
             with pytest.raises(
                 ValueError, match=r'no direct address: fetch them by hand from .*weights=PATH'
             ):
-                getattr(hubconf, row.name)(pretrained=True)
+                hub.entries()[row.name](pretrained=True)
     direct = [source for source in asked if source != 'by hand']
     assert direct == [row.weights for row in ZOO if row.weights] and len(set(direct)) == len(direct)
 
@@ -91,9 +90,8 @@ def note_source(asked: list) -> object:
 
 
 def test_hub_entries_are_the_rows() -> None:
-    entries = {name for name in dir(hubconf) if callable(getattr(hubconf, name)) and name[0] != '_'}
     names = [row.name for row in ZOO if row.name]
-    assert entries == {*names, 'detector'} and len(set(names)) == len(names)
+    assert set(hub.entries()) == {*names, 'detector'} and len(set(names)) == len(names)
     families = {'detr': 7, 'conditional': 4, 'deformable_detr_resnet50': 5, 'h_deformable': 11, 'ms_detr': 4,
                 'co_deformable': 9, 'co_dino': 20}  # fmt: skip
     for prefix, number in families.items():
@@ -142,7 +140,7 @@ def test_named_boxes_come_from_an_image_in_three_lines(small_row: Row, tmp_path:
     nn.init.constant_(model.class_embed.bias, -5)
     model.class_embed.bias.data[18] = 3  # a dog, wherever one looks
     torch.save(model.state_dict(), tmp_path / 'alone.pth')
-    detect = hubconf.detector('small', weights=tmp_path / 'alone.pth', device='cpu')
+    detect = hub.detector('small', weights=tmp_path / 'alone.pth', device='cpu')
     image = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8)
     objects = detect(image)
     assert isinstance(detect, Detector) and {found['name'] for found in objects} == {'dog'}
@@ -155,7 +153,7 @@ def test_other_classes_start_anew_and_that_is_said(
 ) -> None:
     model = small_model(small_row)
     torch.save(model.state_dict(), tmp_path / 'alone.pth')
-    tuned = hubconf._build(small_row, num_classes=7, weights=tmp_path / 'alone.pth')
+    tuned = hub.build(small_row, num_classes=7, weights=tmp_path / 'alone.pth')
     assert tuned.class_embed.out_features == 7
     assert torch.equal(tuned.bbox_embed.layers[0].weight, model.bbox_embed.layers[0].weight)
     assert (
@@ -262,7 +260,7 @@ def test_every_door_takes_every_layout(kind: str, tmp_path: Path, monkeypatch: p
     expected = detections(trained)
     for layout, path in layouts(trained, flags, tmp_path):
         doors = {
-            'hub': hubconf._build(row, weights=path),
+            'hub': hub.build(row, weights=path),
             'predict': load_detector('small', path).model,
             'convert': converted(path, tmp_path / f'converted {layout}.pth', flags),
             '--eval': through_main(monkeypatch, 'eval', path, flags, trained),
@@ -335,7 +333,7 @@ def test_no_door_runs_what_a_file_holds(
     data = """--dataset_file shapes --shapes_train 4 --shapes_val 2 --shapes_size 64 --img_size 64 --batch_size 2 --num_workers 0
         --device cpu --epochs 1 --backbone_weights none --model small"""
     doors = {
-        'hub': lambda file: hubconf._build(small_row, num_classes=6, weights=file),
+        'hub': lambda file: hub.build(small_row, num_classes=6, weights=file),
         'predict': lambda file: load_detector('small', file),
         'convert': lambda file: convert(str(file), tmp_path / f'{file.stem}2.pth', stripped=False, to='ours'),
         '--eval': lambda file: run('', '--eval', '--resume', str(file), flags=data),
@@ -375,7 +373,7 @@ def test_detrex_files_fit_the_hub_and_predict(tmp_path: Path) -> None:
     }
     state['query_embedding.weight'] = torch.randn(1800, 256)
     torch.save({'model': state, 'trainer': {}, 'iteration': 9}, tmp_path / 'detrex.pth')
-    model = hubconf.h_deformable_detr_resnet50(weights=tmp_path / 'detrex.pth')
+    model = hub.entries()['h_deformable_detr_resnet50'](weights=tmp_path / 'detrex.pth')
     assert torch.equal(model.query_embed.weight, state['query_embedding.weight'][:300])
     detector = load_detector('h_deformable_detr_resnet50', tmp_path / 'detrex.pth')
     assert torch.equal(detector.model.class_embed[0].weight[1], state['class_embed.0.weight'][0])
@@ -416,7 +414,7 @@ def test_hub_gives_recorded_outputs_for_official_files(
               for i in record.get('pictures') or record['images']]  # fmt: skip
     with np.load(path.with_suffix('.npz')) as arrays, float64(), torch.no_grad():
         for model in (
-            getattr(hubconf, entry)(weights=tmp_path / 'official.pth'),
+            hub.entries()[entry](weights=tmp_path / 'official.pth'),
             load_detector(weights=tmp_path / 'official.pth').model,
         ):
             outputs = model.eval()(images)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from util.distributed.collectives import all_reduce_sum, get_world_size, is_main_process
 from util.errors import UserError
@@ -112,6 +111,8 @@ class Progress:
         on_terminal = self.active and sys.stderr.isatty()
         self.bar = None
         if on_terminal:
+            from tqdm import tqdm
+
             self.bar = tqdm(total=total, desc=title, dynamic_ncols=True, leave=False, initial=done)
 
     def step(self, num_images: int, meter: Meter | None = None) -> None:

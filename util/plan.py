@@ -1,6 +1,5 @@
 """Summary of a run, printed before it starts."""
 
-import copy
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import cast
@@ -8,11 +7,10 @@ from typing import cast
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
+from util.costs import activation_bytes, count_flops, if_known
 from util.distributed.collectives import get_world_size
 from util.errors import UserError
-from util.nested_tensor import NestedTensor
 from util.run_state import ImageData
 
 FROM_SCRATCH_NEEDS = 10_000  # images; DETR's authors' advice
@@ -85,42 +83,12 @@ def flops_text(model: nn.Module, dataset: ImageData) -> str:
     height, width = dataset[0][0].shape[-2:]
     if getattr(model, 'eval_module', None) is not None:
         return 'not counted: those of an auxiliary head depend on what it finds'
-    flops = count_flops(model, height, width)
-    return f'{flops / 1e9:.3g} G ({flops / 2e9:.3g} G multiply-adds) for an image of {width} x {height}'
 
+    def text() -> str:
+        flops = count_flops(model, height, width)
+        return f'{flops / 1e9:.3g} G ({flops / 2e9:.3g} G multiply-adds) for an image of {width} x {height}'
 
-def count_flops(model: nn.Module, height: int, width: int) -> int:
-    """Count multiplications and additions of one image's forward pass without running it (two per multiply-accumulate)."""
-    shadow = copy.deepcopy(model).to('meta').eval().requires_grad_(False)
-    image = torch.zeros(1, 3, height, width, device='meta')
-    samples = NestedTensor(image, torch.zeros(1, height, width, dtype=torch.bool, device='meta'))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shadow(samples)
-    return counter.get_total_flops()
-
-
-def activation_bytes(model: nn.Module, batch_size: int, height: int, width: int) -> int:
-    """Count the bytes that a training step keeps for the backward pass, without running it.
-
-    Modules that add queries from the objects of a batch, and the losses, are left out: they depend on the data.
-    """
-    shadow = copy.deepcopy(model).to('meta').train()
-    shadow.query_sources = nn.ModuleDict()
-    weights = {p.untyped_storage()._cdata for p in shadow.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage
-        return tensor
-
-    images = torch.zeros(batch_size, 3, height, width, device='meta')
-    samples = NestedTensor(images, torch.zeros(batch_size, height, width, dtype=torch.bool, device='meta'))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = shadow(samples)
-    del outputs
-    return sum(storage.nbytes() for storage in kept.values())
+    return if_known(text)
 
 
 def print_dry_run(
@@ -131,20 +99,8 @@ def print_dry_run(
     notes: dict[str, str],
 ) -> None:
     """Print what a run would need: parameters, operations, memory, learning rates and steps. notes: further rows."""
-    scale = args.img_size / FLOPS_SIZE[0]
-    height, width = (round(side * scale) for side in FLOPS_SIZE)
-    if args.aug == 'lsj':
-        height = width = args.lsj_size
-        largest = height, width
-    else:
-        short = args.train_scales[1] if args.train_scales else args.img_size
-        largest = short, args.train_max_size or args.max_size or round(args.img_size * 1333 / 800)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    flops = count_flops(model, height, width) / 2e9
-    moments = 1 if args.sgd else 2
-    weights = 4 * (total + trained * (1 + moments))
-    kept = activation_bytes(model, args.batch_size, *largest)
     batch = args.batch_size * args.accum_steps * get_world_size()
     if num_images < batch and not args.eval:
         raise UserError(
@@ -152,8 +108,7 @@ def print_dry_run(
             '--total_batch_size, or add images'
         )
     steps = num_images // batch
-    sources, queries = cast(nn.ModuleDict, model.query_sources), cast(dict[str, int], model.num_queries)
-    left_out = ', '.join(['losses', *sources, *['what is recomputed'] * bool(args.use_checkpoint)])
+    queries = cast(dict[str, int], model.num_queries)
     rates: dict[float, int] = {}
     for group in optimizer.param_groups:
         rates[group['lr']] = rates.get(group['lr'], 0) + sum(p.numel() for p in group['params'])
@@ -166,11 +121,8 @@ def print_dry_run(
     rows = {
         'model': f'{args.family}, {args.backbone}, {sum(queries.values())} learned queries in training',
         'parameters': f'{total:,}, {trained:,} trainable',
-        'FLOPs': f'{flops:.4g} G multiply-adds for one image of {height} x {width} at evaluation, as published '
-        'tables count them',
-        'memory': f'about {(weights + kept) / 2**30:.3g} GiB a process in float32: {weights / 2**30:.3g} for weights, '
-        f'gradients and moments, {kept / 2**30:.3g} of activations of {args.batch_size} images of {largest[0]} x '
-        f'{largest[1]} (without {left_out})',
+        'FLOPs': if_known(lambda: published_flops_text(args, model)),
+        'memory': if_known(lambda: memory_text(args, model)),
         'groups': '; '.join(groups),
         'batch': f'{batch} images a step ({args.batch_size} x {args.accum_steps} accumulated x {get_world_size()} '
         'processes)',
@@ -178,3 +130,33 @@ def print_dry_run(
         **notes,
     }
     print('\n'.join(f'{name:>14}  {text}' for name, text in rows.items()), flush=True)
+
+
+def published_flops_text(args: Namespace, model: nn.Module) -> str:
+    """Describe the operations for the image that published tables count, at the size that is asked for."""
+    scale = args.img_size / FLOPS_SIZE[0]
+    height, width = (
+        (args.lsj_size,) * 2 if args.aug == 'lsj' else (round(side * scale) for side in FLOPS_SIZE)
+    )
+    flops = count_flops(model, height, width) / 2e9
+    return f'{flops:.4g} G multiply-adds for one image of {height} x {width} at evaluation, as published tables count them'
+
+
+def memory_text(args: Namespace, model: nn.Module) -> str:
+    """Describe the memory of a training step with the largest images."""
+    if args.aug == 'lsj':
+        height = width = args.lsj_size
+    else:
+        height = args.train_scales[1] if args.train_scales else args.img_size
+        width = args.train_max_size or args.max_size or round(args.img_size * 1333 / 800)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    moments = 1 if args.sgd else 2
+    weights = 4 * (total + trained * (1 + moments)) / 2**30
+    kept = activation_bytes(model, args.batch_size, height, width) / 2**30
+    sources = cast(nn.ModuleDict, model.query_sources)
+    left_out = ', '.join(['losses', *sources, *['what is recomputed'] * bool(args.use_checkpoint)])
+    return (
+        f'about {weights + kept:.3g} GiB a process in float32: {weights:.3g} for weights, gradients and moments, {kept:.3g} '
+        f'of activations of {args.batch_size} images of {height} x {width} (without {left_out})'
+    )

@@ -73,25 +73,33 @@ def backward_pytorch(
         return torch.autograd.grad(output, inputs, grad_output.to(output.dtype))
 
 
-# The operator. Pure PyTorch is its implementation on devices for which no other is registered.
 SCHEMA = 'Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights'
-library = torch.library.Library('detr', 'DEF')
-library.define(f'ms_deform_attn({SCHEMA}) -> Tensor', tags=torch.Tag.pt2_compliant_tag)
-library.define(
-    f'ms_deform_attn_backward(Tensor grad_output, {SCHEMA}) -> (Tensor, Tensor, Tensor)',
-    tags=torch.Tag.pt2_compliant_tag,
-)
-library.impl('ms_deform_attn', forward_pytorch, 'CompositeExplicitAutograd')
-library.impl('ms_deform_attn_backward', backward_pytorch, 'CompositeExplicitAutograd')
+library = torch.library.Library('detr', 'FRAGMENT')
 
 
-@torch.library.register_fake('detr::ms_deform_attn', lib=library)
+def define_operator() -> None:
+    """Define the operator. Pure PyTorch is its implementation on devices for which no other is registered."""
+    tag = torch.Tag.pt2_compliant_tag
+    library.define(f'ms_deform_attn({SCHEMA}) -> Tensor', tags=tag)
+    library.define(
+        f'ms_deform_attn_backward(Tensor grad_output, {SCHEMA}) -> (Tensor, Tensor, Tensor)', tags=tag
+    )
+    library.impl('ms_deform_attn', forward_pytorch, 'CompositeExplicitAutograd')
+    library.impl('ms_deform_attn_backward', backward_pytorch, 'CompositeExplicitAutograd')
+    torch.library.register_fake('detr::ms_deform_attn', forward_fake, lib=library)
+    torch.library.register_fake('detr::ms_deform_attn_backward', backward_fake, lib=library)
+    torch.library.register_autograd('detr::ms_deform_attn', backward, setup_context=save_inputs, lib=library)
+    library.impl('ms_deform_attn', make_autocast('cuda'), 'AutocastCUDA')
+    library.impl('ms_deform_attn', make_autocast('cpu'), 'AutocastCPU')
+    register_flop_formula(torch.ops.detr.ms_deform_attn)(forward_flops)
+    register_flop_formula(torch.ops.detr.ms_deform_attn_backward)(backward_flops)
+
+
 def forward_fake(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
     batch, _, heads, channels = value.shape
     return value.new_empty(batch, locations.shape[1], heads * channels)
 
 
-@torch.library.register_fake('detr::ms_deform_attn_backward', lib=library)
 def backward_fake(
     grad_output: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor
 ) -> Gradients:
@@ -107,9 +115,6 @@ def backward(ctx: object, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Te
     value, locations, weights = ctx.saved_tensors
     grads = torch.ops.detr.ms_deform_attn_backward(grad_output, value, ctx.shapes, locations, weights)
     return grads[0], None, grads[1], grads[2]
-
-
-torch.library.register_autograd('detr::ms_deform_attn', backward, setup_context=save_inputs, lib=library)
 
 
 def full_precision(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,11 +133,6 @@ def make_autocast(device_type: str) -> Callable:
     return autocast
 
 
-library.impl('ms_deform_attn', make_autocast('cuda'), 'AutocastCUDA')
-library.impl('ms_deform_attn', make_autocast('cpu'), 'AutocastCPU')
-
-
-@register_flop_formula(torch.ops.detr.ms_deform_attn)
 def forward_flops(
     value: Sequence[int], shapes: object, locations: Sequence[int], *_: object, **__: object
 ) -> int:
@@ -141,7 +141,6 @@ def forward_flops(
     return 8 * value[-1] * batch * queries * heads * levels * points
 
 
-@register_flop_formula(torch.ops.detr.ms_deform_attn_backward)
 def backward_flops(
     grad: object, value: Sequence[int], shapes: object, locations: Sequence[int], *_: object, **__: object
 ) -> int:
@@ -355,6 +354,8 @@ KERNELS: dict[str, tuple[Callable, Callable]] = {
     'triton': (triton_kernel('forward'), triton_kernel('backward')),
     'pytorch': (forward_pytorch, backward_pytorch),
 }
+if not hasattr(torch.ops.detr, 'ms_deform_attn'):  # by another copy of this file, which torch.hub has loaded
+    define_operator()
 load_library()
 if importlib.util.find_spec('triton') is None:
     problems['triton'] = 'not installed'

@@ -1,0 +1,67 @@
+"""What torch.hub offers: an entry for each row of docs/zoo.md, and `detector`. `hubconf.py` hands them over."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from models import build_postprocessors
+from models.detector import Detector, load_detector
+from models.zoo import ZOO, Row, build_row
+from util.checkpoint import load_checkpoint
+
+
+def build(
+    row: Row,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    return_postprocessor: bool = False,
+    weights: str | Path = '',
+) -> nn.Module | tuple[nn.Module, nn.Module]:
+    """Build the detector of a row for inference.
+
+    Args:
+        pretrained: load the published weights.
+        num_classes: class indices, 'no object' not counted; None: those of the published weights (91 for COCO's ids, 1203
+            for LVIS). For another number their class heads start from random values, and a printed line says so.
+        return_postprocessor: return what turns outputs into detections too.
+        weights: path or address of weights to load instead, in any layout that `main.py --resume` reads.
+
+    Raises:
+        UserError: the weights do not fit, or are asked for and have no direct address.
+    """
+    source = weights or (row.source() if pretrained else '')
+    model, args = build_row(row, num_classes, 'none' if source else 'imagenet')
+    if source:
+        resize = num_classes not in (None, row.num_classes)
+        report = load_checkpoint(model, str(source), resize=resize)
+        if report.reinitialised:
+            print(f'{row.name} with {num_classes} classes: {report}')
+    return (model, build_postprocessors(args)['bbox']) if return_postprocessor else model
+
+
+def detector(model: str, weights: str | Path = '', device: str = 'auto') -> Detector:
+    """Return a `models.detector.Detector` of an entry: image or file in, named boxes out.
+
+    Args:
+        model: name of an entry; '': the flags in `weights` tell the model, as those of a run of main.py do.
+        weights: path or address of weights (default: the published ones).
+        device: cuda, mps or cpu; auto takes the first there is.
+    """
+    return load_detector(model, weights, device)
+
+
+def entry(row: Row) -> Callable:
+    """Return `build` of a row, with the name and the result of the row."""
+    built = functools.partial(build, row)
+    functools.update_wrapper(built, build)
+    ap = f'{row.ap} AP on {row.data}' if row.ap else 'AP not published'
+    built.__name__ = built.__qualname__ = row.name
+    built.__doc__ = f'{row.title}: {ap} ({row.epochs} epochs).\n\n{build.__doc__}'
+    return built
+
+
+def entries() -> dict[str, Callable]:
+    """Return all entries by name."""
+    return {'detector': detector} | {row.name: entry(row) for row in ZOO if row.name}
