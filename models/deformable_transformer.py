@@ -23,6 +23,7 @@ from .ops.modules import MSDeformAttn
 from .ops.modules.ms_deform_attn import level_sizes
 from .parts import call_part
 from .position_encoding import sine_embedding
+from .proposals import BestProposals
 from .structures import LayerOutput, Memory, Prediction, QueryGroup, attention_blocks, check_groups
 from .transformer import Blocks, clones, read_twice, self_attention
 
@@ -216,6 +217,7 @@ class DeformableTransformer(nn.Module):
         if two_stage:
             self.enc_output = nn.Linear(d_model, d_model)
             self.enc_output_norm = nn.LayerNorm(d_model)
+            self.choose_proposals = BestProposals()
             if self.places_proposals:
                 self.pos_trans = nn.Linear(2 * d_model, 2 * d_model)
                 self.pos_trans_norm = nn.LayerNorm(2 * d_model)
@@ -274,15 +276,11 @@ class DeformableTransformer(nn.Module):
         if self.training:
             boxes = (box_head(features) + anchors).sigmoid()
             everywhere = Prediction(class_head(features), boxes, 'enc', anchors=anchors.sigmoid())
-            best = self.select(everywhere.logits[..., 0], num_proposals)
+            best = self.choose_proposals(everywhere.logits[..., 0], num_proposals)
             return gather_rows(everywhere.boxes, best).detach(), everywhere
         # At inference only the selected tokens need a box, and no token needs logits of other classes.
-        best = self.select(class_head.first(features), num_proposals)
+        best = self.choose_proposals(class_head.first(features), num_proposals)
         return (box_head(gather_rows(features, best)) + gather_rows(anchors, best)).sigmoid(), None
-
-    def select(self, scores: Tensor, num_proposals: int) -> Tensor:
-        """Return the indices of the largest scores, the largest first: [B, S] to [B, num_proposals]."""
-        return scores.topk(num_proposals, dim=1).indices
 
     def proposal_features(self, memory: Memory, num_proposals: int) -> tuple[Tensor, Tensor]:
         """Return features of every cell for the heads, [B, S, C], and its default box in logit space, [B, S, 4]."""

@@ -64,7 +64,7 @@ class DinoTransformer(DeformableTransformer):
         """
         features, anchors = self.proposal_features(memory, num_proposals)
         logits = class_head(features)
-        best = self.select(logits.amax(-1), num_proposals)
+        best = self.choose_proposals(logits.amax(-1), num_proposals)
         anchors = gather_rows(anchors, best)
         boxes = (box_head(gather_rows(features, best)) + anchors).sigmoid()
         chosen = Prediction(gather_rows(logits, best), boxes, 'enc', anchors=anchors.sigmoid())

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops.functions.ms_deform_attn_func import is_exporting
+from .ops.functions import is_exporting
 
 
 class Windows(NamedTuple):

@@ -1,6 +1,7 @@
 """Compiled stages and layers compute what they did, for images of any size, with few programs."""
 
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ from torch._dynamo.utils import counters
 
 from models import build_model
 from models.ops.modules import MSDeformAttn
+from models.ops.test import RecordGraphs
 from models.parts import all_parts, compile_parts
+from models.swin import SwinSize, SwinTransformer
 from models.training.criterion import weighted_sum
+from models.vit import VIT_SIZES, VisionTransformer
 from tests.models import SMALL, TWO_STAGE, random_targets
 
 # Few stages, which take the compiler longest.
@@ -50,18 +54,22 @@ def step(model: nn.Module, criterion: nn.Module, size: tuple[int, int]) -> dict[
     [
         pytest.param({}, 'inductor', marks=pytest.mark.exhaustive),
         pytest.param(TWO_STAGE, 'inductor', marks=pytest.mark.exhaustive),
-        ({}, 'eager'),
+        (TWO_STAGE, 'eager'),
         pytest.param(TWO_STAGE | {'use_checkpoint': True}, 'aot_eager', marks=pytest.mark.exhaustive),
     ],
-    ids=['detr', 'two stages', 'detr, eager', 'two stages, recomputed'],
+    ids=['detr', 'two stages', 'two stages, eager', 'two stages, recomputed'],
 )
 def test_equals_eager_with_few_programs(flags: dict, backend: str) -> None:
-    """To 1e-5 of each tensor. Layers that are alike share a program, and the third size needs no new one."""
+    """To 1e-5 of each tensor. Layers that are alike share a program, and the third size needs no new one.
+
+    Deformable attention is our operator in all of them.
+    """
     torch.compiler.reset()
     counters.clear()
     (model, criterion), (eager, _) = build(flags), build(flags)
     names = list(model.state_dict())
-    compile_parts(model, backend=backend)
+    compiler = RecordGraphs(backend)
+    compile_parts(model, backend=compiler)
     assert list(model.state_dict()) == names
     programs = []
     for size in SIZES:
@@ -73,6 +81,29 @@ def test_equals_eager_with_few_programs(flags: dict, backend: str) -> None:
     assert programs[0] <= len(all_parts(model)) + 2
     assert programs[1] <= programs[0] + 2 and programs[2] == programs[1]
     assert not counters['graph_break']
+    assert compiler.count('detr.ms_deform_attn') >= (2 if flags else 0), 'in layers of encoder and decoder'
+    assert not compiler.count('grid_sample')
+
+
+@pytest.mark.parametrize(
+    'body',
+    [
+        SwinTransformer(SwinSize(16, (2,), (1,), 5), range(1, 2)),
+        VisionTransformer(replace(VIT_SIZES['vit_mini'], depth=2, global_blocks=(1,))),
+    ],
+    ids=['swin', 'vit'],
+)
+def test_windows_do_not_break_the_graph(body: nn.Module) -> None:
+    """Blocks with and without a shift, within windows and over the whole map."""
+    torch.compiler.reset()
+    counters.clear()
+    nothing = Namespace(layers=[])
+    model = Namespace(
+        backbone=[Namespace(body=body)], transformer=Namespace(encoder=nothing, decoder=nothing)
+    )
+    compile_parts(model, backend='eager')
+    body(torch.randn(2, 3, 96, 128))
+    assert counters['stats']['unique_graphs'] == 2 and not counters['graph_break']
 
 
 @pytest.mark.parametrize(

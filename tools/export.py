@@ -38,6 +38,7 @@ from datasets.shapes import ShapesDetection
 from datasets.transforms import frame_size
 from models.detector import Detector, add_detector_args, check_detector_args, load_detector
 from models.postprocess import SoftmaxPostProcess, TopKPostProcess, clamp_boxes
+from models.proposals import AskedProposals
 from util.bounds import whole
 from util.box_ops import box_cxcywh_to_xyxy
 from util.errors import UserError
@@ -85,26 +86,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Selection:
-    """Selects proposals in place of DeformableTransformer.select: the best, or those that are asked for.
-
-    Rounding decides between proposals whose scores are almost equal, and each query attends to all others. So an ONNX file
-    is compared with what PyTorch computes for the same proposals, whose scores must be the best there, too.
-    """
-
-    def __init__(self) -> None:
-        self.asked: Tensor | None = None  # indices [B, Q]
-        self.taken: Tensor | None = None
-        self.difference = 0.0  # between scores of the proposals asked for and the best ones
-
-    def __call__(self, scores: Tensor, num_proposals: int) -> Tensor:
-        best, self.taken = scores.topk(num_proposals, dim=1)
-        if self.asked is not None:
-            self.taken = self.asked
-            self.difference = (best.sigmoid() - scores.gather(1, self.asked).sigmoid()).abs().max().item()
-        return self.taken
-
-
 class Program(nn.Module):
     """What is exported: images in, tensors in the order of `names` out, with a selection the proposals after them.
 
@@ -115,12 +96,13 @@ class Program(nn.Module):
         super().__init__()
         self.model, self.postprocess = model, postprocess
         self.names = OUTPUTS if postprocess is None else DETECTIONS
-        self.selection: Selection | None = None
+        self.selection: AskedProposals | None = None
 
     def tell_proposals(self) -> None:
         """Let the program end in the indices of its proposals, if it has two stages."""
         if getattr(self.model, 'two_stage', False):
-            self.selection = self.model.transformer.select = Selection()
+            transformer = self.model.transformer
+            self.selection = transformer.choose_proposals = transformer.choose_proposals.exportable()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         outputs = self.model(images)
@@ -178,7 +160,7 @@ def export(program: Program, images: Tensor, path: Path) -> None:
     dynamic = torch.export.Dim.DYNAMIC
     with torch.no_grad():
         exported = torch.export.export(
-            program, (images,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
+            program, (images,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},), strict=False
         )
     if path.suffix == '.pt2':
         torch.export.save(exported, path)

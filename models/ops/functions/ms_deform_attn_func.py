@@ -29,7 +29,6 @@ LIBRARY_FILE = Path(__file__).resolve().parents[1] / (
     + ('.pyd' if sysconfig.get_platform().startswith('win') else '.so')
 )
 logger = logging.getLogger(__name__)
-is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)  # from PyTorch 2.7 on
 
 
 def ms_deform_attn_core_pytorch(
@@ -172,6 +171,15 @@ def ms_deform_attn(
 def exporting() -> bool:
     """Return whether the model is being exported: such a program may contain PyTorch's own operators only."""
     return torch.jit.is_tracing() or is_exporting()
+
+
+def is_exporting() -> bool:
+    """Return whether torch.export runs, from PyTorch 2.7 on.
+
+    `torch.compiler.is_exporting` would do, but up to PyTorch 2.13 torch.compile takes it for True, too. Some versions do not
+    set the flag while they export with strict=True.
+    """
+    return getattr(torch.compiler, '_is_exporting_flag', False)
 
 
 class MSDeformAttnFunction:
