@@ -195,12 +195,13 @@ def roi_features(
     side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
     levels = torch.floor(torch.log2(side / finest + 1e-6)).nan_to_num(0.0).clamp(0, len(strides) - 1)
     rois = torch.cat([image, boxes], dim=1)
-    order, parts = [], []
-    for level, (x, stride) in enumerate(zip(maps, strides, strict=False)):
-        here = (levels == level).nonzero()[:, 0]
-        parts.append(roi_align(x, rois[here], size, 1 / stride, sampling_ratio=0, aligned=True))
-        order.append(here)
-    return torch.cat(parts)[torch.cat(order).argsort()]
+    counts = (levels == torch.arange(len(strides), device=levels.device)[:, None]).sum(1).tolist()
+    order = levels.argsort(stable=True)
+    parts = [
+        roi_align(x, part, size, 1 / stride, sampling_ratio=0, aligned=True)
+        for x, stride, part in zip(maps, strides, rois[order].split(counts), strict=False)
+    ]
+    return torch.cat(parts)[order.argsort()]
 
 
 class DetectionMasks(nn.Module):

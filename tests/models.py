@@ -1,13 +1,15 @@
 """Small models of every kind, batches for them, and what tests do to them."""
 
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Self
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from models import build_model
@@ -116,31 +118,89 @@ def under_one_mask(blocks: list[AttentionBlock]) -> AttentionBlock:
 
 
 class CountSyncs(TorchDispatchMode):
-    """Counts operators that make a GPU's host wait: reading a scalar, shapes that depend on values, boolean
-    indices.
+    """Counts what would make a GPU's host wait, on any device: scalars that are read, shapes that depend on values, boolean
+    indices, and copies between host and device, save those to the device with `non_blocking`.
+
+    Tensors made without a device, or of such tensors alone, are the host's; all others count as the device's.
     """
 
     names = (
         'aten._local_scalar_dense',
-        'aten.nonzero',
-        'aten.masked_select',
         'aten._unique',
+        'aten.bincount',
+        'aten.equal',
         'aten.is_nonzero',
+        'aten.masked_select',
+        'aten.nonzero',
+        'aten.unique',
+        'torchvision.nms',
     )
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.on_host = False  # the call that runs has the host's tensors only
+        self.others = ExitStack()
+
+    def __enter__(self) -> Self:
+        self.others.enter_context(TensorPlaces(self))
+        # No mode sees the original.
+        self.others.enter_context(mock.patch.object(torch, 'from_numpy', torch.as_tensor))
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.others.close()
 
     def __torch_dispatch__(
         self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
-        by_mask = str(func).startswith('aten.index') and any(
+        name, kwargs = str(func), kwargs or {}
+        by_mask = name.startswith('aten.index') and any(
             isinstance(index, Tensor) and index.dtype == torch.bool for index in tree_leaves(args[1:2])
         )
-        if by_mask or str(func).startswith(self.names):
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
+        by_numbers = name == 'aten.repeat_interleave.Tensor' and kwargs.get('output_size') is None
+        if not self.on_host and (by_mask or by_numbers or name.startswith(self.names)):
+            self.found.append(name)
+        return func(*args, **kwargs)
+
+
+class TensorPlaces(TorchFunctionMode):
+    """Marks the tensors that a GPU's host would have, and tells `syncs` of copies that wait."""
+
+    def __init__(self, syncs: CountSyncs) -> None:
+        super().__init__()
+        self.syncs = syncs
+
+    def __torch_function__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        name, kwargs = func.__name__, kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        given = [getattr(x, 'of_host', False) for x in leaves if isinstance(x, Tensor)]
+        from_host, moved = all(given), any(isinstance(x, torch.device) for x in leaves)
+        waits = {
+            'to': given[:1] == [True] and (moved or not from_host) and not kwargs.get('non_blocking'),
+            'tensor': moved,
+            'as_tensor': moved,
+            'new_tensor': not from_host,
+            '__getitem__': given[:1] == [False] and any(given),
+            '__setitem__': given[:1] == [False] and any(given),
+        } | dict.fromkeys(('cpu', 'tolist', 'numpy'), not from_host)
+        if waits.get(name):
+            self.syncs.found.append(name)
+        self.syncs.on_host = from_host and not moved
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.syncs.on_host = False
+        if name in ('to', 'cpu'):
+            with _disable_current_modes():  # a CPU copies nothing; the other place's tensor keeps its mark
+                result = result.view_as(result)
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                x.of_host = name == 'cpu' or (from_host and not moved)
+        return result
 
 
 def content_of(x: Tensor) -> Tensor:

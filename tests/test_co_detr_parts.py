@@ -21,7 +21,8 @@ from models.training.dense_heads import (
     clip_boxes,
     decode_boxes,
     encode_boxes,
-    owned_cells,
+    owned_anchors,
+    sample,
     shifted_anchors,
     undo_rounding,
 )
@@ -63,8 +64,12 @@ def test_anchors_equal_official(name: str) -> None:
         assert_close(base, recorded['base'][index], 'base', rtol=1e-7)
         grid = shifted_anchors(base.double(), stride, 2, 3)
         assert_close(grid.flatten(), np.ravel(recorded['grid_2x3'][index]), 'grid', rtol=1e-7)
-        owned = owned_cells(torch.tensor([[18.0, 13.0]]), stride, 4, 5)
-        assert owned.view(4, 5).int().tolist() == recorded['owned_cells_of_4x5_for_13x18'][index]
+        level, cells = torch.empty(1, 1, 4, 5), torch.zeros(20, dtype=torch.int64)
+        cells[owned_anchors([18.0, 13.0], [stride], [level])[0]] = 1
+        assert cells.view(4, 5).tolist() == recorded['owned_cells_of_4x5_for_13x18'][index]
+        every = torch.arange(20 * len(base)).view(4, 5, -1)[cells.view(4, 5) > 0].flatten()
+        _, second = owned_anchors([18.0, 13.0], [stride] * 2, [level] * 2, len(base))
+        assert torch.equal(second, 20 * len(base) + every)
 
 
 @needs_shared
@@ -220,6 +225,30 @@ def test_samples_become_queries_positives_first() -> None:
     chosen = choose_samples(target, 12)
     assert chosen.shape == (2, 12) and (target.gather(1, chosen)[1] == 2).all()
     assert choose_samples(target[:, :4], 300).shape == (2, 4), 'no more queries than places'
+
+
+def test_draws_of_samples_are_the_official_ones() -> None:
+    """A permutation of all positives, and one of all negatives, in this order and only where some are left out."""
+    assigned = torch.randint(-2, 3, (2, 60))
+    positives, negatives = (
+        (found.nonzero()[:, 0]) for found in (assigned[0] >= 0, assigned[0] == BACKGROUND)
+    )
+    torch.manual_seed(0)
+    expected = [index[torch.randperm(len(index))[:5]].sort().values for index in (positives, negatives)]
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    found = sample(assigned[0], 10, 0.5)
+    assert all(map(torch.equal, found, expected)) and torch.equal(torch.get_rng_state(), after)
+    target = assigned.clamp(min=BACKGROUND)
+    target[1, 6:] = BACKGROUND
+    target[1, :6] = 1
+    many, few, rest = target[0].ne(BACKGROUND).nonzero()[:, 0], torch.arange(6), torch.arange(6, 60)
+    torch.manual_seed(1)
+    rows = [many[torch.randperm(len(many))[:12]], torch.cat([few, rest[torch.randperm(54)[:6]]])]
+    after = torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(choose_samples(target, 12), torch.stack(rows))
+    assert torch.equal(torch.get_rng_state(), after)
 
 
 INITIAL = {

@@ -19,7 +19,7 @@ from models.training.flags import resolve_all
 from models.training.mask_losses import iou_loss, iou_targets, mask_targets, refine_loss
 from models.training.mask_rcnn import MaskBranch
 from tests import rule
-from tests.models import HEADS, SMALL, TRICKS, random_targets, with_masks
+from tests.models import HEADS, SMALL, TRICKS, build, random_targets, with_masks
 from tests.parity import assert_close
 from tests.runs import run
 from tests.shared_data import SHARED, needs_shared
@@ -78,6 +78,41 @@ def test_heads_targets_and_losses_equal_official() -> None:
         assert_close(parameter.grad.norm(), record['grad_norm'][name], name)
     norms = [0.0 if x.grad is None else x.grad.norm() for x in maps]
     assert_close(torch.tensor(norms, dtype=torch.float64), record['grad_norm_feats'], 'maps')
+
+
+@pytest.mark.parametrize('pixels', ['no', 'few'])
+def test_objects_of_no_or_few_pixels_have_finite_losses(pixels: str) -> None:
+    """A crop can cut all of a mask away, and a thin object is in no cell of the target. Predictions are empty too."""
+    model, criterion, _ = build(TRICKS | {'co_masks': True})
+    images, targets = torch.randn(2, 3, 96, 96), with_masks(random_targets(2, 1), (96, 96))
+    targets[0]['boxes'][:] = torch.tensor([0.5, 0.5, 1.0, 1.0])
+    targets[0]['masks'].zero_()
+    if pixels == 'few':
+        targets[0]['masks'][:, 48] = 1
+    for head in model.modules():
+        if isinstance(head, RefineMaskHead):
+            for layer in head.stage_instance_logits:
+                nn.init.constant_(layer.bias, -50.0)
+    losses = criterion(model.train()(images, targets), targets)
+    weighted_sum(losses, criterion.weight_dict).backward()
+    assert all(value.isfinite() for value in losses.values()), losses
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_iou_targets_without_pixels() -> None:
+    """Regions that nothing is in and nothing is predicted in count as no overlap, which the loss leaves out."""
+    masks, rois = torch.zeros(3, 100, 300), torch.tensor([[0.0, 0.0, 300.0, 100.0]]).repeat(3, 1)
+    masks[1, 50] = 1
+    masks[2, 20:60, 100:200] = 1
+    targets = mask_targets(masks, rois)[1]
+    logits = torch.full((3, 28, 28), -1.0)
+    assert iou_targets(logits, targets, masks, rois).tolist() == [0, 0, 0] and not targets[1].any()
+    logits[2] = torch.where(targets[2], 1.0, -1.0)
+    found = iou_targets(logits, targets, masks, rois)
+    assert found[:2].tolist() == [0, 0] and found[2] == pytest.approx(1)
+    quality = torch.full((3,), 0.25, requires_grad=True)
+    iou_loss(quality, found).backward()
+    assert quality.grad.tolist() == pytest.approx([0, 0, -1.5])
 
 
 def test_boundaries_have_the_official_widths() -> None:

@@ -542,16 +542,6 @@ class CountCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_method(name: str, copies: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = getattr(Tensor, name)
-
-    def counted(self: Tensor) -> object:
-        copies[name] += 1
-        return original(self)
-
-    monkeypatch.setattr(Tensor, name, counted)
-
-
 @pytest.mark.parametrize('num_objects', [(20, 20), (7, 0), (40, 3), (0, 0)])
 def test_stacked_losses_equal_layer_by_layer_ones(num_objects: tuple[int, int]) -> None:
     torch.manual_seed(0)
@@ -584,23 +574,20 @@ def test_stacked_losses_equal_layer_by_layer_ones(num_objects: tuple[int, int]) 
         check_pairs(criterion.table[kind].matcher(prediction, shown), expected, targets)
 
 
-def test_criterion_of_hybrid_training_is_few_calls_and_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_criterion_of_hybrid_training_is_few_calls_and_one_copy() -> None:
     """At H-DETR's training size: calls of matching, losses and their backward pass; copies to the host."""
     torch.manual_seed(0)
     flags = TWO_STAGE | {'hybrid_k': 6}
     criterion, _, _ = build_supervision(resolve_all(Namespace(**flags)))
     predictions, targets = hybrid_batch()
     leaves = [x for p in predictions for x in (p.logits, p.boxes)]
-    copies = Counter()
-    for name in ('cpu', 'item', 'tolist'):
-        count_method(name, copies, monkeypatch)
     with CountCalls() as calls, CountSyncs() as syncs:
         losses = criterion({'predictions': predictions}, targets)
         total = weighted_sum(losses, criterion.weight_dict)
         forward = calls.number
         torch.autograd.grad(total, leaves)
     assert calls.number <= 900 and forward < 650, (forward, calls.number)
-    assert syncs.found == [] and copies == {'cpu': 1}
+    assert syncs.found == ['cpu']
 
 
 def test_proposals_are_matched_by_boxes_or_anchors() -> None:

@@ -24,12 +24,14 @@ from .dense_heads import (
     clip_boxes,
     decode_boxes,
     level_anchors,
-    owned_cells,
+    owned_anchors,
 )
 from .losses import FocalLoss
+from .structures import from_host
 
 ANCHOR_STRIDES = 8.0  # side of an anchor in strides
 STDS = (0.1, 0.1, 0.2, 0.2)  # standard deviations of box offsets
+PADDING = BACKGROUND - 1  # in place of an object, for cells that are not in their image
 NEAREST = 9  # number of candidates per object and level
 INSIDE = 0.01  # smallest distance in pixels of a positive's centre from the edges of its object
 
@@ -104,22 +106,15 @@ class ATSS(nn.Module):
         self, maps: list[Tensor], images: Images, with_features: bool = True
     ) -> tuple[dict[str, Tensor], Samples]:
         """Return unweighted losses, and every anchor with its object. Anchors in the padding are at the origin."""
-        anchors = self.anchors(maps)
-        sizes = [x.shape[-2:] for x in maps]
-        owned = [
-            owned_cells(images.sizes, stride, *size) for stride, size in zip(self.strides, sizes, strict=True)
-        ]
-        assigned = []  # for each image [S], indices into its own objects
-        for index, objects in enumerate(images.boxes):
-            here = [mask[index] for mask in owned]
-            found = assign_adaptively([a[m] for a, m in zip(anchors, here, strict=True)], objects)
-            everywhere = torch.full((sum(map(len, anchors)),), BACKGROUND, device=found.device)
-            everywhere[torch.cat(here)] = found
-            assigned.append(everywhere)
-        owned, anchors, assigned = torch.cat(owned, dim=1), torch.cat(anchors), torch.stack(assigned)
-        losses = self.losses(self.read(maps), anchors, owned, assigned, images)
-        offsets = torch.tensor(images.offsets(), device=assigned.device)[:, None]
-        target = torch.where(assigned == BACKGROUND, assigned, assigned + offsets)
+        anchors = torch.cat(self.anchors(maps))
+        assigned = torch.full((len(images.boxes), len(anchors)), PADDING, device=anchors.device)
+        for found, extent, objects in zip(assigned, images.extents, images.boxes, strict=True):
+            owned = owned_anchors(extent, self.strides, maps)
+            found[torch.cat(owned)] = assign_adaptively([anchors[level] for level in owned], objects)
+        offsets = from_host(images.offsets(), assigned)[:, None]
+        target = torch.where(assigned >= 0, assigned + offsets, BACKGROUND)
+        owned = assigned != PADDING
+        losses = self.losses(self.read(maps), anchors, owned, target, images)
         boxes = anchors * owned[..., None]
         features = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1) if with_features else None
         return losses, Samples(boxes, target, features)
@@ -129,7 +124,7 @@ class ATSS(nn.Module):
         outputs: tuple[list[Tensor], list[Tensor], list[Tensor]],
         anchors: Tensor,
         owned: Tensor,
-        assigned: Tensor,
+        target: Tensor,
         images: Images,
     ) -> dict[str, Tensor]:
         """Compute the losses.
@@ -138,16 +133,16 @@ class ATSS(nn.Module):
             outputs: those of `read`.
             anchors: [S, 4].
             owned: [B, S] whether a cell is not padding.
-            assigned: [B, S] index of the object in its image, or BACKGROUND.
+            target: [B, S] index of the object in the batch, or BACKGROUND.
         """
         logits, deltas, centerness = (
             anchor_major(maps, width) for maps, width in zip(outputs, (self.num_classes, 4, 1), strict=True)
         )
-        batch, place = (assigned != BACKGROUND).nonzero().unbind(1)
-        target = assigned[batch, place] + torch.tensor(images.offsets(), device=batch.device)[batch]
-        boxes, labels = torch.cat(images.boxes)[target], torch.cat(images.labels)[target]
+        batch, place = (target != BACKGROUND).nonzero().unbind(1)
+        objects = target[batch, place]
+        boxes, labels = torch.cat(images.boxes)[objects], torch.cat(images.labels)[objects]
         wanted = target_centerness(anchors[place], boxes)
-        counts = torch.bincount(batch, minlength=len(assigned)).clamp(min=1).sum()
+        counts = (target != BACKGROUND).sum(1).clamp(min=1).sum()
         count, weight = average(torch.stack([counts.to(wanted), wanted.sum()]))
         negatives = (self.focal.unweighted(logits).sum(-1) * owned).sum()
         cls = self.focal.weights[1] * negatives + self.focal.correction(logits[batch, place, labels]).sum()
@@ -217,6 +212,6 @@ def assign_adaptively(anchors: list[Tensor], objects: Tensor) -> Tensor:
     margin = torch.cat([center - objects[:, :2], objects[:, 2:] - center], dim=-1).amin(-1)
     positive = (overlap >= threshold) & (margin > INSIDE)
     best = overlap.new_full((len(objects), len(flat)), -1.0)
-    best.scatter_(1, candidates.T, overlap.T.where(positive.T, best.new_tensor(-1.0)))
+    best.scatter_(1, candidates.T, torch.where(positive.T, overlap.T, -1.0))
     overlap, found = best.max(0)
     return found.masked_fill(overlap < 0, BACKGROUND)

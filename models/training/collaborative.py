@@ -19,7 +19,7 @@ from util.box_ops import box_xyxy_to_cxcywh
 from util.precision import without_autocast
 
 from .atss import ATSS
-from .dense_heads import BACKGROUND, Images, Samples, permutation
+from .dense_heads import BACKGROUND, Images, Samples, shuffled
 from .faster_rcnn import FasterRCNN
 from .positions import BoxPositions
 
@@ -150,14 +150,13 @@ def choose_samples(target: Tensor, most: int) -> Tensor:
     """
     num_positives = (target != BACKGROUND).sum(1).tolist()
     wanted = min(max(MIN_QUERIES, min(most, max(num_positives))), target.shape[1])
+    positives_first = (target == BACKGROUND).byte().argsort(dim=1, stable=True)
     rows = []
-    for found, count in zip(target, num_positives, strict=True):
-        positives = (found != BACKGROUND).nonzero()[:, 0]
+    for order, count in zip(positives_first, num_positives, strict=True):
+        chosen, negatives = order[:count], order[count:]
         if count > wanted:
-            positives = positives[permutation(count, target)[:wanted]]
+            chosen = shuffled(chosen, wanted)
         elif count < wanted:
-            negatives = (found == BACKGROUND).nonzero()[:, 0]
-            drawn = negatives[permutation(len(negatives), target)[: wanted - count]]
-            positives = torch.cat([positives, drawn])
-        rows.append(positives)
+            chosen = torch.cat([chosen, shuffled(negatives, wanted - count)])
+        rows.append(chosen)
     return torch.stack(rows)

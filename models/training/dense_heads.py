@@ -8,6 +8,7 @@ numbers come from torch's CPU generator.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -47,6 +48,11 @@ class Images:
         ]
         labels, masks = ([target.get(key) for target in targets] for key in ('labels', 'masks'))
         return cls(sizes, boxes, labels, masks)
+
+    @cached_property
+    def extents(self) -> list[list[float]]:
+        """Width and height of each image on the host. The device is waited for once."""
+        return self.sizes.tolist()
 
     def offsets(self) -> list[int]:
         """Return the index in the batch of each image's first object."""
@@ -99,11 +105,24 @@ def level_anchors(
     ]
 
 
-def owned_cells(sizes: Tensor, stride: int, height: int, width: int) -> Tensor:
-    """Mark the cells that are in their image, not in its padding, [B, H W]. sizes: [B, 2] width, height."""
-    columns, rows = (sizes / stride).ceil().unbind(-1)
-    x, y = (torch.arange(side, device=sizes.device) for side in (width, height))
-    return ((y < rows[:, None])[:, :, None] & (x < columns[:, None])[:, None]).flatten(1)
+def owned_anchors(
+    extent: list[float], strides: list[int], maps: list[Tensor], per_cell: int = 1
+) -> list[Tensor]:
+    """Return the anchors of each level whose cells are in an image, not in its padding, as indices among all levels' anchors.
+
+    Args:
+        extent: width and height of the image.
+        maps: [B, C, H, W] of every level.
+        per_cell: number of anchors of a cell.
+    """
+    found, start = [], 0
+    for stride, x in zip(strides, maps, strict=True):
+        columns, rows = (math.ceil(side / stride) for side in extent)
+        shape = *x.shape[-2:], per_cell
+        level = torch.arange(start, start + math.prod(shape), device=x.device).view(shape)
+        found.append(level[:rows, :columns].flatten())
+        start += level.numel()
+    return found
 
 
 def encode_boxes(anchors: Tensor, boxes: Tensor, stds: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
@@ -158,8 +177,8 @@ def assign_by_iou(
         return assigned
     best_of_object = iou.amax(1, keepdim=True)
     given = (iou == best_of_object) & (best_of_object >= negative)
-    owner, box = given.nonzero().unbind(1)
-    last = torch.full_like(assigned, -1).scatter_reduce(0, box, owner, 'amax')  # -1: no object's best box
+    numbers = torch.arange(len(objects), device=objects.device)[:, None]
+    last = torch.where(given, numbers, -1).amax(0)  # -1: no object's best box
     return torch.where(last >= 0, last, assigned)
 
 
@@ -172,12 +191,12 @@ def sample(assigned: Tensor, num: int, positive_fraction: float) -> tuple[Tensor
 
 def draw(index: Tensor, num: int) -> Tensor:
     """Draw at most `num` entries of an ascending index, in order. Random numbers are used only if there are more."""
-    return index if len(index) <= num else index[permutation(len(index), index)[:num]].sort().values
+    return index if len(index) <= num else shuffled(index, num).sort().values
 
 
-def permutation(num: int, like: Tensor) -> Tensor:
-    """Draw a permutation from torch's CPU generator, and move it to the device of `like`."""
-    return torch.randperm(num).to(like.device)
+def shuffled(index: Tensor, num: int) -> Tensor:
+    """Permute an index with torch's CPU generator, and return the first `num` entries, without a synchronisation."""
+    return index[torch.randperm(len(index))[:num].to(index.device, non_blocking=True)]
 
 
 def anchor_major(maps: list[Tensor], width: int) -> Tensor:

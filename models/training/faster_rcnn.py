@@ -28,7 +28,7 @@ from .dense_heads import (
     decode_boxes,
     encode_boxes,
     level_anchors,
-    owned_cells,
+    owned_anchors,
     sample,
 )
 from .mask_rcnn import MaskBranch
@@ -71,18 +71,12 @@ class RegionProposals(nn.Module):
 
     def losses(self, logits: list[Tensor], deltas: list[Tensor], images: Images) -> dict[str, Tensor]:
         anchors = torch.cat(self.anchors(logits))
-        owned = torch.cat(
-            [
-                owned_cells(images.sizes, stride, *x.shape[-2:]).repeat_interleave(x.shape[1], dim=1)
-                for stride, x in zip(self.strides, logits, strict=True)
-            ],
-            dim=1,
-        )
         flat_logits, flat_deltas = anchor_major(logits, 1)[..., 0], anchor_major(deltas, 4)
         cls = bbox = flat_logits.new_zeros(())
         count = 0
         for index, objects in enumerate(images.boxes):
-            place = owned[index].nonzero()[:, 0]
+            owned = owned_anchors(images.extents[index], self.strides, logits, per_cell=logits[0].shape[1])
+            place = torch.cat(owned)
             assigned = assign_by_iou(anchors[place], objects, 0.7, 0.3, low_quality=True)
             positives, negatives = sample(assigned, self.num_samples, self.positive_fraction)
             count += max(len(positives), 1) + max(len(negatives), 1)
@@ -109,7 +103,7 @@ class RegionProposals(nn.Module):
         scores, boxes, levels = (torch.cat(parts, dim=1) for parts in (scores, boxes, levels))
         kept = []
         for score, box, level in zip(scores, boxes, levels, strict=True):
-            real = (box[:, 2:] > box[:, :2]).all(-1)
+            real = (box[:, 2:] > box[:, :2]).all(-1).nonzero()[:, 0]
             score, box, level = score[real], box[real], level[real]
             kept.append(box[batched_nms(box, score, level, self.nms_threshold)[: self.num_proposals]])
         return kept
@@ -208,14 +202,14 @@ class FasterRCNN(nn.Module):
         ]
         regions, objects = zip(*sampled, strict=True)
         features, logits, deltas = self.roi(maps, list(regions))
-        losses |= self.losses(logits, deltas, torch.cat(regions), list(objects), images)
-        if self.masks is not None:
-            losses['loss_rcnn_mask'] = self.mask_loss(maps, regions, objects, images)
-        shortest = min(len(boxes) for boxes in regions)
         target = [
             torch.where(found == BACKGROUND, found, found + offset)
             for found, offset in zip(objects, images.offsets(), strict=True)
         ]
+        losses |= self.losses(logits, deltas, torch.cat(regions), torch.cat(target), images)
+        if self.masks is not None:
+            losses['loss_rcnn_mask'] = self.mask_loss(maps, regions, objects, images)
+        shortest = min(len(boxes) for boxes in regions)
         means = features.mean((2, 3)).split([len(boxes) for boxes in regions]) if with_features else None
         return losses, Samples(
             *(
@@ -236,18 +230,13 @@ class FasterRCNN(nn.Module):
         return boxes[chosen], assigned[chosen]
 
     def losses(
-        self, logits: Tensor, deltas: Tensor, regions: Tensor, assigned: list[Tensor], images: Images
+        self, logits: Tensor, deltas: Tensor, regions: Tensor, target: Tensor, images: Images
     ) -> dict[str, Tensor]:
-        """Compute losses and accuracy of the RoI head. assigned: object of each RoI, for each image."""
-        background = logits.shape[1] - 1
-        classes, boxes = [], []
-        for found, labels, objects in zip(assigned, images.labels, images.boxes, strict=True):
-            # The index of background samples, -1, selects the last entry.
-            with_background = torch.cat([labels, labels.new_tensor([background])])
-            classes.append(with_background[found])
-            boxes.append(objects[found[found >= 0]])
-        classes, boxes = torch.cat(classes), torch.cat(boxes)
-        positive = (classes != background).nonzero()[:, 0]
+        """Compute losses and accuracy of the RoI head. target: [N] object in the batch of each RoI, or BACKGROUND."""
+        positive = (target != BACKGROUND).nonzero()[:, 0]
+        boxes = torch.cat(images.boxes)[target[positive]]
+        classes = torch.full_like(target, logits.shape[1] - 1)
+        classes[positive] = torch.cat(images.labels)[target[positive]]
         box_of_class = classes[positive].clamp(max=deltas.shape[1] - 1)  # 0 where all classes share a box
         decoded = decode_boxes(regions[positive], deltas[positive, box_of_class], self.roi.stds)
         divisor = average(from_host([len(classes)], logits))[0] + EPS
@@ -262,7 +251,7 @@ class FasterRCNN(nn.Module):
         self, maps: list[Tensor], regions: Sequence[Tensor], assigned: Sequence[Tensor], images: Images
     ) -> Tensor:
         """Return the loss of masks on the positive RoIs."""
-        positive = [found != BACKGROUND for found in assigned]
+        positive = [(found != BACKGROUND).nonzero()[:, 0] for found in assigned]
         objects = [found[mine] for found, mine in zip(assigned, positive, strict=True)]
         return self.masks.loss(
             maps,

@@ -81,7 +81,7 @@ class SoftmaxLoss:
     A query has at most one object. The loss is a weighted mean, divided by the sum of the weights.
     """
 
-    smallest_denominator = 0.0
+    smallest_denominator = 1e-12  # not 0, the weight of a batch without objects if `eos_coef` is 0
 
     def __init__(self, eos_coef: float = 0.1) -> None:
         self.eos_coef = eos_coef

@@ -10,7 +10,7 @@ from models.structures import Memory, Prediction, QueryGroup
 from util.box_ops import box_cxcywh_to_xyxy
 from util.precision import full_precision, without_autocast
 
-from .dense_heads import Images, assign_by_iou, clip_boxes, sample
+from .dense_heads import EPS, Images, assign_by_iou, clip_boxes, sample
 
 STAGE_WEIGHTS = (0.5, 0.75, 0.75, 1.0)
 BOUNDARY_WIDTH = 2
@@ -56,6 +56,8 @@ def refine_loss(logits: list[Tensor], targets: list[Tensor]) -> Tensor:
 def iou_targets(logits: Tensor, targets: Tensor, masks: Tensor, rois: Tensor) -> Tensor:
     """Return the IoU [N] of predicted masks with their whole objects, of which a region may hold a part only.
 
+    It is 0 where prediction and target are empty, and for objects that have no pixel.
+
     Args:
         logits, targets: [N, 28, 28].
         masks: [N, H, W], the mask of each region's object.
@@ -64,13 +66,14 @@ def iou_targets(logits: Tensor, targets: Tensor, masks: Tensor, rois: Tensor) ->
     predicted, part = logits.sigmoid() > 0.5, targets
     share = torch.stack(
         [
-            mask[y0:y1, x0:x1].sum() / mask.sum()
+            mask[y0:y1, x0:x1].sum() / mask.sum().clamp(min=1)
             for mask, (x0, y0, x1, y1) in zip(masks.float(), rois.int().tolist(), strict=True)
         ]
     )
     overlap = (predicted & part).flatten(1).sum(1)
     whole = part.flatten(1).sum(1).to(logits) / (share + 1e-7)  # the share stays in float32 (official code)
-    return overlap / (predicted.flatten(1).sum(1) + whole - overlap)
+    union = predicted.flatten(1).sum(1) + whole - overlap
+    return overlap / union.clamp(min=EPS)
 
 
 def iou_loss(predicted: Tensor, targets: Tensor) -> Tensor:
