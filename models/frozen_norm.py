@@ -19,7 +19,7 @@ class FoldedNorm(FrozenBatchNorm2d):
     """The identity, with the buffers of a norm that the convolution in front of it applies."""
 
     # Factor and bias, the buffers that they were computed from, and the state of these.
-    kept: tuple[tuple[Tensor, Tensor], list[Tensor], list[tuple[int, int]]] | None = None
+    _kept: tuple[tuple[Tensor, Tensor], list[Tensor], list[tuple[int, int]]] | None = None
 
     def __init__(self, norm: FrozenBatchNorm2d) -> None:
         super().__init__(len(norm.weight), norm.eps)
@@ -32,11 +32,11 @@ class FoldedNorm(FrozenBatchNorm2d):
         if not may_keep(buffers):
             return self.compute()
         state = [(id(buffer), buffer._version) for buffer in buffers]
-        if self.kept is None or self.kept[2] != state:
+        if self._kept is None or self._kept[2] != state:
             # The buffers are kept too, so that no other tensor gets their ids.
             with without_autocast(buffers[0]):
-                self.kept = self.compute(), buffers, state
-        return self.kept[0]
+                self._kept = self.compute(), buffers, state
+        return self._kept[0]
 
     def compute(self) -> tuple[Tensor, Tensor]:
         factor = self.weight * (self.running_var + self.eps).rsqrt()
