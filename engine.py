@@ -8,9 +8,10 @@ tells whether the step is made. Co-DETR's heads and denoising add some.
 import math
 import re
 from argparse import Namespace
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -128,11 +129,11 @@ def layer_decay_groups(model: nn.Module, lr: float, weight_decay: float, factor:
 
 @dataclass
 class Schedule:
-    """Factor of the learning rate at each optimizer step.
+    """Factor of the learning rate after a number of steps of the run, those left out included.
 
     kind: `step` multiplies by 0.1 after the epochs of `drops`, or after every `drop_every`; `cosine` falls to 0 over `epochs`
-    (SGDR, arXiv:1608.03983, Eq. 5). warmup_steps: over the first of them it rises linearly from `warmup_start`. A checkpoint
-    holds all of this, and wins over flags.
+    (SGDR, arXiv:1608.03983, Eq. 5). Both follow the images that were seen. warmup_steps: over the first of them that the
+    optimizer makes, it rises linearly from `warmup_start`. A checkpoint holds all of this, and wins over flags.
     """
 
     kind: str
@@ -142,13 +143,14 @@ class Schedule:
     warmup_steps: int
     steps_per_epoch: int = 1
     warmup_start: float = 0.0
+    left_out: list[int] = field(default_factory=list)  # numbers of the steps that the optimizer did not make
 
     def __call__(self, step: int) -> float:
-        warm = 1.0
-        if self.warmup_start and step < self.warmup_steps:
-            warm = self.warmup_start + (1 - self.warmup_start) * step / self.warmup_steps
+        warm, made = 1.0, step - bisect_left(self.left_out, step)
+        if self.warmup_start and made < self.warmup_steps:
+            warm = self.warmup_start + (1 - self.warmup_start) * made / self.warmup_steps
         elif self.warmup_steps:
-            warm = min(1.0, (step + 1) / self.warmup_steps)
+            warm = min(1.0, (made + 1) / self.warmup_steps)
         if self.kind == 'cosine':
             done = min(step / (self.epochs * self.steps_per_epoch), 1.0)
             return warm * 0.5 * (1 + math.cos(math.pi * done))
@@ -191,7 +193,7 @@ def make_schedule(args: Namespace, steps_per_epoch: int) -> Schedule:
 def build_scheduler(
     optimizer: torch.optim.Optimizer, args: Namespace, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Build the schedule that the flags ask for; call its `step` after every optimizer step."""
+    """Build the schedule that the flags ask for; `util.run_state.set_step` moves it after every step."""
     schedule = make_schedule(args, steps_per_epoch)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, [schedule] * len(optimizer.param_groups))
 
@@ -209,11 +211,12 @@ def describe_rates(args: Namespace, scheduler: torch.optim.lr_scheduler.LambdaLR
         names = ('',)
     rates = [f'{name}{rate:g}' for name, rate in zip(names, scheduler.base_lrs, strict=False)]
     text = f'{", ".join(rates)}, {schedule}'
-    asked = asdict(make_schedule(args, schedule.steps_per_epoch)), [args.lr, args.lr_backbone]
+    asked = make_schedule(args, schedule.steps_per_epoch), [args.lr, args.lr_backbone]
+    asked[0].left_out = schedule.left_out
     if args.lr_layer_decay is not None:
         text = f'{text}, blocks of the backbone times {args.lr_layer_decay} each, counted from the last'
         asked[1][1] = args.lr * args.lr_layer_decay
-    if not args.resume or asked == (asdict(schedule), scheduler.base_lrs[:2]):
+    if not args.resume or asked == (schedule, scheduler.base_lrs[:2]):
         return text
     return f'{text} (of the resumed checkpoint; the flags say otherwise and are not used)'
 
@@ -229,7 +232,7 @@ def train_one_epoch(
     print_freq: int = 10,
     precision: Precision | None = None,
     state: EpochState | None = None,
-    after_step: Callable[[EpochState], None] = lambda state: None,
+    after_step: Callable[[EpochState, bool], None] = lambda state, made: None,
     black_box: BlackBox | None = None,
 ) -> dict[str, float]:
     """Train on every batch once.
@@ -239,7 +242,7 @@ def train_one_epoch(
         accum_steps: batches whose gradients make one optimizer step; the gradient is that of one batch of all their images.
         print_freq: optimizer steps between two progress lines.
         state: how far an interrupted epoch had come; the loader begins there.
-        after_step: called after each optimizer step.
+        after_step: called after each step, with whether the optimizer made one.
         black_box: what looks at steps that are left out because their gradient is not finite.
 
     Returns:
@@ -256,18 +259,20 @@ def train_one_epoch(
     state = state or EpochState()
     progress = Progress(title, len(data_loader) // accum_steps, print_freq, state.step)
     black_box, bare = black_box or BlackBox(), getattr(model, 'module', model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    black_box.watch(model)
     for batches in grouped(data_loader, accum_steps):
-        step_targets = [targets_to(targets, device) for _, targets in batches]
+        step_targets = [targets for _, targets in batches]
         counted = criterion.tally.copy()
         optimizer.zero_grad(set_to_none=True)
-        black_box.before(model)
+        black_box.before()
         found = []
         for index, (samples, targets) in enumerate(batches):
             with local_gradients(model) if index + 1 < len(batches) else nullcontext():
                 _, losses, loss = losses_of(model, criterion, precision, step_targets, samples, targets)
                 precision.backward(loss / len(batches))
             found.append({'loss': loss.detach()} | {name: value.detach() for name, value in losses.items()})
-        finite = precision.step(optimizer, model, max_norm, [each['loss'] for each in found])
+        made, finite = precision.step(optimizer, trained, max_norm, [each['loss'] for each in found])
         again = partial(losses_of, bare, criterion, precision, step_targets)
         black_box.after(finite, bare, batches, again, f'{title} step {state.step + 1}')
         if not finite:
@@ -276,7 +281,7 @@ def train_one_epoch(
             state.meter.update(each)
         state.step += 1
         progress.step(sum(len(targets) for targets in step_targets), state.meter)
-        after_step(state)
+        after_step(state, made)
     progress.close()
     averages = state.meter.averages()
     return averages | criterion.statistics(averages)

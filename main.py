@@ -76,7 +76,16 @@ from util.flags import add_run_args, check_run_args, make_parser, run_command
 from util.logger import RunLog, format_time, print_main
 from util.plan import COCO_TRAIN_IMAGES, flops_text, print_dry_run, print_plan
 from util.precision import Precision, avoid_plans_per_shape, set_tf32
-from util.run_state import EpochState, Run, find_checkpoint, keep_copy, keep_numbered, restore, save
+from util.run_state import (
+    EpochState,
+    Run,
+    find_checkpoint,
+    keep_copy,
+    keep_numbered,
+    restore,
+    save,
+    set_step,
+)
 from util.seeding import seed_everything
 from util.trackers import Tracker, trackers_of
 from util.visualize import plot_curves
@@ -320,11 +329,17 @@ def train(run: Run, first_epoch: int, state: EpochState, checkpoint: dict) -> No
         )
 
 
-def after_step(run: Run, folder: Path | None, epoch: int, state: EpochState) -> None:
-    """Step the schedule, update the EMA, save every --checkpoint_steps, and stop if a signal asked for it."""
-    run.scheduler.step()
-    if run.average is not None:
+def after_step(run: Run, folder: Path | None, epoch: int, state: EpochState, made: bool) -> None:
+    """Move the schedule, update the EMA, save every --checkpoint_steps, and stop if a signal asked for it.
+
+    made: the optimizer made this step; EMA and warm-up do not count others, while epochs count their images.
+    """
+    schedule, steps_done = run.scheduler.lr_lambdas[0], epoch * run.steps_an_epoch + state.step
+    if not made:
+        schedule.left_out.append(steps_done - 1)
+    elif run.average is not None:
         run.average.update(run.bare_model)
+    set_step(run.scheduler, steps_done)
     steps = run.args.checkpoint_steps
     due = folder is not None and steps is not None and state.step % steps == 0
     if due and state.step < run.steps_an_epoch:

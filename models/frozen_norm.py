@@ -1,19 +1,25 @@
 """
 Fold frozen batch norms into the convolutions in front of them, which saves a pass over the feature map.
 
-The weight is multiplied by the norm's factor in every forward, so that it trains as before. Parameters and buffers keep
-their places and names. Results differ by rounding.
+The weight is multiplied by the norm's factor in every forward, so that it trains as before. The factor itself is constant
+and kept. Parameters and buffers keep their places and names. Results differ by rounding.
 """
 
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from util.precision import without_autocast
+
 
 class FoldedNorm(FrozenBatchNorm2d):
     """The identity, with the buffers of a norm that the convolution in front of it applies."""
+
+    # Factor and bias, the buffers that they were computed from, and the state of these.
+    _kept: tuple[tuple[Tensor, Tensor], list[Tensor], list[tuple[int, int]]] | None = None
 
     def __init__(self, norm: FrozenBatchNorm2d) -> None:
         super().__init__(len(norm.weight), norm.eps)
@@ -21,7 +27,18 @@ class FoldedNorm(FrozenBatchNorm2d):
             setattr(self, name, buffer)
 
     def factor_and_bias(self) -> tuple[Tensor, Tensor]:
-        """Return factor and bias of each channel, [C] each."""
+        """Return factor and bias of each channel, [C] each; computed again if a buffer was written or replaced."""
+        buffers = [self.weight, self.bias, self.running_mean, self.running_var]
+        if not may_keep(buffers):
+            return self.compute()
+        state = [(id(buffer), buffer._version) for buffer in buffers]
+        if self._kept is None or self._kept[2] != state:
+            # The buffers are kept too, so that no other tensor gets their ids.
+            with without_autocast(buffers[0]):
+                self._kept = self.compute(), buffers, state
+        return self._kept[0]
+
+    def compute(self) -> tuple[Tensor, Tensor]:
         factor = self.weight * (self.running_var + self.eps).rsqrt()
         return factor, self.bias - self.running_mean * factor
 
@@ -43,6 +60,18 @@ class FoldedConvolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         factor, bias = self._norm[0].factor_and_bias()
         return F.conv2d(x, self.weight * factor.view(-1, 1, 1, 1), bias, **self.options)
+
+
+def may_keep(buffers: list[Tensor]) -> bool:
+    """Return whether what is computed from buffers may be kept until they change.
+
+    Compiled, exported and recorded programs are to read the buffers themselves. Inference mode makes tensors that no backward
+    pass can use, and whose changes are not counted.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    recorded = buffers[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (recorded or any(buffer.is_inference() or buffer.requires_grad for buffer in buffers))
 
 
 def fold_frozen_norms(network: nn.Module) -> None:

@@ -187,7 +187,7 @@ def test_a_step_that_is_left_out_changes_nothing(capsys: pytest.CaptureFixture[s
             [batches(*spoilt)[number] for number in chosen],
             optimizer,
             max_norm=0.1,
-            after_step=lambda state, criterion=criterion, counts=counts: counts.append(
+            after_step=lambda state, made, criterion=criterion, counts=counts: counts.append(
                 criterion.tally['objects']
             ),
         )

@@ -1,18 +1,23 @@
 """Frozen norms inside their convolutions: the same network, the same state dict."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from models import frozen_norm
 from models.backbone import FEATURE_STAGES, build_backbone
 from models.frozen_norm import FoldedConvolution, FoldedNorm
 from tests import rule
 from tests.parity import float64
+from util.distributed import parallel
+from util.ema import WeightAverage
 
 NAMES = ('resnet18', 'resnet50', 'mobilenet_v2')
 STAGES = range(2, 5)
@@ -124,3 +129,111 @@ def test_16_bit_maps_stay_16_bit() -> None:
     body, _ = both('resnet18')
     with torch.autocast('cpu', torch.bfloat16):
         assert all(x.dtype == torch.bfloat16 for x in body(torch.randn(1, 3, 64, 64)).values())
+
+
+class Calls(TorchDispatchMode):
+    """Names of the ATen operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_factors_are_computed_once() -> None:
+    """Five operators for each of the 53 norms of ResNet-50, in training and in evaluation."""
+    body = build_backbone('resnet50', 'none', False, 'frozen', STAGES, True).body
+    body.load_state_dict(body.state_dict())  # written: the factors are due
+    images, numbers = torch.randn(1, 3, 32, 32), []
+    for train in (True, True, False):
+        with torch.set_grad_enabled(train), Calls() as calls:
+            body.train(train)(images)
+        numbers.append(len(calls.names))
+        assert ('aten.rsqrt.default' in calls.names) == (len(numbers) == 1)
+    assert numbers[0] - numbers[1] == 5 * 53
+    assert numbers[2] == 53 * 3 + 49 + 16 + 1, 'convolution, product and view; ReLU, sum, pooling'
+
+
+def replaced(body: nn.Module) -> dict[str, Tensor]:
+    return {name: 0.5 + 0.9 * value.flip(0) for name, value in body.state_dict().items()}
+
+
+@torch.no_grad()
+def add_in_place(body: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    for buffer in body.buffers():
+        buffer.add_(0.5)
+
+
+def add_in_inference_mode(body: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.inference_mode():
+        add_in_place(body, monkeypatch)
+
+
+def receive(body: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from another process, which the version of a tensor does not count."""
+    monkeypatch.setattr(parallel, 'get_world_size', lambda: 2)
+    monkeypatch.setattr(parallel.dist, 'broadcast', lambda x, source: x.data.add_(0.5))
+    parallel.broadcast_from_main(body.buffers())
+
+
+def average(body: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = copy.deepcopy(body)
+    add_in_place(other, monkeypatch)
+    mean = WeightAverage(body, 0.5)
+    mean.module = body
+    mean.update(other)
+
+
+CHANGES = {
+    'load_state_dict': lambda body, patch: body.load_state_dict(replaced(body)),
+    'assign': lambda body, patch: body.load_state_dict(replaced(body), assign=True),
+    'in place': add_in_place,
+    'in inference mode': add_in_inference_mode,
+    'another type': lambda body, patch: body.double(),
+    'received': receive,
+    'average': average,
+}
+
+
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
+def test_factors_follow_the_buffers(change: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    body, _ = both('resnet18')
+    images = torch.randn(1, 3, 32, 32)
+    other = copy.deepcopy(body)
+    before, _ = (network(images)['4'] for network in (body, other))  # both keep their factors
+    change(other, monkeypatch)
+    found = other(images.to(next(other.parameters())))['4']
+    monkeypatch.setattr(frozen_norm, 'may_keep', lambda buffers: False)
+    assert torch.equal(found, other(images.to(next(other.parameters())))['4'])
+    assert not torch.equal(found, before)
+    assert torch.equal(body(images)['4'], before)
+
+
+def test_factors_of_an_inference_train() -> None:
+    """Inference mode makes tensors that no backward pass can use."""
+    body, _ = both('resnet18')
+    images = torch.randn(1, 3, 32, 32)
+    for mode in (True, False):  # the network itself made there, or outside
+        with torch.inference_mode(mode):
+            network = copy.deepcopy(body)
+        with torch.inference_mode():
+            expected = network(images)['4']
+        found = network(images)['4']
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    found.sum().backward()
+
+
+def test_buffers_that_train_get_gradients() -> None:
+    body, _ = both('resnet18')
+    images = torch.randn(1, 3, 32, 32)
+    body(images)
+    for buffer in body.buffers():
+        buffer.requires_grad_()
+    for _ in range(2):
+        body(images)['4'].square().mean().backward()
+    assert all(buffer.grad is not None for buffer in body.buffers())

@@ -3,7 +3,8 @@
 import ast
 import re
 from argparse import Namespace
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -34,9 +35,11 @@ from tests.models import (
 )
 from tests.parity import float64
 from tests.runs import ROOT
+from util.ema import WeightAverage
 from util.logger import Meter
 from util.nested_tensor import NestedTensor, collate_fn, nested_tensor_from_tensor_list
 from util.precision import Precision
+from util.run_state import EpochState
 from util.trackers import TRACKERS
 
 QUICK_FAMILIES = ('detr', 'two stages with tricks', 'all, conditional')
@@ -299,6 +302,51 @@ def test_odd_objects_have_finite_losses_and_gradients(flags: dict, objects: str)
     weighted_sum(losses, criterion.weight_dict).backward()
     assert all(value.isfinite() for value in losses.values()), losses
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_targets_cross_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels, boxes and masks, of each batch of a step; what only evaluation reads does not."""
+    model, criterion, _ = build({})
+    items = [
+        (torch.randn(3, 64, 64), target | {'image_id': torch.tensor([1])})
+        for target in with_masks(random_targets(3, 2, 1, 0), (64, 64))
+    ]
+    batches = [collate_fn(items[:2]), collate_fn(items[2:])]
+    names = {id(x): name for _, targets in batches for target in targets for name, x in target.items()}
+    copies: Counter[str] = Counter()
+    original = Tensor.to
+
+    def to(self: Tensor, *args: object, **options: object) -> Tensor:
+        copies[names.get(id(self), 'other')] += 1
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(Tensor, 'to', to)
+    train_one_epoch(model, criterion, batches, build_optimizer(model, 1e-4, 1e-5, 1e-4), accum_steps=2)
+    del copies['other']
+    assert copies == dict.fromkeys(('labels', 'boxes', 'masks'), 4)
+
+
+def test_a_step_walks_through_no_tree_of_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of parameters, buffers and norms are made once an epoch, or once."""
+    model, criterion, _ = build({'conditional': True, 'backbone_norm': 'batch'})
+    average, walked = WeightAverage(model, 0.9), Counter()
+    original = nn.Module.named_modules
+
+    def named_modules(self: nn.Module, *args: object, **options: object) -> Iterator:
+        for each in original(self, *args, **options):
+            walked[steps] += 1
+            yield each
+
+    def after_step(state: EpochState, made: bool) -> None:
+        nonlocal steps
+        average.update(model)
+        steps = state.step
+
+    monkeypatch.setattr(nn.Module, 'named_modules', named_modules)
+    steps, batch = 0, collate_fn(list(zip(torch.randn(2, 3, 64, 64), random_targets(3, 0), strict=True)))
+    optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4)
+    train_one_epoch(model, criterion, [batch] * 3, optimizer, max_norm=0.1, after_step=after_step)
+    assert walked[0] > 500 and max(walked[1], walked[2]) < 50, walked
 
 
 @pytest.mark.gpu

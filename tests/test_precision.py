@@ -210,31 +210,35 @@ def test_fp16_steps_of_whole_models(flags: dict) -> None:
     model, criterion, _ = build(flags)
     optimizer, precision = build_optimizer(model, 1e-4, 1e-5, 1e-4), Precision('fp16', CPU)
     images, targets = torch.randn(2, 3, 64, 64), random_targets(3, 2)
-    for _ in range(4):
+    made: list[bool] = []
+    while not any(made) and len(made) < 10:
         with precision.autocast():
             outputs = model.train()(images, targets)
         loss = weighted_sum(criterion(outputs, targets), criterion.weight_dict)
         optimizer.zero_grad(set_to_none=True)
         precision.backward(loss)
-        precision.step(optimizer, model, max_norm=0.1)
+        made.append(precision.step(optimizer, model, max_norm=0.1)[0])
         assert loss.isfinite()
     assert all(p.isfinite().all() for p in model.parameters())
-    assert optimizer.state, 'some step was taken'
-    assert precision.scaler.get_scale() >= 2.0**12
+    assert optimizer.state and made[-1], 'some step was taken'
+    assert precision.scaler.get_scale() == 2.0 ** (17 - len(made))
 
 
 def test_a_step_that_overflows_is_left_out() -> None:
     layer = nn.Linear(2, 1)
     optimizer, precision = build_optimizer(layer, 0.1, 0.1, 0.0), Precision('fp16', CPU)
-    scales, weights = [], []
-    for factor in (1.0, 1e36, 1.0):
+    scales, weights, results = [], [], []
+    for factor in (1.0, 1e36, 1.0, float('nan')):
         optimizer.zero_grad()
-        precision.backward(factor * layer(torch.ones(1, 2)).sum())
-        precision.step(optimizer, layer.parameters(), max_norm=1.0)
+        loss = factor * layer(torch.ones(1, 2)).sum()
+        precision.backward(loss)
+        results.append(precision.step(optimizer, layer.parameters(), max_norm=1.0, losses=[loss]))
         scales.append(precision.scaler.get_scale())
         weights.append(layer.weight.detach().clone())
-    assert scales == [2.0**16, 2.0**15, 2.0**15]
+    assert scales == [2.0**16, 2.0**15, 2.0**15, 2.0**14]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    assert torch.equal(weights[2], weights[3])
+    assert results == [(True, True), (False, True), (True, True), (False, False)], 'made, finite'
     assert layer.weight.isfinite().all()
 
 

@@ -104,6 +104,25 @@ def test_the_average_follows_the_weights() -> None:
     assert not any(parameter.requires_grad for parameter in average.module.parameters())
 
 
+def test_the_average_follows_tensors_that_are_replaced() -> None:
+    """Whole networks in another type or with other tensors, and weights that two modules share."""
+    shared = nn.Linear(3, 3)
+    model = nn.Sequential(shared, nn.BatchNorm1d(3), shared)
+    average = WeightAverage(model, 0.5)
+    for change in (
+        lambda: model.load_state_dict({name: x + 1 for name, x in model.state_dict().items()}, assign=True),
+        lambda: [each.double() for each in (model, average.module)],
+    ):
+        change()
+        before = {name: x.clone() for name, x in average.module.state_dict().items()}
+        average.update(model)
+        step = average.step_size()
+        for name, x in average.module.state_dict().items():
+            theirs = model.state_dict()[name]
+            expected = before[name].lerp(theirs, step) if x.is_floating_point() else theirs
+            torch.testing.assert_close(x, expected)
+
+
 def test_averaged_weights_are_what_is_evaluated_and_loaded(tmp_path: Path) -> None:
     run(tmp_path / 'run', '--epochs', '1', '--ema', '0.5')
     checkpoint = load(tmp_path / 'run')
@@ -361,7 +380,7 @@ def test_a_schedule_goes_on_in_the_middle(
     rates = []
     original = engine.Precision.step
 
-    def step(self: Precision, optimizer: torch.optim.Optimizer, *rest: object) -> bool:
+    def step(self: Precision, optimizer: torch.optim.Optimizer, *rest: object) -> tuple[bool, bool]:
         rates.append(optimizer.param_groups[0]['lr'])
         if len(rates) == 8 and stop:
             raise KeyboardInterrupt
@@ -386,6 +405,39 @@ def test_a_schedule_goes_on_in_the_middle(
     for number, rate in enumerate(whole):
         shape = 0.5 * (1 + math.cos(math.pi * number / 9)) if cosine else 0.1 ** min(number // steps, 2)
         assert rate == pytest.approx(1e-3 * min(1, (number + 1) / warm) * shape)
+
+
+def test_a_step_that_the_optimizer_did_not_make_counts_for_its_epoch_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when fp16 overflows. Warm-up and average wait for steps that are made, also over an interruption."""
+    flags = '--epochs 2 --ema 0.5 --warmup_steps 3 --lr_drop 1 --checkpoint_steps 1 --no_validate'
+    rates: list[float] = []
+    original = engine.Precision.step
+
+    def step(self: Precision, optimizer: torch.optim.Optimizer, *rest: object) -> tuple[bool, bool]:
+        if len(rates) == stop:
+            raise KeyboardInterrupt
+        rates.append(optimizer.param_groups[0]['lr'])
+        return (False, True) if len(rates) in (2, 3, 5) else original(self, optimizer, *rest)
+
+    monkeypatch.setattr(engine.Precision, 'step', step)
+    stop = 99
+    run(tmp_path / 'whole', *flags.split())
+    shape = [1 / 3, 2 / 3, 2 / 3, 0.2 / 3, 0.1, 0.1]  # three steps an epoch
+    assert rates == pytest.approx([1e-3 * factor for factor in shape])
+    rates.clear()
+    stop = 5
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / 'parts', *flags.split())
+    stop = 99
+    run(tmp_path / 'parts', *flags.split(), '--resume', 'auto')
+    assert rates == pytest.approx([1e-3 * factor for factor in shape])
+    ours, theirs = load(tmp_path / 'whole'), load(tmp_path / 'parts')
+    assert_same(ours, theirs)
+    assert ours['ema_updates'] == 3 and ours['lr_scheduler']['lr_lambdas'][0]['left_out'] == [1, 2, 4]
+    texts = [(tmp_path / name / 'metrics.csv').read_text() for name in ('whole', 'parts')]
+    assert texts[0] == texts[1]
 
 
 def test_official_schedules_go_on() -> None:

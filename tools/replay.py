@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from engine import losses_of, targets_to
+from engine import losses_of
 from models import build_model
 from util.black_box import Diagnosis, diagnose
 from util.checkpoint import load_checkpoint, set_rng_state
@@ -54,7 +54,7 @@ def replay(args: argparse.Namespace) -> Diagnosis:
     device = choose_device(args.device)
     model.to(device).train()
     batches = [(NestedTensor(each['tensors'], each['mask']), each['targets']) for each in saved['batches']]
-    step_targets = [targets_to(targets, device) for _, targets in batches]
+    step_targets = [targets for _, targets in batches]
     set_rng_state(saved['rng'])
     precision = Precision(args.amp or flags.amp, device)
     return diagnose(model, batches, partial(losses_of, model, criterion, precision, step_targets))

@@ -154,10 +154,14 @@ class BlackBox:
         self.folder, self.limit, self.args = folder, limit, args
         self.in_a_row = self.saved = 0
 
-    def before(self, model: nn.Module) -> None:
+    def watch(self, model: nn.Module) -> None:
+        """Note the batch norms of a model, before its first step."""
+        self.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    def before(self) -> None:
         """Remember random states, and statistics of batch norms, before a step."""
         self.rng = get_rng_state()
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+        norms = [norm for norm in self.norms if norm.training]
         self.statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
 
     def after(

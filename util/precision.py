@@ -47,7 +47,7 @@ class Precision:
         trained: nn.Module | Iterable[Tensor],
         max_norm: float = 0.0,
         losses: Sequence[Tensor] = (),
-    ) -> bool:
+    ) -> tuple[bool, bool]:
         """Unscale and clip gradients, then step the optimizer, unless gradient or losses are not finite on any rank.
 
         Args:
@@ -56,8 +56,8 @@ class Precision:
             losses: losses of the step, scalars.
 
         Returns:
-            Whether all is finite, the same on all ranks. The device is waited for. Gradients that only the scale of fp16
-            makes too large count as finite.
+            Whether the optimizer made a step, and whether all is finite; both the same on all ranks. The device is waited for.
+            Gradients that only the scale of fp16 makes too large count as finite.
         """
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
@@ -74,15 +74,15 @@ class Precision:
         )
         bad = (~torch.stack([norm, total]).isfinite()).float()
         bad_norm, bad_loss = (all_reduce_sum(bad) if get_world_size() > 1 else bad).tolist()
-        if self.scaler is not None:
-            if not bad_loss:
-                self.scaler.step(optimizer)  # which looks at the gradients itself
-            self.scaler.update()
-            return not bad_loss
-        if bad_norm or bad_loss:
-            return False
-        optimizer.step()
-        return True
+        made = not (bad_norm or bad_loss)
+        if self.scaler is None:
+            if made:
+                optimizer.step()
+            return made, made
+        if made:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        return made, not bad_loss
 
     def state_dict(self) -> dict:
         """Return the scaler's state; empty without one."""

@@ -55,6 +55,7 @@ class Schedule(Protocol):
     drops: list[int]
     warmup_steps: int
     steps_per_epoch: int
+    left_out: list[int]
 
     def __call__(self, step: int) -> float: ...
     def drops_after(self, epoch: int) -> bool: ...
@@ -64,7 +65,7 @@ class Schedule(Protocol):
 class EpochState:
     """Progress within an epoch."""
 
-    step: int = 0  # optimizer steps done
+    step: int = 0  # steps done, those left out included
     meter: Meter = field(default_factory=Meter)
 
 
@@ -209,6 +210,8 @@ def restore(run: Run, checkpoint: dict) -> tuple[int, EpochState]:
     check_data_of(run, checkpoint)
     if 'within_epoch' in checkpoint:
         state = restore_epoch(run, checkpoint['within_epoch'])
+    (saved, *_) = checkpoint['lr_scheduler'].get('lr_lambdas') or [{}]
+    cast(Schedule, run.scheduler.lr_lambdas[0]).left_out = saved.get('left_out', [])
     restore_schedule(run.scheduler, checkpoint['lr_scheduler'], epoch * run.steps_an_epoch + state.step)
     states = checkpoint.get('rng', [])
     if len(states) == get_world_size():
@@ -236,7 +239,7 @@ def check_data_of(run: Run, checkpoint: dict) -> None:
 
 
 def restore_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR, saved: dict, steps_done: int) -> None:
-    """Continue a saved schedule after `steps_done` optimizer steps.
+    """Continue a saved schedule after `steps_done` steps of the run.
 
     saved: state of ours, or of PyTorch's StepLR or MultiStepLR, which official checkpoints hold.
     """
@@ -250,10 +253,16 @@ def restore_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR, saved: dict, 
         schedule.drops = sorted(saved['milestones'].elements()) if 'milestones' in saved else []
         scheduler.base_lrs = saved['base_lrs']
     schedule.steps_per_epoch = steps_per_epoch
-    scheduler.last_epoch = steps_done
-    for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
-        group['lr'] = base * schedule(steps_done)
-    scheduler._last_lr = [group['lr'] for group in scheduler.optimizer.param_groups]
+    set_step(scheduler, steps_done)
+
+
+def set_step(scheduler: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
+    """Put a schedule, and the rates of its optimizer, to where they are after `step` steps of the run."""
+    schedule = cast(Schedule, scheduler.lr_lambdas[0])
+    scheduler.last_epoch, scheduler._step_count = step, step + 1
+    scheduler._last_lr = [base * schedule(step) for base in scheduler.base_lrs]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group['lr'] = rate
 
 
 def restore_epoch(run: Run, saved: dict) -> EpochState:

@@ -7,7 +7,6 @@ In between, the criterion copies the costs of all kinds of predictions at once, 
 
 from collections.abc import Callable
 from functools import reduce
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -18,10 +17,13 @@ from models.structures import Assignment, Prediction
 from util.box_ops import box_cxcywh_to_xyxy, box_iou, generalized_box_iou
 from util.errors import UserError
 from util.precision import full_precision
+from util.threads import in_parallel
 
 from .structures import Targets
 
 LARGEST_COST = 1e6
+# Threads save time from this size of a matrix of costs on; smaller ones are solved before the threads have woken up.
+WORTH_THREADS = 25_000
 
 
 def stack_predictions(rows: list[Prediction]) -> Prediction:
@@ -141,22 +143,28 @@ class HungarianMatcher(SingleMatch):
     def solve(self, cost: np.ndarray, sizes: list[int]) -> list[Assignment]:
         """Solve costs [L, B, T_max, Q] on the host, and return an assignment per layer, with indices on the host.
 
-        Queries are in ascending order within an image.
+        Threads solve layers and images side by side, unless all are small. Queries are in ascending order within an image.
         """
-        offsets = list(accumulate(sizes, initial=0))
-        return [self.solve_layer(layer, cost[layer], sizes, offsets) for layer in range(len(cost))]
+        blocks = [layer[image, :num_objects] for layer in cost for image, num_objects in enumerate(sizes)]
+        largest = self.repeats * max(block.size for block in blocks)
+        solved = list((in_parallel if largest >= WORTH_THREADS else map)(self.pairs, blocks))
+        layers = [solved[start : start + len(sizes)] for start in range(0, len(solved), len(sizes))]
+        return [self.assignment(pairs, sizes) for pairs in layers]
 
-    def solve_layer(self, layer: int, cost: np.ndarray, sizes: list[int], offsets: list[int]) -> Assignment:
-        pairs = [np.zeros((3, 0), dtype=np.int64)]
-        for image, (num_objects, offset) in enumerate(zip(sizes, offsets, strict=False)):
-            block = np.tile(cost[image, :num_objects], (self.repeats, 1))
-            block = finite(block, worst=LARGEST_COST)
-            target, query = linear_sum_assignment(block)
-            order = query.argsort()
-            query, target = query[order], target[order] % max(num_objects, 1)
-            pairs.append(np.stack([np.full_like(query, image), query, offset + target]))
-        batch, query, target = torch.from_numpy(np.concatenate(pairs, axis=1))
-        return Assignment(batch, query, target, self.count(sizes))
+    def pairs(self, cost: np.ndarray) -> np.ndarray:
+        """Return queries and objects of an image, [2, N]. cost: [T, Q]."""
+        block = np.tile(cost, (self.repeats, 1))
+        target, query = linear_sum_assignment(finite(block, worst=LARGEST_COST))
+        order = query.argsort()
+        return np.stack([query[order], target[order] % max(len(cost), 1)])
+
+    def assignment(self, pairs: list[np.ndarray], sizes: list[int]) -> Assignment:
+        """Return the assignment of a layer. pairs: [2, N_i] for each image."""
+        numbers = np.repeat(np.arange(len(sizes)), [part.shape[1] for part in pairs])
+        query, target = np.concatenate(pairs, axis=1)
+        offsets = np.cumsum([0, *sizes[:-1]])
+        rows = (torch.from_numpy(x) for x in (numbers, query, target + offsets[numbers]))
+        return Assignment(*rows, self.count(sizes))
 
     def count(self, sizes: list[int]) -> float:
         """Return the divisor of box losses. sizes: number of objects of each image."""

@@ -2,20 +2,24 @@
 Matching and losses of H-Deformable-DETR at its training size, forward and backward.
 
 The size is 6 layers, 300 + 1500 queries, 22,223 proposals and every object 6 times. Stacked computation is compared
-with a loop over layers and images.
+with a loop over layers and images, and the assignment alone, of layers and images on threads, with that on one thread.
 """
 
 import argparse
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from models.training import build_supervision
-from models.training.criterion import weighted_sum
+from models.structures import Prediction
+from models.training import build_supervision, matcher
+from models.training.criterion import SetCriterion, weighted_sum
 from models.training.flags import resolve_all
+from models.training.structures import Targets
 from tests.reference_criterion import hybrid_batch, reference_losses
 from tools.benchmarks.timing import time_in_turn
+from util.threads import num_threads
 
 REPEATS = 6
 
@@ -59,6 +63,31 @@ def benchmark_criterion(args: argparse.Namespace) -> None:
             f'  {title:<8} stacked {times["stacked"]:7.1f} ms   plain {times["plain"]:7.1f} ms   '
             f'{times["plain"] / times["stacked"]:.2f} times as fast'
         )
+    for kind in ('one2many', 'enc'):
+        rows = [prediction for prediction in predictions if prediction.kind == kind]
+        compare_threads(criterion, rows, targets, args.rounds)
+
+
+def compare_threads(
+    criterion: SetCriterion, rows: list[Prediction], targets: list[dict], rounds: int
+) -> None:
+    """Print how long the assignment of a kind of prediction takes on the threads of `util.threads`, and on one."""
+    kind, packed = rows[0].kind, Targets.pack(targets)
+    used = criterion.table[kind].matcher
+    cost = used.cost(matcher.stack_predictions(rows), packed).numpy()
+    worth = matcher.WORTH_THREADS
+
+    def solve(worth_threads: float) -> None:
+        matcher.WORTH_THREADS = worth_threads
+        used.solve(cost, packed.sizes)
+        matcher.WORTH_THREADS = worth
+
+    contenders = {'threads': lambda: solve(0), 'one': lambda: solve(math.inf)}
+    times = time_in_turn(contenders, rounds)
+    print(
+        f'  assignment, {kind:<8} {num_threads()} threads {times["threads"]:7.1f} ms   one {times["one"]:7.1f} ms   '
+        f'{times["one"] / times["threads"]:.2f} times as fast'
+    )
 
 
 def with_backward(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], object]:

@@ -248,6 +248,7 @@ def make_contender(
 ) -> Contender:
     precision = Precision('bf16' if name.startswith('bf16') else 'off', images.device)
     optimizer = build_optimizer(model, 0.0, 0.0, 0.0)  # weights stay, so that all steps are the same
+    trained = list(model.parameters())
 
     def step() -> Tensor:
         if images.is_cuda:
@@ -255,7 +256,7 @@ def make_contender(
         torch.manual_seed(0)  # what samples queries draws the same
         loss = forward(precision)
         precision.backward(loss)
-        precision.step(optimizer, model, max_norm=0.1)
+        precision.step(optimizer, trained, max_norm=0.1)
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 

@@ -27,6 +27,7 @@ def broadcast_from_main(tensors: Iterable[Tensor]) -> None:
     if get_world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), 0)
+            torch.autograd.graph.increment_version(tensor)  # a broadcast does not count as a change by itself
 
 
 def register_result_types(types: Sequence[type]) -> None:
