@@ -140,6 +140,18 @@ def job_parameters(args: Namespace) -> dict[str, object]:
     return {name: value for name, value in wanted.items() if value is not None}
 
 
+def check_script(folder: str, parameters: dict[str, object]) -> None:
+    """Refuse values that would begin a line of their own in the script for sbatch, which a shell runs.
+
+    Raises:
+        UserError: one has a line break, or another character that is not printed.
+    """
+    for name, value in {'job_dir': folder, **parameters}.items():
+        if isinstance(value, str) and not value.isprintable():
+            flag = 'job_name' if name == 'name' else name.removeprefix('slurm_')
+            raise UserError(f'--{flag} {value!r} has a line break or another control character: leave it out')
+
+
 def submit(args: Namespace) -> str:
     """Submit the job and return its number; raise UserError for impossible flags, or without Slurm."""
     args.output_dir = find_job_dir(args)
@@ -147,6 +159,7 @@ def submit(args: Namespace) -> str:
         raise UserError('--dry_run needs no job: give it to main.py')
     check_data_args(resolve_all(with_row(args, args.given) if args.model else args))
     parameters = job_parameters(args)
+    check_script(args.output_dir, parameters)
     if not shutil.which('sbatch'):
         raise UserError('there is no Slurm here (no sbatch); on one machine use torchrun')
     import submitit

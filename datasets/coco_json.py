@@ -5,8 +5,8 @@ Legal, as in the official pipeline: boxes of no size, boxes that leave the image
 has the whole policy.
 """
 
-import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -134,9 +134,10 @@ def run_lengths(segmentation: dict) -> dict:
     """
     height, width = segmentation['size']
     counts = segmentation['counts']
-    if not (
-        isinstance(height, int) and isinstance(width, int) and 0 < height <= LARGEST and 0 < width <= LARGEST
-    ):
+    whole = isinstance(height, int) and isinstance(width, int) and min(height, width) > 0
+    if (
+        not whole or max(height, width) > LARGEST or height * width >= 1 << 32
+    ):  # the evaluators count in 32 bits
         raise ValueError(f'its size is {segmentation["size"]}')
     numbers = decompressed(counts) if isinstance(counts, str | bytes) else counts
     if not all(type(number) is int and number >= 0 for number in numbers) or sum(numbers) != height * width:
@@ -217,7 +218,7 @@ def image_problem(image: dict) -> str | None:
         return f'image {image_id} needs a file_name'
     for key in ('height', 'width'):
         value = image.get(key) or 0
-        if not is_finite(value) or value < 0 or value != int(value):
+        if not is_finite(value) or not 0 <= value <= LARGEST or value != int(value):
             return f'image {image_id} has {key} {value!r}: it must be a number of pixels; left out, the file has it'
     return None
 
@@ -254,7 +255,7 @@ def object_area(annotation: dict) -> float:
 
 
 def is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # an integer may be beyond
 
 
 def shorten(ids: Iterable[int], most: int = 10) -> str:

@@ -1,6 +1,6 @@
 """Declare the flags of data (paths, image preparation, batches) and refuse impossible combinations."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Collection, Mapping
 
 from datasets import DATASETS
@@ -44,11 +44,7 @@ def add_data_args(parser: ArgumentParser) -> None:
         '--check_data', action='store_true',
         help='read and decode all data, report what is odd, draw some of it into --output_dir, then stop',
     )  # fmt: skip
-    group.add_argument(
-        '--allow_outside', action='store_true',
-        help='take images whose file_name leads out of the image folder (an absolute path, or ..); refused otherwise, because '
-        'an annotation file of unknown origin could name any file',
-    )  # fmt: skip
+    add_trust_args(group)
     group.add_argument(
         '--repeat_threshold', default=0.0, type=real(0, 1), metavar='SHARE',
         help='repeat training images of classes that are in less than this share of the images, the rarer the more often; usual '
@@ -94,6 +90,20 @@ def add_data_args(parser: ArgumentParser) -> None:
     add_loader_args(parser)
 
 
+def add_trust_args(group: ArgumentParser | _ArgumentGroup) -> None:
+    """Declare the flags that trust a file more than usual. Only a command line sets them, never a checkpoint."""
+    group.add_argument(
+        '--allow_outside', action='store_true',
+        help='take images whose file_name leads out of the image folder (an absolute path, or ..); refused otherwise, because '
+        'an annotation file of unknown origin could name any file',
+    )  # fmt: skip
+    group.add_argument(
+        '--allow_pipe', action='store_true',
+        help='run the commands that stand for tar shards in shards.json ("pipe:COMMAND"); refused otherwise, because an index of '
+        'unknown origin could run anything',
+    )  # fmt: skip
+
+
 def add_loader_args(parser: ArgumentParser) -> None:
     group = parser.add_argument_group('loading')
     group.add_argument(
@@ -123,6 +133,7 @@ def add_loader_args(parser: ArgumentParser) -> None:
 
 
 SOURCES = ('dataset_file', 'coco_path', 'val_images', 'val_ann', 'val_shards', 'shapes_val', 'shapes_size')
+TRUST = ('allow_outside', 'allow_pipe')
 VIEW = (
     'img_size',
     'max_size',

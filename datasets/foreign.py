@@ -110,7 +110,7 @@ def read_voc(file: Path) -> tuple[dict, list[dict]]:
             if box_problem(found):
                 found |= unusable(f'has an object of the corners {corners}: correct them')
             objects.append(found)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f'{file} is no annotation of VOC ({error}): correct it') from error
     return image, objects
 
@@ -176,7 +176,7 @@ def read_yaml(file: Path) -> dict:
         raise FileError(f'{file} does not exist: --coco_path must be the folder of data.yaml, or that file')
     try:
         found = yaml.safe_load(file.read_text(encoding='utf-8-sig'))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f'{file} is not YAML ({str(error).splitlines()[0]}): write it again') from error
     if not isinstance(found, dict):
         raise UserError(f'{file} must have names, train and val')

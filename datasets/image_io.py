@@ -18,6 +18,10 @@ from util.errors import FileError, UserError
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')  # of image files, in small letters
 JPEG_START = b'\xff\xd8\xff'
+# What Pillow may open; of others some start programs (EPS).
+FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'PPM', 'WEBP', 'TIFF', 'JPEG2000')
+# Pillow refuses more, too; its decoder and torchvision's would take 12 GB for a JPEG of 1.5 kB that says so.
+MAX_PIXELS = 2 * (1024**3 // 4 // 3)
 
 
 def read_image(path: str | os.PathLike[str]) -> Tensor:
@@ -40,7 +44,7 @@ def decode_file(path: str | os.PathLike[str], data: bytes) -> Tensor:
 
 def stored_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Return (height, width) from the file's header; nothing is decoded."""
-    with naming(path), PIL.Image.open(path) as image:
+    with naming(path), open_image(path) as image:
         return image.height, image.width
 
 
@@ -49,7 +53,7 @@ def orientation(path: str | os.PathLike[str]) -> int:
 
     1, as it is, where the header has none that can be read, and for TIFF, which Pillow turns itself.
     """
-    with naming(path), PIL.Image.open(path) as image:
+    with naming(path), open_image(path) as image:
         data = None if image.format == 'TIFF' else image.info.get('exif')
     exif = PIL.Image.Exif()
     try:
@@ -58,6 +62,23 @@ def orientation(path: str | os.PathLike[str]) -> int:
     except (OSError, SyntaxError, TypeError, ValueError, KeyError, struct.error):
         return 1
     return found if found in range(1, 9) else 1
+
+
+def open_image(file: str | os.PathLike[str] | io.BytesIO) -> PIL.Image.Image:
+    """Open an image of one of FORMATS with Pillow, which reads the header alone.
+
+    Raises:
+        PIL.Image.DecompressionBombError: it has more than MAX_PIXELS.
+    """
+    image = PIL.Image.open(file, formats=FORMATS)
+    check_pixels(image.height, image.width)
+    return image
+
+
+def check_pixels(height: int, width: int) -> None:
+    """Raise PIL.Image.DecompressionBombError for more than MAX_PIXELS; `naming` says it in words."""
+    if height * width > MAX_PIXELS:
+        raise PIL.Image.DecompressionBombError(f'{height} x {width} pixels')
 
 
 @contextmanager
@@ -71,13 +92,18 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         ):  # of the file system, in full: the exceptions of loader workers keep their texts alone
             raise FileError(f'{path} cannot be read ({error.strerror})') from error
         raise UserError(f'{path} is not a readable image ({error}): fetch it again, or remove it') from error
-    except (SyntaxError, TypeError, ValueError, PIL.Image.DecompressionBombError) as error:
+    except PIL.Image.DecompressionBombError as error:
+        raise UserError(
+            f'{path} is not a readable image ({error}): at most {MAX_PIXELS:,} pixels are decoded; cut it into tiles'
+        ) from error
+    except (SyntaxError, TypeError, ValueError) as error:
         raise UserError(f'{path} is not a readable image ({error}): fetch it again, or remove it') from error
 
 
 def decode(data: bytes) -> Tensor:
     """Decode JPEGs with torchvision (equal pixels, faster). Pillow decodes other formats and what torchvision refuses."""
     if data.startswith(JPEG_START):
+        open_image(io.BytesIO(data))  # for the number of pixels
         try:
             image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
         except RuntimeError:
@@ -90,8 +116,8 @@ def decode(data: bytes) -> Tensor:
 
 
 def decode_with_pillow(data: bytes) -> Tensor:
-    with PIL.Image.open(io.BytesIO(data)) as opened:
-        image: PIL.Image.Image = opened
+    with open_image(io.BytesIO(data)) as opened:
+        image = opened
         if opened.mode.startswith('I'):  # Pillow's own conversion would cut 16 bits off at 255
             image = PIL.Image.fromarray((np.asarray(opened).clip(0, 65535) >> 8).astype(np.uint8))
         pixels = np.array(image.convert('RGB'))

@@ -44,3 +44,13 @@ def assert_target_equals(target: dict[str, Tensor], recorded: dict) -> None:
 def recorded_fields(recorded: dict) -> list[str]:
     """The target's keys, in their order."""
     return [key.removesuffix('_dtype') for key in recorded if key.endswith('_dtype')]
+
+
+EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n'  # Pillow starts Ghostscript for it
+
+
+def put_ghostscript(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program in place of Ghostscript that leaves the file `ran` in its folder."""
+    path.write_text(f'#!/bin/sh\ntouch {path.parent}/ran\n')
+    path.chmod(0o755)
+    monkeypatch.setattr('PIL.EpsImagePlugin.gs_binary', str(path))

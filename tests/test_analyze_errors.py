@@ -326,9 +326,10 @@ def test_flags_and_files_that_cannot_be_used_are_named(tmp_path: Path, capsys: p
     with pytest.raises(FileError, match=r'1 of 2 images of .*val\.json are not in'):
         run([*flags, '--score_thr=0'])
     assert not (tmp_path / 'out').exists()
-    (tmp_path / 'results.json').write_text('[{')
-    with pytest.raises(ValueError, match=r'results\.json is not JSON'):
-        run(flags)
+    for text in ('[{', '[' * 100_000):
+        (tmp_path / 'results.json').write_text(text)
+        with pytest.raises(ValueError, match=r'results\.json is not JSON'):
+            run(flags)
 
 
 def test_the_page_has_the_numbers_and_needs_no_network(tmp_path: Path) -> None:

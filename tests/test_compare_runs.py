@@ -80,9 +80,10 @@ def test_folders_that_are_no_runs_are_named(tmp_path: Path) -> None:
     (tmp_path / 'log.jsonl').write_text(json.dumps(record) + '\n')
     (epoch,) = compare_runs.read_run(tmp_path)
     assert (epoch.images, epoch.minutes, epoch.loss, epoch.ap) == (5, 0.5, 9, None)
-    (tmp_path / 'log.jsonl').write_text('{}\n{')
-    with pytest.raises(ValueError, match=r'log\.jsonl, line 2 is not JSON'):
-        compare_runs.read_run(tmp_path)
+    for text in ('{', '[' * 100_000):
+        (tmp_path / 'log.jsonl').write_text('{}\n' + text)
+        with pytest.raises(ValueError, match=r'log\.jsonl, line 2 is not JSON'):
+            compare_runs.read_run(tmp_path)
 
 
 def test_repetitions_have_the_name_of_their_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

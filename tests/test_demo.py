@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from datasets.shapes import ShapesDetection
 from models.detector import load_detector
 from tests.runs import ROOT, run
+from tests.shared_data import EPS, put_ghostscript
 from tools import demo
 from util.flags import run_command
 
@@ -62,7 +64,33 @@ def address(checkpoint: Path) -> Iterator[str]:
             server.kill()
             pytest.fail(f'the demo did not start: {server.stdout.read()}')
         finally:
-            server.kill()
+            server.terminate()
+            assert server.wait(30) == 0, 'so that its folder goes away'
+
+
+@pytest.fixture
+def page(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A page that is served in this process to user detr, with the password `open`."""
+    pytest.importorskip('gradio')
+    monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path))
+    monkeypatch.setenv('GRADIO_ANALYTICS_ENABLED', 'False')
+    monkeypatch.setattr(demo, 'KEPT', (1, 1))
+    monkeypatch.setattr(PIL.Image, 'ID', [*PIL.Image.ID])
+    page = demo.make_page(load_detector(weights=checkpoint), 'title')
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    demo.serve(page, '127.0.0.1', port, 'open', prevent_thread_lock=True, quiet=True)
+    yield page
+    page.close()
+
+
+def status(request: urllib.request.Request) -> int:
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 def test_numbers_equal_those_of_the_detector(checkpoint: Path) -> None:
@@ -101,6 +129,73 @@ def test_a_browser_drops_an_image(address: str, tmp_path: Path) -> None:
         page.wait_for_function('document.querySelectorAll("img").length >= 3', timeout=30_000)
         page.screenshot(path=str(tmp_path / 'demo.png'), full_page=True)
         browser.close()
+
+
+@pytest.mark.slow
+def test_what_is_sent_goes_away_and_others_are_refused(
+    page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradio_client import Client, handle_file
+    from gradio_client.exceptions import AppError
+
+    client = Client(page.local_url, auth=(demo.USER, 'open'), verbose=False, download_files=False)
+    image = ShapesDetection(1, 'val', image_size=64)[0][0].permute(1, 2, 0).numpy()
+    (tmp_path / 'mine').mkdir()
+    PIL.Image.fromarray(image).save(tmp_path / 'mine/image.png')
+    found = client.predict(handle_file(tmp_path / 'mine/image.png'), 0.0, False, 1, api_name='/detect')
+    assert found[3].startswith('60 objects in 64 x')
+    put_ghostscript(tmp_path / 'mine/gs', monkeypatch)
+    (tmp_path / 'mine/image.png').write_bytes(EPS)
+    with pytest.raises(AppError):
+        client.predict(handle_file(tmp_path / 'mine/image.png'), 0.0, False, 1, api_name='/detect')
+    cookie = {'Cookie': '; '.join(f'{name}={value}' for name, value in client.cookies.items())}
+    call, body = f'{page.local_url}gradio_api/call/detect', b'{"data": [null, 0, false, 1]}'
+    headers = cookie | {'Content-Type': 'application/json'}
+    assert status(urllib.request.Request(call, body, {'Content-Type': 'application/json'})) == 401
+    assert status(urllib.request.Request(call, body, headers)) == 200
+    assert status(urllib.request.Request(call, body, headers | {'Origin': page.local_url.rstrip('/')})) == 200
+    assert status(urllib.request.Request(call, body, headers | {'Origin': 'http://elsewhere.org'})) == 403
+    assert status(urllib.request.Request(call, body, headers | {'Content-Length': '50000001'})) == 413
+    assert sorted(path.name for path in (tmp_path / 'mine').iterdir()) == ['gs', 'image.png'], (
+        'Ghostscript did not run'
+    )
+    shutil.rmtree(tmp_path / 'mine')
+    end = time.monotonic() + 60
+    while (left := [file for file in tmp_path.rglob('*') if file.is_file()]) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert left == []
+
+
+@pytest.mark.parametrize(
+    ('headers', 'expected'),
+    [
+        ({'host': 'localhost:7860'}, 200),
+        ({'host': '127.0.0.1:7860', 'origin': 'http://127.0.0.1:7860', 'content-length': '50000000'}, 200),
+        ({'host': '127.0.0.1:7860', 'origin': 'http://127.0.0.1:80'}, 403),
+        ({'host': '127.0.0.1:7860', 'origin': 'null'}, 403),
+        ({'host': 'elsewhere.org:7860', 'origin': 'http://elsewhere.org:7860'}, 403),
+        ({}, 403),
+        ({'host': 'localhost:7860', 'content-length': '50000001'}, 413),
+        ({'host': 'localhost:7860', 'content-length': '5', 'transfer-encoding': 'chunked'}, 413),
+    ],
+)
+def test_requests_that_the_page_does_not_send(headers: dict[str, str], expected: int) -> None:
+    scope = {'headers': [(name.encode(), value.encode()) for name, value in headers.items()]}
+    assert demo.Guard(None, ('localhost', '127.0.0.1')).status(scope) == expected
+
+
+@pytest.mark.parametrize('address', ['0.0.0.0', '::', '192.168.0.7', 'my-server'])
+def test_other_machines_need_a_password(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv('DETR_DEMO_PASSWORD', raising=False)
+    monkeypatch.setattr(demo, 'find_spec', lambda name: True)
+    words = ['--checkpoint', 'nowhere', '--address', address]
+    with pytest.raises(SystemExit, match='lets other machines in: set DETR_DEMO_PASSWORD'):
+        run_command(demo.main, demo.get_args_parser(), words)
+    with pytest.raises(SystemExit, match='no checkpoint at nowhere'):
+        run_command(demo.main, demo.get_args_parser(), [*words, '--password', 'x'])
+    monkeypatch.setenv('DETR_DEMO_PASSWORD', 'x')
+    with pytest.raises(SystemExit, match='no checkpoint at nowhere'):
+        run_command(demo.main, demo.get_args_parser(), words)
 
 
 def test_what_it_needs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

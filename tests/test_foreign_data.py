@@ -329,6 +329,11 @@ BAD = {
         '<annotation><filename>a.jpg</filename><object><name>disc</name><bndbox><xmin>left</xmin></bndbox></object></annotation>',
         'is no annotation of VOC',
     ),
+    'an infinite side': (
+        'voc', 'Annotations/train_{first}.xml',
+        '<annotation><filename>a.jpg</filename><size><height>inf</height></size></annotation>',
+        'is no annotation of VOC',
+    ),
     'a box without a side': (
         'voc', 'Annotations/train_{first}.xml',
         '<annotation><filename>a.jpg</filename><object><name>disc</name><bndbox><ymin>1</ymin></bndbox></object></annotation>',
@@ -338,6 +343,8 @@ BAD = {
     'no number': ('yolo', 'labels/train/{first}.txt', '0 0.5 nan 0.1 0.1', 'line 1 is .* number not finite'),
     'no data.yaml': ('yolo', 'data.yaml', None, 'must be the folder of data.yaml'),
     'no YAML': ('yolo', 'data.yaml', 'a: [', 'is not YAML'),
+    'deep YAML': ('yolo', 'data.yaml', '[' * 5000, 'is not YAML'),
+    'a month of 99': ('yolo', 'data.yaml', 'names: 2001-99-99', 'is not YAML'),
     'no names': ('yolo', 'data.yaml', 'train: images/train', 'must list the class names'),
     'no folder': ('yolo', 'data.yaml', 'train: gone\nnames: [a]', 'are in none of'),
     'a line of words': ('yolo', 'labels/train/{first}.txt', '0 a b c d', 'is no box or polygon'),

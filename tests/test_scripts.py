@@ -296,3 +296,30 @@ def test_dry_run_of_a_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> N
     printed = capsys.readouterr().out
     assert 'GiB a process' in printed and 'multiply-adds' in printed
     assert ('at 26 rates in all' in printed) == ('vit_large' in name and 'lsj' not in name)
+
+
+def test_the_comparison_passes_its_words_as_they_are(tmp_path: Path) -> None:
+    """Of the command line, of DATA and of the folder; nothing in them is run."""
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin/python').write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')
+    (tmp_path / 'bin/python').chmod(0o755)
+    odd = f"it's {{}} $(touch {tmp_path}/ran) `touch {tmp_path}/ran`; touch {tmp_path}/ran"
+    out = tmp_path / 'my "out" $(touch ran)'
+    environment = os.environ | {
+        'PATH': f'{tmp_path}/bin:{os.environ["PATH"]}',
+        'VENV': 'none',
+        'OUT': str(out),
+        'NAMES': 'detr conditional',
+        'SEEDS': '7',
+        'DATA': '--coco_path "my data" --val_ann $(touch\\ ran)',
+        'WEIGHTS': 'my file',
+    }
+    words = ['bash', str(SCRIPTS / 'compare_schemes.sh'), '--wandb', odd, '--notes', 'two  spaces']
+    subprocess.run(words, env=environment, check=True, capture_output=True)
+    for name in ('detr', 'conditional'):
+        found = (out / name / 'seed7/train.log').read_text().split('\0')
+        assert found[2:8] == ['--output_dir', f'{out}/{name}/seed7', '--resume', 'auto', '--seed', '7']
+        assert found[8:12] == ['--coco_path', 'my data', '--val_ann', '$(touch ran)']
+        assert found[found.index('--backbone_weights') + 1] == 'my file'
+        assert found[-5:] == ['--wandb', odd, '--notes', 'two  spaces', '']
+    assert not (tmp_path / 'ran').exists() and not (SCRIPTS.parent / 'ran').exists()

@@ -324,11 +324,11 @@ def test_evaluation_gives_the_numbers_of_files(files: Path, shards: Path) -> Non
 def test_shards_may_be_commands(shards: Path, write: Write) -> None:
     """Also those that are left before their end, and those that fail."""
     place = write('--url', f'pipe:cat {shards}/{{file}}')
-    assert drawn(small_data(place), 1, workers=1) == drawn(small_data(shards), 1, workers=1)
-    assert_items_equal(small_data(place)[4], small_data(shards)[4])
+    assert drawn(small_data(place, allow_pipe=True), 1, workers=1) == drawn(small_data(shards), 1, workers=1)
+    assert_items_equal(small_data(place, allow_pipe=True)[4], small_data(shards)[4])
     failing = write('--url', 'pipe:cat nowhere/{file} 2> /dev/null')
     with pytest.raises(ValueError, match=r'shard pipe:cat nowhere/00000\d.tar .*make_shards'):
-        drawn(small_data(failing), 0)
+        drawn(small_data(failing, allow_pipe=True), 0)
 
 
 def test_workers_get_no_ground_truth(shards: Path) -> None:

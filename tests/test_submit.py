@@ -9,6 +9,7 @@ import pytest
 import run_with_submitit
 from run_with_submitit import Training, find_job_dir, get_submit_parser, job_parameters, submit
 from tests.runs import TINY
+from util.errors import UserError
 
 
 def test_the_job_asks_for_what_the_official_script_asks_for() -> None:
@@ -50,6 +51,25 @@ def test_a_continued_job_has_the_flags_of_the_first() -> None:
     before = dict(vars(training.args))
     after = vars(training.checkpoint().function.args)
     assert after == before | {'resume': 'auto'}
+
+
+TEXTS = ('job_dir', 'output_dir', 'job_name', 'partition', 'constraint', 'comment', 'qos', 'account')
+
+
+@pytest.mark.parametrize('flag', TEXTS)
+@pytest.mark.parametrize('text', ['a\ntouch ran', 'a\rb', 'a\x0bb', 'a\u2028b'])
+def test_no_flag_adds_a_line_to_the_script(flag: str, text: str, tmp_path: Path) -> None:
+    words = ['--job_dir', str(tmp_path)] if flag not in ('job_dir', 'output_dir') else []
+    with pytest.raises(UserError, match=r'--\w+ .*has a line break') as refused:
+        submit(get_submit_parser().parse_args([*words, f'--{flag}', text]))
+    assert f'--{flag if words else "job_dir"} ' in str(refused.value)
+
+
+def test_every_text_of_a_job_is_known_here() -> None:
+    """So that a new flag is in the test above."""
+    parser = get_submit_parser()
+    group = next(group for group in parser._action_groups if group.title == 'Slurm')
+    assert {a.dest for a in group._group_actions if a.type is None} == set(TEXTS) - {'output_dir'}
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def read_results(file: str | Path, truth: Truth) -> Boxes:
     """
     try:
         results = json.loads(Path(file).read_text(encoding='utf-8'))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f'{file} is not JSON ({error}): write it again') from error
     if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
         form = '[{"image_id": 1, "category_id": 1, "bbox": [x, y, width, height], "score": 0.9}, ...]'

@@ -14,6 +14,7 @@ import argparse
 import math
 import re
 import sys
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import build_dataset
+from datasets.flags import TRUST, add_trust_args
 from models.detector import load_detector
 from models.structures import Prediction
 from models.training import build_supervision
@@ -83,6 +85,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--by', nargs='+', choices=AXES, default=list(AXES),
                         help='draw AP and loss by these; minutes mean nothing for runs that were paused (default: all)')  # fmt: skip
     parser.add_argument('--logs_only', action='store_true', help='read the logs, not the checkpoints')
+    add_trust_args(parser)
     return parser
 
 
@@ -120,8 +123,11 @@ def read_run(folder: Path) -> list[Epoch]:
 
 
 @torch.no_grad()
-def read_checkpoints(folder: Path, epochs: list[Epoch], device: torch.device) -> None:
-    """Fill in measurements that need the detector of an epoch, if its checkpoint was kept."""
+def read_checkpoints(folder: Path, epochs: list[Epoch], device: torch.device, trust: dict[str, bool]) -> None:
+    """Fill in measurements that need the detector of an epoch, if its checkpoint was kept.
+
+    trust: flags of `add_trust_args`, which the checkpoint does not decide.
+    """
     before, data = None, None
     for epoch in epochs:
         file = folder / f'checkpoint{epoch.epoch - 1:04}.pth'
@@ -130,7 +136,8 @@ def read_checkpoints(folder: Path, epochs: list[Epoch], device: torch.device) ->
             continue
         detector = load_detector(weights=file, device=device)
         if data is None:
-            data = build_dataset('val', detector.args, detector.class_map)
+            flags = Namespace(**vars(detector.args) | trust)
+            data = build_dataset('val', flags, detector.class_map)
             matcher = build_supervision(detector.args)[0].table['one2one'].matcher
         chosen, epoch.duplicates = examine(detector.model, detector.postprocessors['bbox'], data, matcher)
         if before is not None:
@@ -247,7 +254,7 @@ def main(args: argparse.Namespace) -> None:
     for folder, name in zip(folders, scheme_names(folders), strict=True):
         epochs = read_run(folder)
         if not args.logs_only:
-            read_checkpoints(folder, epochs, device)
+            read_checkpoints(folder, epochs, device, {name: getattr(args, name) for name in TRUST})
         schemes.setdefault(name, Scheme(name)).runs.append(epochs)
         print(f'{folder}: {len(epochs)} epochs', flush=True)
     output = Path(args.output)

@@ -4,17 +4,22 @@ Show a detector in a local web page: drop an image, see boxes, where the queries
   python tools/demo.py --checkpoint FILE          needs gradio (pip install gradio)
   python tools/demo.py --model detr_resnet50
 
-The page is served to this machine alone, unless --address names another interface, and nothing is sent elsewhere.
+The page is served to this machine alone, unless --address names another interface, which asks for a password
+(DETR_DEMO_PASSWORD). Nothing is sent elsewhere; images and drawings are deleted after ten minutes, and at the end.
 """
 
 import argparse
 import os
+import signal
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -22,6 +27,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from datasets.image_io import FORMATS
 from models.detector import Detector, add_detector_args, check_detector_args, load_detector
 from tools.predict import select
 from tools.visualize_attention import attention_of, panels_of, sheet_of
@@ -31,6 +37,9 @@ from util.flags import FlagParser, run_command
 from util.visualize import class_name, draw_boxes
 
 COLUMNS = ['class', 'score', 'left', 'top', 'right', 'bottom']
+MOST_BYTES = 50_000_000  # of a request; of an image, therefore
+KEPT = (60, 600)  # seconds between two looks for old files, and their age
+USER = 'detr'
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -39,6 +48,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_detector_args(parser)
     flag('--address', default='127.0.0.1', help='interface that the page is served on (default: %(default)s)')
     flag('--port', default=7860, type=whole(1, 65535), help='port of the page (default: %(default)s)')
+    flag('--password', help=f'password of the page, for the user {USER}; others on this machine can see it, unlike that of the '
+         'environment variable DETR_DEMO_PASSWORD (default: none, on this machine)')  # fmt: skip
     flag('--half', action='store_true', help='compute in 16 bits: fp16 on NVIDIA GPUs, bf16 elsewhere')
     flag('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
     return parser
@@ -87,7 +98,7 @@ def make_page(detector: Detector, title: str) -> Any:
     import gradio
 
     layers = len(detector.model.transformer.decoder.layers)
-    with gradio.Blocks(title=title, analytics_enabled=False) as page:
+    with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=KEPT) as page:
         gradio.Markdown(f'## {title}')
         with gradio.Row():
             with gradio.Column():
@@ -117,15 +128,75 @@ def make_page(detector: Detector, title: str) -> Any:
     return page
 
 
+class Guard:
+    """Refuses requests that the demo's own page does not send: from pages of others, to other names, or very large ones.
+
+    app: the server, as ASGI has it. hosts: names that the page is asked for by; none: any.
+    """
+
+    def __init__(self, app: Any, hosts: tuple[str, ...]) -> None:
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        from starlette.responses import PlainTextResponse
+
+        status = self.status(scope) if scope['type'] == 'http' else 200
+        answer = self.app if status == 200 else PlainTextResponse('refused', status)
+        await answer(scope, receive, send)
+
+    def status(self, scope: dict) -> int:
+        """Return the HTTP status of a request: 200 if it may pass."""
+        headers = {name.decode('latin-1'): value.decode('latin-1') for name, value in scope['headers']}
+        host, length = headers.get('host', ''), headers.get('content-length', '0')
+        if 'origin' in headers and urlsplit(headers['origin']).netloc != host:
+            return 403
+        if self.hosts and urlsplit(f'//{host}').hostname not in self.hosts:
+            return 403  # a foreign name for this machine: its pages would have the same origin
+        return 413 if 'transfer-encoding' in headers or int(length) > MOST_BYTES else 200
+
+
+def is_this_machine(address: str) -> bool:
+    """Tell whether only programs of this machine reach an address."""
+    try:
+        return address == 'localhost' or ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def serve(page: Any, address: str, port: int, password: str, **options: Any) -> None:
+    """Serve the page until Ctrl-C or SIGTERM. options: of gradio's `launch`."""
+    from starlette.middleware import Middleware
+
+    Image.init()
+    Image.ID[:] = FORMATS  # gradio opens what it is sent by itself
+    hosts = ('localhost', '127.0.0.1', '::1', address) if is_this_machine(address) else ()
+    page.launch(
+        server_name=address,
+        server_port=port,
+        share=False,
+        auth=(USER, password) if password else None,
+        max_file_size=MOST_BYTES,
+        app_kwargs={'middleware': [Middleware(Guard, hosts=hosts)]},
+        **options,
+    )
+
+
 def main(args: Namespace) -> None:
     check_detector_args(args)
     if find_spec('gradio') is None:
         raise UserError('the demo needs gradio: pip install gradio')
-    os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
+    password = args.password or os.environ.get('DETR_DEMO_PASSWORD', '')
+    if not password and not is_this_machine(args.address):
+        raise UserError(
+            f'--address {args.address} lets other machines in: set DETR_DEMO_PASSWORD (or --password), or leave it out'
+        )
     detector = load_detector(args.model, args.checkpoint, args.device, args.half)
     number = sum(parameter.numel() for parameter in detector.model.parameters())
     title = f'{args.model or Path(args.checkpoint).name}: {number:,} parameters, {detector.class_map.num_classes} classes'
-    make_page(detector, title).launch(server_name=args.address, server_port=args.port, share=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder goes away then, too
+    with tempfile.TemporaryDirectory(prefix='detr_demo_') as folder:
+        os.environ |= {'GRADIO_ANALYTICS_ENABLED': 'False', 'GRADIO_TEMP_DIR': folder}
+        serve(make_page(detector, title), args.address, args.port, password)
 
 
 if __name__ == '__main__':

@@ -82,6 +82,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--coco_path', metavar='DIR', help='data in COCO form, as main.py reads it')
     group.add_argument('--val_images', metavar='DIR', help='folder of images, instead of --coco_path')
     group.add_argument('--val_ann', metavar='FILE', help='file of annotations, instead of --coco_path')
+    group.add_argument(
+        '--allow_outside', action='store_true', help='take file names that lead out of the image folder'
+    )
     group.add_argument('--limit', type=whole(1), metavar='N', help='only the first N images (default: all)')
     return parser
 
@@ -310,7 +313,7 @@ def read_data(detector: Detector, args: Namespace) -> ImageDataset:
     parser = argparse.ArgumentParser()
     add_data_args(parser)
     kind = 'lvis' if getattr(detector.args, 'dataset_file', '') == 'lvis' else 'coco'
-    given = {name: getattr(args, name) for name in ('coco_path', 'val_images', 'val_ann')}
+    given = {name: getattr(args, name) for name in ('coco_path', 'val_images', 'val_ann', 'allow_outside')}
     given |= {'dataset_file': kind, 'val_shards': None, 'seed': 0, 'masks': False, 'co_masks': False}
     flags = vars(parser.parse_args([])) | vars(detector.args) | given
     return build_dataset('val', Namespace(**flags), detector.class_map)

@@ -25,7 +25,7 @@ from datasets.annotations import AnnotationTable, Columns
 from datasets.coco import Reading, check_size, find_files, kept_by
 from datasets.coco_json import Annotations, check_files, read_annotations
 from datasets.image_io import stored_size
-from datasets.streaming.index import ANNOTATIONS, INDEX, VERSION, import_webdataset
+from datasets.streaming.index import ANNOTATIONS, INDEX, VERSION, check_address, import_webdataset
 from util.errors import UserError
 from util.files import save_atomically
 from util.flags import FlagParser, run_command
@@ -57,8 +57,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--shuffle', type=int, metavar='SEED',
                         help='seed to shuffle the images, for data whose neighbours are alike (default: order of ids)')  # fmt: skip
     parser.add_argument('--url', default='{file}',
-                        help='address of a shard in the index: a path relative to the index, or anything that WebDataset opens '
-                             '(default: %(default)s)')  # fmt: skip
+                        help='address of a shard in the index: a path relative to the index, an https address, or "pipe:COMMAND", '
+                             'which runs with --allow_pipe alone (default: %(default)s)')  # fmt: skip
     return parser
 
 
@@ -137,6 +137,7 @@ def make_shards(args: Namespace) -> str:
         raise UserError(f'{output} exists: choose another --output, or remove it')
     if '{file}' not in args.url:
         raise UserError(f'--url {args.url} needs {{file}} where the name of a shard goes')
+    check_address(args.url, '--url', allow_pipe=True)
     places = {f'{args.image_set}_images': args.images, f'{args.image_set}_ann': args.ann}
     folder, file = find_files(args.image_set, Namespace(coco_path=args.coco_path, **places))
     check_files(AnnotationTable(file).file_names, folder, file, args.allow_outside)

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.class_map import ClassMap
 from datasets.coco_eval import encode_masks
 from datasets.foreign import shown_box
-from datasets.image_io import SUFFIXES, orientation, read_image
+from datasets.image_io import SUFFIXES, check_pixels, naming, orientation, read_image
 from models.detector import Detector, add_detector_args, check_detector_args, load_detector
 from util.bounds import real, whole
 from util.errors import UserError
@@ -300,7 +300,7 @@ def detect_film(
             stream = film.streams.video[0]
             drawn_stream = None
             bar = tqdm(film.decode(stream), total=stream.frames or None, unit='frame', disable=None)
-            images = (torch.from_numpy(frame.to_ndarray(format='rgb24')).permute(2, 0, 1) for frame in bar)
+            images = (pixels_of(frame, source) for frame in bar)
             pairs = (
                 (image, result)
                 for batch in in_batches(images, batch_size)
@@ -330,6 +330,13 @@ def detect_film(
         known = 'no webcam that Linux can read' if is_camera else 'not a readable film'
         raise UserError(f'--source {source} is {known} ({error})') from error
     return rows
+
+
+def pixels_of(frame: Any, source: str) -> Tensor:
+    """Return a frame of a film as uint8 [3, H, W]."""
+    with naming(source):
+        check_pixels(frame.height, frame.width)
+    return torch.from_numpy(frame.to_ndarray(format='rgb24')).permute(2, 0, 1)
 
 
 def drawn_and_listed(

@@ -172,7 +172,7 @@ def read_records(path: Path) -> list[dict]:
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
             records += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f'{path}, line {number} is not JSON ({error}): mend it, or remove it') from error
     return records
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,9 @@ from util.errors import FileError, UserError
 INDEX, ANNOTATIONS = 'shards.json', 'annotations.json'
 VERSION = 2
 WRITE_AGAIN = 'fetch it again, or write the shards again with tools/make_shards.py'
+LARGEST_MEMBER = 1 << 30  # bytes of a member of a shard
+# What reading JSON of the wrong types, or nested too deep, ends in.
+ODD_JSON = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,14 @@ class ShardIndex:
         return int(np.searchsorted(self.bounds, row, side='right')) - 1
 
 
-def read_index(place: str | os.PathLike[str]) -> ShardIndex:
+def read_index(place: str | os.PathLike[str], allow_pipe: bool = False) -> ShardIndex:
     """Read the index at a path, or in a folder. Local shards must exist with the sizes in it.
+
+    allow_pipe: take shards that are commands.
 
     Raises:
         FileError: the index or a shard does not exist.
-        UserError: the index or a shard is damaged.
+        UserError: the index or a shard is damaged, or a shard is a command and allow_pipe is not set.
     """
     path = Path(place) / INDEX if Path(place).is_dir() else Path(place)
     if not path.is_file():
@@ -61,23 +67,24 @@ def read_index(place: str | os.PathLike[str]) -> ShardIndex:
     try:
         data = json.loads(path.read_bytes())
         index = parse_index(path, data)
+        sizes = integers([shard['bytes'] for shard in data['shards']])
         names_by_id(index.categories)
-    except (ValueError, KeyError, TypeError) as error:
+    except ODD_JSON as error:
         raise UserError(f'{path} is no index of shards ({error!r}): {WRITE_AGAIN}') from error
     if len(set(index.image_ids.tolist())) != len(index.image_ids):
         raise UserError(f'{path} has an image id twice: {WRITE_AGAIN}')
-    for url, shard in zip(index.urls, data['shards'], strict=True):
+    for url, size in zip(index.urls, sizes.tolist(), strict=True):
+        check_address(url, path, allow_pipe)
         if is_local(url):
-            check_file(Path(url), shard['bytes'], path)
+            check_file(Path(url), size, path)
     return index
 
 
 def parse_index(path: Path, data: dict) -> ShardIndex:
     if data['version'] != VERSION:
         raise ValueError(f'it is of version {data["version"]}, this code reads {VERSION}')
-    counts = [shard['images'] for shard in data['shards']]
-    image_ids = np.array(data['image_ids'], dtype=np.int64)
-    sizes = np.array(data['sizes'], dtype=np.int64).reshape(-1, 2)
+    counts = integers([shard['images'] for shard in data['shards']]).tolist()
+    image_ids, sizes = integers(data['image_ids']), integers(data['sizes']).reshape(-1, 2)
     if not sum(counts) == data['images'] == len(image_ids) == len(sizes) > 0 or min(counts) < 1:
         raise ValueError(
             f'shards have {sum(counts)} images, the total is {data["images"]}, ids are {len(image_ids)}'
@@ -93,9 +100,35 @@ def parse_index(path: Path, data: dict) -> ShardIndex:
     )
 
 
+def integers(values: Any) -> np.ndarray:
+    """Return JSON's integers as int64. Raises: TypeError, ValueError: they are none."""
+    array = np.array(values)
+    if array.dtype != np.int64:
+        raise TypeError(f'{str(values)[:40]} are no integers')
+    return array
+
+
 def is_local(url: str) -> bool:
     """Tell whether a URL is a path, and neither a command (pipe:) nor an address."""
-    return re.match(r'[a-z]+:', url) is None
+    return re.match(r'[a-z][a-z0-9+.-]*:', url, re.IGNORECASE) is None
+
+
+def check_address(url: str, source: object, allow_pipe: bool) -> None:
+    """Refuse a shard that is no file, no https address, and no command that was allowed.
+
+    Raises:
+        UserError: so it is; the message names the source.
+    """
+    if is_local(url) or url.startswith('https://') or (allow_pipe and url.startswith('pipe:')):
+        return
+    if url.startswith('pipe:'):
+        raise UserError(
+            f'{source} has the shard {url!r}, a command that this machine would run: if you trust it, add --allow_pipe'
+        )
+    raise UserError(
+        f'{source} has the shard {url!r}: a shard is a file, an https address, or with --allow_pipe a command '
+        "that writes it ('pipe:gsutil cat gs://bucket/000000.tar')"
+    )
 
 
 def shard_url(url: str, folder: Path) -> str:
@@ -120,17 +153,57 @@ def import_webdataset() -> types.ModuleType:
     return webdataset
 
 
+class Member(tarfile.TarInfo):
+    """Header of a member. Sparse and very large ones, which a small file can hold, are refused before they are read."""
+
+    @classmethod
+    def frombuf(cls, *header: Any) -> 'Member':
+        return super().frombuf(*header).checked()
+
+    def checked(self) -> 'Member':
+        """Raise UserError for what is refused."""
+        if self.type == tarfile.GNUTYPE_SPARSE or self.issparse():
+            raise UserError(f'its member {self.name} is sparse')
+        if self.size > LARGEST_MEMBER:
+            raise UserError(f'its member {self.name} has {self.size} bytes, more than {LARGEST_MEMBER}')
+        return self
+
+
+def open_shard(url: str) -> Any:
+    """Open a shard whose address was checked, as a stream of bytes."""
+    if is_local(url):
+        return open(url, 'rb')
+    gopen = import_webdataset().tariterators.gopen
+    if url.startswith('pipe:'):
+        return gopen.gopen(url)
+    tries = ['--connect-timeout', '30', '--retry', '30', '--retry-delay', '2']
+    only_https = ['--proto', '=https', '--globoff']  # after a redirection too
+    return gopen.Pipe(
+        ['curl', *only_https, *tries, '-f', '-s', '-L', url], mode='rb', bufsize=8192, ignore_status=[141, 23]
+    )
+
+
+def members_of(url: str, stream: Any) -> Iterator[dict]:
+    """Yield the files of an uncompressed tar, as WebDataset groups them to samples: their names and bytes."""
+    tar: Any
+    with tarfile.open(fileobj=stream, mode='r|', tarinfo=Member) as tar:
+        for member in tar:
+            member.checked()  # later headers may have changed it
+            if member.isreg():
+                yield {'fname': member.name, 'data': tar.extractfile(member).read(), '__url__': url}
+            tar.members = []
+
+
 def read_samples(url: str) -> Iterator[dict]:
     """Yield a shard's images in order: a dictionary with `__key__` and the bytes of each member by its suffix.
 
     Raises:
         UserError: the shard cannot be opened or read.
     """
-    parts = import_webdataset().tariterators
     stream = None
     try:
-        stream = parts.gopen.gopen(url)
-        yield from parts.group_by_keys(parts.tar_file_expander([{'url': url, 'stream': stream}]))
+        stream = open_shard(url)
+        yield from import_webdataset().tariterators.group_by_keys(members_of(url, stream))
         while stream.read(1 << 20):
             pass  # padding: a command that could not write all of it would seem to have failed
         stream.close()

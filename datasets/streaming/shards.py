@@ -33,6 +33,7 @@ from datasets.image_io import decode_file
 from datasets.samplers import EvalBatches
 from datasets.streaming.index import (
     ANNOTATIONS,
+    ODD_JSON,
     WRITE_AGAIN,
     ShardIndex,
     import_webdataset,
@@ -62,6 +63,7 @@ class ShardedCoco(ImageDataset):
 
     Training reads it through `ShardStream`. Indexing works, but reads a shard up to the image. place: index or its
     folder. return_masks: None reads masks if every object has a segmentation. buffer: images that a worker shuffles.
+    allow_pipe: take shards that are commands.
     """
 
     def __init__(
@@ -74,10 +76,11 @@ class ShardedCoco(ImageDataset):
         reading: Reading | None = None,
         mix: Mix | None = None,
         buffer: int = SHUFFLE_BUFFER,
+        allow_pipe: bool = False,
     ) -> None:
         super().__init__(transforms, mix, seed)
         import_webdataset()
-        self.index, self.reading, self.buffer = read_index(place), reading or Reading(), buffer
+        self.index, self.reading, self.buffer = read_index(place, allow_pipe), reading or Reading(), buffer
         self.class_map = classes_of(self.index, class_map, self.reading.class_ids)
         self._kept = self.index.sizes.min(axis=1) >= self.reading.min_image_side  # [rows]
         rows = np.flatnonzero(self._kept)
@@ -191,9 +194,12 @@ class ShardedCoco(ImageDataset):
             columns = Columns.of(json.loads(stored.record)['annotations'], segmentations)
             kept = columns[np.flatnonzero(kept_by(self.reading, columns))]
             objects = Objects.of(kept, self.class_map, self.return_masks)
-        except (ValueError, KeyError, TypeError) as error:
+        except ODD_JSON as error:
             raise UserError(f'{stored.name} has bad annotations ({error!r}): {WRITE_AGAIN}') from error
-        return image, make_target(objects, int(self.index.image_ids[stored.row]), height, width)
+        try:
+            return image, make_target(objects, int(self.index.image_ids[stored.row]), height, width)
+        except UserError as error:
+            raise UserError(f'{stored.name} {error}: {WRITE_AGAIN}') from error
 
     def item(self, stored: Stored, others: Sequence[Stored]) -> Sample:
         """Return the item that indexing gives, except that --aug lsj takes its second image from `others`."""
@@ -332,6 +338,7 @@ def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None =
         reading=reading_of(image_set, args),
         mix=mix,
         buffer=args.shard_buffer,
+        allow_pipe=args.allow_pipe,
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import functional as classic
 
-from datasets.image_io import read_image
+from datasets.image_io import open_image, read_image, stored_size
 from datasets.transforms import MEAN, STD, Compose, Target, make_transforms
 from tools.benchmarks.shards import report_shards
 from util.seeding import local_seed
@@ -80,8 +80,7 @@ def draw_images(folder: str, args: argparse.Namespace) -> list[Path]:
 
 def make_target(path: Path) -> Target:
     """Make seven boxes, the average of a COCO image."""
-    with PIL.Image.open(path) as image:
-        width, height = image.size
+    height, width = stored_size(path)
     corners = torch.rand(7, 2, 2, generator=torch.Generator().manual_seed(len(path.name))).sort(dim=1).values
     boxes_xyxy = (corners * torch.tensor([width, height])).flatten(1)
     size = torch.tensor([height, width])
@@ -91,7 +90,7 @@ def make_target(path: Path) -> Target:
 
 def load_with_pillow(path: Path, target: Target, transforms: Compose) -> tuple[Tensor, Target]:
     """Load as the official code does: Pillow decodes, flips, crops and resizes; float32, normalised, on the CPU."""
-    with PIL.Image.open(path) as opened:
+    with open_image(path) as opened:
         image = opened.convert('RGB')
     *geometry, normalize_boxes = transforms.transforms
     image, target = Compose(geometry)(image, target)
