@@ -10,7 +10,7 @@ import re
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -131,8 +131,7 @@ class Schedule:
     """Factor of the learning rate at each optimizer step.
 
     kind: `step` multiplies by 0.1 after the epochs of `drops`, or after every `drop_every`; `cosine` falls to 0 over `epochs`
-    (SGDR, arXiv:1608.03983, Eq. 5). warmup_steps: over the first of them it rises linearly from `warmup_start`. A checkpoint
-    holds all of this, and wins over flags.
+    (SGDR, arXiv:1608.03983, Eq. 5). warmup_steps: over the first of them it rises linearly from `warmup_start`.
     """
 
     kind: str
@@ -202,20 +201,16 @@ def rates_at(scheduler: torch.optim.lr_scheduler.LambdaLR, step: int) -> list[fl
 
 
 def describe_rates(args: Namespace, scheduler: torch.optim.lr_scheduler.LambdaLR) -> str:
-    """Describe the rates and the schedule in force: those of a resumed checkpoint win over the flags."""
+    """Describe the rates and the schedule."""
     schedule = scheduler.lr_lambdas[0]
     names = ('', 'backbone ', ' and '.join(args.lr_linear_proj_names) + ' ')
     if args.lr_layer_decay is not None:
         names = ('',)
     rates = [f'{name}{rate:g}' for name, rate in zip(names, scheduler.base_lrs, strict=False)]
     text = f'{", ".join(rates)}, {schedule}'
-    asked = asdict(make_schedule(args, schedule.steps_per_epoch)), [args.lr, args.lr_backbone]
     if args.lr_layer_decay is not None:
         text = f'{text}, blocks of the backbone times {args.lr_layer_decay} each, counted from the last'
-        asked[1][1] = args.lr * args.lr_layer_decay
-    if not args.resume or asked == (asdict(schedule), scheduler.base_lrs[:2]):
-        return text
-    return f'{text} (of the resumed checkpoint; the flags say otherwise and are not used)'
+    return text
 
 
 def train_one_epoch(

@@ -18,6 +18,7 @@ from util.errors import UserError
 from util.foreign_names import COCO_IDS, to_official
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from util.precision import Precision
+from util.run_entries import check_entries
 from util.weight_files import read_checkpoint, state_of
 
 # How images are prepared where a file does not tell: as at the official evaluation.
@@ -150,6 +151,7 @@ def load_detector(
     if not source:
         raise UserError('name a model, or a file of weights')
     checkpoint = read_checkpoint(source)
+    check_entries(checkpoint, source, resume=False)
     recorded = row.flags if row else flags_of(checkpoint)
     if row is None and not recorded:
         raise UserError(
