@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
-from datasets.coco_eval import CocoEvaluator, Summary
-from models.detector import detections_of
+from datasets.coco_eval import CocoEvaluator, Summary, encode_masks
+from models.detector import detections_of, to_cpu
 from models.training.criterion import weighted_sum
 from util.black_box import BlackBox
 from util.box_ops import box_cxcywh_to_xyxy
@@ -361,7 +361,7 @@ def evaluate(
     for samples, targets in data_loader:
         with precision.autocast():
             outputs = model(samples.to(device, non_blocking=True))
-        results = detections_of(postprocessors, outputs, targets, samples, device)
+        results = detections_of(postprocessors, outputs, targets, samples, device, encode_masks)
         evaluator.update(
             {int(t['image_id']): to_cpu(result) for t, result in zip(targets, results, strict=True)}
         )
@@ -418,7 +418,3 @@ def targets_to(targets: list[dict[str, Tensor]], device: torch.device) -> list[d
         {key: target[key].to(device, non_blocking=True) for key in keys if key in target}
         for target in targets
     ]
-
-
-def to_cpu(result: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.cpu() for key, value in result.items()}

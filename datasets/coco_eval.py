@@ -10,10 +10,12 @@ import contextlib
 import importlib.util
 import io
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
@@ -219,6 +221,11 @@ def encode_masks(masks: Tensor) -> list[dict]:
     binary = (masks[:, 0] > 0.5).cpu().numpy().astype(np.uint8)
     encoded = [coco_mask.encode(np.asfortranarray(mask)) for mask in binary]
     return [{'size': rle['size'], 'counts': rle['counts'].decode()} for rle in encoded]
+
+
+def decode_masks(encoded: list[dict]) -> Iterator[Tensor]:
+    """Yield masks [H, W] uint8 of COCO's compressed run lengths, one at a time."""
+    return (torch.from_numpy(coco_mask.decode(rle)) for rle in encoded)
 
 
 def prepare_ground_truth(ground_truth: dict, image_ids: set[int], iou_type: str) -> dict:
