@@ -42,6 +42,7 @@ from models.parts import all_parts, compile_parts
 from models.recorded import adopt
 from models.segmentation import freeze_all_but_masks
 from models.structures import Prediction
+from models.training import coefficients
 from models.training.flags import add_training_args, resolve_all
 from models.training.report import statistics_text, supervision_table
 from models.training.resume import changes_text, flags_of_run, resume_flags
@@ -387,7 +388,7 @@ def finish_epoch(
         row |= {f'{prefix}_{name}': value for name, value in zip(names, stats, strict=True)}
     record |= record_of(summaries)
     images = run.steps_an_epoch * run.images_a_step
-    record |= {'images': images, 'train_seconds': round(seconds, 2)}
+    record |= {'images': images, 'train_seconds': round(seconds, 2), 'coefficients': coefficients(args)}
     if log:
         if summary and saved and is_main_process() and summary.stats[0] > log.best('test_AP'):
             keep_copy(log.csv_path.parent, 'checkpoint_best.pth')
@@ -396,7 +397,8 @@ def finish_epoch(
             if is_main_process() and summary:
                 plot_curves(log.csv_path.with_name('curves.png'), log.csv_path)
     for tracker in trackers:
-        tracker.add(epoch + 1, {name: value for name, value in row.items() if value is not None})
+        with or_warn():
+            tracker.add(epoch + 1, {name: value for name, value in row.items() if value is not None})
     ap = f'  AP {summary.stats[0]:.3f}  AP50 {summary.stats[1]:.3f}' if summary else ''
     if 'segm' in summaries:
         stats = summaries['segm'].stats

@@ -1,6 +1,7 @@
 """Averaged weights, batches of one size, the rehearsal of the worst batch, which checkpoints stay."""
 
 import csv
+import errno
 import json
 import math
 import re
@@ -233,6 +234,22 @@ def test_trackers_get_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(trackers.TRACKERS, 'wandb', Recorder)
     run(tmp_path, '--epochs', '2', '--eval_every', '2', '--wandb', 'mine')
     assert seen == [(tmp_path, 'mine'), (1, 1, False), (2, 2, True)]
+
+
+def test_a_tracker_that_cannot_write_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip('tensorboard')
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(SummaryWriter, 'add_scalar', full)
+    run(tmp_path, '--epochs', '2', '--no_validate', '--shapes_train', '4', '--tensorboard')
+    said = capsys.readouterr().out
+    assert said.count('warning: [Errno 28] No space left on device') == 2 and 'epoch 2/2: loss' in said
+    assert load(tmp_path)['epoch'] == 1
 
 
 def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
