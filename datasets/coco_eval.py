@@ -21,7 +21,7 @@ from torch import Tensor
 
 from datasets.class_map import ClassMap
 from datasets.coco_json import as_id, polygons_of, run_lengths
-from util.distributed.collectives import all_gather_object
+from util.distributed.collectives import broadcast_object, fail_together, gather_object, is_main_process
 from util.errors import UserError
 
 STAT_NAMES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
@@ -139,14 +139,20 @@ class CocoEvaluator:
                 )
 
     def synchronize_between_processes(self) -> None:
-        """Gather the predictions of all ranks on every rank; of an image seen twice the lowest rank's copy stays."""
+        """Gather the predictions of all ranks on the main process; of an image seen twice the lowest rank's copy stays."""
         merged: dict[int, Detections] = {}
-        for detections in all_gather_object(self.detections):
+        for detections in gather_object(self.detections):
             merged = {**detections, **merged}
         self.detections = merged
 
     def summarize(self) -> dict[str, Summary]:
-        """Evaluate the images that were passed to `update`, once for every IoU type."""
+        """Evaluate the images that were passed to `update` on the main process; all ranks must call it, and get the result."""
+        with fail_together():
+            results = self.evaluated() if is_main_process() else {}
+        return broadcast_object(results)
+
+    def evaluated(self) -> dict[str, Summary]:
+        """Evaluate, once for every IoU type."""
         results = {}
         for iou_type in self.iou_types:
             truth = prepare_ground_truth(self.ground_truth, set(self.detections), iou_type)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import engine
+from datasets.copy_paste import LargeScaleJitter
 from datasets.loaders import worst_batch
 from datasets.samplers import EvalBatches, SizeBatches
 from datasets.shapes import ShapesDetection
@@ -306,6 +307,15 @@ def test_the_worst_batch_is_as_large_as_any_that_comes() -> None:
     assert height * width == max(
         math.prod(data.drawn_size(i, e, data.image_sizes()[i])) for e in range(4) for i in range(40)
     )
+
+
+def test_the_worst_batch_has_the_objects_that_copy_paste_adds() -> None:
+    for masks, expected in ((True, 20 + 20), (False, 20)):
+        data = ShapesDetection(6, image_size=96, return_masks=masks)
+        data.mix, data.most_objects = LargeScaleJitter(64, keep_masks=masks), 20
+        assert worst_batch(data, 2, one_size=False) == ((64, 64), expected)
+    data.return_masks, data.most_objects = True, 150
+    assert worst_batch(data, 2, one_size=False)[1] == 150 + 99
 
 
 def test_a_lack_of_memory_is_explained_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:

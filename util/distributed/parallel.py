@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from util.distributed.collectives import get_world_size
+from util.distributed.collectives import get_world_size, is_main_process
 from util.errors import UserError
 
 REGISTERED: set[type] = set()
@@ -102,9 +102,13 @@ def without_exchange(model: FSDPModule) -> Iterator[None]:
 
 
 def gather(state: object) -> object:
-    """Replace shards by whole tensors on the CPU in a state (of a model, an optimizer). All ranks must call it."""
+    """Replace shards by whole tensors in a state (of a model, an optimizer): on the CPU of the main process, by None on others.
+
+    All ranks must call it. They hold one whole tensor at a time.
+    """
     if isinstance(state, DTensor):
-        return state.full_tensor().cpu()
+        whole = state.full_tensor()
+        return whole.cpu() if is_main_process() else None
     if isinstance(state, dict):
         return {key: gather(value) for key, value in state.items()}
     if isinstance(state, list):
