@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.coco_eval import LVIS_NAMES, STAT_NAMES, CocoEvaluator, Summary, record_of, tables
-from datasets.flags import PREPARATION, add_data_args, adopt_data, check_data_args
+from datasets.flags import add_data_args, check_data_args
 from datasets.inventory import check_data, print_inventory
 from datasets.loaders import begin_epoch, build_datasets, build_loader, worst_batch
 from engine import (
@@ -39,17 +39,15 @@ from models.detector import class_map_of
 from models.flags import NUM_CLASSES
 from models.ops.functions import describe as describe_kernels
 from models.parts import all_parts, compile_parts
-from models.recorded import adopt
 from models.segmentation import freeze_all_but_masks
 from models.structures import Prediction
 from models.training import coefficients
 from models.training.flags import add_training_args, resolve_all
 from models.training.report import statistics_text, supervision_table
-from models.training.resume import changes_text, flags_of_run, resume_flags
+from models.training.resume import adopt_recorded
 from models.zoo import with_row
 from util.black_box import BlackBox
-from util.bounds import check_bounds
-from util.checkpoint import check_frozen, flags_of, load_checkpoint
+from util.checkpoint import check_frozen, load_checkpoint
 from util.distributed.collectives import (
     all_gather_object,
     check_agreement,
@@ -65,7 +63,7 @@ from util.distributed.heartbeat import Heartbeat
 from util.distributed.parallel import broadcast_from_main, replicate, shard
 from util.distributed.preemption import Interrupted, StopRequests, was_restarted
 from util.ema import WeightAverage
-from util.errors import FileError, UserError
+from util.errors import FileError
 from util.files import (
     code_checksum,
     lock_folder,
@@ -164,7 +162,7 @@ def read_data(args: Namespace, given: frozenset[str]) -> tuple[dict, dict[str, D
         check_data_args(args)
         check_run_args(args)
         checkpoint = find_checkpoint(args, restarted)
-        adopt_recorded(args, given, checkpoint)
+        adopt_recorded(args, given, checkpoint, get_args_parser())
         seed_everything(args.seed + get_rank())
         class_map = ClassMap.from_dict(checkpoint['class_map']) if 'class_map' in checkpoint else None
         if args.eval and class_map is None and checkpoint:
@@ -179,35 +177,6 @@ def read_data(args: Namespace, given: frozenset[str]) -> tuple[dict, dict[str, D
     found = f'epoch {checkpoint.get("epoch")}, {images} images further' if checkpoint else 'none'
     check_agreement(facts | {'the checkpoint': found})  # a folder that is not shared, for instance
     return checkpoint, datasets
-
-
-def adopt_recorded(args: Namespace, given: frozenset[str], checkpoint: dict) -> None:
-    """Take flags that are not among `given` from the checkpoint that is evaluated or resumed.
-
-    To evaluate these are the flags of the detector and the data, to resume those of the detector, of training and of the
-    preparation of images. What the given ones change in a resumed run is printed.
-    """
-    recorded = flags_of(checkpoint)
-    if 'class_map' in checkpoint:  # a run of this program
-        try:
-            check_bounds(Namespace(**recorded), get_args_parser())
-        except UserError as error:
-            file = args.resume or args.pretrained or args.frozen_weights
-            raise UserError(
-                f'{file} is damaged: in args, {error}. Take another checkpoint of its run'
-            ) from error
-    if args.eval and recorded:
-        vars(args).update(vars(resolve_all(adopt(args, given, recorded))))
-        if 'class_map' in checkpoint:
-            adopt_data(args, given, recorded)
-            check_data_args(args)
-    elif args.resume and recorded and 'optimizer' in checkpoint:
-        recorded, others = flags_of_run(checkpoint, recorded), (*PREPARATION, 'seed', 'amp')
-        vars(args).update(vars(resume_flags(args, given, recorded, others)))
-        check_data_args(args)
-        check_run_args(args)
-        if text := changes_text(args, recorded, others):
-            print_main(f'{args.resume} goes on with other flags: {text}')
 
 
 def set_up(

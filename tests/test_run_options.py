@@ -426,7 +426,7 @@ def test_official_schedules_go_on() -> None:
     ):
         theirs = torch.optim.SGD(conv.parameters(), lr=0.5)
         recorded = flags_of_run({'lr_scheduler': official(theirs).state_dict()}, {'lr': 0.5, 'lr_drop': 4})
-        args = resume_flags(resolve_all(Namespace(lr=7.0, lr_drop=9)), (), recorded, ())
+        args = resume_flags(resolve_all(Namespace(lr=7.0, lr_drop=9)), (), recorded)
         optimizer = torch.optim.SGD(conv.parameters(), lr=args.lr)
         scheduler = engine.build_scheduler(optimizer, args, steps_per_epoch=2)
         for epoch, factor in enumerate(expected):
