@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
-from datasets.coco_eval import CocoEvaluator, Summary
-from models.detector import detections_of
+from datasets.coco_eval import CocoEvaluator, Summary, encode_masks
+from models.detector import detections_of, to_cpu
 from models.training.criterion import weighted_sum
 from util.black_box import BlackBox
 from util.box_ops import box_cxcywh_to_xyxy
@@ -133,7 +133,7 @@ class Schedule:
 
     kind: `step` multiplies by 0.1 after the epochs of `drops`, or after every `drop_every`; `cosine` falls to 0 over `epochs`
     (SGDR, arXiv:1608.03983, Eq. 5). Both follow the images that were seen. warmup_steps: over the first of them that the
-    optimizer makes, it rises linearly from `warmup_start`. A checkpoint holds all of this, and wins over flags.
+    optimizer makes, it rises linearly from `warmup_start`.
     """
 
     kind: str
@@ -204,21 +204,16 @@ def rates_at(scheduler: torch.optim.lr_scheduler.LambdaLR, step: int) -> list[fl
 
 
 def describe_rates(args: Namespace, scheduler: torch.optim.lr_scheduler.LambdaLR) -> str:
-    """Describe the rates and the schedule in force: those of a resumed checkpoint win over the flags."""
+    """Describe the rates and the schedule."""
     schedule = scheduler.lr_lambdas[0]
     names = ('', 'backbone ', ' and '.join(args.lr_linear_proj_names) + ' ')
     if args.lr_layer_decay is not None:
         names = ('',)
     rates = [f'{name}{rate:g}' for name, rate in zip(names, scheduler.base_lrs, strict=False)]
     text = f'{", ".join(rates)}, {schedule}'
-    asked = make_schedule(args, schedule.steps_per_epoch), [args.lr, args.lr_backbone]
-    asked[0].left_out = schedule.left_out
     if args.lr_layer_decay is not None:
         text = f'{text}, blocks of the backbone times {args.lr_layer_decay} each, counted from the last'
-        asked[1][1] = args.lr * args.lr_layer_decay
-    if not args.resume or asked == (schedule, scheduler.base_lrs[:2]):
-        return text
-    return f'{text} (of the resumed checkpoint; the flags say otherwise and are not used)'
+    return text
 
 
 def train_one_epoch(
@@ -371,7 +366,7 @@ def evaluate(
     for samples, targets in data_loader:
         with precision.autocast():
             outputs = model(samples.to(device, non_blocking=True))
-        results = detections_of(postprocessors, outputs, targets, samples, device)
+        results = detections_of(postprocessors, outputs, targets, samples, device, encode_masks)
         evaluator.update(
             {int(t['image_id']): to_cpu(result) for t, result in zip(targets, results, strict=True)}
         )
@@ -428,7 +423,3 @@ def targets_to(targets: list[dict[str, Tensor]], device: torch.device) -> list[d
         {key: target[key].to(device, non_blocking=True) for key in keys if key in target}
         for target in targets
     ]
-
-
-def to_cpu(result: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.cpu() for key, value in result.items()}

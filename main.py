@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.coco_eval import LVIS_NAMES, STAT_NAMES, CocoEvaluator, Summary, record_of, tables
-from datasets.flags import add_data_args, adopt_data, check_data_args
+from datasets.flags import add_data_args, check_data_args
 from datasets.inventory import check_data, print_inventory
 from datasets.loaders import begin_epoch, build_datasets, build_loader, worst_batch
 from engine import (
@@ -39,14 +39,15 @@ from models.detector import class_map_of
 from models.flags import NUM_CLASSES
 from models.ops.functions import describe as describe_kernels
 from models.parts import all_parts, compile_parts
-from models.recorded import adopt
 from models.segmentation import freeze_all_but_masks
 from models.structures import Prediction
+from models.training import coefficients
 from models.training.flags import add_training_args, resolve_all
 from models.training.report import statistics_text, supervision_table
+from models.training.resume import adopt_recorded
 from models.zoo import with_row
 from util.black_box import BlackBox
-from util.checkpoint import check_frozen, flags_of, load_checkpoint
+from util.checkpoint import check_frozen, load_checkpoint
 from util.distributed.collectives import (
     all_gather_object,
     check_agreement,
@@ -161,8 +162,6 @@ def one_run_a_folder(args: Namespace) -> Iterator[None]:
 def read_data(args: Namespace, given: frozenset[str]) -> tuple[dict, dict[str, Dataset]]:
     """Return the checkpoint in use ({} if there is none) and the data sets.
 
-    To evaluate, the flags of the detector that are not among `given` become those that the checkpoint tells.
-
     Raises:
         UserError: flags, checkpoint or data are wrong, or the processes disagree about them.
     """
@@ -172,11 +171,7 @@ def read_data(args: Namespace, given: frozenset[str]) -> tuple[dict, dict[str, D
         check_data_args(args)
         check_run_args(args)
         checkpoint = find_checkpoint(args, restarted)
-        if args.eval and (recorded := flags_of(checkpoint)):
-            vars(args).update(vars(resolve_all(adopt(args, given, recorded))))
-            if 'class_map' in checkpoint:  # a run of this program
-                adopt_data(args, given, recorded)
-                check_data_args(args)
+        adopt_recorded(args, given, checkpoint, get_args_parser())
         seed_everything(args.seed + get_rank())
         class_map = ClassMap.from_dict(checkpoint['class_map']) if 'class_map' in checkpoint else None
         if args.eval and class_map is None and checkpoint:
@@ -186,7 +181,8 @@ def read_data(args: Namespace, given: frozenset[str]) -> tuple[dict, dict[str, D
         if is_main_process():
             print_inventory(datasets, args, level_strides(args)[0])
     facts = {f'{split} data': dataset.summary for split, dataset in datasets.items()}
-    images = checkpoint.get('within_epoch', {}).get('images', 0)
+    within = checkpoint.get('within_epoch')
+    images = within.get('images', 0) if isinstance(within, dict) else 0
     found = f'epoch {checkpoint.get("epoch")}, {images} images further' if checkpoint else 'none'
     check_agreement(facts | {'the checkpoint': found})  # a folder that is not shared, for instance
     return checkpoint, datasets
@@ -376,7 +372,7 @@ def finish_epoch(
         row |= {f'{prefix}_{name}': value for name, value in zip(names, stats, strict=True)}
     record |= record_of(summaries)
     images = run.steps_an_epoch * run.images_a_step
-    record |= {'images': images, 'train_seconds': round(seconds, 2)}
+    record |= {'images': images, 'train_seconds': round(seconds, 2), 'coefficients': coefficients(args)}
     if log:
         if summary and saved and is_main_process() and summary.stats[0] > log.best('test_AP'):
             keep_copy(log.csv_path.parent, 'checkpoint_best.pth')
@@ -385,7 +381,8 @@ def finish_epoch(
             if is_main_process() and summary:
                 plot_curves(log.csv_path.with_name('curves.png'), log.csv_path)
     for tracker in trackers:
-        tracker.add(epoch + 1, {name: value for name, value in row.items() if value is not None})
+        with or_warn():
+            tracker.add(epoch + 1, {name: value for name, value in row.items() if value is not None})
     ap = f'  AP {summary.stats[0]:.3f}  AP50 {summary.stats[1]:.3f}' if summary else ''
     if 'segm' in summaries:
         stats = summaries['segm'].stats

@@ -10,16 +10,18 @@ import contextlib
 import importlib.util
 import io
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from datasets.class_map import ClassMap
 from datasets.coco_json import as_id, polygons_of, run_lengths
-from util.distributed.collectives import all_gather_object
+from util.distributed.collectives import broadcast_object, fail_together, gather_object, is_main_process
 from util.errors import UserError
 
 STAT_NAMES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
@@ -137,14 +139,20 @@ class CocoEvaluator:
                 )
 
     def synchronize_between_processes(self) -> None:
-        """Gather the predictions of all ranks on every rank; of an image seen twice the lowest rank's copy stays."""
+        """Gather the predictions of all ranks on the main process; of an image seen twice the lowest rank's copy stays."""
         merged: dict[int, Detections] = {}
-        for detections in all_gather_object(self.detections):
+        for detections in gather_object(self.detections):
             merged = {**detections, **merged}
         self.detections = merged
 
     def summarize(self) -> dict[str, Summary]:
-        """Evaluate the images that were passed to `update`, once for every IoU type."""
+        """Evaluate the images that were passed to `update` on the main process; all ranks must call it, and get the result."""
+        with fail_together():
+            results = self.evaluated() if is_main_process() else {}
+        return broadcast_object(results)
+
+    def evaluated(self) -> dict[str, Summary]:
+        """Evaluate, once for every IoU type."""
         results = {}
         for iou_type in self.iou_types:
             truth = prepare_ground_truth(self.ground_truth, set(self.detections), iou_type)
@@ -219,6 +227,11 @@ def encode_masks(masks: Tensor) -> list[dict]:
     binary = (masks[:, 0] > 0.5).cpu().numpy().astype(np.uint8)
     encoded = [coco_mask.encode(np.asfortranarray(mask)) for mask in binary]
     return [{'size': rle['size'], 'counts': rle['counts'].decode()} for rle in encoded]
+
+
+def decode_masks(encoded: list[dict]) -> Iterator[Tensor]:
+    """Yield masks [H, W] uint8 of COCO's compressed run lengths, one at a time."""
+    return (torch.from_numpy(coco_mask.decode(rle)) for rle in encoded)
 
 
 def prepare_ground_truth(ground_truth: dict, image_ids: set[int], iou_type: str) -> dict:

@@ -142,6 +142,11 @@ VIEW = (
     'class_ids',
     'batch_size',
 )  # how images and classes reach the model
+# How a run prepares images and makes batches of them, which it keeps when it is resumed.
+PREPARATION = (
+    'img_size', 'max_size', 'train_scales', 'train_max_size', 'aug', 'lsj_size', 'class_ids', 'repeat_threshold',
+    'group_aspect_ratio', 'bucket_sizes',
+)  # fmt: skip
 
 
 def adopt_data(args: Namespace, given: Collection[str], recorded: Mapping) -> None:

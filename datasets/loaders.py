@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from datasets import build_dataset
 from datasets.class_map import ClassMap
+from datasets.copy_paste import MAX_PASTED
 from datasets.image_dataset import ImageDataset, loader_options
 from datasets.samplers import (
     AspectSampler,
@@ -116,7 +117,8 @@ def worst_batch(dataset: ImageDataset, batch_size: int, one_size: bool) -> tuple
     """
     if dataset.mix is not None:
         height, width = dataset[0][0].shape[-2:]
-        return (height, width), dataset.most_objects
+        pasted = min(dataset.most_objects, MAX_PASTED) if dataset.return_masks else 0
+        return (height, width), dataset.most_objects + pasted
     originals = dataset.image_sizes()
     chosen = torch.linspace(0, len(originals) - 1, min(len(originals), 500)).long().tolist()
     drawn = [dataset.drawn_size(idx, epoch, originals[idx]) for epoch in range(4) for idx in chosen]

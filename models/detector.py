@@ -10,6 +10,7 @@ from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.image_io import read_image
 from datasets.transforms import frame_size, seen_size, transforms_of
 from models import build_detector, build_postprocessors
+from models.postprocess import Encode
 from models.recorded import settle
 from models.zoo import find_row
 from util.checkpoint import flags_of, load_checkpoint
@@ -18,6 +19,7 @@ from util.errors import UserError
 from util.foreign_names import COCO_IDS, to_official
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from util.precision import Precision
+from util.run_entries import check_entries
 from util.weight_files import read_checkpoint, state_of
 
 # How images are prepared where a file does not tell: as at the official evaluation.
@@ -69,16 +71,19 @@ class Detector:
         return self.detect_batch([image])[0]
 
     @torch.no_grad()
-    def detect_batch(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """Return what `detect` does for each of several images; smaller ones are padded, which moves results a little."""
+    def detect_batch(self, images: list[Tensor], encode: Encode | None = None) -> list[dict]:
+        """Return what `detect` does for each of several images; smaller ones are padded, which moves results a little.
+
+        encode: makes a list of run lengths of a few masks [n, 1, H, W]; these are `segmentation`, and there are no `masks`.
+        """
         device = next(self.model.parameters()).device
         prepared = [self.prepare(image, {'orig_size': torch.tensor(image.shape[-2:])}) for image in images]
         samples = nested_tensor_from_tensor_list([image for image, _ in prepared]).to(device)
         with self.precision.autocast():
             outputs = self.model(samples)
         targets = [target for _, target in prepared]
-        results = detections_of(self.postprocessors, outputs, targets, samples, device)
-        return [{key: value.cpu() for key, value in result.items()} for result in results]
+        results = detections_of(self.postprocessors, outputs, targets, samples, device, encode)
+        return [to_cpu(result) for result in results]
 
 
 def half_mode(device: torch.device) -> str:
@@ -92,21 +97,29 @@ def detections_of(
     targets: list[dict[str, Tensor]],
     samples: NestedTensor,
     device: torch.device,
-) -> list[dict[str, Tensor]]:
+    encode: Encode | None = None,
+) -> list[dict]:
     """Return the detections of a batch in pixels of the original images, with masks if there is a postprocessor for them.
 
     Args:
         targets: what the preparation of the images left in them, its sizes.
         samples: the batch.
         device: that of the model.
+        encode: makes a list of run lengths of a few masks [n, 1, H, W]; these are `segmentation`, and there are no `masks`.
     """
     sizes = torch.stack([frame_size(target) for target in targets]).to(device, non_blocking=True)
     results = postprocessors['bbox'](outputs, sizes)
     if 'segm' in postprocessors:
         originals = torch.stack([target['orig_size'] for target in targets])
         seen = torch.stack([seen_size(target) for target in targets])
-        results = postprocessors['segm'](results, outputs, originals, seen, tuple(samples.mask.shape[-2:]))
+        canvas = tuple(samples.mask.shape[-2:])
+        results = postprocessors['segm'](results, outputs, originals, seen, canvas, encode)
     return results
+
+
+def to_cpu(result: dict) -> dict:
+    """Copy the tensors of an image's detections to the host; run lengths are there already."""
+    return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in result.items()}
 
 
 def add_detector_args(parser: ArgumentParser) -> None:
@@ -150,6 +163,7 @@ def load_detector(
     if not source:
         raise UserError('name a model, or a file of weights')
     checkpoint = read_checkpoint(source)
+    check_entries(checkpoint, source, resume=False)
     recorded = row.flags if row else flags_of(checkpoint)
     if row is None and not recorded:
         raise UserError(

@@ -1,5 +1,8 @@
 """Turn outputs into detections in pixels. A detection is a score, a class index and a box."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,8 @@ from torchvision.ops import batched_nms
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
 
 Detections = list[dict[str, Tensor]]
+Encode = Callable[[Tensor], list[dict]]
+PIXELS_AT_A_TIME = 2**24  # of masks, which take a few bytes a pixel while they are made
 
 
 def scale_boxes(boxes: Tensor, target_sizes: Tensor) -> Tensor:
@@ -182,6 +187,24 @@ def soft_suppression(
     return np.array(order, dtype=np.int64), np.array(kept, dtype=scores.dtype)
 
 
+def with_masks(
+    detections: dict[str, Tensor], size: Sequence[int], make: Callable[[slice], Tensor], encode: Encode | None
+) -> dict:
+    """Return detections with `masks` [N, 1, H, W] uint8, or with what `encode` makes of them, `segmentation`.
+
+    Args:
+        size: H and W, pixels.
+        make: makes the masks [n, 1, H, W] uint8 of a slice of the detections. It is asked for few at a time, since those of a
+            large photograph take gigabytes together.
+        encode: turns such masks into a list of n run lengths.
+    """
+    number, some = len(detections['boxes']), max(1, PIXELS_AT_A_TIME // (size[0] * size[1]))
+    pieces = (make(slice(start, start + some)) for start in range(0, max(number, 1), some))
+    if encode is not None:
+        return detections | {'segmentation': [each for piece in pieces for each in encode(piece)]}
+    return detections | {'masks': torch.cat([*pieces])}
+
+
 class MaskPostProcess(nn.Module):
     """Masks of detections in the original images (DETR). threshold: probability above which a pixel is object."""
 
@@ -197,23 +220,30 @@ class MaskPostProcess(nn.Module):
         original_sizes: Tensor,
         sizes: Tensor,
         canvas: tuple[int, int] | None = None,
-    ) -> Detections:
+        encode: Encode | None = None,
+    ) -> list[dict]:
         """Return the detections with `masks` [N, 1, H, W] uint8 in place of `query`.
 
         Args:
             original_sizes: [B, 2] height and width of the original images.
             sizes: [B, 2] height and width of the part of the network's input that shows them.
             canvas: height and width of the network's input, the padded batch; None: the largest of `sizes`.
+            encode: makes a list of run lengths of a few masks, which then are `segmentation`, and there are no `masks`.
         """
         canvas = canvas or tuple(sizes.amax(0).tolist())
+
+        def pixels(masks: Tensor, original: list[int], seen: list[int], part: slice) -> Tensor:
+            x = F.interpolate(masks[part, None], size=canvas, mode='bilinear', align_corners=False)
+            shown = (x[..., : seen[0], : seen[1]].sigmoid() > self.threshold).float()
+            return F.interpolate(shown, size=original, mode='nearest').byte()
+
         found = []
-        for one, masks, original, (height, width) in zip(
+        for one, masks, original, seen in zip(
             detections, outputs['pred_masks'], original_sizes.tolist(), sizes.tolist(), strict=True
         ):
-            x = F.interpolate(masks[one['query']][:, None], size=canvas, mode='bilinear', align_corners=False)
-            seen = (x[..., :height, :width].sigmoid() > self.threshold).float()
-            pixels = F.interpolate(seen, size=original, mode='nearest').byte()
-            found.append({key: value for key, value in one.items() if key != 'query'} | {'masks': pixels})
+            make = partial(pixels, masks[one['query']], original, seen)
+            rest = {key: value for key, value in one.items() if key != 'query'}
+            found.append(with_masks(rest, original, make, encode))
         return found
 
 
@@ -223,8 +253,6 @@ class RegionMaskPostProcess(nn.Module):
     threshold: probability from which on a pixel is object. A mask has a score of its own: that of the box times the mask's
     IoU, as far as the model can tell it.
     """
-
-    chunk = 16  # masks that are pasted at a time
 
     def __init__(self, threshold: float = 0.5) -> None:
         super().__init__()
@@ -238,25 +266,22 @@ class RegionMaskPostProcess(nn.Module):
         original_sizes: Tensor,
         sizes: Tensor,
         canvas: tuple[int, int] | None = None,
-    ) -> Detections:
+        encode: Encode | None = None,
+    ) -> list[dict]:
         """Return the detections with `masks` [N, 1, H, W] uint8 and `mask_scores` [N]; arguments as `MaskPostProcess`."""
+
+        def pixels(masks: Tensor, boxes: Tensor, original: list[int], part: slice) -> Tensor:
+            return (paste(masks[part], boxes[part], *original) >= self.threshold)[:, None].byte()
+
         found = []
         for index, (one, original, size) in enumerate(zip(detections, original_sizes, sizes, strict=True)):
             scale = (size / original).flip(0).repeat(2).to(one['boxes'])
-            height, width = original.tolist()
+            masks, quality = one['boxes'].new_zeros(0, 1, 1), one['scores']
             if len(one['boxes']):
                 masks, quality = outputs['masks_of'](index, one['boxes'] * scale, one['labels'])
-                pasted = [
-                    paste(part, boxes, height, width) >= self.threshold
-                    for part, boxes in zip(
-                        masks.split(self.chunk), one['boxes'].split(self.chunk), strict=True
-                    )
-                ]
-                masks, quality = torch.cat(pasted)[:, None].byte(), quality.to(one['scores'])
-            else:
-                masks = torch.zeros(0, 1, height, width, dtype=torch.uint8, device=one['boxes'].device)
-                quality = one['scores']
-            found.append(one | {'masks': masks, 'mask_scores': one['scores'] * quality})
+            rest = one | {'mask_scores': one['scores'] * quality.to(one['scores'])}
+            make = partial(pixels, masks, one['boxes'], original.tolist())
+            found.append(with_masks(rest, original.tolist(), make, encode))
         return found
 
 

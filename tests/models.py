@@ -203,6 +203,22 @@ class TensorPlaces(TorchFunctionMode):
         return result
 
 
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that an operator makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(
+        self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        sizes = [
+            each.numel() * each.element_size() for each in tree_leaves(result) if isinstance(each, Tensor)
+        ]
+        self.bytes = max([self.bytes, *sizes])
+        return result
+
+
 def content_of(x: Tensor) -> Tensor:
     """Numbers in [0, 1) that follow from the values of x alone."""
     return (x.double() * 77.7 + 0.3).sin().abs() * 0.999

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from datasets import coco_eval
 from datasets.class_map import ClassMap
 from datasets.coco_eval import STAT_NAMES, CocoEvaluator, Summary, encode_masks
 from tests.processes import in_processes
 from tests.shared_data import needs_shared, read_shared
+from util.errors import UserError
 
 REFERENCE = 'data/coco_eval_reference'
 KNOWN = {
@@ -255,10 +257,17 @@ def test_masks_are_encoded_as_they_are() -> None:
 def gather_in_two_processes(rank: int) -> list[float]:
     truth = tiny_ground_truth()
     evaluator = CocoEvaluator(truth, CLASS_MAP)
+    if rank:
+        coco_eval.evaluate = coco_eval.prepare_ground_truth = None  # the main process alone computes
     # Image 2 comes twice, as a sampler that fills up gives it; the copy of rank 0 counts.
     evaluator.update({1: perfect(truth, 1), 2: perfect(truth, 2)} if rank == 0 else {3: {}, 2: {}})
     evaluator.synchronize_between_processes()
-    return evaluator.summarize()['bbox'].stats
+    assert len(evaluator.detections) == (0 if rank else 3)
+    stats = evaluator.summarize()['bbox'].stats
+    evaluator.iou_types = ('segm',)
+    with pytest.raises(UserError, match=r'annotation 0 .* has no segmentation'):  # on all, instead of a wait
+        evaluator.summarize()
+    return stats
 
 
 @pytest.mark.slow

@@ -24,6 +24,30 @@ def test_detections_too_many_are_counted() -> None:
     assert compare_runs.num_surplus(result, labels[:0], boxes[:0]) == 0
 
 
+def test_losses_have_the_weights_that_the_run_trained_with(tmp_path: Path) -> None:
+    flags = [
+        '--epochs',
+        '1',
+        '--no_validate',
+        '--shapes_train',
+        '4',
+        '--cls_loss_coef',
+        '0.5',
+        '--giou_loss_coef',
+        '3',
+    ]
+    run(tmp_path, *flags)
+    record = json.loads((tmp_path / 'log.jsonl').read_text())
+    assert {name: record['coefficients'][name] for name in ('ce', 'bbox', 'giou')} == {
+        'ce': 0.5,
+        'bbox': 5,
+        'giou': 3,
+    }
+    (epoch,) = compare_runs.read_run(tmp_path)
+    terms = {name: record[f'train_loss_{name}'] for name in ('ce', 'bbox', 'giou')}
+    assert epoch.loss == pytest.approx(0.5 * terms['ce'] + 5 * terms['bbox'] + 3 * terms['giou'])
+
+
 @pytest.mark.slow
 def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Two repetitions with their checkpoints, and a run without."""
@@ -77,9 +101,15 @@ def test_folders_that_are_no_runs_are_named(tmp_path: Path) -> None:
         'train_loss_bbox': 1,
         'train_loss_giou': 1,
     }
-    (tmp_path / 'log.jsonl').write_text(json.dumps(record) + '\n')
+    with_weights = record | {'coefficients': {'ce': 2, 'bbox': 5, 'giou': 2}}
+    (tmp_path / 'log.jsonl').write_text(json.dumps(with_weights) + '\n')
     (epoch,) = compare_runs.read_run(tmp_path)
     assert (epoch.images, epoch.minutes, epoch.loss, epoch.ap) == (5, 0.5, 9, None)
+    (tmp_path / 'log.jsonl').write_text(json.dumps(record) + '\n')
+    with pytest.raises(ValueError, match=r'no checkpoint at .*checkpoint\.pth'):
+        compare_runs.read_run(tmp_path)
+    torch.save({'args': {'cls_loss_coef': 1.0, 'bbox_loss_coef': 4}}, tmp_path / 'checkpoint.pth')
+    assert compare_runs.read_run(tmp_path)[0].loss == 1 + 4 + 2, 'of an older version'
     for text in ('{', '[' * 100_000):
         (tmp_path / 'log.jsonl').write_text('{}\n' + text)
         with pytest.raises(ValueError, match=r'log\.jsonl, line 2 is not JSON'):

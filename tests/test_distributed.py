@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 import main
 from engine import build_optimizer
@@ -58,7 +60,8 @@ def train_some_steps(rank: int, flags: dict, counts: list[list[int]], accum_step
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
     torch.set_default_dtype(torch.float32)
-    return {'model': gather(bare.state_dict()), 'loss': torch.stack(losses).view(len(counts), -1).mean(1)}
+    whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in bare.state_dict().items()}
+    return {'model': whole, 'loss': torch.stack(losses).view(len(counts), -1).mean(1)}
 
 
 def assert_equal(ours: dict, theirs: dict, tolerance: float = 1e-6) -> None:
@@ -156,6 +159,33 @@ def test_the_backbone_is_sharded_block_by_block(backbone: str) -> None:
     sizes = [sum(p.numel() for p in part.parameters()) for part in body.parts()]
     assert max(sizes) < 0.3 * sum(p.numel() for p in body.parameters())
     assert sum(sizes) > 0.9 * sum(p.numel() for p in body.parameters())
+
+
+def gather_sharded(rank: int) -> tuple[list[int], bool]:
+    """Bytes of the parameters that gathered states of model and optimizer hold on a rank, and whether they are whole."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4))
+    shard(model, [*model])
+    optimizer = build_optimizer(model, 1e-3, 1e-3, 1e-4)
+    model(torch.randn(3, 16)).sum().backward()
+    optimizer.step()
+    states = model.state_dict(), optimizer.state_dict()
+    gathered = [
+        [x for x in tree_leaves(gather(state)) if isinstance(x, torch.Tensor) and x.ndim] for state in states
+    ]
+    whole = [[x.full_tensor() for x in tree_leaves(state) if isinstance(x, DTensor)] for state in states]
+    same = all(
+        torch.equal(x, y)
+        for xs, ys in zip(gathered, whole, strict=True)
+        for x, y in zip(xs, ys, strict=False)
+    )
+    return [sum(x.nbytes for x in xs) for xs in gathered], same
+
+
+@pytest.mark.slow
+def test_the_main_process_alone_gathers_whole_states() -> None:
+    numbers = 16 * 8 + 8 + 8 * 4 + 4
+    assert in_processes(2, gather_sharded) == [([4 * numbers, 2 * 4 * numbers], True), ([0, 0], True)]
 
 
 def run_two(folder: Path, *flags: str) -> None:

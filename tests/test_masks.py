@@ -5,26 +5,31 @@ from argparse import Namespace
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
+from datasets.coco_eval import decode_masks, encode_masks
 from datasets.shapes import ShapesDetection, export
-from engine import build_optimizer
-from models import build_model
-from models.detector import load_detector
+from datasets.transforms import transforms_of
+from engine import build_optimizer, evaluate
+from models import build_model, postprocess
+from models.detector import IMAGE_FLAGS, Detector, load_detector
 from models.training.criterion import weighted_sum
 from models.training.flags import resolve_all
 from tests import rule
-from tests.models import HEADS, MIXED, SMALL, TRICKS, random_targets, with_masks
+from tests.models import HEADS, MIXED, SMALL, TRICKS, LargestTensor, random_targets, with_masks
 from tests.parity import Case, assert_close, check_pairs, float64
 from tests.runs import ROOT, load, run
 from tests.shared_data import SHARED, needs_shared
 from tools import predict
 from tools.convert_checkpoint import convert
 from util.checkpoint import load_checkpoint
+from util.nested_tensor import collate_fn
 from util.weight_files import read_checkpoint
 
 MASKS = ('bbox_attention.', 'mask_head.')
@@ -306,3 +311,82 @@ def test_official_files_wrap_the_detector(tmp_path: Path) -> None:
 def test_impossible_masks_are_refused(flags: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_all(Namespace(**{'masks': True, 'backbone_weights': 'none'} | flags))
+
+
+def all_at_once(masks: Tensor, size: list[int], seen: list[int], canvas: tuple[int, int]) -> Tensor:
+    """DETR's masks [N, 1, H, W] uint8 as the official program makes them."""
+    x = F.interpolate(masks[:, None], size=canvas, mode='bilinear', align_corners=False)
+    seen_part = (x[..., : seen[0], : seen[1]].sigmoid() > 0.5).float()
+    return F.interpolate(seen_part, size=size, mode='nearest').byte()
+
+
+@pytest.mark.parametrize('kind', ['queries', 'regions'])
+def test_masks_are_made_a_few_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as all at once, and no tensor as large as these; run lengths if they are asked for."""
+    torch.manual_seed(0)
+    number, size, seen, canvas = 40, [150, 201], [61, 83], (64, 96)
+    boxes = torch.rand(number, 4) * 60 + torch.tensor([0, 0, 60, 60])
+    one = {'boxes': boxes, 'scores': torch.rand(number), 'labels': torch.arange(number) % 6}
+    low = torch.randn(number, 16, 24)
+    if kind == 'queries':
+        make, query = postprocess.MaskPostProcess(), torch.randperm(number)
+        expected = all_at_once(low[query], size, seen, canvas)
+        one, outputs = one | {'query': query}, {'pred_masks': low[None]}
+    else:
+        make, quality = postprocess.RegionMaskPostProcess(), torch.rand(number)
+        expected = (postprocess.paste(low.sigmoid(), boxes, *size) >= 0.5)[:, None].byte()
+        outputs = {'masks_of': lambda index, boxes, labels: (low.sigmoid(), quality)}
+    arguments = outputs, torch.tensor([size]), torch.tensor([seen]), canvas
+    pixels = 2 * size[0] * size[1]
+    monkeypatch.setattr(postprocess, 'PIXELS_AT_A_TIME', pixels)
+    with LargestTensor() as largest:
+        (encoded,) = make([one], *arguments, encode_masks)
+    assert largest.bytes <= 2 * 4 * pixels, 'a grid has two numbers a pixel'
+    (plain,) = make([one], *arguments)
+    assert torch.equal(plain.pop('masks'), expected) and 'segmentation' not in plain
+    assert torch.equal(torch.stack([*decode_masks(encoded.pop('segmentation'))]), expected[:, 0])
+    assert encoded.keys() == plain.keys() and all(
+        torch.equal(value, plain[key]) for key, value in encoded.items()
+    )
+    nothing = {key: value[:0] for key, value in one.items()}
+    assert make([nothing], *arguments)[0]['masks'].shape == (0, 1, *size)
+    assert make([nothing], *arguments, encode_masks)[0]['segmentation'] == []
+
+
+def test_masks_of_a_photograph_do_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In evaluation and in predict, from small network inputs: a mask of the photograph at a time."""
+    torch.manual_seed(0)
+    model, _, postprocessors = build_model(Namespace(**SMALL | {'masks': True, 'num_queries': 20}))
+    image, seen = torch.randint(0, 256, (3, 600, 800), dtype=torch.uint8), []
+    class_map = ShapesDetection(1).class_map
+    args = Namespace(**IMAGE_FLAGS | {'img_size': 48, 'max_size': 64, 'lsj_size': 64})
+    sample = transforms_of('val', args)(
+        image, {'orig_size': torch.tensor([600, 800]), 'image_id': torch.tensor(7)}
+    )
+    evaluator = mock.Mock(update=seen.append)
+    monkeypatch.setattr(postprocess, 'PIXELS_AT_A_TIME', 600 * 800)
+    with LargestTensor() as largest:
+        evaluate(model, postprocessors, [collate_fn([sample])], evaluator)
+    assert largest.bytes <= 2 * 4 * 600 * 800, 'twenty at once take 20 * 4'
+    detector = Detector(model, postprocessors, class_map, args)
+    masks = detector.detect(image)['masks']
+    assert encode_masks(masks) == seen[0][7]['segmentation'] and len(masks) == 20
+    monkeypatch.setattr(predict, 'load_detector', lambda *rest: detector)
+    predict.write_png(image, tmp_path / '7.png')
+    words = [
+        '--model',
+        'x',
+        '--source',
+        str(tmp_path / '7.png'),
+        '--output_dir',
+        str(tmp_path / 'out'),
+        '--score_thr',
+        '0',
+    ]
+    with LargestTensor() as largest:
+        predict.main(predict.get_args_parser().parse_args(words))
+    assert largest.bytes <= 3 * 4 * 600 * 800, 'the drawing'
+    rows = json.loads((tmp_path / 'out/predictions.json').read_text())
+    assert [row['segmentation'] for row in rows] == seen[0][7]['segmentation']

@@ -1,6 +1,7 @@
 """Averaged weights, batches of one size, the rehearsal of the worst batch, which checkpoints stay."""
 
 import csv
+import errno
 import json
 import math
 import re
@@ -14,11 +15,14 @@ import torch
 from torch import nn
 
 import engine
+from datasets.copy_paste import LargeScaleJitter
 from datasets.loaders import worst_batch
 from datasets.samplers import EvalBatches, SizeBatches
 from datasets.shapes import ShapesDetection
 from datasets.transforms import make_transforms
 from models import build_model
+from models.training.flags import resolve_all
+from models.training.resume import flags_of_run, resume_flags
 from tests.models import SMALLER, TRICKS
 from tests.runs import assert_same, load, run
 from tools.convert_checkpoint import convert
@@ -27,7 +31,7 @@ from util.checkpoint import load_checkpoint
 from util.distributed.parallel import load_optimizer_state
 from util.ema import WeightAverage
 from util.precision import Precision
-from util.run_state import restore_schedule
+from util.run_state import set_step
 from util.weight_files import read_checkpoint
 
 
@@ -138,7 +142,7 @@ def test_averaged_weights_are_what_is_evaluated_and_loaded(tmp_path: Path) -> No
     for resume, part in ((False, 'model_ema'), (True, 'model')):
         load_checkpoint(model, checkpoint, resume=resume)
         assert torch.equal(model.state_dict()[name], checkpoint[part][name])
-    for more, message in (([], 'its average would be lost'), (['--ema', '0.5', '--sgd'], 'leave --sgd out')):
+    for more, message in ((['--ema', '0'], 'its average would be lost'), (['--sgd'], 'leave --sgd out')):
         with pytest.raises(ValueError, match=message):
             run(tmp_path / 'run', '--epochs', '2', '--resume', 'auto', *more)
     assert_same(load(tmp_path / 'run'), checkpoint)
@@ -224,7 +228,7 @@ def test_another_choice_of_frozen_parts_is_no_continuation(
 ) -> None:
     run(tmp_path, '--epochs', '1', '--no_validate', '--freeze', 'encoder')
     with pytest.raises(ValueError, match='give the --freeze, --lr_backbone'):
-        run(tmp_path, '--epochs', '2', '--no_validate', '--resume', 'auto')
+        run(tmp_path, '--epochs', '2', '--no_validate', '--resume', 'auto', '--freeze', 'decoder')
     assert load(tmp_path)['epoch'] == 0
     trainable = set()
     for more in ([], ['--freeze', 'encoder']):
@@ -250,6 +254,22 @@ def test_trackers_get_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(trackers.TRACKERS, 'wandb', Recorder)
     run(tmp_path, '--epochs', '2', '--eval_every', '2', '--wandb', 'mine')
     assert seen == [(tmp_path, 'mine'), (1, 1, False), (2, 2, True)]
+
+
+def test_a_tracker_that_cannot_write_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip('tensorboard')
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(SummaryWriter, 'add_scalar', full)
+    run(tmp_path, '--epochs', '2', '--no_validate', '--shapes_train', '4', '--tensorboard')
+    said = capsys.readouterr().out
+    assert said.count('warning: [Errno 28] No space left on device') == 2 and 'epoch 2/2: loss' in said
+    assert load(tmp_path)['epoch'] == 1
 
 
 def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,6 +326,15 @@ def test_the_worst_batch_is_as_large_as_any_that_comes() -> None:
     assert height * width == max(
         math.prod(data.drawn_size(i, e, data.image_sizes()[i])) for e in range(4) for i in range(40)
     )
+
+
+def test_the_worst_batch_has_the_objects_that_copy_paste_adds() -> None:
+    for masks, expected in ((True, 20 + 20), (False, 20)):
+        data = ShapesDetection(6, image_size=96, return_masks=masks)
+        data.mix, data.most_objects = LargeScaleJitter(64, keep_masks=masks), 20
+        assert worst_batch(data, 2, one_size=False) == ((64, 64), expected)
+    data.return_masks, data.most_objects = True, 150
+    assert worst_batch(data, 2, one_size=False)[1] == 150 + 99
 
 
 def test_a_lack_of_memory_is_explained_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,11 +477,10 @@ def test_official_schedules_go_on() -> None:
         (lambda x: torch.optim.lr_scheduler.MultiStepLR(x, [2, 5]), [1, 1, 0.1, 0.1, 0.1, 0.01, 0.01]),
     ):
         theirs = torch.optim.SGD(conv.parameters(), lr=0.5)
-        saved = official(theirs).state_dict()
-        optimizer = torch.optim.SGD(conv.parameters(), lr=7.0)
-        own = {'lr_schedule': 'cosine', 'warmup_steps': 3, 'warmup_start': 0.0}
-        args = Namespace(**own, epochs=9, lr_drop=4, lr_drop_epochs=None)
+        recorded = flags_of_run({'lr_scheduler': official(theirs).state_dict()}, {'lr': 0.5, 'lr_drop': 4})
+        args = resume_flags(resolve_all(Namespace(lr=7.0, lr_drop=9)), (), recorded)
+        optimizer = torch.optim.SGD(conv.parameters(), lr=args.lr)
         scheduler = engine.build_scheduler(optimizer, args, steps_per_epoch=2)
         for epoch, factor in enumerate(expected):
-            restore_schedule(scheduler, saved, 2 * epoch + 1)
+            set_step(scheduler, 2 * epoch + 1)
             assert optimizer.param_groups[0]['lr'] == pytest.approx(0.5 * factor), epoch

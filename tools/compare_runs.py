@@ -31,8 +31,10 @@ from datasets import build_dataset
 from datasets.flags import TRUST, add_trust_args
 from models.detector import load_detector
 from models.structures import Prediction
-from models.training import build_supervision
+from models.training import build_supervision, coefficients
+from models.training.flags import resolve_all
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
+from util.checkpoint import flags_of
 from util.distributed.collectives import choose_device
 from util.errors import UserError
 from util.files import make_folder, save_atomically
@@ -40,6 +42,7 @@ from util.flags import FlagParser, run_command
 from util.logger import read_records
 from util.nested_tensor import collate_fn
 from util.visualize import new_figure
+from util.weight_files import read_checkpoint
 
 AXES = {'epoch': 'epoch', 'images': 'images seen', 'minutes': 'minutes of training'}
 FOUND_SCORE, FOUND_IOU = 0.3, 0.5  # a detection of an object: its class, with at least these
@@ -104,22 +107,27 @@ def read_run(folder: Path) -> list[Epoch]:
     """Read the log of a run.
 
     Raises:
-        UserError: the folder has none.
+        UserError: the folder has none; or it is of an older version, which wrote no coefficients of losses, and without checkpoint.
     """
     log = folder / 'log.jsonl'
     if not log.is_file():
         raise UserError(f'{folder} is no output folder of a run: there is no log.jsonl in it')
-    epochs, images, minutes = [], 0, 0.0
+    epochs, images, minutes, weights = [], 0, 0.0, {}
     for record in read_records(log):
         images += record['images']
         minutes += record['train_seconds'] / 60
-        terms = (2, 'ce'), (5, 'bbox'), (2, 'giou')
-        loss = sum(weight * record.get(f'train_loss_{term}', 0.0) for weight, term in terms)
+        weights = record.get('coefficients') or weights or coefficients_in(folder / 'checkpoint.pth')
+        loss = sum(weight * record.get(f'train_loss_{term}', 0.0) for term, weight in weights.items())
         stats = record.get('test_coco_eval_bbox', [None, None])
         epochs.append(Epoch(record['epoch'], images, minutes, loss, *stats[:2]))
     if not epochs:
         raise UserError(f'{log} is empty: the run has finished no epoch')
     return epochs
+
+
+def coefficients_in(checkpoint: Path) -> dict[str, float]:
+    """Return the coefficients of class and box losses among the flags in a checkpoint."""
+    return coefficients(resolve_all(Namespace(**flags_of(read_checkpoint(checkpoint)))))
 
 
 @torch.no_grad()

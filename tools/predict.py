@@ -22,7 +22,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -34,7 +34,7 @@ from torchvision.io import encode_png
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.class_map import ClassMap
-from datasets.coco_eval import encode_masks
+from datasets.coco_eval import decode_masks, encode_masks
 from datasets.foreign import shown_box
 from datasets.image_io import SUFFIXES, check_pixels, naming, orientation, read_image
 from models.detector import Detector, add_detector_args, check_detector_args, load_detector
@@ -163,12 +163,10 @@ def ids_of(names: list[str]) -> dict[str, int | str]:
     return ids if len(set(ids.values())) == len(ids) else {name: name for name in names}
 
 
-def coco_results(
-    name: str, image_id: int | str, result: dict[str, Tensor], class_map: ClassMap
-) -> list[dict]:
+def coco_results(name: str, image_id: int | str, result: dict, class_map: ClassMap) -> list[dict]:
     """Return detections in COCO's result form."""
     columns = [result[key].tolist() for key in ('scores', 'labels', 'boxes')]
-    masks = encode_masks(result['masks']) if 'masks' in result else [None] * len(columns[0])
+    masks = result.get('segmentation', [None] * len(columns[0]))
     return [
         {
             'image_id': image_id,
@@ -184,10 +182,13 @@ def coco_results(
     ]
 
 
-def select(result: dict[str, Tensor], threshold: float | Tensor) -> dict[str, Tensor]:
+def select(result: dict, threshold: float | Tensor) -> dict:
     """Keep detections from a score on. threshold: one for all, or one for each class [K]."""
     keep = result['scores'] >= (threshold[result['labels']] if isinstance(threshold, Tensor) else threshold)
-    return {key: value[keep] for key, value in result.items()}
+    return {
+        key: value[keep] if isinstance(value, Tensor) else list(compress(value, keep.tolist()))
+        for key, value in result.items()
+    }
 
 
 def thresholds_of(class_map: ClassMap, usual: float, single: list[str]) -> Tensor:
@@ -304,7 +305,7 @@ def detect_film(
             pairs = (
                 (image, result)
                 for batch in in_batches(images, batch_size)
-                for image, result in zip(batch, detector.detect_batch(batch), strict=True)
+                for image, result in zip(batch, detector.detect_batch(batch, encode_masks), strict=True)
             )
             with contextlib.suppress(KeyboardInterrupt):
                 for count, (image, result) in enumerate(pairs):
@@ -342,7 +343,7 @@ def pixels_of(frame: Any, source: str) -> Tensor:
 def drawn_and_listed(
     class_map: ClassMap,
     image: Tensor,
-    result: dict[str, Tensor],
+    result: dict,
     name: str,
     image_id: int | str,
     thresholds: Tensor,
@@ -350,9 +351,8 @@ def drawn_and_listed(
 ) -> tuple[Tensor, list[dict]]:
     """Return the drawn image, and the detections as rows."""
     drawn = select(result, thresholds)
-    drawing = draw_boxes(
-        image, drawn['boxes'], drawn['labels'], class_map.names, drawn['scores'], drawn.get('masks')
-    )
+    masks = decode_masks(drawn['segmentation']) if 'segmentation' in drawn else None
+    drawing = draw_boxes(image, drawn['boxes'], drawn['labels'], class_map.names, drawn['scores'], masks)
     return drawing, coco_results(name, image_id, select(result, lowest), class_map)
 
 
@@ -395,7 +395,7 @@ def main(args: Namespace) -> None:
                     raise
                 left_out.append(str(error))
                 print(f'left out: {error}')
-        results = detector.detect_batch(list(pixels.values())) if pixels else []
+        results = detector.detect_batch(list(pixels.values()), encode_masks) if pixels else []
         for (name, image), result in zip(pixels.items(), results, strict=True):
             turn = orientation(paths[name]) if 'yolo' in args.formats else 1
             sizes[name] = (image.shape[1], image.shape[2], turn)

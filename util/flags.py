@@ -181,8 +181,8 @@ def add_run_args(parser: ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         '--resume', default='', metavar='FILE',
-        help='go on with this checkpoint (path or address): weights, optimizer, schedule, random numbers; auto: the one in '
-        '--output_dir, if any',
+        help='go on with this checkpoint (path or address): weights, optimizer, random numbers, and its flags of detector and '
+        'training where none are given; auto: the one in --output_dir, if any',
     )  # fmt: skip
     group.add_argument(
         '--pretrained', default='', metavar='FILE',

@@ -22,6 +22,7 @@ from util.errors import UserError
 from util.files import make_folder, or_warn, save_atomically
 from util.logger import Meter, print_main
 from util.precision import Precision
+from util.run_entries import check_entries
 from util.seeding import seed_everything
 from util.weight_files import read_checkpoint
 
@@ -50,11 +51,6 @@ class Criterion(Protocol):
 class Schedule(Protocol):
     """Learning-rate schedule of `engine.build_scheduler`."""
 
-    kind: str
-    drop_every: int
-    drops: list[int]
-    warmup_steps: int
-    steps_per_epoch: int
     left_out: list[int]
 
     def __call__(self, step: int) -> float: ...
@@ -212,7 +208,7 @@ def restore(run: Run, checkpoint: dict) -> tuple[int, EpochState]:
         state = restore_epoch(run, checkpoint['within_epoch'])
     (saved, *_) = checkpoint['lr_scheduler'].get('lr_lambdas') or [{}]
     cast(Schedule, run.scheduler.lr_lambdas[0]).left_out = saved.get('left_out', [])
-    restore_schedule(run.scheduler, checkpoint['lr_scheduler'], epoch * run.steps_an_epoch + state.step)
+    set_step(run.scheduler, epoch * run.steps_an_epoch + state.step)
     states = checkpoint.get('rng', [])
     if len(states) == get_world_size():
         set_rng_state(states[get_rank()])
@@ -238,24 +234,6 @@ def check_data_of(run: Run, checkpoint: dict) -> None:
     print_main(f'warning: {text}')
 
 
-def restore_schedule(scheduler: torch.optim.lr_scheduler.LambdaLR, saved: dict, steps_done: int) -> None:
-    """Continue a saved schedule after `steps_done` steps of the run.
-
-    saved: state of ours, or of PyTorch's StepLR or MultiStepLR, which official checkpoints hold.
-    """
-    schedule = cast(Schedule, scheduler.lr_lambdas[0])
-    steps_per_epoch = schedule.steps_per_epoch  # of this run, whose batches may be of another size
-    if 'lr_lambdas' in saved:
-        scheduler.load_state_dict(saved)
-    else:
-        schedule.kind, schedule.warmup_steps = 'step', 0
-        schedule.drop_every = saved.get('step_size', schedule.drop_every)
-        schedule.drops = sorted(saved['milestones'].elements()) if 'milestones' in saved else []
-        scheduler.base_lrs = saved['base_lrs']
-    schedule.steps_per_epoch = steps_per_epoch
-    set_step(scheduler, steps_done)
-
-
 def set_step(scheduler: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
     """Put a schedule, and the rates of its optimizer, to where they are after `step` steps of the run."""
     schedule = cast(Schedule, scheduler.lr_lambdas[0])
@@ -267,11 +245,6 @@ def set_step(scheduler: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
 
 def restore_epoch(run: Run, saved: dict) -> EpochState:
     """Restore the progress within an epoch. A rank takes over the sums of its number, and of ranks that no longer exist."""
-    if 'images' not in saved:
-        raise UserError(
-            f'{run.args.resume} was written in the middle of an epoch by an older version, whose sums cannot be taken up: go on '
-            'from a checkpoint of a whole epoch, or start from its weights with --pretrained'
-        )
     state = EpochState(saved['images'] // run.images_a_step)
     device = next(run.model.parameters()).device
     names = saved['meters'][0]['names']
@@ -291,7 +264,7 @@ def find_checkpoint(args: Namespace, restarted: bool) -> dict:
         restarted: a launcher has started this job again.
 
     Raises:
-        UserError: the output folder holds another run, which would be overwritten.
+        UserError: the output folder holds another run, which would be overwritten; or the checkpoint is damaged.
     """
     if args.output_dir:
         existing = Path(args.output_dir) / 'checkpoint.pth'
@@ -312,4 +285,6 @@ def find_checkpoint(args: Namespace, restarted: bool) -> dict:
             )
         make_folder(args.output_dir)
     source = args.resume or args.pretrained or args.frozen_weights
-    return read_checkpoint(source) if source else {}
+    checkpoint = read_checkpoint(source) if source else {}
+    check_entries(checkpoint, source or '', bool(args.resume) and not args.eval)
+    return checkpoint

@@ -9,7 +9,7 @@ import colorsys
 import csv
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -71,14 +71,14 @@ def enlarged(image: Tensor) -> tuple[Tensor, int]:
     return image.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1), factor
 
 
-def paint_masks(image: Tensor, masks: Tensor, labels: list[int]) -> Tensor:
-    """Blend masks [N, (1,) h, w], in any resolution, > 0.5 = object, into an image [3, H, W] uint8."""
+def paint_masks(image: Tensor, masks: Iterable[Tensor], labels: list[int]) -> Tensor:
+    """Blend N masks [(1,) h, w], in any resolution, > 0.5 = object, into an image [3, H, W] uint8, one after the other."""
     painted = image.float()
-    masks = masks.reshape(1, -1, *masks.shape[-2:]).float()
-    masks = interpolate(masks, size=image.shape[-2:], mode='nearest')[0] > 0.5
     for mask, label in zip(masks, labels, strict=True):
+        shown = mask.reshape(1, 1, *mask.shape[-2:]).to(painted)
+        shown = interpolate(shown, size=image.shape[-2:], mode='nearest')[0] > 0.5
         colour = painted.new_tensor(class_colour(label))[:, None, None]
-        painted = torch.where(mask, 0.55 * painted + 0.45 * colour, painted)
+        painted = torch.where(shown, 0.55 * painted + 0.45 * colour, painted)
     return painted.round().to(torch.uint8)
 
 
@@ -88,7 +88,7 @@ def draw_boxes(
     labels: Tensor,
     names: Names,
     scores: Tensor | None = None,
-    masks: Tensor | None = None,
+    masks: Iterable[Tensor] | None = None,
 ) -> Tensor:
     """Draw boxes and class names into a copy of the image, enlarged by a whole factor if it is small.
 
@@ -96,7 +96,7 @@ def draw_boxes(
         image: [3, H, W] uint8.
         boxes_xyxy: [N, 4] in pixels of the image, may reach outside.
         labels, scores: [N]; better scores are drawn over worse ones.
-        masks: [N, (1,) H, W] bool or probabilities.
+        masks: N of [(1,) H, W], bool or probabilities; they may be made one by one.
 
     Returns:
         [3, fH, fW] uint8 on the CPU.
@@ -104,8 +104,8 @@ def draw_boxes(
     from PIL import Image, ImageDraw
 
     canvas, factor = enlarged(image.cpu())
-    if masks is not None and len(masks):
-        canvas = paint_masks(canvas, masks.cpu(), labels.tolist())
+    if masks is not None and len(labels):
+        canvas = paint_masks(canvas, masks, labels.tolist())
     pil = Image.fromarray(canvas.permute(1, 2, 0).contiguous().numpy())
     draw = ImageDraw.Draw(pil)
     boxes = [clipped(box, pil.size) for box in (boxes_xyxy.detach().float().cpu() * factor).tolist()]

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -102,6 +103,23 @@ def all_gather_object(value: object) -> list:
     gathered = [None] * get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def gather_object(value: object) -> list:
+    """Gather one picklable value of every rank on the main process, in rank order; return [] on the others."""
+    if get_world_size() == 1:
+        return [value]
+    gathered = [None] * get_world_size() if is_main_process() else None
+    dist.gather_object(value, gathered)
+    return gathered or []
+
+
+def broadcast_object(value: Any) -> Any:
+    """Return the main process's picklable value on every rank."""
+    values = [value]
+    if get_world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 @contextmanager

@@ -11,9 +11,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from util.distributed.collectives import get_world_size
+from util.distributed.collectives import get_world_size, is_main_process
 from util.errors import UserError
-from util.logger import print_main
 
 REGISTERED: set[type] = set()
 
@@ -104,9 +103,13 @@ def without_exchange(model: FSDPModule) -> Iterator[None]:
 
 
 def gather(state: object) -> object:
-    """Replace shards by whole tensors on the CPU in a state (of a model, an optimizer). All ranks must call it."""
+    """Replace shards by whole tensors in a state (of a model, an optimizer): on the CPU of the main process, by None on others.
+
+    All ranks must call it. They hold one whole tensor at a time.
+    """
     if isinstance(state, DTensor):
-        return state.full_tensor().cpu()
+        whole = state.full_tensor()
+        return whole.cpu() if is_main_process() else None
     if isinstance(state, dict):
         return {key: gather(value) for key, value in state.items()}
     if isinstance(state, list):
@@ -132,21 +135,11 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load whole tensors into the optimizer of a model, sharded or not.
+    """Load whole tensors into the optimizer of a model, sharded or not. Rates, weight decay and the like stay those of this run.
 
     Raises:
         UserError: it is the state of another optimizer, or of other parameters.
     """
-    saved, here = state['param_groups'][0], optimizer.param_groups[0]
-    if ('momentum' in saved) != ('momentum' in here):
-        name, remedy = ('SGD', 'give --sgd') if 'momentum' in saved else ('AdamW', 'leave --sgd out')
-        raise UserError(
-            f'the checkpoint was trained with {name}: {remedy}, or start from its weights with --pretrained'
-        )
-    if saved.get('weight_decay') != here['weight_decay']:
-        print_main(
-            f'warning: the weight decay of the checkpoint stays, {saved.get("weight_decay")}, not {here["weight_decay"]}'
-        )
     theirs, ours = (
         [len(group['params']) for group in groups]
         for groups in (state['param_groups'], optimizer.param_groups)
@@ -155,6 +148,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
         raise UserError(
             f'the checkpoint trains groups of {theirs} parameters, this run of {ours}: give the --freeze, --lr_backbone and '
             '--lr_..._names of its run, or start from its weights with --pretrained'
+        )
+    saved, here = state['param_groups'][0], optimizer.param_groups[0]
+    if ('momentum' in saved) != ('momentum' in here):
+        name, remedy = ('SGD', 'give --sgd') if 'momentum' in saved else ('AdamW', 'leave --sgd out')
+        raise UserError(
+            f'the checkpoint was trained with {name}: {remedy}, or start from its weights with --pretrained'
         )
     parameters = [p for group in optimizer.param_groups for p in group['params']]
     parts = {
@@ -166,7 +165,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
         }
         for index, entry in state['state'].items()
     }
-    kinds = [{kind: group.get(kind) for kind in ('fused', 'foreach')} for group in optimizer.param_groups]
+    options = [
+        {name: value for name, value in group.items() if name != 'params'} for group in optimizer.param_groups
+    ]
     optimizer.load_state_dict(state | {'state': parts})
-    for group, kind in zip(optimizer.param_groups, kinds, strict=True):
-        group.update(kind)  # how steps are computed depends on this run, not on the one that saved
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
