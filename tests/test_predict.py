@@ -1,12 +1,13 @@
 """tools/predict.py: images, addresses and films in; drawings, JSON, CSV and YOLO's text out."""
 
-import contextlib
 import csv
 import functools
 import http.server
 import json
-import threading
-from collections.abc import Iterator
+import os
+import shutil
+import signal
+import tracemalloc
 from pathlib import Path
 
 import PIL.ExifTags
@@ -14,11 +15,16 @@ import PIL.Image
 import pytest
 import torch
 
+import main
 from datasets.foreign import read_yolo
 from datasets.shapes import ShapesDetection
-from models.detector import load_detector
-from tests.runs import run
+from models.detector import Detector, load_detector
+from tests.processes import start
+from tests.runs import TINY, fill_disk, load, run
+from tests.web import served
 from tools import predict
+from util.errors import FileError
+from util.files import GrowingFile
 from util.flags import run_command
 
 TOP = 60  # detections of an image: 10 queries of 6 classes
@@ -76,6 +82,88 @@ def test_all_formats_hold_the_same(trained: Path, tmp_path: Path) -> None:
         (tmp_path / 'read.txt').write_text('\n'.join(lines))
         found = [each['bbox'] for each in read_yolo(tmp_path / 'read.txt', height, width, range(6))]
         torch.testing.assert_close(torch.tensor(found), torch.tensor(own), atol=1e-3, rtol=1e-4)
+
+
+def predict_until_killed(images: int, words: list[str]) -> None:
+    """Predict, and be killed when so many images have been seen."""
+    original, seen = Detector.detect_batch, [0]
+
+    def detect_batch(detector: Detector, batch: list[torch.Tensor]) -> list[dict]:
+        if seen[0] == images:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen[0] += len(batch)
+        return original(detector, batch)
+
+    Detector.detect_batch = detect_batch
+    predicted(*words)
+
+
+def test_a_kill_keeps_what_was_done(trained: Path, tmp_path: Path) -> None:
+    """Also beside the results of later and earlier programs."""
+    (tmp_path / 'predictions.unfinished.json').write_text('of an earlier one')
+    argv = words(trained, f'{trained}/images/**/*.*', tmp_path, '--formats', 'json', 'csv', 'yolo')
+    process = start({}, predict_until_killed, 2, argv)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    left = {path.name: path.read_text() for path in tmp_path.glob('predictions*')}
+    assert left.keys() == {
+        'predictions.unfinished.json',
+        'predictions.unfinished2.json',
+        'predictions.unfinished.csv',
+    }
+    assert len(list(tmp_path.glob('labels/*.txt'))) == 2
+    predicted(*argv)
+    for name, text in left.items():
+        assert (tmp_path / name).read_text() == text
+    whole = [(tmp_path / f'predictions.{suffix}').read_text() for suffix in ('json', 'csv')]
+    assert len(list(tmp_path.glob('predictions*'))) == len(left) + 2
+    assert json.loads(left['predictions.unfinished2.json']) == json.loads(whole[0])[: 2 * TOP]
+    assert left['predictions.unfinished.csv'].splitlines() == whole[1].splitlines()[: 2 * TOP + 1]
+
+
+def test_a_full_disk_keeps_what_was_written(small_disk: Path) -> None:
+    file = GrowingFile(small_disk / 'a.json', '[', ', ', ']')
+    for pieces in ([], ['1', '2'], [], ['3']):
+        file.add(pieces)
+    fill_disk(small_disk)
+    with pytest.raises(FileError, match=r'a\.json could not be written .*No space'):
+        file.add([json.dumps('x' * 10**5)])
+    assert (small_disk / 'a.unfinished.json').read_text() == '[1, 2, 3]'
+    (small_disk / 'filler').unlink()
+    file.add(['4'])
+    file.finish()
+    assert [path.name for path in small_disk.iterdir()] == ['a.json']
+    assert json.loads((small_disk / 'a.json').read_text()) == [1, 2, 3, 4]
+
+
+def test_memory_does_not_grow_with_the_images(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, kept = Detector.detect_batch, []
+
+    def detect_batch(detector: Detector, batch: list[torch.Tensor]) -> list[dict]:
+        kept.append(tracemalloc.get_traced_memory()[0])
+        return original(detector, batch)
+
+    for number in range(16):
+        shutil.copy(trained / 'images/1.png', tmp_path / f'{number:02}.png')
+    monkeypatch.setattr(Detector, 'detect_batch', detect_batch)
+    tracemalloc.start()
+    predicted(*words(trained, tmp_path, tmp_path.with_name('out'), '--formats', 'json', 'csv'))
+    tracemalloc.stop()
+    assert kept[-1] - kept[5] < 10 * 5000, 'bytes of 10 images'
+
+
+def test_weights_that_are_no_numbers_are_named(trained: Path, tmp_path: Path) -> None:
+    checkpoint = load(trained)
+    checkpoint['model']['class_embed.bias'][0] = float('nan')
+    torch.save(checkpoint, tmp_path / 'bad.pth')
+    message = r'^error: .*bad\.pth: 1 of \d+ entries are not finite \(class_embed\.bias\): '
+    with pytest.raises(SystemExit, match=message):
+        predicted(*words(trained, trained / 'images', tmp_path, '--checkpoint', str(tmp_path / 'bad.pth')))
+    argv = [*TINY.split(), '--eval', '--resume', str(tmp_path / 'bad.pth')]
+    with pytest.raises(SystemExit, match=message):
+        run_command(main.main, main.get_args_parser(), argv)
 
 
 def test_thresholds_of_classes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,23 +283,21 @@ def test_images_of_other_sizes_share_a_batch(trained: Path, tmp_path: Path) -> N
     assert len(list(tmp_path.rglob('*.png'))) == 3
 
 
-@contextlib.contextmanager
-def served(folder: Path) -> Iterator[str]:
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f'http://127.0.0.1:{server.server_port}'
-        server.shutdown()
-
-
-def test_an_address(trained: Path, tmp_path: Path) -> None:
-    with served(trained / 'images') as address:
-        predicted(*words(trained, f'{address}/2.jpg', tmp_path))
+def test_an_address(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(trained))
+    with served(handler) as server:
+        address = f'{server}/images'
+        for checkpoint in (trained / 'checkpoint.pth', f'{server}/checkpoint.pth'):
+            with pytest.raises(SystemExit, match=r'http://.* is not fetched, since .*add --allow_http'):
+                predicted(*words(trained, f'{address}/2.jpg', tmp_path, '--checkpoint', str(checkpoint)))
+        monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'hub'))
+        weights = ['--checkpoint', f'{server}/checkpoint.pth', '--allow_http']
+        predicted(*words(trained, f'{address}/2.jpg', tmp_path, *weights))
         assert {row['file_name'] for row in json.loads((tmp_path / 'predictions.json').read_text())} == {
             '2.jpg'
         }
         with pytest.raises(SystemExit, match=r'gone\.jpg could not be fetched'):
-            predicted(*words(trained, f'{address}/gone.jpg', tmp_path))
+            predicted(*words(trained, f'{address}/gone.jpg', tmp_path, '--allow_http'))
 
 
 def test_a_film(trained: Path, tmp_path: Path) -> None:
