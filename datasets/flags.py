@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from datasets import DATASETS
 from datasets.class_map import CLASS_IDS
 from datasets.streaming.shards import SHUFFLE_BUFFER
-from datasets.transforms import AUGMENTATIONS, LSJ_SIZE
+from datasets.transforms import AUGMENTATIONS, LSJ_SIZE, RANDOM_SCALES
 from util.bounds import check_bounds, real, whole
 from util.distributed.collectives import get_local_size
 from util.errors import UserError
@@ -61,19 +61,17 @@ def add_data_args(parser: ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         '--train_scales', nargs=2, type=whole(16, 10**5), metavar=('MIN', 'MAX'),
-        help='shortest and longest short side of a training image, pixels, in steps of 32 (default: 480 800, in proportion to '
-        '--img_size)',
+        help=f'shortest and longest short side of a training image with --aug {" or ".join(RANDOM_SCALES)}, pixels, in steps of '
+        '32 (default: 480 800, in proportion to --img_size)',
     )  # fmt: skip
     group.add_argument(
         '--train_max_size',
         type=whole(16, 10**5),
-        help='longest side of a training image, pixels (default: --max_size)',
+        help=f'longest side of a training image with --aug {" or ".join(RANDOM_SCALES)}, pixels (default: --max_size)',
     )
     group.add_argument(
         '--aug', default='detr', choices=AUGMENTATIONS,
-        help='augmentation of training images. detr: flip, scale and crop; flip: flip only; none: as at evaluation; co_detr: as '
-        "detr by mmdetection's rules of resizing and its choice of objects, at evaluation too; lsj: large-scale jitter in a "
-        'square and, where objects have masks, copy-paste (default: %(default)s)',
+        help=f'augmentation of training images. {"; ".join(map(": ".join, AUGMENTATIONS.items()))} (default: %(default)s)',
     )  # fmt: skip
     group.add_argument(
         '--lsj_size', default=LSJ_SIZE, type=whole(16, 10**5),
@@ -174,7 +172,7 @@ def check_data_args(args: Namespace) -> None:
         raise UserError(
             f'--train_scales {args.train_scales[0]} {args.train_scales[1]}: give the smaller size first'
         )
-    if args.aug not in ('detr', 'co_detr') and (args.train_scales or args.train_max_size):
+    if args.aug not in RANDOM_SCALES and (args.train_scales or args.train_max_size):
         raise UserError(
             f'--train_scales and --train_max_size are not for --aug {args.aug}, which scales otherwise: leave them out'
         )

@@ -38,7 +38,15 @@ class Transform(Protocol):
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-AUGMENTATIONS = ('detr', 'flip', 'none', 'co_detr', 'lsj')
+# --aug -> what it does with training images, for --help.
+AUGMENTATIONS = {
+    'detr': 'flip, scale and crop',
+    'flip': 'flip only',
+    'none': 'as at evaluation',
+    'co_detr': "as detr by mmdetection's rules of resizing and its choice of objects, at evaluation too",
+    'lsj': 'large-scale jitter in a square and, where objects have masks, copy-paste',
+}
+RANDOM_SCALES = ('detr', 'co_detr')  # those that read --train_scales and --train_max_size
 BASE_SIZE, BASE_MAX_SIZE = 800, 1333
 SCALE_STEP = 32  # pixels between two short sides of training
 BASE_SCALES = tuple(range(480, 801, SCALE_STEP))

@@ -199,6 +199,8 @@ def check_detection_args(args: Namespace) -> None:
             'clamp_boxes': False,
             'input_proj_bias': True,
             'finest_stride': 8,
+            'enc_n_points': 4,
+            'dec_n_points': 4,
         }
         for flag, value in usual.items():
             if getattr(args, flag) != value:

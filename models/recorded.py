@@ -13,20 +13,11 @@ from util.errors import UserError
 from .defaults import resolve_args
 from .flags import add_model_args
 
-# Flags of the detector that do not change what a trained network computes, and those that act after it.
+# Flags of the detector that do not change what a trained network computes. Those of detections act after it.
 TRAINING_FLAGS = (
     'local_init', 'look_forward_twice', 'backbone_weights', 'backbone_norm', 'drop_path_rate', 'backbone_frozen_stages',
     'dropout', 'use_checkpoint', 'use_aux_ffn',
 )  # fmt: skip
-DETECTION_FLAGS = (
-    'masks',
-    'co_masks',
-    'topk_eval',
-    'nms_iou_threshold',
-    'soft_nms_threshold',
-    'clamp_boxes',
-    'eval_module',
-)
 # Names of entries tell these when weights are loaded.
 TOLD_BY_NAMES = ('num_queries', 'input_proj_bias', 'use_ms_detr', 'ms_variant')
 CHOOSE_FAMILY = ('conditional', 'deformable')
@@ -44,11 +35,17 @@ WHOLE = (
 )  # in every record of all flags of a run
 
 
-def model_flags() -> list[str]:
-    """Return the names of all flags of the detector."""
-    parser = ArgumentParser()
+def model_flags(group: str = '') -> list[str]:
+    """Return the names of the flags of the detector, of all or of one group of --help."""
+    parser = ArgumentParser(add_help=False)
     add_model_args(parser)
-    return list(vars(parser.parse_args([])))
+    groups = [part for part in parser._action_groups if group in ('', part.title)]
+    return [action.dest for part in groups for action in part._group_actions]
+
+
+def detection_flags() -> list[str]:
+    """Return the names of the flags that act after the network, so that they contradict no weights."""
+    return model_flags('detections')
 
 
 class NetworkFlags(dict):
@@ -57,7 +54,7 @@ class NetworkFlags(dict):
     @classmethod
     def of(cls, args: Namespace) -> 'NetworkFlags':
         """Pick them from flags settled by `resolve_args`."""
-        left_out = TRAINING_FLAGS + DETECTION_FLAGS + TOLD_BY_NAMES + CHOOSE_FAMILY
+        left_out = (*TRAINING_FLAGS, *detection_flags(), *TOLD_BY_NAMES, *CHOOSE_FAMILY)
         if args.family != 'deformable':
             left_out += ONLY_DEFORMABLE
         values = {flag: getattr(args, flag) for flag in model_flags() if flag not in left_out}
@@ -121,20 +118,22 @@ def adopt(args: Namespace, given: Collection[str], recorded: Mapping) -> Namespa
         value = getattr(args, flag)
         if flag in CHOOSE_FAMILY:
             same = theirs.family == flag
-        elif flag in (*TRAINING_FLAGS, *DETECTION_FLAGS, 'num_queries', 'input_proj_bias'):
+        elif flag in (*TRAINING_FLAGS, *detection_flags(), 'num_queries', 'input_proj_bias'):
             continue  # shapes tell the last two
         else:
             same = SAME.get(value, value) == network.get(flag, getattr(theirs, flag))
         if not same:
             raise UserError(
                 f'--{flag}{"" if value is True else f" {value}"} on the command line contradicts the weights, which were trained '
-                f'with {describe(flag, theirs)}: leave it out, or name other weights'
+                f'with {describe(flag, theirs, recorded)}: leave it out, or name other weights'
             )
     names = flags - set(given) - {'backbone_weights', 'use_checkpoint', 'eval_module'}
     return Namespace(**vars(args) | {name: getattr(theirs, name) for name in names})
 
 
-def describe(flag: str, args: Namespace) -> str:
+def describe(flag: str, args: Namespace, recorded: Mapping) -> str:
     if flag in CHOOSE_FAMILY:
         return f'the family {args.family}'
-    return 'it off' if getattr(args, flag) is False else f'{getattr(args, flag)}'
+    value = getattr(args, flag)
+    text = 'it off' if value is False else f'{value}'
+    return text if flag in recorded else f'{text}, the default, since their file does not know this flag'

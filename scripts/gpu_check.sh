@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Prove the code base on an NVIDIA GPU in one call of at most eight minutes: kernels, speed, a real training, convergence.
+# Prove the code base on an NVIDIA GPU in two calls of at most seven minutes: kernels and speed; tests and real trainings.
 #
+#   bash scripts/gpu_check.sh kernels operator steps      what is fast comes first, each after a check that it is right
+#   bash scripts/gpu_check.sh tests train convergence
 #   bash scripts/gpu_check.sh                             every stage, in the environment of scripts/env.sh
-#   bash scripts/gpu_check.sh kernels operator            some of: kernels operator steps train convergence
 #   bash scripts/gpu_check.sh --cpu                       everything in a tiny size without a GPU: does the script work?
 #
 #   --data DIR                COCO-format data for `train`; left out without it
 #   --backbone_weights FILE   pretrained MobileNetV2 (torchvision's names) for `train`; random weights without it
-#   --official DIR            models/ops/src of an official repository, compiled and timed in `operator` too
+#   --official DIR            models/ops/src of an official repository, compiled and timed in `operator` and `steps` too
 #   --wheels DIR              use the python of this machine and install these packages for the check only (no network)
-#   --limit SECONDS           of the whole call (470); each step has a limit of its own besides
+#   --limit SECONDS           of the whole call (420; 840 for every stage); each step has a limit of its own besides
 #
 # The folder for --wheels, for a machine with Python 3.12, torch, torchvision, scipy, matplotlib, tqdm and pytest:
 #
@@ -22,7 +23,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-stages=() device=cuda data='' weights=none official='' wheels='' limit=470
+stages=() device=cuda data='' weights=none official='' wheels='' limit=''
 while [ $# -gt 0 ]; do
     case $1 in
         --cpu) device=cpu ;;
@@ -31,12 +32,13 @@ while [ $# -gt 0 ]; do
         --official) official=$2; shift ;;
         --wheels) wheels=$2; shift ;;
         --limit) limit=$2; shift ;;
-        kernels | operator | steps | train | convergence) stages+=("$1") ;;
+        kernels | operator | steps | tests | train | convergence) stages+=("$1") ;;
         *) echo "error: unknown argument $1; see the head of $0" >&2; exit 2 ;;
     esac
     shift
 done
-[ ${#stages[@]} -gt 0 ] || stages=(kernels operator steps train convergence)
+[ ${#stages[@]} -gt 0 ] || { stages=(kernels operator steps tests train convergence); limit=${limit:-840}; }
+limit=${limit:-420}
 
 OUT=${OUT:-output/gpu_check}
 mkdir -p "$OUT"
@@ -44,7 +46,8 @@ OUT=$(cd "$OUT" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir "$work/logs" "$work/runs"
-export PATH="$PATH:/usr/local/cuda/bin" # compute-sanitizer
+export PATH="$PATH:/usr/local/cuda/bin" # compute-sanitizer, ncu
+export TORCH_EXTENSIONS_DIR="$work/official"
 exec > >(tee "$OUT/log.txt") 2>&1
 
 if [ -n "$wheels" ]; then
@@ -68,11 +71,19 @@ row() { # stage's step, what came of it, seconds, a note
     printf '| %s | %s | %s | %s |\n' "$@" >> "$work/rows"
 }
 
+right_kernels() { # what is timed or trained on a GPU says which kernels it runs on
+    case $device/$1 in
+        cuda/*step* | cuda/fps | cuda/train_off | cuda/train_bf16 | cuda/quickstart)
+            grep -q 'cuda kernels of deformable attention on cuda' "$work/logs/$1.txt" ;;
+    esac
+}
+
 # step NAME SECONDS COMMAND...: run it within the time that is left, keep what it prints.
 step() {
     local name=$1 most=$2 begin=$SECONDS status log="$work/logs/$1.txt"
     shift 2
     local left=$((limit - SECONDS))
+    [ $device = cuda ] || most=$limit # cores may be busy with other work
     if [ $left -lt 5 ]; then
         row "$name" 'NOT RUN' 0 'no time was left'
         return
@@ -80,7 +91,7 @@ step() {
     timeout -s INT -k 15 $((most < left ? most : left)) "$@" > "$log" 2>&1 < /dev/null
     status=$?
     case $status in
-        0) status=ok ;;
+        0) status=ok; right_kernels "$name" || status='FAILED (not on the CUDA kernels)' ;;
         124 | 130 | 137) status='TIME OVER' ;;
         *) status="FAILED ($status)" ;;
     esac
@@ -98,7 +109,7 @@ only_gpu() { # the same on a GPU; without one the table says why it is left out
 
 pack() { # images beside the summary; everything but weights in one file
     cp "$work"/runs/*.png "$OUT" 2> /dev/null
-    tar czf "$OUT/files.tar.gz" -C "$work" --exclude='*.pth' --exclude=site --exclude=bin . 2> /dev/null
+    tar czf "$OUT/files.tar.gz" -C "$work" --exclude='*.pth' --exclude=site --exclude=bin --exclude=official . 2> /dev/null
     {
         echo "# GPU check: $machine"
         echo
@@ -122,39 +133,53 @@ grep -oE "Used [0-9]+ registers" "$log" | sort | uniq -c
 echo "$(grep -c "Compiling entry" "$log") kernels; spills: $(grep -oE "[1-9][0-9]* bytes spill" "$log" | sort -u | xargs)"'
 
 stage_kernels() {
-    local brief=()
-    [ $device = cuda ] || brief=(--brief)
-    only_gpu build 120 bash -c "$build"
-    # Other kernels than ours are not for us to check, and take long.
-    local ours=''
-    if compute-sanitizer --help 2> /dev/null | grep -q -- '--kernel-name '; then ours='--kernel-name kns=ms_deform_attn'; fi
+    only_gpu build 180 bash -c "$build"
     only_gpu compiler_report 10 bash -c "$report" report "$work/logs"
-    # What is not timed may run side by side.
-    step operator_test 90 python -m models.ops.test --device $device "${brief[@]}" &
-    only_gpu gpu_tests 110 python -m pytest -q -m gpu -n 4 -p no:cacheprovider $(grep -l 'mark\.gpu' tests/test_*.py) &
-    only_gpu memcheck 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-        python -m models.ops.test --device cuda --only cuda --brief &
-    only_gpu racecheck 100 compute-sanitizer --tool racecheck --error-exitcode 9 $ours \
-        python -m models.ops.test --device cuda --only cuda --brief &
-    wait $(jobs -rp)
+    local what=(--device cuda --only cuda)
+    [ $device = cuda ] || what=(--device cpu --brief)
+    step operator_test 90 python -m models.ops.test "${what[@]}"
 }
 
 stage_operator() {
-    local sizes=(--rounds 20)
+    local sizes=(--rounds 10)
     [ $device = cuda ] || sizes=(--rounds 1 --only 160x192)
-    step operator 90 python tools/benchmark.py op --device $device "${sizes[@]}" ${official:+--official "$official"}
+    step operator 120 python tools/benchmark.py op --device $device "${sizes[@]}" ${official:+--official "$official"}
+    # The first four launches are those of a self-test.
+    if command -v ncu > /dev/null; then
+        only_gpu ncu 60 ncu --clock-control none --kernel-name 'regex:^(forward|backward)_kernel$' --launch-skip 4 \
+            --section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy --section SchedulerStats \
+            --metrics l1tex__t_sector_hit_rate.pct,lts__t_sector_hit_rate.pct,lts__t_sectors_op_red.sum \
+            python tools/benchmark.py op --device cuda --rounds 0 --only 'encoder 800x1333 b2'
+    else
+        row ncu 'left out' 0 'needs Nsight Compute'
+    fi
 }
 
 stage_steps() {
-    local sizes=(--rounds 8) all=() compiled=(DETR H-Deformable-DETR MS-DETR)
+    local sizes=(--rounds 8) all=()
     if [ $device = cpu ]; then
         sizes=(--rounds 1 --height 64 --width 96)
         all=(--models DETR 'Deformable DETR, two stages')
     fi
-    step steps 90 python tools/benchmark.py step --device $device "${sizes[@]}" "${all[@]}" --precisions fp32 tf32 bf16
+    only_gpu step_profile 60 python tools/benchmark.py profile --device $device
+    step steps 120 python tools/benchmark.py step --device $device "${sizes[@]}" "${all[@]}" --precisions fp32 tf32 bf16 \
+        ${official:+--official "$official"}
     step fps 60 python tools/benchmark.py fps --device $device "${sizes[@]}" "${all[@]}"
-    only_gpu steps_compiled 100 python tools/benchmark.py step --device $device "${sizes[@]}" \
-        --precisions bf16 'bf16 + compile' --models "${compiled[@]}"
+    only_gpu steps_compiled 240 python tools/benchmark.py step --device $device "${sizes[@]}" \
+        --precisions bf16 'bf16 + compile' --models DETR 'Deformable DETR, two stages'
+}
+
+# What is not timed runs side by side.
+stage_tests() {
+    local tool ours='' # other kernels than ours are not for us to check, and take long
+    if compute-sanitizer --help 2> /dev/null | grep -q -- '--kernel-name '; then ours='--kernel-name kns=ms_deform_attn'; fi
+    only_gpu all_kernels 300 python -m models.ops.test --device cuda &
+    only_gpu gpu_tests 300 python -m pytest -q -m gpu -n 4 -p no:cacheprovider $(grep -l 'mark\.gpu' tests/test_*.py) &
+    for tool in memcheck racecheck synccheck initcheck; do
+        only_gpu $tool 200 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 $ours \
+            python -m models.ops.test --device cuda --only cuda --brief &
+    done
+    wait $(jobs -rp)
 }
 
 # A real training twice, with and without 16 bits, beside the quickstart.
@@ -186,14 +211,14 @@ stage_train() {
     cp "$work/runs/quickstart/predictions.png" "$work/runs/quickstart_predictions.png"
 }
 
-# Every scheme for as many of its epochs as there is time for.
+# Two schemes in 16 bits, for as many of their epochs as there is time for.
 stage_convergence() {
-    local names='plain hybrid mixed hybrid+mixed co-deformable co-dino conditional' short=()
+    local names='hybrid co-dino' short=(--amp bf16)
     if [ $device = cpu ]; then
         names='plain co-dino'
         short=(--epochs 1 --shapes_train 8 --shapes_val 4 --device cpu)
     fi
-    step schemes 400 env OUT="$work/runs/schemes" NAMES="$names" SEEDS=0 JOBS=8 COMPARE_FLAGS=--logs_only \
+    step schemes 400 env OUT="$work/runs/schemes" NAMES="$names" SEEDS=0 JOBS=2 COMPARE_FLAGS=--logs_only \
         bash scripts/compare_schemes.sh "${short[@]}"
     limit=$((limit + 30)) # what has been trained is looked at in any case
     local finished=() name

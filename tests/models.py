@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 
 from models import build_model
 from models.position_encoding import PositionEmbeddingSine
-from models.structures import AttentionBlock
 from models.training import collaborative
 from util.nested_tensor import NestedTensor
 
@@ -104,17 +103,6 @@ class GivenFeatures(nn.Module):
 
     def forward(self, samples: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
         return [samples], [self.encoding(samples.mask).to(samples.tensors.dtype)]
-
-
-def under_one_mask(blocks: list[AttentionBlock]) -> AttentionBlock:
-    """The same attention as one block over all queries."""
-    total = blocks[-1].queries.stop
-    hidden = torch.ones(total, total, dtype=torch.bool)
-    for block in blocks:
-        columns = block.pick(torch.arange(total), dim=0)
-        hidden[block.queries, columns] = False if block.hidden is None else block.hidden
-    everything = slice(0, total)
-    return AttentionBlock(everything, [everything], hidden)
 
 
 class CountSyncs(TorchDispatchMode):

@@ -5,8 +5,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 
 import pytest
+
+import engine
+import main
+from tests.runs import run
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / 'docs/extending.md').read_text()
@@ -19,8 +24,34 @@ TASKS = {
     for title, body in re.findall(r'^## (A new .*?)\n(.*?)(?=^## |\Z)', TEXT, re.DOTALL | re.MULTILINE)
 }
 LEFT_OUT = shutil.ignore_patterns('.git', '.venv', 'venv', 'output', 'exps', 'build', '.*_cache')
-TINY = """--img_size 64 --max_size 64 --backbone_weights none --hidden_dim 32 --nheads 4 --enc_layers 1 --dec_layers 2
-    --dim_feedforward 64 --num_queries 10 --epochs 1 --num_workers 0 --device cpu --shapes_train 8 --shapes_val 4"""
+SIZES = re.search(r'```\n(--.*?)```', TEXT, re.DOTALL)[1].split()
+
+
+def test_the_way_of_a_batch_names_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced from the loader to the end of the last step."""
+    rows = re.search(r'\| part \| files \|\n.*?\n(.*?)\n\n', TEXT, re.DOTALL)[1]
+    named = set()
+    for group in re.split(r'[|;\n]', rows):  # the first of a group has the folder of all
+        files = re.findall(r'`(.+?\.py)`', group)
+        named |= {str(Path(files[0]).parent / Path(file).name) for file in files}
+    passed = set()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == 'call' and frame.f_code.co_filename.startswith(f'{ROOT}/'):
+            passed.add(str(Path(frame.f_code.co_filename).relative_to(ROOT)))
+
+    def traced(*arguments: object, **options: object) -> dict:
+        sys.setprofile(note)
+        try:
+            return engine.train_one_epoch(*arguments, **options)
+        finally:
+            sys.setprofile(None)
+
+    monkeypatch.setattr(main, 'train_one_epoch', traced)
+    run(tmp_path, '--epochs', '1')
+    passed -= {file for file in passed if file.startswith('tests/')}
+    assert named == passed
+    assert f'passes through {len(passed)} files' in TEXT
 
 
 def test_every_task_of_a_researcher_is_shown() -> None:
@@ -38,7 +69,7 @@ def test_the_change_applies_and_runs(title: str, tmp_path: Path) -> None:
     words = command.replace('\\\n', ' ').split()
     assert words[:2] == ['python', 'main.py']
     done = subprocess.run(
-        [sys.executable, *words[1:], *TINY.split()], cwd=copy, capture_output=True, text=True, check=False
+        [sys.executable, *words[1:], *SIZES], cwd=copy, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'epoch 1/1: loss' in done.stdout

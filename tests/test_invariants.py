@@ -30,11 +30,11 @@ from tests.models import (
     GivenFeatures,
     build,
     random_targets,
-    under_one_mask,
     with_masks,
 )
 from tests.parity import float64
 from tests.runs import ROOT
+from tools.benchmarks.official_path import under_one_mask
 from util.ema import WeightAverage
 from util.logger import Meter
 from util.nested_tensor import NestedTensor, collate_fn, nested_tensor_from_tensor_list

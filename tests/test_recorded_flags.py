@@ -1,15 +1,16 @@
 """Flags that change a network's numbers and no shape of its weights are compared with those in the file."""
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from models import build_model
+from models import build_model, defaults, recorded
 from models.detector import load_detector
-from models.recorded import NetworkFlags, settle
+from models.flags import add_model_args
+from models.recorded import NetworkFlags, adopt, detection_flags, settle
 from tests.models import SMALL, TRICKS
 from tests.runs import load, run
 from util.checkpoint import flags_of, load_checkpoint
@@ -161,3 +162,40 @@ def test_the_names_of_files_tell_which_queries_only_train(tmp_path: Path) -> Non
     assert torch.equal(plain.query_embed.weight, state['query_embed.weight'][:12])
     with pytest.raises(ValueError, match=r'query_embed\.weight: \(36, 32\) there'):
         load_checkpoint(plain, tmp_path / 'something.pth')
+
+
+def test_a_flag_that_is_newer_than_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of detections contradicts no weights; one of the network is compared with its default, and the message says so."""
+    old = vars(settle(SMALL))
+
+    def with_new_flags(parser: ArgumentParser) -> None:
+        add_model_args(parser)
+        groups = {group.title: group for group in parser._action_groups}
+        groups['detections'].add_argument('--score_power', type=float)
+        groups['transformer'].add_argument('--sharpness', type=float, default=1.0)
+
+    for module in (defaults, recorded):
+        monkeypatch.setattr(module, 'add_model_args', with_new_flags)
+    assert 'score_power' in detection_flags()
+    args = Namespace(**old, score_power=2.0, sharpness=1.0)
+    assert adopt(args, ['score_power', 'sharpness'], old).score_power == 2.0
+    args.sharpness = 3.0
+    with pytest.raises(
+        ValueError, match=r'--sharpness 3.0 .*with 1.0, the default, since their file does not know this flag'
+    ):
+        adopt(args, ['sharpness'], old)
+
+
+@pytest.mark.parametrize(
+    'flag', ['enc_n_points', 'dec_n_points', 'finest_stride', 'clamp_boxes', 'soft_nms_threshold']
+)
+@pytest.mark.parametrize('family', ['detr', 'conditional'])
+def test_a_flag_that_a_family_does_not_read_is_refused(flag: str, family: str) -> None:
+    given = {
+        flag: 4 if flag == 'finest_stride' else 8 if 'points' in flag else 1,
+        'conditional': family == 'conditional',
+    }
+    with pytest.raises(
+        ValueError, match=f'--{flag} .* is for Deformable DETR, and the other flags choose {family}'
+    ):
+        settle(SMALL | given)

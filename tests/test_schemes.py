@@ -30,9 +30,9 @@ from models.training.report import epoch_statistics, statistics_text, supervisio
 from models.training.structures import Targets
 from tests.models import HEADS, SMALL, TRICKS, TWO_STAGE, CountSyncs, random_targets
 from tests.parity import check_pairs, float64, optimizer_of, to_targets, without_classes
-from tests.reference_criterion import hybrid_batch, reference_losses
 from tests.runs import ROOT
 from tests.shared_data import SHARED, needs_shared, read_shared
+from tools.benchmarks.reference_criterion import hybrid_batch, reference_losses
 from util.checkpoint import load_checkpoint
 from util.nested_tensor import collate_fn
 

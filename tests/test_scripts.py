@@ -14,7 +14,7 @@ import torch
 import main
 from main import get_args_parser
 from models import build_model
-from models.recorded import DETECTION_FLAGS, NetworkFlags, settle
+from models.recorded import NetworkFlags, detection_flags, settle
 from models.training.flags import resolve_all
 from models.zoo import ZOO, Row, find_row
 
@@ -258,7 +258,7 @@ def check_row(row: Row, args: Namespace, epochs: int) -> None:
     """The row of the zoo is the recipe's network, at its evaluation."""
     theirs = settle(row.flags)
     assert NetworkFlags.of(theirs) == NetworkFlags.of(args) and row.epochs == epochs
-    flags = (*DETECTION_FLAGS, 'num_queries', 'input_proj_bias', 'use_ms_detr', 'ms_variant', 'use_aux_ffn')
+    flags = (*detection_flags(), 'num_queries', 'input_proj_bias', 'use_ms_detr', 'ms_variant', 'use_aux_ffn')
     for flag in flags:
         assert getattr(theirs, flag) == getattr(args, flag), flag
     assert (

@@ -10,6 +10,7 @@ results.
     python tools/benchmark.py train                         # a training step of H-Deformable-DETR
     python tools/benchmark.py schemes                       # a training step with each way of supervision
     python tools/benchmark.py step                          # a training step of each method in each precision
+    python tools/benchmark.py profile                       # where the time of a training step goes
     python tools/benchmark.py fps                           # inference of each method, in images a second
 """
 
@@ -19,14 +20,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.benchmarks import criterion, data, fps, model, op, schemes, step, train
+from tools.benchmarks import criterion, data, fps, model, op, schemes, step, trace, train
 from util.flags import FlagParser, run_command
 
 
 def get_args_parser() -> FlagParser:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for part in (data, op, model, criterion, train, schemes, step, fps):
+    for part in (data, op, model, criterion, train, schemes, step, trace, fps):
         part.add_command(commands)
     return parser
 

@@ -225,8 +225,8 @@ def add_loss_args(parser: ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         '--class_loss', choices=('focal', 'quality_focal'),
-        help='class loss of sigmoid heads; in quality_focal the target of a positive is the IoU of its box (default: '
-        'quality_focal with --dino, else focal)',
+        help='class loss of Deformable DETR (the other families have one each); in quality_focal the target of a positive is the IoU '
+        'of its box (default: quality_focal with --dino, else focal)',
     )  # fmt: skip
     group.add_argument(
         '--focal_alpha', default=0.25, type=real(0, 1),

@@ -17,7 +17,7 @@ from models.training import build_supervision, matcher
 from models.training.criterion import SetCriterion, weighted_sum
 from models.training.flags import resolve_all
 from models.training.structures import Targets
-from tests.reference_criterion import hybrid_batch, reference_losses
+from tools.benchmarks.reference_criterion import hybrid_batch, reference_losses
 from tools.benchmarks.timing import time_in_turn
 from util.threads import num_threads
 
@@ -27,6 +27,7 @@ REPEATS = 6
 def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser('criterion', help='matching and losses of H-Deformable-DETR')
     parser.add_argument('--objects', default=20, type=int, help='objects in each of the two images')
+    parser.add_argument('--proposals', default=22223, type=int, help='proposals of the encoder')
     parser.add_argument(
         '--threads', default=torch.get_num_threads(), type=int, help='CPU threads (default: all)'
     )
@@ -39,7 +40,7 @@ def benchmark_criterion(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     flags = argparse.Namespace(two_stage=True, with_box_refine=True, hybrid_k=REPEATS)
     criterion, _, _ = build_supervision(resolve_all(flags))
-    predictions, targets = hybrid_batch((args.objects, args.objects))
+    predictions, targets = hybrid_batch((args.objects, args.objects), args.proposals)
     leaves = [x for p in predictions for x in (p.logits, p.boxes)]
 
     def stacked() -> Tensor:

@@ -21,7 +21,8 @@ from models import build_model
 from models.ops.functions import describe
 from models.training.flags import resolve_all
 from tools.benchmarks.cuda_graph import GraphedDetector
-from tools.benchmarks.step import MODELS, limit_queries
+from tools.benchmarks.inputs import limit_queries
+from tools.benchmarks.step import MODELS
 from tools.benchmarks.timing import time_in_turn
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from util.precision import Precision, avoid_plans_per_shape, set_tf32

@@ -4,8 +4,10 @@ Official CUDA extension of Deformable DETR, compiled for today's PyTorch as a pe
 Its sources (`models/ops/src`, which H-Deformable-DETR and MS-DETR copy) are not part of this repository.
 """
 
+import os
 import re
 import tempfile
+from argparse import ArgumentParser
 from pathlib import Path
 from types import ModuleType
 
@@ -29,6 +31,15 @@ NVCC_FLAGS = (
 )
 
 
+def add_official(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        '--official',
+        type=Path,
+        metavar='DIR',
+        help="models/ops/src of an official repository, which is compiled and timed too (GPU); any copy of Deformable DETR's",
+    )
+
+
 def modernise(source: str) -> str:
     for old, new in SUBSTITUTIONS:
         source = re.sub(old, new, source)
@@ -37,6 +48,8 @@ def modernise(source: str) -> str:
 
 def load_official(folder: Path) -> ModuleType:
     """Compile a changed copy, which has `ms_deform_attn_forward` and `ms_deform_attn_backward`.
+
+    With TORCH_EXTENSIONS_DIR in the environment a second call finds it compiled.
 
     Raises:
         UserError: the sources are not there, or do not compile.
@@ -49,11 +62,14 @@ def load_official(folder: Path) -> ModuleType:
         raise UserError(
             f'--official {folder} has no CUDA sources: give models/ops/src of an official repository'
         )
-    copy = Path(tempfile.mkdtemp())
+    kept = os.environ.get('TORCH_EXTENSIONS_DIR')
+    copy = Path(kept, 'official_sources') if kept else Path(tempfile.mkdtemp())
     for path in sources:
         target = copy / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(modernise(path.read_text()))
+        text = modernise(path.read_text())
+        if not target.is_file() or target.read_text() != text:
+            target.write_text(text)
     compiled = [str(copy / path.relative_to(folder)) for path in sources if path.suffix in ('.cpp', '.cu')]
     try:
         return load(

@@ -9,33 +9,56 @@ memory traffic at the rates below.
 import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from models.ops.functions import ms_deform_attn_core_pytorch
 from models.ops.functions.ms_deform_attn_func import KERNELS, available, describe, pairs
-from tools.benchmarks.official_op import load_official
+from tools.benchmarks.official_op import add_official, load_official
 from tools.benchmarks.timing import time_in_turn
 
-HEADS, CHANNELS, POINTS = 8, 32, 4
+HEADS, POINTS = 8, 4
 IMAGES = {'160x192': (160, 192), '320x480': (320, 480), '800x1333': (800, 1333)}
-# name -> image, batch, queries (0: every token is one, as in an encoder)
+
+
+class Case(NamedTuple):
+    """A call of the operator. queries: 0 takes every token as one, as an encoder does. spread: noise of points, pixels."""
+
+    image: str
+    batch: int
+    queries: int = 0
+    spread: float = 1.0  # infinite: anywhere in the image
+    levels: int = 4
+    channels: int = 32
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """Return the shapes of feature maps with strides 8, 16, 32 and 64; a fifth level is the first, of stride 4."""
+        height, width = IMAGES[self.image]
+        strides = (4, 8, 16, 32, 64)[-self.levels :]
+        return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in strides]
+
+
 CPU_CASES = {
-    'encoder 160x192 b1': ('160x192', 1, 0),
-    'encoder 320x480 b1': ('320x480', 1, 0),
-    'encoder 800x1333 b1': ('800x1333', 1, 0),
-    'decoder 300 320x480 b2': ('320x480', 2, 300),
-    'decoder 300 800x1333 b2': ('800x1333', 2, 300),
-    'decoder 900 800x1333 b2': ('800x1333', 2, 900),
-    'decoder 1800 800x1333 b2': ('800x1333', 2, 1800),
+    'encoder 160x192 b1': Case('160x192', 1),
+    'encoder 320x480 b1': Case('320x480', 1),
+    'encoder 800x1333 b1': Case('800x1333', 1),
+    'decoder 300 320x480 b2': Case('320x480', 2, 300),
+    'decoder 300 800x1333 b2': Case('800x1333', 2, 300),
+    'decoder 900 800x1333 b2': Case('800x1333', 2, 900),
+    'decoder 1800 800x1333 b2': Case('800x1333', 2, 1800),
 }
 GPU_CASES = {
-    'encoder 800x1333 b2': ('800x1333', 2, 0),
-    'decoder 300 800x1333 b2': ('800x1333', 2, 300),
-    'decoder 900 800x1333 b2': ('800x1333', 2, 900),
-    'decoder 1800 800x1333 b2': ('800x1333', 2, 1800),
+    'encoder 800x1333 b2': Case('800x1333', 2),
+    'decoder 300 800x1333 b2': Case('800x1333', 2, 300),
+    'decoder 900 800x1333 b2': Case('800x1333', 2, 900),
+    'decoder 1800 800x1333 b2': Case('800x1333', 2, 1800),
+    'encoder b2, points spread by 3 pixels': Case('800x1333', 2, spread=3.0),
+    'encoder b2, points anywhere': Case('800x1333', 2, spread=math.inf),
+    'encoder b2, 5 levels': Case('800x1333', 2, levels=5),
+    'encoder b2, 64 channels': Case('800x1333', 2, channels=64),
+    'encoder b8': Case('800x1333', 8),
 }
 # Bytes a second: memory by GPU, first-level cache, additions in the second-level cache (Hopper).
 DRAM = {'H200': 4.3e12, 'H100': 3.0e12}
@@ -43,6 +66,7 @@ L1, REDUCTIONS = 33e12, 3.7e12
 PEERS = ('grid_sample', 'transformers', 'official')
 # Largest difference from grid_sample, as a share of the largest number.
 AGREE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+RESULTS = 'output', 'gradient of values', 'gradient of locations', 'gradient of weights'
 Inputs = tuple[Tensor, list[int], Tensor, Tensor]
 Calls = tuple[Callable[[], object], Callable[[], object]]  # forward, backward
 
@@ -51,14 +75,11 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser('op', help='deformable attention against its peers')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--threads', default=1, type=int, help='CPU threads (default: %(default)s)')
-    parser.add_argument('--rounds', default=7, type=int, help='timed rounds of each contender')
-    parser.add_argument('--only', default='', help='cases whose names contain this')
     parser.add_argument(
-        '--official',
-        type=Path,
-        metavar='DIR',
-        help="models/ops/src of an official repository, which is compiled and timed too (GPU); any copy of Deformable DETR's",
+        '--rounds', default=7, type=int, help='timed rounds of each contender; 0: only compare'
     )
+    parser.add_argument('--only', default='', help='cases whose names contain this')
+    add_official(parser)
     parser.set_defaults(run=benchmark_op)
 
 
@@ -79,26 +100,27 @@ def benchmark_op(args: argparse.Namespace) -> None:
                 report(case, sizes, dtype, official, args)
 
 
-def report(
-    case: str, sizes: tuple[str, int, int], dtype: torch.dtype, official: object, args: argparse.Namespace
-) -> None:
+def report(case: str, sizes: Case, dtype: torch.dtype, official: object, args: argparse.Namespace) -> None:
     """Print rows of one case; a ratio is the peer's time divided by the row's, forward and backward."""
-    image, batch, queries = sizes
-    shapes = level_shapes(*IMAGES[image])
-    value, locations, weights = make_inputs(shapes, batch, queries, args.device)
-    grad = torch.randn(batch, locations.shape[1], HEADS * CHANNELS, device=args.device)
+    shapes = sizes.shapes()
+    value, locations, weights = make_inputs(sizes, args.device)
+    grad = torch.randn(sizes.batch, locations.shape[1], HEADS * sizes.channels, device=args.device)
     inputs = value, [side for shape in shapes for side in shape], locations, weights
     contenders = peer_calls(grad, inputs, official)
     peers = list(contenders)
     for name in available(args.device):
         if name != 'pytorch':
             contenders[name] = kernel_calls(name, grad.to(dtype), (value.to(dtype), *inputs[1:]))
-    check_agreement(case, {name: calls[0] for name, calls in contenders.items()}, dtype)
+        if name == 'cuda':
+            contenders['cuda, deterministic'] = tuple(map(deterministic, contenders[name]))
+    check_agreement(case, contenders, dtype)
+    if args.rounds == 0:
+        return
     times = [
         time_in_turn({name: calls[way] for name, calls in contenders.items()}, args.rounds, args.device)
         for way in range(2)
     ]
-    floor = floors(batch, shapes, locations, dtype) if args.device == 'cuda' else None
+    floor = floors(sizes, locations, dtype) if args.device == 'cuda' else None
     for name in contenders:
         cells = [f'{taken[name]:.3f}' for taken in times]
         cells += [' + '.join(f'{taken[peer] / taken[name]:.2f}' for taken in times) for peer in peers]
@@ -111,6 +133,17 @@ def report(
 def kernel_calls(name: str, grad: Tensor, inputs: Inputs) -> Calls:
     forward, backward = KERNELS[name]
     return lambda: forward(*inputs), lambda: backward(grad, *inputs)
+
+
+def deterministic(call: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            return call()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    return run
 
 
 def peer_calls(grad: Tensor, inputs: Inputs, official: object) -> dict[str, Calls]:
@@ -154,32 +187,40 @@ def with_autograd(call: Callable[..., Tensor], grad: Tensor, inputs: Inputs) -> 
     )
 
 
-def check_agreement(case: str, contenders: dict[str, Callable[[], Tensor]], dtype: torch.dtype) -> None:
-    expected = contenders['grid_sample']()
-    for name, run in contenders.items():
-        error = ((run() - expected).abs().max() / expected.abs().max()).item()
-        if not error <= AGREE[dtype]:
-            raise ValueError(f'{case}: {name} differs from grid_sample by {error:.1e}')
+def check_agreement(case: str, contenders: dict[str, Calls], dtype: torch.dtype) -> None:
+    """Compare outputs and gradients with those of grid_sample.
+
+    Raises:
+        ValueError: a contender's differ.
+    """
+
+    def results(name: str) -> tuple[Tensor, ...]:
+        forward, backward = contenders[name]
+        return forward(), *backward()
+
+    expected = results('grid_sample')
+    for name in contenders:
+        for what, ours, theirs in zip(RESULTS, results(name), expected, strict=True):
+            error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+            if not error <= AGREE[dtype]:
+                raise ValueError(
+                    f'{case}: the {what} of {name} differs from that of grid_sample by {error:.1e}'
+                )
 
 
-def level_shapes(height: int, width: int) -> list[tuple[int, int]]:
-    """Return the shapes of feature maps with strides 8, 16, 32 and 64."""
-    return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in (8, 16, 32, 64)]
-
-
-def make_inputs(
-    shapes: list[tuple[int, int]], batch: int, queries: int, device: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def make_inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Make points around their query as in a freshly built model, in eight directions; a decoder's queries are
     anywhere.
 
-    Points are one to four pixels away, with a pixel of noise.
+    Points are one to four pixels away, with noise. None lies near the middle of a pixel, where the slope jumps and rounding
+    decides which side counts.
     """
     generator = torch.Generator().manual_seed(0)
+    shapes = case.shapes()
     sizes = torch.tensor(shapes).flip(-1)  # [L, 2] width, height
     tokens = int(sizes.prod(1).sum())
-    if queries:
-        centers = torch.rand(queries, 2, generator=generator)
+    if case.queries:
+        centers = torch.rand(case.queries, 2, generator=generator)
     else:
         grids = [torch.cartesian_prod(torch.arange(h) + 0.5, torch.arange(w) + 0.5).flip(-1) / torch.tensor([w, h])
                  for h, w in shapes]  # fmt: skip
@@ -188,18 +229,21 @@ def make_inputs(
     direction = torch.stack([angle.cos(), angle.sin()], -1)
     direction = direction / direction.abs().amax(-1, keepdim=True)
     steps = torch.arange(1, POINTS + 1)[:, None]
-    offsets = torch.randn(batch, len(centers), HEADS, len(shapes), POINTS, 2, generator=generator)
-    offsets += direction[:, None, None] * steps
-    locations = centers[:, None, None, None] + offsets / sizes[:, None]
-    weights = torch.rand(batch, len(centers), HEADS, len(shapes) * POINTS, generator=generator).softmax(-1)
-    value = torch.randn(batch, tokens, HEADS, CHANNELS, generator=generator)
+    grid = case.batch, len(centers), HEADS, len(shapes), POINTS
+    if math.isinf(case.spread):
+        pixels = torch.rand(*grid, 2, generator=generator) * sizes[:, None]
+    else:
+        pixels = case.spread * torch.randn(*grid, 2, generator=generator)
+        pixels += direction[:, None, None] * steps + centers[:, None, None, None] * sizes[:, None]
+    corner = (pixels - 0.5).floor()
+    pixels = corner + 0.51 + 0.98 * (pixels - 0.5 - corner)
+    weights = torch.rand(*grid[:3], len(shapes) * POINTS, generator=generator).softmax(-1)
+    value = torch.randn(case.batch, tokens, HEADS, case.channels, generator=generator)
     weights = weights.unflatten(-1, (len(shapes), POINTS))
-    return value.to(device), locations.to(device), weights.to(device)
+    return value.to(device), (pixels / sizes[:, None]).to(device), weights.to(device)
 
 
-def floors(
-    batch: int, shapes: list[tuple[int, int]], locations: Tensor, dtype: torch.dtype
-) -> tuple[float, float] | None:
+def floors(case: Case, locations: Tensor, dtype: torch.dtype) -> tuple[float, float] | None:
     """Return the least milliseconds of forward and backward, or None if the rates of this GPU are unknown.
 
     Memory is read once, four pixels per point pass the first-level cache, and their gradients the second-level cache.
@@ -209,12 +253,12 @@ def floors(
     if memory is None:
         return None
     size = torch.finfo(dtype).bits // 8
-    width = HEADS * CHANNELS
-    value = batch * sum(h * w for h, w in shapes) * width * size
+    width = HEADS * case.channels
+    value = case.batch * sum(h * w for h, w in case.shapes()) * width * size
     points = locations.numel() // 2
     numbers = 4 * 3 * points  # locations and weights, float32
-    output = batch * locations.shape[1] * width * size
-    gathered = 4 * points * CHANNELS
+    output = case.batch * locations.shape[1] * width * size
+    gathered = 4 * points * case.channels
     forward = max((value + numbers + output) / memory, gathered * size / L1)
     backward = max(
         (3 * value + 2 * numbers + output) / memory, gathered * size / L1, gathered * 4 / REDUCTIONS

@@ -14,8 +14,8 @@ from models import build_model
 from models.ops.functions import describe
 from models.training.criterion import weighted_sum
 from models.training.flags import resolve_all
+from tools.benchmarks.inputs import TRICKS, random_objects
 from tools.benchmarks.timing import time_in_turn
-from tools.benchmarks.train import TRICKS
 
 SAME = {'dim_feedforward': 2048, 'dropout': 0.0, 'input_proj_bias': False, 'backbone_weights': 'none'}
 SCHEMES = {
@@ -76,15 +76,7 @@ def benchmark_schemes(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     images = torch.randn(args.batch_size, 3, args.height, args.width, device=args.device)
-    targets = [
-        {
-            'labels': torch.randint(1, 91, (7,), device=args.device),
-            'boxes': torch.cat([0.3 + 0.4 * torch.rand(7, 2), 0.05 + 0.3 * torch.rand(7, 2)], dim=1).to(
-                args.device
-            ),
-        }
-        for _ in range(args.batch_size)
-    ]
+    targets = [random_objects(7, args.device) for _ in range(args.batch_size)]
     names = ['plain', *(name for name in args.schemes if name != 'plain')]
     built = {name: training_step(SCHEMES[name], images, targets) for name in names}
 

@@ -4,7 +4,6 @@ import argparse
 import json
 import statistics
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from datasets.image_io import stored_size
 from datasets.streaming.index import import_webdataset
 from datasets.streaming.shards import ShardedCoco, ShardStream
 from datasets.transforms import make_transforms
-from tools.make_shards import make_shards
+from tools.make_shards import get_args_parser, make_shards
 from util.errors import UserError
 
 BOXES = 7  # as many as COCO has an image
@@ -30,8 +29,8 @@ def report_shards(root: Path, paths: list[Path], folder: Path, args: argparse.Na
         return
     annotations, place = folder / 'boxes.json', folder / 'shards'
     annotations.write_text(json.dumps(coco_form(root, paths)))
-    flags = {'coco_path': None, 'image_set': 'train', 'images': root, 'ann': annotations, 'output': place}
-    make_shards(Namespace(**flags, shard_size='1000', shuffle=None, url='{file}'))
+    words = ['--images', str(root), '--ann', str(annotations), '--output', str(place), '--shard_size', '1000']
+    make_shards(get_args_parser().parse_args(words))
     transforms = make_transforms('train')
     files = CocoDetection(root, annotations, transforms, seed=args.seed)
     shards = ShardedCoco(str(place), transforms, seed=args.seed)

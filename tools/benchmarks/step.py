@@ -2,29 +2,34 @@
 Time of a whole training step (forward, losses, backward, clipping, optimizer) of each method in each precision, as a
 table in markdown.
 
-Models of the transformers library with their losses stand beside ours. R50, random weights, 7 objects per image.
+Models of the transformers library with their losses stand beside ours, and, where it fits, our model on the path of the
+official code (`official_path.py`). R50, random weights, 7 objects per image.
 """
 
 import argparse
 import copy
-import math
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from engine import build_optimizer
-from models import build_model, level_strides
+from models import build_model
 from models.frozen_norm import FoldedNorm
-from models.ops.functions import describe
+from models.ops.functions import describe, implementation
 from models.parts import compile_parts
+from models.training import build_supervision
 from models.training.criterion import weighted_sum
 from models.training.flags import resolve_all
+from tools.benchmarks.inputs import TRICKS, limit_queries, random_objects
+from tools.benchmarks.official_op import add_official, load_official
+from tools.benchmarks.official_path import official_loss, official_model
 from tools.benchmarks.timing import time_in_turn
-from tools.benchmarks.train import TRICKS
 from util.errors import UserError
 from util.precision import Precision, avoid_plans_per_shape, set_tf32
 
@@ -54,6 +59,8 @@ PEERS = {
         {'with_box_refine': True, 'two_stage': True},
     ),
 }
+# Methods whose official losses `reference_criterion.py` computes.
+OFFICIAL = ('Deformable DETR, two stages', 'H-Deformable-DETR')
 PRECISIONS = ('fp32', 'tf32', 'bf16', 'bf16 + compile')
 # Predictions, not measurements, of one image of 800 x 1333, forward and backward, from counted operations and bytes of
 # the official code at rates of an H200 (67, 350 and 650 TFLOP/s in fp32, TF32 and bf16; 4.3 TB/s): milliseconds of matrix
@@ -99,6 +106,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         '--threads', default=torch.get_num_threads(), type=int, help='CPU threads (default: all)'
     )
     parser.add_argument('--rounds', default=20, type=int, help='timed rounds of each contender')
+    add_official(parser)
     parser.set_defaults(run=benchmark_steps)
 
 
@@ -115,9 +123,10 @@ def benchmark_steps(args: argparse.Namespace) -> None:
     print('| method | precision | ms | images/s | peak GB | waits | loss | floor ms | of the floor |')
     print('| --- | --- | --- | --- | --- | --- | --- | --- | --- |')
     problems = []
+    extension = load_official(args.official) if args.official else None
     for method in args.models:
         try:
-            benchmark_method(method, precisions, args, problems)
+            benchmark_method(method, precisions, args, extension, problems)
         except torch.OutOfMemoryError as error:
             problems.append(f'{method}: out of memory ({str(error).splitlines()[0]})')
         if on_gpu:
@@ -127,27 +136,41 @@ def benchmark_steps(args: argparse.Namespace) -> None:
 
 
 def benchmark_method(
-    method: str, precisions: list[str], args: argparse.Namespace, problems: list[str]
+    method: str,
+    precisions: list[str],
+    args: argparse.Namespace,
+    extension: ModuleType | None,
+    problems: list[str],
 ) -> None:
-    """Print a row per contender. problems: gets a sentence for each loss that differs from that of the first precision."""
+    """Print a row per contender.
+
+    problems: gets a sentence for each loss that differs from that of the first precision, and for each contender of ours that
+    does not call the operator of deformable attention.
+    """
     batch = make_batch(args)
     flags = method_flags(method, args)
-    contenders = make_contenders(flags, precisions, batch) | make_peers(method, precisions, batch, flags)
+    contenders = make_contenders(flags, precisions, batch)
+    ours = list(contenders)
+    if method in OFFICIAL:
+        contenders |= make_official(flags, precisions, batch, contenders[ours[0]].model, extension)
+    contenders |= make_peers(method, precisions, batch, flags)
     losses = {name: contender.step().item() for name, contender in contenders.items()}
     expected = losses[precisions[0]]
     times = time_in_turn({name: c.step for name, c in contenders.items()}, args.rounds, args.device)
     for name, contender in contenders.items():
-        ours, difference = name in precisions, losses[name] / expected - 1
-        if ours and not abs(difference) <= AGREE:
+        same_loss, difference = not name.startswith('transformers'), losses[name] / expected - 1
+        if same_loss and not abs(difference) <= AGREE:
             problems.append(f'{method}: the loss in {name} is {losses[name]:g}, not {expected:g}')
+        if name in ours and lacks_operator(flags, args.device, contender.step):
+            problems.append(f'{method}: {name} does not call the operator of deformable attention')
         on_gpu = args.device == 'cuda'
-        floor = floor_of(method, name, args) if ours else None
+        floor = floor_of(method, name, args) if name in ours else None
         cells = [
             f'{times[name]:.1f}',
             f'{1e3 * args.batch_size / times[name]:.1f}',
             f'{peak_memory(contender) / 1e9:.1f}' if on_gpu else '-',
             str(count_waits(contender.step)) if on_gpu else '-',
-            f'{100 * difference:+.1f} %' if ours else '-',
+            f'{100 * difference:+.1f} %' if same_loss else '-',
             '-' if floor is None else f'{floor:.1f}',
             '-' if floor is None else f'{100 * floor / times[name]:.0f} %',
         ]
@@ -189,6 +212,21 @@ def our_loss(model: nn.Module, criterion: nn.Module, batch: tuple) -> Callable[[
         return weighted_sum(criterion(outputs, batch[1]), criterion.weight_dict)
 
     return loss
+
+
+def make_official(
+    flags: Namespace, precisions: list[str], batch: tuple, ours: nn.Module, extension: ModuleType | None
+) -> dict[str, Contender]:
+    """Build our model on the path of the official code, which knows no 16 bits."""
+    model = official_model(flags, ours.state_dict()).to(batch[0].device).train()
+    turn_off_dropout(model)
+    coefficients = build_supervision(flags)[0].weight_dict
+    loss = official_loss(model, coefficients, flags.hybrid_k or 1, batch, extension)
+    return {
+        f'official path, {name}': make_contender(model, loss, name, batch[0])
+        for name in precisions
+        if name in ('fp32', 'tf32')
+    }
 
 
 def make_peers(method: str, precisions: list[str], batch: tuple, ours: Namespace) -> dict[str, Contender]:
@@ -263,17 +301,6 @@ def make_contender(
     return Contender(model, optimizer, step)
 
 
-def limit_queries(flags: Namespace, height: int, width: int) -> None:
-    """Lower the number of queries to that of tokens, of which two stages need as many, and small images have few."""
-    if flags.family == 'deformable':
-        tokens = sum(
-            math.ceil(height / stride) * math.ceil(width / stride) for stride in level_strides(flags)
-        )
-        part = min(1.0, tokens / (flags.num_queries + (flags.hybrid_queries or 0)))
-        flags.num_queries = int(part * flags.num_queries)
-        flags.hybrid_queries = flags.hybrid_queries and int(part * flags.hybrid_queries)
-
-
 @torch.no_grad()
 def quieten(model: nn.Module) -> None:
     """Lower the variance of a ResNet with random weights and inactive norms, which would double block by block.
@@ -292,11 +319,6 @@ def turn_off_dropout(model: nn.Module) -> None:
             module.p = 0.0
         elif hasattr(module, 'dropout') and isinstance(module.dropout, float):
             module.dropout = 0.0
-
-
-def random_objects(number: int, device: str) -> dict[str, Tensor]:
-    boxes = torch.cat([0.3 + 0.4 * torch.rand(number, 2), 0.05 + 0.3 * torch.rand(number, 2)], dim=1)
-    return {'labels': torch.randint(1, 91, (number,)).to(device), 'boxes': boxes.to(device)}
 
 
 def peak_memory(contender: Contender) -> int:
@@ -322,6 +344,15 @@ def count_waits(step: Callable[[], object]) -> int:
         finally:
             torch.cuda.set_sync_debug_mode('default')
     return sum('synchronizing' in str(warning.message) for warning in caught)
+
+
+def lacks_operator(flags: Namespace, device: str, step: Callable[[], object]) -> bool:
+    """Tell whether a step of Deformable DETR leaves out the operator, though this device has kernels of it."""
+    if flags.family != 'deformable' or implementation(device) == 'pytorch':
+        return False
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        step()
+    return all(event.key != 'detr::ms_deform_attn' for event in trace.key_averages())
 
 
 def floor_of(method: str, precision: str, args: argparse.Namespace) -> float | None:

@@ -5,22 +5,18 @@ Ours is compared with the same model on grid_sample whose query groups share one
 """
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
-import models.deformable_transformer as deformable
 from engine import build_optimizer
 from models import build_model
-from models.ops.functions import describe, use_implementation
-from models.structures import AttentionBlock, QueryGroup, attention_blocks
+from models.ops.functions import describe
 from models.training.criterion import weighted_sum
 from models.training.flags import resolve_all
-from models.transformer import Blocks
+from tools.benchmarks.inputs import TRICKS, limit_queries, random_objects
+from tools.benchmarks.official_path import official_path
 from tools.benchmarks.timing import time_in_turn
-
-TRICKS = {'with_box_refine': True, 'two_stage': True, 'mixed_selection': True, 'look_forward_twice': True}
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -36,33 +32,6 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=benchmark_train)
 
 
-@contextmanager
-def plain_path() -> Iterator[None]:
-    """Use grid_sample, and one attention over all queries with a mask between the groups."""
-
-    def one_block(groups: list[QueryGroup]) -> Blocks:
-        return [under_one_mask(attention_blocks(groups), groups[0].tgt.device)]
-
-    original = deformable.attention_blocks
-    deformable.attention_blocks = one_block
-    try:
-        with use_implementation('pytorch'):
-            yield
-    finally:
-        deformable.attention_blocks = original
-
-
-def under_one_mask(blocks: Blocks, device: torch.device | None = None) -> AttentionBlock:
-    """Return the same attention as one block over all queries."""
-    total = blocks[-1].queries.stop
-    hidden = torch.ones(total, total, dtype=torch.bool)
-    for block in blocks:
-        columns = block.pick(torch.arange(total), dim=0)
-        hidden[block.queries, columns] = False if block.hidden is None else block.hidden.cpu()
-    everything = slice(0, total)
-    return AttentionBlock(everything, [everything], hidden.to(device))
-
-
 def benchmark_train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -70,17 +39,12 @@ def benchmark_train(args: argparse.Namespace) -> None:
         **TRICKS, hybrid_queries=1500, hybrid_k=6, dropout=0.0, backbone_weights='none'
     )
     resolved = resolve_all(flags)
+    limit_queries(resolved, args.height, args.width)
     model, criterion, _ = build_model(resolved)
     model.to(args.device).train()
     optimizer = build_optimizer(model, 0.0, 0.0, 0.0)  # weights stay, so that all steps are the same
     images = torch.randn(args.batch_size, 3, args.height, args.width, device=args.device)
-    targets = [
-        {
-            'labels': torch.randint(1, 91, (7,), device=args.device),
-            'boxes': torch.cat([torch.rand(7, 2), 0.05 + 0.3 * torch.rand(7, 2)], dim=1).to(args.device),
-        }
-        for _ in range(args.batch_size)
-    ]
+    targets = [random_objects(7, args.device) for _ in range(args.batch_size)]
     totals = []
 
     def step() -> None:
@@ -93,7 +57,7 @@ def benchmark_train(args: argparse.Namespace) -> None:
         totals.append(total.detach())
 
     def plain_step() -> None:
-        with plain_path():
+        with official_path():
             step()
 
     contenders: dict[str, Callable[[], object]] = {'ours': step, 'grid_sample, masked attention': plain_step}

@@ -1,6 +1,6 @@
 """
 Matching and losses the plain way, layer by layer and image by image, as the papers describe them: what the
-stacked criterion is compared with, in numbers (tests) and in time (`tools/benchmark.py criterion`).
+stacked criterion is compared with, in numbers (tests) and in time (`tools/benchmark.py criterion` and `step`).
 """
 
 import torch
@@ -41,7 +41,7 @@ def layer_losses(
     query = torch.cat([query for query, _ in pairs])
     labels = torch.cat([t['labels'][index] for t, (_, index) in zip(targets, pairs, strict=True)])
     target_boxes = torch.cat([t['boxes'][index] for t, (_, index) in zip(targets, pairs, strict=True)])
-    classes = torch.full(logits.shape[:2], logits.shape[2], dtype=torch.int64)
+    classes = torch.full(logits.shape[:2], logits.shape[2], device=logits.device)
     classes[batch, query] = labels
     onehot = F.one_hot(classes, logits.shape[2] + 1)[..., :-1].to(logits.dtype)
     boxes = prediction.boxes[batch, query]

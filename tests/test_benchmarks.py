@@ -1,0 +1,128 @@
+"""Each command of tools/benchmark.py runs on its smallest input; contenders must agree before they are timed."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from models.ops.functions import implementation
+from models.ops.functions.ms_deform_attn_func import backward_pytorch, forward_pytorch
+from models.ops.test import module_inputs
+from tests.models import SMALL
+from tools.benchmark import get_args_parser
+from tools.benchmarks import fps, model, op, schemes, step, train
+from tools.benchmarks.official_path import official_path
+from util.flags import run_command
+
+SIZE = '--height 64 --width 96 --batch_size 1'
+ONCE = f'{SIZE} --rounds 1 --threads 1 --device cpu'
+COMMANDS = {
+    'data': '--num_images 2 --rounds 1',
+    'op': '--only 160x192 --rounds 0 --device cpu',
+    'model': ONCE,
+    'criterion': '--objects 2 --proposals 50 --rounds 1 --threads 1',
+    'train': ONCE,
+    'schemes': f'{ONCE} --schemes plain denoising',
+    'step': f'{ONCE} --models H-Deformable-DETR --precisions fp32',
+    'profile': f'{SIZE} --method DETR --device cpu',
+    'fps': f'{ONCE} --models DETR --precisions fp32',
+}
+
+
+@pytest.fixture
+def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of ResNet-50 with six layers and hundreds of queries."""
+
+    def shrink(settle: Callable, flags: Namespace) -> Namespace:
+        small = SMALL | {'num_queries': 20, 'backbone_stages': 4}
+        return settle(Namespace(**small | vars(flags) | {'num_classes': 91}))
+
+    for module in (train, schemes, step, fps):
+        monkeypatch.setattr(module, 'resolve_all', partial(shrink, module.resolve_all))
+    monkeypatch.setattr(model, 'resolve_args', partial(shrink, model.resolve_args))
+    monkeypatch.setattr(model, 'transformers_model', lambda: None)
+
+
+def test_none_is_left_out() -> None:
+    commands = next(action for action in get_args_parser()._actions if action.choices)
+    assert list(commands.choices) == list(COMMANDS)
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_the_command_runs(name: str, small_models: None, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        run_command(lambda args: args.run(args), get_args_parser(), [name, *COMMANDS[name].split()])
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert '| official path, fp32 |' in printed or name != 'step'
+
+
+def test_a_wrong_gradient_is_found_before_anything_is_timed() -> None:
+    case = op.Case('160x192', 1, queries=20)
+    value, locations, weights = op.make_inputs(case, 'cpu')
+    inputs = value, [side for shape in case.shapes() for side in shape], locations, weights
+    grad = torch.randn(1, 20, op.HEADS * case.channels)
+    peers = op.peer_calls(grad, inputs, None)
+    forward, backward = peers['grid_sample']
+
+    def halved() -> tuple:
+        of_value, of_locations, of_weights = backward()
+        return of_value, of_locations / 2, of_weights
+
+    op.check_agreement('small', peers, torch.float32)
+    with pytest.raises(ValueError, match='gradient of locations of mine differs from that of grid_sample'):
+        op.check_agreement('small', peers | {'mine': (forward, halved)}, torch.float32)
+
+
+@pytest.mark.parametrize(
+    'case', [op.Case('160x192', 2, spread=3.0, levels=5), op.Case('160x192', 1, 9, float('inf'))]
+)
+def test_points_stay_clear_of_the_middle_of_pixels(case: op.Case) -> None:
+    _, locations, weights = op.make_inputs(case, 'cpu')
+    pixels = locations.double() * torch.tensor(case.shapes()).flip(-1)[:, None] - 0.5
+    assert (pixels - pixels.round()).abs().min() > 0.009
+    torch.testing.assert_close(weights.sum((-1, -2)), torch.ones(weights.shape[:3]))
+
+
+def test_the_official_extension_takes_the_place_of_the_operator() -> None:
+    """One of its interface that computes in PyTorch."""
+    calls = []
+
+    def flat(shapes: torch.Tensor, starts: torch.Tensor) -> list[int]:
+        assert starts.tolist() == [0, 30]
+        return shapes.flatten().tolist()
+
+    def forward(value, shapes, starts, locations, weights, step):
+        calls.append('forward')
+        return forward_pytorch(value, flat(shapes, starts), locations, weights)
+
+    def backward(value, shapes, starts, locations, weights, grad, step):
+        calls.append('backward')
+        return list(backward_pytorch(grad, value, flat(shapes, starts), locations, weights))
+
+    extension = SimpleNamespace(ms_deform_attn_forward=forward, ms_deform_attn_backward=backward)
+    module, (query, *rest) = module_inputs('cpu')
+    results = []
+    for way in (extension, None):
+        with official_path(way):
+            output = module(query, *rest)
+        results.append([output, *torch.autograd.grad(output.square().sum(), list(module.parameters()))])
+    assert calls == ['forward', 'backward']
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.skipif(
+    implementation('cpu') == 'pytorch', reason='the kernels are not built: bash scripts/build_ops.sh'
+)
+def test_a_step_that_leaves_out_the_operator_is_told() -> None:
+    module, inputs = module_inputs('cpu')
+    flags = Namespace(family='deformable')
+    assert not step.lacks_operator(flags, 'cpu', lambda: module(*inputs))
+    assert step.lacks_operator(flags, 'cpu', lambda: None)
+    assert not step.lacks_operator(Namespace(family='detr'), 'cpu', lambda: None)
