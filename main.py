@@ -34,7 +34,7 @@ from engine import (
     rehearse,
     train_one_epoch,
 )
-from models import add_model_args, build_model, level_strides
+from models import add_model_args, build_model, check_backbone, level_strides
 from models.detector import class_map_of
 from models.flags import NUM_CLASSES
 from models.ops.functions import describe as describe_kernels
@@ -174,6 +174,7 @@ def read_data(args: Namespace, given: frozenset[str]) -> tuple[dict, dict[str, D
         check_run_args(args)
         checkpoint = find_checkpoint(args, restarted)
         adopt_recorded(args, given, checkpoint, get_args_parser())
+        check_backbone(args)
         seed_everything(args.seed + get_rank())
         class_map = ClassMap.from_dict(checkpoint['class_map']) if 'class_map' in checkpoint else None
         if args.eval and class_map is None and checkpoint:

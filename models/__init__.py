@@ -8,7 +8,7 @@ from argparse import Namespace
 
 from torch import nn
 
-from .backbone import Joiner, build_backbone
+from .backbone import Backbone, Joiner, build_backbone
 from .conditional_detr import ConditionalDecoder, ConditionalDecoderLayer
 from .defaults import backbone_maps, has_pyramid, level_strides, resolve_args, returned_maps
 from .deformable_detr import DeformableDETR
@@ -60,6 +60,7 @@ __all__ = [
     'build_model',
     'build_postprocessors',
     'build_transformer',
+    'check_backbone',
     'family_default',
     'level_strides',
     'resolve_args',
@@ -160,6 +161,30 @@ def build_masks(args: Namespace, num_channels: list[int]) -> dict[str, nn.Module
     return build_mask_heads(args.hidden_dim, args.nheads, num_channels[-2::-1])
 
 
+def backbone_of(args: Namespace, weights: str) -> Backbone:
+    """Build the backbone that settled flags ask for, with weights as `build_backbone` takes them."""
+    return build_backbone(
+        args.backbone,
+        weights=weights,
+        dilation=args.dilation,
+        norm=args.backbone_norm,
+        stages=returned_maps(args),
+        train=getattr(args, 'lr_backbone', None) != 0,
+        drop_path_rate=args.drop_path_rate,
+        frozen_stages=args.backbone_frozen_stages,
+    )
+
+
+def check_backbone(args: Namespace) -> None:
+    """Refuse a network of timm that is no backbone. It must be built to see that.
+
+    Raises:
+        UserError: so it is.
+    """
+    if args.backbone.startswith('timm/'):
+        backbone_of(args, 'none')
+
+
 def build_detector(
     args: Namespace, num_queries: dict[str, int], query_sources: nn.ModuleDict | None = None
 ) -> nn.Module:
@@ -171,16 +196,7 @@ def build_detector(
         query_sources: modules that add query groups while training.
     """
     backbone = Joiner(
-        build_backbone(
-            args.backbone,
-            weights=args.backbone_weights,
-            dilation=args.dilation,
-            norm=args.backbone_norm,
-            stages=returned_maps(args),
-            train=getattr(args, 'lr_backbone', None) != 0,
-            drop_path_rate=args.drop_path_rate,
-            frozen_stages=args.backbone_frozen_stages,
-        ),
+        backbone_of(args, args.backbone_weights),
         build_position_encoding(
             args.position_embedding,
             args.hidden_dim,

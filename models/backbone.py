@@ -1,6 +1,6 @@
 """
-Backbones: torchvision's ResNet and MobileNetV2, Swin (`swin.py`), ViT (`vit.py`), and any feature network of timm as
-`timm/NAME`.
+Backbones: torchvision's ResNet and MobileNetV2, Swin (`swin.py`), ViT (`vit.py`), and networks of timm with maps of strides
+4, 8, 16 and 32 as `timm/NAME`.
 
 The backbone holds the mean and standard deviation that its weights were trained with. It normalises uint8 images on
 the device, and takes floating-point images as normalised already. Parameter names under `backbone.0.body` are
@@ -39,6 +39,7 @@ RESNETS = (
 # Networks of torchvision with `features`: the last module of each stage, of strides 4, 8, 16, 32 (as layer1..layer4 of a ResNet).
 FEATURE_STAGES = {'mobilenet_v2': ('3', '6', '13', '18')}
 NORM_LAYERS = {'frozen': FrozenBatchNorm2d, 'batch': nn.BatchNorm2d, 'group': partial(nn.GroupNorm, 32)}
+ODD_SIZE = (97, 161)  # height and width of an image that is no multiple of any window or stride
 
 
 class Backbone(nn.Module):
@@ -306,11 +307,21 @@ def build_vit(name: str, weights: str, drop_path_rate: float) -> Backbone:
 
 
 def build_timm(name: str, weights: str, dilation: bool, norm: str, stages: range) -> Backbone:
+    """Build a feature network of timm's registry, and refuse one whose maps a detector cannot use.
+
+    Names of its other sources, a hub or a folder, are refused wherever they come from: no program could build the detector
+    of such a checkpoint without contacting or reading what the checkpoint names.
+    """
     try:
         import timm
         from timm.layers import freeze_batch_norm_2d
     except ImportError as error:
         raise UserError(f'--backbone timm/{name} needs timm: pip install timm') from error
+    if not timm.is_model(name) or set(name) & set('/\\:'):
+        raise UserError(
+            f'--backbone timm/{name} is not in the registry of timm {timm.__version__} (timm.list_models() has its names): for '
+            'other weights of a network that is, pass their file as --backbone_weights'
+        )
     if norm == 'group':
         raise UserError(
             '--backbone_norm group is for torchvision backbones; timm networks keep their own norms'
@@ -335,8 +346,9 @@ def build_timm(name: str, weights: str, dilation: bool, norm: str, stages: range
                 out_indices=[stage - 5 for stage in stages],
                 **options,
             )
-    except (RuntimeError, IndexError, pickle.UnpicklingError) as error:
-        raise UserError(f'--backbone timm/{name} --backbone_stages {stages[-1]}: {error}') from error
+    except (RuntimeError, IndexError, AssertionError, TypeError, pickle.UnpicklingError) as error:
+        flag = ' --dilation' if dilation else ''
+        raise UserError(f'--backbone timm/{name} --backbone_stages {stages[-1]}{flag}: {error}') from error
     except (
         Exception
     ) as error:  # huggingface_hub lets errors of its HTTP library through, httpx or another version of it
@@ -344,7 +356,31 @@ def build_timm(name: str, weights: str, dilation: bool, norm: str, stages: range
             raise
         raise UserError(no_download(f'timm/{name}', error)) from error
     body = TimmBody(network)
+    check_timm(body, name, [16 if dilation and stage == 4 else 2 ** (stage + 1) for stage in stages])
     if norm == 'frozen':
         body = freeze_batch_norm_2d(body)
     config = network.pretrained_cfg
     return Backbone(body, network.feature_info.channels(), config['mean'], config['std'])
+
+
+def check_timm(body: TimmBody, name: str, strides: list[int]) -> None:
+    """Refuse a network that has other strides, or that does not take images of any size.
+
+    Raises:
+        UserError: so it is.
+    """
+    found = body.network.feature_info.reduction()
+    try:
+        if found != strides:
+            raise ValueError(f'its maps have strides {found}, not {strides}')
+        with torch.no_grad():
+            maps = body.eval()(torch.zeros(1, 3, *ODD_SIZE)).values()
+        if [x.shape[1] for x in maps] != body.network.feature_info.channels():
+            raise ValueError(f'its maps have shapes {[tuple(x.shape) for x in maps]}')
+    except Exception as error:  # whatever a network raises that is made for images of one size
+        raise UserError(
+            f'--backbone timm/{name} is no backbone of a detector here, which needs maps of strides 4, 8, 16 and 32 of images of '
+            f'any size ({str(error) or type(error).__name__}): take a convolutional network of timm, or swin_tiny, vit_large '
+            'and the like, which are not from timm'
+        ) from error
+    body.train()

@@ -130,7 +130,7 @@ def add_model_args(parser: ArgumentParser) -> None:
     backbone.add_argument('--backbone', default='resnet50', metavar='NAME',
                           help='network that extracts features: resnet10, any ResNet of torchvision (resnet18 ... resnet152, '
                                'resnext..., wide_resnet...), mobilenet_v2, swin_tiny, swin_small, swin_base, swin_large (the last '
-                               'two also with _window12), or timm/NAME for any feature network of timm (default: %(default)s)')  # fmt: skip
+                               'two also with _window12), or timm/NAME for most convolutional networks of timm (default: %(default)s)')  # fmt: skip
     backbone.add_argument('--backbone_weights', '--pretrained_backbone_path', default='imagenet', metavar='SOURCE',
                           help='initial weights of the backbone: imagenet (downloaded), none (random), or a file of a state dict '
                                'under the names of torchvision, timm or official Swin; not read when a checkpoint is loaded '

@@ -7,7 +7,12 @@ import pytest
 import torch
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+import main
+from datasets.class_map import ClassMap
 from models.backbone import build_backbone
+from models.detector import load_detector
+from tests.models import SMALL
+from tests.runs import parse
 from tests.shared_data import SHARED, needs_shared
 from util.errors import UserError
 from util.nested_tensor import nested_tensor_from_tensor_list
@@ -37,14 +42,73 @@ def test_last_map(name: str, dilation: bool, stages: int, channels: int, cells: 
     assert backbone.num_channels == [channels]
 
 
-@pytest.mark.parametrize(
-    'name', ['resnet18', 'tf_efficientnet_lite0', 'convnext_atto', 'swin_tiny_patch4_window7_224']
-)
-def test_any_timm_network(name: str) -> None:
+@pytest.mark.parametrize('name', ['resnet18', 'tf_efficientnet_lite0', 'convnext_atto', 'mambaout_femto'])
+def test_networks_of_timm(name: str) -> None:
     pytest.importorskip('timm')
     backbone = build_backbone(f'timm/{name}', 'none', False, 'frozen', LAST, train=True)
     x = features(backbone, size=224)
     assert x.shape == (1, backbone.num_channels[0], 7, 7)
+
+
+@pytest.mark.parametrize(
+    ('name', 'reason'),
+    [
+        ('vit_tiny_patch16_224', r'strides \[16\], not \[32\]'),
+        ('vit_small_patch14_dinov2', r'strides \[14\], not \[32\]'),
+        ('vit_small_patch16_dinov3', r'strides \[16\], not \[32\]'),
+        ('swin_tiny_patch4_window7_224', "height .* doesn't match"),
+        ('swinv2_tiny_window8_256', "height .* doesn't match"),
+        ('hiera_tiny_224', 'dimension'),
+        ('hrnet_w18_small', 'dimension'),
+    ],
+)
+def test_networks_of_timm_that_are_no_backbones(name: str, reason: str) -> None:
+    """They are made for one size or one stride; told by what they do, not by their names."""
+    pytest.importorskip('timm')
+    with torch.device('meta'), pytest.raises(UserError, match=f'timm/{name} is no backbone .*{reason}'):
+        build_backbone(f'timm/{name}', 'none', False, 'frozen', LAST, train=True)
+
+
+def test_a_network_of_timm_that_cannot_dilate() -> None:
+    pytest.importorskip('timm')
+    with torch.device('meta'), pytest.raises(UserError, match='timm/vgg11 --backbone_stages 4 --dilation'):
+        build_backbone('timm/vgg11', 'none', True, 'frozen', LAST, train=True)
+
+
+def test_no_backbone_is_told_before_data_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip('timm')
+    monkeypatch.setattr(main, 'build_datasets', None)
+    with pytest.raises(UserError, match='timm/vit_tiny_patch16_224 is no backbone'):
+        main.main(parse('', '--backbone', 'timm/vit_tiny_patch16_224'))
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'hf-hub:timm/resnet18',
+        'hf_hub:timm/resnet18',
+        'local-dir:.',
+        'resnet18.x/../y',
+        '/tmp',
+        'resnet18.a:b',
+    ],
+)
+@pytest.mark.parametrize('program', ['load_detector', 'main'])
+def test_a_file_names_networks_of_the_registry_alone(
+    name: str, program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other sources are refused without a look at them."""
+    timm = pytest.importorskip('timm')
+    monkeypatch.setattr(timm, 'create_model', None)
+    args = SMALL | {'conditional': True, 'backbone': f'timm/{name}'}
+    torch.save(
+        {'args': args, 'model': {}, 'class_map': ClassMap.coco().to_dict()}, tmp_path / 'checkpoint.pth'
+    )
+    with pytest.raises(UserError, match='is not in the registry of timm'):
+        if program == 'main':
+            main.main(parse('', '--eval', '--resume', str(tmp_path / 'checkpoint.pth'), flags='--device cpu'))
+        else:
+            load_detector(weights=tmp_path / 'checkpoint.pth')
 
 
 @pytest.mark.parametrize(

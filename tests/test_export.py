@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from datasets.shapes import ShapesDetection
 from datasets.shapes import export as write_shapes
 from models.detector import load_detector
+from models.proposals import BestProposals
+from tests.models import FAMILIES as MODELS
+from tests.models import build
 from tests.runs import TINY, run
 from tools import export
 from util.flags import run_command
@@ -21,8 +25,8 @@ FAMILIES = {
     'detr': PLAIN,
     'two stages': f'{PLAIN} --two_stage --with_box_refine --num_feature_levels 3',
     'deformable': f'{PLAIN} --deformable --num_feature_levels 3',
-    'hybrid': f'{PLAIN} --two_stage --with_box_refine --mixed_selection --hybrid_k 2 --hybrid_queries 20 --num_feature_levels 3',
-    'dino': f'{PLAIN} --dino --num_feature_levels 3',
+    'hybrid': f'{PLAIN} --two_stage --with_box_refine --mixed_selection --hybrid_k 2 --hybrid_queries 20 --num_feature_levels 2',
+    'dino': f'{PLAIN} --dino --num_feature_levels 1 --dec_layers 1',
     'mixed': f'{PLAIN} --two_stage --with_box_refine --use_ms_detr --num_feature_levels 3',
     'swin': f'{TRANSFORMER.replace("resnet10", "swin_tiny")} --two_stage --with_box_refine --num_feature_levels 3',
     'vit': f'{TRANSFORMER.replace("resnet10", "vit_mini")} --dino --num_feature_levels 5',
@@ -46,7 +50,10 @@ def exported(checkpoint: Path, output: Path, *more: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'family',
-    [pytest.param(name, marks=() if name == 'hybrid' else pytest.mark.exhaustive) for name in FAMILIES],
+    [
+        pytest.param(name, marks=() if name in ('hybrid', 'dino') else pytest.mark.exhaustive)
+        for name in FAMILIES
+    ],
 )
 def test_onnx_equals_torch(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -87,6 +94,32 @@ def test_other_proposals_move_every_query_and_are_judged_by_their_scores(tmp_pat
     assert torch.cdist(moved[0], logits[0]).amin(1).min() > 0
     program.expected(images, torch.zeros_like(best))
     assert program.selection.difference > 0
+
+
+@pytest.mark.parametrize('family', ['two stages', 'dino'])
+def test_a_program_makes_the_choice_of_its_transformer(family: str) -> None:
+    """Whatever the transformer passes to it."""
+
+    class Worst(BestProposals):
+        def __call__(self, scores: Tensor, num_proposals: int, largest: bool = False) -> Tensor:
+            return scores.topk(num_proposals, dim=1, largest=largest).indices
+
+    model = build(MODELS[family])[0].eval()
+    model.transformer.choose_proposals = Worst()
+    images = export.draw_images(2, 128, 96)
+    with torch.no_grad():
+        expected = model(images)
+        program = export.Program(model, None).eval()
+        program.tell_proposals()
+        logits, boxes, taken = program(images)
+    assert torch.equal(logits, expected['pred_logits']) and torch.equal(boxes, expected['pred_boxes'])
+    scores = torch.rand(2, taken.max() + 1)
+    choose = program.selection
+    assert choose is model.transformer.choose_proposals
+    choose.asked = scores.topk(3, dim=1).indices
+    assert torch.equal(choose(scores, 3, largest=True), choose.asked) and choose.difference == 0
+    choose(scores, 3)
+    assert choose.difference > 0
 
 
 @pytest.mark.slow
