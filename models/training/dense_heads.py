@@ -177,7 +177,8 @@ def assign_by_iou(
         return assigned
     best_of_object = iou.amax(1, keepdim=True)
     given = (iou == best_of_object) & (best_of_object >= negative)
-    numbers = torch.arange(len(objects), device=objects.device)[:, None]
+    # 16 bits: a quarter of the memory and of the time.
+    numbers = torch.arange(len(objects), dtype=torch.int16, device=objects.device)[:, None]
     last = torch.where(given, numbers, -1).amax(0)  # -1: no object's best box
     return torch.where(last >= 0, last, assigned)
 
