@@ -341,7 +341,7 @@ def test_masks_are_made_a_few_at_a_time(kind: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(postprocess, 'PIXELS_AT_A_TIME', pixels)
     with LargestTensor() as largest:
         (encoded,) = make([one], *arguments, encode_masks)
-    assert largest.bytes <= 2 * 4 * pixels, 'a grid has two numbers a pixel'
+    assert largest.bytes <= 2 * low.element_size() * pixels, 'a grid has two numbers a pixel'
     (plain,) = make([one], *arguments)
     assert torch.equal(plain.pop('masks'), expected) and 'segmentation' not in plain
     assert torch.equal(torch.stack([*decode_masks(encoded.pop('segmentation'))]), expected[:, 0])
@@ -369,7 +369,8 @@ def test_masks_of_a_photograph_do_not_fill_the_memory(
     monkeypatch.setattr(postprocess, 'PIXELS_AT_A_TIME', 600 * 800)
     with LargestTensor() as largest:
         evaluate(model, postprocessors, [collate_fn([sample])], evaluator)
-    assert largest.bytes <= 2 * 4 * 600 * 800, 'twenty at once take 20 * 4'
+    number = torch.get_default_dtype().itemsize
+    assert largest.bytes <= 2 * number * 600 * 800, 'twenty at once take ten times as much'
     detector = Detector(model, postprocessors, class_map, args)
     masks = detector.detect(image)['masks']
     assert encode_masks(masks) == seen[0][7]['segmentation'] and len(masks) == 20
@@ -387,6 +388,6 @@ def test_masks_of_a_photograph_do_not_fill_the_memory(
     ]
     with LargestTensor() as largest:
         predict.main(predict.get_args_parser().parse_args(words))
-    assert largest.bytes <= 3 * 4 * 600 * 800, 'the drawing'
+    assert largest.bytes <= 3 * number * 600 * 800, 'the drawing'
     rows = json.loads((tmp_path / 'out/predictions.json').read_text())
     assert [row['segmentation'] for row in rows] == seen[0][7]['segmentation']
