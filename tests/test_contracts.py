@@ -10,6 +10,7 @@ import torch
 import datasets
 from datasets.class_map import ClassMap
 from datasets.image_dataset import ImageDataset
+from datasets.transforms import AUGMENTATIONS
 from main import get_args_parser
 from models import build_model
 from models.backbone import RESNETS, build_backbone
@@ -126,3 +127,11 @@ def test_a_resnext_trains() -> None:
     losses = criterion(model.train()(torch.randn(1, 3, 64, 64), targets), targets)
     losses['loss_bbox'].backward()
     assert model.backbone[0].body.layer4[0].conv2.weight.grad.abs().sum() > 0
+
+
+def test_help_describes_an_augmentation_that_was_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(AUGMENTATIONS, 'mosaic', 'four images as one')
+    text = ' '.join(help_text(get_args_parser(), 'data').split())
+    assert '{detr,flip,none,co_detr,lsj,mosaic}' in text and 'lsj: large-scale jitter' in text
+    assert 'mosaic: four images as one (default: detr)' in text
+    assert 'training image with --aug detr or co_detr, pixels' in text
