@@ -61,6 +61,7 @@ from util.distributed.collectives import (
 from util.distributed.heartbeat import Heartbeat
 from util.distributed.parallel import broadcast_from_main, replicate, shard
 from util.distributed.preemption import Interrupted, StopRequests, was_restarted
+from util.download import HTTP_ALLOWED
 from util.ema import WeightAverage
 from util.errors import FileError
 from util.files import (
@@ -94,6 +95,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: Namespace) -> None:
     given = getattr(args, 'given', frozenset(vars(args)))
+    HTTP_ALLOWED.set(args.allow_http)
     args = resolve_all(with_row(args, given) if args.model else args)
     if args.dry_run or args.check_data:
         init_distributed(torch.device('cpu'), args.dist_url)

@@ -8,7 +8,6 @@ torchvision's, or the official ones of Swin and ViT.
 """
 
 import pickle
-import urllib.error
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from util.distributed.collectives import is_main_process
+from util.distributed.preemption import interruptible
+from util.download import download, is_address
 from util.errors import UserError
 from util.nested_tensor import NestedTensor, resize_mask
 from util.weight_files import read_checkpoint, state_of
@@ -220,14 +221,20 @@ def torchvision_network(name: str, weights: str, **options: object) -> nn.Module
             raise UserError('resnet10 has no ImageNet weights: give --backbone_weights none or FILE')
         network = ResNet(BasicBlock, [1, 1, 1, 1], **options)
         return network if weights == 'none' else load_backbone_file(network, weights)
-    if weights == 'imagenet':
-        pretrained = 'IMAGENET1K_V1' if is_main_process() else None
-        try:
-            return torchvision.models.get_model(name, weights=pretrained, **options)
-        except (urllib.error.URLError, OSError) as error:
-            raise UserError(no_download(name, error)) from error
     network = torchvision.models.get_model(name, weights=None, **options)
-    return network if weights == 'none' else load_backbone_file(network, weights)
+    if weights == 'none' or (weights == 'imagenet' and not is_main_process()):
+        return network
+    if weights == 'imagenet':
+        weights = fetch_imagenet(name, torchvision.models.get_model_weights(name)['IMAGENET1K_V1'].url)
+    return load_backbone_file(network, weights)
+
+
+def fetch_imagenet(name: str, url: str) -> str:
+    """Return the path of the fetched weights of a network."""
+    try:
+        return str(download(url))
+    except UserError as error:
+        raise UserError(no_download(name, error)) from error
 
 
 def no_download(name: str, error: Exception) -> str:
@@ -281,7 +288,7 @@ def build_swin(name: str, weights: str, stages: range, drop_path_rate: float, fr
     """Build a Swin backbone. Only the main process downloads weights from a URL."""
     body = SwinTransformer(SWIN_SIZES[name], stages, drop_path_rate, frozen_stages)
     source = WEIGHTS_URL.format(SWIN_SIZES[name].weights) if weights == 'imagenet' else weights
-    if source != 'none' and (is_main_process() or not source.startswith(('http://', 'https://'))):
+    if source != 'none' and (is_main_process() or not is_address(source)):
         load_pretrained(body, source)
     return Backbone(body, body.num_channels)
 
@@ -309,23 +316,33 @@ def build_timm(name: str, weights: str, dilation: bool, norm: str, stages: range
             '--backbone_norm group is for torchvision backbones; timm networks keep their own norms'
         )
     options = {'output_stride': 16} if dilation else {}
+    if weights == 'imagenet' and is_main_process() and timm.is_model_pretrained(name):
+        published = timm.get_pretrained_cfg(name)
+        if not published.hf_hub_id:
+            weights = fetch_imagenet(f'timm/{name}', published.url)
     if weights not in ('imagenet', 'none'):
         if not Path(weights).is_file():
             raise UserError(f'--backbone_weights {weights}: no such file')
         read_checkpoint(weights)  # refuse a damaged file in our words
         options['pretrained_cfg_overlay'] = {'file': weights}
+    pretrained = weights != 'none' and (weights != 'imagenet' or is_main_process())
     try:
-        network = timm.create_model(
-            name,
-            pretrained=weights != 'none',
-            features_only=True,
-            out_indices=[stage - 5 for stage in stages],
-            **options,
-        )
-    except (urllib.error.URLError, OSError) as error:
-        raise UserError(no_download(f'timm/{name}', error)) from error
+        with interruptible():  # timm fetches by huggingface_hub, which checks lengths and has timeouts
+            network = timm.create_model(
+                name,
+                pretrained=pretrained,
+                features_only=True,
+                out_indices=[stage - 5 for stage in stages],
+                **options,
+            )
     except (RuntimeError, IndexError, pickle.UnpicklingError) as error:
         raise UserError(f'--backbone timm/{name} --backbone_stages {stages[-1]}: {error}') from error
+    except (
+        Exception
+    ) as error:  # huggingface_hub lets errors of its HTTP library through, httpx or another version of it
+        if not isinstance(error, OSError) and not type(error).__module__.startswith('httpx'):
+            raise
+        raise UserError(no_download(f'timm/{name}', error)) from error
     body = TimmBody(network)
     if norm == 'frozen':
         body = freeze_batch_norm_2d(body)

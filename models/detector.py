@@ -14,6 +14,7 @@ from models.recorded import settle
 from models.zoo import find_row
 from util.checkpoint import flags_of, load_checkpoint
 from util.distributed.collectives import choose_device
+from util.download import add_http_flag
 from util.errors import UserError
 from util.foreign_names import COCO_IDS, to_official
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
@@ -119,6 +120,7 @@ def add_detector_args(parser: ArgumentParser) -> None:
         '--model', default='', metavar='NAME',
         help='hub entry or recipe whose model to build, with its published weights if no file is named',
     )  # fmt: skip
+    add_http_flag(parser)
 
 
 def check_detector_args(args: Namespace) -> None:

@@ -9,6 +9,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from models.backbone import build_backbone
 from tests.shared_data import SHARED, needs_shared
+from util.errors import UserError
 from util.nested_tensor import nested_tensor_from_tensor_list
 
 LAST = range(4, 5)  # the map of the last stage alone
@@ -112,13 +113,36 @@ def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
         build_backbone('resnet18', str(tmp_path / 'other.pth'), False, 'frozen', LAST, train=True)
 
 
-def test_no_download_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*args: object, **kwargs: object) -> None:
-        raise OSError('no route to host')
+class NoAnswer(Exception):
+    """As the HTTP library of huggingface_hub raises it."""
 
-    monkeypatch.setattr('torchvision.models.get_model', offline)
-    with pytest.raises(ValueError, match='--backbone_weights FILE, or none'):
-        build_backbone('resnet50', 'imagenet', False, 'frozen', LAST, train=True)
+    __module__ = 'httpx._exceptions'
+
+
+@pytest.mark.parametrize(
+    ('name', 'error'),
+    [
+        ('resnet50', UserError),
+        ('timm/legacy_xception', UserError),
+        ('timm/resnet18', OSError),
+        ('timm/resnet18', NoAnswer),
+    ],
+)
+def test_no_download_is_explained(
+    name: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Our own, and that of huggingface_hub, which has most of timm's files."""
+
+    def offline(*args: object, **kwargs: object) -> None:
+        raise error('no route to host')
+
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    place = 'util.download.fetch' if error is UserError else 'timm.create_model'
+    if name.startswith('timm/'):
+        pytest.importorskip('timm')
+    monkeypatch.setattr(place, offline)
+    with pytest.raises(UserError, match=r'no route to host.*--backbone_weights FILE, or none'):
+        build_backbone(name, 'imagenet', False, 'frozen', LAST, train=True)
 
 
 @pytest.mark.parametrize('norm', ['frozen', 'batch'])

@@ -13,10 +13,10 @@ from models import build_model
 from tests.models import SMALL, TWO_STAGE
 from tests.rule import fill
 from tests.shared_data import SHARED, needs_shared, read_shared
-from util.checkpoint import load_checkpoint, save_checkpoint
+from util.checkpoint import load_checkpoint
 from util.foreign_names import TRANSFORMERS_DEFORMABLE, rename, to_official
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
-from util.weight_files import download, read_checkpoint
+from util.weight_files import read_checkpoint
 
 FLAGS = {'detr': {}, 'conditional_detr': {'conditional': True}, 'deformable_detr': {'deformable': True}}
 
@@ -79,20 +79,6 @@ def test_files_with_a_namespace_of_flags_are_read(tmp_path: Path) -> None:
         {'model': {'a': torch.ones(2)}, 'args': Namespace(lr=1e-4), 'epoch': 3}, tmp_path / 'official.pth'
     )
     assert read_checkpoint(tmp_path / 'official.pth')['args'].lr == 1e-4
-
-
-def test_addresses_are_fetched_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
-    save_checkpoint(tmp_path / 'weights.pth', {'model': {'a': torch.ones(2)}})
-    address = (tmp_path / 'weights.pth').as_uri()
-    path = download(address)
-    (tmp_path / 'weights.pth').unlink()
-    assert download(address) == path and torch.equal(read_checkpoint(path)['model']['a'], torch.ones(2))
-    save_checkpoint(tmp_path / 'weights-00000000.pth', {'model': {}})
-    with pytest.raises((ValueError, RuntimeError), match='hash'):
-        download((tmp_path / 'weights-00000000.pth').as_uri())
-    with pytest.raises(ValueError, match='could not be fetched'):
-        download((tmp_path / 'absent.pth').as_uri())
 
 
 def transformers_model(conditional: bool) -> nn.Module:

@@ -25,7 +25,7 @@ def printed(flags: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
 def test_nothing_is_read_downloaded_or_written(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda *arguments: pytest.fail('downloads'))
+    monkeypatch.setattr('util.download.fetch', lambda *arguments: pytest.fail('downloads'))
     main.main(
         parse(
             tmp_path / 'out',

@@ -1,12 +1,9 @@
 """tools/predict.py: images, addresses and films in; drawings, JSON, CSV and YOLO's text out."""
 
-import contextlib
 import csv
 import functools
 import http.server
 import json
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import PIL.ExifTags
@@ -18,6 +15,7 @@ from datasets.foreign import read_yolo
 from datasets.shapes import ShapesDetection
 from models.detector import load_detector
 from tests.runs import run
+from tests.web import served
 from tools import predict
 from util.flags import run_command
 
@@ -195,23 +193,21 @@ def test_images_of_other_sizes_share_a_batch(trained: Path, tmp_path: Path) -> N
     assert len(list(tmp_path.rglob('*.png'))) == 3
 
 
-@contextlib.contextmanager
-def served(folder: Path) -> Iterator[str]:
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f'http://127.0.0.1:{server.server_port}'
-        server.shutdown()
-
-
-def test_an_address(trained: Path, tmp_path: Path) -> None:
-    with served(trained / 'images') as address:
-        predicted(*words(trained, f'{address}/2.jpg', tmp_path))
+def test_an_address(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(trained))
+    with served(handler) as server:
+        address = f'{server}/images'
+        for checkpoint in (trained / 'checkpoint.pth', f'{server}/checkpoint.pth'):
+            with pytest.raises(SystemExit, match=r'http://.* is not fetched, since .*add --allow_http'):
+                predicted(*words(trained, f'{address}/2.jpg', tmp_path, '--checkpoint', str(checkpoint)))
+        monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'hub'))
+        weights = ['--checkpoint', f'{server}/checkpoint.pth', '--allow_http']
+        predicted(*words(trained, f'{address}/2.jpg', tmp_path, *weights))
         assert {row['file_name'] for row in json.loads((tmp_path / 'predictions.json').read_text())} == {
             '2.jpg'
         }
         with pytest.raises(SystemExit, match=r'gone\.jpg could not be fetched'):
-            predicted(*words(trained, f'{address}/gone.jpg', tmp_path))
+            predicted(*words(trained, f'{address}/gone.jpg', tmp_path, '--allow_http'))
 
 
 def test_a_film(trained: Path, tmp_path: Path) -> None:

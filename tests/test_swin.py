@@ -231,11 +231,11 @@ def test_imagenet_weights_are_fetched_once(monkeypatch: pytest.MonkeyPatch, tmp_
     """By the main process, into torch.hub's folder, from the official address."""
     fetched = []
 
-    def fetch(url: str, path: str, *args: object, **kwargs: object) -> None:
+    def fetch(url: str, path: Path, *args: object) -> None:
         fetched.append(url)
         torch.save({'model': official_file(SwinTransformer(SMALL, range(1, 5)))}, path)
 
-    monkeypatch.setattr('torch.hub.download_url_to_file', fetch)
+    monkeypatch.setattr('util.download.fetch', fetch)
     monkeypatch.setattr('torch.hub.get_dir', lambda: str(tmp_path))
     monkeypatch.setattr('models.backbone.is_main_process', lambda: False)
     build_small(monkeypatch, 'imagenet')
@@ -251,7 +251,7 @@ def test_no_download_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     def offline(*args: object, **kwargs: object) -> None:
         raise OSError('no route to host')
 
-    monkeypatch.setattr('torch.hub.download_url_to_file', offline)
+    monkeypatch.setattr('urllib.request.OpenerDirector.open', offline)
     monkeypatch.setattr('torch.hub.get_dir', lambda: str(tmp_path))
     with pytest.raises(ValueError, match=r'--backbone_weights: https://.*no route to host.*pass its path'):
         build_small(monkeypatch, 'imagenet')

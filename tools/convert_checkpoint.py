@@ -24,6 +24,7 @@ from models.detector import class_map_of
 from models.recorded import settle
 from models.zoo import find_row
 from util.checkpoint import MASKS, TRAINING_ONLY, flags_of, save_checkpoint
+from util.download import add_http_flag
 from util.errors import UserError
 from util.files import save_atomically
 from util.flags import FlagParser, run_command
@@ -59,6 +60,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         '--model', default='', metavar='NAME',
         help='hub entry or recipe whose flags the weights have, for --to transformers and a file without flags',
     )  # fmt: skip
+    add_http_flag(parser)
     return parser
 
 

@@ -39,6 +39,7 @@ from datasets.foreign import shown_box
 from datasets.image_io import SUFFIXES, orientation, read_image
 from models.detector import Detector, add_detector_args, check_detector_args, load_detector
 from util.bounds import real, whole
+from util.download import fetch, is_address
 from util.errors import UserError
 from util.files import make_folder, save_atomically
 from util.flags import FlagParser, run_command
@@ -219,11 +220,7 @@ def fetch_image(url: str, folder: Path) -> Path:
         UserError: it cannot be fetched.
     """
     path = folder / (Path(urlparse(url).path).name or 'image')
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(url, str(path), progress=False)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f'{url} could not be fetched ({error}): check the address') from error
+    fetch(url, path)
     return path
 
 
@@ -353,8 +350,7 @@ def main(args: Namespace) -> None:
     folder = Path(args.output_dir)
     is_camera = args.source.partition(':')[0] == 'webcam'
     is_film = is_camera or args.source.lower().endswith(FILMS)
-    is_address = args.source.startswith(('http://', 'https://'))
-    images = [] if is_film or is_address else find_images(args.source)
+    images = [] if is_film or is_address(args.source) else find_images(args.source)
     check_detector_args(args)
     if is_film:
         import_av()
@@ -373,7 +369,7 @@ def main(args: Namespace) -> None:
         write_results(folder, rows, args.formats, {}, {}, class_map.label_of)
         print(f'the drawn film and {len(rows)} detections lie in {folder}')
         return
-    if is_address:
+    if is_address(args.source):
         images = [fetch_image(args.source, folder / 'fetched')]
     names, sizes, rows = names_below(images), {}, []
     stems, ids, paths = stems_of(names), ids_of(names), dict(zip(names, images, strict=True))

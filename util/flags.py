@@ -13,6 +13,7 @@ from typing import Any
 
 from util.bounds import check_bounds, whole
 from util.distributed.collectives import get_world_size
+from util.download import HTTP_ALLOWED, add_http_flag
 from util.errors import UserError
 from util.trackers import check_trackers
 
@@ -71,6 +72,7 @@ def run_command(
     exception is a fault of the code and keeps its traceback.
     """
     args = parser.parse_args(argv)
+    HTTP_ALLOWED.set(getattr(args, 'allow_http', False))
     try:
         check_bounds(args, parser)
         found = program(args)
@@ -188,6 +190,7 @@ def add_run_args(parser: ArgumentParser) -> None:
         '--pretrained', default='', metavar='FILE',
         help='start from these weights (path or address); heads of another number of classes start anew',
     )  # fmt: skip
+    add_http_flag(group)
     group.add_argument(
         '--frozen_weights', metavar='FILE',
         help='start from these weights of boxes, and train the heads of --masks alone',

@@ -11,17 +11,16 @@ import pickle
 import re
 import types
 import zipfile
-import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
-from urllib.parse import urlparse
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from util.download import download, is_address
 from util.errors import UserError
 from util.logger import print_main
 
@@ -166,7 +165,7 @@ def read_checkpoint(source: str | Path) -> dict:
     Raises:
         UserError: there is no such file, or it holds no dictionary of weights; the message names it.
     """
-    path = download(str(source)) if str(source).startswith(('http://', 'https://')) else Path(source)
+    path = download(str(source)) if is_address(source) else Path(source)
     if path.is_dir():
         return read_folder(path)
     if not path.is_file():
@@ -308,23 +307,3 @@ def read_json(path: Path) -> dict:
     if not isinstance(found, dict):
         raise UserError(f'{path} holds a {type(found).__name__}, not an object')
     return found
-
-
-def download(url: str) -> Path:
-    """Fetch a file once; eight hex digits at the end of its name are checked against its SHA-256."""
-    name = Path(urlparse(url).path).name
-    digits = re.search(r'-([0-9a-f]{8,})\.', name)
-    if (
-        not digits
-    ):  # a name that says nothing (pytorch_model.bin) must not be taken for that of another address
-        name = f'{zlib.crc32(url.encode()):08x}_{name}'
-    path = Path(torch.hub.get_dir()) / 'checkpoints' / name
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), digits and digits[1], progress=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f'{url} could not be fetched ({error}): fetch it by hand and pass its path'
-            ) from error
-    return path

@@ -7,7 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -26,8 +29,31 @@ NEARLY_OVER = [number for number in SIGNALS if number not in (signal.SIGINT, sig
 UNFINISHED = 75  # exit status of a run that was stopped and can go on (EX_TEMPFAIL)
 
 
-class Interrupted(Exception):
-    """Agreement of all ranks to stop at this step; args: the number of the signal."""
+class Interrupted(SystemExit):
+    """All ranks have agreed to stop at this step, or this one stops while nothing is to be saved. Elsewhere it ends the program."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.code = 128 + signum
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM raise Interrupted at once in a block that waits for a network, after its former handler has heard it."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        if callable(before):
+            before(signum, frame)
+        raise Interrupted(signum)
+
+    if threading.current_thread() is not threading.main_thread():  # signals come to that one alone
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 class StopRequests:

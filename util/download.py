@@ -1,0 +1,142 @@
+"""Fetch weights and images: whole or not at all, never waiting without end, from https addresses unless the user allows others."""
+
+import hashlib
+import re
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from tqdm import tqdm
+
+from util.distributed.preemption import interruptible
+from util.errors import FileError, UserError
+from util.files import lock_folder, save_atomically, unlock
+
+TIMEOUT = 30.0  # seconds of silence after which a server counts as lost
+CHUNK = 2**20  # bytes
+HTTP_ALLOWED: ContextVar[bool] = ContextVar('HTTP_ALLOWED', default=False)  # by --allow_http of this program
+
+
+def add_http_flag(parser: Any) -> None:
+    """Declare --allow_http in a parser or a group. A program sets HTTP_ALLOWED to it."""
+    parser.add_argument(
+        '--allow_http', action='store_true',
+        help='fetch from http:// addresses too, though anybody on the way can change what comes (default: https alone)',
+    )  # fmt: skip
+
+
+def is_address(source: object) -> bool:
+    return str(source).startswith(('http://', 'https://'))
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follow an address only to those that may be fetched themselves."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        check_address(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def check_address(url: str) -> None:
+    """Refuse an address without encryption.
+
+    Raises:
+        UserError: it is not https, nor http with --allow_http.
+    """
+    scheme = urlparse(url).scheme
+    if scheme != 'https' and not (scheme == 'http' and HTTP_ALLOWED.get()):
+        more = ', or add --allow_http' * (scheme == 'http')
+        raise UserError(f'{url} is not fetched, since anybody on the way could change it: use https{more}')
+
+
+def pieces(url: str, timeout: float) -> Iterator[bytes]:
+    """Yield the content of an address piece by piece.
+
+    Raises:
+        UserError: it may not or cannot be fetched, or ends before its length is reached.
+    """
+    try:
+        check_address(url)
+        request = urllib.request.Request(url, headers={'User-Agent': 'torch.hub'})
+        with urllib.request.build_opener(Redirects).open(request, timeout=timeout) as response:
+            length, received = response.headers['Content-Length'], 0
+            if length is None and not response.chunked:
+                raise ConnectionError('the server does not tell its length')
+            total = None if length is None else int(length)
+            with tqdm(total=total, unit='B', unit_scale=True, disable=None) as bar:
+                while piece := response.read(CHUNK):
+                    received += len(piece)
+                    bar.update(len(piece))
+                    yield piece
+            if total not in (None, received):
+                raise ConnectionError(f'cut off after {received} of {total} bytes')
+    except UserError:
+        raise
+    except (OSError, HTTPException, ValueError) as error:
+        raise UserError(
+            f'{url} could not be fetched ({error or type(error).__name__}): check the address, or fetch it by hand and pass its path'
+        ) from error
+
+
+@interruptible()
+def fetch(url: str, path: Path, digits: str = '', timeout: float = TIMEOUT) -> None:
+    """Fetch a file; what was at `path` stays unless it has come whole. SIGTERM ends this at once.
+
+    Args:
+        digits: the first hex digits of its SHA-256; '': not known.
+        timeout: seconds of silence after which the server counts as lost.
+
+    Raises:
+        UserError: it cannot be fetched or written, or has another SHA-256.
+    """
+    checksum = hashlib.sha256()
+
+    def save(partial_path: Path) -> None:
+        with partial_path.open('wb') as file:
+            for piece in pieces(url, timeout):
+                checksum.update(piece)
+                file.write(piece)
+        if not checksum.hexdigest().startswith(digits):
+            raise UserError(
+                f'{url} could not be fetched (its hash is {checksum.hexdigest()[: len(digits)]}, its name says {digits}): try '
+                'again, or fetch it by hand and pass its path'
+            )
+
+    save_atomically(path, save)
+
+
+@interruptible()
+def download(url: str, timeout: float = TIMEOUT) -> Path:
+    """Return the path of a file of weights in torch.hub's folder. One process fetches it, others of the machine wait for it.
+
+    Eight or more hex digits at the end of its name are checked against its SHA-256.
+
+    Raises:
+        UserError: `fetch` fails, or the folder cannot be written.
+    """
+    name = PurePosixPath(urlparse(url).path).name
+    digits = re.search(r'-([0-9a-f]{8,})\.', name)
+    if (
+        not digits
+    ):  # a name that says nothing (pytorch_model.bin) must not be taken for that of another address
+        name = f'{zlib.crc32(url.encode()):08x}_{name}'
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / name
+    if path.is_file():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(path.parent, wait=float('inf'))
+    except OSError as error:
+        raise FileError(f'{url} could not be kept ({error}): set TORCH_HOME to another folder') from error
+    try:
+        if not path.is_file():
+            fetch(url, path, digits[1] if digits else '', timeout)
+    finally:
+        unlock(lock)
+    return path
