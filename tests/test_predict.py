@@ -4,6 +4,10 @@ import csv
 import functools
 import http.server
 import json
+import os
+import shutil
+import signal
+import tracemalloc
 from pathlib import Path
 
 import PIL.ExifTags
@@ -11,10 +15,12 @@ import PIL.Image
 import pytest
 import torch
 
+import main
 from datasets.foreign import read_yolo
 from datasets.shapes import ShapesDetection
-from models.detector import load_detector
-from tests.runs import run
+from models.detector import Detector, load_detector
+from tests.processes import start
+from tests.runs import TINY, load, run
 from tests.web import served
 from tools import predict
 from util.flags import run_command
@@ -74,6 +80,76 @@ def test_all_formats_hold_the_same(trained: Path, tmp_path: Path) -> None:
         (tmp_path / 'read.txt').write_text('\n'.join(lines))
         found = [each['bbox'] for each in read_yolo(tmp_path / 'read.txt', height, width, range(6))]
         torch.testing.assert_close(torch.tensor(found), torch.tensor(own), atol=1e-3, rtol=1e-4)
+
+
+def predict_until_killed(images: int, words: list[str]) -> None:
+    """Predict, and be killed when so many images have been seen."""
+    original, seen = Detector.detect_batch, [0]
+
+    def detect_batch(detector: Detector, batch: list[torch.Tensor]) -> list[dict]:
+        if seen[0] == images:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen[0] += len(batch)
+        return original(detector, batch)
+
+    Detector.detect_batch = detect_batch
+    predicted(*words)
+
+
+def test_a_kill_keeps_what_was_done(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also beside the results of later and earlier programs."""
+    argv = words(trained, f'{trained}/images/**/*.*', tmp_path, '--formats', 'json', 'csv', 'yolo')
+    for _ in range(2):
+        process = start({}, predict_until_killed, 2, argv)
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+    left = {
+        path: path.read_text() for number in ('', '2') for path in tmp_path.glob(f'*.unfinished{number}.*')
+    }
+    assert len(left) == 4 and not (tmp_path / 'predictions.json').exists()
+    assert len(list(tmp_path.rglob('labels/*.txt'))) == 2
+    predicted(*argv)
+    assert capsys.readouterr().out.count('stays: another program writes it, or has left it') == 4
+    assert {path: path.read_text() for path in left} == left
+    assert len(list(tmp_path.glob('predictions*'))) == 6
+    rows = json.loads((tmp_path / 'predictions.json').read_text())
+    whole = {'.json': rows[: 2 * TOP], '.csv': (tmp_path / 'predictions.csv').read_text().splitlines()}
+    for path, text in left.items():
+        assert (json.loads(text) if path.suffix == '.json' else text.splitlines()) == whole[path.suffix][
+            : 2 * TOP + (path.suffix == '.csv')
+        ]
+
+
+def test_memory_does_not_grow_with_the_images(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, kept = Detector.detect_batch, []
+
+    def detect_batch(detector: Detector, batch: list[torch.Tensor]) -> list[dict]:
+        kept.append(tracemalloc.get_traced_memory()[0])
+        return original(detector, batch)
+
+    for number in range(16):
+        shutil.copy(trained / 'images/1.png', tmp_path / f'{number:02}.png')
+    monkeypatch.setattr(Detector, 'detect_batch', detect_batch)
+    tracemalloc.start()
+    predicted(*words(trained, tmp_path, tmp_path.with_name('out'), '--formats', 'json', 'csv'))
+    tracemalloc.stop()
+    assert kept[-1] - kept[5] < 10 * 5000, 'bytes of 10 images'
+
+
+def test_weights_that_are_no_numbers_are_named(trained: Path, tmp_path: Path) -> None:
+    checkpoint = load(trained)
+    checkpoint['model']['class_embed.bias'][0] = float('nan')
+    torch.save(checkpoint, tmp_path / 'bad.pth')
+    message = r'^error: .*bad\.pth: 1 of \d+ entries are not finite \(class_embed\.bias\): '
+    with pytest.raises(SystemExit, match=message):
+        predicted(*words(trained, trained / 'images', tmp_path, '--checkpoint', str(tmp_path / 'bad.pth')))
+    argv = [*TINY.split(), '--eval', '--resume', str(tmp_path / 'bad.pth')]
+    with pytest.raises(SystemExit, match=message):
+        run_command(main.main, main.get_args_parser(), argv)
 
 
 def test_thresholds_of_classes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

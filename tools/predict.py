@@ -20,7 +20,7 @@ import os
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -41,7 +41,7 @@ from models.detector import Detector, add_detector_args, check_detector_args, lo
 from util.bounds import real, whole
 from util.download import fetch, is_address
 from util.errors import UserError
-from util.files import make_folder, save_atomically
+from util.files import GrowingFile, make_folder, save_atomically
 from util.flags import FlagParser, run_command
 from util.visualize import draw_boxes
 
@@ -224,41 +224,47 @@ def fetch_image(url: str, folder: Path) -> Path:
     return path
 
 
-def write_results(
-    folder: Path,
-    rows: list[dict],
-    formats: list[str],
-    sizes: dict[str, tuple[int, int, int]],
-    stems: dict[str, str],
-    labels: dict[int, int],
-) -> None:
-    """Write detections.
+class Results:
+    """Detections in the chosen formats, written as they come: a program that is killed keeps what it has done.
 
-    Args:
-        sizes: height, width and orientation of each image by name.
-        stems: what its label file is called.
-        labels: class index of each category id.
+    labels: class index of each category id.
     """
-    if 'json' in formats:
-        save_atomically(folder / 'predictions.json', lambda path: path.write_text(json.dumps(rows)))
-    if 'csv' in formats:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator='\n')
-        writer.writerow(COLUMNS)
-        writer.writerows([*(row.get(name, '') for name in COLUMNS[:6]), *row['bbox']] for row in rows)
-        save_atomically(folder / 'predictions.csv', lambda path: path.write_text(text.getvalue()))
-    if 'yolo' in formats:
-        lines: dict[str, list[str]] = {name: [] for name in sizes}
-        for row in rows:
-            height, width, turn = sizes[row['file_name']]
-            x, y, w, h = row['bbox']
-            box = shown_box(((x + w / 2) / width, (y + h / 2) / height, w / width, h / height), turn)
-            values = ' '.join(f'{value:.6g}' for value in (*box, row['score']))
-            lines[row['file_name']].append(f'{labels[row["category_id"]]} {values}\n')
-        for name, found in lines.items():
-            save_atomically(
-                folder / 'labels' / f'{stems[name]}.txt', partial(Path.write_text, data=''.join(found))
+
+    def __init__(self, folder: Path, formats: list[str], labels: dict[int, int]) -> None:
+        self.folder, self.formats, self.labels, self.number = folder, formats, labels, 0
+        self.json = GrowingFile(folder / 'predictions.json', '[', ', ', ']')
+        self.csv = GrowingFile(folder / 'predictions.csv', csv_line(COLUMNS))
+
+    def add(self, rows: list[dict]) -> None:
+        if 'json' in self.formats:
+            self.json.add([json.dumps(row) for row in rows])
+        if 'csv' in self.formats:
+            self.csv.add(
+                [csv_line([*(row.get(name, '') for name in COLUMNS[:6]), *row['bbox']]) for row in rows]
             )
+        self.number += len(rows)
+
+    def add_image(self, rows: list[dict], stem: str, size: tuple[int, int], path: Path) -> None:
+        """Add all detections of an image. stem: what its label file is called. size: height and width, as stored in `path`."""
+        self.add(rows)
+        if 'yolo' in self.formats:
+            (height, width), turn, text = size, orientation(path), ''
+            for row in rows:
+                x, y, w, h = row['bbox']
+                box = shown_box(((x + w / 2) / width, (y + h / 2) / height, w / width, h / height), turn)
+                values = ' '.join(f'{value:.6g}' for value in (*box, row['score']))
+                text += f'{self.labels[row["category_id"]]} {values}\n'
+            save_atomically(self.folder / 'labels' / f'{stem}.txt', partial(Path.write_text, data=text))
+
+    def finish(self) -> None:
+        for file in (self.json, self.csv):
+            file.finish()
+
+
+def csv_line(values: Sequence[object]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerow(values)
+    return text.getvalue()
 
 
 def import_av() -> Any:
@@ -276,9 +282,9 @@ def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def detect_film(
-    detector: Detector, source: str, folder: Path, thresholds: Tensor, lowest: float, batch_size: int
-) -> list[dict]:
-    """Detect in every frame of a film or a webcam (of Linux), write the drawn film, and return rows with their `frame`, from 0.
+    detector: Detector, source: str, results: Results, thresholds: Tensor, lowest: float, batch_size: int
+) -> None:
+    """Detect in every frame of a film or a webcam (of Linux), and write the drawn film, and rows with their `frame`, from 0.
 
     Raises:
         UserError: it is no film.
@@ -290,7 +296,6 @@ def detect_film(
     is_camera = kind == 'webcam'
     name = 'webcam' if is_camera else Path(source).name
     image_id = ids_of([name])[name]
-    rows: list[dict] = []
 
     def write(path: Path) -> None:
         with av.open(str(path), 'w') as output:
@@ -315,18 +320,17 @@ def detect_film(
                         drawn_stream.pix_fmt = 'yuv420p'
                     array = drawing[:, :height, :width].permute(1, 2, 0).contiguous().numpy()
                     output.mux(drawn_stream.encode(av.VideoFrame.from_ndarray(array, format='rgb24')))
-                    rows.extend(row | {'frame': count} for row in found)
+                    results.add([row | {'frame': count} for row in found])
             if drawn_stream is None:
                 raise UserError(f'{source} has no frames')
             output.mux(drawn_stream.encode())
 
     try:
         with av.open(f'/dev/video{number or 0}', format='v4l2') if is_camera else av.open(source) as film:
-            save_atomically(folder / f'{Path(name).stem}.mp4', write)
+            save_atomically(results.folder / f'{Path(name).stem}.mp4', write)
     except (av.error.FFmpegError, IndexError) as error:
         known = 'no webcam that Linux can read' if is_camera else 'not a readable film'
         raise UserError(f'--source {source} is {known} ({error})') from error
-    return rows
 
 
 def drawn_and_listed(
@@ -362,18 +366,33 @@ def main(args: Namespace) -> None:
         [] if is_camera else [Path(args.source)] if is_film else images, make_folder(args.output_dir)
     )
     detector = load_detector(args.model, args.checkpoint, args.device, args.half)
-    class_map = detector.class_map
-    thresholds = thresholds_of(class_map, args.score_thr, args.class_thresholds)
+    thresholds = thresholds_of(detector.class_map, args.score_thr, args.class_thresholds)
+    results = Results(folder, args.formats, detector.class_map.label_of)
     if is_film:
-        rows = detect_film(detector, args.source, folder, thresholds, args.json_score_thr, args.batch_size)
-        write_results(folder, rows, args.formats, {}, {}, class_map.label_of)
-        print(f'the drawn film and {len(rows)} detections lie in {folder}')
+        detect_film(detector, args.source, results, thresholds, args.json_score_thr, args.batch_size)
+        results.finish()
+        print(f'the drawn film and {results.number} detections lie in {folder}')
         return
     if is_address(args.source):
         images = [fetch_image(args.source, folder / 'fetched')]
-    names, sizes, rows = names_below(images), {}, []
+    left_out = detect_images(detector, images, results, thresholds, args)
+    print(f'{len(images) - len(left_out)} drawn images and {", ".join(args.formats)} results lie in {folder}')
+    if left_out:
+        raise UserError(
+            f'{len(left_out)} of {len(images)} images were left out, the first because {left_out[0]}'
+        )
+
+
+def detect_images(
+    detector: Detector, images: list[Path], results: Results, thresholds: Tensor, args: Namespace
+) -> list[str]:
+    """Detect in images, and write drawings and results; return why some could not be read.
+
+    Raises:
+        UserError: none could be read.
+    """
+    names, left_out = names_below(images), []
     stems, ids, paths = stems_of(names), ids_of(names), dict(zip(names, images, strict=True))
-    left_out: list[str] = []
     for batch in in_batches(names, args.batch_size):
         pixels = {}
         for name in batch:
@@ -384,25 +403,19 @@ def main(args: Namespace) -> None:
                     raise
                 left_out.append(str(error))
                 print(f'left out: {error}')
-        results = detector.detect_batch(list(pixels.values())) if pixels else []
-        for (name, image), result in zip(pixels.items(), results, strict=True):
-            turn = orientation(paths[name]) if 'yolo' in args.formats else 1
-            sizes[name] = (image.shape[1], image.shape[2], turn)
-            drawing, found = drawn_and_listed(
-                class_map, image, result, name, ids[name], thresholds, args.json_score_thr
+        detections = detector.detect_batch(list(pixels.values())) if pixels else []
+        for (name, image), found in zip(pixels.items(), detections, strict=True):
+            drawing, rows = drawn_and_listed(
+                detector.class_map, image, found, name, ids[name], thresholds, args.json_score_thr
             )
-            rows += found
-            save_atomically(folder / f'{stems[name]}.png', partial(write_png, drawing))
-            number = len(select(result, thresholds)['scores'])
+            save_atomically(results.folder / f'{stems[name]}.png', partial(write_png, drawing))
+            results.add_image(rows, stems[name], image.shape[1:], paths[name])
+            number = len(select(found, thresholds)['scores'])
             print(f'{paths[name]}: {number} objects of score {args.score_thr} or more')
-    if not sizes:
+    if len(left_out) == len(images):
         raise UserError(f'no image could be read, the first because {left_out[0]}')
-    write_results(folder, rows, args.formats, sizes, stems, class_map.label_of)
-    print(f'{len(sizes)} drawn images and {", ".join(args.formats)} results lie in {folder}')
-    if left_out:
-        raise UserError(
-            f'{len(left_out)} of {len(images)} images were left out, the first because {left_out[0]}'
-        )
+    results.finish()
+    return left_out
 
 
 def write_png(image: Tensor, path: Path) -> None:

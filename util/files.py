@@ -1,13 +1,14 @@
 """Files and folders that are written whole or not at all, and folders that one run locks."""
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
 import socket
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -41,15 +42,75 @@ def save_atomically(path: str | os.PathLike, save: Callable[[Path], object]) -> 
         os.replace(partial, path)
     except OSError as error:
         raise FileError(f'{path} could not be written ({error.strerror or error}); {STAYS}') from error
-    except RuntimeError as error:  # PyTorch's words for a disk that is full
-        if 'PytorchStreamWriter' not in str(error) and 'unexpected pos' not in str(error):
+    except RuntimeError as error:  # PyTorch's words for a disk that is full or read-only
+        if not re.search('PytorchStreamWriter|unexpected pos|inline_container', str(error)):
             raise
-        raise FileError(f'{path} could not be written (is the disk full?); {STAYS}') from error
+        raise FileError(f'{path} could not be written (is the disk full or read-only?); {STAYS}') from error
     finally:
         if partial.is_dir():
             shutil.rmtree(partial)
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+class GrowingFile:
+    """A text file that is written piece by piece, and whole after each: who ends in between loses nothing.
+
+    It is called NAME.unfinished.EXT (or NAME.unfinished2.EXT and so on, beside what other programs have left) until
+    `finish`. Nothing is made before the first `add`.
+
+    start, between, end: what stands before, between and behind the pieces.
+    """
+
+    def __init__(self, path: Path, start: str = '', between: str = '', end: str = '') -> None:
+        self.path = path
+        self.part: Path | None = None
+        self.start, self.between, self.end = start, between, end
+        self.size = self.number = 0  # bytes without the end, and pieces
+
+    def add(self, pieces: Sequence[str]) -> None:
+        """Write pieces behind the others.
+
+        Raises:
+            FileError: they cannot be written; the others stay.
+        """
+        text = self.start * (not self.size) + self.between * (self.number > 0 and len(pieces) > 0)
+        data = (text + self.between.join(pieces)).encode()
+        try:
+            self.part = self.part or new_file(self.path)
+            write_at(self.part, self.size, data + self.end.encode())
+        except OSError as error:
+            if self.part:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.part, self.size)
+                    write_at(self.part, self.size, self.end.encode() * (self.size > 0))
+            raise FileError(
+                f'{self.path} could not be written ({error.strerror or error}); {STAYS}'
+            ) from error
+        self.size += len(data)
+        self.number += len(pieces)
+
+    def finish(self) -> None:
+        """Give the file its name, in place of an earlier one."""
+        if self.part:
+            os.replace(self.part, self.path)
+
+
+def write_at(path: Path, place: int, data: bytes) -> None:
+    with path.open('rb+') as file:
+        file.seek(place)
+        file.write(data)
+
+
+def new_file(path: Path) -> Path:
+    """Make an empty file of the name of `path` with `.unfinished`, and a number if there is one."""
+    for number in itertools.count(1):
+        part = path.with_name(f'{path.stem}.unfinished{number if number > 1 else ""}{path.suffix}')
+        with contextlib.suppress(FileExistsError):
+            part.touch(exist_ok=False)
+            break
+        print(f'{part} stays: another program writes it, or has left it')
+    return part
 
 
 def make_folder(path: str | os.PathLike) -> Path:
