@@ -1,5 +1,9 @@
 """Tests marked `gpu` are skipped where there is no NVIDIA GPU, those marked `exhaustive` without --exhaustive."""
 
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -25,6 +29,20 @@ def plain_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if not request.node.get_closest_marker('draws'):
         for name in EXTRAS:
             monkeypatch.setattr(main, name, lambda *_: '')
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 96 MB, four and a half checkpoints."""
+    place = tmp_path / 'disk'
+    place.mkdir()
+    mounted = subprocess.run(
+        ['mount', '-t', 'tmpfs', '-o', 'size=96m', 'none', str(place)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip('needs the right to mount a small file system')
+    yield place
+    subprocess.run(['umount', '-l', str(place)], check=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,5 +1,6 @@
 """Whole runs of main.py on the built-in images, so small that each takes seconds, and what they leave."""
 
+import contextlib
 from argparse import Namespace
 from pathlib import Path
 
@@ -41,3 +42,10 @@ def assert_same(ours: object, theirs: object, where: str = 'checkpoint') -> None
             assert_same(one, other, f'{where}[{index}]')
     else:
         assert ours == theirs, where
+
+
+def fill_disk(place: Path) -> None:
+    """Leave no room on a file system, by a file `filler`."""
+    with (place / 'filler').open('wb', buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(4096))

@@ -1,6 +1,7 @@
 """Checkpoints between projects, and without what only training needs."""
 
 import re
+import subprocess
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from models import build_detector, build_model
 from models.detector import load_detector
 from models.training.flags import resolve_all
 from tests.models import HEADS, SMALL, TRICKS
+from tests.runs import fill_disk
+from tools import convert_checkpoint
 from tools.convert_checkpoint import convert
 from util.checkpoint import load_checkpoint
+from util.flags import run_command
 from util.foreign_files import to_mmdetection
 from util.foreign_names import COCO_IDS, to_official
 from util.nested_tensor import NestedTensor
@@ -252,6 +256,22 @@ def test_official_files_have_their_second_names(flags: dict, aliases: int, tmp_p
     if aliases:
         name = 'transformer.decoder.bbox_embed.1.layers.2.bias'
         assert torch.equal(state[name], model.bbox_embed[1].layers[2].bias)
+
+
+@pytest.mark.parametrize('disk', ['full', 'read-only'])
+@pytest.mark.parametrize('out', ['out.pth', 'out.safetensors'])
+def test_a_disk_that_takes_nothing_is_told_in_a_sentence(
+    out: str, disk: str, small_disk: Path, tmp_path: Path
+) -> None:
+    torch.save({'model': build({}).state_dict()}, tmp_path / 'ours.pth')
+    fill_disk(small_disk)
+    if disk == 'read-only':
+        subprocess.run(['mount', '-o', 'remount,ro', str(small_disk)], check=True)
+    words = [str(tmp_path / 'ours.pth'), str(small_disk / out)]
+    with pytest.raises(SystemExit, match=rf'error: .*{out} could not be written') as stop:
+        run_command(convert_checkpoint.main, convert_checkpoint.get_args_parser(), words)
+    assert len(stop.value.code.splitlines()) == 1
+    assert [path.name for path in small_disk.iterdir()] == ['filler']
 
 
 def test_official_code_has_no_place_for_co_detr(tmp_path: Path) -> None:

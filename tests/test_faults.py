@@ -1,6 +1,5 @@
 """Runs that are stopped, killed, restarted, or started twice: nothing is lost, and everybody is told why."""
 
-import contextlib
 import os
 import random
 import shutil
@@ -8,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ import torch
 import engine
 import main
 from tests.processes import end_group, in_processes, print_to, start_group, start_main
-from tests.runs import ROOT, TINY, assert_same, load
+from tests.runs import ROOT, TINY, assert_same, fill_disk, load
 from util.distributed.heartbeat import Heartbeat
 from util.distributed.preemption import UNFINISHED
 from util.errors import FileError
@@ -333,20 +331,6 @@ def test_a_pause_changes_nothing(tmp_path: Path) -> None:
     same_end(whole_run(tmp_path, 2), tmp_path / 'parts')
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 96 MB, four and a half checkpoints."""
-    place = tmp_path / 'disk'
-    place.mkdir()
-    mounted = subprocess.run(
-        ['mount', '-t', 'tmpfs', '-o', 'size=96m', 'none', str(place)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip('needs the right to mount a small file system')
-    yield place
-    subprocess.run(['umount', '-l', str(place)], check=True)
-
-
 @pytest.mark.draws
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint(
@@ -357,9 +341,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     arguments = main.get_args_parser().parse_args([*flags, '--epochs', '1', '--output_dir', str(out)])
     main.main(arguments)
     before = load(out)
-    with (small_disk / 'filler').open('wb', buffering=0) as filler, contextlib.suppress(OSError):
-        while True:
-            filler.write(bytes(4096))
+    fill_disk(small_disk)
     capsys.readouterr()
     arguments = main.get_args_parser().parse_args([*flags, '--output_dir', str(out)])
     with pytest.raises(FileError, match='free some space'):

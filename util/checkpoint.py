@@ -93,8 +93,8 @@ def load_checkpoint(
         name: name of the file, if `source` is its content.
 
     Raises:
-        UserError: an entry is missing, left over or of another shape, or the file was trained with other flags of the
-            network. The message lists them. The model is unchanged then.
+        UserError: an entry is missing, left over, of another shape or (but to resume) not finite, or the file was trained with
+            other flags of the network. The message lists them. The model is unchanged then.
     """
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
     name = name or ('' if isinstance(source, dict) else str(source))
@@ -145,8 +145,24 @@ def fill(model: nn.Module, checkpoint: dict, resize: bool, resume: bool, name: s
         raise UserError(mismatch_text(layout, state, ours, missing, unexpected, refused))
     for name in wrong_shape:
         state[name] = fit_rows(state[name], ours[name]) if name.startswith('query_embed') else ours[name]
+    if not resume:
+        check_finite(state)
     model.load_state_dict(ours | state)
     return Report(layout, len(state) - len(wrong_shape), wrong_shape + fresh, bool(recorded), differing)
+
+
+def check_finite(state: dict[str, Tensor]) -> None:
+    """Require that weights are numbers.
+
+    Raises:
+        UserError: some are NaN or infinite; the message names the first entries.
+    """
+    if bad := [name for name, x in state.items() if x.is_floating_point() and not x.float().isfinite().all()]:
+        more = ', ...' if len(bad) > 3 else ''
+        raise UserError(
+            f'{len(bad)} of {len(state)} entries are not finite ({", ".join(bad[:3])}{more}): the run that wrote them has diverged, '
+            'or the file is damaged; take an earlier checkpoint'
+        )
 
 
 def differences(model: nn.Module, recorded: dict) -> dict[str, tuple]:

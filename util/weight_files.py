@@ -270,10 +270,18 @@ def read_safetensors(path: Path) -> dict:
 
 
 def write_safetensors(path: Path, checkpoint: dict) -> None:
-    """Write weights, and as metadata flags and classes. Tensors that share memory are written one by one."""
+    """Write weights, and as metadata flags and classes. Tensors that share memory are written one by one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     metadata = {key: json.dumps(checkpoint[key]) for key in (FLAGS_KEY, CLASSES_KEY) if key in checkpoint}
     state = {name: value.detach().clone().contiguous() for name, value in checkpoint['model'].items()}
-    safetensors().torch.save_file(state, path, metadata | {'format': 'pt'})
+    library = safetensors()
+    try:
+        library.torch.save_file(state, path, metadata | {'format': 'pt'})
+    except library.SafetensorError as error:
+        raise OSError(f'{error}') from error
 
 
 def read_folder(folder: Path) -> dict:
