@@ -20,9 +20,11 @@ from datasets.foreign import read_yolo
 from datasets.shapes import ShapesDetection
 from models.detector import Detector, load_detector
 from tests.processes import start
-from tests.runs import TINY, load, run
+from tests.runs import TINY, fill_disk, load, run
 from tests.web import served
 from tools import predict
+from util.errors import FileError
+from util.files import GrowingFile
 from util.flags import run_command
 
 TOP = 60  # detections of an image: 10 queries of 6 classes
@@ -120,6 +122,21 @@ def test_a_kill_keeps_what_was_done(
         assert (json.loads(text) if path.suffix == '.json' else text.splitlines()) == whole[path.suffix][
             : 2 * TOP + (path.suffix == '.csv')
         ]
+
+
+def test_a_full_disk_keeps_what_was_written(small_disk: Path) -> None:
+    file = GrowingFile(small_disk / 'a.json', '[', ', ', ']')
+    for pieces in ([], ['1', '2'], [], ['3']):
+        file.add(pieces)
+    fill_disk(small_disk)
+    with pytest.raises(FileError, match=r'a\.json could not be written .*No space'):
+        file.add([json.dumps('x' * 10**5)])
+    assert (small_disk / 'a.unfinished.json').read_text() == '[1, 2, 3]'
+    (small_disk / 'filler').unlink()
+    file.add(['4'])
+    file.finish()
+    assert [path.name for path in small_disk.iterdir()] == ['a.json']
+    assert json.loads((small_disk / 'a.json').read_text()) == [1, 2, 3, 4]
 
 
 def test_memory_does_not_grow_with_the_images(
