@@ -12,7 +12,6 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
-from tqdm import tqdm
 
 from util.distributed.preemption import interruptible
 from util.errors import FileError, UserError
@@ -69,7 +68,7 @@ def pieces(url: str, timeout: float) -> Iterator[bytes]:
             if length is None and not response.chunked:
                 raise ConnectionError('the server does not tell its length')
             total = None if length is None else int(length)
-            with tqdm(total=total, unit='B', unit_scale=True, disable=None) as bar:
+            with torch.hub.tqdm(total=total, unit='B', unit_scale=True, disable=None) as bar:
                 while piece := response.read(CHUNK):
                     received += len(piece)
                     bar.update(len(piece))
@@ -122,9 +121,8 @@ def download(url: str, timeout: float = TIMEOUT) -> Path:
     """
     name = PurePosixPath(urlparse(url).path).name
     digits = re.search(r'-([0-9a-f]{8,})\.', name)
-    if (
-        not digits
-    ):  # a name that says nothing (pytorch_model.bin) must not be taken for that of another address
+    if not digits:
+        # A name that says nothing (pytorch_model.bin) must not be taken for that of another address.
         name = f'{zlib.crc32(url.encode()):08x}_{name}'
     path = Path(torch.hub.get_dir()) / 'checkpoints' / name
     if path.is_file():
