@@ -5,13 +5,17 @@ Ours is compared with the same model on grid_sample whose query groups share one
 """
 
 import argparse
+import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import nn
 
 from engine import build_optimizer
 from models import build_model
 from models.ops.functions import describe
+from models.parts import compile_parts
 from models.training.criterion import weighted_sum
 from models.training.flags import resolve_all
 from tools.benchmarks.inputs import TRICKS, limit_queries, random_objects
@@ -29,6 +33,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         '--threads', default=torch.get_num_threads(), type=int, help='CPU threads (default: all)'
     )
     parser.add_argument('--rounds', default=3, type=int, help='timed rounds of each contender')
+    parser.add_argument('--compile', action='store_true', help='time a compiled copy, too')
     parser.set_defaults(run=benchmark_train)
 
 
@@ -47,7 +52,7 @@ def benchmark_train(args: argparse.Namespace) -> None:
     targets = [random_objects(7, args.device) for _ in range(args.batch_size)]
     totals = []
 
-    def step() -> None:
+    def step(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
         optimizer.zero_grad(set_to_none=True)
         losses = criterion(model(images, targets), targets)
         total = weighted_sum(losses, criterion.weight_dict)
@@ -61,12 +66,17 @@ def benchmark_train(args: argparse.Namespace) -> None:
             step()
 
     contenders: dict[str, Callable[[], object]] = {'ours': step, 'grid_sample, masked attention': plain_step}
+    if args.compile:
+        own = copy.deepcopy(model)
+        compile_parts(own)
+        contenders['ours, compiled'] = partial(step, own, build_optimizer(own, 0.0, 0.0, 0.0))
     print(
         f'training step of H-Deformable-DETR, R50, {args.batch_size} x {args.height} x {args.width}, {args.device}, '
         f'{args.threads} thread(s), median of {args.rounds} rounds in turn\n{describe(args.device)}'
     )
     times = time_in_turn(contenders, args.rounds, args.device)
-    torch.testing.assert_close(totals[0], totals[1], rtol=1e-3, atol=0)
+    for total in totals[1 : len(contenders)]:
+        torch.testing.assert_close(totals[0], total, rtol=1e-3, atol=0)
     for name, milliseconds in times.items():
         print(
             f'  {name:<30}{milliseconds:9.1f} ms   ours is {milliseconds / times["ours"]:.2f} times as fast'
