@@ -158,7 +158,7 @@ stage_operator() {
 stage_steps() {
     local sizes=(--rounds 8) all=()
     if [ $device = cpu ]; then
-        sizes=(--rounds 1 --height 64 --width 96)
+        sizes=(--rounds 1 --height 64 --width 96 --batch_size 1 --threads 1)
         all=(--models DETR 'Deformable DETR, two stages')
     fi
     only_gpu step_profile 60 python tools/benchmark.py profile --device $device
