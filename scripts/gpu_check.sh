@@ -73,7 +73,7 @@ row() { # stage's step, what came of it, seconds, a note
 
 right_kernels() { # what is timed or trained on a GPU says which kernels it runs on
     case $device/$1 in
-        cuda/*step* | cuda/fps | cuda/train_off | cuda/train_bf16 | cuda/quickstart)
+        cuda/operator | cuda/*step* | cuda/fps | cuda/train_off | cuda/train_bf16 | cuda/quickstart)
             grep -q 'cuda kernels of deformable attention on cuda' "$work/logs/$1.txt" ;;
     esac
 }
