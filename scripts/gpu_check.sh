@@ -73,7 +73,7 @@ row() { # stage's step, what came of it, seconds, a note
 
 right_kernels() { # what is timed or trained on a GPU says which kernels it runs on
     case $device/$1 in
-        cuda/*step* | cuda/fps | cuda/train_off | cuda/train_bf16 | cuda/quickstart)
+        cuda/operator | cuda/*step* | cuda/fps | cuda/train_off | cuda/train_bf16 | cuda/quickstart)
             grep -q 'cuda kernels of deformable attention on cuda' "$work/logs/$1.txt" ;;
     esac
 }
@@ -158,7 +158,7 @@ stage_operator() {
 stage_steps() {
     local sizes=(--rounds 8) all=()
     if [ $device = cpu ]; then
-        sizes=(--rounds 1 --height 64 --width 96)
+        sizes=(--rounds 1 --height 64 --width 96 --batch_size 1 --threads 1)
         all=(--models DETR 'Deformable DETR, two stages')
     fi
     only_gpu step_profile 60 python tools/benchmark.py profile --device $device

@@ -25,11 +25,16 @@ TRAININGS = (
 STAGES = ('kernels', 'operator', 'steps', 'tests', 'train', 'convergence')
 
 
-def gpu_check(folder: Path, *arguments: str) -> tuple[int, dict[str, str], str]:
-    """Exit status, result of each step, and what was printed."""
-    here = str(Path(sys.executable).parent)
-    environment = os.environ | {'VENV': 'none', 'OUT': str(folder), 'PATH': f'{here}:{os.environ["PATH"]}'}
-    command = ['bash', str(ROOT / 'scripts/gpu_check.sh'), '--cpu', *arguments]
+def gpu_check(
+    folder: Path, *arguments: str, device: str = '--cpu', programs: Path = Path(sys.executable).parent
+) -> tuple[int, dict[str, str], str]:
+    """Exit status, result of each step, and what was printed. programs: folder that is searched first."""
+    environment = os.environ | {
+        'VENV': 'none',
+        'OUT': str(folder),
+        'PATH': f'{programs}:{os.environ["PATH"]}',
+    }
+    command = ['bash', str(ROOT / 'scripts/gpu_check.sh'), *device.split(), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd='/')
     table = (folder / 'summary.md').read_text().split('| --- |')[-1]
     cells = [row.strip('| ').split(' | ') for row in table.splitlines() if row.startswith('| ')]
@@ -76,6 +81,23 @@ def test_what_does_not_fit_into_the_time_is_said(tmp_path: Path) -> None:
     status, results, _ = gpu_check(tmp_path, '--limit', '4', 'kernels', 'operator')
     assert status == 1
     assert {results['operator'], results['operator_test']} == {'NOT RUN'}
+
+
+@pytest.mark.parametrize('kernels', ['cuda', 'triton'])
+def test_what_is_measured_on_a_gpu_runs_on_the_cuda_kernels(kernels: str, tmp_path: Path) -> None:
+    """With programs that only say what they would run on."""
+    programs = tmp_path / 'programs'
+    programs.mkdir()
+    for name in ('python', 'ncu', 'nvidia-smi', 'compute-sanitizer'):
+        (programs / name).write_text(f'#!/bin/sh\necho {kernels} kernels of deformable attention on cuda\n')
+        (programs / name).chmod(0o755)
+    stages = 'kernels', 'operator', 'steps', 'tests'
+    status, results, _ = gpu_check(tmp_path / 'out', *stages, device='', programs=programs)
+    failed = {name for name, result in results.items() if result == 'FAILED (not on the CUDA kernels)'}
+    measured = {'operator', 'step_profile', 'steps', 'fps', 'steps_compiled'}
+    assert failed == (set() if kernels == 'cuda' else measured) and status == bool(failed)
+    assert set(results.values()) == {'ok', *(['FAILED (not on the CUDA kernels)'] if failed else [])}
+    assert results.keys() > {'ncu', 'all_kernels', 'memcheck', 'racecheck', 'synccheck', 'initcheck'}
 
 
 def test_the_official_sources_are_brought_up_to_date() -> None:
