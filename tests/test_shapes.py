@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from datasets import shapes
 from datasets.shape_scenes import KINDS, MAX_OBJECTS, Dice, draw_scene
 from datasets.shapes import IMAGE_SEED, ShapesDetection
+from util.flags import run_command
 
 RECORDED = {  # (split, number, size): crc32 of image, labels, boxes and areas
     ('train', 0, 128): 1560046643,
@@ -212,7 +213,9 @@ def test_build_reads_the_flags(image_set, count):
 
 
 def test_exported_files_hold_the_same_images(tmp_path):
-    shapes.main(['--out', str(tmp_path), '--count', '3', '--split', 'val', '--size', '80'])
+    run_command(
+        shapes.main, shapes.get_args_parser(), f'--out {tmp_path} --count 3 --split val --size 80'.split()
+    )
     dataset = ShapesDetection(3, 'val', image_size=80)
     truth = json.loads((tmp_path / 'annotations' / 'instances_val2017.json').read_text())
     assert truth == dataset.ground_truth

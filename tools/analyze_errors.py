@@ -8,7 +8,6 @@ Predictions have COCO's result form, as tools/predict.py writes it. False positi
 images that are judged in part, and TIDE's loss of AP by kind.
 """
 
-import argparse
 import base64
 import io
 import json
@@ -22,8 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-
-from util.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -42,6 +39,7 @@ from datasets.coco_json import (
 from datasets.image_io import read_image
 from datasets.json_stream import list_blocks
 from util.bounds import real
+from util.errors import UserError
 from util.files import save_atomically
 from util.flags import FlagParser, run_command
 
@@ -331,10 +329,8 @@ def page(report: dict, folder: str | Path, title: str) -> str:
     return PAGE.replace('DATA', data.replace('<', '\\u003c'))  # so that no name ends the script
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = FlagParser(
-        'analyze_errors.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def get_args_parser() -> FlagParser:
+    parser = FlagParser('analyze_errors.py', description=__doc__)
     parser.add_argument('--predictions', required=True, metavar='FILE', help="detections in COCO's form")
     parser.add_argument('--ann', required=True, metavar='FILE', help='annotations in COCO form')
     parser.add_argument('--images', required=True, metavar='DIR', help='folder of the images')

@@ -24,8 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from util.errors import UserError
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import build_dataset
@@ -34,6 +32,7 @@ from models.structures import Prediction
 from models.training import build_supervision
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
 from util.distributed.collectives import choose_device
+from util.errors import UserError
 from util.files import make_folder, save_atomically
 from util.flags import FlagParser, run_command
 from util.logger import read_records

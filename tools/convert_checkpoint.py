@@ -18,14 +18,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from util.errors import UserError
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.detector import class_map_of
 from models.recorded import settle
 from models.zoo import find_row
 from util.checkpoint import MASKS, TRAINING_ONLY, flags_of, save_checkpoint
+from util.errors import UserError
 from util.files import save_atomically
 from util.flags import FlagParser, run_command
 from util.foreign_files import to_mmdetection, to_official_files, to_transformers

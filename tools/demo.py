@@ -20,14 +20,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from util.errors import UserError
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.detector import Detector, add_detector_args, check_detector_args, load_detector
 from tools.predict import select
 from tools.visualize_attention import attention_of, panels_of, sheet_of
 from util.bounds import whole
+from util.errors import UserError
 from util.flags import FlagParser, run_command
 from util.visualize import class_name, draw_boxes
 

@@ -28,8 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.errors import UserError
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import build_dataset
@@ -42,6 +40,7 @@ from models.detector import Detector, add_detector_args, check_detector_args, lo
 from models.postprocess import SoftmaxPostProcess, TopKPostProcess, clamp_boxes
 from util.bounds import whole
 from util.box_ops import box_cxcywh_to_xyxy
+from util.errors import UserError
 from util.files import save_atomically
 from util.flags import FlagParser, run_command
 

@@ -19,8 +19,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from util.errors import UserError
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.annotations import AnnotationTable, Columns
@@ -28,6 +26,7 @@ from datasets.coco import Reading, check_size, find_files, kept_by
 from datasets.coco_json import Annotations, check_files, read_annotations
 from datasets.image_io import stored_size
 from datasets.streaming.index import ANNOTATIONS, INDEX, VERSION, import_webdataset
+from util.errors import UserError
 from util.files import save_atomically
 from util.flags import FlagParser, run_command
 

@@ -31,8 +31,6 @@ import torch
 from torch import Tensor
 from torchvision.io import encode_png
 
-from util.errors import UserError
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.class_map import ClassMap
@@ -41,6 +39,7 @@ from datasets.foreign import shown_box
 from datasets.image_io import SUFFIXES, orientation, read_image
 from models.detector import Detector, add_detector_args, check_detector_args, load_detector
 from util.bounds import real, whole
+from util.errors import UserError
 from util.files import make_folder, save_atomically
 from util.flags import FlagParser, run_command
 from util.visualize import draw_boxes

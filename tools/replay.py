@@ -12,8 +12,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from util.errors import UserError
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -23,6 +21,7 @@ from models import build_model
 from util.black_box import Diagnosis, diagnose
 from util.checkpoint import load_checkpoint, set_rng_state
 from util.distributed.collectives import choose_device
+from util.errors import UserError
 from util.flags import FlagParser, run_command
 from util.nested_tensor import NestedTensor
 from util.precision import DTYPES, Precision

@@ -21,8 +21,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from util.errors import UserError
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.image_io import SUFFIXES, read_image
@@ -31,6 +29,7 @@ from models.detector import Detector, add_detector_args, load_detector
 from models.ops.modules import MSDeformAttn
 from util import visualize
 from util.bounds import whole
+from util.errors import UserError
 from util.files import save_atomically
 from util.flags import FlagParser, run_command
 

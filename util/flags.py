@@ -33,7 +33,7 @@ class FlagParser(ArgumentParser):
     """Parser whose result is a `ParsedFlags`. It knows no abbreviations, and answers a mistyped flag with those nearest to it."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+        super().__init__(*args, **{'formatter_class': argparse.RawDescriptionHelpFormatter} | options)
         self.allow_abbrev = False
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> ParsedFlags:  # type: ignore[override]
