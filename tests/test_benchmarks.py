@@ -1,5 +1,8 @@
-"""Each command of tools/benchmark.py runs on its smallest input; contenders must agree before they are timed."""
+"""Each command of tools/benchmark.py runs on its smallest input; contenders must agree before they are timed. Programs start."""
 
+import os
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +15,7 @@ from models.ops.functions import implementation
 from models.ops.functions.ms_deform_attn_func import backward_pytorch, forward_pytorch
 from models.ops.test import module_inputs
 from tests.models import SMALL
+from tests.runs import ROOT
 from tools.benchmark import get_args_parser
 from tools.benchmarks import fps, model, op, schemes, step, train
 from tools.benchmarks.official_path import official_path
@@ -126,3 +130,29 @@ def test_a_step_that_leaves_out_the_operator_is_told() -> None:
     assert not step.lacks_operator(flags, 'cpu', lambda: module(*inputs))
     assert step.lacks_operator(flags, 'cpu', lambda: None)
     assert not step.lacks_operator(Namespace(family='detr'), 'cpu', lambda: None)
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='starts programs by fork, so that PyTorch is loaded once')
+def test_every_program_starts_from_any_folder() -> None:
+    """With its --help, and nothing of this code on the path."""
+    programs = [
+        str(path) for path in (*ROOT.glob('tools/*.py'), ROOT / 'main.py', ROOT / 'run_with_submitit.py')
+    ]
+    code = f"""
+import os, runpy, sys
+import torch, torchvision
+for program in {programs}:
+    if os.fork() == 0:
+        sys.argv = [program, '--help']
+        sys.path.insert(0, os.path.dirname(program))
+        runpy.run_path(program, run_name='__main__')
+    status = os.wait()[1]
+    if status:
+        sys.exit(f'{{program}} ends with {{status}}')
+"""
+    environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd='/', env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(programs) > 10
