@@ -1,8 +1,11 @@
 """The choice of proposals between the two stages of Deformable DETR and DINO."""
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 
+@dataclass(frozen=True)
 class BestProposals:
     """Chooses the tokens with the largest scores. Another choice is a subclass, or anything with the same two methods."""
 

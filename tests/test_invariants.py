@@ -650,7 +650,7 @@ def test_flags_say_which_parts_are_recomputed() -> None:
         ({'use_ms_detr': True, 'o2m_matcher_k': 0}, 'at least 1'),
         ({'group_detr': 0}, 'at least 1'),
         ({'deformable': True, 'nms_iou_threshold': 1.5}, 'at most 1, not 1.5'),
-        ({'use_checkpoint': ['neck']}, 'neck is not known'),
+        ({'use_checkpoint': ['neck']}, 'must be one of backbone, encoder, decoder, not .neck'),
         ({'use_checkpoint': ['backbone'], 'backbone': 'timm/resnet18'}, 'name encoder and decoder'),
     ],
 )

@@ -88,11 +88,11 @@ def predict_until_killed(images: int, words: list[str]) -> None:
     """Predict, and be killed when so many images have been seen."""
     original, seen = Detector.detect_batch, [0]
 
-    def detect_batch(detector: Detector, batch: list[torch.Tensor]) -> list[dict]:
+    def detect_batch(detector: Detector, batch: list[torch.Tensor], *more: object) -> list[dict]:
         if seen[0] == images:
             os.kill(os.getpid(), signal.SIGKILL)
         seen[0] += len(batch)
-        return original(detector, batch)
+        return original(detector, batch, *more)
 
     Detector.detect_batch = detect_batch
     predicted(*words)
@@ -141,9 +141,9 @@ def test_memory_does_not_grow_with_the_images(
 ) -> None:
     original, kept = Detector.detect_batch, []
 
-    def detect_batch(detector: Detector, batch: list[torch.Tensor]) -> list[dict]:
+    def detect_batch(*args: object) -> list[dict]:
         kept.append(tracemalloc.get_traced_memory()[0])
-        return original(detector, batch)
+        return original(*args)
 
     for number in range(16):
         shutil.copy(trained / 'images/1.png', tmp_path / f'{number:02}.png')

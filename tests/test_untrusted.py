@@ -113,7 +113,7 @@ def test_a_checkpoint_runs_no_command(trained: Path, shards: Path, tmp_path: Pat
     )
     with pytest.raises(UserError, match='--allow_pipe'):
         main.main(args)
-    record = {'epoch': 1, 'images': 5, 'train_seconds': 30}
+    record = {'epoch': 1, 'images': 5, 'train_seconds': 30, 'coefficients': {'ce': 1}}
     (tmp_path / 'log.jsonl').write_text(json.dumps(record) + '\n')
     args = compare_runs.get_args_parser().parse_args([str(tmp_path), '--device', 'cpu'])
     with pytest.raises(UserError, match='--allow_pipe'):

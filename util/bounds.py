@@ -72,7 +72,7 @@ def problem_of(action: argparse.Action, given: Any) -> str | None:
     for value in given if several else [given]:
         if isinstance(action.type, Bounded):
             problem = action.type.problem(value)
-        elif action.choices and value not in action.choices:
+        elif action.choices and value not in action.choices and not isinstance(value, bool):
             problem = f'must be one of {", ".join(map(str, action.choices))}, not {value!r}'
         else:
             text = action.type is None and not isinstance(value, str | os.PathLike | bool)

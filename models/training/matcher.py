@@ -163,7 +163,7 @@ class HungarianMatcher(SingleMatch):
         numbers = np.repeat(np.arange(len(sizes)), [part.shape[1] for part in pairs])
         query, target = np.concatenate(pairs, axis=1)
         offsets = np.cumsum([0, *sizes[:-1]])
-        rows = (torch.from_numpy(x) for x in (numbers, query, target + offsets[numbers]))
+        rows = torch.from_numpy(np.stack([numbers, query, target + offsets[numbers]]))
         return Assignment(*rows, self.count(sizes))
 
     def count(self, sizes: list[int]) -> float:
