@@ -37,8 +37,9 @@ def test_the_way_of_a_batch_names_every_file(tmp_path: Path, monkeypatch: pytest
     passed = set()
 
     def note(frame: FrameType, event: str, argument: object) -> None:
-        if event == 'call' and frame.f_code.co_filename.startswith(f'{ROOT}/'):
-            passed.add(str(Path(frame.f_code.co_filename).relative_to(ROOT)))
+        file = Path(frame.f_code.co_filename)
+        if event == 'call' and file.is_relative_to(ROOT) and not file.is_relative_to(sys.prefix):
+            passed.add(str(file.relative_to(ROOT)))
 
     def traced(*arguments: object, **options: object) -> dict:
         sys.setprofile(note)
