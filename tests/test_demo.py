@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import PIL.Image
 import pytest
@@ -20,6 +21,7 @@ from models.detector import load_detector
 from tests.runs import ROOT, run
 from tests.shared_data import EPS, put_ghostscript
 from tools import demo
+from util.errors import UserError
 from util.flags import run_command
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
@@ -196,6 +198,15 @@ def test_other_machines_need_a_password(address: str, monkeypatch: pytest.Monkey
     monkeypatch.setenv('DETR_DEMO_PASSWORD', 'x')
     with pytest.raises(SystemExit, match='no checkpoint at nowhere'):
         run_command(demo.main, demo.get_args_parser(), words)
+
+
+@pytest.mark.skipif('gradio' in MISSING, reason='needs gradio')
+def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PIL.Image, 'ID', list(PIL.Image.ID))
+    page = MagicMock()
+    page.launch.side_effect = OSError('Cannot find empty port in range: 7-7')  # gradio's, without a number
+    with pytest.raises(UserError, match=r'at 127\.0\.0\.1, port 7: choose another --port'):
+        demo.serve(page, '127.0.0.1', 7, '')
 
 
 def test_what_it_needs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,11 @@ def test_only_https_is_fetched(address: str, tmp_path: Path) -> None:
     assert not kept(tmp_path)
 
 
+def test_what_is_no_address_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r'https://\[bad/w.pth is no address \(Invalid IPv6 URL\)'):
+        read_checkpoint('https://[bad/w.pth')
+
+
 def fetch_in_process(address: str) -> None:
     HTTP_ALLOWED.set(True)
     assert download(address).read_bytes() == WHOLE

@@ -159,6 +159,19 @@ DAMAGE = [
     ('rng[0] is of type int', put('rng', [4])),
     ('ema_updates is -1', put('ema_updates', -1)),
     ('model_ema is of type int', put('model_ema', 3)),
+    ('in args, --lr_drop must be one value, not [1]', put('args', 'lr_drop', [1])),
+    ("in args, --aug must be text or a number, not {'a': 1}", put('args', 'aug', {'a': 1})),
+    ('in args, --lr_backbone_names must be text or a number, not None', put('args', 'lr_backbone_names', [None])),
+    ('epoch is of type Tensor', put('epoch', torch.zeros(2))),
+    ('lr_scheduler.lr_lambdas is of type int', put('lr_scheduler', 'lr_lambdas', 3)),
+    ('lr_scheduler.lr_lambdas[0].left_out is of type NoneType', put('lr_scheduler', 'lr_lambdas', 0, 'left_out', None)),
+    ('optimizer (ValueError: a tensor is [2] instead of', put('optimizer', 'state', 0, 'exp_avg', torch.ones(2))),
+    ("optimizer (KeyError: 'step')", drop('optimizer', 'state', 0, 'step')),
+    ('rng (ValueError: not enough values', put('rng', 0, 'numpy', [])),
+    ("model_ema or ema_updates (KeyError: 'ema_updates')", drop('ema_updates')),
+    ('model_ema or ema_updates (KeyError: ', put('model_ema', {})),
+    ('model_ema or ema_updates (ValueError: a tensor is [2] instead of', put('model_ema', 'query_embed.weight', torch.ones(2))),
+    ('scaler.scale is missing', put('scaler', {'a': 1.0})),
 ]  # fmt: skip
 
 
@@ -194,9 +207,9 @@ def test_damaged_checkpoints_are_named(
 
 
 def test_the_whole_checkpoint_goes_on(whole: dict, tmp_path: Path) -> None:
-    torch.save(
-        whole | {'epoch': -1, 'within_epoch': whole['within_epoch'] | {'images': 0}},
-        tmp_path / 'checkpoint.pth',
-    )
+    """A flag that is None there, and by default is not, stays the default."""
+    place = {'epoch': -1, 'within_epoch': whole['within_epoch'] | {'images': 0}}
+    flags = whole['args'] | {'img_size': None, 'aug': None}
+    torch.save(whole | place | {'args': flags}, tmp_path / 'checkpoint.pth')
     run(tmp_path, *SMALL, '--epochs', '1', '--resume', 'auto')
     assert load(tmp_path)['epoch'] == 0

@@ -164,21 +164,30 @@ def is_this_machine(address: str) -> bool:
 
 
 def serve(page: Any, address: str, port: int, password: str, **options: Any) -> None:
-    """Serve the page until Ctrl-C or SIGTERM. options: of gradio's `launch`."""
+    """Serve the page until Ctrl-C or SIGTERM. options: of gradio's `launch`.
+
+    Raises:
+        UserError: the address or the port is not to be had.
+    """
     from starlette.middleware import Middleware
 
     Image.init()
     Image.ID[:] = FORMATS  # gradio opens what it is sent by itself
     hosts = ('localhost', '127.0.0.1', '::1', address) if is_this_machine(address) else ()
-    page.launch(
-        server_name=address,
-        server_port=port,
-        share=False,
-        auth=(USER, password) if password else None,
-        max_file_size=MOST_BYTES,
-        app_kwargs={'middleware': [Middleware(Guard, hosts=hosts)]},
-        **options,
-    )
+    try:
+        page.launch(
+            server_name=address,
+            server_port=port,
+            share=False,
+            auth=(USER, password) if password else None,
+            max_file_size=MOST_BYTES,
+            app_kwargs={'middleware': [Middleware(Guard, hosts=hosts)]},
+            **options,
+        )
+    except OSError as error:
+        raise UserError(
+            f'the page cannot be served at {address}, port {port}: choose another --port if this one is in use, or another --address'
+        ) from error
 
 
 def main(args: Namespace) -> None:

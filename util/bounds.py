@@ -67,10 +67,13 @@ def problem_of(action: argparse.Action, given: Any) -> str | None:
     if action.nargs == 0:
         return None if isinstance(given, bool) else f'must be on or off, not {given!r}'
     several = isinstance(given, list | tuple)
-    if action.nargs and not several and not isinstance(given, bool):  # older programs have some as on or off
-        return f'must be a list, not {given!r}'
+    if several != bool(action.nargs) and not isinstance(given, bool):  # older programs have some as on or off
+        return f'must be {"one value" if several else "a list"}, not {given!r}'
     for value in given if several else [given]:
-        if isinstance(action.type, Bounded):
+        problem: str | None
+        if not isinstance(value, str | int | float | os.PathLike):
+            problem = f'must be text or a number, not {value!r}'
+        elif isinstance(action.type, Bounded):
             problem = action.type.problem(value)
         elif action.choices and value not in action.choices and not isinstance(value, bool):
             problem = f'must be one of {", ".join(map(str, action.choices))}, not {value!r}'

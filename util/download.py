@@ -31,7 +31,15 @@ def add_http_flag(parser: Any) -> None:
 
 
 def is_address(source: object) -> bool:
-    return str(source).startswith(('http://', 'https://'))
+    """Tell an address from a path.
+
+    Raises:
+        UserError: it begins like an address, and is none.
+    """
+    try:
+        return str(source).startswith(('http://', 'https://')) and bool(urlparse(str(source)))
+    except ValueError as error:
+        raise UserError(f'{source} is no address ({error}): check it') from error
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):

@@ -4,10 +4,12 @@ import math
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from util.errors import UserError
@@ -41,10 +43,14 @@ STATE = {
         'state': {...: {'step?': NOT_NEGATIVE, 'exp_avg_sq?': NOT_NEGATIVE, ...: FINITE}},
         'param_groups': [{'params': [COUNT]}],
     },
-    'lr_scheduler': {'step_size?': Number(1, whole=True), 'milestones?': Counter},
+    'lr_scheduler': {
+        'step_size?': Number(1, whole=True),
+        'milestones?': Counter,
+        'lr_lambdas?': [{'left_out?': [COUNT]}],
+    },
     'within_epoch?': {'images': COUNT, 'meters': [METER], 'tallies': [{...: FINITE}]},
     'rng?': [{'python': tuple, 'numpy': list, 'torch': Tensor}],
-    'scaler?': {...: NOT_NEGATIVE},
+    'scaler?': dict.fromkeys(('scale', 'growth_factor', 'backoff_factor', 'growth_interval', '_growth_tracker'), NOT_NEGATIVE),
     'ema_updates?': COUNT,
     'model_ema?': {...: Tensor},
     'metrics?': {'train_loss': FINITE, ...: (int, float)},
@@ -72,7 +78,7 @@ def faults(value: Any, expected: Any, name: str = '') -> Iterator[str]:
 
 
 def number_faults(value: Any, expected: Number, name: str) -> Iterator[str]:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and not expected.whole:
         if not value.isfinite().all() or (value < expected.low).any():
             yield f'{name} holds values that are not finite{" or negative" * (expected.low == 0)}'
     elif not isinstance(value, int if expected.whole else int | float) or isinstance(value, bool):
@@ -100,7 +106,23 @@ def check_entries(checkpoint: Mapping, source: str, resume: bool) -> None:
         and len(checkpoint[name][one]) != len(checkpoint[name][other])
     )
     if problem := next(chain(faults(checkpoint, expected), lengths), None):
-        raise UserError(
-            f'{source} is damaged: {problem}. Go on from another checkpoint of its run'
-            + (', or start from its weights with --pretrained' if resume else '')
-        )
+        raise damaged(source, problem, resume)
+
+
+def damaged(source: str, problem: str, resume: bool) -> UserError:
+    return UserError(
+        f'{source} is damaged: {problem}. Go on from another checkpoint of its run'
+        + (', or start from its weights with --pretrained' if resume else '')
+    )
+
+
+@contextmanager
+def damage_named(source: str, entry: str) -> Iterator[None]:
+    """Name file and entry if what is restored in the block does not fit this run, in a way that `check_entries` cannot tell."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [''])[0][:150]
+        raise damaged(source, f'{entry} ({type(error).__name__}: {reason})', resume=True) from error

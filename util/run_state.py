@@ -22,7 +22,7 @@ from util.errors import UserError
 from util.files import make_folder, or_warn, save_atomically
 from util.logger import Meter, print_main
 from util.precision import Precision
-from util.run_entries import check_entries
+from util.run_entries import check_entries, damage_named
 from util.seeding import seed_everything
 from util.weight_files import read_checkpoint
 
@@ -196,12 +196,14 @@ def restore(run: Run, checkpoint: dict) -> tuple[int, EpochState]:
         raise UserError(
             f'{run.args.resume} averages the weights, and its average would be lost: give the --ema of its run'
         )
-    load_optimizer_state(run.optimizer, checkpoint['optimizer'])
+    with damage_named(run.args.resume, 'optimizer'):
+        load_optimizer_state(run.optimizer, checkpoint['optimizer'])
     if 'scaler' in checkpoint:
         run.precision.load_state_dict(checkpoint['scaler'])
     if run.average is not None and 'model_ema' in checkpoint:
-        load_model_state(run.average.module, checkpoint['model_ema'])
-        run.average.num_updates = checkpoint['ema_updates']
+        with damage_named(run.args.resume, 'model_ema or ema_updates'):
+            load_model_state(run.average.module, checkpoint['model_ema'])
+            run.average.num_updates = checkpoint['ema_updates']
     epoch, state = checkpoint['epoch'] + 1, EpochState()
     check_data_of(run, checkpoint)
     if 'within_epoch' in checkpoint:
@@ -211,7 +213,8 @@ def restore(run: Run, checkpoint: dict) -> tuple[int, EpochState]:
     set_step(run.scheduler, epoch * run.steps_an_epoch + state.step)
     states = checkpoint.get('rng', [])
     if len(states) == get_world_size():
-        set_rng_state(states[get_rank()])
+        with damage_named(run.args.resume, 'rng'):
+            set_rng_state(states[get_rank()])
     else:  # another number of processes, or an official file: repeatable, though not as if undisturbed
         seed_everything(run.args.seed + get_rank() + 1000 * (epoch + 1) + state.step)
     return epoch, state

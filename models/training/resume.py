@@ -41,6 +41,10 @@ def adopt_recorded(args: Namespace, given: Collection[str], checkpoint: dict, pa
     if not recorded or not (args.eval or (args.resume and 'optimizer' in checkpoint)):
         return
     if ours:
+        # None, where that is no default, was never a value.
+        recorded = {
+            f: value for f, value in recorded.items() if value is not None or parser.get_default(f) is None
+        }
         check_recorded(args, given, recorded, parser)
     if args.eval:
         vars(args).update(vars(resolve_all(adopt(args, given, recorded))))

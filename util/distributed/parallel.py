@@ -122,7 +122,12 @@ def split_like(whole: Tensor, part: Tensor) -> Tensor:
 
     If `part` is not sharded, return the tensor in the memory layout of `part`: fused optimizers read states and
     weights side by side.
+
+    Raises:
+        ValueError: the two are of other shapes.
     """
+    if whole.shape != part.shape:
+        raise ValueError(f'a tensor is {list(whole.shape)} instead of {list(part.shape)}')
     if not isinstance(part, DTensor):
         return torch.empty_like(part, dtype=whole.dtype, device=whole.device).copy_(whole)
     return distribute_tensor(whole.to(part.device), part.device_mesh, part.placements)
@@ -158,9 +163,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     parameters = [p for group in optimizer.param_groups for p in group['params']]
     parts = {
         index: {
-            name: split_like(value, parameters[index])
-            if isinstance(value, Tensor) and value.shape == parameters[index].shape
-            else value
+            name: split_like(value, parameters[index]) if isinstance(value, Tensor) and value.dim() else value
             for name, value in entry.items()
         }
         for index, entry in state['state'].items()
