@@ -205,6 +205,11 @@ def read_prediction(prediction: dict, class_map: ClassMap, with_masks: bool) -> 
             f'predicted labels run from {min(labels)} to {max(labels)}, but the data has {class_map.num_classes} '
             'classes: evaluate the model with the class map that it was trained with'
         )
+    if not all(prediction[key].isfinite().all() for key in ('scores', 'boxes')):
+        raise UserError(
+            'predicted scores or boxes are not finite: the weights have diverged (take an earlier checkpoint, and a lower --lr), or '
+            '16 bits overflow (evaluate with --amp off)'
+        )
     keep = [idx for idx, label in enumerate(labels) if class_map.names[label] is not None]
     boxes_xywh = prediction['boxes'].detach().clone()
     boxes_xywh[:, 2:] -= boxes_xywh[:, :2]

@@ -227,6 +227,10 @@ def test_wrong_input_is_refused() -> None:
         evaluator.update({17: {}})
     with pytest.raises(ValueError, match='labels run from 0 to 90, but the data has 3 classes'):
         evaluator.update({2: perfect(truth, 2) | {'labels': torch.tensor([90, 0])}})
+    for key, good in perfect(truth, 2).items():
+        if good.is_floating_point():
+            with pytest.raises(UserError, match=r'are not finite: .*take an earlier checkpoint'):
+                evaluator.update({2: perfect(truth, 2) | {key: good * torch.nan}})
     masks = CocoEvaluator(truth, CLASS_MAP, iou_types=('segm',))
     masks.update({1: {}})
     with pytest.raises(ValueError, match=r'annotation 0 .* has no segmentation'):

@@ -24,7 +24,7 @@ from tests.runs import TINY, fill_disk, load, run
 from tests.web import served
 from tools import predict
 from util.errors import FileError
-from util.files import GrowingFile
+from util.files import GrowingFile, save_atomically
 from util.flags import run_command
 
 TOP = 60  # detections of an image: 10 queries of 6 classes
@@ -119,6 +119,16 @@ def test_a_kill_keeps_what_was_done(trained: Path, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob('predictions*'))) == len(left) + 2
     assert json.loads(left['predictions.unfinished2.json']) == json.loads(whole[0])[: 2 * TOP]
     assert left['predictions.unfinished.csv'].splitlines() == whole[1].splitlines()[: 2 * TOP + 1]
+
+
+def test_a_message_names_one_file(tmp_path: Path) -> None:
+    """A film is written while its results are."""
+
+    def write(path: Path) -> None:
+        raise FileError('predictions.json could not be written')
+
+    with pytest.raises(FileError, match=r'^predictions.json could not be written$'):
+        save_atomically(tmp_path / 'film.mp4', write)
 
 
 def test_a_full_disk_keeps_what_was_written(small_disk: Path) -> None:

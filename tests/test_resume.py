@@ -169,6 +169,7 @@ DAMAGE = [
     ("optimizer (KeyError: 'step')", drop('optimizer', 'state', 0, 'step')),
     ('rng (ValueError: not enough values', put('rng', 0, 'numpy', [])),
     ("model_ema or ema_updates (KeyError: 'ema_updates')", drop('ema_updates')),
+    ('model_ema.query_embed.weight holds values that are not finite', put('model_ema', 'query_embed.weight', torch.full((2,), nan))),
     ('model_ema or ema_updates (KeyError: ', put('model_ema', {})),
     ('model_ema or ema_updates (ValueError: a tensor is [2] instead of', put('model_ema', 'query_embed.weight', torch.ones(2))),
     ('scaler.scale is missing', put('scaler', {'a': 1.0})),

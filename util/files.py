@@ -40,6 +40,8 @@ def save_atomically(path: str | os.PathLike, save: Callable[[Path], object]) -> 
             with partial.open('rb+') as file:
                 os.fsync(file.fileno())  # on disk before the name says so
         os.replace(partial, path)
+    except FileError:  # of another file, which it names
+        raise
     except OSError as error:
         raise FileError(f'{path} could not be written ({error.strerror or error}); {STAYS}') from error
     except RuntimeError as error:  # PyTorch's words for a disk that is full or read-only

@@ -52,7 +52,7 @@ STATE = {
     'rng?': [{'python': tuple, 'numpy': list, 'torch': Tensor}],
     'scaler?': dict.fromkeys(('scale', 'growth_factor', 'backoff_factor', 'growth_interval', '_growth_tracker'), NOT_NEGATIVE),
     'ema_updates?': COUNT,
-    'model_ema?': {...: Tensor},
+    'model_ema?': {...: FINITE},
     'metrics?': {'train_loss': FINITE, ...: (int, float)},
 }  # fmt: skip
 TWINS = {'class_map': ('category_ids', 'names'), 'within_epoch': ('meters', 'tallies')}
