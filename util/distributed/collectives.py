@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from util.distributed.launch import export_launcher_environment
 from util.errors import UserError
+
+LONGEST_WAIT = timedelta(hours=1)  # of processes for one that computes the metrics of all
 
 
 def is_distributed() -> bool:
@@ -82,6 +85,7 @@ def init_distributed(device: torch.device, dist_url: str = 'env://') -> None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     else:
         dist.init_process_group(backend, init_method=dist_url)
+    dist.distributed_c10d._set_pg_timeout(LONGEST_WAIT)
 
 
 def leave_distributed() -> None:
