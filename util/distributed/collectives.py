@@ -89,7 +89,13 @@ def init_distributed(device: torch.device, dist_url: str = 'env://') -> None:
 
 
 def leave_distributed() -> None:
+    """Leave the process group together with all other ranks.
+
+    After the barrier no thread of the group holds tensors of Python. One that frees such a tensor waits for Python's lock, which
+    the main thread has while the end of the group waits for its threads.
+    """
     if is_distributed():
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -145,8 +145,6 @@ class StopRequests:
             if main and (alone or is_preempted()):
                 requeue()
         finally:  # srun --kill-on-bad-exit ends the main process, requeued or not, once another one has left
-            if get_world_size() > 1:
-                dist.barrier()
             leave_distributed()
         sys.exit(UNFINISHED)
 
