@@ -26,7 +26,8 @@ from util.errors import UserError
 
 STAT_NAMES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
 BACKENDS = ('auto', 'hotcoco', 'pycocotools')
-# LVIS counts up to 300 detections of an image; r, c and f are its rare, common and frequent classes.
+# lvis-api's names, whose 300 is the usual number of detections of an image that count; r, c and f are rare, common and
+# frequent classes.
 LVIS_NAMES = (
     'AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'APr', 'APc', 'APf', 'AR300', 'ARs300', 'ARm300', 'ARl300',
 )  # fmt: skip
@@ -41,12 +42,13 @@ class Summary:
 
     stats: numbers in [0, 1] in the order of `names`, -1 where there was no object to find. per_class: one dict per
     category with name, AP, AP50, AP75, AR100 (LVIS: AR300; -1 without objects) and the number of its objects without
-    crowd regions.
+    crowd regions. counted: number of detections that count, of an image and category (LVIS: of an image).
     """
 
     stats: list[float]
     per_class: list[dict]
     names: tuple[str, ...] = STAT_NAMES
+    counted: int = 100
 
     def table(self) -> str:
         """Return text with one line per class and one for all classes."""
@@ -54,7 +56,8 @@ class Summary:
         wide = max([len(name) for name in [*names, 'class', 'all']])
         recall = 'AR300' if 'AR300' in self.names else 'AR100'
         columns = ('AP', 'AP50', 'AP75', recall)
-        lines = [f'{"class":<{wide}}' + ''.join(f'{column:>8}' for column in columns) + f'{"objects":>9}']
+        titles = (*columns[:-1], f'AR{self.counted}')
+        lines = [f'{"class":<{wide}}' + ''.join(f'{title:>8}' for title in titles) + f'{"objects":>9}']
         total: dict[str, Any] = dict(zip(self.names, self.stats, strict=True))
         total |= {'name': 'all', 'objects': sum(row['objects'] for row in self.per_class)}
         for row in [*self.per_class, total]:
@@ -62,7 +65,8 @@ class Summary:
             lines.append(f'{row["name"]:<{wide}}{cells}{row["objects"]:>9}')
         if 'APr' in total:
             parts = (('rare', 'APr'), ('common', 'APc'), ('frequent', 'APf'))
-            lines.append(', '.join(f'{word} {format_percent(total[key])}' for word, key in parts))
+            text = ', '.join(f'{word} {format_percent(total[key])}' for word, key in parts)
+            lines.append(f'{text}; {self.counted} detections of an image count')
         return '\n'.join(lines)
 
 
@@ -98,7 +102,8 @@ class Evaluator(Protocol):
 class CocoEvaluator:
     """Evaluator that collects predictions and scores them all at once; labels become category ids by the class map.
 
-    federated: follow LVIS's rules. A class is judged in the images that are known to have it or to lack it.
+    federated: follow LVIS's rules. A class is judged in the images that are known to have it or to lack it, by the best
+    300 detections of an image, as lvis-api does by default, or by this number of them if it is larger.
     """
 
     def __init__(
@@ -107,13 +112,13 @@ class CocoEvaluator:
         class_map: ClassMap,
         iou_types: tuple[str, ...] = ('bbox',),
         backend: str = 'auto',
-        federated: bool = False,
+        federated: int = 0,
     ) -> None:
         unknown = set(iou_types) - {'bbox', 'segm'}
         if unknown:
             raise ValueError(f'iou_types {sorted(unknown)} are not known: choose from bbox and segm')
         self.ground_truth, self.class_map, self.iou_types = ground_truth, class_map, tuple(iou_types)
-        self.backend, self.federated = choose_backend(backend), federated
+        self.backend, self.federated = choose_backend(backend), federated and max(LVIS_DETECTIONS, federated)
         if federated and self.backend != 'hotcoco':
             raise UserError(
                 f'--coco_eval {backend}: only hotcoco knows the rules of LVIS: pip install hotcoco, and leave the flag out'
@@ -156,10 +161,7 @@ class CocoEvaluator:
         results = {}
         for iou_type in self.iou_types:
             truth = prepare_ground_truth(self.ground_truth, set(self.detections), iou_type)
-            detections = self.detections
-            if self.federated:
-                detections = {image: best_of(one, LVIS_DETECTIONS) for image, one in detections.items()}
-            rows = result_rows(detections, iou_type)
+            rows = result_rows(self.detections, iou_type)
             arrays = evaluate(truth, rows, iou_type, self.backend, self.federated)
             results[iou_type] = summarize_arrays(truth, *arrays, self.federated)
         return results
@@ -176,14 +178,6 @@ class Detections:
     rows: np.ndarray
     masks: list[dict] | None = None
     mask_scores: np.ndarray | None = None
-
-
-def best_of(detections: Detections, number: int) -> Detections:
-    """Return the detections with the best scores; equal ones stay in order."""
-    best = np.argsort(-detections.rows[:, 4], kind='stable')[:number]
-    masks = None if detections.masks is None else [detections.masks[index] for index in best]
-    scores = None if detections.mask_scores is None else detections.mask_scores[best]
-    return Detections(detections.rows[best], masks, scores)
 
 
 def choose_backend(backend: str) -> str:
@@ -314,9 +308,11 @@ def result_rows(detections: dict[int, Detections], iou_type: str) -> np.ndarray 
 
 
 def evaluate(
-    truth: dict, rows: np.ndarray | list[dict], iou_type: str, backend: str, federated: bool = False
+    truth: dict, rows: np.ndarray | list[dict], iou_type: str, backend: str, federated: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Evaluate all detections; nothing is printed.
+
+    federated: number of detections of an image that count by LVIS's rules, those of the best scores; 0: COCO's rules.
 
     Returns:
         Precision [10 IoU, 101 recall, K, 4 areas, 3 maxima] and recall [10, K, 4, 3], -1 where there is no object. K
@@ -332,13 +328,14 @@ def evaluate(
     return np.asarray(evaluator.eval['precision']), np.asarray(evaluator.eval['recall'])
 
 
-def hotcoco_evaluator(
-    truth: dict, rows: np.ndarray | list[dict], iou_type: str, federated: bool
-) -> Evaluator:
+def hotcoco_evaluator(truth: dict, rows: np.ndarray | list[dict], iou_type: str, federated: int) -> Evaluator:
     import hotcoco
 
     coco = hotcoco.COCO(truth)
-    return hotcoco.COCOeval(coco, coco.load_res(rows), iou_type, lvis_style=federated)
+    results = coco.load_res(rows)
+    if federated:  # else the evaluator cuts at 300 itself
+        results = results.cap_detections_per_image(federated)
+    return hotcoco.COCOeval(coco, results, iou_type, lvis_style=bool(federated))
 
 
 def pycocotools_evaluator(truth: dict, rows: np.ndarray | list[dict], iou_type: str) -> Evaluator:
@@ -356,9 +353,7 @@ def pycocotools_evaluator(truth: dict, rows: np.ndarray | list[dict], iou_type: 
     return COCOeval(coco, results, iou_type)
 
 
-def summarize_arrays(
-    truth: dict, precision: np.ndarray, recall: np.ndarray, federated: bool = False
-) -> Summary:
+def summarize_arrays(truth: dict, precision: np.ndarray, recall: np.ndarray, federated: int = 0) -> Summary:
     """Average what is defined, as the official code does; -1 where nothing is."""
     frequency = np.array([category.get('frequency', '') for category in truth['categories']])
     stats = [
@@ -368,7 +363,7 @@ def summarize_arrays(
         *(mean_defined(precision[..., area, MOST_DETECTIONS]) for area in (1, 2, 3)),
         *(
             mean_defined(precision[:, :, frequency == part, ALL_AREAS, MOST_DETECTIONS])
-            for part in ('r', 'c', 'f') * federated
+            for part in ('rcf' if federated else '')
         ),
         *(mean_defined(recall[..., ALL_AREAS, most]) for most in range(recall.shape[-1])),
         *(mean_defined(recall[..., area, MOST_DETECTIONS]) for area in (1, 2, 3)),
@@ -382,7 +377,7 @@ def summarize_arrays(
         }
         for idx, category in enumerate(truth['categories'])
     ]
-    return Summary(stats, per_class, LVIS_NAMES if federated else STAT_NAMES)
+    return Summary(stats, per_class, LVIS_NAMES, federated) if federated else Summary(stats, per_class)
 
 
 def class_summary(precision: np.ndarray, recall: np.ndarray, recall_name: str) -> dict[str, float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from datasets.class_map import ClassMap
 from datasets.coco import CocoDetection, find_path, options_of
-from datasets.coco_eval import FEDERATED
+from datasets.coco_eval import FEDERATED, LVIS_DETECTIONS
 from datasets.coco_json import File
 from datasets.json_stream import list_blocks
 from util.errors import UserError
@@ -19,7 +19,7 @@ class LvisDetection(CocoDetection):
     COCO's train2017 too. Evaluation follows LVIS's federated rules (`datasets.coco_eval`).
     """
 
-    federated = True
+    federated = LVIS_DETECTIONS
 
     @classmethod
     def blocks(cls, annotation_file: File) -> Iterator[tuple[str, list]]:
@@ -59,4 +59,6 @@ def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None =
     images = getattr(args, f'{image_set}_images') or args.coco_path
     if images is None:
         raise UserError(f'where are the images? Give --coco_path or --{image_set}_images')
-    return LvisDetection(Path(images), annotation_file, **options_of(image_set, args, class_map))
+    dataset = LvisDetection(Path(images), annotation_file, **options_of(image_set, args, class_map))
+    dataset.federated = getattr(args, 'topk_eval', None) or LVIS_DETECTIONS
+    return dataset

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from datasets import build_dataset
 from datasets.class_map import ClassMap
 from datasets.coco import repeats_of
 from datasets.coco_eval import LVIS_NAMES, CocoEvaluator, encode_masks
 from datasets.lvis import LvisDetection
-from tests.runs import TINY, run
+from tests.runs import TINY, parse, run
+from util.config.settle import settle
 
 pytest.importorskip('hotcoco')
 THRESHOLDS = np.arange(0.5, 1.0, 0.05)
@@ -176,6 +178,43 @@ def test_masks_of_boxes_have_the_numbers_of_boxes() -> None:
     assert masks.names == LVIS_NAMES
 
 
+@pytest.mark.parametrize(
+    ('place', 'limit', 'counts'), [(300, 300, True), (301, 300, False), (301, 1000, True), (900, 1000, True)]
+)
+def test_as_many_detections_count_as_are_asked_for(place: int, limit: int, counts: bool) -> None:
+    """A rare object, found as detection `place` of its image. Its mask has the best score of all masks."""
+    data, _ = made(0, num_images=1, num_classes=2)
+    box = {
+        'image_id': 1,
+        'bbox': [10, 10, 20, 20],
+        'area': 400,
+        'segmentation': [[10, 10, 30, 10, 30, 30, 10, 30]],
+    }
+    data['annotations'] = [box | {'id': 1, 'category_id': 1}]
+    for category, frequency in zip(data['categories'], 'rf', strict=True):
+        category['frequency'] = frequency
+    data['images'][0] |= {'neg_category_ids': [2], 'not_exhaustive_category_ids': []}
+    scores = torch.linspace(1, 0.1, place, dtype=torch.float64)
+    mask = torch.zeros(1, 1, 200, 240)
+    mask[..., 10:30, 10:30] = 1
+    prediction = {
+        'scores': scores,
+        'mask_scores': scores.flip(0),
+        'labels': torch.tensor([1] * (place - 1) + [0]),
+        'boxes': torch.tensor([[10.0, 10, 30, 30]]).expand(place, 4),
+        'segmentation': encode_masks(mask) * place,
+    }
+    evaluator = CocoEvaluator(
+        data, ClassMap.contiguous(data['categories']), ('bbox', 'segm'), 'hotcoco', federated=limit
+    )
+    evaluator.update({1: prediction})
+    boxes, masks = evaluator.summarize().values()
+    assert dict(zip(boxes.names, boxes.stats, strict=True))['APr'] == pytest.approx(float(counts))
+    assert dict(zip(masks.names, masks.stats, strict=True))['APr'] == pytest.approx(1), 'by their own scores'
+    first, *_, last = boxes.table().splitlines()
+    assert f'AR{limit}' in first and last.endswith(f'; {limit} detections of an image count')
+
+
 def test_rare_classes_come_more_often() -> None:
     """Class 0 is in all 100 images, class 1 in 4, class 2 in one."""
     labels, starts = [], [0]
@@ -199,6 +238,17 @@ def lvis_folder(tmp_path: Path) -> Path:
         (tmp_path / 'annotations').mkdir(exist_ok=True)
         (tmp_path / f'annotations/lvis_v1_{split}.json').write_text(json.dumps(data))
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ('flags', 'counted'), [('--deformable', 100), ('--deformable --topk_eval 1000', 1000)]
+)
+def test_a_data_set_tells_how_many_detections_count(flags: str, counted: int, lvis_folder: Path) -> None:
+    args = settle(parse('', flags=f'{flags} --dataset_file lvis --coco_path {lvis_folder}'))
+    dataset = build_dataset('val', args)
+    assert dataset.federated == counted
+    evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map, federated=dataset.federated)
+    assert evaluator.federated == max(300, counted)
 
 
 def test_files_are_found_by_address_and_repeated(lvis_folder: Path) -> None:
@@ -231,11 +281,14 @@ def test_what_is_no_lvis_is_refused(change: object, message: str, lvis_folder: P
 
 
 @pytest.mark.slow
-def test_a_run_trains_and_evaluates_on_lvis(lvis_folder: Path, tmp_path: Path) -> None:
+def test_a_run_trains_and_evaluates_on_lvis(
+    lvis_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = TINY.replace(
         '--dataset_file shapes', f'--dataset_file lvis --coco_path {lvis_folder} --repeat_threshold 0.5'
     )
-    run(tmp_path / 'out', '--epochs', '1', '--topk_eval', '300', flags=flags)
+    run(tmp_path / 'out', '--epochs', '1', '--topk_eval', '400', flags=flags)
+    assert '; 400 detections of an image count\n' in capsys.readouterr().out
     header = (tmp_path / 'out/metrics.csv').read_text().splitlines()[0]
     assert 'test_APr' in header and 'test_AR300' in header
     record = json.loads((tmp_path / 'out/log.jsonl').read_text().splitlines()[-1])
