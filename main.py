@@ -7,7 +7,13 @@ Train and evaluate detectors.
   python main.py --coco_path DATA --eval --model detr_resnet50       evaluate published weights
 """
 
-import argparse
+from util.config.parser import make_parser
+
+if (
+    __name__ == '__main__'
+):  # before PyTorch is imported, which takes seconds: --help and mistyped flags are answered at once
+    make_parser(__doc__).parse_args()
+
 import json
 import time
 from argparse import Namespace
@@ -21,7 +27,6 @@ from torch.utils.data import Dataset
 
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.coco_eval import LVIS_NAMES, STAT_NAMES, CocoEvaluator, Summary, record_of, tables
-from datasets.flags import add_data_args, check_data_args
 from datasets.inventory import check_data, print_inventory
 from datasets.loaders import begin_epoch, build_datasets, build_loader, worst_batch
 from engine import (
@@ -34,25 +39,26 @@ from engine import (
     rehearse,
     train_one_epoch,
 )
-from models import add_model_args, build_model, check_backbone, level_strides
-from models.detector import class_map_of
-from models.flags import NUM_CLASSES
+from models import build_model, check_backbone, level_strides
+from models.detector import class_map_of, shared_classes
 from models.ops.functions import describe as describe_kernels
 from models.parts import all_parts, compile_parts
 from models.segmentation import freeze_all_but_masks
 from models.structures import Prediction
 from models.training import coefficients
-from models.training.flags import add_training_args, resolve_all
 from models.training.report import statistics_text, supervision_table
-from models.training.resume import adopt_recorded
-from models.zoo import with_row
 from util.black_box import BlackBox
-from util.checkpoint import check_frozen, load_checkpoint
+from util.checkpoint import check_frozen, flags_of_run, load_checkpoint
+from util.config.declare import RUN
+from util.config.recipes import with_named_flags
+from util.config.recorded import adopt, as_json, changes_text, data_of
+from util.config.settle import EVERYTHING, Settled, check_processes, settle
 from util.distributed.collectives import (
     all_gather_object,
     check_agreement,
     choose_device,
     fail_together,
+    get_local_size,
     get_rank,
     get_world_size,
     init_distributed,
@@ -62,9 +68,8 @@ from util.distributed.collectives import (
 from util.distributed.heartbeat import Heartbeat
 from util.distributed.parallel import broadcast_from_main, replicate, shard
 from util.distributed.preemption import Interrupted, StopRequests, was_restarted
-from util.download import HTTP_ALLOWED
 from util.ema import WeightAverage
-from util.errors import FileError
+from util.errors import FileError, UserError
 from util.files import (
     code_checksum,
     lock_folder,
@@ -74,10 +79,11 @@ from util.files import (
     save_atomically,
     unlock,
 )
-from util.flags import add_run_args, check_run_args, make_parser, run_command
+from util.flags import HTTP_ALLOWED, FlagParser, given_of, run_command
 from util.logger import RunLog, format_time, print_main
-from util.plan import COCO_TRAIN_IMAGES, flops_text, print_dry_run, print_plan
+from util.plan import COCO_TRAIN_IMAGES, LVIS_TRAIN_IMAGES, flops_text, print_dry_run, print_plan
 from util.precision import Precision, avoid_plans_per_shape, set_tf32
+from util.run_entries import check_entries
 from util.run_state import (
     EpochState,
     Run,
@@ -89,41 +95,35 @@ from util.run_state import (
     set_step,
 )
 from util.seeding import seed_everything
-from util.trackers import Tracker, trackers_of
+from util.trackers import Tracker, check_trackers, trackers_of
 from util.visualize import plot_curves
+from util.weight_files import read_checkpoint
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> FlagParser:
     """Return the parser of all flags; `--help TOPIC` shows them by topic."""
-    parser = make_parser(__doc__)
-    add_data_args(parser)
-    add_model_args(parser)
-    add_training_args(parser)
-    add_run_args(parser)
-    return parser
+    return make_parser(__doc__)
 
 
 def main(args: Namespace) -> None:
-    given = getattr(args, 'given', frozenset(vars(args)))
+    args = with_named_flags(args)
     HTTP_ALLOWED.set(args.allow_http)
-    args = resolve_all(with_row(args, given) if args.model else args)
     if args.dry_run or args.check_data:
         init_distributed(torch.device('cpu'), args.dist_url)
         with fail_together():
-            check_data_args(args)
-            check_run_args(args)
+            args, _ = configure(args)
             if is_main_process():
                 dry_run(args, check_data(args, level_strides(args)[0]) if args.check_data else None)
         leave_distributed()
         return
     device = choose_device(args.device)
-    set_tf32(args.tf32)
     avoid_plans_per_shape()
     init_distributed(device, args.dist_url)
     heartbeat, stops = Heartbeat(), StopRequests(device)
     try:
         with one_run_a_folder(args):
-            checkpoint, datasets = read_data(args, given)
+            args, checkpoint, datasets = read_data(args)
+            set_tf32(args.tf32)
             heartbeat.start()  # not before: while a large annotation file is read, no other thread runs
             run, first_epoch, state = set_up(args, device, stops, checkpoint, datasets)
             if args.eval:
@@ -140,6 +140,38 @@ def main(args: Namespace) -> None:
         stops.close()
     heartbeat.stop()
     leave_distributed()
+
+
+def configure(args: Namespace, restarted: bool = False) -> tuple[Settled, dict]:
+    """Settle all flags, those of the checkpoint in use included; return them and the checkpoint ({} if there is none).
+
+    restarted: this process takes the place of one that was preempted.
+
+    Raises:
+        UserError: flags contradict each other or the checkpoint, or it cannot be read.
+    """
+    given = given_of(args)
+    settle(args, (RUN,))  # what is wrong already, before a large file is read
+    found, source = find_checkpoint(args, restarted)
+    if args.dry_run and not Path(source).is_file():
+        source = ''  # nothing is fetched
+    checkpoint = read_checkpoint(source) if source else {}
+    resume = bool(found) and not args.eval
+    check_entries(checkpoint, source, resume)
+    args = Namespace(**vars(args) | {'resume': found})
+    if recorded := flags_of_run(checkpoint, resume):
+        try:
+            args = adopt(args, given, recorded, resume, strict=resume or args.eval)
+        except UserError as error:
+            raise UserError(f'{source}: {error}') from error
+        if args.eval and 'class_map' in checkpoint:  # a run of this program
+            args = Namespace(**vars(args) | data_of(args, given, recorded))
+    settled = settle(args, EVERYTHING)
+    check_trackers(settled)
+    settled = settled.but(accum_steps=check_processes(settled, get_world_size(), get_local_size()))
+    if resume and (text := changes_text(settled, recorded)):
+        print_main(f'{settled.resume} goes on with other flags: {text}')
+    return settled, checkpoint
 
 
 @contextmanager
@@ -161,8 +193,8 @@ def one_run_a_folder(args: Namespace) -> Iterator[None]:
         unlock(lock)
 
 
-def read_data(args: Namespace, given: frozenset[str]) -> tuple[dict, dict[str, Dataset]]:
-    """Return the checkpoint in use ({} if there is none) and the data sets.
+def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
+    """Return settled flags, the checkpoint in use ({} if there is none) and the data sets.
 
     Raises:
         UserError: flags, checkpoint or data are wrong, or the processes disagree about them.
@@ -170,10 +202,7 @@ def read_data(args: Namespace, given: frozenset[str]) -> tuple[dict, dict[str, D
     check_agreement(facts_of(args))
     restarted = any(all_gather_object(was_restarted()))
     with fail_together():
-        check_data_args(args)
-        check_run_args(args)
-        checkpoint = find_checkpoint(args, restarted)
-        adopt_recorded(args, given, checkpoint, get_args_parser())
+        args, checkpoint = configure(args, restarted)
         check_backbone(args)
         seed_everything(args.seed + get_rank())
         class_map = ClassMap.from_dict(checkpoint['class_map']) if 'class_map' in checkpoint else None
@@ -184,30 +213,26 @@ def read_data(args: Namespace, given: frozenset[str]) -> tuple[dict, dict[str, D
         if is_main_process():
             print_inventory(datasets, args, level_strides(args)[0])
     facts = {f'{split} data': dataset.summary for split, dataset in datasets.items()}
-    within = checkpoint.get('within_epoch')
-    images = within.get('images', 0) if isinstance(within, dict) else 0
+    images = checkpoint.get('within_epoch', {}).get('images', 0)
     found = f'epoch {checkpoint.get("epoch")}, {images} images further' if checkpoint else 'none'
     check_agreement(facts | {'the checkpoint': found})  # a folder that is not shared, for instance
-    return checkpoint, datasets
+    num_classes = list(datasets.values())[-1].class_map.num_classes
+    # A checkpoint holds the backbone.
+    args = args.but(num_classes=num_classes, **({'backbone_weights': 'none'} if checkpoint else {}))
+    return args, checkpoint, datasets
 
 
 def set_up(
-    args: Namespace, device: torch.device, stops: StopRequests, checkpoint: dict, datasets: dict[str, Dataset]
+    args: Settled, device: torch.device, stops: StopRequests, checkpoint: dict, datasets: dict[str, Dataset]
 ) -> tuple[Run, int, EpochState]:
     """Build everything that a run needs; return it, the epoch to begin with, and how far that epoch has come."""
-    args.num_classes = list(datasets.values())[-1].class_map.num_classes
-    if checkpoint:
-        args.backbone_weights = 'none'  # the checkpoint holds the backbone
     model, criterion, postprocessors = build_model(args)
     if checkpoint:
-        report = load_checkpoint(
-            model,
-            checkpoint,
-            resize=not (args.resume or args.eval),
-            resume=bool(args.resume) and not args.eval,
-            name=args.resume or args.pretrained or args.frozen_weights,
-        )
-        print_main(f'{args.resume or args.pretrained or args.frozen_weights}: {report}')
+        name, fresh = args.resume or args.pretrained or args.frozen_weights, not (args.resume or args.eval)
+        shared = shared_classes(checkpoint, list(datasets.values())[-1].class_map) if fresh else None
+        resume = bool(args.resume) and not args.eval
+        report = load_checkpoint(model, checkpoint, resize=fresh, resume=resume, name=name, classes=shared)
+        print_main(f'{name}: {report}')
         if args.frozen_weights and not (args.resume or args.eval):
             check_frozen(report)
     if args.frozen_weights:
@@ -293,6 +318,9 @@ def train(run: Run, first_epoch: int, state: EpochState, checkpoint: dict) -> No
         print_main(f'all {args.epochs} epochs are done; raise --epochs to train longer')
     if state.step:
         print_main(f'epoch {first_epoch + 1} goes on after step {state.step} of {run.steps_an_epoch}')
+    if folder and is_main_process():
+        with or_warn():
+            save_atomically(folder / 'flags.json', lambda path: path.write_text(as_json(args)))
     black_box, saved = BlackBox(folder, args.bad_steps, args), True
     for epoch in range(first_epoch, args.epochs):
         if log and args.patience and log.evaluations_since_best('test_AP') >= args.patience:
@@ -426,13 +454,16 @@ def evaluate_alone(run: Run) -> None:
         save_atomically(Path(run.args.output_dir) / 'eval.json', lambda path: path.write_text(text))
 
 
-def dry_run(args: Namespace, num_images: int | None) -> None:
-    """Print what a run would need, from the flags alone. num_images: of the training part; None: those of COCO."""
-    args.num_classes, args.backbone_weights = NUM_CLASSES, 'none'
+def dry_run(args: Settled, num_images: int | None) -> None:
+    """Print what a run would need, from the flags alone. num_images: of the training part; None: those of COCO or LVIS."""
+    contiguous = args.dataset_file == 'coco' and args.class_ids == 'contiguous'
+    num_classes = {'lvis': 1203}.get(args.dataset_file, 80 if contiguous else args.num_classes)
+    args = args.but(num_classes=num_classes, backbone_weights='none')
     with torch.device('meta'):
         model, criterion, _ = build_model(args)
         optimizer = optimizer_of(model, args)
-    images = num_images or (args.shapes_train if args.dataset_file == 'shapes' else COCO_TRAIN_IMAGES)
+    usual = {'shapes': args.shapes_train, 'lvis': LVIS_TRAIN_IMAGES}.get(args.dataset_file, COCO_TRAIN_IMAGES)
+    images = num_images or usual
     schedule = build_scheduler(optimizer, args, max(1, images // (args.batch_size * args.accum_steps)))
     notes = {
         'learning rate': describe_rates(args, schedule),

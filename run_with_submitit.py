@@ -13,10 +13,9 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from datasets.flags import check_data_args
-from main import get_args_parser
-from models.training.flags import resolve_all
-from models.zoo import with_row
+from util.config.parser import make_parser
+from util.config.recipes import with_named_flags
+from util.config.settle import EVERYTHING, settle
 from util.errors import UserError
 from util.flags import run_command
 
@@ -26,8 +25,8 @@ SHARED = Path('/checkpoint')  # where the official script keeps everything
 
 def get_submit_parser() -> argparse.ArgumentParser:
     """Return the parser of all flags of main.py and of the job."""
-    parser = get_args_parser()
-    parser.usage, parser.description = 'python run_with_submitit.py [flags]', __doc__
+    parser = make_parser(__doc__)
+    parser.usage = 'python run_with_submitit.py [flags]'
     job = parser.add_argument_group('Slurm')
     job.add_argument('--ngpus', default=8, type=int, help='GPUs per node; 0: none (default: %(default)s)')
     job.add_argument('--nodes', default=4, type=int, help='number of nodes (default: %(default)s)')
@@ -157,7 +156,7 @@ def submit(args: Namespace) -> str:
     args.output_dir = find_job_dir(args)
     if args.dry_run:
         raise UserError('--dry_run needs no job: give it to main.py')
-    check_data_args(resolve_all(with_row(args, args.given) if args.model else args))
+    settle(with_named_flags(args), EVERYTHING)
     parameters = job_parameters(args)
     check_script(args.output_dir, parameters)
     if not shutil.which('sbatch'):

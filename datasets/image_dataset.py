@@ -47,7 +47,8 @@ class ImageDataset(Dataset[Sample], ABC):
     class_map: ClassMap  # class index of the model for each category of the annotations
     most_objects = 100  # in one image; for the rehearsal of the largest batch
     return_masks = False  # targets have masks
-    federated = False  # only some classes of an image are annotated, and evaluation has LVIS's rules
+    # If not 0, only some classes of an image are annotated, and evaluation has LVIS's rules (argument of `CocoEvaluator`).
+    federated = 0
 
     def __init__(self, transforms: Transform | None, mix: Mix | None, seed: int) -> None:
         self.transforms, self.mix, self.seed = transforms, mix, seed

@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as F
 
 from util.box_ops import box_area, box_xyxy_to_cxcywh
+from util.config.flags import AUGMENTATIONS
 from util.errors import UserError
 
 Image = Tensor | PIL.Image.Image
@@ -38,15 +39,6 @@ class Transform(Protocol):
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-# --aug -> what it does with training images, for --help.
-AUGMENTATIONS = {
-    'detr': 'flip, scale and crop',
-    'flip': 'flip only',
-    'none': 'as at evaluation',
-    'co_detr': "as detr by mmdetection's rules of resizing and its choice of objects, at evaluation too",
-    'lsj': 'large-scale jitter in a square and, where objects have masks, copy-paste',
-}
-RANDOM_SCALES = ('detr', 'co_detr')  # those that read --train_scales and --train_max_size
 BASE_SIZE, BASE_MAX_SIZE = 800, 1333
 SCALE_STEP = 32  # pixels between two short sides of training
 BASE_SCALES = tuple(range(480, 801, SCALE_STEP))

@@ -8,9 +8,11 @@ from argparse import Namespace
 
 from torch import nn
 
+from util.config.recorded import NetworkFlags
+from util.config.settle import Settled, backbone_maps, has_pyramid, level_strides, returned_maps, settle
+
 from .backbone import Backbone, Joiner, build_backbone
 from .conditional_detr import ConditionalDecoder, ConditionalDecoderLayer
-from .defaults import backbone_maps, has_pyramid, level_strides, resolve_args, returned_maps
 from .deformable_detr import DeformableDETR
 from .deformable_transformer import (
     DeformableDecoder,
@@ -21,7 +23,6 @@ from .deformable_transformer import (
 )
 from .detr import DETR
 from .dino import DinoDecoder, DinoTransformer
-from .flags import AUXILIARY_HEADS, DEFORMABLE_FLAGS, add_model_args, family_default
 from .heads import box_head, class_head
 from .ms_detr import (
     MixedConditionalDecoderLayer,
@@ -33,6 +34,7 @@ from .ops.modules import MSDeformAttn
 from .parts import freeze, recompute
 from .position_encoding import build_position_encoding
 from .postprocess import (
+    AUXILIARY_HEADS,
     CandidatePostProcess,
     MaskPostProcess,
     NMSPostProcess,
@@ -41,7 +43,6 @@ from .postprocess import (
     SoftNMSPostProcess,
     TopKPostProcess,
 )
-from .recorded import NetworkFlags
 from .refine_masks import DetectionMasks
 from .segmentation import build_mask_heads
 from .transformer import (
@@ -54,16 +55,11 @@ from .transformer import (
 from .vit import feature_pyramid
 
 __all__ = [
-    'DEFORMABLE_FLAGS',
-    'add_model_args',
     'build_detector',
     'build_model',
     'build_postprocessors',
     'build_transformer',
     'check_backbone',
-    'family_default',
-    'level_strides',
-    'resolve_args',
 ]
 
 
@@ -84,11 +80,7 @@ def build_transformer(args: Namespace) -> Transformer:
         (ConditionalDecoderLayer, TwiceReadConditionalDecoderLayer, MixedConditionalDecoderLayer),
         sizes,
     )
-    decoder = ConditionalDecoder(layer, args.dec_layers, norm, args.pe_temperature)
-    transformer = Transformer(encoder, decoder)
-    if args.local_init:
-        transformer.decoder.start_local(args.local_init)
-    return transformer
+    return Transformer(encoder, ConditionalDecoder(layer, args.dec_layers, norm, args.pe_temperature))
 
 
 def build_decoder_layer(args: Namespace, layers: tuple[type[nn.Module], ...], sizes: tuple) -> nn.Module:
@@ -191,7 +183,7 @@ def build_detector(
     """Build the detector alone.
 
     Args:
-        args: flags settled by `resolve_args`.
+        args: settled flags.
         num_queries: number of learned queries of each group, the inference group first.
         query_sources: modules that add query groups while training.
     """
@@ -251,16 +243,14 @@ def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, nn.Mod
     """Build model, criterion and postprocessors.
 
     Args:
-        args: flags parsed by `main.get_args_parser`, or some of them. `num_classes` is 91 unless the data set has
-            set it.
+        args: settled flags, or some that are settled here. `num_classes` is 91 unless the data set has set it.
 
     Raises:
         UserError: flags contradict each other.
     """
     from .training import build_supervision
-    from .training.flags import resolve_all
 
-    args = resolve_all(args)
+    args = args if isinstance(args, Settled) else settle(args)
     criterion, num_queries, query_sources = build_supervision(args)
     model = build_detector(args, num_queries, query_sources)
     freeze_unreached_heads(model, criterion, args.two_stage)

@@ -147,19 +147,6 @@ class ConditionalDecoder(nn.Module):
         self.query_scale = MLP(d_model, d_model, d_model, num_layers=2) if num_layers > 1 else None
         self.ref_point_head = ExactMLP(d_model, d_model, 2, num_layers=2)
 
-    @torch.no_grad()
-    def start_local(self, gain: float) -> None:
-        """Initialise every head so that it attends around the reference point (ours, not the paper's).
-
-        Queries and keys project positions with the same weights, times `gain`. The scale of the sine embedding starts
-        at 1. Without pretrained weights the attention becomes local in half as many steps.
-        """
-        for layer in self.layers:
-            layer.ca_qpos_sine_proj.weight.copy_(gain * layer.ca_kpos_proj.weight)
-        if self.query_scale is not None:
-            nn.init.zeros_(self.query_scale.layers[-1].weight)
-            nn.init.ones_(self.query_scale.layers[-1].bias)
-
     def forward(self, groups: list[QueryGroup], memory: Memory) -> list[LayerOutput]:
         check_groups(groups, self, needs=('query_pos',), ignores=('reference_points',))
         tgt = torch.cat([group.tgt for group in groups], dim=1)  # [B, Q, C]

@@ -11,12 +11,12 @@ from datasets.image_io import read_image
 from datasets.transforms import frame_size, seen_size, transforms_of
 from models import build_detector, build_postprocessors
 from models.postprocess import Encode
-from models.recorded import settle
-from models.zoo import find_row
-from util.checkpoint import flags_of, load_checkpoint
+from util.checkpoint import SharedClasses, flags_of, load_checkpoint
+from util.config.recipes import find_row
+from util.config.recorded import settle_recorded
 from util.distributed.collectives import choose_device
-from util.download import add_http_flag
 from util.errors import UserError
+from util.flags import add_http_flag
 from util.foreign_names import COCO_IDS, to_official
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from util.precision import Precision
@@ -166,7 +166,7 @@ def load_detector(
         raise UserError('name a model, or a file of weights')
     checkpoint = read_checkpoint(source)
     check_entries(checkpoint, source, resume=False)
-    recorded = row.flags if row else flags_of(checkpoint)
+    recorded = vars(row.recipe.flags) if row else flags_of(checkpoint)
     if row is None and not recorded:
         raise UserError(
             f'{source} holds weights alone, without the flags of its run: name its model too (--model NAME in a tool, '
@@ -174,7 +174,7 @@ def load_detector(
         )
     class_map = class_map_of(checkpoint, source)
     flags = {'eval_module': 'detr', 'aux_loss': False, 'num_classes': class_map.num_classes}
-    args = settle({**IMAGE_FLAGS, **recorded, **flags})
+    args = settle_recorded({**IMAGE_FLAGS, **recorded, **flags})
     network = build_detector(args, {'one2one': args.num_queries})
     load_checkpoint(network, checkpoint, name=source)
     network.to(choose_device(str(device)) if device == 'auto' else device)
@@ -201,6 +201,20 @@ def class_map_of(checkpoint: dict, source: str) -> ClassMap:
         return ClassMap.coco()  # `load_checkpoint` gives each class of 80 the row of its id
     names = names if len(names) == rows else [f'class {index}' for index in range(rows)]
     return ClassMap(tuple(range(rows)), tuple(names))
+
+
+def shared_classes(checkpoint: dict, class_map: ClassMap) -> SharedClasses | None:
+    """Return the classes of a file that a data set has too, by their names; None if all are the same, or none is."""
+    try:
+        theirs = class_map_of(checkpoint, '')
+    except UserError:  # its class heads are gone
+        return None
+    if theirs.names == class_map.names:
+        return None
+    here = {name: index for index, name in enumerate(class_map.names) if name is not None}
+    pairs = [(index, here[name]) for index, name in enumerate(theirs.names) if name in here]
+    names = [theirs.names[index] for index, _ in pairs]
+    return SharedClasses(pairs, theirs.num_classes, class_map.num_classes, names) if pairs else None
 
 
 def names_in(checkpoint: dict) -> list[str]:

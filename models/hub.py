@@ -8,8 +8,9 @@ from torch import nn
 
 from models import build_postprocessors
 from models.detector import Detector, load_detector
-from models.zoo import ZOO, Row, build_row
+from models.zoo import build_row
 from util.checkpoint import load_checkpoint
+from util.config.recipes import ZOO, Row
 
 
 def build(
@@ -34,7 +35,7 @@ def build(
     source = weights or (row.source() if pretrained else '')
     model, args = build_row(row, num_classes, 'none' if source else 'imagenet')
     if source:
-        resize = num_classes not in (None, row.num_classes)
+        resize = num_classes not in (None, row.classes)
         report = load_checkpoint(model, str(source), resize=resize)
         if report.reinitialised:
             print(f'{row.name} with {num_classes} classes: {report}')
@@ -56,9 +57,10 @@ def entry(row: Row) -> Callable:
     """Return `build` of a row, with the name and the result of the row."""
     built = functools.partial(build, row)
     functools.update_wrapper(built, build)
-    ap = f'{row.ap} AP on {row.data}' if row.ap else 'AP not published'
+    recipe, ap = row.recipe, row.ap or row.recipe.ap
+    result = f'{ap} AP on {recipe.data}' if ap else 'AP not published'
     built.__name__ = built.__qualname__ = row.name
-    built.__doc__ = f'{row.title}: {ap} ({row.epochs} epochs).\n\n{build.__doc__}'
+    built.__doc__ = f'{recipe.title}: {result} ({recipe.epochs} epochs).\n\n{build.__doc__}'
     return built
 
 

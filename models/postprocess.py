@@ -15,6 +15,9 @@ Detections = list[dict[str, Tensor]]
 Encode = Callable[[Tensor], list[dict]]
 PIXELS_AT_A_TIME = 2**24  # of masks, which take a few bytes a pixel while they are made
 
+# Threshold of NMS between detections of an auxiliary head (IoU).
+AUXILIARY_HEADS = {'faster_rcnn': 0.5, 'atss': 0.6}
+
 
 def scale_boxes(boxes: Tensor, target_sizes: Tensor) -> Tensor:
     """Convert boxes [B, N, 4] from cxcywh in [0, 1] to xyxy in pixels. target_sizes: [B, 2] (height, width)."""

@@ -44,9 +44,8 @@ def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
         small = SMALL | {'num_queries': 20, 'backbone_stages': 4}
         return settle(Namespace(**small | vars(flags) | {'num_classes': 91}))
 
-    for module in (train, schemes, step, fps):
-        monkeypatch.setattr(module, 'resolve_all', partial(shrink, module.resolve_all))
-    monkeypatch.setattr(model, 'resolve_args', partial(shrink, model.resolve_args))
+    for module in (train, schemes, step, fps, model):
+        monkeypatch.setattr(module, 'settle', partial(shrink, module.settle))
     monkeypatch.setattr(model, 'transformers_model', lambda: None)
 
 

@@ -1,15 +1,12 @@
 """Numbers that make no sense are refused wherever flags come from."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 
 import pytest
 
-from datasets.flags import add_data_args, check_data_args
 from main import get_args_parser
-from models.defaults import resolve_args
-from models.training.flags import resolve_all
 from util.bounds import Bounded, real, whole
-from util.flags import check_run_args
+from util.config.settle import EVERYTHING, settle
 
 
 @pytest.mark.parametrize(
@@ -56,7 +53,7 @@ def test_every_number_of_main_has_bounds() -> None:
 )
 def test_numbers_that_make_no_sense(flags: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        resolve_all(get_args_parser().parse_args([*flags.split(), '--backbone_weights', 'none']))
+        settle(get_args_parser().parse_args([*flags.split(), '--backbone_weights', 'none']))
 
 
 @pytest.mark.parametrize(
@@ -69,16 +66,13 @@ def test_numbers_that_make_no_sense(flags: str, message: str) -> None:
 )
 def test_numbers_of_data_and_run(flag: str, message: str) -> None:
     value = int(message.split()[-1])
-    args = resolve_all(get_args_parser().parse_args([f'--{flag}={value}', '--backbone_weights', 'none']))
+    args = get_args_parser().parse_args([f'--{flag}={value}', '--backbone_weights', 'none'])
     with pytest.raises(ValueError, match=f'--{flag} must be {message}'):
-        check_data_args(args)
-        check_run_args(args)
+        settle(args, EVERYTHING)
 
 
 def test_bounds_hold_without_a_command_line() -> None:
     with pytest.raises(ValueError, match='--nheads must be a whole number'):
-        resolve_args(Namespace(nheads='8'))
-    parser = ArgumentParser()
-    add_data_args(parser)
+        settle(Namespace(nheads='8'))
     with pytest.raises(SystemExit):
-        parser.parse_args(['--img_size', '800px'])
+        get_args_parser().parse_args(['--img_size', '800px'])

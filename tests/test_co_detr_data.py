@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import datasets.flags
 import main
 from datasets import build_dataset
 from datasets import transforms as T
@@ -500,6 +499,6 @@ def test_a_run_of_this_recipe_resumes_bit_for_bit(tmp_path: Path) -> None:
 def test_impossible_flags_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, message: str
 ) -> None:
-    monkeypatch.setattr(datasets.flags, 'get_local_size', lambda: 2)
+    monkeypatch.setattr(main, 'get_local_size', lambda: 2)
     with pytest.raises(ValueError, match=message):
         run(tmp_path, *flags.split())

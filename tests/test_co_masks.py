@@ -15,7 +15,6 @@ from models import build_model
 from models.postprocess import paste
 from models.refine_masks import MaskIoUHead, RefineMaskHead, boundary, refined, roi_features
 from models.training.criterion import weighted_sum
-from models.training.flags import resolve_all
 from models.training.mask_losses import iou_loss, iou_targets, mask_targets, refine_loss
 from models.training.mask_rcnn import MaskBranch
 from tests import rule
@@ -24,6 +23,7 @@ from tests.parity import assert_close
 from tests.runs import run
 from tests.shared_data import SHARED, needs_shared
 from util.checkpoint import load_checkpoint
+from util.config.settle import settle
 from util.foreign_files import to_mmdetection
 from util.foreign_names import to_official
 
@@ -227,7 +227,7 @@ def test_a_run_evaluates_masks_by_their_own_scores(tmp_path: Path) -> None:
 )
 def test_impossible_flags(flags: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        resolve_all(Namespace(**{'co_masks': True, 'backbone_weights': 'none'} | flags))
+        settle(Namespace(**{'co_masks': True, 'backbone_weights': 'none'} | flags))
 
 
 RCNN_MASKS = TRICKS | HEADS | {'co_rcnn_masks': True}
@@ -294,4 +294,4 @@ def test_roi_masks_train_and_the_rcnn_head_predicts_them() -> None:
     assert {'roi_head.0.mask_head.convs.3.conv.weight', 'roi_head.0.mask_head.upsample.bias'} < theirs.keys()
     assert to_official(theirs)[1].keys() == model.state_dict().keys()
     with pytest.raises(ValueError, match='add it to --co_aux_heads'):
-        resolve_all(Namespace(**flags | {'co_aux_heads': ['atss']}))
+        settle(Namespace(**flags | {'co_aux_heads': ['atss']}))

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from models import build_detector, build_model
 from models.detector import load_detector
-from models.training.flags import resolve_all
 from tests.models import HEADS, SMALL, TRICKS
 from tests.runs import fill_disk
 from tools import convert_checkpoint
 from tools.convert_checkpoint import convert
 from util.checkpoint import load_checkpoint
+from util.config.settle import settle
 from util.flags import run_command
 from util.foreign_files import to_mmdetection
 from util.foreign_names import COCO_IDS, to_official
@@ -77,7 +77,7 @@ def test_a_stripped_file_is_the_plain_model(tmp_path: Path) -> None:
     """Training's queries and heads are gone, and the flags say so; detections are the same."""
     flags = SMALL | CO_DEFORMABLE | {'hybrid_k': 2, 'hybrid_queries': 24, 'dn_number': 10}
     model = build(flags)
-    args = vars(resolve_all(Namespace(**flags)))
+    args = vars(settle(Namespace(**flags)))
     torch.save({'model': model.state_dict(), 'args': args, 'optimizer': {}}, tmp_path / 'run.pth')
     convert(str(tmp_path / 'run.pth'), tmp_path / 'small.pth', stripped=True, to='ours')
     stripped = read_checkpoint(tmp_path / 'small.pth')
@@ -128,7 +128,7 @@ def test_heads_that_detect_must_be_in_the_file() -> None:
 def test_80_classes_go_to_their_coco_ids(flags: dict) -> None:
     """Detection heads have a row a COCO id; the proposals' class 0 stands for 'object', but in DINO."""
     small = build(flags, num_classes=80)
-    args = resolve_all(Namespace(**SMALL | flags | {'num_classes': 91, 'co_aux_heads': [], 'dn_number': 0}))
+    args = settle(Namespace(**SMALL | flags | {'num_classes': 91, 'co_aux_heads': [], 'dn_number': 0}))
     large = build_detector(args, {'one2one': 12})
     load_checkpoint(large, {'state_dict': to_mmdetection(small.state_dict())})
     last = len(large.class_embed) - 1
@@ -195,7 +195,7 @@ def test_transformers_opens_what_is_written_for_it(kind: str, tmp_path: Path) ->
         'num_classes': 91,
     }
     flags |= TRANSFORMERS[kind]
-    args = resolve_all(Namespace(**flags))
+    args = settle(Namespace(**flags))
     torch.manual_seed(0)
     model = build_detector(args, {'one2one': args.num_queries}).eval()
     for parameter in model.parameters():

@@ -47,6 +47,21 @@ def test_nothing_is_read_downloaded_or_written(
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize(
+    ('recipe', 'parameters', 'images'),
+    [
+        ('r50_co_dino_5scale_lsj_lvis_12ep', '75,802,540', '100,170'),
+        ('r50_co_deformable_detr_12ep', '65,076,774', '118,287'),
+    ],
+)
+def test_classes_and_images_are_those_of_the_data(
+    recipe: str, parameters: str, images: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1203 classes of LVIS v1; 80 of COCO with --class_ids contiguous."""
+    rows = printed(f'--recipe {recipe}', capsys)
+    assert rows['parameters'].startswith(parameters) and f'of {images} images' in rows['steps']
+
+
 def test_contradictions_are_refused_too() -> None:
     with pytest.raises(ValueError, match='--total_batch_size 3 is not a multiple'):
         main.main(parse('', flags='--dry_run --total_batch_size 3'))

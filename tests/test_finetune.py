@@ -4,11 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import main
+from datasets.class_map import ClassMap
+from models.detector import shared_classes
+from tests.models import build
 from tests.runs import TINY, load
 from tests.shared_data import SHARED, needs_shared
 from tools import predict
+from util.checkpoint import load_checkpoint
 
 WORDS = [word for word in TINY.split() if word not in ('--dataset_file', 'shapes')]
 FLAGS = [*WORDS, '--epochs', '1', '--img_size', '96', '--max_size', '96', '--batch_size', '8']
@@ -57,3 +62,33 @@ def test_from_91_classes_to_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     predict.main(predict.get_args_parser().parse_args([*words, '--device', 'cpu']))
     rows = json.loads((tmp_path / 'out/predictions.json').read_text())
     assert rows and {row['category_name'] for row in rows} <= set(names)
+
+
+def test_class_heads_follow_the_names_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a file whose classes are partly those of the data, in another order; other rows start anew."""
+    for family in ({'conditional': True}, {}, {'dino': True, 'num_feature_levels': 3}):
+        model, _, _ = build(family | {'num_classes': 4})
+        names = ('cat', 'dog', 'emu', 'fox')
+        checkpoint = {'model': model.state_dict(), 'class_map': ClassMap((0, 1, 2, 3), names).to_dict()}
+        mine = ClassMap((0, 1, 2), ('fox', 'hen', 'cat'))
+        tuned, _, _ = build(family | {'num_classes': 3})
+        before = {name: x.clone() for name, x in tuned.state_dict().items()}
+        shared = shared_classes(checkpoint, mine)
+        report = load_checkpoint(tuned, checkpoint, resize=True, classes=shared)
+        assert (
+            report.kept_classes == ['cat', 'fox']
+            and not report.reinitialised
+            and 'kept for cat, fox' in str(report)
+        )
+        for name, x in tuned.state_dict().items():
+            if name.startswith('class_embed'):
+                theirs = checkpoint['model'][name]
+                assert torch.equal(x[0], theirs[3]) and torch.equal(x[2], theirs[0])
+                assert torch.equal(x[1], before[name][1]) and (len(x) == 3 or torch.equal(x[3], theirs[4]))
+    assert shared_classes(checkpoint, ClassMap((0, 1, 2, 3), names)) is None
+    for name in list(checkpoint['model']):  # the usual advice for another number of classes
+        if name.startswith('class_embed'):
+            del checkpoint['model'][name]
+    del checkpoint['class_map']
+    report = load_checkpoint(tuned, checkpoint, resize=True, classes=shared_classes(checkpoint, mine))
+    assert any(name.startswith('class_embed') for name in report.reinitialised)

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from models import build_model
-from models.recorded import settle
 from tests.models import SMALL, TRICKS
 from tests.runs import ROOT
+from util.config.recorded import settle_recorded
 
 NAMES = 'datasets', 'models', 'util'
 # A program of a user: where nothing of these names is imported yet, and then beside theirs, from another copy of ours.
@@ -63,7 +63,7 @@ assert named() == theirs | {'datasets.more': sys.modules['datasets.more']}
 
 def stand_ins(folder: Path) -> Path:
     """Packages of the same names that hold something else."""
-    for name in NAMES:
+    for name in (*NAMES, 'scripts'):
         (folder / name).mkdir(parents=True)
         (folder / name / '__init__.py').touch()
         for module in ('misc', 'more'):
@@ -73,7 +73,7 @@ def stand_ins(folder: Path) -> Path:
 
 def unpacked(folder: Path) -> Path:
     """A copy of what the hub reads, as from an archive: without what is built."""
-    for name in NAMES:
+    for name in (*NAMES, 'scripts'):
         shutil.copytree(
             ROOT / name, folder / name, ignore=shutil.ignore_patterns('*.so', '__pycache__', 'src')
         )
@@ -85,7 +85,8 @@ def test_entries_and_detectors_work_beside_packages_of_the_same_names(tmp_path: 
     """Theirs stay as they are, whoever comes first, and ours go on working."""
     weights, flags = tmp_path / 'small.pth', SMALL | TRICKS | {'hidden_dim': 64, 'num_classes': 91}
     torch.save(
-        {'model': build_model(Namespace(**flags))[0].state_dict(), 'args': vars(settle(flags))}, weights
+        {'model': build_model(Namespace(**flags))[0].state_dict(), 'args': vars(settle_recorded(flags))},
+        weights,
     )
     folders = [str(ROOT), str(unpacked(tmp_path / 'copy'))]
     environment = os.environ | {'PYTHONPATH': str(stand_ins(tmp_path / 'theirs')), 'OMP_NUM_THREADS': '1'}

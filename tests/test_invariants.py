@@ -1,5 +1,6 @@
 """What must hold for any weights and images, whatever the official code does."""
 
+import argparse
 import ast
 import re
 from argparse import Namespace
@@ -15,7 +16,6 @@ from torchvision import ops
 
 from engine import build_optimizer, train_one_epoch
 from main import get_args_parser
-from models import DEFORMABLE_FLAGS, resolve_args
 from models.parts import parts
 from models.structures import Assignment, Prediction, QueryGroup, attention_blocks
 from models.training.criterion import weighted_sum
@@ -35,6 +35,8 @@ from tests.models import (
 from tests.parity import float64
 from tests.runs import ROOT
 from tools.benchmarks.official_path import under_one_mask
+from util.config.flags import FLAGS
+from util.config.settle import settle
 from util.ema import WeightAverage
 from util.logger import Meter
 from util.nested_tensor import NestedTensor, collate_fn, nested_tensor_from_tensor_list
@@ -424,11 +426,11 @@ def test_groups_see_themselves_and_whom_they_name() -> None:
 
 @dense
 def test_groups_apart_attend_as_under_one_mask(flags: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    from models import build_transformer, conditional_detr, resolve_args
+    from models import build_transformer, conditional_detr
     from models import transformer as dense_transformer
 
     with float64():
-        transformer = build_transformer(resolve_args(Namespace(**SMALL | flags))).eval()
+        transformer = build_transformer(settle(Namespace(**SMALL | flags))).eval()
         memory = transformer.encode(
             torch.randn(2, 32, 3, 4), torch.zeros(2, 3, 4, dtype=torch.bool), torch.randn(2, 32, 3, 4)
         )
@@ -485,7 +487,7 @@ class FindReads(ast.NodeVisitor):
 
 def test_every_flag_is_read() -> None:
     finder = FindReads()
-    sources = {path: path.read_text() for folder in ('.', 'datasets', 'datasets/streaming', 'models', 'models/training', 'util')
+    sources = {path: path.read_text() for folder in ('.', 'datasets', 'datasets/streaming', 'models', 'models/training', 'util', 'util/config')
                for path in (ROOT / folder).glob('*.py')}  # fmt: skip
     for text in sources.values():
         finder.visit(ast.parse(text))
@@ -495,14 +497,16 @@ def test_every_flag_is_read() -> None:
         finder.found |= {'train_images', 'val_images', 'train_ann', 'val_ann'}
     if "getattr(args, f'{image_set}_shards', None)" in sources[ROOT / 'datasets/__init__.py']:
         finder.found |= {'train_shards', 'val_shards'}
-    finder.found |= set(DEFORMABLE_FLAGS)  # read by their names there
+    finder.found |= {
+        flag.name for flag in FLAGS.values() if flag.chooses
+    }  # the family is read in their place
     if 'for flag, make in TRACKERS.items() if getattr(args, flag)' in sources[ROOT / 'util/trackers.py']:
         finder.found |= set(TRACKERS)
     if "getattr(args, f'{prefix}{name}_loss_coef')" in sources[ROOT / 'models/training/__init__.py']:
         finder.found |= {
             dest for dest in vars(get_args_parser().parse_args([])) if dest.endswith('_loss_coef')
         }
-    unread = {action.dest for action in get_args_parser()._actions} - finder.found - {'help'}
+    unread = FLAGS.keys() - finder.found
     assert not unread, f'declared and not read: {unread}'
 
 
@@ -512,7 +516,7 @@ def test_help_is_grouped_and_explains_every_flag() -> None:
     assert all(f'--{name}' in text for name in ('coco_path', 'conditional', 'total_batch_size'))
     for action in parser._actions:
         assert action.help, action.dest
-        if action.default not in (None, False, True, '') and action.dest != 'help':
+        if action.default not in (None, False, True, '', argparse.SUPPRESS):
             assert 'default' in action.help, action.dest
 
 
@@ -614,11 +618,11 @@ def test_recomputed_activations_give_the_same_gradients(flags: dict) -> None:
 )
 def test_parts_that_are_recomputed(line: str, parts: list[str] | None) -> None:
     """Resolved flags, which a checkpoint keeps, mean the same when they are read again."""
-    args = resolve_args(get_args_parser().parse_args(line.split()))
+    args = settle(get_args_parser().parse_args(line.split()))
     assert args.use_checkpoint == parts
-    assert resolve_args(args).use_checkpoint == parts
+    assert settle(args).use_checkpoint == parts
     if parts is None or len(parts) == 3:  # what older namespaces and official ones hold
-        assert resolve_args(Namespace(use_checkpoint=parts is not None)).use_checkpoint == parts
+        assert settle(Namespace(use_checkpoint=parts is not None)).use_checkpoint == parts
 
 
 def test_flags_say_which_parts_are_recomputed() -> None:
@@ -638,9 +642,12 @@ def test_flags_say_which_parts_are_recomputed() -> None:
         ({'num_feature_levels': 2, 'backbone_stages': 4}, 'must be 1, or at least the 3 maps'),
         ({'deformable': True, 'conditional': True}, 'leave one of them out'),
         ({'deformable': True, 'hidden_dim': 48}, 'multiple of 32'),
-        ({'deformable': True, 'pre_norm': True}, 'DETR only'),
+        ({'deformable': True, 'pre_norm': True}, 'is for DETR, and the other flags choose deformable'),
         ({'deformable': True, 'enc_n_points': 0}, 'at least 1'),
-        ({'nms_iou_threshold': 0.5}, 'not for DETR'),
+        (
+            {'nms_iou_threshold': 0.5},
+            'is for Conditional DETR and Deformable DETR, and the other flags choose detr',
+        ),
         ({'hybrid_k': 0, 'hybrid_queries': 10}, 'would be trained by nothing'),
         ({'hybrid_k': 6, 'hybrid_lambda': -1.0}, '--hybrid_lambda must be at least 0, not -1'),
         ({'use_aux_ffn': True}, '--use_aux_ffn needs --use_ms_detr'),

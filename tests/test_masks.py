@@ -20,7 +20,6 @@ from engine import build_optimizer, evaluate
 from models import build_model, postprocess
 from models.detector import IMAGE_FLAGS, Detector, load_detector
 from models.training.criterion import weighted_sum
-from models.training.flags import resolve_all
 from tests import rule
 from tests.models import HEADS, MIXED, SMALL, TRICKS, LargestTensor, random_targets, with_masks
 from tests.parity import Case, assert_close, check_pairs, float64
@@ -29,6 +28,7 @@ from tests.shared_data import SHARED, needs_shared
 from tools import predict
 from tools.convert_checkpoint import convert
 from util.checkpoint import load_checkpoint
+from util.config.settle import settle
 from util.nested_tensor import collate_fn
 from util.weight_files import read_checkpoint
 
@@ -310,7 +310,7 @@ def test_official_files_wrap_the_detector(tmp_path: Path) -> None:
 )
 def test_impossible_masks_are_refused(flags: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        resolve_all(Namespace(**{'masks': True, 'backbone_weights': 'none'} | flags))
+        settle(Namespace(**{'masks': True, 'backbone_weights': 'none'} | flags))
 
 
 def all_at_once(masks: Tensor, size: list[int], seen: list[int], canvas: tuple[int, int]) -> Tensor:

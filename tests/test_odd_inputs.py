@@ -102,7 +102,7 @@ FLAGS = [
     ('--num_queries 1000000000', 'num_queries must be at most'),
     ('--num_queries -5', 'num_queries must be at least 1'),
     ('--hidden_dim 0', 'hidden_dim must be at least'),
-    ('--enc_layers -1', 'enc_layers must be at least 0'),
+    ('--enc_layers -1', 'enc_layers must be at least 1'),
     ('--dec_layers 0', 'dec_layers must be at least 1'),
     ('--dropout 1.5', 'dropout must be less than 1'),
     ('--lr nan', 'lr must be a finite number'),
@@ -135,9 +135,9 @@ FLAGS = [
     ('--model no_such_model', 'no_such_model'),
     ('--resume nowhere.pth', 'no checkpoint at nowhere.pth'),
     ('--pretrained nowhere.pth', 'no checkpoint at nowhere.pth'),
-    ('--co_rcnn_masks', 'faster_rcnn'),
+    ('--co_rcnn_masks', 'needs --co_aux_heads'),
     ('--hybrid_k 3 --hybrid_queries 0', 'hybrid'),
-    ('--masks --co_masks', 'give one of them'),
+    ('--masks --co_masks', 'is for Deformable DETR'),
     ('--frozen_weights x.pth', 'add --masks'),
     ('--unknown_flag 3', 'unrecognized arguments: --unknown_flag'),
     ('--lr_drop_epochs 0 1', 'lr_drop_epochs must be at least 1'),
@@ -452,7 +452,7 @@ def test_the_fault_of_a_loss_keeps_its_traceback(data: Path, monkeypatch: pytest
     def broken(boxes: torch.Tensor, target_boxes: torch.Tensor) -> torch.Tensor:
         return torch.stack([box for box, _ in zip(boxes, target_boxes[1:], strict=True)])
 
-    monkeypatch.setitem(losses.BOX_LOSSES, 'bbox', losses.BoxLoss(broken, 5, 'a mistake'))
+    monkeypatch.setitem(losses.BOX_LOSSES, 'bbox', broken)
     with pytest.raises(ValueError, match='shorter') as found:
         run_command(main.main, main.get_args_parser(), flags(data))
     line = broken.__code__.co_firstlineno + 1

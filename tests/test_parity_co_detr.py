@@ -17,7 +17,6 @@ from models.training import atss, faster_rcnn
 from models.training.collaborative import CollaborativeHeads
 from models.training.criterion import weighted_sum
 from models.training.dense_heads import BACKGROUND
-from models.training.flags import resolve_all
 from tests import rule
 from tests.conftest import REASON
 from tests.models import HEADS, TRICKS
@@ -32,6 +31,7 @@ from tests.parity import (
 )
 from tests.shared_data import SHARED, needs_shared
 from util.checkpoint import load_checkpoint
+from util.config.settle import settle
 from util.foreign_files import to_mmdetection
 from util.foreign_names import from_mmdetection
 from util.nested_tensor import NestedTensor
@@ -100,7 +100,7 @@ class CollaborativeCase(Case):
 
     @cached_property
     def args(self) -> Namespace:
-        return resolve_all(Namespace(**self.flags))
+        return settle(Namespace(**self.flags))
 
     @cached_property
     def outputs(self) -> dict:
@@ -379,7 +379,7 @@ def test_auxiliary_heads_detect_as_official(
 ) -> None:
     model, _, _ = case.built
     monkeypatch.setattr(model, 'eval_module', name)
-    postprocessors = build_postprocessors(resolve_all(Namespace(**case.flags, eval_module=name)))
+    postprocessors = build_postprocessors(settle(Namespace(**case.flags, eval_module=name)))
     with torch.no_grad():
         results = postprocessors['bbox'](model.eval()(case.samples), case.original_sizes)
     stage = {'faster_rcnn': 'two', 'atss': 'one'}[name]

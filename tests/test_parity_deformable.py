@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from main import get_args_parser
 from models import build_model
 from models.training.criterion import weighted_sum
-from models.training.flags import resolve_all
 from tests import rule
 from tests.conftest import REASON
 from tests.models import TWO_STAGE
@@ -33,6 +32,7 @@ from tests.parity import (
     without_classes,
 )
 from tests.shared_data import SHARED, needs_shared, read_shared
+from util.config.settle import settle
 
 STEPPED = ('r50',)  # cases whose optimizer steps are always compared
 WHOLE = 'r50_box_refine_two_stage'  # case whose gradient is always compared for every set of objects
@@ -53,7 +53,7 @@ class DeformableCase(Case):
     def args(self) -> Namespace:
         # The official variants are two programs with the same flags.
         variant = {'ms_variant': 'a'} if self.record['case'].startswith('ms_detr_a') else {}
-        return resolve_all(Namespace(**self.record['arguments'], **variant, backbone_weights='none'))
+        return settle(Namespace(**self.record['arguments'], **variant, backbone_weights='none'))
 
     @torch.no_grad()
     def fill(self, model: nn.Module) -> None:

@@ -16,7 +16,6 @@ import models.training.matcher
 from main import get_args_parser
 from models import build_model
 from models.training.criterion import weighted_sum
-from models.training.flags import resolve_all
 from tests import rule
 from tests.conftest import REASON
 from tests.parity import (
@@ -32,6 +31,7 @@ from tests.parity import (
 from tests.shared_data import SHARED, needs_shared
 from util.box_ops import box_iou
 from util.checkpoint import load_checkpoint
+from util.config.settle import settle
 from util.nested_tensor import NestedTensor
 
 STEPPED = ('r50_onestage_hybrid',)  # cases whose optimizer steps are always compared
@@ -55,10 +55,8 @@ class HybridCase(Case):
     @cached_property
     def args(self) -> Namespace:
         argv = self.record.get('argv', DETREX_FLAGS.split())
-        args = resolve_all(get_args_parser().parse_args([*argv, '--backbone_weights', 'none']))
-        if 'argv' not in self.record:
-            args.num_classes = 80
-        return args
+        args = settle(get_args_parser().parse_args([*argv, '--backbone_weights', 'none']))
+        return args if 'argv' in self.record else args.but(num_classes=80)
 
     def first_name(self, name: str) -> str:
         """The name under which the value of a tensor with several official names is recorded."""

@@ -22,8 +22,9 @@ from datasets.class_map import ClassMap
 from datasets.shapes import ShapesDetection
 from datasets.shapes import export as write_shapes
 from models import build_model, zoo
-from models.training.flags import resolve_all
 from tests.runs import ROOT
+from util.config.recipes import find_row
+from util.config.settle import settle
 
 # Flags that are added, by the beginning of a command; the first that fits.
 SMALL = """--img_size 64 --max_size 64 --backbone resnet18 --backbone_weights none
@@ -131,7 +132,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_weights(name: str, path: Path) -> None:
     """Write random weights of a row of the zoo."""
-    model, _ = zoo.build_row(zoo.find_row(name))
+    model, _ = zoo.build_row(find_row(name))
     torch.save({'model': model.state_dict()}, path)
 
 
@@ -149,7 +150,7 @@ def write_film(path: Path) -> None:
 def user(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Someone in that folder, for whom published weights are fetched already: random ones of DETR."""
     (tmp_path / 'checkpoints').mkdir()
-    file = tmp_path / 'checkpoints' / Path(zoo.find_row('detr_resnet50').source()).name
+    file = tmp_path / 'checkpoints' / Path(find_row('detr_resnet50').source()).name
     write_weights('detr_resnet50', file)
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     monkeypatch.chdir(place)
@@ -255,7 +256,7 @@ def test_the_comparison_asks_for_flags_that_fit(data: str, tmp_path: Path) -> No
     for name in names:
         words = (tmp_path / f'out/{name}/seed0/train.log').read_text().split()
         assert words[:2] == ['-u', 'main.py']
-        args = resolve_all(main.get_args_parser().parse_args(words[2:]))
+        args = settle(main.get_args_parser().parse_args(words[2:]))
         assert args.dataset_file == ('coco' if data else 'shapes')
         with torch.device('meta'):
             build_model(Namespace(**vars(args) | {'backbone_weights': 'none'}))

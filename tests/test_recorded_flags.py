@@ -1,19 +1,21 @@
 """Flags that change a network's numbers and no shape of its weights are compared with those in the file."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from models import build_model, defaults, recorded
+from models import build_model
 from models.detector import load_detector
-from models.flags import add_model_args
-from models.recorded import NetworkFlags, adopt, detection_flags, settle
 from tests.models import SMALL, TRICKS
 from tests.runs import load, run
+from util.bounds import real
 from util.checkpoint import flags_of, load_checkpoint
+from util.config.declare import DETECTION, NETWORK, Flag
+from util.config.flags import FLAGS
+from util.config.recorded import NetworkFlags, adopt, settle_recorded
 
 # Values that differ while all shapes are equal, and flags that both models have.
 SILENT = {
@@ -53,9 +55,9 @@ def test_another_value_is_refused_with_both(flag: str, written: str) -> None:
     shapes = [{name: x.shape for name, x in model.state_dict().items()} for model in (plain, other)]
     assert shapes[0] == shapes[1], 'no shape tells'
     for model, theirs, ours in ((plain, common | change, common), (other, common, common | change)):
-        args = official(theirs) if written == 'official' else vars(settle(SMALL | theirs))
+        args = official(theirs) if written == 'official' else vars(settle_recorded(SMALL | theirs))
         checkpoint = {'model': build(theirs).state_dict(), 'args': args}
-        values = [getattr(settle(SMALL | given), flag) for given in (theirs, ours)]
+        values = [getattr(settle_recorded(SMALL | given), flag) for given in (theirs, ours)]
         there, here = [{True: 'on', False: 'off'}.get(x, x) if isinstance(x, bool) else x for x in values]
         before = {name: x.clone() for name, x in model.state_dict().items()}
         with pytest.raises(ValueError, match=f'--{flag} {there} there, {here} here'):
@@ -68,7 +70,7 @@ def test_another_value_is_refused_with_both(flag: str, written: str) -> None:
 
 def test_every_flag_is_compared_or_has_a_reason() -> None:
     """The compared ones are those that change evaluated numbers; the rest only train, detect, or show in names."""
-    compared = set(NetworkFlags.of(settle({'dino': True})))
+    compared = {name for flags in ({'dino': True}, {}) for name in NetworkFlags.of(settle_recorded(flags))}
     assert compared >= {
         *SILENT,
         'dec_n_points',
@@ -91,9 +93,9 @@ def test_heads_of_layers_tell_box_refinement_where_no_flag_does() -> None:
 
 
 def test_families_are_told_from_official_flags() -> None:
-    assert settle(vars(official({'conditional': True}))).family == 'conditional'
-    assert settle(vars(official({'deformable': True}))).family == 'deformable'
-    assert settle(vars(official({}))).family == 'detr'
+    assert settle_recorded(vars(official({'conditional': True}))).family == 'conditional'
+    assert settle_recorded(vars(official({'deformable': True}))).family == 'deformable'
+    assert settle_recorded(vars(official({}))).family == 'detr'
     second = {'model': {'class_embed_o2m.0.bias': torch.ones(1)}, 'args': Namespace(use_ms_detr=True)}
     assert flags_of(second)['ms_variant'] == 'a' and 'ms_variant' not in flags_of(second | {'model': {}})
 
@@ -136,18 +138,18 @@ def test_evaluation_takes_the_model_from_the_file(tmp_path: Path, capsys: pytest
     for flags, message in (
         (
             ['--nheads', '4'],
-            '--nheads 4 on the command line contradicts the weights, which were trained with 2',
+            '--nheads 4 contradicts the weights, which were trained with 2',
         ),
         (
             ['--dilation'],
-            '--dilation on the command line contradicts the weights, which were trained with it off',
+            '--dilation contradicts the weights, which were trained with it off',
         ),
         (['--deformable'], 'trained with the family conditional'),
     ):
         with pytest.raises(ValueError, match=message):
             run(tmp_path / 'eval', '--eval', '--resume', str(file), *flags, flags=data)
     run(tmp_path / 'tuned', '--epochs', '1', '--nheads', '4', '--pretrained', str(file))
-    assert 'warning: the weights were trained with other flags: --pe_temp' in capsys.readouterr().out
+    assert 'warning: the weights were trained with other flags: --nheads' in capsys.readouterr().out
     assert load(tmp_path / 'tuned')['args']['nheads'] == 4
     detector = load_detector(weights=file)
     assert detector.args.nheads == 2 and detector.class_map.num_classes == 6
@@ -166,24 +168,19 @@ def test_the_names_of_files_tell_which_queries_only_train(tmp_path: Path) -> Non
 
 def test_a_flag_that_is_newer_than_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of detections contradicts no weights; one of the network is compared with its default, and the message says so."""
-    old = vars(settle(SMALL))
-
-    def with_new_flags(parser: ArgumentParser) -> None:
-        add_model_args(parser)
-        groups = {group.title: group for group in parser._action_groups}
-        groups['detections'].add_argument('--score_power', type=float)
-        groups['transformer'].add_argument('--sharpness', type=float, default=1.0)
-
-    for module in (defaults, recorded):
-        monkeypatch.setattr(module, 'add_model_args', with_new_flags)
-    assert 'score_power' in detection_flags()
+    old = vars(settle_recorded(SMALL))
+    for flag in (
+        Flag('score_power', real(), None, 'new', kind=DETECTION),
+        Flag('sharpness', real(), 1.0, 'new', kind=NETWORK),
+    ):
+        monkeypatch.setitem(FLAGS, flag.name, flag)
     args = Namespace(**old, score_power=2.0, sharpness=1.0)
-    assert adopt(args, ['score_power', 'sharpness'], old).score_power == 2.0
+    assert adopt(args, {'score_power', 'sharpness'}, old).score_power == 2.0
     args.sharpness = 3.0
     with pytest.raises(
         ValueError, match=r'--sharpness 3.0 .*with 1.0, the default, since their file does not know this flag'
     ):
-        adopt(args, ['sharpness'], old)
+        adopt(args, {'sharpness'}, old)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +193,6 @@ def test_a_flag_that_a_family_does_not_read_is_refused(flag: str, family: str) -
         'conditional': family == 'conditional',
     }
     with pytest.raises(
-        ValueError, match=f'--{flag} .* is for Deformable DETR, and the other flags choose {family}'
+        ValueError, match=f'--{flag}.* is for Deformable DETR, and the other flags choose {family}'
     ):
-        settle(SMALL | given)
+        settle_recorded(SMALL | given)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import main
-from models.training.flags import resolve_all
-from models.training.resume import changes_text, resume_flags
 from tests.runs import load, run
+from util.config.recorded import adopt, changes_text
+from util.config.settle import settle
 from util.flags import run_command
 from util.logger import Meter
 
@@ -73,18 +73,19 @@ def test_given_flags_win_and_others_stay_those_of_the_checkpoint(
         ({'total_batch_size': 16}, {'accum_steps': 4}, {'total_batch_size': None, 'accum_steps': 4}),
         ({'total_batch_size': 16}, {'batch_size': 4}, {'total_batch_size': 16, 'batch_size': 4}),
         ({'cls_loss_coef': 1.5, 'seed': 7}, {'set_cost_bbox': 3.0}, {'cls_loss_coef': 1.5, 'seed': 7}),
-        ({'device': 'cuda', 'coco_path': 'x'}, {}, {'device': 'cpu', 'coco_path': 'y'}),
+        ({'device': 'cuda', 'coco_path': 'x'}, {}, {'device': 'cpu', 'coco_path': 'x'}),
+        ({'train_ann': 'x', 'coco_path': 'x'}, {'coco_path': 'z'}, {'train_ann': None, 'coco_path': 'z'}),
     ],
 )
 def test_flags_that_exclude_each_other(recorded: dict, given: dict, expected: dict) -> None:
-    command = {'deformable': True, 'seed': 42, 'device': 'cpu', 'coco_path': 'y'}
-    theirs = vars(resolve_all(Namespace(**command | recorded)))
-    args = resolve_all(Namespace(**command | given))
-    resumed = resume_flags(args, given, theirs)
+    command = {'deformable': True, 'seed': 42, 'device': 'cpu', 'coco_path': 'y', 'train_ann': None}
+    theirs = vars(settle(Namespace(**command | recorded)))
+    args = settle(Namespace(**command | given))
+    resumed = settle(adopt(args, set(given), theirs, resume=True))
     assert {name: getattr(resumed, name) for name in expected} == expected
     text = changes_text(resumed, theirs)
     assert all((f'--{name} ' in text) == (theirs[name] != getattr(resumed, name)) for name in given), text
-    assert changes_text(resume_flags(args, (), theirs), theirs) == ''
+    assert changes_text(settle(adopt(args, set(), theirs, resume=True)), theirs) == ''
 
 
 # Damaged checkpoints -------------------------------------------------------------------------------------------------
@@ -160,8 +161,8 @@ DAMAGE = [
     ('ema_updates is -1', put('ema_updates', -1)),
     ('model_ema is of type int', put('model_ema', 3)),
     ('in args, --lr_drop must be one value, not [1]', put('args', 'lr_drop', [1])),
-    ("in args, --aug must be text or a number, not {'a': 1}", put('args', 'aug', {'a': 1})),
-    ('in args, --lr_backbone_names must be text or a number, not None', put('args', 'lr_backbone_names', [None])),
+    ("in args, --aug must be one of detr, flip, none, co_detr, lsj, not {'a': 1}", put('args', 'aug', {'a': 1})),
+    ('in args, --lr_backbone_names must be text, not None', put('args', 'lr_backbone_names', [None])),
     ('epoch is of type Tensor', put('epoch', torch.zeros(2))),
     ('lr_scheduler.lr_lambdas is of type int', put('lr_scheduler', 'lr_lambdas', 3)),
     ('lr_scheduler.lr_lambdas[0].left_out is of type NoneType', put('lr_scheduler', 'lr_lambdas', 0, 'left_out', None)),

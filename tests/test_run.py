@@ -13,11 +13,11 @@ import torch
 import engine
 import main
 from datasets.class_map import ClassMap
-from datasets.flags import adopt_data
 from datasets.shapes import ShapesDetection, export
 from tests.processes import end_group, start_group
 from tests.runs import TINY, assert_same, load, run
 from tools import predict
+from util.config.recorded import data_of
 from util.errors import UserError
 
 
@@ -119,14 +119,15 @@ def test_evaluation_alone_gives_the_number_of_the_run(tmp_path: Path, capsys: py
     for more in ('--shapes_val 2', '--dataset_file shapes --shapes_val 2'):  # the rest is that of the run
         run('', '--eval', '--resume', str(tmp_path / 'run/checkpoint.pth'), flags=f'--device cpu {more}')
         assert 'shapes, 2 val' in capsys.readouterr().out
-    recorded, flags = {'dataset_file': 'shapes', 'shapes_size': 64}, Namespace(val_shards=None)
-    adopt_data(flags, {'dataset_file', 'shapes_val'}, recorded | {'dataset_file': 'coco'})
-    assert not hasattr(flags, 'shapes_size')
+    recorded, flags = (
+        {'dataset_file': 'shapes', 'shapes_size': 64},
+        Namespace(val_shards=None, dataset_file='coco'),
+    )
+    given = {'dataset_file', 'shapes_val'}
+    assert 'shapes_size' not in data_of(flags, given, recorded | {'dataset_file': 'lvis'})
     flags.dataset_file = 'shapes'
-    adopt_data(flags, {'dataset_file', 'shapes_val'}, recorded)
-    assert flags.shapes_size == 64
-    adopt_data(flags, {'val_ann'}, {'dataset_file': 'lvis'})
-    assert flags.dataset_file == 'lvis'
+    assert data_of(flags, given, recorded)['shapes_size'] == 64
+    assert data_of(flags, {'val_ann'}, {'dataset_file': 'lvis'})['dataset_file'] == 'lvis'
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
@@ -208,7 +209,7 @@ def test_predict_draws_and_writes_results(tmp_path: Path) -> None:
         ('--eval', '--eval needs weights'),
         ('--resume no/such.pth', 'no checkpoint at no/such.pth'),
         ('--resume a.pth --pretrained b.pth', 'give one of them'),
-        ('--pre_norm', '--pre_norm exists for DETR only'),
+        ('--pre_norm', '--pre_norm is for DETR, and the other flags choose conditional'),
         ('--hidden_dim 30', '--hidden_dim 30'),
         ('--dilation', '--dilation'),
         ('--backbone resnet7', "unknown backbone 'resnet7'"),

@@ -21,13 +21,13 @@ from datasets.samplers import EvalBatches, SizeBatches
 from datasets.shapes import ShapesDetection
 from datasets.transforms import make_transforms
 from models import build_model
-from models.training.flags import resolve_all
-from models.training.resume import flags_of_run, resume_flags
 from tests.models import SMALLER, TRICKS
 from tests.runs import assert_same, load, run
 from tools.convert_checkpoint import convert
 from util import trackers
-from util.checkpoint import load_checkpoint
+from util.checkpoint import flags_of_run, load_checkpoint
+from util.config.recorded import adopt
+from util.config.settle import settle
 from util.distributed.parallel import load_optimizer_state
 from util.ema import WeightAverage
 from util.precision import Precision
@@ -477,8 +477,10 @@ def test_official_schedules_go_on() -> None:
         (lambda x: torch.optim.lr_scheduler.MultiStepLR(x, [2, 5]), [1, 1, 0.1, 0.1, 0.1, 0.01, 0.01]),
     ):
         theirs = torch.optim.SGD(conv.parameters(), lr=0.5)
-        recorded = flags_of_run({'lr_scheduler': official(theirs).state_dict()}, {'lr': 0.5, 'lr_drop': 4})
-        args = resume_flags(resolve_all(Namespace(lr=7.0, lr_drop=9)), (), recorded)
+        checkpoint = {'lr_scheduler': official(theirs).state_dict(), 'args': {'lr': 0.5, 'lr_drop': 4}}
+        args = settle(
+            adopt(Namespace(lr=7.0, lr_drop=9), set(), flags_of_run(checkpoint, resume=True), resume=True)
+        )
         optimizer = torch.optim.SGD(conv.parameters(), lr=args.lr)
         scheduler = engine.build_scheduler(optimizer, args, steps_per_epoch=2)
         for epoch, factor in enumerate(expected):

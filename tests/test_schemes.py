@@ -24,7 +24,6 @@ from models.ms_detr import SecondReading
 from models.structures import Assignment, Memory, Prediction
 from models.training import atss, build_supervision, faster_rcnn
 from models.training.criterion import weighted_sum
-from models.training.flags import resolve_all
 from models.training.matcher import OneToManyMatcher, merge, stack_predictions
 from models.training.report import epoch_statistics, statistics_text, supervision_table
 from models.training.structures import Targets
@@ -34,6 +33,7 @@ from tests.runs import ROOT
 from tests.shared_data import SHARED, needs_shared, read_shared
 from tools.benchmarks.reference_criterion import hybrid_batch, reference_losses
 from util.checkpoint import load_checkpoint
+from util.config.settle import settle
 from util.nested_tensor import collate_fn
 
 MATCHER = read_shared('parity/ms_detr/matcher_one_to_many.json').get('cases', {})
@@ -106,7 +106,7 @@ def schemes_of(base: str) -> tuple[str, ...]:
 
 
 def parse(text: str) -> Namespace:
-    return resolve_all(get_args_parser().parse_args([*text.split(), '--backbone_weights', 'none']))
+    return settle(get_args_parser().parse_args([*text.split(), '--backbone_weights', 'none']))
 
 
 @needs_shared
@@ -132,7 +132,7 @@ def test_one_to_many_matcher_equals_official(name: str) -> None:
 def test_a_query_of_two_objects_has_the_class_of_the_better_one() -> None:
     """Box terms count both pairs; one class is asked for, that of the pair with the highest score."""
     with float64():
-        args = resolve_all(Namespace(**SMALL, use_ms_detr=True))
+        args = settle(Namespace(**SMALL, use_ms_detr=True))
         criterion, _, _ = build_supervision(args)
         boxes = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.36]])
         targets = [{'labels': torch.tensor([1, 2]), 'boxes': boxes}]
@@ -183,7 +183,7 @@ def test_merging_adds_the_one_to_one_pairs() -> None:
             'o2m_matcher_threshold': 2.0,
             'o2m_matcher_k': 1,
         }
-        criterion, _, _ = build_supervision(resolve_all(Namespace(**SMALL | flags)))
+        criterion, _, _ = build_supervision(settle(Namespace(**SMALL | flags)))
         torch.manual_seed(1)
         logits, boxes = torch.randn(1, 60, 6), torch.rand(1, 60, 4)
         predictions = [Prediction(logits, boxes, kind) for kind in ('one2one', 'o2m')]
@@ -251,7 +251,7 @@ def test_objects_of_no_size_do_no_harm(side: float) -> None:
 
 
 def test_accumulated_batches_share_the_count_of_noised_objects() -> None:
-    criterion, _, sources = build_supervision(resolve_all(Namespace(**flags_of('dino', ('denoising',)))))
+    criterion, _, sources = build_supervision(settle(Namespace(**flags_of('dino', ('denoising',)))))
     count = criterion.table['dn'].count
     assert count == sources['denoising'].count
     assert (count([3, 2]), count([1, 0]), count([0, 0]), count([30, 1])) == (3 * 5, 10 * 1, 0, 31)
@@ -344,9 +344,9 @@ def test_schemes_leave_inference_alone(
     # These stay, the auxiliary block and what else only trains goes.
     same = {
         'use_ms_detr': 'mixed' in names,
-        'input_proj_bias': resolve_all(Namespace(**flags)).input_proj_bias,
+        'input_proj_bias': settle(Namespace(**flags)).input_proj_bias,
     }
-    plain = build_detector(resolve_all(Namespace(**SMALL | BASES[base] | same)), {'one2one': 12})
+    plain = build_detector(settle(Namespace(**SMALL | BASES[base] | same)), {'one2one': 12})
     state = {name: value for name, value in model.state_dict().items() if name in plain.state_dict()}
     if 'query_embed.weight' in state:
         state['query_embed.weight'] = state['query_embed.weight'][:12]
@@ -439,7 +439,7 @@ def test_numbers_that_are_not_given_follow_from_those_that_are() -> None:
     only_k, only_queries = parse('--hybrid_k 6'), parse('--hybrid_queries 1500')
     assert (only_k.hybrid_queries, only_k.hybrid_lambda, only_queries.hybrid_k) == (1500, 1.0, 5)
     assert parse('--conditional --hybrid_k 6').family == 'conditional'
-    official = resolve_all(Namespace(num_queries_one2one=7, k_one2many=6, num_queries_one2many=20, topk=50))
+    official = settle(Namespace(num_queries_one2one=7, k_one2many=6, num_queries_one2many=20, topk=50))
     assert (official.num_queries, official.hybrid_k, official.hybrid_queries, official.topk_eval) == (
         7,
         6,
@@ -470,7 +470,7 @@ def test_official_command_lines_of_ms_detr_build_the_official_model(name: str) -
 
 def test_the_ledger_names_every_kind() -> None:
     flags = flags_of('two stages', LEARNED) | {'hybrid_lambda': 0.5}
-    criterion, num_queries, _ = build_supervision(resolve_all(Namespace(**flags)))
+    criterion, num_queries, _ = build_supervision(settle(Namespace(**flags)))
     text = supervision_table(criterion.table, num_queries, criterion.weight_dict)
     lines = [line.split() for line in text.splitlines()]
     assert [line[0] for line in lines] == ['one2one', 'enc', 'one2many', 'o2m', 'group1']
@@ -546,7 +546,7 @@ class CountCalls(TorchDispatchMode):
 def test_stacked_losses_equal_layer_by_layer_ones(num_objects: tuple[int, int]) -> None:
     torch.manual_seed(0)
     flags = TWO_STAGE | {'hybrid_k': 6}
-    criterion, _, _ = build_supervision(resolve_all(Namespace(**flags)))
+    criterion, _, _ = build_supervision(settle(Namespace(**flags)))
     predictions, targets = hybrid_batch(num_objects, num_tokens=2000, queries=(300, 600))
     losses = criterion({'predictions': predictions}, targets)
     expected, matches = reference_losses(predictions, targets, k=6)
@@ -578,7 +578,7 @@ def test_criterion_of_hybrid_training_is_few_calls_and_one_copy() -> None:
     """At H-DETR's training size: calls of matching, losses and their backward pass; copies to the host."""
     torch.manual_seed(0)
     flags = TWO_STAGE | {'hybrid_k': 6}
-    criterion, _, _ = build_supervision(resolve_all(Namespace(**flags)))
+    criterion, _, _ = build_supervision(settle(Namespace(**flags)))
     predictions, targets = hybrid_batch()
     leaves = [x for p in predictions for x in (p.logits, p.boxes)]
     with CountCalls() as calls, CountSyncs() as syncs:
@@ -600,5 +600,5 @@ def test_proposals_are_matched_by_boxes_or_anchors() -> None:
     ):
         matcher = build_model(Namespace(**SMALL | TWO_STAGE | flags))[1].table['enc'].matcher
         assert matcher.on == on and matcher.weights == ((0, 5, 2) if on == 'anchors' else (2, 5, 2))
-    with pytest.raises(ValueError, match='--enc_match anchors is for the proposals of --two_stage'):
-        resolve_all(Namespace(**SMALL, deformable=True, enc_match='anchors'))
+    with pytest.raises(ValueError, match='--enc_match anchors needs --two_stage: add it'):
+        settle(Namespace(**SMALL, deformable=True, enc_match='anchors'))

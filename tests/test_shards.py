@@ -23,12 +23,12 @@ from datasets.class_map import ClassMap
 from datasets.coco import MIN_IMAGE_SIDE, CocoDetection, Reading
 from datasets.coco_eval import CocoEvaluator
 from datasets.copy_paste import LargeScaleJitter
-from datasets.flags import check_data_args
 from datasets.streaming.index import read_index
 from datasets.streaming.shards import ShardedCoco, ShardStream, ShufflePool, build_shard_loader
 from datasets.transforms import make_transforms
 from tests.runs import TINY, assert_same
 from tools import make_shards
+from util.config.settle import DATA, settle
 from util.errors import FileError
 
 pytest.importorskip('webdataset', reason='needs webdataset: pip install webdataset')
@@ -505,14 +505,14 @@ def arguments(*flags: str) -> Namespace:
     [
         ('--cache_mode', '--cache_mode keeps image files'),
         ('--group_aspect_ratio', '--group_aspect_ratio chooses'),
-        ('--dataset_file shapes', '--dataset_file shapes'),
-        ('--train_ann a.json', '--train_shards and --train_ann'),
+        ('--dataset_file shapes', 'leave --dataset_file shapes out'),
+        ('--train_ann a.json', 'shards, and images or annotations, name the same images twice'),
         ('--shard_buffer 0', '--shard_buffer must be at least 1'),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(shards: Path, flags: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_data_args(arguments('--train_shards', str(shards), *flags.split()))
+        settle(arguments('--train_shards', str(shards), *flags.split()), (DATA,))
 
 
 @pytest.mark.parametrize('aug', ['detr', 'co_detr', 'lsj'])

@@ -83,7 +83,7 @@ def test_every_text_of_a_job_is_known_here() -> None:
         ('--job_dir a --ngpus 8 --tasks_per_node 1', 'each GPU needs one process'),
         ('--job_dir a --timeout 2', '--signal_delay 120 seconds are not less than --timeout 2 minutes'),
         ('--job_dir a --dry_run', 'needs no job: give it to main.py'),
-        ('--job_dir a --masks --co_masks', 'two ways to predict masks'),
+        ('--job_dir a --deformable --masks --co_masks', 'two ways to predict masks'),
         ('--job_dir a', 'there is no Slurm here'),
     ],
 )

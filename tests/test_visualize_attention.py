@@ -13,7 +13,6 @@ from torchvision.io import write_png
 from datasets.class_map import ClassMap
 from models import build_detector, build_postprocessors
 from models.detector import Detector
-from models.recorded import settle
 from tests.models import DENSE, FAMILIES, SMALL, TWO_STAGE
 from tools.visualize_attention import (
     LEGEND,
@@ -24,6 +23,7 @@ from tools.visualize_attention import (
     get_args_parser,
     main,
 )
+from util.config.recorded import settle_recorded
 from util.flags import run_command
 from util.visualize import PANEL
 
@@ -39,7 +39,7 @@ sampling = pytest.mark.parametrize('flags', SAMPLING.values(), ids=SAMPLING)
 def small(flags: dict) -> Detector:
     """A detector whose matrices are all random, offsets and weights of points too."""
     torch.manual_seed(0)
-    args = settle(SMALL | PREPARED | flags)
+    args = settle_recorded(SMALL | PREPARED | flags)
     model = build_detector(args, {'one2one': args.num_queries})
     for parameter in (*model.transformer.parameters(), *model.bbox_embed.parameters()):
         nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else None

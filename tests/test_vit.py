@@ -15,13 +15,13 @@ from main import get_args_parser
 from models import build_model
 from models.training.criterion import weighted_sum
 from models.training.faster_rcnn import FasterRCNN
-from models.training.flags import resolve_all
 from models.vit import VIT_SIZES, VisionTransformer, ViTSize, feature_pyramid, load_vit
 from tests import rule
 from tests.models import HEADS, random_targets
 from tests.parity import assert_close
 from tests.shared_data import SHARED, needs_shared
 from util.checkpoint import load_checkpoint
+from util.config.settle import settle
 from util.foreign_files import to_mmdetection
 from util.foreign_names import to_official
 from util.nested_tensor import as_batch, nested_tensor_from_tensor_list
@@ -216,13 +216,13 @@ def test_weights_of_other_patches_and_grids_fit(tmp_path: Path) -> None:
             '--backbone vit_large --backbone_frozen_stages 2',
             '--backbone_frozen_stages is not for --backbone vit_large',
         ),
-        ('--lr_layer_decay 0.8', '--lr_layer_decay 0.8 is a factor'),
+        ('--lr_layer_decay 0.8', '--lr_layer_decay is not for --backbone'),
         ('--backbone vit_mini --warmup_start 2', '--warmup_start must be at most 1, not 2'),
         ('--backbone vit_mini --backbone_weights imagenet', 'have no direct address'),
     ],
 )
 def test_impossible_flags(flags: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        args = resolve_all(get_args_parser().parse_args(['--backbone_weights', 'none', *flags.split()]))
+        args = settle(get_args_parser().parse_args(['--backbone_weights', 'none', *flags.split()]))
         with torch.device('meta'):
             build_model(args)

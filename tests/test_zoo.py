@@ -17,8 +17,7 @@ import main
 from models import build_detector, build_model, hub, zoo
 from models.backbone import build_backbone
 from models.detector import Detector, load_detector
-from models.recorded import settle
-from models.zoo import ZOO, Row, counts, find_row
+from models.zoo import counts
 from tests import rule
 from tests.models import HEADS, SMALL, TRICKS
 from tests.parity import assert_close, float64
@@ -27,11 +26,14 @@ from tests.shared_data import SHARED, needs_shared
 from tools import predict
 from tools.convert_checkpoint import convert
 from util.checkpoint import load_checkpoint
+from util.config import recipes
+from util.config.recipes import ZOO, Row, find_row
+from util.config.recorded import settle_recorded
 from util.foreign_files import to_mmdetection, to_official_files
 from util.nested_tensor import NestedTensor
 from util.weight_files import write_safetensors
 
-PUBLISHED = [row for row in ZOO if row.gflops]
+PUBLISHED = [row for row in ZOO if row.size]
 # Published GFLOPs of Deformable DETR with one level fit an image that is 3 % smaller than all others'; and the table has one
 # number for all with four levels, though the heads that choose proposals in two stages cost 1.4 more.
 SIZES = {'num_feature_levels': (800, 1104)}
@@ -39,38 +41,36 @@ MORE = {'two_stage': 1.4}
 
 
 @cache
-def counted(flags: str) -> tuple[int, float]:
-    row = next(row for row in ZOO if repr(row.flags) == flags)
-    return counts(row, *next((size for flag, size in SIZES.items() if flag in row.flags), (800, 1136)))
+def counted(network: str) -> tuple[int, float]:
+    row = next(row for row in ZOO if row.network == network)
+    return counts(row, *next((size for flag, size in SIZES.items() if flag in network), (800, 1136)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('row', PUBLISHED, ids=lambda row: row.name or row.script)
 def test_counts_are_the_published(row: Row) -> None:
-    parameters, gflops = counted(repr(row.flags))
-    assert parameters / 1e6 == pytest.approx(row.parameters, rel=0.02)
-    gflops -= sum(more for flag, more in MORE.items() if flag in row.flags)
-    assert gflops == pytest.approx(row.gflops, rel=0.02)
+    parameters, gflops = counted(row.network)
+    assert parameters / 1e6 == pytest.approx(row.size[0], rel=0.02)
+    gflops -= sum(more for flag, more in MORE.items() if flag in row.network)
+    assert gflops == pytest.approx(row.size[1], rel=0.02)
 
 
 @pytest.mark.slow
 def test_every_entry_builds_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is built once with every set of flags, without memory; weights that have an address are asked for there."""
     asked, build = [], functools.cache(lambda name: zoo_build(find_row(name)))
-    first = {repr(row.flags) + str(row.num_classes): row.name for row in reversed(ZOO) if row.name}
+    first = {row.network: row.name for row in reversed(ZOO) if row.name}
     zoo_build = zoo.build_row
-    monkeypatch.setattr(
-        hub, 'build_row', lambda row, *_: build(first[repr(row.flags) + str(row.num_classes)])
-    )
+    monkeypatch.setattr(hub, 'build_row', lambda row, *_: build(first[row.network]))
     monkeypatch.setattr(hub, 'load_checkpoint', note_source(asked))
     built = set()
     for row in ZOO:
         if not row.name:
             continue
-        if row.weights or repr(row.flags) not in built:
+        if row.weights or row.network not in built:
             with torch.device('meta'):
                 model = hub.entries()[row.name](weights=row.weights or 'by hand')
-            built.add(repr(row.flags))
+            built.add(row.network)
             assert list(model.num_queries) == ['one2one'] and not list(model.query_sources)
         if not row.weights:
             with pytest.raises(
@@ -121,12 +121,48 @@ def test_the_table_in_docs_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch) 
     assert ours == theirs and len(ours) == len(ZOO) + 2
 
 
+def test_the_table_counts_a_network_with_its_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row of COCO's classes and of LVIS's has counts of its own, and rows of one network share them."""
+    asked: list[Row] = []
+    monkeypatch.setattr(zoo, 'counts', lambda row: asked.append(row) or (0, 0.0))
+    zoo.table()
+    assert {1203, 91, 250} == {row.classes for row in asked} and len({row.network for row in asked}) == len(
+        asked
+    )
+    docs = [
+        line.split(' | ') for line in (ROOT / 'docs/zoo.md').read_text().splitlines() if line.count('|') == 9
+    ]
+    found = {cells[5].strip('`') or cells[6].strip('`'): (cells[3], cells[4]) for cells in docs}
+    first: dict[str, tuple[str, str]] = {}
+    for row in ZOO:
+        counted = found[row.name or row.script]
+        assert first.setdefault(row.network, counted) == counted, row.name
+    lvis = [row for row in ZOO if row.name.endswith('resnet50_lvis')]
+    assert [found[row.name] for row in lvis] == [count_text(row) for row in lvis]
+
+
+def count_text(row: Row) -> tuple[str, str]:
+    parameters, gflops = counts(row)
+    return f'{parameters / 1e6:.1f}', f'{gflops:.0f}'
+
+
+def small_row_of(flags: dict) -> Row:
+    words = []
+    for name, value in flags.items():
+        if value is not False and name != 'num_classes':
+            words += [
+                f'--{name}',
+                *map(str, () if value is True else value if isinstance(value, list) else [value]),
+            ]
+    return Row('small', '', title='small', own=' '.join(words), epochs=1)
+
+
 @pytest.fixture
 def small_row(monkeypatch: pytest.MonkeyPatch) -> Row:
     """A row of a small model among the others, and of the classes of a run of the tests."""
     flags = {name: value for name, value in SMALL.items() if name not in ('num_classes', 'backbone_weights')}
-    row = Row('small', '', 'small', flags | {'conditional': True, 'img_size': 64}, None, 1)
-    monkeypatch.setattr(zoo, 'ZOO', [*ZOO, row])
+    row = small_row_of(flags | {'conditional': True, 'img_size': 64})
+    monkeypatch.setattr(recipes, 'ZOO', [*ZOO, row])
     return row
 
 
@@ -178,7 +214,7 @@ def test_a_name_stands_for_model_and_weights(
     assert (args['hidden_dim'], args['family'], args['pretrained']) == (32, 'conditional', str(file))
     run(out / 'auto', '--resume', 'auto', flags=data)
     assert load(out / 'auto')['args']['pretrained'] == str(file), 'a first run has nothing to resume'
-    with pytest.raises(ValueError, match=r'--nheads 8 on the command line contradicts .* trained with 4'):
+    with pytest.raises(ValueError, match=r'--nheads 8 contradicts .* trained with 4'):
         run(out / 'other', '--eval', '--nheads', '8', flags=data)
     image = next(ROOT.glob('docs/*.jpg'))
     flags = [
@@ -209,7 +245,7 @@ def detections(model: nn.Module) -> dict[str, Tensor]:
 def layouts(model: nn.Module, flags: dict, folder: Path) -> Iterator[tuple[str, Path]]:
     """Files of one detector in every layout that we can write."""
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    args = vars(settle(flags))
+    args = vars(settle_recorded(flags))
     contents = {
         'ours': {'model': state, 'args': args},
         'alone': state,
@@ -251,8 +287,8 @@ DETECTORS = {
 def test_every_door_takes_every_layout(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hub, predict, --eval, --pretrained and convert give the detections of the model that was saved."""
     flags = SMALL | {'num_classes': 91} | DETECTORS[kind]
-    row = Row('small', '', 'small', flags, None, 1)
-    monkeypatch.setattr(zoo, 'ZOO', [*ZOO, row])
+    row = small_row_of(flags)
+    monkeypatch.setattr(recipes, 'ZOO', [*ZOO, row])
     torch.manual_seed(0)
     trained = build_model(Namespace(**flags))[0]
     for parameter in trained.parameters():
@@ -278,7 +314,7 @@ def test_every_door_takes_every_layout(kind: str, tmp_path: Path, monkeypatch: p
 
 def converted(path: Path, output: Path, flags: dict) -> nn.Module:
     convert(str(path), output, stripped=True, to='ours')
-    args = settle(flags)
+    args = settle_recorded(flags)
     model = build_detector(args, {'one2one': args.num_queries})
     load_checkpoint(model, output)
     return model

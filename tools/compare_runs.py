@@ -27,14 +27,15 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+
 from datasets import build_dataset
-from datasets.flags import TRUST, add_trust_args
 from models.detector import load_detector
 from models.structures import Prediction
 from models.training import build_supervision, coefficients
-from models.training.flags import resolve_all
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
 from util.checkpoint import flags_of
+from util.config.flags import FLAGS, TRUST
+from util.config.settle import DATA, settle
 from util.distributed.collectives import choose_device
 from util.errors import UserError
 from util.files import make_folder, save_atomically
@@ -88,7 +89,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--by', nargs='+', choices=AXES, default=list(AXES),
                         help='draw AP and loss by these; minutes mean nothing for runs that were paused (default: all)')  # fmt: skip
     parser.add_argument('--logs_only', action='store_true', help='read the logs, not the checkpoints')
-    add_trust_args(parser)
+    for name in TRUST:
+        FLAGS[name].add_to(parser)
     return parser
 
 
@@ -127,14 +129,14 @@ def read_run(folder: Path) -> list[Epoch]:
 
 def coefficients_in(checkpoint: Path) -> dict[str, float]:
     """Return the coefficients of class and box losses among the flags in a checkpoint."""
-    return coefficients(resolve_all(Namespace(**flags_of(read_checkpoint(checkpoint)))))
+    return coefficients(settle(Namespace(**flags_of(read_checkpoint(checkpoint)))))
 
 
 @torch.no_grad()
 def read_checkpoints(folder: Path, epochs: list[Epoch], device: torch.device, trust: dict[str, bool]) -> None:
     """Fill in measurements that need the detector of an epoch, if its checkpoint was kept.
 
-    trust: flags of `add_trust_args`, which the checkpoint does not decide.
+    trust: flags of `TRUST`, which the checkpoint does not decide.
     """
     before, data = None, None
     for epoch in epochs:
@@ -144,7 +146,7 @@ def read_checkpoints(folder: Path, epochs: list[Epoch], device: torch.device, tr
             continue
         detector = load_detector(weights=file, device=device)
         if data is None:
-            flags = Namespace(**vars(detector.args) | trust)
+            flags = settle(Namespace(**vars(detector.args) | trust), (DATA,))
             data = build_dataset('val', flags, detector.class_map)
             matcher = build_supervision(detector.args)[0].table['one2one'].matcher
         chosen, epoch.duplicates = examine(detector.model, detector.postprocessors['bbox'], data, matcher)

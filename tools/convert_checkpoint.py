@@ -21,13 +21,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.detector import class_map_of
-from models.recorded import settle
-from models.zoo import find_row
 from util.checkpoint import MASKS, TRAINING_ONLY, flags_of, save_checkpoint
-from util.download import add_http_flag
+from util.config.recipes import find_row
+from util.config.recorded import settle_recorded
 from util.errors import UserError
 from util.files import save_atomically
-from util.flags import FlagParser, run_command
+from util.flags import FlagParser, add_http_flag, run_command
 from util.foreign_files import to_mmdetection, to_official_files, to_transformers
 from util.foreign_names import to_official
 from util.weight_files import SAFETENSORS, read_checkpoint, state_of, write_safetensors
@@ -98,7 +97,7 @@ def convert(source: str, output: Path, stripped: bool, to: str, model: str = '')
     layout, state = to_official(state_of(checkpoint, source=source))
     if not any(name.startswith(('transformer.', 'query_embed.', 'backbone.')) for name in state):
         raise UserError(f'{source} holds no detector of this family, but {", ".join(list(state)[:3])} ...')
-    flags, found = flags_of(checkpoint) or (find_row(model).flags if model else {}), len(state)
+    flags, found = flags_of(checkpoint) or (vars(find_row(model).recipe.flags) if model else {}), len(state)
     if stripped:
         state, flags = strip(state, flags)
     if to == 'transformers':
@@ -143,7 +142,7 @@ def write_folder(folder: Path, state: dict[str, Tensor], flags: dict, checkpoint
         raise UserError(
             f'{source} tells no flags of its model, which a configuration needs: name it (--model NAME)'
         )
-    settled = vars(settle(flags))
+    settled = vars(settle_recorded(flags))
     names = list(class_map_of(checkpoint, source).names)
     converted, config = to_transformers(state, settled, names)
 

@@ -32,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import build_dataset
 from datasets.coco_eval import CocoEvaluator
-from datasets.flags import add_data_args
 from datasets.image_dataset import ImageDataset
 from datasets.shapes import ShapesDetection
 from datasets.transforms import frame_size
@@ -41,6 +40,8 @@ from models.postprocess import SoftmaxPostProcess, TopKPostProcess, clamp_boxes
 from models.proposals import AskedProposals
 from util.bounds import whole
 from util.box_ops import box_cxcywh_to_xyxy
+from util.config.declare import DATA
+from util.config.settle import settle
 from util.errors import UserError
 from util.files import save_atomically
 from util.flags import FlagParser, run_command
@@ -310,13 +311,17 @@ def verify(detector: Detector, program: Program, run: Run, half: bool = False) -
 
 def read_data(detector: Detector, args: Namespace) -> ImageDataset:
     """Build the validation data of the command line, prepared as those of the detector's run."""
-    parser = argparse.ArgumentParser()
-    add_data_args(parser)
     kind = 'lvis' if getattr(detector.args, 'dataset_file', '') == 'lvis' else 'coco'
     given = {name: getattr(args, name) for name in ('coco_path', 'val_images', 'val_ann', 'allow_outside')}
-    given |= {'dataset_file': kind, 'val_shards': None, 'seed': 0, 'masks': False, 'co_masks': False}
-    flags = vars(parser.parse_args([])) | vars(detector.args) | given
-    return build_dataset('val', Namespace(**flags), detector.class_map)
+    given |= {
+        'dataset_file': kind,
+        'val_shards': None,
+        'seed': 0,
+        'masks': False,
+        'co_masks': False,
+        'eval': True,
+    }
+    return build_dataset('val', settle(Namespace(**vars(detector.args) | given), (DATA,)), detector.class_map)
 
 
 @torch.no_grad()

@@ -30,6 +30,29 @@ MASKS = ('bbox_attention.', 'mask_head.', 'co_masks.')  # may be missing in --pr
 DETREX_ONE2MANY = 1500  # queries of H-DETR's second group in every configuration of detrex
 
 
+@dataclass(frozen=True)
+class SharedClasses:
+    """Classes of one name in a file and in a model. pairs: index there and here. there, here: number of class indices."""
+
+    pairs: list[tuple[int, int]]
+    there: int
+    here: int
+    names: list[str]
+
+    def rows(self, theirs: Tensor, ours: Tensor) -> Tensor:
+        """Return the rows of a class head: theirs for shared classes and for 'no object', if both have it, else ours."""
+        if theirs.shape[1:] != ours.shape[1:]:
+            return ours
+        pairs = [
+            *self.pairs,
+            *[(self.there, self.here)] * (len(theirs) > self.there and len(ours) > self.here),
+        ]
+        rows = ours.clone()
+        for there, here in pairs:
+            rows[here] = theirs[there]
+        return rows
+
+
 @dataclass
 class Report:
     """Result of loading a checkpoint.
@@ -37,6 +60,7 @@ class Report:
     reinitialised: entries of another shape, left as they were or filled in part.
     has_flags: the file tells the flags of its run, which were compared with the model's.
     differing: flags of another value, where that is allowed: the file's and the model's.
+    kept_classes: names of the classes whose rows of the class heads were kept, if the classes are others.
     """
 
     layout: str
@@ -44,12 +68,15 @@ class Report:
     reinitialised: list[str] = field(default_factory=list)
     has_flags: bool = True
     differing: dict[str, tuple] = field(default_factory=dict)
+    kept_classes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         flags = '' if self.has_flags else ", no flags in the file to compare with the model's"
         text = f'{self.loaded} entries loaded ({self.layout} names{flags})'
         if self.reinitialised:
             text += f', re-initialised: {", ".join(self.reinitialised)}'
+        if self.kept_classes:
+            text += f', class heads kept for {", ".join(self.kept_classes)}'
         if self.differing:
             text += (
                 f'\nwarning: the weights were trained with other flags: {differences_text(self.differing)}'
@@ -74,12 +101,21 @@ def flags_of(checkpoint: dict) -> dict:
     return flags
 
 
+def flags_of_run(checkpoint: dict, resume: bool) -> dict:
+    """Return `flags_of`; to resume an official run, with the drops that the state of its schedule has."""
+    recorded, schedule = flags_of(checkpoint), checkpoint.get('lr_scheduler', {}) if resume else {}
+    if 'milestones' in schedule:
+        return recorded | {'lr_drop_epochs': sorted(schedule['milestones'].elements())}
+    return recorded | {'lr_drop': schedule['step_size']} if 'step_size' in schedule else recorded
+
+
 def load_checkpoint(
     model: nn.Module,
     source: str | Path | dict,
     resize: bool = False,
     resume: bool = False,
     name: str = '',
+    classes: SharedClasses | None = None,
 ) -> Report:
     """Fill a model from a path, an address, a checkpoint or a state dict, under any known project's names.
 
@@ -91,6 +127,7 @@ def load_checkpoint(
             list flags that contradict those in the file.
         resume: the state of an optimizer follows, so every entry must be that of the run.
         name: name of the file, if `source` is its content.
+        classes: those of the file that the model has too, if `resize` and they differ: rows of class heads follow them.
 
     Raises:
         UserError: an entry is missing, left over, of another shape or (but to resume) not finite, or the file was trained with
@@ -99,12 +136,14 @@ def load_checkpoint(
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
     name = name or ('' if isinstance(source, dict) else str(source))
     try:
-        return fill(model, checkpoint, resize, resume, name)
+        return fill(model, checkpoint, resize, resume, name, classes)
     except UserError as error:
         raise UserError(f'{name}: {error}' if name else str(error)) from error
 
 
-def fill(model: nn.Module, checkpoint: dict, resize: bool, resume: bool, name: str) -> Report:
+def fill(
+    model: nn.Module, checkpoint: dict, resize: bool, resume: bool, name: str, classes: SharedClasses | None
+) -> Report:
     """Do the work of `load_checkpoint`, whose arguments these are."""
     found = state_of(checkpoint, averaged=not resume)
     layout, state = to_official(found)
@@ -119,7 +158,11 @@ def fill(model: nn.Module, checkpoint: dict, resize: bool, resume: bool, name: s
     if not recorded:
         check_shared_heads(model, state)
     rows = [len(entries.get('class_embed.0.bias', ())) for entries in (state, ours)]
-    if layout in ('detrex', 'mmdetection') and rows == [len(COCO_IDS), 91]:
+    if (
+        layout in ('detrex', 'mmdetection')
+        and rows[0] == len(COCO_IDS)
+        and 91 in (rows[1], classes and classes.there)
+    ):
         state = spread_coco_classes(state, 91)
     if not resume and 'query_embed.weight' in state and 'query_embed.weight' in ours:
         queries, wanted = state['query_embed.weight'], len(ours['query_embed.weight'])
@@ -137,18 +180,33 @@ def fill(model: nn.Module, checkpoint: dict, resize: bool, resume: bool, name: s
     refused = [name for name in wrong_shape if not name.startswith(replaceable)]
     if not any(re.fullmatch(INPUT_BIAS, name) for name in state):  # a bias of 0 is as good as none
         state |= {name: torch.zeros_like(x) for name, x in ours.items() if re.fullmatch(INPUT_BIAS, name)}
-    optional = (*SOURCES * (not sources_needed), *MASKS * resize)
+    optional = (*SOURCES * (not sources_needed), *(*MASKS, 'class_embed') * resize)
     missing = [name for name in ours if name not in state and not name.startswith(optional)]
-    fresh = [name for name in ours if name not in state and name.startswith(MASKS)]
+    fresh = [name for name in ours if name not in state and name.startswith((*MASKS, 'class_embed'))]
     unexpected = [name for name in state if name not in ours]
     if missing or unexpected or refused:
         raise UserError(mismatch_text(layout, state, ours, missing, unexpected, refused))
-    for name in wrong_shape:
-        state[name] = fit_rows(state[name], ours[name]) if name.startswith('query_embed') else ours[name]
+    anew = fit(state, ours, wrong_shape, classes)
     if not resume:
         check_finite(state)
     model.load_state_dict(ours | state)
-    return Report(layout, len(state) - len(wrong_shape), wrong_shape + fresh, bool(recorded), differing)
+    kept = classes.names if classes else []
+    return Report(layout, len(state) - len(anew), anew + fresh, bool(recorded), differing, kept)
+
+
+def fit(
+    state: dict[str, Tensor], ours: dict[str, Tensor], wrong_shape: list[str], classes: SharedClasses | None
+) -> list[str]:
+    """Give entries of another shape, and class heads of other classes, those of the model; return which start anew, in place."""
+    anew = list(wrong_shape)
+    for name in state:
+        if classes is not None and name.startswith('class_embed'):
+            state[name] = classes.rows(state[name], ours[name])
+            if name in anew:
+                anew.remove(name)
+        elif name in wrong_shape:
+            state[name] = fit_rows(state[name], ours[name]) if name.startswith('query_embed') else ours[name]
+    return anew
 
 
 def check_finite(state: dict[str, Tensor]) -> None:

@@ -5,7 +5,6 @@ import re
 import urllib.request
 import zlib
 from collections.abc import Iterator
-from contextvars import ContextVar
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,18 +15,10 @@ import torch
 from util.distributed.preemption import interruptible
 from util.errors import FileError, UserError
 from util.files import lock_folder, save_atomically, unlock
+from util.flags import HTTP_ALLOWED
 
 TIMEOUT = 30.0  # seconds of silence after which a server counts as lost
 CHUNK = 2**20  # bytes
-HTTP_ALLOWED: ContextVar[bool] = ContextVar('HTTP_ALLOWED', default=False)  # by --allow_http of this program
-
-
-def add_http_flag(parser: Any) -> None:
-    """Declare --allow_http in a parser or a group. A program sets HTTP_ALLOWED to it."""
-    parser.add_argument(
-        '--allow_http', action='store_true',
-        help='fetch from http:// addresses too, though anybody on the way can change what comes (default: https alone)',
-    )  # fmt: skip
 
 
 def is_address(source: object) -> bool:

@@ -1,6 +1,5 @@
 """Summary of a run, printed before it starts."""
 
-from argparse import Namespace
 from collections.abc import Mapping
 from typing import cast
 
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from util.config.settle import Settled, chosen_by
 from util.costs import activation_bytes, count_flops, if_known
 from util.distributed.collectives import get_world_size
 from util.errors import UserError
@@ -15,12 +15,12 @@ from util.run_state import ImageData
 
 FROM_SCRATCH_NEEDS = 10_000  # images; DETR's authors' advice
 LEARNING_RATES_SHOWN = 4
-COCO_TRAIN_IMAGES = 118_287  # train2017
+COCO_TRAIN_IMAGES, LVIS_TRAIN_IMAGES = 118_287, 100_170  # train2017; LVIS v1
 FLOPS_SIZE = (800, 1136)  # height and width of one image with the mean cost of COCO val2017's first 100
 
 
 def print_plan(
-    args: Namespace,
+    args: Settled,
     model: nn.Module,
     datasets: Mapping[str, ImageData],
     loaders: dict[str, DataLoader],
@@ -36,6 +36,7 @@ def print_plan(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     rows = {
+        'family': chosen_by(args),
         'data': f'{args.dataset_file}, '
         + ', '.join(f'{len(data)} {split}' for split, data in datasets.items()),
         'classes': f'{len(names)}: {", ".join(names[:8])}{", ..." if len(names) > 8 else ""}',
@@ -92,7 +93,7 @@ def flops_text(model: nn.Module, dataset: ImageData) -> str:
 
 
 def print_dry_run(
-    args: Namespace,
+    args: Settled,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     num_images: int,
@@ -119,6 +120,7 @@ def print_dry_run(
             f'... and at {len(groups)} rates in all, to {groups[-1].split()[-1]}',
         ]
     rows = {
+        'family': chosen_by(args),
         'model': f'{args.family}, {args.backbone}, {sum(queries.values())} learned queries in training',
         'parameters': f'{total:,}, {trained:,} trainable',
         'FLOPs': if_known(lambda: published_flops_text(args, model)),
@@ -132,7 +134,7 @@ def print_dry_run(
     print('\n'.join(f'{name:>14}  {text}' for name, text in rows.items()), flush=True)
 
 
-def published_flops_text(args: Namespace, model: nn.Module) -> str:
+def published_flops_text(args: Settled, model: nn.Module) -> str:
     """Describe the operations for the image that published tables count, at the size that is asked for."""
     scale = args.img_size / FLOPS_SIZE[0]
     height, width = (
@@ -142,7 +144,7 @@ def published_flops_text(args: Namespace, model: nn.Module) -> str:
     return f'{flops:.4g} G multiply-adds for one image of {height} x {width} at evaluation, as published tables count them'
 
 
-def memory_text(args: Namespace, model: nn.Module) -> str:
+def memory_text(args: Settled, model: nn.Module) -> str:
     """Describe the memory of a training step with the largest images."""
     if args.aug == 'lsj':
         height = width = args.lsj_size

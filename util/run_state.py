@@ -22,16 +22,15 @@ from util.errors import UserError
 from util.files import make_folder, or_warn, save_atomically
 from util.logger import Meter, print_main
 from util.precision import Precision
-from util.run_entries import check_entries, damage_named
+from util.run_entries import damage_named
 from util.seeding import seed_everything
-from util.weight_files import read_checkpoint
 
 
 class ImageData(Protocol):
     """Part of `datasets.image_dataset.ImageDataset` that util reads."""
 
     class_map: Any
-    federated: bool
+    federated: int
 
     @property
     def summary(self) -> str: ...
@@ -260,34 +259,34 @@ def restore_epoch(run: Run, saved: dict) -> EpochState:
     return state
 
 
-def find_checkpoint(args: Namespace, restarted: bool) -> dict:
-    """Create the output folder, and read the checkpoint of --resume or --pretrained; return {} if there is none.
+def find_checkpoint(args: Namespace, restarted: bool) -> tuple[str, str]:
+    """Create the output folder; return what to resume ('' if nothing), and path or address of the checkpoint to read.
 
     Args:
         restarted: a launcher has started this job again.
 
     Raises:
-        UserError: the output folder holds another run, which would be overwritten; or the checkpoint is damaged.
+        UserError: the output folder holds another run, which would be overwritten.
     """
-    if args.output_dir:
+    resume = args.resume
+    if args.output_dir and not (args.dry_run or args.check_data):
         existing = Path(args.output_dir) / 'checkpoint.pth'
         if restarted and existing.is_file() and not args.eval:
-            args.resume = 'auto'  # the same command as at first, and this run's own checkpoint
-        if args.resume == 'auto':
-            args.resume = str(existing) if existing.is_file() else ''
-            if args.eval and not args.resume:
+            resume = 'auto'  # the same command as at first, and this run's own checkpoint
+        if resume == 'auto':
+            resume = str(existing) if existing.is_file() else ''
+            if args.eval and not resume:
                 raise UserError(f'there is no checkpoint at {existing} to evaluate')
         elif (
             existing.is_file()
             and not args.eval
-            and not (args.resume and Path(args.resume).resolve() == existing.resolve())
+            and not (resume and Path(resume).resolve() == existing.resolve())
         ):
             raise UserError(
                 f'{args.output_dir} holds the checkpoint of a run: add --resume auto to go on with it, or choose another '
                 '--output_dir'
             )
         make_folder(args.output_dir)
-    source = args.resume or args.pretrained or args.frozen_weights
-    checkpoint = read_checkpoint(source) if source else {}
-    check_entries(checkpoint, source or '', bool(args.resume) and not args.eval)
-    return checkpoint
+    elif resume == 'auto':
+        resume = ''
+    return resume, resume or args.pretrained or args.frozen_weights or ''

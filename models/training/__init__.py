@@ -12,15 +12,14 @@ from functools import partial
 
 from torch import nn
 
-from models.defaults import level_strides
 from models.deformable_transformer import DeformableDecoder
 from models.dino import DinoDecoder
+from util.config.settle import level_strides
 
 from .collaborative import CollaborativeHeads
 from .criterion import SetCriterion, loss_suffix
 from .denoising import Denoising
 from .dense_heads import EPS
-from .flags import resolve_training
 from .losses import BOX_LOSSES, MASK_LOSSES, FocalLoss, QualityFocalLoss, SoftmaxLoss
 from .mask_losses import MaskTraining
 from .matcher import HungarianMatcher, OneToManyMatcher, focal_cost, softmax_cost
@@ -34,13 +33,12 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
     """Build the table of supervision, and what goes with it.
 
     Args:
-        args: flags whose model is settled (`models.resolve_args`); those of training are settled here.
+        args: settled flags.
 
     Returns:
         The criterion with the table, the number of learned queries of each group (the inference group first), and the
         query sources.
     """
-    args = resolve_training(args)
     focal = args.family != 'detr'
     cost = args.set_cost_class, args.set_cost_bbox, args.set_cost_giou
     co_detr = args.dino or bool(args.co_aux_heads)

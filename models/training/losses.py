@@ -6,9 +6,6 @@ A `Stack` holds the predictions of one kind, and their pairs with objects. Terms
 from the targets alone.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -111,19 +108,8 @@ def giou_loss(boxes: Tensor, target_boxes: Tensor) -> Tensor:
     return 1 - generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes))
 
 
-class BoxLoss(NamedTuple):
-    """One loss between boxes and target boxes."""
-
-    function: Callable[[Tensor, Tensor], Tensor]  # boxes and target boxes of N pairs to [N]
-    coef: float  # default coefficient; with 0 the term exists only if a flag sets another
-    title: str  # phrase for help texts
-
-
-# All losses of boxes by name. Terms are `loss_NAME`, and flags `--NAME_loss_coef`. A new loss is a new entry.
-BOX_LOSSES = {
-    'bbox': BoxLoss(l1_loss, 5, 'the L1 distance of boxes'),
-    'giou': BoxLoss(giou_loss, 2, 'the generalized IoU of boxes'),
-}
+# Names are those of `util.config.flags.BOX_TERMS`, which has the coefficients.
+BOX_LOSSES = {'bbox': l1_loss, 'giou': giou_loss}
 
 
 def box_losses(stacks: list[Stack], terms: list[str]) -> list[Tensor]:
@@ -132,7 +118,7 @@ def box_losses(stacks: list[Stack], terms: list[str]) -> list[Tensor]:
         return [stack.logits.new_zeros(0, len(stack.logits)) for stack in stacks]
     boxes = torch.cat([stack.boxes[stack.index] for stack in stacks])  # [N, 4]
     target_boxes = torch.cat([stack.target_boxes for stack in stacks])
-    values = torch.stack([BOX_LOSSES[term].function(boxes, target_boxes) for term in terms])  # [terms, N]
+    values = torch.stack([BOX_LOSSES[term](boxes, target_boxes) for term in terms])  # [terms, N]
     parts = values.split([sum(stack.num_pairs) for stack in stacks], dim=1)
     return [stack.per_layer(part) for stack, part in zip(stacks, parts, strict=True)]
 

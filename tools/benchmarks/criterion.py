@@ -15,10 +15,10 @@ from torch import Tensor
 from models.structures import Prediction
 from models.training import build_supervision, matcher
 from models.training.criterion import SetCriterion, weighted_sum
-from models.training.flags import resolve_all
 from models.training.structures import Targets
 from tools.benchmarks.reference_criterion import hybrid_batch, reference_losses
 from tools.benchmarks.timing import time_in_turn
+from util.config.settle import settle
 from util.threads import num_threads
 
 REPEATS = 6
@@ -39,7 +39,7 @@ def benchmark_criterion(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     flags = argparse.Namespace(two_stage=True, with_box_refine=True, hybrid_k=REPEATS)
-    criterion, _, _ = build_supervision(resolve_all(flags))
+    criterion, _, _ = build_supervision(settle(flags))
     predictions, targets = hybrid_batch((args.objects, args.objects), args.proposals)
     leaves = [x for p in predictions for x in (p.logits, p.boxes)]
 

@@ -19,11 +19,11 @@ from torch import nn
 
 from models import build_model
 from models.ops.functions import describe
-from models.training.flags import resolve_all
 from tools.benchmarks.cuda_graph import GraphedDetector
 from tools.benchmarks.inputs import limit_queries
 from tools.benchmarks.step import MODELS
 from tools.benchmarks.timing import time_in_turn
+from util.config.settle import settle
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from util.precision import Precision, avoid_plans_per_shape, set_tf32
 
@@ -67,7 +67,7 @@ def benchmark_fps(args: argparse.Namespace) -> None:
     print(f'| method | precision | {" | ".join(f"{column}: ms | images/s" for column in columns)} |')
     print(f'|{" --- |" * (2 + 2 * len(columns))}')
     for name, flags in chosen(args).items():
-        limit_queries(flags, args.height, args.width)
+        flags = limit_queries(flags, args.height, args.width)
         torch.manual_seed(0)
         model, _, postprocessors = build_model(flags)
         model.to(args.device).eval()
@@ -81,11 +81,11 @@ def benchmark_fps(args: argparse.Namespace) -> None:
 def chosen(args: argparse.Namespace) -> dict[str, Namespace]:
     """Return resolved flags by the name of a row."""
     if not args.flags:
-        return {name: resolve_all(Namespace(**MODELS[name], backbone_weights='none')) for name in args.models}
+        return {name: settle(Namespace(**MODELS[name], backbone_weights='none')) for name in args.models}
     from main import get_args_parser
 
     flags = get_args_parser().parse_args([*args.flags, '--backbone_weights', 'none'])
-    return {' '.join(args.flags): resolve_all(flags)}
+    return {' '.join(args.flags): settle(flags)}
 
 
 @torch.no_grad()

@@ -9,11 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from models import build_model, resolve_args
+from models import build_model
 from models.ops.functions import describe, use_implementation
 from tools.benchmarks.cuda_graph import GraphedDetector
 from tools.benchmarks.timing import time_in_turn
 from util.checkpoint import load_checkpoint
+from util.config.settle import settle
 from util.nested_tensor import NestedTensor
 
 Outputs = tuple[Tensor, Tensor]
@@ -37,7 +38,7 @@ def benchmark_model(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     flags = argparse.Namespace(with_box_refine=True, two_stage=True, backbone_weights='none')
-    ours = build_model(resolve_args(flags))[0].eval()
+    ours = build_model(settle(flags))[0].eval()
     theirs = transformers_model()
     if theirs is not None:
         load_checkpoint(ours, theirs.state_dict())

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from models import build_model
 from models.ops.functions import describe
 from models.training.criterion import weighted_sum
-from models.training.flags import resolve_all
 from tools.benchmarks.inputs import TRICKS, random_objects
 from tools.benchmarks.timing import time_in_turn
+from util.config.settle import settle
 
 SAME = {'dim_feedforward': 2048, 'dropout': 0.0, 'input_proj_bias': False, 'backbone_weights': 'none'}
 SCHEMES = {
@@ -45,7 +45,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 def training_step(flags: dict, images: Tensor, targets: list[dict]) -> tuple[nn.Module, Callable[[], Tensor]]:
     """Build a model on the images' device, and a function that computes its loss."""
-    model, criterion, _ = build_model(resolve_all(Namespace(**TRICKS | SAME | flags)))
+    model, criterion, _ = build_model(settle(Namespace(**TRICKS | SAME | flags)))
     model.to(images.device).train()
 
     def loss() -> Tensor:

@@ -25,11 +25,11 @@ from models.ops.functions import describe, implementation
 from models.parts import compile_parts
 from models.training import build_supervision
 from models.training.criterion import weighted_sum
-from models.training.flags import resolve_all
 from tools.benchmarks.inputs import TRICKS, limit_queries, random_objects
 from tools.benchmarks.official_op import add_official, load_official
 from tools.benchmarks.official_path import official_loss, official_model
 from tools.benchmarks.timing import time_in_turn
+from util.config.settle import settle
 from util.errors import UserError
 from util.precision import Precision, avoid_plans_per_shape, set_tf32
 
@@ -184,9 +184,9 @@ def make_batch(args: argparse.Namespace) -> tuple[Tensor, list[dict[str, Tensor]
 
 
 def method_flags(method: str, args: argparse.Namespace) -> Namespace:
-    flags = resolve_all(Namespace(**MODELS[method], backbone_weights='none'))
-    limit_queries(flags, args.height, args.width)
-    return flags
+    return limit_queries(
+        settle(Namespace(**MODELS[method], backbone_weights='none')), args.height, args.width
+    )
 
 
 def make_contenders(flags: Namespace, precisions: list[str], batch: tuple) -> dict[str, Contender]:

@@ -17,10 +17,10 @@ from models import build_model
 from models.ops.functions import describe
 from models.parts import compile_parts
 from models.training.criterion import weighted_sum
-from models.training.flags import resolve_all
 from tools.benchmarks.inputs import TRICKS, limit_queries, random_objects
 from tools.benchmarks.official_path import official_path
 from tools.benchmarks.timing import time_in_turn
+from util.config.settle import settle
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -43,8 +43,8 @@ def benchmark_train(args: argparse.Namespace) -> None:
     flags = argparse.Namespace(
         **TRICKS, hybrid_queries=1500, hybrid_k=6, dropout=0.0, backbone_weights='none'
     )
-    resolved = resolve_all(flags)
-    limit_queries(resolved, args.height, args.width)
+    resolved = settle(flags)
+    resolved = limit_queries(resolved, args.height, args.width)
     model, criterion, _ = build_model(resolved)
     model.to(args.device).train()
     optimizer = build_optimizer(model, 0.0, 0.0, 0.0)  # weights stay, so that all steps are the same

@@ -1,0 +1,98 @@
+"""The parser of main.py, and its help by topic, from the table of flags."""
+
+import argparse
+import sys
+import textwrap
+from argparse import ArgumentParser
+from collections.abc import Collection, Sequence
+
+from util.flags import FlagParser
+
+from .flags import FLAGS, NO_OPTIONS
+
+
+class NoOption(argparse.Action):
+    """Action of a flag that was an option once, or is one of a class alone: refuse it, and say what to do instead."""
+
+    def __call__(
+        self, parser: ArgumentParser, namespace: object, values: object, option: str | None = None
+    ) -> None:
+        parser.error(f'{option} is no option: {NO_OPTIONS[self.dest]}')
+
+
+class HelpByTopic(argparse.Action):
+    """Action of `--help` (flags of a first run), `--help all`, `--help hidden`, and `--help WORD` (topics with that word)."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: object) -> None:
+        options |= {'nargs': '?', 'const': '', 'default': argparse.SUPPRESS, 'metavar': 'TOPIC'}
+        super().__init__(option_strings, dest, **options)  # type: ignore[arg-type]  # options of add_argument
+
+    def __call__(
+        self, parser: ArgumentParser, namespace: object, topic: object, option: str | None = None
+    ) -> None:
+        print(help_text(parser, str(topic)))
+        sys.exit(0)
+
+
+def help_text(parser: ArgumentParser, topic: str) -> str:
+    """Return the help of a topic: '' for a first run, 'all', 'hidden', or a word of a group's title."""
+    formatter = parser.formatter_class(prog=parser.prog)
+    groups = [group for group in parser._action_groups if group._group_actions]
+    hidden = topic == 'hidden'
+    chosen = groups if topic in ('all', 'hidden') else []
+    if topic and not chosen:
+        chosen = [group for group in groups if topic.lower() in str(group.title).lower()]
+    for group in chosen:
+        formatter.start_section(group.title)
+        formatter.add_arguments([one for one in group._group_actions if is_hidden(one.dest) == hidden])
+        formatter.end_section()
+    if chosen:
+        return formatter.format_help()
+    if topic:
+        formatter.add_text(f"no group of flags has '{topic}' in its title; these are the groups:")
+    else:
+        formatter.add_usage(parser.usage, [], [])
+        formatter.add_text(parser.description)
+        formatter.start_section('what a first run needs')
+        formatter.add_arguments(
+            [one for one in parser._actions if one.dest in FLAGS and FLAGS[one.dest].first]
+        )
+        formatter.end_section()
+    titles = [str(group.title).split(' (')[0] for group in groups if group.title != 'options']
+    formatter.start_section(
+        'more, by --help all, --help hidden (rarely needed), or --help and a word of one of these'
+    )
+    formatter.add_text(textwrap.fill('; '.join(titles), 100))
+    formatter.end_section()
+    return formatter.format_help()
+
+
+def is_hidden(name: str) -> bool:
+    return name in FLAGS and FLAGS[name].hidden
+
+
+def make_parser(description: str | None) -> FlagParser:
+    """Make the parser of main.py, whose help goes by topics."""
+    parser = FlagParser(usage='python main.py [flags]', description=description, add_help=False)
+    parser.add_argument(
+        '-h',
+        '--help',
+        action=HelpByTopic,
+        help='show what a first run needs; all: every flag; else flags of a topic',
+    )
+    add_flags(parser)
+    for name in NO_OPTIONS:
+        parser.add_argument(
+            f'--{name}', action=NoOption, nargs='*', help=argparse.SUPPRESS, default=argparse.SUPPRESS
+        )
+    return parser
+
+
+def add_flags(parser: ArgumentParser, kinds: Collection[str] = ()) -> None:
+    """Declare the flags of these kinds, all if none is named, in groups by topic."""
+    groups: dict[str, object] = {}
+    for flag in FLAGS.values():
+        if flag.command and (not kinds or flag.kind in kinds):
+            if flag.topic not in groups:
+                groups[flag.topic] = parser.add_argument_group(flag.topic)
+            flag.add_to(groups[flag.topic])
