@@ -117,13 +117,6 @@ def check_values(values: Mapping, flags: Collection[Flag]) -> None:
             raise UserError(f'--{flag.name} {problem}')
 
 
-def check_kinds(args: Namespace, kinds: Collection[str]) -> None:
-    """Check flags of these kinds, all of which are there."""
-    flags = [flag for flag in FLAGS.values() if flag.kind in kinds]
-    check_values(vars(args), flags)
-    check(args, flags)
-
-
 def check(args: Namespace, flags: Collection[Flag]) -> None:
     """Refuse flags of other families and backbones, or without what they need, and what `RULES` refuse."""
     for flag in flags:
