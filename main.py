@@ -65,7 +65,6 @@ from util.distributed.collectives import (
     is_main_process,
     leave_distributed,
 )
-from util.distributed.heartbeat import Heartbeat
 from util.distributed.parallel import broadcast_from_main, replicate, shard
 from util.distributed.preemption import Interrupted, StopRequests, was_restarted
 from util.ema import WeightAverage
@@ -119,26 +118,20 @@ def main(args: Namespace) -> None:
     device = choose_device(args.device)
     avoid_plans_per_shape()
     init_distributed(device, args.dist_url)
-    heartbeat, stops = Heartbeat(), StopRequests(device)
+    stops = StopRequests(device)
     try:
         with one_run_a_folder(args):
             args, checkpoint, datasets = read_data(args)
             set_tf32(args.tf32)
-            heartbeat.start()  # not before: while a large annotation file is read, no other thread runs
             run, first_epoch, state = set_up(args, device, stops, checkpoint, datasets)
             if args.eval:
                 evaluate_alone(run)
             else:
                 train(run, first_epoch, state, checkpoint)
     except Interrupted as stop:
-        heartbeat.stop()
         stops.leave(*stop.args)
-    except BaseException as error:
-        heartbeat.fail(error)
-        raise
     finally:
         stops.close()
-    heartbeat.stop()
     leave_distributed()
 
 
