@@ -37,11 +37,10 @@ from tests.runs import ROOT
 from tools.benchmarks.official_path import under_one_mask
 from util.config.flags import FLAGS
 from util.config.settle import settle
-from util.ema import WeightAverage
 from util.logger import Meter
 from util.nested_tensor import NestedTensor, collate_fn, nested_tensor_from_tensor_list
+from util.optim import WeightAverage
 from util.precision import Precision
-from util.run_state import EpochState
 from util.trackers import TRACKERS
 
 QUICK_FAMILIES = ('detr', 'two stages with tricks', 'all, conditional')
@@ -339,15 +338,15 @@ def test_a_step_walks_through_no_tree_of_modules(monkeypatch: pytest.MonkeyPatch
             walked[steps] += 1
             yield each
 
-    def after_step(state: EpochState, made: bool) -> None:
+    def end_step(made: bool) -> None:
         nonlocal steps
         average.update(model)
-        steps = state.step
+        steps += 1
 
     monkeypatch.setattr(nn.Module, 'named_modules', named_modules)
     steps, batch = 0, collate_fn(list(zip(torch.randn(2, 3, 64, 64), random_targets(3, 0), strict=True)))
     optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4)
-    train_one_epoch(model, criterion, [batch] * 3, optimizer, max_norm=0.1, after_step=after_step)
+    train_one_epoch(model, criterion, [batch] * 3, optimizer, max_norm=0.1, end_step=end_step)
     assert walked[0] > 500 and max(walked[1], walked[2]) < 50, walked
 
 
@@ -679,7 +678,7 @@ def test_names_of_parameter_groups_must_not_overlap() -> None:
         build_optimizer(model, 1e-4, 1e-5, 1e-4, ['backbone'], ['body'])
     sizes = [
         len(g['params'])
-        for g in build_optimizer(model, 1e-4, 1e-5, 0, ['backbone.0'], [], sgd=True).param_groups
+        for g in build_optimizer(model, 1e-4, 1e-5, 0, ['backbone.0'], [], optimizer='sgd').param_groups
     ]
     assert len(sizes) == 2 and sum(sizes) == sum(p.requires_grad for p in model.parameters())
 

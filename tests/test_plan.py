@@ -7,9 +7,9 @@ import pytest
 from torchvision.ops import nms
 
 import main
+from models import summary
 from models.detr import DETR
 from tests.runs import TINY, load, parse, run
-from util import plan
 from util.box_ops import box_cxcywh_to_xyxy
 from util.errors import UserError
 
@@ -27,7 +27,7 @@ METHODS = {
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operations are counted in these runs, which other tests leave out."""
-    monkeypatch.setattr(main, 'flops_text', plan.flops_text)
+    monkeypatch.setattr(summary, 'flops_text', summary.flops_text)
 
 
 def with_nms(forward: object) -> object:
