@@ -240,8 +240,8 @@ def test_trackers_get_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     seen = []
 
     class Recorder:
-        def __init__(self, folder: Path, args: Namespace) -> None:
-            seen.append((folder, args.wandb))
+        def __init__(self, folder: Path, flags: dict) -> None:
+            seen.append((folder, flags['wandb']))
 
         @staticmethod
         def load() -> None:
@@ -275,7 +275,7 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     wandb = pytest.importorskip('wandb')
     monkeypatch.setenv('WANDB_MODE', 'offline')
     monkeypatch.setenv('WANDB_SILENT', 'true')
-    tracker = trackers.WandB(tmp_path, Namespace(wandb='mine', lr=0.5))
+    tracker = trackers.WandB(tmp_path, {'wandb': 'mine', 'lr': 0.5})
     tracker.add(1, {'epoch': 1, 'train_loss': 2.5})
     tracker.run.finish()
     (file,) = tmp_path.glob('wandb/offline-run-*/run-*.wandb')
@@ -289,7 +289,7 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(wandb, 'init', refuse)
     with pytest.raises(ValueError, match=r'--wandb mine: No API key configured\. Or set WANDB_MODE=offline'):
-        trackers.WandB(tmp_path, Namespace(wandb='mine'))
+        trackers.WandB(tmp_path, {'wandb': 'mine'})
 
 
 @pytest.mark.draws
