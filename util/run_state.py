@@ -13,17 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from util.checkpoint import get_rng_state, save_checkpoint, set_rng_state
 from util.distributed.collectives import all_gather_object, get_rank, get_world_size, is_main_process
 from util.distributed.parallel import gather, load_model_state, load_optimizer_state
 from util.distributed.preemption import StopRequests
 from util.ema import WeightAverage
 from util.errors import UserError
-from util.files import make_folder, or_warn, save_atomically
+from util.files import make_folder, or_warn, save_atomically, save_checkpoint
 from util.logger import Meter, print_main
 from util.precision import Precision
 from util.run_entries import damage_named
-from util.seeding import seed_everything
+from util.seeding import get_rng_state, seed_everything, set_rng_state
 
 
 class ImageData(Protocol):
