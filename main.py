@@ -31,9 +31,9 @@ from models import build_model, check_backbone, level_strides
 from models.parts import all_parts, compile_parts
 from models.segmentation import freeze_all_but_masks
 from models.structures import Prediction
-from models.summary import plan_notes, print_dry_run, print_plan, training_images
 from models.training import coefficients
 from models.training.report import statistics_text
+from models.training.summary import plan_notes, print_dry_run, print_plan, training_images
 from models.weights.load import check_frozen, load_checkpoint
 from models.weights.read import read_checkpoint
 from models.weights.records import extract_class_map, extract_flags, shared_classes
