@@ -470,7 +470,7 @@ def test_groups_of_queries_are_each_matched_alone(flags: dict) -> None:
 
 
 class FindReads(ast.NodeVisitor):
-    """Names read as `args.NAME`, and strings, outside declarations of flags."""
+    """Names read as `args.NAME` or `settings.NAME`, and strings, outside declarations of flags."""
 
     def __init__(self) -> None:
         self.found: set[str] = set()
@@ -480,7 +480,7 @@ class FindReads(ast.NodeVisitor):
             self.generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        if isinstance(node.value, (ast.Name, ast.Attribute)) and ast.unparse(node.value).endswith('args'):
+        if isinstance(node.value, (ast.Name, ast.Attribute)) and ast.unparse(node.value).endswith(('args', 'settings')):
             self.found.add(node.attr)
         self.generic_visit(node)
 
@@ -493,10 +493,9 @@ def test_every_flag_is_read() -> None:
         finder.visit(ast.parse(text))
     by_name = set(re.findall(r"getattr\(args, '(\w+)'|given\.get\('(\w+)'\)", '\n'.join(sources.values())))
     finder.found |= {name for names in by_name for name in names}
-    if "getattr(args, f'{image_set}_images')" in sources[ROOT / 'datasets/coco.py']:
-        finder.found |= {'train_images', 'val_images', 'train_ann', 'val_ann'}
-    if "getattr(args, f'{image_set}_shards', None)" in sources[ROOT / 'datasets/__init__.py']:
-        finder.found |= {'train_shards', 'val_shards'}
+    for what in ('images', 'ann'):
+        if f"getattr(self, f'{{part}}_{what}')" in sources[ROOT / 'datasets/build.py']:
+            finder.found |= {f'{part}_{what}' for part in ('train', 'val')}
     finder.found |= {
         flag.name for flag in FLAGS.values() if flag.chooses
     }  # the family is read in their place
