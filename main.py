@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from datasets.build import data_limits
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.coco_eval import LVIS_NAMES, STAT_NAMES, CocoEvaluator, Summary, record_of, tables
 from datasets.inventory import check_data, print_inventory
@@ -39,7 +40,7 @@ from engine import (
     rehearse,
     train_one_epoch,
 )
-from models import build_model, check_backbone, level_strides
+from models import build_model, check_backbone
 from models.detector import class_map_of, shared_classes
 from models.ops.functions import describe as describe_kernels
 from models.parts import all_parts, compile_parts
@@ -113,7 +114,9 @@ def main(args: Namespace) -> None:
         with fail_together():
             args, _ = configure(args)
             if is_main_process():
-                dry_run(args, check_all_data(args) if args.check_data else None)
+                datasets = build_datasets(args, None) if args.check_data else {}
+                folder, limits = args.output_dir, data_limits(args)
+                dry_run(args, check_data(datasets, args.num_workers, folder, **limits) if datasets else None)
         leave_distributed()
         return
     device = choose_device(args.device)
@@ -220,18 +223,6 @@ def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
     # A checkpoint holds the backbone.
     args = args.but(num_classes=num_classes, **({'backbone_weights': 'none'} if checkpoint else {}))
     return args, checkpoint, datasets
-
-
-def data_limits(args: Settled) -> dict[str, int | None]:
-    """Return what the data are compared with: arguments of `datasets.inventory.find_warnings`."""
-    img_size, max_size = (args.lsj_size,) * 2 if args.aug == 'lsj' else (args.img_size, args.max_size)
-    limits = {'num_queries': args.num_queries, 'stride': level_strides(args)[0]}
-    return limits | {'img_size': img_size, 'max_size': max_size}
-
-
-def check_all_data(args: Settled) -> int:
-    """Check the data of a run for --check_data, and return the number of training images."""
-    return check_data(build_datasets(args, None), args.num_workers, args.output_dir, **data_limits(args))
 
 
 def set_up(

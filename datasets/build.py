@@ -11,7 +11,7 @@ from datasets.image_dataset import ImageDataset
 from datasets.transforms import make_transforms
 from util.config.declare import DATA
 from util.config.flags import FLAGS
-from util.config.settle import is_shards, settle
+from util.config.settle import is_shards, level_strides, settle
 
 # Value of --dataset_file -> module whose `build(part, settings, class_map)` builds the data set; part is 'train' or 'val'.
 DATASETS = {
@@ -79,6 +79,13 @@ def data_settings(args: Namespace, masks: bool | None = None) -> DataSettings:
         masks = any(flags.get(name) for name in MASK_FLAGS)
     values = {'seed': FLAGS['seed'].default, 'topk_eval': None} | flags | {'masks': masks}
     return DataSettings(**{field.name: values[field.name] for field in fields(DataSettings)})
+
+
+def data_limits(args: Namespace) -> dict[str, int | None]:
+    """Return what data are compared with, of settled flags: the limits of `datasets.inventory.find_warnings`."""
+    img_size, max_size = (args.lsj_size,) * 2 if args.aug == 'lsj' else (args.img_size, args.max_size)
+    limits = {'num_queries': args.num_queries, 'stride': level_strides(args)[0]}
+    return limits | {'img_size': img_size, 'max_size': max_size}
 
 
 def build_dataset(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> ImageDataset:

@@ -65,7 +65,7 @@ def in_our_names(record: Mapping) -> dict:
 
 def is_shards(place: str | None) -> bool:
     """Return whether a value of --train_ann or --val_ann is an index of tar shards, or the folder of one."""
-    return place is not None and (Path(place).name == SHARDS or Path(place).is_dir())
+    return place is not None and (Path(place).name == SHARDS or (Path(place) / SHARDS).is_file())
 
 
 class Settled(Namespace):
