@@ -39,17 +39,18 @@ from engine import (
     rehearse,
     train_one_epoch,
 )
-from models import build_model, check_backbone, level_strides
+from models import build_model, check_backbone
 from models.detector import class_map_of, shared_classes
 from models.ops.functions import describe as describe_kernels
-from models.parts import all_parts, compile_parts
 from models.segmentation import freeze_all_but_masks
 from models.structures import Prediction
 from models.training import coefficients
 from models.training.report import statistics_text, supervision_table
+from models.units import all_units, compile_units
 from util.black_box import BlackBox
 from util.checkpoint import check_frozen, flags_of_run, load_checkpoint
 from util.config.declare import RUN
+from util.config.networks import level_strides
 from util.config.recipes import with_named_flags
 from util.config.recorded import adopt, as_json, changes_text, data_of
 from util.config.settle import EVERYTHING, Settled, check_processes, settle
@@ -242,11 +243,11 @@ def set_up(
     average = WeightAverage(model, args.ema, args.ema_warmup) if args.ema and not args.eval else None
     flops = flops_text(model, list(datasets.values())[-1]) if is_main_process() else ''
     if args.compile:
-        compile_parts(model)
+        compile_units(model)
     if args.fsdp:
-        shard(model, all_parts(model), [Prediction])
+        shard(model, all_units(model), [Prediction])
         if average:
-            shard(average.module, all_parts(average.module))
+            shard(average.module, all_units(average.module))
     loaders = {split: build_loader(dataset, split, args) for split, dataset in datasets.items()}
     precision = Precision(args.amp, device)
     if not args.eval and (
