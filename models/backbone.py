@@ -26,15 +26,15 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from util.distributed.collectives import is_main_process
 from util.distributed.preemption import interruptible
-from util.download import is_address
+from util.download import is_url
 from util.errors import UserError
 from util.nested_tensor import NestedTensor, resize_mask
 
-from .backbone_weights import fetch_imagenet, load_weights, no_download, read_weights
 from .frozen_norm import fold_frozen_norms
 from .swin import SWIN_SIZES, WEIGHTS_URL, SwinTransformer, load_pretrained
 from .units import call_unit
 from .vit import VIT_SIZES, VisionTransformer, load_vit
+from .weights.backbones import fetch_imagenet, load_weights, no_download, read_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Every ResNet of torchvision, ResNeXt and Wide ResNet included, and a smaller one of ours.
@@ -258,7 +258,7 @@ def build_swin(
     """Build a Swin backbone. Only the main process downloads weights from a URL."""
     body = SwinTransformer(SWIN_SIZES[name], stages, drop_path_rate, frozen_stages)
     source = WEIGHTS_URL.format(SWIN_SIZES[name].weights) if weights == 'imagenet' else weights
-    if source != 'none' and (is_main_process() or not is_address(source)):
+    if source != 'none' and (is_main_process() or not is_url(source)):
         load_pretrained(body, source)
     return Backbone(body, body.num_channels)
 

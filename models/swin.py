@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from .backbone_weights import load_weights, read_weights
 from .units import call_unit
+from .weights.backbones import load_weights, read_weights
 from .windows import Windows
 
 

@@ -15,8 +15,8 @@ from torchvision.ops import StochasticDepth
 
 from util.errors import UserError
 
-from .backbone_weights import load_weights, read_weights
 from .units import call_unit
+from .weights.backbones import load_weights, read_weights
 from .windows import Windows
 
 PATCH = 16  # pixels of a side; the stride

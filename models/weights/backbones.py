@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from util.download import download
 from util.errors import UserError
-from util.weight_files import read_checkpoint, state_of
+
+from .read import extract_weights, read_checkpoint
 
 
 def fetch_imagenet(name: str, url: str) -> str:
@@ -35,7 +36,7 @@ def read_weights(source: str, averaged: bool = False) -> dict[str, Tensor]:
         checkpoint = read_checkpoint(source)
         if 'module' in checkpoint:
             checkpoint = {'model': checkpoint['module']}
-        return state_of(checkpoint, averaged=averaged, source=source)
+        return extract_weights(checkpoint, averaged=averaged, source=source)
     except UserError as error:
         raise UserError(f'--backbone_weights: {error}') from error
 
