@@ -29,12 +29,12 @@ from datasets.inventory import check_data, print_inventory
 from datasets.loaders import begin_epoch, build_datasets, build_loader, worst_batch
 from engine import evaluate, sample_detections, train_one_epoch, try_largest_batch
 from models import build_model, check_backbone
-from models.parts import all_parts, compile_parts
 from models.segmentation import freeze_all_but_masks
 from models.structures import Prediction
 from models.training import coefficients
 from models.training.report import statistics_text
 from models.training.summary import plan_notes, print_dry_run, print_plan, training_images
+from models.units import all_units, compile_units
 from models.weights.load import check_frozen, load_checkpoint
 from models.weights.read import read_checkpoint
 from models.weights.records import extract_class_map, extract_flags, shared_classes
@@ -203,11 +203,11 @@ def build_run(
     average = WeightAverage(model, args.ema, args.ema_warmup) if args.ema and not args.eval else None
     notes = plan_notes(args, model, criterion, datasets) if is_main_process() else {}
     if args.compile:
-        compile_parts(model)
+        compile_units(model)
     if args.fsdp:
-        shard(model, all_parts(model), [Prediction])
+        shard(model, all_units(model), [Prediction])
         if average:
-            shard(average.module, all_parts(average.module))
+            shard(average.module, all_units(average.module))
     loaders = {part: build_loader(dataset, part, args) for part, dataset in datasets.items()}
     precision = Precision(args.amp, device)
     try_first = device.type == 'cuda' if args.worst_batch_first is None else args.worst_batch_first

@@ -11,7 +11,8 @@ from datasets.image_dataset import ImageDataset
 from datasets.transforms import make_transforms
 from util.config.declare import DATA
 from util.config.flags import FLAGS
-from util.config.settle import is_shards, level_strides, settle
+from util.config.networks import level_strides
+from util.config.settle import is_shards, settle
 
 # Value of --dataset_file -> module whose `build(part, settings, class_map)` builds the data set; part is 'train' or 'val'.
 DATASETS = {
