@@ -54,7 +54,6 @@ from util.distributed.collectives import (
     is_main_process,
     leave_distributed,
 )
-from util.distributed.heartbeat import Heartbeat
 from util.distributed.parallel import broadcast_from_main, replicate, shard
 from util.distributed.preemption import Interrupted, StopRequests, was_restarted
 from util.errors import FileError, UserError
@@ -93,26 +92,20 @@ def main(args: Namespace) -> None:
     device = choose_device(args.device)
     avoid_plans_per_shape()
     init_distributed(device, args.dist_url)
-    heartbeat, stops = Heartbeat(), StopRequests(device)
+    stops = StopRequests(device)
     try:
         with only_run_of('' if args.eval else args.output_dir):
             args, checkpoint, datasets = read_data(args)
             set_tf32(args.tf32)
-            heartbeat.start()  # not before: while a large annotation file is read, no other thread runs
             run = build_run(args, checkpoint, datasets, device, stops)
             if args.eval:
                 evaluate_alone(run)
             else:
                 train(run)
     except Interrupted as stop:
-        heartbeat.stop()
         stops.leave(*stop.args)
-    except BaseException as error:
-        heartbeat.fail(error)
-        raise
     finally:
         stops.close()
-    heartbeat.stop()
     leave_distributed()
 
 
