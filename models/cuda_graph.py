@@ -29,7 +29,7 @@ class GraphedDetector:
         context: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         if model.training or not samples.tensors.is_cuda:
-            raise ValueError('a CUDA graph is of an evaluation on a GPU: call model.eval() and .to("cuda")')
+            raise ValueError('a CUDA graph records an evaluation on a GPU: call model.eval() and .to("cuda")')
         self.samples = NestedTensor(samples.tensors.clone(), samples.mask.clone())
         self.graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
@@ -51,8 +51,8 @@ class GraphedDetector:
         ours, given = self.samples.tensors, samples.tensors
         if given.shape != ours.shape or given.dtype != ours.dtype:
             raise ValueError(
-                f'this graph is of {tuple(ours.shape)} {ours.dtype}, not {tuple(given.shape)} {given.dtype}: pad to that '
-                'size, or record another'
+                f'this graph is for batches of {tuple(ours.shape)} {ours.dtype}, not {tuple(given.shape)} {given.dtype}: '
+                'pad to that size, or record another graph'
             )
         ours.copy_(given, non_blocking=True)
         self.samples.mask.copy_(samples.mask, non_blocking=True)
