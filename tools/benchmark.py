@@ -1,6 +1,6 @@
 """
-Measure the speed of parts. All contenders of a comparison run in one process in turn, and must first agree in their
-results.
+Measure the speed of parts. All contenders of a comparison run in one process in turn, and must first agree in
+their results.
 
     python tools/benchmark.py data          loading images that it draws itself, or of --coco_path DIR
     python tools/benchmark.py op            deformable attention, forward and backward

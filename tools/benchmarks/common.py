@@ -1,4 +1,4 @@
-"""What benchmarks share: flags, detectors and batches that are measured, tables, and timing of contenders in turn."""
+"""What benchmarks share: flags, detectors, batches, tables, and timing of contenders in turn."""
 
 import argparse
 import importlib
@@ -29,7 +29,7 @@ MODELS = {
     'Co-Deformable-DETR': WIDE | HEADS,
     'Co-DINO, five levels': DINO | HEADS,
 }
-# The same methods in the transformers library: class, stages of the backbone that it reads, options of its config.
+# The same methods in the transformers library: class, stages of the backbone that are read, options.
 PEERS = {
     'DETR': ('Detr', [4], {}),
     'Conditional DETR': ('ConditionalDetr', [4], {}),
@@ -53,7 +53,7 @@ def add_flags(parser: argparse.ArgumentParser, rounds: int, size: tuple[int, int
 
 
 def start(args: argparse.Namespace, title: str) -> None:
-    """Seed, set the number of threads, and print what is measured, where, and on which kernels of attention."""
+    """Seed, set the number of threads, and print what is measured, where, and on which kernels."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     size = f', R50, {args.batch_size} x {args.height} x {args.width}' if hasattr(args, 'height') else ''
@@ -149,8 +149,8 @@ def time_in_turn(
 def time_once(call: Callable[[], object], device: str) -> float:
     """Time one call; on a GPU by events, with empty caches.
 
-    While the caches are emptied, the host gets ahead. A single kernel is thus timed without its launch, and a step of
-    many with all its waits for the host.
+    While the caches are emptied, the host gets ahead. A single kernel is thus timed without its launch, and a
+    step of many with all its waits for the host.
     """
     if device != 'cuda':
         start = time.perf_counter()

@@ -72,7 +72,7 @@ def draw_images(folder: str, args: argparse.Namespace) -> list[Path]:
 
 
 def loader(image_set: str, seed: int) -> Callable[[Path], Tensor]:
-    """Return our loader of an image file: uint8 from the file to the batch; the model normalizes on its device."""
+    """Return our loader of an image file: uint8 up to the batch; the model normalizes on its device."""
     transforms = make_transforms(image_set)
 
     def load(path: Path) -> Tensor:
@@ -94,7 +94,7 @@ def loader(image_set: str, seed: int) -> Callable[[Path], Tensor]:
 
 
 def load_with_pillow(path: Path, size: tuple[int, int]) -> Tensor:
-    """Load as the official code does for evaluation: Pillow decodes and resizes; float32, normalized, on the CPU."""
+    """Load as the official code does at evaluation: Pillow resizes; float32, normalized, on the CPU."""
     with PIL.Image.open(path) as opened:
         image = opened.convert('RGB')
     return classic.normalize(classic.to_tensor(classic.resize(image, list(size))), MEAN, STD)

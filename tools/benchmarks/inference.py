@@ -1,12 +1,12 @@
 """
 Measure the inference of detectors (R50, random weights): `fps` and `model`.
 
-The input is one batch of images of one size without padding, on the device. On a GPU the same is also replayed as one
-recorded CUDA graph.
+The input is one batch of images of one size without padding, on the device. On a GPU the same is also
+replayed as one recorded CUDA graph.
 
     python tools/benchmark.py fps                       each method, in images a second
     python tools/benchmark.py fps --batch_size 8 -- --two_stage --with_box_refine --backbone swin_tiny
-    python tools/benchmark.py model                     two-stage Deformable DETR against grid_sample and transformers
+    python tools/benchmark.py model                     two-stage Deformable DETR against its peers
 """
 
 import argparse
@@ -100,7 +100,7 @@ def check_agreement(contenders: dict[str, Callable[[], Outputs]]) -> None:
 
 
 def benchmark_fps(args: argparse.Namespace) -> None:
-    """Print a table: a round is one forward pass, from normalization to boxes in [0, 1], or to detections in pixels."""
+    """Print a table; a forward pass is from normalization to boxes in [0, 1], or to detections in pixels."""
     common.start(args, 'Inference')
     avoid_plans_per_shape()
     on_gpu = args.device == 'cuda'

@@ -1,10 +1,10 @@
 """
 The official code in place of ours: its CUDA extension, and its way through a training step.
 
-The extension (`models/ops/src` of Deformable DETR, which H-Deformable-DETR and MS-DETR copy) is not part of this
-repository; it is compiled for the present PyTorch. The way through a step uses modules and weights of ours. It samples
-with grid_sample or the extension, lets all query groups attend under one mask, keeps frozen norms behind their
-convolutions, computes matching and losses layer by layer, and reads each term on the host.
+The extension (`models/ops/src` of Deformable DETR, which H-Deformable-DETR and MS-DETR copy) is not part of
+this repository; it is compiled for the present PyTorch. The way through a step uses modules and weights of
+ours. It samples with grid_sample or the extension, lets all query groups attend under one mask, keeps frozen
+norms behind their convolutions, computes matching and losses layer by layer, and reads each term on the host.
 """
 
 import os
@@ -99,7 +99,7 @@ def load_official(folder: Path) -> ModuleType:
 
 @contextmanager
 def official_path(extension: ModuleType | None = None) -> Iterator[None]:
-    """Use grid_sample or, if given, the official extension, and one attention over all queries with a mask between groups."""
+    """Use grid_sample or the official extension, and one attention over all queries under a mask."""
 
     def one_block(groups: list[QueryGroup]) -> Blocks:
         return [under_one_mask(attention_blocks(groups), groups[0].tgt.device)]
@@ -164,7 +164,10 @@ def official_model(flags: Namespace, weights: dict[str, Tensor]) -> nn.Module:
 def official_loss(
     model: nn.Module, coefficients: dict[str, float], k: int, batch: tuple, extension: ModuleType | None
 ) -> Callable[[Precision], Tensor]:
-    """Make the loss of Deformable DETR or, with every object `k` times, of H-DETR. batch: images and their objects."""
+    """Make the loss of Deformable DETR or, with every object `k` times, of H-DETR.
+
+    batch: images and their objects.
+    """
 
     def loss(precision: Precision) -> Tensor:
         with official_path(extension), precision.autocast():

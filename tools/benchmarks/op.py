@@ -1,9 +1,9 @@
 """
 Deformable attention at the shapes of real detectors, forward and backward.
 
-Every implementation of this machine is compared with grid_sample, the module of the transformers library and, if its
-sources are given, the official extension. On a GPU the share of a floor is printed too: the least time of the case's
-memory traffic at the rates below.
+Every implementation of this machine is compared with grid_sample, the module of the transformers library and,
+if its sources are given, the official extension. On a GPU the share of a floor is printed too: the least time
+of the case's memory traffic at the rates below.
 """
 
 import argparse
@@ -24,7 +24,10 @@ IMAGES = {'160x192': (160, 192), '320x480': (320, 480), '800x1333': (800, 1333)}
 
 
 class Case(NamedTuple):
-    """A call of the operator. queries: 0 takes every token as one, as an encoder does. spread: noise of points, pixels."""
+    """A call of the operator.
+
+    queries: 0 takes every token as one, as an encoder does. spread: noise of points, pixels.
+    """
 
     image: str
     batch: int
@@ -34,7 +37,7 @@ class Case(NamedTuple):
     channels: int = 32
 
     def shapes(self) -> list[tuple[int, int]]:
-        """Return the shapes of feature maps with strides 8, 16, 32 and 64; a fifth level is the first, of stride 4."""
+        """Return the shapes of maps with strides 8, 16, 32 and 64; a fifth level is the first, of stride 4."""
         height, width = IMAGES[self.image]
         strides = (4, 8, 16, 32, 64)[-self.levels :]
         return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in strides]
@@ -200,11 +203,10 @@ def check_agreement(case: str, contenders: dict[str, Calls], dtype: torch.dtype)
 
 
 def make_inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Make points around their query as in a freshly built model, in eight directions; a decoder's queries are
-    anywhere.
+    """Make points around their query as in a freshly built model, in eight directions.
 
-    Points are one to four pixels away, with noise. None lies near the middle of a pixel, where the slope jumps and rounding
-    decides which side counts.
+    A decoder's queries are anywhere. Points are one to four pixels away, with noise. None lies near the
+    middle of a pixel, where the slope jumps and rounding decides which side counts.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = case.shapes()
@@ -213,9 +215,8 @@ def make_inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
     if case.queries:
         centers = torch.rand(case.queries, 2, generator=generator)
     else:
-        grids = [torch.cartesian_prod(torch.arange(h) + 0.5, torch.arange(w) + 0.5).flip(-1) / torch.tensor([w, h])
-                 for h, w in shapes]  # fmt: skip
-        centers = torch.cat(grids)
+        grids = [torch.cartesian_prod(torch.arange(h), torch.arange(w)).flip(-1) + 0.5 for h, w in shapes]
+        centers = torch.cat([grid / torch.tensor([w, h]) for grid, (h, w) in zip(grids, shapes, strict=True)])
     angle = torch.arange(HEADS) * (2 * math.pi / HEADS)
     direction = torch.stack([angle.cos(), angle.sin()], -1)
     direction = direction / direction.abs().amax(-1, keepdim=True)
@@ -237,7 +238,8 @@ def make_inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
 def floors(case: Case, locations: Tensor, dtype: torch.dtype) -> tuple[float, float] | None:
     """Return the least milliseconds of forward and backward, or None if the rates of this GPU are unknown.
 
-    Memory is read once, four pixels per point pass the first-level cache, and their gradients the second-level cache.
+    Memory is read once, four pixels per point pass the first-level cache, and their gradients the
+    second-level cache.
     """
     card = torch.cuda.get_device_name()
     memory = next((rate for name, rate in DRAM.items() if name in card), None)

@@ -124,8 +124,8 @@ def hybrid_batch(
     layers: int = 6,
     requires_grad: bool = True,
 ) -> tuple[list[Prediction], list[dict]]:
-    """Random predictions and objects of H-DETR's training size (91 classes); the logits begin low, as trained ones
-    are.
+    """Draw predictions and objects of H-DETR's training size (91 classes); the logits are low, as trained
+    ones.
     """
     batch = len(num_objects)
     sizes = [('one2one', queries[0])] * layers + [('one2many', queries[1])] * layers + [('enc', num_tokens)]

@@ -1,11 +1,13 @@
 """
-Measure a training step: forward, losses, backward, clipping and optimizer (R50, random weights, 7 objects an image).
+Measure a training step: forward, losses, backward, clipping and optimizer.
+
+Models have R50 and random weights, images have 7 objects.
 
     python tools/benchmark.py step      each method in each precision, as a table
-    python tools/benchmark.py train     H-Deformable-DETR in float32 against grid_sample and one masked attention
+    python tools/benchmark.py train     H-Deformable-DETR against grid_sample and one masked attention
 
-In `step`, models of the transformers library with their losses stand beside ours, and, where it fits, our model on the
-path of the official code (`official.py`).
+In `step`, models of the transformers library with their losses stand beside ours, and, where it fits, our
+model on the path of the official code (`official.py`).
 """
 
 import argparse
@@ -41,8 +43,8 @@ from util.precision import Precision, avoid_plans_per_shape, set_tf32
 # Methods whose official losses `reference_criterion.py` computes.
 OFFICIAL = ('Deformable DETR, two stages', 'H-Deformable-DETR')
 PRECISIONS = ('fp32', 'tf32', 'bf16', 'bf16 + compile')
-# Largest share by which the loss may differ from that of the first precision: other proposals and pairs are chosen for a
-# rounding.
+# Largest share by which the loss may differ from that of the first precision: other proposals and pairs are
+# chosen for a rounding.
 AGREE = 0.05
 Batch = tuple[Tensor, list[dict[str, Tensor]]]
 
@@ -116,8 +118,8 @@ def benchmark_method(
     """Print a row for each contender.
 
     Returns:
-        A sentence for each loss that differs from that of the first precision, and for each contender of ours that does not
-            call the operator of deformable attention.
+        A sentence for each loss that differs from that of the first precision, and for each contender of
+            ours that does not call the operator of deformable attention.
     """
     torch.manual_seed(0)
     batch = common.training_batch(args)
@@ -246,9 +248,10 @@ def make_contender(
 
 @torch.no_grad()
 def quieten(model: nn.Module) -> None:
-    """Lower the variance of a ResNet with random weights and inactive norms, which would double block by block.
+    """Lower the variance of a ResNet with random weights and inactive norms.
 
-    Trained ones do not, and attention to such numbers says nothing about rounding.
+    It would double block by block; that of trained ones does not, and attention to such numbers says nothing
+    about rounding.
     """
     for name, module in model.backbone.named_modules():
         if isinstance(module, FoldedNorm) and name.endswith('bn3'):
@@ -256,7 +259,7 @@ def quieten(model: nn.Module) -> None:
 
 
 def turn_off_dropout(model: nn.Module) -> None:
-    """Turn off dropout, so that losses can be compared: rounding changes what kernels drop that draw by blocks."""
+    """Turn off dropout, so that losses can be compared: kernels that draw by blocks drop other numbers."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -290,7 +293,7 @@ def count_waits(step: Callable[[], object]) -> int:
 
 
 def lacks_operator(flags: Settled, device: str, step: Callable[[], object]) -> bool:
-    """Tell whether a step of Deformable DETR leaves out the operator, though this device has kernels of it."""
+    """Return whether a step of Deformable DETR leaves out the operator, though there are kernels here."""
     if flags.family != 'deformable' or implementation(device) == 'pytorch':
         return False
     with profile(activities=[ProfilerActivity.CPU]) as trace:

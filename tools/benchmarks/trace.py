@@ -1,5 +1,6 @@
 """
-Profile one training step: how long the device works, how often it is called, what takes the time, and where it waits.
+Profile one training step: how long the device works, how often it is called, what takes the time, and where
+it waits.
 
 On a GPU the rows are its kernels, on a CPU the operators that no other calls.
 """
@@ -55,7 +56,7 @@ def spans(trace: profile, device: str) -> list[Span]:
 
 
 def report(found: list[Span]) -> None:
-    """Print the share of the time that the device works, the longest kernels by name, and the longest gaps."""
+    """Print the share of time that the device works, the longest kernels by name, and the longest gaps."""
     busy, end, gaps = 0.0, found[0][0], []
     for (_, _, before), (begin, stop, name) in pairwise([(0.0, 0.0, 'start'), *found]):
         if begin > end:
