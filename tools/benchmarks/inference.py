@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from models import build_model
 from models.cuda_graph import GraphedDetector
 from models.ops.functions import use_implementation
+from models.weights.load import load_checkpoint
 from tools.benchmarks import common
-from util.checkpoint import load_checkpoint
 from util.config.settle import Settled
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from util.precision import Precision, avoid_plans_per_shape, set_tf32
