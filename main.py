@@ -22,18 +22,19 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from datasets.build import data_limits
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.coco_eval import LVIS_NAMES, STAT_NAMES, CocoEvaluator, Summary, record_of, tables
 from datasets.inventory import check_data, print_inventory
 from datasets.loaders import begin_epoch, build_datasets, build_loader, worst_batch
 from engine import evaluate, sample_detections, train_one_epoch, try_largest_batch
-from models import build_model, check_backbone, level_strides
-from models.parts import all_parts, compile_parts
+from models import build_model, check_backbone
 from models.segmentation import freeze_all_but_masks
 from models.structures import Prediction
-from models.summary import plan_notes, print_dry_run, print_plan, training_images
 from models.training import coefficients
 from models.training.report import statistics_text
+from models.training.summary import plan_notes, print_dry_run, print_plan, training_images
+from models.units import all_units, compile_units
 from models.weights.load import check_frozen, load_checkpoint
 from models.weights.read import read_checkpoint
 from models.weights.records import extract_class_map, extract_flags, shared_classes
@@ -53,7 +54,6 @@ from util.distributed.collectives import (
     is_main_process,
     leave_distributed,
 )
-from util.distributed.heartbeat import Heartbeat
 from util.distributed.parallel import broadcast_from_main, replicate, shard
 from util.distributed.preemption import Interrupted, StopRequests, was_restarted
 from util.errors import FileError, UserError
@@ -84,32 +84,28 @@ def main(args: Namespace) -> None:
         with fail_together():
             args, _ = configure(args)
             if is_main_process():
-                dry_run(args, check_data(args, level_strides(args)[0]) if args.check_data else None)
+                datasets = build_datasets(args, None) if args.check_data else {}
+                folder, limits = args.output_dir, data_limits(args)
+                dry_run(args, check_data(datasets, args.num_workers, folder, **limits) if datasets else None)
         leave_distributed()
         return
     device = choose_device(args.device)
     avoid_plans_per_shape()
     init_distributed(device, args.dist_url)
-    heartbeat, stops = Heartbeat(), StopRequests(device)
+    stops = StopRequests(device)
     try:
         with only_run_of('' if args.eval else args.output_dir):
             args, checkpoint, datasets = read_data(args)
             set_tf32(args.tf32)
-            heartbeat.start()  # not before: while a large annotation file is read, no other thread runs
             run = build_run(args, checkpoint, datasets, device, stops)
             if args.eval:
                 evaluate_alone(run)
             else:
                 train(run)
     except Interrupted as stop:
-        heartbeat.stop()
         stops.leave(*stop.args)
-    except BaseException as error:
-        heartbeat.fail(error)
-        raise
     finally:
         stops.close()
-    heartbeat.stop()
     leave_distributed()
 
 
@@ -167,7 +163,7 @@ def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
             class_map = found if found.num_classes == PANOPTIC_CLASSES else None
         datasets = build_datasets(args, class_map)
         if is_main_process():
-            print_inventory(datasets, args, level_strides(args)[0])
+            print_inventory(datasets, **data_limits(args))
     facts = {f'{split} data': dataset.summary for split, dataset in datasets.items()}
     images = checkpoint.get('within_epoch', {}).get('images', 0)
     found = f'epoch {checkpoint.get("epoch")}, {images} images further' if checkpoint else 'none'
@@ -200,11 +196,11 @@ def build_run(
     average = WeightAverage(model, args.ema, args.ema_warmup) if args.ema and not args.eval else None
     notes = plan_notes(args, model, criterion, datasets) if is_main_process() else {}
     if args.compile:
-        compile_parts(model)
+        compile_units(model)
     if args.fsdp:
-        shard(model, all_parts(model), [Prediction])
+        shard(model, all_units(model), [Prediction])
         if average:
-            shard(average.module, all_parts(average.module))
+            shard(average.module, all_units(average.module))
     loaders = {part: build_loader(dataset, part, args) for part, dataset in datasets.items()}
     precision = Precision(args.amp, device)
     try_first = device.type == 'cuda' if args.worst_batch_first is None else args.worst_batch_first

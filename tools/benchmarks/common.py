@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from models.ops.functions import describe
-from util.config.settle import Settled, level_strides, settle
+from util.config.networks import level_strides
+from util.config.settle import Settled, settle
 
 TRICKS = {'with_box_refine': True, 'two_stage': True, 'mixed_selection': True, 'look_forward_twice': True}
 WIDE = TRICKS | {'dim_feedforward': 2048, 'dropout': 0.0}

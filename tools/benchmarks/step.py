@@ -25,9 +25,9 @@ from engine import build_optimizer
 from models import build_model
 from models.frozen_norm import FoldedNorm
 from models.ops.functions import implementation
-from models.parts import compile_parts
 from models.training import build_supervision
 from models.training.criterion import weighted_sum
+from models.units import compile_units
 from tools.benchmarks import common
 from tools.benchmarks.official import (
     add_official,
@@ -163,7 +163,7 @@ def make_contenders(flags: Settled, precisions: list[str], batch: Batch) -> dict
     for name in precisions:
         own = copy.deepcopy(model) if 'compile' in name else model
         if own is not model:
-            compile_parts(own)
+            compile_units(own)
 
         def loss(precision: Precision, own: nn.Module = own) -> Tensor:
             with precision.autocast():
