@@ -16,7 +16,7 @@ from .transformer import Blocks, SubLayers, clones, read_twice
 from .units import call_unit
 
 
-class Attention(nn.Module):
+class BareAttention(nn.Module):
     """Multi-head attention without input projections.
 
     It computes softmax(q k / sqrt(d)) v and applies `out_proj`; d is the number of channels of a head in q and k, which
@@ -61,10 +61,10 @@ class ConditionalDecoderLayer(SubLayers):
         super().__init__(dropout)
         for name in ('qcontent', 'qpos', 'kcontent', 'kpos', 'v'):
             self.add_module(f'sa_{name}_proj', nn.Linear(d_model, d_model))
-        self.self_attn = Attention(d_model, nhead, dropout)
+        self.self_attn = BareAttention(d_model, nhead, dropout)
         for name in ('qcontent', 'qpos', 'kcontent', 'kpos', 'v', 'qpos_sine'):
             self.add_module(f'ca_{name}_proj', nn.Linear(d_model, d_model))
-        self.cross_attn = Attention(d_model, nhead, dropout)
+        self.cross_attn = BareAttention(d_model, nhead, dropout)
         self.add_feed_forward(d_model, dim_feedforward)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d_model) for _ in range(3))
 
