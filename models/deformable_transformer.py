@@ -275,9 +275,9 @@ class DeformableTransformer(nn.Module):
         features, anchors = self.proposal_features(memory, num_proposals)
         if self.training:
             boxes = (box_head(features) + anchors).sigmoid()
-            everywhere = Prediction(class_head(features), boxes, 'enc', anchors=anchors.sigmoid())
-            best = self.choose_proposals(everywhere.logits[..., 0], num_proposals)
-            return gather_rows(everywhere.boxes, best).detach(), everywhere
+            everywhere = Prediction(class_head(features)[None], boxes[None], anchors.sigmoid()[None])
+            best = self.choose_proposals(everywhere.logits[-1, ..., 0], num_proposals)
+            return gather_rows(boxes, best).detach(), everywhere
         # At inference only the selected tokens need a box, and no token needs logits of other classes.
         best = self.choose_proposals(class_head.first(features), num_proposals)
         return (box_head(gather_rows(features, best)) + gather_rows(anchors, best)).sigmoid(), None

@@ -67,7 +67,7 @@ class DinoTransformer(DeformableTransformer):
         best = self.choose_proposals(logits.amax(-1), num_proposals)
         anchors = gather_rows(anchors, best)
         boxes = (box_head(gather_rows(features, best)) + anchors).sigmoid()
-        chosen = Prediction(gather_rows(logits, best), boxes, 'enc', anchors=anchors.sigmoid())
+        chosen = Prediction(gather_rows(logits, best)[None], boxes[None], anchors.sigmoid()[None])
         return boxes.detach(), chosen if self.training else None
 
     def queries_from_proposals(self, boxes: Tensor, content: Tensor) -> QueryGroup:

@@ -27,7 +27,7 @@ from .dense_heads import (
     owned_anchors,
 )
 from .losses import FocalLoss
-from .structures import from_host
+from .matcher import from_host
 
 ANCHOR_STRIDES = 8.0  # side of an anchor in strides
 STDS = (0.1, 0.1, 0.2, 0.2)  # standard deviations of box offsets
@@ -70,6 +70,7 @@ class ATSS(nn.Module):
     kind = 'atss'  # kind of the decoder queries made from its positives
     num_candidates = 1000
     focal = FocalLoss()
+    masks = None  # has no mask branch
 
     def __init__(self, channels: int, num_classes: int, strides: list[int]) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ from util.box_ops import box_cxcywh_to_xyxy, box_iou
 from util.distributed.collectives import all_reduce_sum, get_world_size
 from util.precision import full_precision
 
-from .structures import from_host
+from .matcher import from_host
 
 EPS = torch.finfo(torch.float32).eps  # added to every divisor, whatever the precision
 SMALLEST_AREA = 1e-6  # in square pixels, of unions and of enclosing boxes

@@ -31,8 +31,8 @@ from .dense_heads import (
     owned_anchors,
     sample,
 )
-from .mask_rcnn import MaskBranch
-from .structures import from_host
+from .masks import MaskBranch
+from .matcher import from_host
 
 SCALES = tuple(4 * 2 ** (octave / 3) for octave in range(3))
 RATIOS = (0.5, 1.0, 2.0)
