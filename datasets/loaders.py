@@ -36,7 +36,7 @@ def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Ima
     else:
         train = build_dataset('train', args)
         datasets = {'train': train}
-        if not args.no_validate:
+        if args.eval_every:
             datasets['val'] = build_dataset('val', args, train.class_map)
     found = list(datasets.values())[-1].class_map
     if (args.resume or args.eval) and class_map is not None and class_map != found:
@@ -70,8 +70,8 @@ def build_loader(dataset: ImageDataset, split: str, args: Namespace) -> DataLoad
     if train and len(loader) < args.accum_steps:
         images = args.batch_size * args.accum_steps * get_world_size()
         raise UserError(
-            f'{len(dataset)} training images do not fill one step of {images}: lower --batch_size, --accum_steps '
-            'or --total_batch_size'
+            f'{len(dataset)} training images do not fill one step of {images}: lower --batch_size or '
+            '--total_batch_size'
         )
     return loader
 

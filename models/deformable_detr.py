@@ -10,7 +10,7 @@ from util.nested_tensor import NestedTensor, resize_mask
 
 from .deformable_transformer import DeformableTransformer
 from .detr import BaseDETR
-from .structures import LayerOutput, Memory, Prediction, QueryGroup, split_groups
+from .structures import Memory, Prediction, QueryGroup, split_groups
 
 
 class DeformableDETR(BaseDETR):
@@ -62,9 +62,6 @@ class DeformableDETR(BaseDETR):
         levels = self.levels(samples, features, pos)
         return self.transformer.encode(*levels, samples.mask), levels[0][self.mask_level]
 
-    def decode(self, groups: list[QueryGroup], memory: Memory) -> list[LayerOutput]:
-        return self.transformer.decode(groups, memory, self.bbox_embed if self.with_box_refine else None)
-
     def levels(
         self, samples: NestedTensor, features: list[NestedTensor], pos: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -87,19 +84,20 @@ class DeformableDETR(BaseDETR):
             pos.append(self.backbone.encode_positions(masks[-1]).to(srcs[-1].dtype))
         return srcs, masks, pos
 
-    def queries(self, memory: Memory) -> tuple[list[QueryGroup], dict[str, Prediction]]:
+    def queries(
+        self, memory: Memory, num_queries: dict[str, int]
+    ) -> tuple[list[QueryGroup], dict[str, Prediction]]:
         """Return learned queries, or with `two_stage` queries made from the best proposals, and the proposals (kind 'enc')."""
-        groups = self.groups_in_use()
-        total = sum(groups.values())
+        total = sum(num_queries.values())
         if not self.two_stage:
             embeddings = self.query_embed.weight[:total]
             every = self.transformer.queries_from_embeddings(embeddings, len(memory.tokens))
-            return split_groups(every, groups), {}
+            return split_groups(every, num_queries), {}
         heads = self.class_embed[-1], self.bbox_embed[-1]
         boxes, proposals = self.transformer.propose(memory, *heads, total)
         content = self.query_embed.weight[:total] if self.mixed_selection else None
         every = self.transformer.queries_from_proposals(boxes, content)
-        return split_groups(every, groups), {'enc': proposals} if self.training else {}
+        return split_groups(every, num_queries), {'enc': proposals} if self.training else {}
 
 
 def input_projections(

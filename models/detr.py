@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 from util.nested_tensor import NestedTensor, as_batch
 
-from .heads import heads_of_layers, read_layers
+from .heads import read_layers
 from .refine_masks import maps_of
 from .segmentation import predict_masks
-from .structures import LayerOutput, Memory, Prediction, QueryGroup, TrainingBranch, split_groups
+from .structures import Memory, Prediction, QueryGroup, TrainingBranch, split_groups
 from .transformer import Transformer
 
 
 class BaseDETR(nn.Module):
     """The part that all detectors share: from a batch of images to sets of boxes.
 
-    A subclass encodes the images (`encode`), makes queries (`queries`) and runs the decoder (`decode`).
+    A subclass encodes the images (`encode`) and makes queries (`queries`).
 
     Args:
         heads: class head and box head, or lists of them, one for each decoder layer (and more).
@@ -36,6 +36,7 @@ class BaseDETR(nn.Module):
 
     entry_points = ('detect_masks',)  # methods called besides forward, which FSDP must know
     mask_level = 0  # level of the memory that masks are made from
+    with_box_refine = False  # the decoder itself applies the box heads
 
     def __init__(
         self,
@@ -76,12 +77,11 @@ class BaseDETR(nn.Module):
         """
         raise NotImplementedError
 
-    def queries(self, memory: Memory) -> tuple[list[QueryGroup], dict[str, Prediction]]:
-        """Return the query groups, the inference group first, and while training the predictions of the encoder."""
+    def queries(
+        self, memory: Memory, num_queries: dict[str, int]
+    ) -> tuple[list[QueryGroup], dict[str, Prediction]]:
+        """Return query groups of the given sizes, and while training the predictions of the encoder."""
         raise NotImplementedError
-
-    def decode(self, groups: list[QueryGroup], memory: Memory) -> list[LayerOutput]:
-        return self.transformer.decode(groups, memory)
 
     def forward(
         self, samples: NestedTensor | list[Tensor] | Tensor, targets: list[dict] | None = None
@@ -114,18 +114,21 @@ class BaseDETR(nn.Module):
         self, memory: Memory, projected: Tensor, features: list[NestedTensor], targets: list[dict] | None
     ) -> dict:
         """Run the decoder and the heads, and while training the branches; return outputs as `forward` does."""
-        groups, predictions = self.queries(memory)
+        inference = next(iter(self.num_queries))
+        num_queries = self.num_queries if self.training else {inference: self.num_queries[inference]}
+        groups, predictions = self.queries(memory, num_queries)
         branches: list[TrainingBranch] = [*self.query_sources.values()] if self.training else []
         losses: dict[str, Tensor] = {}
         for branch in branches:
             added, terms = branch.queries(memory, targets)
             groups += added
             losses |= terms
-        layers = self.decode(groups, memory)
-        read = slice(0 if self.training else len(layers) - 1, len(layers))
-        heads = [heads_of_layers(x, read) for x in (self.class_embed, self.bbox_embed, self.class_embed_o2m)]
-        predictions |= read_layers(layers[read], groups, *heads, self.aux_loss)
-        last = predictions[groups[0].name]
+        refine_with = (self.bbox_embed,) if self.with_box_refine else ()
+        layers = self.transformer.decode(groups, memory, *refine_with)
+        first = 0 if self.training else len(layers) - 1
+        heads = self.class_embed, self.bbox_embed, self.class_embed_o2m
+        predictions |= read_layers(layers[first:], groups, *heads, first=first, aux_loss=self.aux_loss)
+        last = predictions[inference]
         outputs = {'pred_logits': last.logits[-1], 'pred_boxes': last.boxes[-1]}
         if self.has_masks:
             finer = [x.tensors for x in features[-2::-1]]
@@ -168,10 +171,6 @@ class BaseDETR(nn.Module):
             found.append(self.region_masks.detect(own, box, label) if len(box) else empty)
         return found
 
-    def groups_in_use(self) -> dict[str, int]:
-        """Return the number of queries of each group; outside training of the inference group alone."""
-        return self.num_queries if self.training else dict([next(iter(self.num_queries.items()))])
-
 
 class DETR(BaseDETR):
     """DETR and Conditional DETR: one feature map, a dense transformer, and one pair of heads for all layers."""
@@ -196,8 +195,10 @@ class DETR(BaseDETR):
         projected = self.input_proj(src)
         return self.transformer.encode(projected, mask, pos[-1]), projected
 
-    def queries(self, memory: Memory) -> tuple[list[QueryGroup], dict[str, Prediction]]:
+    def queries(
+        self, memory: Memory, num_queries: dict[str, int]
+    ) -> tuple[list[QueryGroup], dict[str, Prediction]]:
         """Return learned queries, whose content is zero and whose position is learned (DETR Sec. 3.2)."""
-        groups = self.groups_in_use()
-        positions = self.query_embed.weight[: sum(groups.values())].expand(len(memory.tokens), -1, -1)
-        return split_groups(QueryGroup('all', torch.zeros_like(positions), positions), groups), {}
+        learned = self.query_embed.weight[: sum(num_queries.values())]
+        positions = learned.expand(len(memory.tokens), -1, -1)
+        return split_groups(QueryGroup('all', torch.zeros_like(positions), positions), num_queries), {}

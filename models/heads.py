@@ -6,7 +6,6 @@ have steps of 1/32, which makes best scores equal, and boxes have steps of sever
 """
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -96,9 +95,10 @@ def add_reference(delta: Tensor, reference: Tensor | None) -> Tensor:
 def read_layers(
     layers: list[LayerOutput],
     groups: list[QueryGroup],
-    class_heads: Sequence[nn.Module],
-    box_heads: Sequence[nn.Module],
-    class_heads_o2m: Sequence[nn.Module] | None = None,
+    class_head: nn.Module,
+    box_head: nn.Module,
+    class_head_o2m: nn.Module | None = None,
+    first: int = 0,
     aux_loss: bool = True,
 ) -> dict[str, Prediction]:
     """Read class logits and boxes of all layers, as one prediction for each group.
@@ -106,15 +106,16 @@ def read_layers(
     A one-to-many branch of MS-DETR adds the kind 'o2m': the queries of the inference group, with the same references.
 
     Args:
-        class_heads, box_heads: one for each layer; all layers may share one.
-        class_heads_o2m: class heads of the one-to-many branch, which then has the boxes of the inference group (variant a).
+        class_head, box_head: heads that all layers share, or a list of one for each layer of the decoder.
+        class_head_o2m: class head of the one-to-many branch, which then has the boxes of the inference group (variant a).
+        first: index in the decoder of the first of the layers.
         aux_loss: return all layers, not only the last. All heads are applied in any case, so that each has a gradient.
     """
     returned = slice(None) if aux_loss else slice(-1, None)
     states, deltas = [layer.hs for layer in layers], [layer.delta for layer in layers]
-    logits = apply_heads(class_heads, states)[returned]
+    logits = apply_head(class_head, states, first)[returned]
     if any(delta is None for delta in deltas):
-        deltas = apply_heads(box_heads, states).unbind()
+        deltas = apply_head(box_head, states, first)
     boxes = [add_reference(delta, layer.reference) for delta, layer in zip(deltas, layers, strict=True)]
     boxes = torch.stack(boxes)[returned]
     sizes = [group.tgt.shape[1] for group in groups]
@@ -122,24 +123,22 @@ def read_layers(
     predictions = {group.name: Prediction(*part, assignment=group.assignment) for group, *part in parts}
     if layers[-1].hs_o2m is not None:
         states, boxes = [layer.hs_o2m for layer in layers], boxes[:, :, : sizes[0]]
-        if class_heads_o2m is None:
+        if class_head_o2m is None:
             references = [layer.reference[:, : sizes[0]] for layer in layers]
-            boxes = map(add_reference, apply_heads(box_heads, states), references)
-            boxes = torch.stack([*boxes])[returned]
-        logits = apply_heads(class_heads_o2m or class_heads, states)[returned]
+            boxes = torch.stack([*map(add_reference, apply_head(box_head, states, first), references)])[
+                returned
+            ]
+        logits = apply_head(class_head_o2m or class_head, states, first)[returned]
         predictions['o2m'] = Prediction(logits, boxes)
     return predictions
 
 
-def heads_of_layers(head: nn.Module | None, layers: slice) -> Sequence[nn.Module] | None:
-    """Return the heads of some decoder layers, which may all share one."""
-    if head is None:
-        return None
-    return head[layers] if isinstance(head, nn.ModuleList) else [head] * (layers.stop - layers.start)
+def apply_head(head: nn.Module, states: list[Tensor], first: int = 0) -> Tensor:
+    """Apply a head, or a list of one for each layer, to the states of some layers; return [L, ...].
 
-
-def apply_heads(heads: Sequence[nn.Module], states: list[Tensor]) -> Tensor:
-    """Apply one head to each of L states and return [L, ...], in one call if all heads are the same module."""
-    if all(head is heads[0] for head in heads):
+    first: index in the decoder of the first state. If all layers share one head, it is called once.
+    """
+    heads = head[first : first + len(states)] if isinstance(head, nn.ModuleList) else [head]
+    if all(each is heads[0] for each in heads):
         return heads[0](torch.stack(states))
-    return torch.stack([head(state) for head, state in zip(heads, states, strict=True)])
+    return torch.stack([each(state) for each, state in zip(heads, states, strict=True)])

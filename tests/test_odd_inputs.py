@@ -19,12 +19,12 @@ from torch.utils.data import get_worker_info
 import main
 from datasets.coco import CocoDetection
 from models.training import losses
+from models.weights.write import write_safetensors
 from tests.runs import TINY
 from tests.shared_data import rule_image
 from tools import compare_runs, convert_checkpoint, make_shards, predict
 from util.errors import UserError
 from util.flags import is_of_user, run_command
-from util.weight_files import write_safetensors
 
 PROGRAMS = {
     'main': (main.main, main.get_args_parser),
@@ -117,7 +117,7 @@ FLAGS = [
     ('--max_size 2', 'max_size must be at least 16'),
     ('--num_workers -1', 'num_workers must be at least 0'),
     ('--print_freq 0', 'print_freq must be at least 1'),
-    ('--eval_every 0', 'eval_every must be at least 1'),
+    ('--eval_every -1', 'eval_every must be at least 0'),
     ('--seed -3', 'seed must be at least 0'),
     ('--ema 1', 'ema must be less than 1'),
     ('--shapes_train 0', 'shapes_train must be at least 1'),

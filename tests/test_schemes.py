@@ -26,12 +26,12 @@ from models.training import atss, build_supervision, faster_rcnn
 from models.training.criterion import weighted_sum
 from models.training.matcher import OneToManyMatcher, Targets, match, merge_pairs
 from models.training.report import statistics_text, supervision_table
+from models.weights.load import load_checkpoint
 from tests.models import HEADS, SMALL, TRICKS, TWO_STAGE, CountSyncs, random_targets
 from tests.parity import assignments, check_coefficients, check_pairs, float64, optimizer_of, to_targets
 from tests.runs import ROOT
 from tests.shared_data import SHARED, needs_shared, read_shared
 from tools.benchmarks.reference_criterion import hybrid_batch, reference_losses
-from util.checkpoint import load_checkpoint
 from util.config.settle import settle
 from util.nested_tensor import collate_fn
 

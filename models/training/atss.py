@@ -18,6 +18,7 @@ from .dense_heads import (
     SMALLEST_AREA,
     Images,
     Samples,
+    Tower,
     anchor_major,
     average,
     center_and_size,
@@ -34,19 +35,6 @@ STDS = (0.1, 0.1, 0.2, 0.2)  # standard deviations of box offsets
 PADDING = BACKGROUND - 1  # in place of an object, for cells that are not in their image
 NEAREST = 9  # number of candidates per object and level
 INSIDE = 0.01  # smallest distance in pixels of a positive's centre from the edges of its object
-
-
-class Tower(nn.Module):
-    """A convolution without bias, a group norm, a ReLU; official names `conv`, `gn`."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.gn = nn.GroupNorm(32, channels)
-        nn.init.normal_(self.conv.weight, std=0.01)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.gn(self.conv(x)))
 
 
 class Scale(nn.Module):

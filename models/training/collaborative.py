@@ -16,7 +16,7 @@ from util.box_ops import box_xyxy_to_cxcywh
 from util.precision import without_autocast
 
 from .atss import ATSS
-from .denoising import BoxPositions
+from .denoising import BoxPositions, LinearNorm
 from .dense_heads import BACKGROUND, Images, Samples, shuffled
 from .faster_rcnn import FasterRCNN
 
@@ -62,7 +62,7 @@ class CollaborativeHeads(TrainingBranch):
         self.aux_pos_trans = nn.ModuleDict({name: BoxPositions(hidden_dim, width) for name in names})
         self.pos_feats_trans = None
         if with_features:
-            self.pos_feats_trans = nn.ModuleDict({name: FeatureContent(hidden_dim) for name in names})
+            self.pos_feats_trans = nn.ModuleDict({name: LinearNorm(hidden_dim, hidden_dim) for name in names})
             if not derived_positions:
                 self.head_pos_embed = nn.Embedding(len(HEADS), 1)  # one number per head (official code)
                 nn.init.xavier_uniform_(self.head_pos_embed.weight)
@@ -115,19 +115,6 @@ class CollaborativeHeads(TrainingBranch):
         for candidates, size in zip(found, sizes, strict=True):
             candidates['boxes'] = box_xyxy_to_cxcywh(candidates['boxes'] / size.repeat(2))
         return {'candidates': found}
-
-
-class FeatureContent(nn.Module):
-    """A projection of the features that a head saw, [B, M, C], to the content of queries."""
-
-    def __init__(self, hidden_dim: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(hidden_dim, hidden_dim)
-        self.norm = nn.LayerNorm(hidden_dim)
-        nn.init.xavier_uniform_(self.linear.weight)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.norm(self.linear(features))
 
 
 @torch.no_grad()

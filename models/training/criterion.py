@@ -124,7 +124,10 @@ class SetCriterion(nn.Module):
             kind: objects.as_one_class() if self.table[kind].class_agnostic else objects
             for kind in predictions
         }
-        exact = {kind: in_full_precision(prediction) for kind, prediction in predictions.items()}
+        exact = {
+            kind: replace(p, logits=full_precision(p.logits), boxes=full_precision(p.boxes))
+            for kind, p in predictions.items()
+        }
         assignments = {kind: [p.assignment] * len(p.logits) for kind, p in predictions.items()}
         unknown = [kind for kind, prediction in predictions.items() if prediction.assignment is None]
         costs = to_host([self.table[kind].matcher.cost(exact[kind], packed[kind]) for kind in unknown])
@@ -216,12 +219,6 @@ class SetCriterion(nn.Module):
         """
         parts = ['rcnn' if part == 'rpn' else part for part in name.split('_')]
         return next((part for part in parts if part in self.table), 'one2one')
-
-
-def in_full_precision(prediction: Prediction) -> Prediction:
-    return replace(
-        prediction, logits=full_precision(prediction.logits), boxes=full_precision(prediction.boxes)
-    )
 
 
 def to_host(tensors: list[Tensor]) -> list[np.ndarray]:

@@ -10,19 +10,29 @@ from util.box_ops import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
 from util.precision import without_autocast
 
 
-class BoxPositions(nn.Module):
-    """A sine embedding of boxes, a linear layer and a norm (Deformable DETR Sec. 4.2 of the appendix, for proposals)."""
+class LinearNorm(nn.Module):
+    """A linear layer and a norm, from features [..., C] to the content or the position of queries."""
 
-    def __init__(self, hidden_dim: int, width: int) -> None:
+    def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.num_feats = hidden_dim // 2
-        self.linear = nn.Linear(2 * hidden_dim, width)
+        self.linear = nn.Linear(channels, width)
         self.norm = nn.LayerNorm(width)
         nn.init.xavier_uniform_(self.linear.weight)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x))
+
+
+class BoxPositions(LinearNorm):
+    """A sine embedding of boxes, a linear layer and a norm (Deformable DETR Sec. 4.2 of the appendix, for proposals)."""
+
+    def __init__(self, hidden_dim: int, width: int) -> None:
+        super().__init__(2 * hidden_dim, width)
+        self.num_feats = hidden_dim // 2
+
     def forward(self, boxes: Tensor) -> Tensor:
         """Encode boxes [B, Q, 4] cxcywh in [0, 1] as [B, Q, width]."""
-        return self.norm(self.linear(sine_embedding(boxes, self.num_feats).to(boxes.dtype)))
+        return super().forward(sine_embedding(boxes, self.num_feats).to(boxes.dtype))
 
 
 class Denoising(TrainingBranch):

@@ -180,8 +180,14 @@ class HungarianMatcher:
         blocks = [layer[image, :num_objects] for layer in cost for image, num_objects in enumerate(sizes)]
         largest = self.repeats * max(block.size for block in blocks)
         solved = list((in_parallel if largest >= WORTH_THREADS else map)(self.pairs, blocks))
-        layers = [solved[start : start + len(sizes)] for start in range(0, len(solved), len(sizes))]
-        return [self.assignment(pairs, sizes) for pairs in layers]
+        offsets, assignments = np.cumsum([0, *sizes[:-1]]), []
+        for start in range(0, len(solved), len(sizes)):
+            layer = solved[start : start + len(sizes)]
+            image = np.repeat(np.arange(len(sizes)), [pairs.shape[1] for pairs in layer])
+            query, target = np.concatenate(layer, axis=1)
+            rows = torch.from_numpy(np.stack([image, query, target + offsets[image]]))
+            assignments.append(Assignment(*rows, self.count(sizes)))
+        return assignments
 
     def pairs(self, cost: np.ndarray) -> np.ndarray:
         """Return queries and objects of an image, [2, N]. cost: [T, Q]."""
@@ -189,14 +195,6 @@ class HungarianMatcher:
         target, query = linear_sum_assignment(finite(block, worst=LARGEST_COST))
         order = query.argsort()
         return np.stack([query[order], target[order] % max(len(cost), 1)])
-
-    def assignment(self, pairs: list[np.ndarray], sizes: list[int]) -> Assignment:
-        """Return the assignment of a layer. pairs: [2, N_i] for each image."""
-        numbers = np.repeat(np.arange(len(sizes)), [part.shape[1] for part in pairs])
-        query, target = np.concatenate(pairs, axis=1)
-        offsets = np.cumsum([0, *sizes[:-1]])
-        rows = torch.from_numpy(np.stack([numbers, query, target + offsets[numbers]]))
-        return Assignment(*rows, self.count(sizes))
 
     def count(self, sizes: list[int]) -> float:
         return float(self.repeats * sum(sizes))

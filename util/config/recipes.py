@@ -139,7 +139,7 @@ def with_named_flags(args: Namespace) -> Namespace:
 # Published weights ---------------------------------------------------------------------------------------------------
 
 DETR_FILES = 'https://dl.fbaipublicfiles.com/detr/detr-'
-# The authors' weights under the names of transformers; util/checkpoint.py knows them.
+# The authors' weights under the names of transformers; models/weights/names.py knows them.
 CONDITIONAL_R50 = 'https://huggingface.co/microsoft/conditional-detr-resnet-50/resolve/main/pytorch_model.bin'
 DEFORMABLE_FILES = 'https://huggingface.co/SenseTime/deformable-detr{}/resolve/main/pytorch_model.bin'
 HYBRID_FILES = 'https://github.com/HDETR/H-Deformable-DETR/releases/download/v0.1/'
@@ -335,6 +335,7 @@ def with_row(args: Namespace) -> ParsedFlags:
     """
     row = find_row(args.model)
     adopt(args, given_of(args), vars(row.recipe.flags))  # refuses flags that contradict the weights
-    args = with_recipe(args, row.recipe, own_data=True)
+    own_data = not args.dry_run or bool(given_of(args) & set(SOURCES))  # a dry run counts those of the recipe
+    args = with_recipe(args, row.recipe, own_data)
     weights = args.resume not in ('', 'auto') or args.pretrained or args.frozen_weights
     return args if weights else merged(args, {'pretrained': row.source()})

@@ -279,10 +279,8 @@ RULES: dict[str, list[Callable[[Namespace], object]]] = {
         and '--resume auto looks into --output_dir: give it',
         lambda a: (a.patience and not a.output_dir)
         and '--patience looks into metrics.csv of --output_dir: give it',
-        lambda a: (a.patience and a.no_validate)
-        and '--patience waits for a better AP, and --no_validate measures none: leave one out',
-        lambda a: (a.no_validate and a.eval)
-        and '--eval evaluates, --no_validate does not: leave one out',
+        lambda a: (a.patience and not a.eval_every)
+        and '--patience waits for a better AP, and --eval_every 0 measures none: leave one out',
         lambda a: (a.fsdp and a.amp == 'fp16')
         and '--fsdp with --amp fp16: a process would scale its part of the gradient alone; use --amp bf16',
         lambda a: (a.checkpoint_steps and not a.output_dir)
