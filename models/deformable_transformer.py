@@ -274,13 +274,15 @@ class DeformableTransformer(nn.Module):
         best = self.choose_proposals(scores, num_proposals)
         if self.training and not by_class:
             boxes = (box_head(features) + anchors).sigmoid()
-            everywhere = Prediction(logits, boxes, 'enc', anchors=anchors.sigmoid())
+            everywhere = Prediction(logits[None], boxes[None], anchors.sigmoid()[None])
             return gather_rows(boxes, best).detach(), everywhere
         anchors = gather_rows(anchors, best)
         boxes = (box_head(gather_rows(features, best)) + anchors).sigmoid()
         if not self.training:
             return boxes, None
-        return boxes.detach(), Prediction(gather_rows(logits, best), boxes, 'enc', anchors=anchors.sigmoid())
+        return boxes.detach(), Prediction(
+            gather_rows(logits, best)[None], boxes[None], anchors.sigmoid()[None]
+        )
 
     def proposal_features(self, memory: Memory, num_proposals: int) -> tuple[Tensor, Tensor]:
         """Return features of every cell for the heads, [B, S, C], and its default box in logit space, [B, S, 4]."""

@@ -26,11 +26,11 @@ from tests.models import HEADS, TRICKS
 from tests.parity import (
     Case,
     assert_close,
+    assignments,
     case_params,
     check_pairs,
     float64,
     optimizer_of,
-    without_classes,
 )
 from tests.shared_data import SHARED, needs_shared
 from util.config.settle import settle
@@ -221,7 +221,7 @@ def choices(case: CollaborativeCase) -> Choices:
         spies = (
             Spy(faster_rcnn, 'sample', monkeypatch),
             Spy(atss, 'assign_adaptively', monkeypatch),
-            Spy(CollaborativeHeads, 'queries', monkeypatch),
+            Spy(CollaborativeHeads, 'query_group', monkeypatch),
         )
         _ = case.first_pass
         return Choices(*(spy.returned for spy in spies))
@@ -290,15 +290,13 @@ def check_queries(case: CollaborativeCase, groups: list) -> None:
         assert_close(recorded['targets'][pairs.batch, pairs.query], boxes[pairs.target], 'targets')
 
 
-def check_matches(case: CollaborativeCase, criterion: nn.Module, predictions: list) -> None:
-    layers = {f'd{index}': index for index in range(5)} | {'d5': None, 'enc': None}
+def check_matches(case: CollaborativeCase, criterion: nn.Module, predictions: dict) -> None:
+    (proposals,), decoder = (
+        assignments(criterion, kind, predictions, case.targets) for kind in ('enc', 'one2one')
+    )
     for name, images in case.record['assignments']['query_head'].items():
-        kind = 'enc' if name == 'enc' else 'one2one'
-        (prediction,) = (p for p in predictions if (p.kind, p.layer) == (kind, layers[name]))
-        row = criterion.table[kind]
-        shown = without_classes(case.targets) if row.class_agnostic else case.targets
         recorded = [(expected['query'], expected['gt']) for expected in images]
-        check_pairs(row.matcher(prediction, shown), recorded, case.targets, name)
+        check_pairs(proposals if name == 'enc' else decoder[int(name[1:])], recorded, case.targets, name)
 
 
 @pytest.mark.slow

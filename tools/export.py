@@ -34,9 +34,8 @@ from datasets.build import build_dataset, data_settings
 from datasets.coco_eval import CocoEvaluator
 from datasets.image_dataset import ImageDataset
 from datasets.shapes import ShapesDetection
-from datasets.transforms import frame_size
 from models.detector import Detector, add_detector_args, check_detector_args, load_detector
-from models.postprocess import SoftmaxPostProcess, TopKPostProcess, clamp_boxes
+from models.postprocess import SoftmaxPostProcess, TopKPostProcess, clamp_boxes, frame_size
 from models.proposals import AskedProposals
 from util.bounds import whole
 from util.box_ops import box_cxcywh_to_xyxy

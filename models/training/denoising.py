@@ -4,15 +4,39 @@ import torch
 from torch import Tensor, nn
 
 from models.heads import inverse_sigmoid
-from models.structures import Assignment, Memory, QueryGroup
+from models.position_encoding import sine_embedding
+from models.structures import Assignment, Memory, QueryGroup, TrainingBranch
 from util.box_ops import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
 from util.precision import without_autocast
 
-from .positions import BoxPositions
+
+class LinearNorm(nn.Module):
+    """A linear layer and a norm, from features [..., C] to the content or the position of queries."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, width)
+        self.norm = nn.LayerNorm(width)
+        nn.init.xavier_uniform_(self.linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x))
 
 
-class Denoising(nn.Module):
-    """A query source of noised objects, in groups that do not see each other.
+class BoxPositions(LinearNorm):
+    """A sine embedding of boxes, a linear layer and a norm (Deformable DETR Sec. 4.2 of the appendix, for proposals)."""
+
+    def __init__(self, hidden_dim: int, width: int) -> None:
+        super().__init__(2 * hidden_dim, width)
+        self.num_feats = hidden_dim // 2
+
+    def forward(self, boxes: Tensor) -> Tensor:
+        """Encode boxes [B, Q, 4] cxcywh in [0, 1] as [B, Q, width]."""
+        return super().forward(sine_embedding(boxes, self.num_feats).to(boxes.dtype))
+
+
+class Denoising(TrainingBranch):
+    """Queries at noised objects, in groups that do not see each other.
 
     A group has a positive and a negative copy of every object. The negative copy is moved further, and its target is
     background.
@@ -41,11 +65,8 @@ class Denoising(nn.Module):
         self.label_embedding = nn.Embedding(num_classes, hidden_dim)
         self.positions = BoxPositions(hidden_dim, hidden_dim) if positions else None
 
-    def forward(self, memory: Memory, targets: list[dict]) -> tuple[list[QueryGroup], dict[str, Tensor]]:
-        """Return one query group, which is empty without objects.
-
-        targets: a dictionary of `labels` and `boxes` cxcywh in [0, 1] per image.
-        """
+    def queries(self, memory: Memory, targets: list[dict]) -> tuple[list[QueryGroup], dict[str, Tensor]]:
+        """Return one query group, which is empty without objects."""
         counts = [len(target['labels']) for target in targets]
         most, total, num_groups = max(counts), sum(counts), self.num_groups(counts)
         labels, logits = self.noised(

@@ -21,6 +21,7 @@ from .dense_heads import (
     SMALLEST_AREA,
     Images,
     Samples,
+    Tower,
     anchor_major,
     assign_by_iou,
     average,
@@ -31,8 +32,8 @@ from .dense_heads import (
     owned_anchors,
     sample,
 )
-from .mask_rcnn import MaskBranch
-from .structures import from_host
+from .masks import MaskBranch
+from .matcher import from_host
 
 SCALES = tuple(4 * 2 ** (octave / 3) for octave in range(3))
 RATIOS = (0.5, 1.0, 2.0)
@@ -109,19 +110,6 @@ class RegionProposals(nn.Module):
         return kept
 
 
-class RoIConvolution(nn.Module):
-    """A 3 x 3 convolution without bias, a group norm and a ReLU."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.gn = nn.GroupNorm(32, channels)
-        nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.gn(self.conv(x)))
-
-
 class RoIHead(nn.Module):
     """A head that predicts classes of regions, and boxes, from 7 x 7 RoI features.
 
@@ -139,7 +127,9 @@ class RoIHead(nn.Module):
         convolutional = kind == '4conv1fc'
         self.num_boxes = 1 if convolutional else num_classes
         self.stds = tuple(std / 2 for std in ROI_STDS) if convolutional else ROI_STDS
-        self.shared_convs = nn.ModuleList(RoIConvolution(channels) for _ in range(4 if convolutional else 0))
+        self.shared_convs = nn.ModuleList(Tower(channels) for _ in range(4 if convolutional else 0))
+        for layer in self.shared_convs:
+            nn.init.kaiming_normal_(layer.conv.weight, mode='fan_out', nonlinearity='relu')
         sizes = [channels * ROI_SIZE**2, *[hidden] * (1 if convolutional else 2)]
         self.shared_fcs = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
         self.fc_cls = nn.Linear(hidden, num_classes + 1)  # the last is the background

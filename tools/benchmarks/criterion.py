@@ -15,7 +15,6 @@ from torch import Tensor
 from models.structures import Prediction
 from models.training import build_supervision, matcher
 from models.training.criterion import SetCriterion, weighted_sum
-from models.training.structures import Targets
 from tools.benchmarks.reference_criterion import hybrid_batch, reference_losses
 from tools.benchmarks.timing import time_in_turn
 from util.config.settle import settle
@@ -41,7 +40,7 @@ def benchmark_criterion(args: argparse.Namespace) -> None:
     flags = argparse.Namespace(two_stage=True, with_box_refine=True, hybrid_k=REPEATS)
     criterion, _, _ = build_supervision(settle(flags))
     predictions, targets = hybrid_batch((args.objects, args.objects), args.proposals)
-    leaves = [x for p in predictions for x in (p.logits, p.boxes)]
+    leaves = [x for p in predictions.values() for x in (p.logits, p.boxes)]
 
     def stacked() -> Tensor:
         return weighted_sum(criterion({'predictions': predictions}, targets), criterion.weight_dict)
@@ -65,17 +64,15 @@ def benchmark_criterion(args: argparse.Namespace) -> None:
             f'{times["plain"] / times["stacked"]:.2f} times as fast'
         )
     for kind in ('one2many', 'enc'):
-        rows = [prediction for prediction in predictions if prediction.kind == kind]
-        compare_threads(criterion, rows, targets, args.rounds)
+        compare_threads(criterion, kind, predictions[kind], targets, args.rounds)
 
 
 def compare_threads(
-    criterion: SetCriterion, rows: list[Prediction], targets: list[dict], rounds: int
+    criterion: SetCriterion, kind: str, prediction: Prediction, targets: list[dict], rounds: int
 ) -> None:
     """Print how long the assignment of a kind of prediction takes on the threads of `util.threads`, and on one."""
-    kind, packed = rows[0].kind, Targets.pack(targets)
-    used = criterion.table[kind].matcher
-    cost = used.cost(matcher.stack_predictions(rows), packed).numpy()
+    used, packed = criterion.table[kind].matcher, matcher.Targets.pack(targets)
+    cost = used.cost(prediction, packed).numpy()
     worth = matcher.WORTH_THREADS
 
     def solve(worth_threads: float) -> None:

@@ -10,17 +10,17 @@ from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from models.structures import Prediction
+from models.training.criterion import loss_suffixes
 from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
 
 Pairs = list[tuple[Tensor, Tensor]]  # queries and objects of each image
 
 
 @torch.no_grad()
-def match(prediction: Prediction, targets: list[dict]) -> Pairs:
-    """Hungarian matching: 2 class (focal) + 5 L1 - 2 GIoU, every query of the batch against every object."""
-    batch, num_queries = prediction.logits.shape[:2]
-    p = prediction.logits.flatten(0, 1).sigmoid()
-    boxes = prediction.boxes.flatten(0, 1)
+def match(logits: Tensor, boxes: Tensor, targets: list[dict]) -> Pairs:
+    """Hungarian matching of a layer: 2 class (focal) + 5 L1 - 2 GIoU, every query of the batch against every object."""
+    batch, num_queries = logits.shape[:2]
+    p, boxes = logits.flatten(0, 1).sigmoid(), boxes.flatten(0, 1)
     labels = torch.cat([target['labels'] for target in targets])
     target_boxes = torch.cat([target['boxes'] for target in targets])
     negative = 0.75 * p**2 * -(1 - p + 1e-8).log()
@@ -34,9 +34,8 @@ def match(prediction: Prediction, targets: list[dict]) -> Pairs:
 
 
 def layer_losses(
-    prediction: Prediction, targets: list[dict], pairs: Pairs, num_boxes: float
+    logits: Tensor, boxes: Tensor, targets: list[dict], pairs: Pairs, num_boxes: float
 ) -> dict[str, Tensor]:
-    logits = prediction.logits
     batch = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(pairs)])
     query = torch.cat([query for query, _ in pairs])
     labels = torch.cat([t['labels'][index] for t, (_, index) in zip(targets, pairs, strict=True)])
@@ -44,7 +43,7 @@ def layer_losses(
     classes = torch.full(logits.shape[:2], logits.shape[2], device=logits.device)
     classes[batch, query] = labels
     onehot = F.one_hot(classes, logits.shape[2] + 1)[..., :-1].to(logits.dtype)
-    boxes = prediction.boxes[batch, query]
+    boxes = boxes[batch, query]
     giou = torch.diag(
         generalized_box_iou(box_cxcywh_to_xyxy(boxes)[:, None], box_cxcywh_to_xyxy(target_boxes)[None])
     )
@@ -56,20 +55,20 @@ def layer_losses(
 
 
 def reference_losses(
-    predictions: list[Prediction], targets: list[dict], k: int
+    predictions: dict[str, Prediction], targets: list[dict], k: int
 ) -> tuple[dict[str, Tensor], dict[str, Pairs]]:
     """Losses and pairs of one-to-one, one-to-many (every object `k` times) and encoder predictions."""
     losses, matches = {}, {}
     repeated = [{key: value.repeat(k, *[1] * (value.ndim - 1)) for key, value in t.items()} for t in targets]
     agnostic = [t | {'labels': torch.zeros_like(t['labels'])} for t in targets]
-    for prediction in predictions:
-        here = {'one2one': targets, 'one2many': repeated, 'enc': agnostic}[prediction.kind]
-        suffix = '' if prediction.layer is None else f'_{prediction.layer}'
-        suffix += '' if prediction.kind == 'one2one' else f'_{prediction.kind}'
+    for kind, prediction in predictions.items():
+        here = {'one2one': targets, 'one2many': repeated, 'enc': agnostic}[kind]
         num_boxes = max(sum(len(t['boxes']) for t in here), 1)
-        matches[suffix] = match(prediction, here)
-        terms = layer_losses(prediction, here, matches[suffix], num_boxes)
-        losses |= {name + suffix: value for name, value in terms.items()}
+        suffixes = loss_suffixes(kind, len(prediction.logits))
+        for suffix, logits, boxes in zip(suffixes, prediction.logits, prediction.boxes, strict=True):
+            matches[suffix] = match(logits, boxes, here)
+            terms = layer_losses(logits, boxes, here, matches[suffix], num_boxes)
+            losses |= {name + suffix: value for name, value in terms.items()}
     return losses, matches
 
 
@@ -79,18 +78,17 @@ def hybrid_batch(
     queries: tuple[int, int] = (300, 1500),
     layers: int = 6,
     requires_grad: bool = True,
-) -> tuple[list[Prediction], list[dict]]:
+) -> tuple[dict[str, Prediction], list[dict]]:
     """Random predictions and objects of H-DETR's training size (91 classes); the logits begin low, as trained ones
     are.
     """
-    batch = len(num_objects)
-    sizes = [('one2one', queries[0])] * layers + [('one2many', queries[1])] * layers + [('enc', num_tokens)]
-    predictions = []
-    for index, (kind, size) in enumerate(sizes):
-        logits = (torch.randn(batch, size, 91) - 4).requires_grad_(requires_grad)
-        boxes = torch.cat([torch.rand(batch, size, 2), 0.05 + 0.3 * torch.rand(batch, size, 2)], dim=-1)
-        layer = None if kind == 'enc' or index % layers == layers - 1 else index % layers
-        predictions.append(Prediction(logits, boxes.requires_grad_(requires_grad), kind, layer))
+    batch, predictions = len(num_objects), {}
+    sizes = {'one2one': (layers, queries[0]), 'one2many': (layers, queries[1]), 'enc': (1, num_tokens)}
+    for kind, (num_layers, size) in sizes.items():
+        shape = num_layers, batch, size
+        logits = (torch.randn(*shape, 91) - 4).requires_grad_(requires_grad)
+        boxes = torch.cat([torch.rand(*shape, 2), 0.05 + 0.3 * torch.rand(*shape, 2)], dim=-1)
+        predictions[kind] = Prediction(logits, boxes.requires_grad_(requires_grad))
     targets = [
         {
             'labels': torch.randint(1, 91, (num,)),
