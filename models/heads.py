@@ -1,5 +1,5 @@
 """
-Class and box heads, and the arithmetic of reference points.
+Class and box heads, and how the output of a box head and a reference make a box.
 
 Heads keep the precision of their parameters under autocast, at little cost. In bfloat16 the first logits of focal losses
 have steps of 1/32, which makes best scores equal, and boxes have steps of several pixels.
@@ -78,23 +78,40 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
-def add_reference(delta: Tensor, reference: Tensor | None) -> Tensor:
-    """Add the box head's output to the reference that it refines, and return boxes [..., 4] cxcywh in [0, 1].
+class LogitBoxes:
+    """A box code: a box is the sigmoid of the logit of a reference plus the output of a box head.
 
-    Args:
-        delta: [..., 4] in logit space.
-        reference: [..., 4], [..., 2] (centre only) or None, in logit space.
+    A decoder has one as `box_code`. Another one, such as sizes as factors of those of the reference, has the same members.
+    References are boxes cxcywh or centres in [0, 1].
+
+    eps: smallest argument of the logarithms.
     """
-    if reference is None:
-        return delta.sigmoid()
-    if reference.shape[-1] == 2:
-        reference = F.pad(reference, (0, 2))
-    return (delta + reference).sigmoid()
+
+    no_box = math.inf  # code of a reference that is none
+
+    def __init__(self, eps: float = 1e-5) -> None:
+        self.eps = eps
+
+    def encode(self, reference: Tensor) -> Tensor:
+        """Encode references [..., 2 or 4]; the shape stays."""
+        return inverse_sigmoid(reference, self.eps)
+
+    def decode(self, delta: Tensor, code: Tensor | None = None) -> Tensor:
+        """Return the boxes [..., 4] of a box head's output delta [..., 4], or references of the shape of delta without a code.
+
+        code: encoded references [..., 4], or [..., 2] of centres alone, which the head refines; None: it has none.
+        """
+        if code is None:
+            return delta.sigmoid()
+        if code.shape[-1] == 2:
+            code = F.pad(code, (0, 2))
+        return (delta + code).sigmoid()
 
 
 def read_layers(
     layers: list[LayerOutput],
     groups: list[QueryGroup],
+    box_code: LogitBoxes,
     class_head: nn.Module,
     box_head: nn.Module,
     class_head_o2m: nn.Module | None = None,
@@ -106,6 +123,7 @@ def read_layers(
     A one-to-many branch of MS-DETR adds the kind 'o2m': the queries of the inference group, with the same references.
 
     Args:
+        box_code: that of the decoder.
         class_head, box_head: heads that all layers share, or a list of one for each layer of the decoder.
         class_head_o2m: class head of the one-to-many branch, which then has the boxes of the inference group (variant a).
         first: index in the decoder of the first of the layers.
@@ -116,7 +134,7 @@ def read_layers(
     logits = apply_head(class_head, states, first)[returned]
     if any(delta is None for delta in deltas):
         deltas = apply_head(box_head, states, first)
-    boxes = [add_reference(delta, layer.reference) for delta, layer in zip(deltas, layers, strict=True)]
+    boxes = [box_code.decode(delta, layer.reference) for delta, layer in zip(deltas, layers, strict=True)]
     boxes = torch.stack(boxes)[returned]
     sizes = [group.tgt.shape[1] for group in groups]
     parts = zip(groups, logits.split(sizes, dim=2), boxes.split(sizes, dim=2), strict=True)
@@ -125,9 +143,8 @@ def read_layers(
         states, boxes = [layer.hs_o2m for layer in layers], boxes[:, :, : sizes[0]]
         if class_head_o2m is None:
             references = [layer.reference[:, : sizes[0]] for layer in layers]
-            boxes = torch.stack([*map(add_reference, apply_head(box_head, states, first), references)])[
-                returned
-            ]
+            deltas = apply_head(box_head, states, first)
+            boxes = torch.stack([*map(box_code.decode, deltas, references)])[returned]
         logits = apply_head(class_head_o2m or class_head, states, first)[returned]
         predictions['o2m'] = Prediction(logits, boxes)
     return predictions

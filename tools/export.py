@@ -101,9 +101,8 @@ class Program(nn.Module):
 
     def tell_proposals(self) -> None:
         """Let the program end in the indices of its proposals, if it has two stages."""
-        if getattr(self.model, 'two_stage', False):
-            transformer = self.model.transformer
-            self.selection = transformer.choose_proposals = transformer.choose_proposals.exportable()
+        if (first_stage := getattr(self.model, 'first_stage', None)) is not None:
+            self.selection = first_stage.choose = first_stage.choose.exportable()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         outputs = self.model(images)
