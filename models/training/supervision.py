@@ -9,7 +9,7 @@ from torch import nn
 from models.deformable_transformer import DeformableDecoder
 from models.dino import DinoDecoder
 from models.structures import TrainingBranch
-from util.config.settle import level_strides
+from util.config.networks import level_strides
 
 from .collaborative import CollaborativeHeads
 from .criterion import SetCriterion, Supervision, loss_suffixes
