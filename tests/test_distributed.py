@@ -148,7 +148,7 @@ def train_and_detect_masks(rank: int, wrap: str) -> dict[str, torch.Tensor]:
     """Weights after a step that trains masks of detections, and then the detections of this process's image."""
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    flags = SMALLER | SCHEMES['denoising'] | {'co_masks': True}
+    flags = SMALLER | SCHEMES['denoising'] | {'co_masks': True, 'num_feature_levels': 3}
     model, criterion, postprocessors = build_model(Namespace(**flags))
     bare = model.train()
     if wrap == 'fsdp':

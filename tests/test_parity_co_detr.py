@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models import build_postprocessors
-from models.training import atss, faster_rcnn
+from models.training import atss, dense_heads, faster_rcnn
 from models.training.collaborative import CollaborativeHeads
 from models.training.criterion import weighted_sum
 from models.training.dense_heads import BACKGROUND
@@ -209,7 +209,8 @@ class Spy:
 class Choices:
     """Calls of the heads' functions in the first training pass, and what they returned."""
 
-    samples: list
+    anchors: list
+    regions: list
     adaptive: list
     queries: list
 
@@ -220,6 +221,7 @@ def choices(case: CollaborativeCase) -> Choices:
         draw_by_rule(monkeypatch)
         spies = (
             Spy(faster_rcnn, 'sample', monkeypatch),
+            Spy(dense_heads, 'sample', monkeypatch),
             Spy(atss, 'assign_adaptively', monkeypatch),
             Spy(CollaborativeHeads, 'query_group', monkeypatch),
         )
@@ -233,9 +235,9 @@ def test_training_equals_official(case: CollaborativeCase, choices: Choices) -> 
     model, criterion, _ = case.built
     check_losses(case, case.first_pass.losses, criterion.weight_dict)
     check_gradients(case, model)
-    recorded, num_images = case.record['assignments'], len(case.targets)
-    check_samples(choices.samples[:num_images], recorded['rpn'])
-    check_samples(choices.samples[num_images:], recorded['rcnn'])
+    recorded = case.record['assignments']
+    check_samples(choices.anchors, recorded['rpn'])
+    check_samples(choices.regions, recorded['rcnn'])
     for (_, found), expected in zip(choices.adaptive, recorded['atss'], strict=True):
         places = (found != BACKGROUND).nonzero()[:, 0]
         assert places.tolist() == expected['anchor_index_among_valid']

@@ -197,6 +197,28 @@ def assign_by_iou(
     return torch.where(last >= 0, last, assigned)
 
 
+def sample_regions(
+    regions: Tensor, objects: Tensor, num: int, positive_fraction: float, overlap: float
+) -> tuple[Tensor, Tensor, int]:
+    """Sample regions of an image for an RoI head, positives first. The objects themselves are regions too, their own positives.
+
+    Args:
+        regions: [N, 4].
+        objects: [T, 4].
+        num, positive_fraction: as in `sample`.
+        overlap: smallest IoU of a positive.
+
+    Returns:
+        Boxes [M, 4], the object of each or BACKGROUND [M], and the number of positives.
+    """
+    assigned = assign_by_iou(regions, objects, overlap, overlap, low_quality=False)
+    own = torch.arange(len(objects), device=objects.device)
+    assigned, boxes = torch.cat([own, assigned]), torch.cat([objects, regions])
+    positives, negatives = sample(assigned, num, positive_fraction)
+    chosen = torch.cat([positives, negatives])
+    return boxes[chosen], assigned[chosen], len(positives)
+
+
 def sample(assigned: Tensor, num: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
     """Draw at most `num` positives and negatives at random, and return their indices in ascending order."""
     positives = draw((assigned >= 0).nonzero()[:, 0], int(num * positive_fraction))

@@ -4,7 +4,6 @@ Faster R-CNN (arXiv:1506.01497) on the encoder's output, as Co-DETR (arXiv:2211.
 A region proposal network (RPN) finds boxes, which an RoI head classifies and refines from their RoI features.
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -31,6 +30,7 @@ from .dense_heads import (
     level_anchors,
     owned_anchors,
     sample,
+    sample_regions,
 )
 from .masks import MaskBranch
 from .matcher import from_host
@@ -187,10 +187,9 @@ class FasterRCNN(nn.Module):
         proposed = self.rpn(maps)
         losses = self.rpn.losses(*proposed, images)
         proposals = self.rpn.proposals(*proposed, images.sizes, self.train_candidates)
-        sampled = [
-            self.choose(boxes, objects) for boxes, objects in zip(proposals, images.boxes, strict=True)
-        ]
-        regions, objects = zip(*sampled, strict=True)
+        rule = self.num_samples, self.positive_fraction, self.overlap
+        sampled = [sample_regions(*pair, *rule) for pair in zip(proposals, images.boxes, strict=True)]
+        regions, objects, num_positives = zip(*sampled, strict=True)
         features, logits, deltas = self.roi(maps, list(regions))
         target = [
             torch.where(found == BACKGROUND, found, found + offset)
@@ -198,7 +197,13 @@ class FasterRCNN(nn.Module):
         ]
         losses |= self.losses(logits, deltas, torch.cat(regions), torch.cat(target), images)
         if self.masks is not None:
-            losses['loss_rcnn_mask'] = self.mask_loss(maps, regions, objects, images)
+            positives = [found[:number] for found, number in zip(objects, num_positives, strict=True)]
+            losses['loss_rcnn_mask'] = self.masks.loss(
+                maps,
+                [boxes[:number] for boxes, number in zip(regions, num_positives, strict=True)],
+                torch.cat([labels[found] for labels, found in zip(images.labels, positives, strict=True)]),
+                [masks[found] for masks, found in zip(images.masks, positives, strict=True)],
+            )
         shortest = min(len(boxes) for boxes in regions)
         means = features.mean((2, 3)).split([len(boxes) for boxes in regions]) if with_features else None
         return losses, Samples(
@@ -207,17 +212,6 @@ class FasterRCNN(nn.Module):
                 for parts in (regions, target, means)
             )
         )
-
-    def choose(self, proposals: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample RoIs [N, 4] of an image, positives first, and return the object of each or BACKGROUND too.
-
-        The objects themselves are put in front of the proposals, as their own positives.
-        """
-        assigned = assign_by_iou(proposals, objects, self.overlap, self.overlap, low_quality=False)
-        own = torch.arange(len(objects), device=proposals.device)
-        assigned, boxes = torch.cat([own, assigned]), torch.cat([objects, proposals])
-        chosen = torch.cat(sample(assigned, self.num_samples, self.positive_fraction))
-        return boxes[chosen], assigned[chosen]
 
     def losses(
         self, logits: Tensor, deltas: Tensor, regions: Tensor, target: Tensor, images: Images
@@ -236,19 +230,6 @@ class FasterRCNN(nn.Module):
             'loss_rcnn_bbox': (1 - generalized_box_iou(decoded, boxes, SMALLEST_AREA)).sum() / divisor,
             'rcnn_accuracy': right * (100 / max(len(classes), 1)),
         }
-
-    def mask_loss(
-        self, maps: list[Tensor], regions: Sequence[Tensor], assigned: Sequence[Tensor], images: Images
-    ) -> Tensor:
-        """Return the loss of masks on the positive RoIs."""
-        positive = [(found != BACKGROUND).nonzero()[:, 0] for found in assigned]
-        objects = [found[mine] for found, mine in zip(assigned, positive, strict=True)]
-        return self.masks.loss(
-            maps,
-            [boxes[mine] for boxes, mine in zip(regions, positive, strict=True)],
-            torch.cat([labels[found] for labels, found in zip(images.labels, objects, strict=True)]),
-            [masks[found] for masks, found in zip(images.masks, objects, strict=True)],
-        )
 
     @torch.no_grad()
     def detect(self, maps: list[Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:

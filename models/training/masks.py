@@ -10,7 +10,7 @@ from models.structures import Memory, Prediction, TrainingBranch
 from util.box_ops import box_cxcywh_to_xyxy
 from util.precision import full_precision, without_autocast
 
-from .dense_heads import EPS, Images, assign_by_iou, clip_boxes, sample
+from .dense_heads import EPS, Images, clip_boxes, sample_regions
 
 STAGE_WEIGHTS = (0.5, 0.75, 0.75, 1.0)
 BOUNDARY_WIDTH = 2
@@ -138,12 +138,9 @@ class MaskTraining(TrainingBranch):
         size, objects = images.sizes[index], images.boxes[index]
         best = scores.flatten().topk(min(self.num_candidates, scores.numel())).indices
         chosen = box_cxcywh_to_xyxy(boxes[best.div(scores.shape[1], rounding_mode='floor')]) * size.repeat(2)
-        chosen = clip_boxes(chosen, size)
-        assigned = assign_by_iou(chosen, objects, self.overlap, self.overlap, low_quality=False)
-        own = torch.arange(len(objects), device=objects.device)
-        assigned, chosen = torch.cat([own, assigned]), torch.cat([objects, chosen])
-        positives, _ = sample(assigned, self.num_samples, self.positive_fraction)
-        return chosen[positives], assigned[positives]
+        rule = self.num_samples, self.positive_fraction, self.overlap
+        regions, assigned, number = sample_regions(clip_boxes(chosen, size), objects, *rule)
+        return regions[:number], assigned[:number]
 
 
 class MaskBranch(nn.Module):
