@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.coco_eval import CocoEvaluator, Summary, encode_masks
-from models.detector import detections_of, to_cpu
+from models.postprocess import postprocess_batch, to_cpu
 from models.training.criterion import weighted_sum
 from util.black_box import BlackBox
 from util.box_ops import box_cxcywh_to_xyxy
@@ -178,7 +178,7 @@ def evaluate(
     for samples, targets in data_loader:
         with precision.autocast():
             outputs = model(samples.to(device, non_blocking=True))
-        results = detections_of(postprocessors, outputs, targets, samples, device, encode_masks)
+        results = postprocess_batch(model, postprocessors, outputs, targets, samples, encode_masks)
         evaluator.update(
             {int(t['image_id']): to_cpu(result) for t, result in zip(targets, results, strict=True)}
         )
@@ -200,11 +200,10 @@ def sample_detections(
     for index in range(min(count, len(dataset))):
         image, target = dataset[index]
         samples, _ = collate_fn([(image, target)])
-        outputs, size = model(samples.to(device)), target['size'][None]
-        results = postprocessors['bbox'](outputs, size.to(device))
-        if 'segm' in postprocessors:
-            results = postprocessors['segm'](results, outputs, size, size)
-        height, width = target['size'].tolist()
+        outputs, size = model(samples.to(device)), target['size']
+        shown = [{'size': size, 'orig_size': size}]  # detections in pixels of the prepared image
+        results = postprocess_batch(model, postprocessors, outputs, shown, samples)
+        height, width = size.tolist()
         boxes = box_cxcywh_to_xyxy(target['boxes']) * torch.tensor([width, height, width, height])
         truth = {'labels': target['labels'], 'boxes': boxes}
         truth |= {'masks': target['masks']} if 'segm' in postprocessors and 'masks' in target else {}

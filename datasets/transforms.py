@@ -198,23 +198,6 @@ def pad_to_square(image: ImageT, target: TargetT, size: int) -> tuple[ImageT, Ta
     return pad(image, target, (size - width, size - height), GREY)
 
 
-def seen_size(target: Target) -> Tensor:
-    """Return the (height, width) [2] of the part of the prepared image that shows the original, pixels.
-
-    It is the whole prepared image, or the part of the square of `FitSquare` that is not grey.
-    """
-    return (target['size'] * target['orig_size'] / frame_size(target)).round().long()
-
-
-def frame_size(target: Target) -> Tensor:
-    """Return the (height, width) [2], in pixels of the original image, that boxes in [0, 1] and detections are
-    relative to.
-
-    It is the size of the image itself, or of the square around it that `FitSquare` makes.
-    """
-    return target.get('frame_size', target['orig_size'])
-
-
 def center_crop(image: ImageT, target: TargetT, size: tuple[int, int]) -> tuple[ImageT, TargetT]:
     """Cut (height, width) out of the middle."""
     (image_h, image_w), (height, width) = image_size(image), size

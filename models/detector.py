@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from datasets.class_map import ClassMap
 from datasets.image_io import read_image
-from datasets.transforms import frame_size, seen_size, transforms_of
+from datasets.transforms import transforms_of
 from models import build_detector, build_postprocessors
-from models.postprocess import Encode
+from models.postprocess import Encode, postprocess_batch, to_cpu
 from models.weights.load import load_checkpoint
 from models.weights.read import read_checkpoint
 from models.weights.records import extract_class_map, extract_flags
@@ -19,7 +19,7 @@ from util.config.recorded import settle_recorded
 from util.distributed.collectives import choose_device
 from util.errors import UserError
 from util.flags import add_http_flag
-from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from util.nested_tensor import nested_tensor_from_tensor_list
 from util.precision import Precision
 from util.run_entries import check_entries
 
@@ -83,44 +83,13 @@ class Detector:
         with self.precision.autocast():
             outputs = self.model(samples)
         targets = [target for _, target in prepared]
-        results = detections_of(self.postprocessors, outputs, targets, samples, device, encode)
+        results = postprocess_batch(self.model, self.postprocessors, outputs, targets, samples, encode)
         return [to_cpu(result) for result in results]
 
 
 def half_mode(device: torch.device) -> str:
     """Return the precision of `half` on a device, as `util.precision.Precision` names it."""
     return 'fp16' if device.type == 'cuda' else 'bf16'
-
-
-def detections_of(
-    postprocessors: dict[str, nn.Module],
-    outputs: dict,
-    targets: list[dict[str, Tensor]],
-    samples: NestedTensor,
-    device: torch.device,
-    encode: Encode | None = None,
-) -> list[dict]:
-    """Return the detections of a batch in pixels of the original images, with masks if there is a postprocessor for them.
-
-    Args:
-        targets: what the preparation of the images left in them, its sizes.
-        samples: the batch.
-        device: that of the model.
-        encode: makes a list of run lengths of a few masks [n, 1, H, W]; these are `segmentation`, and there are no `masks`.
-    """
-    sizes = torch.stack([frame_size(target) for target in targets]).to(device, non_blocking=True)
-    results = postprocessors['bbox'](outputs, sizes)
-    if 'segm' in postprocessors:
-        originals = torch.stack([target['orig_size'] for target in targets])
-        seen = torch.stack([seen_size(target) for target in targets])
-        canvas = tuple(samples.mask.shape[-2:])
-        results = postprocessors['segm'](results, outputs, originals, seen, canvas, encode)
-    return results
-
-
-def to_cpu(result: dict) -> dict:
-    """Copy the tensors of an image's detections to the host; run lengths are there already."""
-    return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in result.items()}
 
 
 def add_detector_args(parser: ArgumentParser) -> None:

@@ -21,7 +21,7 @@ from datasets.samplers import AspectSampler
 from datasets.shapes import ShapesDetection
 from engine import evaluate, sample_detections
 from models.detector import Detector
-from models.postprocess import TopKPostProcess, scale_boxes
+from models.postprocess import TopKPostProcess, frame_size, scale_boxes
 from tests.runs import assert_same, load, run
 from tests.shared_data import build_data, needs_shared, read_shared, rule_image
 from util.nested_tensor import collate_fn
@@ -354,9 +354,9 @@ def test_boxes_come_back_to_original_pixels(shape: tuple[int, int]) -> None:
     assert (square[:, :new_height, :new_width] == 9).all() and (square[:, new_height:] == 114).all()
     assert (square[:, :, new_width:] == 114).all()
     assert fitted['size'].tolist() == [96, 96] and fitted['orig_size'].tolist() == list(shape)
-    back = scale_boxes(fitted['boxes'][None], T.frame_size(fitted)[None])[0]
+    back = scale_boxes(fitted['boxes'][None], frame_size(fitted)[None])[0]
     torch.testing.assert_close(back, boxes, rtol=0, atol=1e-4)
-    corner = scale_boxes(torch.tensor([[[0.5, 0.5, 1, 1]]]), T.frame_size(fitted)[None])[0, 0]
+    corner = scale_boxes(torch.tensor([[[0.5, 0.5, 1, 1]]]), frame_size(fitted)[None])[0, 0]
     expected = torch.tensor([0, 0, 96 * width / new_width, 96 * height / new_height])
     torch.testing.assert_close(corner, expected)
 

@@ -16,7 +16,6 @@ import re
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -32,6 +31,7 @@ from datasets.build import build_dataset, data_settings
 from models.detector import load_detector
 from models.structures import Prediction
 from models.training import build_supervision, coefficients
+from models.training.matcher import Matcher, match
 from models.weights.read import read_checkpoint
 from models.weights.records import extract_flags
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
@@ -156,14 +156,15 @@ def read_checkpoints(folder: Path, epochs: list[Epoch], device: torch.device, tr
 
 
 def examine(
-    model: nn.Module, postprocess: nn.Module, data: Dataset, matcher: Callable
+    model: nn.Module, postprocess: nn.Module, data: Dataset, matcher: Matcher
 ) -> tuple[Tensor, float]:
     """Return the query matched to each object of a data set (-1: none), and duplicate detections per object."""
     device = next(model.parameters()).device
     queries, surplus, num_objects = [], 0, 0
     for samples, targets in DataLoader(data, batch_size=8, collate_fn=collate_fn):
         outputs = {name: x.cpu() for name, x in model(samples.to(device)).items()}
-        pairs = matcher(Prediction(outputs['pred_logits'], outputs['pred_boxes']), targets)
+        last = Prediction(outputs['pred_logits'][None], outputs['pred_boxes'][None])
+        (pairs,) = match(matcher, last, targets)
         query = torch.full((sum(len(t['labels']) for t in targets),), -1)
         query[pairs.target] = pairs.query
         queries.append(query)

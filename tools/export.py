@@ -34,9 +34,8 @@ from datasets.build import build_dataset, data_settings
 from datasets.coco_eval import CocoEvaluator
 from datasets.image_dataset import ImageDataset
 from datasets.shapes import ShapesDetection
-from datasets.transforms import frame_size
 from models.detector import Detector, add_detector_args, check_detector_args, load_detector
-from models.postprocess import SoftmaxPostProcess, TopKPostProcess, clamp_boxes
+from models.postprocess import SoftmaxPostProcess, TopKPostProcess, clamp_boxes, frame_size
 from models.proposals import AskedProposals
 from util.bounds import whole
 from util.box_ops import box_cxcywh_to_xyxy
@@ -102,9 +101,8 @@ class Program(nn.Module):
 
     def tell_proposals(self) -> None:
         """Let the program end in the indices of its proposals, if it has two stages."""
-        if getattr(self.model, 'two_stage', False):
-            transformer = self.model.transformer
-            self.selection = transformer.choose_proposals = transformer.choose_proposals.exportable()
+        if (first_stage := getattr(self.model, 'first_stage', None)) is not None:
+            self.selection = first_stage.choose = first_stage.choose.exportable()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         outputs = self.model(images)

@@ -280,8 +280,6 @@ RULES: dict[str, list[Callable[[Namespace], object]]] = {
         and '--patience looks into metrics.csv of --output_dir: give it',
         lambda a: (a.patience and not a.eval_every)
         and '--patience waits for a better AP, and --eval_every 0 measures none: leave one out',
-        lambda a: (a.fsdp and a.co_masks)
-        and '--fsdp with --co_masks: masks are made after the forward pass, when a process has its part of the weights alone',
         lambda a: (a.fsdp and a.amp == 'fp16')
         and '--fsdp with --amp fp16: a process would scale its part of the gradient alone; use --amp bf16',
         lambda a: (a.checkpoint_steps and not a.output_dir)
