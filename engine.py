@@ -340,7 +340,7 @@ def rehearse(
         raise UserError(
             f'{batch_size} images of {height} x {width} pixels with {num_objects} objects each, the worst batch that can '
             'come, do not fit into the memory of the GPU: lower --batch_size (and keep --total_batch_size), or add --amp '
-            'bf16, --bucket_sizes, --use_checkpoint, --fsdp'
+            'bf16, --batches size, --use_checkpoint, --fsdp'
         ) from error
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])

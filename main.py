@@ -9,9 +9,8 @@ Train and evaluate detectors.
 
 from util.config.parser import make_parser
 
-if (
-    __name__ == '__main__'
-):  # before PyTorch is imported, which takes seconds: --help and mistyped flags are answered at once
+# Before PyTorch is imported, which takes seconds: --help and mistyped flags are answered at once.
+if __name__ == '__main__':
     make_parser(__doc__).parse_args()
 
 import json
@@ -25,10 +24,11 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from datasets.augmentations import build_augmentation
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.coco_eval import LVIS_NAMES, STAT_NAMES, CocoEvaluator, Summary, record_of, tables
 from datasets.inventory import check_data, print_inventory
-from datasets.loaders import begin_epoch, build_datasets, build_loader, worst_batch
+from datasets.loaders import begin_epoch, build_datasets, build_loader, check_steps, worst_batch
 from engine import (
     build_scheduler,
     describe_rates,
@@ -58,7 +58,6 @@ from util.distributed.collectives import (
     check_agreement,
     choose_device,
     fail_together,
-    get_local_size,
     get_rank,
     get_world_size,
     init_distributed,
@@ -81,7 +80,7 @@ from util.files import (
 )
 from util.flags import HTTP_ALLOWED, FlagParser, given_of, run_command
 from util.logger import RunLog, format_time, print_main
-from util.plan import COCO_TRAIN_IMAGES, LVIS_TRAIN_IMAGES, flops_text, print_dry_run, print_plan
+from util.plan import COCO_TRAIN_IMAGES, FLOPS_SIZE, LVIS_TRAIN_IMAGES, flops_text, print_dry_run, print_plan
 from util.precision import Precision, avoid_plans_per_shape, set_tf32
 from util.run_entries import check_entries
 from util.run_state import (
@@ -168,7 +167,7 @@ def configure(args: Namespace, restarted: bool = False) -> tuple[Settled, dict]:
             args = Namespace(**vars(args) | data_of(args, given, recorded))
     settled = settle(args, EVERYTHING)
     check_trackers(settled)
-    settled = settled.but(accum_steps=check_processes(settled, get_world_size(), get_local_size()))
+    settled = settled.but(accum_steps=check_processes(settled, get_world_size()))
     if resume and (text := changes_text(settled, recorded)):
         print_main(f'{settled.resume} goes on with other flags: {text}')
     return settled, checkpoint
@@ -247,12 +246,15 @@ def set_up(
         shard(model, all_parts(model), [Prediction])
         if average:
             shard(average.module, all_parts(average.module))
-    loaders = {split: build_loader(dataset, split, args) for split, dataset in datasets.items()}
+    loading = (args.batch_size, args.num_workers, args.batches, args.seed)
+    loaders = {part: build_loader(dataset, part, *loading) for part, dataset in datasets.items()}
+    if not args.eval:
+        check_steps(loaders['train'], len(datasets['train']), args.batch_size, args.accum_steps)
     precision = Precision(args.amp, device)
     if not args.eval and (
         device.type == 'cuda' if args.worst_batch_first is None else args.worst_batch_first
     ):
-        worst = worst_batch(datasets['train'], args.batch_size, args.bucket_sizes)
+        worst = worst_batch(datasets['train'], args.batch_size, args.batches == 'size')
         rehearse(model, criterion, precision, args.batch_size, *worst)
     optimizer = optimizer_of(model, args)
     steps_per_epoch = 1 if args.eval else len(loaders['train']) // args.accum_steps
@@ -290,7 +292,7 @@ def plan_notes(run: Run, device: torch.device) -> dict[str, str]:
     args = run.args
     notes = {'kernels': describe_kernels(device.type)} if args.family == 'deformable' else {}
     if not args.eval:
-        if args.aug == 'lsj' and not run.datasets['train'].return_masks:
+        if run.datasets['train'].mix is not None and not run.datasets['train'].return_masks:
             notes['copy-paste'] = 'none, since there are objects without a segmentation'
         notes['supervision'] = supervision_table(
             run.criterion.table, run.bare_model.num_queries, run.criterion.weight_dict
@@ -469,7 +471,9 @@ def dry_run(args: Settled, num_images: int | None) -> None:
         'learning rate': describe_rates(args, schedule),
         'supervision': supervision_table(criterion.table, model.num_queries, criterion.weight_dict),
     }
-    print_dry_run(args, model, optimizer, images, notes)
+    augmentation = build_augmentation(args)
+    sizes = augmentation.evaluated_size(FLOPS_SIZE), augmentation.largest_size()
+    print_dry_run(args, model, optimizer, images, sizes, notes)
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ share. Millions of Python objects would be copied by every worker.
 import argparse
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from datasets.annotations import AnnotationTable, Columns, Inventory, PackedList
+from datasets.augmentations import build_augmentation, wants_masks
 from datasets.class_map import ClassMap
 from datasets.coco_json import (
     EXAMPLES,
@@ -30,15 +31,11 @@ from datasets.coco_json import (
     read_annotations,
     run_lengths,
 )
-from datasets.copy_paste import build_mix
 from datasets.image_dataset import ImageDataset, Mix
-from datasets.image_io import decode_file, naming, read_image, stored_size
+from datasets.image_io import read_image, stored_size
 from datasets.json_stream import list_blocks
-from datasets.transforms import Target, Transform, transforms_of, wants_masks
+from datasets.transforms import Target, Transform
 from util.errors import FileError, UserError
-
-MMDETECTION = ('co_detr', 'lsj')  # recipes whose annotations are read as mmdetection does
-MIN_IMAGE_SIDE = 32
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,6 @@ class CocoDetection(ImageDataset):
             self._rows = np.repeat(self._rows, repeats)
             self.ids = [self.ids[row] for row in self._rows]
         self._ground_truth: Annotations | None = None
-        self._files: dict[Path, bytes] | None = None  # kept in memory, see keep_files
 
     def _large_images(self, table: AnnotationTable, min_side: int) -> np.ndarray:
         """Return the table's rows of images whose sides all have min_side pixels; headers are read where it has no size.
@@ -175,7 +171,7 @@ class CocoDetection(ImageDataset):
 
     def _image(self, row: int) -> Tensor:
         path = self.image_dir / self._file_names[row]
-        image = read_image(path) if self._files is None else decode_file(path, self._bytes(path))
+        image = read_image(path)
         check_size(path, image.shape[1:], self._json_sizes[row], self.annotation_file)
         return image
 
@@ -185,21 +181,6 @@ class CocoDetection(ImageDataset):
         for idx in np.flatnonzero((sizes <= 0).any(axis=1)).tolist():
             sizes[idx] = stored_size(self.image_dir / self._file_names[idx])
         return sizes[self._rows]
-
-    def keep_files(self, local_rank: int, local_size: int) -> None:
-        """Read this process's share of a node's files into memory, still compressed. Other files are added when they
-        are first used.
-        """
-        self._files = {}
-        for idx in range(local_rank, len(self), local_size):
-            self._bytes(self.image_dir / self._file_names[int(self._rows[idx])])
-
-    def _bytes(self, path: Path) -> bytes:
-        assert self._files is not None
-        if path not in self._files:
-            with naming(path):
-                self._files[path] = path.read_bytes()
-        return self._files[path]
 
 
 @dataclass(frozen=True)
@@ -363,11 +344,9 @@ def drawn(segmentation: list | dict, height: int, width: int) -> Tensor:
 
 def reading_of(image_set: str, args: argparse.Namespace) -> Reading:
     """Return the rules of reading that --aug and --class_ids ask for."""
-    reading = Reading(getattr(args, 'class_ids', 'auto'))
-    if args.aug in MMDETECTION:
-        min_side = MIN_IMAGE_SIDE if image_set == 'train' else 0
-        reading = replace(reading, drop_tiny=True, min_image_side=min_side)
-    return reading
+    augmentation = build_augmentation(args)
+    min_side = augmentation.min_image_side if image_set == 'train' else 0
+    return Reading(getattr(args, 'class_ids', 'auto'), augmentation.drop_tiny, min_side)
 
 
 def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> CocoDetection:
@@ -377,9 +356,10 @@ def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None =
 
 def options_of(image_set: str, args: argparse.Namespace, class_map: ClassMap | None) -> dict[str, Any]:
     """Return the options of a `CocoDetection` that the arguments ask for."""
-    mix = build_mix(image_set, args)
+    augmentation = build_augmentation(args)
+    mix = augmentation.mix(image_set, wants_masks(args))
     return {
-        'transforms': transforms_of(image_set, args),
+        'transforms': augmentation.transforms(image_set),
         'class_map': class_map,
         'return_masks': True if wants_masks(args) else None if mix else False,
         'seed': args.seed,

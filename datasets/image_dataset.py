@@ -9,19 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.annotations import Inventory
 from datasets.class_map import ClassMap
 from datasets.coco_json import Annotations
-from datasets.transforms import Sample, Target, Transform
-from util.errors import UserError
+from datasets.transforms import Mix, Sample, Transform, size_after
 from util.nested_tensor import collate_fn
 from util.seeding import local_seed
-
-# Image, target and a function that gives a further one, drawn at random and untransformed, to image and target.
-Mix = Callable[[Tensor, Target, Callable[[], Sample]], Sample]
 
 
 def loader_options(num_workers: int) -> dict[str, Any]:
@@ -78,14 +73,6 @@ class ImageDataset(Dataset[Sample], ABC):
     def ground_truth(self) -> Annotations:
         """Return the annotations in COCO form that evaluation compares with."""
 
-    def keep_files(self, local_rank: int, local_size: int) -> None:
-        """Keep this process's share of the compressed files in memory (`--cache_mode`).
-
-        Raises:
-            UserError: the data set has no files.
-        """
-        raise UserError(f'--cache_mode keeps image files, and {type(self).__name__} has none: leave it out')
-
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -111,15 +98,11 @@ class ImageDataset(Dataset[Sample], ABC):
     def drawn_size(self, idx: int, epoch: int, original: Iterable[int]) -> tuple[int, int]:
         """Return the (height, width) that image `idx` will have in an epoch, given its `original` size.
 
-        The transforms act on an image without pixels, so nothing is read. Data sets that mix images do not support
-        this.
+        Nothing is read. Datasets that mix images do not support this.
         """
         assert self.transforms is not None
         with local_seed(self.seed, epoch, idx):
-            image = torch.empty(3, *map(int, original), dtype=torch.uint8, device='meta')
-            image, _ = self.transforms(image, None)
-        height, width = image.shape[-2:]
-        return height, width
+            return size_after(self.transforms, original)
 
     def random_item(self) -> Sample:
         """Return any image, untransformed, drawn from Python's `random`."""

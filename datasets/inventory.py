@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.annotations import Inventory
+from datasets.augmentations import build_augmentation
 from datasets.coco_json import Findings
 from datasets.image_dataset import ImageDataset
 from datasets.loaders import build_datasets
@@ -95,12 +96,12 @@ def warnings(datasets: Mapping[str, ImageDataset], args: Namespace, finest_strid
 def small_share(found: Inventory, args: Namespace, stride: int) -> float:
     """Return the share of objects with a side below the stride at the size of evaluation; 0 if sizes are not known."""
     known: np.ndarray = found.sizes.min(axis=1) > 0
-    if not known.any() or args.aug == 'lsj':
+    if not known.any():
         return 0.0
     short, long = np.sort(found.sizes[known], axis=1).T
-    longest = args.max_size or args.img_size * 1333 / 800
+    augmentation = build_augmentation(args)
     scale = np.zeros(len(known))
-    scale[known] = np.minimum(args.img_size / short, longest / long)
+    scale[known] = np.minimum(augmentation.img_size / short, augmentation.max_size / long)
     sides = found.boxes_xywh[:, 2:].min(axis=1) * np.repeat(scale, found.counts)
     small = np.logical_and(sides > 0, sides < stride)
     return float(small.sum() / max(np.repeat(known, found.counts).sum(), 1))

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.augmentations import build_augmentation, wants_masks
 from datasets.class_map import ClassMap
-from datasets.copy_paste import build_mix
 from datasets.image_dataset import ImageDataset, Mix
 from datasets.shape_scenes import KINDS, SPLITS, Scene, draw_scene, scene_size
-from datasets.transforms import Transform, transforms_of, wants_masks
+from datasets.transforms import Transform
 from util.bounds import whole
 from util.flags import FlagParser, run_command
 
@@ -142,13 +142,14 @@ def annotations_of(scene: Scene, image_id: int, first_id: int) -> list[dict]:
 
 def build(image_set: str, args: Namespace, class_map: ClassMap | None = None) -> ShapesDetection:
     """Build the split `image_set` ('train' or 'val') from the flags; its classes are always the same."""
-    mix = build_mix(image_set, args)
+    augmentation = build_augmentation(args)
+    mix = augmentation.mix(image_set, wants_masks(args))
     return ShapesDetection(
         num_images=args.shapes_train if image_set == 'train' else args.shapes_val,
         split=image_set,
         seed=args.seed,
         image_size=args.shapes_size,
-        transforms=transforms_of(image_set, args),
+        transforms=augmentation.transforms(image_set),
         return_masks=mix is not None or wants_masks(args),
         mix=mix,
     )

@@ -7,10 +7,8 @@ official order, so that a seed gives the official image. PIL images pass through
 1] and subtracts the mean on its device, because uint8 is a quarter of the traffic.
 """
 
-import argparse
-import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import PIL.Image
@@ -20,12 +18,12 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as F
 
 from util.box_ops import box_area, box_xyxy_to_cxcywh
-from util.config.flags import AUGMENTATIONS
-from util.errors import UserError
 
 Image = Tensor | PIL.Image.Image
 Target = dict[str, Tensor]
 Sample = tuple[Tensor, Target]
+# Changes an image and its target with further ones, which the function returns: drawn at random, not transformed.
+Mix = Callable[[Tensor, Target, Callable[[], Sample]], Sample]
 ImageT = TypeVar('ImageT', Tensor, Image)
 TargetT = TypeVar('TargetT', Target, Target | None)
 
@@ -39,14 +37,7 @@ class Transform(Protocol):
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-BASE_SIZE, BASE_MAX_SIZE = 800, 1333
-SCALE_STEP = 32  # pixels between two short sides of training
-BASE_SCALES = tuple(range(480, 801, SCALE_STEP))
-BASE_CROP_SCALES = (400, 500, 600)
-BASE_CROP_RANGE = (384, 600)
-LSJ_SIZE = 1024
 GREY = 114  # around images in a square (mmdetection)
-BASE_CROP_MAX_SIZE = 4200  # Co-DETR bounds the long side before its crop too
 
 # Fields with one entry per object. Keypoints are left alone, as in the official code.
 OBJECT_FIELDS = ('boxes', 'labels', 'area', 'iscrowd', 'masks')
@@ -319,6 +310,25 @@ class FitSquare:
         return image, target
 
 
+def size_after(transform: Transform, original: Iterable[int]) -> tuple[int, int]:
+    """Return the (height, width) that an image of the (height, width) `original` gets.
+
+    The transform acts on an image without pixels, and draws the random numbers that it would draw for the image.
+    """
+    image, _ = transform(torch.empty(3, *map(int, original), dtype=torch.uint8, device='meta'), None)
+    return image_size(image)
+
+
+class ImageOnly:
+    """A change of colours, such as a transform of torchvision.transforms.v2, that leaves the target alone."""
+
+    def __init__(self, change: Callable[[Any], Any]) -> None:
+        self.change = change
+
+    def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
+        return self.change(image), target
+
+
 class NormalizeBoxes:
     """Last step: uint8 tensor [3, H, W], and boxes as cxcywh relative to it. Area and size stay in pixels."""
 
@@ -331,77 +341,3 @@ class NormalizeBoxes:
         height, width = image_size(pixels)
         scale = torch.tensor([width, height, width, height], dtype=torch.float32)
         return pixels, {**target, 'boxes': box_xyxy_to_cxcywh(target['boxes']) / scale}
-
-
-def make_transforms(
-    image_set: str,
-    img_size: int = BASE_SIZE,
-    max_size: int | None = None,
-    aug: str = 'detr',
-    lsj_size: int = LSJ_SIZE,
-    train_scales: Sequence[int] | None = None,
-    train_max_size: int | None = None,
-) -> Compose:
-    """Make the official recipe; another img_size scales all its numbers by img_size / 800.
-
-    Args:
-        max_size: bound of the long side; by default 1333, scaled too.
-        aug: 'none' trains on the evaluation transform, 'flip' adds a random flip. 'co_detr' is the recipe by
-            mmdetection's rules: `rescale` in training and evaluation, and crops whose height is drawn first. 'lsj'
-            fits images into squares of lsj_size pixels for evaluation; in training
-            datasets.copy_paste.LargeScaleJitter has made squares already.
-        train_scales: smallest and largest short side of training, in steps of 32; the other numbers of training are then
-            those of the recipe, whatever img_size is.
-        train_max_size: bound of the long side in training; by default max_size.
-    """
-    if image_set not in ('train', 'val'):
-        raise ValueError(f'image_set {image_set!r} has no transform: choose train or val')
-    if aug not in AUGMENTATIONS:
-        raise UserError(f'--aug {aug!r} is not known: choose one of {", ".join(AUGMENTATIONS)}')
-    if img_size < 1:
-        raise UserError(
-            f'--img_size {img_size} is not an image size: choose a positive number, for example 800'
-        )
-    if aug == 'lsj':
-        return Compose(
-            [NormalizeBoxes()] if image_set == 'train' else [FitSquare(lsj_size), NormalizeBoxes()]
-        )
-    max_size = max_size or scaled(BASE_MAX_SIZE, img_size)
-    size_crop: type[RandomSizeCrop] = RandomSizeCrop
-    crop_max_size: int | None = None
-    rule: Callable[..., Any] = resize
-    if aug == 'co_detr':
-        size_crop, crop_max_size, rule = HeightFirstSizeCrop, scaled(BASE_CROP_MAX_SIZE, img_size), rescale
-    if image_set == 'val' or aug in ('flip', 'none'):
-        flip = [RandomHorizontalFlip()] if image_set == 'train' and aug == 'flip' else []
-        return Compose([*flip, RandomResize([img_size], max_size, rule), NormalizeBoxes()])
-    scales = [scaled(size, img_size) for size in BASE_SCALES]
-    if train_scales:
-        scales, img_size = list(range(train_scales[0], train_scales[1] + 1, SCALE_STEP)), BASE_SIZE
-        crop_max_size = BASE_CROP_MAX_SIZE if aug == 'co_detr' else None
-    final = RandomResize(scales, train_max_size or max_size, rule)
-    zoomed: list[Transform] = [
-        RandomResize([scaled(size, img_size) for size in BASE_CROP_SCALES], crop_max_size, rule),
-        size_crop(*(scaled(size, img_size) for size in BASE_CROP_RANGE)),
-        final,
-    ]
-    return Compose([RandomHorizontalFlip(), RandomSelect(final, Compose(zoomed)), NormalizeBoxes()])
-
-
-def wants_masks(args: argparse.Namespace) -> bool:
-    """Tell whether the model of these arguments, or of a checkpoint's, learns masks."""
-    return any(getattr(args, name, False) for name in ('masks', 'co_masks', 'co_rcnn_masks'))
-
-
-def transforms_of(image_set: str, args: argparse.Namespace) -> Compose:
-    """Make the recipe of the arguments, or of a checkpoint's."""
-    lsj_size = getattr(args, 'lsj_size', LSJ_SIZE)  # older checkpoints have none
-    scales, train_max_size = (getattr(args, name, None) for name in ('train_scales', 'train_max_size'))
-    return make_transforms(
-        image_set, args.img_size, args.max_size, args.aug, lsj_size, scales, train_max_size
-    )
-
-
-def scaled(size: int, img_size: int) -> int:
-    """Scale a size of the 800-pixel recipe to img_size: at least one pixel, rounded half upwards."""
-    return max(1, math.floor(size * img_size / BASE_SIZE + 0.5))

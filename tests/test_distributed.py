@@ -204,7 +204,7 @@ FROZEN = [
     '0',
     '--aug',
     'lsj',
-    '--lsj_size',
+    '--img_size',
     '64',
     '--sgd',
     '--lr',

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 import engine
+from datasets.augmentations import AUGMENTATIONS
 from datasets.copy_paste import LargeScaleJitter
 from datasets.loaders import worst_batch
 from datasets.samplers import EvalBatches, SizeBatches
 from datasets.shapes import ShapesDetection
-from datasets.transforms import make_transforms
 from models import build_model
 from tests.models import SMALLER, TRICKS
 from tests.runs import assert_same, load, run
@@ -37,7 +37,7 @@ from util.weight_files import read_checkpoint
 
 def shapes(number: int, aug: str = 'detr') -> ShapesDetection:
     data = ShapesDetection(number, image_size=96)
-    data.transforms = make_transforms('train', 96, None, aug)
+    data.transforms = AUGMENTATIONS[aug](96).transforms('train')
     return data
 
 
@@ -368,9 +368,8 @@ def test_a_run_in_16_bits_resumes(tmp_path: Path, amp: str) -> None:
     ('flags', 'message'),
     [
         ('--eval --no_validate --resume x.pth', '--eval evaluates, --no_validate does not'),
-        ('--bucket_sizes --group_aspect_ratio', 'in another way than --group_aspect_ratio'),
-        ('--bucket_sizes --train_shards x', 'in another way than --train_shards'),
-        ('--bucket_sizes --aug lsj', 'in another way than --aug lsj'),
+        ('--batches size --dataset_file coco --train_shards x', '--train_shards streams them'),
+        ('--batches size --aug lsj', 'this --aug mixes them'),
         ('--ema 1', '--ema must be less than 1, not 1'),
         ('--fsdp', '--fsdp shares a model among processes, and there is one'),
         ('--keep_checkpoints 0', '--keep_checkpoints must be at least 1'),

@@ -152,8 +152,8 @@ OFFICIAL = {
 
 HEADS, PLAIN, JITTER = (
     '--co_aux_heads faster_rcnn atss',
-    '--aug co_detr --group_aspect_ratio',
-    '--aug lsj --lsj_size',
+    '--aug co_detr --batches aspect',
+    '--aug lsj --img_size',
 )
 DINO = f'--dino --num_feature_levels 5 --num_queries 900 --dn_number 100 {HEADS} --class_ids contiguous'
 CO = f'{BASE} {TRICKS} {HEADS} --class_ids contiguous {PLAIN}'
@@ -208,9 +208,7 @@ def flags_of(script: Path, *more: str) -> list[str]:
 
 
 # What recipes of the same model differ in.
-SCHEDULE = dict.fromkeys(
-    ('epochs', 'lr_drop', 'weight_decay', 'aug', 'lsj_size', 'group_aspect_ratio', 'output_dir')
-)
+SCHEDULE = dict.fromkeys(('epochs', 'lr_drop', 'weight_decay', 'aug', 'img_size', 'batches', 'output_dir'))
 SCHEDULE['drop_path_rate'] = 0.2
 
 

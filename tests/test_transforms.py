@@ -3,6 +3,7 @@
 import math
 import random
 import zlib
+from argparse import Namespace
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms import functional as classic
 
 from datasets import transforms as T
+from datasets.augmentations import DETRAugmentation, NoAugmentation, build_augmentation
 from tests.shared_data import assert_target_equals, needs_shared, read_shared, rule_image
 
 RECORDED = read_shared('parity/transforms/transforms.json')
@@ -32,7 +34,10 @@ def transform_of(name: str, call: dict) -> tuple[Callable, tuple]:
         return T.center_crop, (call['size_height_width'],)
     if name.startswith('crop'):
         return T.crop, (call['region_top_left_height_width'],)
-    return {'to_tensor_normalize': T.NormalizeBoxes(), 'eval_transform': T.make_transforms('val')}[name], ()
+    return {
+        'to_tensor_normalize': T.NormalizeBoxes(),
+        'eval_transform': DETRAugmentation().transforms('val'),
+    }[name], ()
 
 
 def recorded_image() -> Tensor:
@@ -114,7 +119,7 @@ def test_training_recipe_draws_and_numbers_are_official(run: dict, kind: str) ->
     image = recorded_image() if kind == 'tensor' else PIL.Image.fromarray(rule_image('pil0', 150, 200))
     random.seed(run['seed'])
     torch.manual_seed(run['seed'])
-    image, target = T.make_transforms('train')(image, recorded_target(run['target']))
+    image, target = DETRAugmentation().transforms('train')(image, recorded_target(run['target']))
     assert_image(image, run['picture'])
     if kind == 'pillow':
         assert_bytes_of_pillow(image, run['picture'])
@@ -157,8 +162,8 @@ TRANSFORMS = {
     'resize': T.RandomResize([30, 90], 100),
     'size_crop': T.RandomSizeCrop(20, 50),
     'normalize': T.NormalizeBoxes(),
-    'train': T.make_transforms('train', img_size=64),
-    'val': T.make_transforms('val', img_size=64),
+    'train': DETRAugmentation(64).transforms('train'),
+    'val': DETRAugmentation(64).transforms('val'),
 }
 
 
@@ -207,7 +212,7 @@ def test_memory_layout_does_not_change_pixels() -> None:
 
 
 def test_another_img_size_scales_the_whole_recipe() -> None:
-    recipe = T.make_transforms('train', img_size=200)
+    recipe = DETRAugmentation(200).transforms('train')
     _, select, _ = recipe.transforms
     first, size_crop, last = select.second.transforms
     assert first.sizes == [100, 125, 150]
@@ -220,21 +225,21 @@ def test_another_img_size_scales_the_whole_recipe() -> None:
 def test_crops_fit_at_every_img_size(img_size: int) -> None:
     for seed in range(6):
         random.seed(seed)
-        image, target = T.make_transforms('train', img_size=img_size)(*make_sample())
+        image, target = DETRAugmentation(img_size).transforms('train')(*make_sample())
         assert list(image.shape[1:]) == target['size'].tolist()
 
 
 def test_training_without_augmentation_is_the_evaluation_transform() -> None:
-    image, target = T.make_transforms('train', img_size=64, aug='none')(*make_sample())
-    expected, expected_target = T.make_transforms('val', img_size=64)(*make_sample())
+    image, target = NoAugmentation(64).transforms('train')(*make_sample())
+    expected, expected_target = DETRAugmentation(64).transforms('val')(*make_sample())
     assert torch.equal(image, expected)
     assert all(torch.equal(target[key], expected_target[key]) for key in target)
 
 
-@pytest.mark.parametrize('arguments', [('test',), ('train', 800, None, 'strong'), ('val', 0)])
-def test_unknown_recipes_are_refused(arguments: tuple) -> None:
+@pytest.mark.parametrize('flags', [{'aug': 'strong'}, {'img_size': 0}])
+def test_unknown_augmentations_and_sizes_are_refused(flags: dict) -> None:
     with pytest.raises(ValueError, match='choose'):
-        T.make_transforms(*arguments)
+        build_augmentation(Namespace(**flags))
 
 
 def test_float_images_are_refused() -> None:

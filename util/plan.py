@@ -97,9 +97,13 @@ def print_dry_run(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     num_images: int,
+    sizes: tuple[tuple[int, int], tuple[int, int]],
     notes: dict[str, str],
 ) -> None:
-    """Print what a run would need: parameters, operations, memory, learning rates and steps. notes: further rows."""
+    """Print what a run would need: parameters, operations, memory, learning rates and steps.
+
+    sizes: (height, width) of an image of FLOPS_SIZE in evaluation, and of the largest one in training. notes: further rows.
+    """
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     batch = args.batch_size * args.accum_steps * get_world_size()
@@ -123,8 +127,8 @@ def print_dry_run(
         'family': chosen_by(args),
         'model': f'{args.family}, {args.backbone}, {sum(queries.values())} learned queries in training',
         'parameters': f'{total:,}, {trained:,} trainable',
-        'FLOPs': if_known(lambda: published_flops_text(args, model)),
-        'memory': if_known(lambda: memory_text(args, model)),
+        'FLOPs': if_known(lambda: published_flops_text(model, sizes[0])),
+        'memory': if_known(lambda: memory_text(args, model, sizes[1])),
         'groups': '; '.join(groups),
         'batch': f'{batch} images a step ({args.batch_size} x {args.accum_steps} accumulated x {get_world_size()} '
         'processes)',
@@ -134,23 +138,16 @@ def print_dry_run(
     print('\n'.join(f'{name:>14}  {text}' for name, text in rows.items()), flush=True)
 
 
-def published_flops_text(args: Settled, model: nn.Module) -> str:
-    """Describe the operations for the image that published tables count, at the size that is asked for."""
-    scale = args.img_size / FLOPS_SIZE[0]
-    height, width = (
-        (args.lsj_size,) * 2 if args.aug == 'lsj' else (round(side * scale) for side in FLOPS_SIZE)
-    )
+def published_flops_text(model: nn.Module, size: tuple[int, int]) -> str:
+    """Describe the operations for the image that published tables count, at its (height, width) in evaluation."""
+    height, width = size
     flops = count_flops(model, height, width) / 2e9
     return f'{flops:.4g} G multiply-adds for one image of {height} x {width} at evaluation, as published tables count them'
 
 
-def memory_text(args: Settled, model: nn.Module) -> str:
-    """Describe the memory of a training step with the largest images."""
-    if args.aug == 'lsj':
-        height = width = args.lsj_size
-    else:
-        height = args.train_scales[1] if args.train_scales else args.img_size
-        width = args.train_max_size or args.max_size or round(args.img_size * 1333 / 800)
+def memory_text(args: Settled, model: nn.Module, size: tuple[int, int]) -> str:
+    """Describe the memory of a training step with the largest images, of this (height, width)."""
+    height, width = size
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     moments = 1 if args.sgd else 2

@@ -180,8 +180,8 @@ def restore(run: Run, checkpoint: dict) -> tuple[int, EpochState]:
     """Restore everything but the model's own weights, which are loaded already.
 
     Files that hold weights only (official ones) start at epoch 0. The number of ranks may change: images that were
-    seen are not seen again, if a step has as many as before. This does not hold for streams, --cache_mode and
-    --group_aspect_ratio, whose order depends on the ranks.
+    seen are not seen again, if a step has as many as before. This does not hold for streams and --batches
+    aspect, whose order depends on the ranks.
 
     Returns:
         The epoch to go on with, and the progress within it.

@@ -24,10 +24,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datasets.annotations import Columns
+from datasets.augmentations import build_augmentation, wants_masks
 from datasets.class_map import ClassMap, names_by_id
 from datasets.coco import Objects, Reading, check_size, kept_by, make_target, reading_of
 from datasets.coco_json import Annotations, check_categories, read_annotations
-from datasets.copy_paste import build_mix
 from datasets.image_dataset import ImageDataset, Mix, loader_options
 from datasets.image_io import decode_file
 from datasets.samplers import EvalBatches
@@ -40,7 +40,7 @@ from datasets.streaming.index import (
     read_index,
     read_samples,
 )
-from datasets.transforms import Sample, Transform, transforms_of, wants_masks
+from datasets.transforms import Sample, Transform
 from util.distributed.collectives import get_rank, get_world_size
 from util.errors import UserError
 from util.seeding import mixed
@@ -328,10 +328,11 @@ class ShardStream(IterableDataset):
 
 def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> ShardedCoco:
     """Build the 'train' or 'val' part from --train_shards or --val_shards."""
-    mix = build_mix(image_set, args)
+    augmentation = build_augmentation(args)
+    mix = augmentation.mix(image_set, wants_masks(args))
     return ShardedCoco(
         getattr(args, f'{image_set}_shards'),
-        transforms=transforms_of(image_set, args),
+        transforms=augmentation.transforms(image_set),
         class_map=class_map,
         return_masks=True if wants_masks(args) else None if mix else False,
         seed=args.seed,

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms import functional as classic
 
+from datasets.augmentations import DETRAugmentation
 from datasets.image_io import open_image, read_image, stored_size
-from datasets.transforms import MEAN, STD, Compose, Target, make_transforms
+from datasets.transforms import MEAN, STD, Compose, Target
 from tools.benchmarks.shards import report_shards
 from util.seeding import local_seed
 
@@ -44,7 +45,7 @@ def benchmark_data(args: argparse.Namespace) -> None:
         paths = paths[: args.num_images]
         print(f'{len(paths)} JPEG images, one thread, {args.rounds} rounds of each contender in turn')
         for image_set, name in (('val', 'evaluation, 800/1333'), ('train', 'training, same seeds')):
-            samples = [(path, make_target(path), make_transforms(image_set)) for path in paths]
+            samples = [(path, make_target(path), DETRAugmentation().transforms(image_set)) for path in paths]
             print(
                 f'\n{name}: largest pixel difference {check_agreement(samples, args.seed):.2f}/255, boxes equal'
             )

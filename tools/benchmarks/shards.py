@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from datasets.augmentations import DETRAugmentation
 from datasets.coco import CocoDetection
 from datasets.image_io import stored_size
 from datasets.streaming.index import import_webdataset
 from datasets.streaming.shards import ShardedCoco, ShardStream
-from datasets.transforms import make_transforms
 from tools.make_shards import get_args_parser, make_shards
 from util.errors import UserError
 
@@ -31,7 +31,7 @@ def report_shards(root: Path, paths: list[Path], folder: Path, args: argparse.Na
     annotations.write_text(json.dumps(coco_form(root, paths)))
     words = ['--images', str(root), '--ann', str(annotations), '--output', str(place), '--shard_size', '1000']
     make_shards(get_args_parser().parse_args(words))
-    transforms = make_transforms('train')
+    transforms = DETRAugmentation().transforms('train')
     files = CocoDetection(root, annotations, transforms, seed=args.seed)
     shards = ShardedCoco(str(place), transforms, seed=args.seed)
     stream = ShardStream(shards, 1, True, 0, 1)

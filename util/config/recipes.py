@@ -21,7 +21,7 @@ from util.flags import ParsedFlags, given_of
 from .declare import NETWORK
 from .flags import FLAGS
 from .parser import make_parser
-from .recorded import SOURCES, adopt
+from .recorded import SOURCES, adopt, current
 
 SCRIPTS = Path(__file__).resolve().parents[2] / 'scripts'
 CALL = 'recipe '
@@ -111,6 +111,7 @@ def with_config(args: Namespace, file: str | Path) -> ParsedFlags:
             values = {
                 name: value for name, value in values.items() if name in FLAGS and not FLAGS[name].launch
             }
+        values = current(values)
         unknown = [name for name in values if name not in FLAGS]
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
@@ -185,7 +186,7 @@ class Row:
     def network(self) -> str:
         """Flags of the network and its classes, as text: equal for rows of equal networks."""
         flags = self.recipe.flags
-        others = ('masks', 'co_masks', 'lsj_size')  # they change parameters or operations too
+        others = ('masks', 'co_masks', 'img_size')  # they change parameters or operations too
         given = sorted(name for name in flags.given if FLAGS[name].kind == NETWORK or name in others)
         return repr([*((name, getattr(flags, name)) for name in given), self.classes])
 

@@ -7,7 +7,7 @@ flags tell.
 
 import json
 from argparse import Namespace
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from typing import Any
 
 from util.errors import UserError
@@ -35,10 +35,29 @@ VIEW = (
     'img_size',
     'max_size',
     'aug',
-    'lsj_size',
     'class_ids',
     'batch_size',
 )  # how images and classes reach the model
+
+
+def old_size_of_squares(value: Any, flags: Mapping) -> dict:
+    return {'img_size': value} if flags.get('aug') == 'lsj' else {}
+
+
+# Flags that older records have and this program has not: what they are now, from their value and the other flags.
+OLD: dict[str, Callable[[Any, Mapping], dict]] = {
+    'lsj_size': old_size_of_squares,
+    'group_aspect_ratio': lambda value, flags: {'batches': 'aspect'} if value else {},
+    'bucket_sizes': lambda value, flags: {'batches': 'size'} if value else {},
+}
+
+
+def current(recorded: Mapping) -> dict:
+    """Return the flags of a record with those of `OLD` under their names and values of today."""
+    flags = {name: value for name, value in recorded.items() if name not in OLD}
+    for name in OLD.keys() & recorded.keys():
+        flags |= OLD[name](recorded[name], recorded)
+    return flags
 
 
 class NetworkFlags(dict):

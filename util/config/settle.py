@@ -185,16 +185,6 @@ def deformable(a: Namespace) -> bool:
     return a.family == 'deformable'
 
 
-def other_batches(a: Namespace) -> str:
-    others = {
-        'group_aspect_ratio': a.group_aspect_ratio,
-        'cache_mode': a.cache_mode,
-        'train_shards': a.train_shards,
-        'aug lsj': a.aug == 'lsj',
-    }
-    return next((name for name, given in others.items() if given and a.bucket_sizes), '')
-
-
 # A rule returns what is wrong, or something false.
 RULES: dict[str, list[Callable[[Namespace], object]]] = {
     NETWORK: [
@@ -250,21 +240,16 @@ RULES: dict[str, list[Callable[[Namespace], object]]] = {
         and f'--train_scales and --train_max_size are not for --aug {a.aug}, which scales otherwise: leave them out',
         lambda a: (a.repeat_threshold and (a.dataset_file == 'shapes' or a.train_shards))
         and '--repeat_threshold needs image files in COCO form or LVIS: leave it out',
-        lambda a: (a.cache_mode and a.dataset_file == 'shapes')
-        and '--cache_mode keeps image files; built-in images have none: leave it out',
         lambda a: (a.dataset_file == 'shapes' and any((a.coco_path, a.train_images, a.train_ann, a.val_images, a.val_ann)))
         and '--dataset_file shapes reads no files: leave --coco_path and the other paths out',
         lambda a: (a.dataset_file in ('voc', 'yolo') and any((a.train_images, a.train_ann, a.val_images, a.val_ann)))
         and f'--dataset_file {a.dataset_file} is one folder: give --coco_path instead of images and annotations',
-        lambda a: (other := other_batches(a)) and f'--bucket_sizes makes batches in another way than --{other}: leave one out',
         lambda a: ((a.train_shards or a.val_shards) and a.dataset_file != 'coco')
         and f'--train_shards and --val_shards hold data in COCO form: leave --dataset_file {a.dataset_file} out',
         lambda a: ((a.train_shards and not a.eval and (a.train_images or a.train_ann)) or (a.val_shards and (a.val_images or a.val_ann)))
         and 'shards, and images or annotations, name the same images twice: give one of them',
-        lambda a: (a.cache_mode and (a.val_shards or (a.train_shards and not a.eval)))
-        and '--cache_mode keeps image files, and shards have none: leave it out',
-        lambda a: (a.group_aspect_ratio and a.train_shards and not a.eval)
-        and '--group_aspect_ratio chooses images for a batch, and --train_shards streams them: leave it out',
+        lambda a: (a.batches != 'random' and a.train_shards and not a.eval)
+        and f'--batches {a.batches} chooses the images of a batch, and --train_shards streams them: leave it out',
     ],
     RUN: [
         lambda a: (a.eval and not (a.resume or a.pretrained))
@@ -293,7 +278,7 @@ RULES: dict[str, list[Callable[[Namespace], object]]] = {
 }  # fmt: skip
 
 
-def check_processes(args: Namespace, world_size: int, local_size: int) -> int:
+def check_processes(args: Namespace, world_size: int) -> int:
     """Return the batches of an optimizer step, from --total_batch_size and what is known only when the processes run.
 
     Raises:
@@ -302,10 +287,6 @@ def check_processes(args: Namespace, world_size: int, local_size: int) -> int:
     if args.fsdp and world_size == 1:
         raise UserError(
             '--fsdp shares a model among processes, and there is one: start several, or leave it out'
-        )
-    if args.cache_mode and args.aug == 'lsj' and local_size > 1:
-        raise UserError(
-            '--aug lsj mixes any two images, but with --cache_mode a process keeps only its share: leave one out'
         )
     if args.total_batch_size is None or args.eval:
         return args.accum_steps
