@@ -9,49 +9,36 @@ Train and evaluate detectors.
 
 from util.config.parser import make_parser
 
-# Before PyTorch is imported, which takes seconds: --help and mistyped flags are answered at once.
+# PyTorch takes seconds to import: --help and mistyped flags are answered before.
 if __name__ == '__main__':
     make_parser(__doc__).parse_args()
 
 import json
 import time
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
-from datasets.augmentations import build_augmentation
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.coco_eval import LVIS_NAMES, STAT_NAMES, CocoEvaluator, Summary, record_of, tables
 from datasets.inventory import check_data, print_inventory
 from datasets.loaders import begin_epoch, build_datasets, build_loader, check_steps, worst_batch
-from engine import (
-    build_scheduler,
-    describe_rates,
-    draw_predictions,
-    evaluate,
-    optimizer_of,
-    rates_at,
-    rehearse,
-    train_one_epoch,
-)
+from engine import evaluate, sample_detections, train_one_epoch, try_largest_batch
 from models import build_model, check_backbone, level_strides
 from models.detector import class_map_of, shared_classes
-from models.ops.functions import describe as describe_kernels
 from models.parts import all_parts, compile_parts
 from models.segmentation import freeze_all_but_masks
 from models.structures import Prediction
+from models.summary import plan_notes, print_dry_run, print_plan, training_images
 from models.training import coefficients
-from models.training.report import statistics_text, supervision_table
-from util.black_box import BlackBox
+from models.training.report import statistics_text
 from util.checkpoint import check_frozen, flags_of_run, load_checkpoint
 from util.config.declare import RUN
 from util.config.recipes import with_named_flags
-from util.config.recorded import adopt, as_json, changes_text, data_of
+from util.config.recorded import adopt, changes_text, data_of
 from util.config.settle import EVERYTHING, Settled, check_processes, settle
 from util.distributed.collectives import (
     all_gather_object,
@@ -67,36 +54,20 @@ from util.distributed.collectives import (
 from util.distributed.heartbeat import Heartbeat
 from util.distributed.parallel import broadcast_from_main, replicate, shard
 from util.distributed.preemption import Interrupted, StopRequests, was_restarted
-from util.ema import WeightAverage
 from util.errors import FileError, UserError
-from util.files import (
-    code_checksum,
-    lock_folder,
-    make_folder,
-    or_warn,
-    remove_partial_files,
-    save_atomically,
-    unlock,
-)
+from util.files import code_checksum, or_warn, save_atomically
 from util.flags import HTTP_ALLOWED, FlagParser, given_of, run_command
-from util.logger import RunLog, format_time, print_main
-from util.plan import COCO_TRAIN_IMAGES, FLOPS_SIZE, LVIS_TRAIN_IMAGES, flops_text, print_dry_run, print_plan
+from util.logger import format_time, print_main
+from util.optim import Schedule, WeightAverage, build_optimizer
 from util.precision import Precision, avoid_plans_per_shape, set_tf32
+from util.run import Run, find_checkpoint, only_run_of
 from util.run_entries import check_entries
-from util.run_state import (
-    EpochState,
-    Run,
-    find_checkpoint,
-    keep_copy,
-    keep_numbered,
-    restore,
-    save,
-    set_step,
-)
 from util.seeding import seed_everything
-from util.trackers import Tracker, check_trackers, trackers_of
-from util.visualize import plot_curves
+from util.trackers import check_trackers
+from util.visualize import contact_sheet, plot_curves
 from util.weight_files import read_checkpoint
+
+DRAWN_SCORE = 0.3  # focal losses keep scores low
 
 
 def get_args_parser() -> FlagParser:
@@ -120,15 +91,15 @@ def main(args: Namespace) -> None:
     init_distributed(device, args.dist_url)
     heartbeat, stops = Heartbeat(), StopRequests(device)
     try:
-        with one_run_a_folder(args):
+        with only_run_of('' if args.eval else args.output_dir):
             args, checkpoint, datasets = read_data(args)
             set_tf32(args.tf32)
             heartbeat.start()  # not before: while a large annotation file is read, no other thread runs
-            run, first_epoch, state = set_up(args, device, stops, checkpoint, datasets)
+            run = build_run(args, checkpoint, datasets, device, stops)
             if args.eval:
                 evaluate_alone(run)
             else:
-                train(run, first_epoch, state, checkpoint)
+                train(run)
     except Interrupted as stop:
         heartbeat.stop()
         stops.leave(*stop.args)
@@ -151,7 +122,11 @@ def configure(args: Namespace, restarted: bool = False) -> tuple[Settled, dict]:
     """
     given = given_of(args)
     settle(args, (RUN,))  # what is wrong already, before a large file is read
-    found, source = find_checkpoint(args, restarted)
+    looks_only = args.dry_run or args.check_data
+    found = '' if args.resume == 'auto' else args.resume
+    if args.output_dir and not looks_only:
+        found = find_checkpoint(args.output_dir, args.resume, args.eval, restarted)
+    source = found or args.pretrained or args.frozen_weights or ''
     if args.dry_run and not Path(source).is_file():
         source = ''  # nothing is fetched
     checkpoint = read_checkpoint(source) if source else {}
@@ -166,30 +141,11 @@ def configure(args: Namespace, restarted: bool = False) -> tuple[Settled, dict]:
         if args.eval and 'class_map' in checkpoint:  # a run of this program
             args = Namespace(**vars(args) | data_of(args, given, recorded))
     settled = settle(args, EVERYTHING)
-    check_trackers(settled)
+    check_trackers(settled.output_dir, vars(settled))
     settled = settled.but(accum_steps=check_processes(settled, get_world_size()))
     if resume and (text := changes_text(settled, recorded)):
         print_main(f'{settled.resume} goes on with other flags: {text}')
     return settled, checkpoint
-
-
-@contextmanager
-def one_run_a_folder(args: Namespace) -> Iterator[None]:
-    """Lock --output_dir for this run.
-
-    Raises:
-        UserError: another run holds it.
-    """
-    with fail_together():
-        lock = None
-        if args.output_dir and not args.eval and is_main_process():
-            make_folder(args.output_dir)
-            lock = lock_folder(args.output_dir)
-            remove_partial_files(args.output_dir)
-    try:
-        yield
-    finally:
-        unlock(lock)
 
 
 def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
@@ -221,25 +177,27 @@ def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
     return args, checkpoint, datasets
 
 
-def set_up(
-    args: Settled, device: torch.device, stops: StopRequests, checkpoint: dict, datasets: dict[str, Dataset]
-) -> tuple[Run, int, EpochState]:
-    """Build everything that a run needs; return it, the epoch to begin with, and how far that epoch has come."""
+def facts_of(args: Namespace) -> dict[str, object]:
+    """Return what all processes must agree on before they begin."""
+    own = ('device', 'num_workers')
+    facts = {f'--{flag}': value for flag, value in vars(args).items() if flag not in own}
+    return facts | {'PyTorch': torch.__version__, 'the code': code_checksum(Path(__file__).parent)}
+
+
+def build_run(
+    args: Settled, checkpoint: dict, datasets: dict[str, Dataset], device: torch.device, stops: StopRequests
+) -> Run:
+    """Build everything that a run needs, with the weights and the progress of a checkpoint ({}: none)."""
     model, criterion, postprocessors = build_model(args)
+    resume = bool(args.resume) and not args.eval
     if checkpoint:
-        name, fresh = args.resume or args.pretrained or args.frozen_weights, not (args.resume or args.eval)
-        shared = shared_classes(checkpoint, list(datasets.values())[-1].class_map) if fresh else None
-        resume = bool(args.resume) and not args.eval
-        report = load_checkpoint(model, checkpoint, resize=fresh, resume=resume, name=name, classes=shared)
-        print_main(f'{name}: {report}')
-        if args.frozen_weights and not (args.resume or args.eval):
-            check_frozen(report)
+        load_weights(model, args, checkpoint, list(datasets.values())[-1].class_map)
     if args.frozen_weights:
         freeze_all_but_masks(model)
     model.to(device)
     broadcast_from_main([*model.parameters(), *model.buffers()])
     average = WeightAverage(model, args.ema, args.ema_warmup) if args.ema and not args.eval else None
-    flops = flops_text(model, list(datasets.values())[-1]) if is_main_process() else ''
+    notes = plan_notes(args, model, criterion, datasets) if is_main_process() else {}
     if args.compile:
         compile_parts(model)
     if args.fsdp:
@@ -251,150 +209,97 @@ def set_up(
     if not args.eval:
         check_steps(loaders['train'], len(datasets['train']), args.batch_size, args.accum_steps)
     precision = Precision(args.amp, device)
-    if not args.eval and (
-        device.type == 'cuda' if args.worst_batch_first is None else args.worst_batch_first
-    ):
+    try_first = device.type == 'cuda' if args.worst_batch_first is None else args.worst_batch_first
+    if try_first and not args.eval:
         worst = worst_batch(datasets['train'], args.batch_size, args.batches == 'size')
-        rehearse(model, criterion, precision, args.batch_size, *worst)
-    optimizer = optimizer_of(model, args)
+        try_largest_batch(model, criterion, precision, args.batch_size, *worst)
     steps_per_epoch = 1 if args.eval else len(loaders['train']) // args.accum_steps
-    scheduler = build_scheduler(optimizer, args, steps_per_epoch)
+    schedule = build_schedule(args, model, steps_per_epoch)
     if get_world_size() > 1 and not args.fsdp:
         model = replicate(model, [Prediction], args.accum_steps)
-    run = Run(
-        args=args,
-        model=model,
-        criterion=criterion,
-        postprocessors=postprocessors,
-        datasets=datasets,
-        loaders=loaders,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        precision=precision,
-        average=average,
-        stops=stops,
-    )
-    first_epoch, state = restore(run, checkpoint) if args.resume and not args.eval else (0, EpochState())
+    parts = model, criterion, postprocessors, datasets, loaders, schedule, precision, stops
+    run = Run(args, *parts, average)
+    if resume:
+        run.restore(checkpoint)
     if is_main_process():
-        notes = {'FLOPs': flops} | plan_notes(run, device)
-        print_plan(args, run.bare_model, datasets, loaders, describe_rates(args, scheduler), notes)
-    return run, first_epoch, state
+        print_plan(args, run.bare_model, datasets, schedule, notes)
+    return run
 
 
-def facts_of(args: Namespace) -> dict[str, object]:
-    """Return what all processes must agree on before they begin."""
-    own = ('device', 'num_workers')
-    facts = {f'--{flag}': value for flag, value in vars(args).items() if flag not in own}
-    return facts | {'PyTorch': torch.__version__, 'the code': code_checksum(Path(__file__).parent)}
+def load_weights(model: nn.Module, args: Settled, checkpoint: dict, class_map: ClassMap) -> None:
+    """Load a checkpoint; where a new run begins, its class heads keep the classes that both have."""
+    name, resume = args.resume or args.pretrained or args.frozen_weights, bool(args.resume) and not args.eval
+    fresh = not (args.resume or args.eval)
+    classes = shared_classes(checkpoint, class_map) if fresh else None
+    report = load_checkpoint(model, checkpoint, resize=fresh, resume=resume, name=name, classes=classes)
+    print_main(f'{name}: {report}')
+    if args.frozen_weights and fresh:
+        check_frozen(report)
 
 
-def plan_notes(run: Run, device: torch.device) -> dict[str, str]:
+def build_schedule(args: Settled, model: nn.Module, steps_per_epoch: int) -> Schedule:
+    """Build the optimizer and its learning rates."""
+    optimizer = build_optimizer(
+        model,
+        lr=args.lr,
+        lr_backbone=args.lr_backbone,
+        weight_decay=args.weight_decay,
+        backbone_names=args.lr_backbone_names,
+        slow_names=args.lr_linear_proj_names,
+        slow_factor=args.lr_linear_proj_mult,
+        optimizer='sgd' if args.sgd else 'adamw',
+        layer_decay=args.lr_layer_decay,
+    )
+    drops, warmup = args.lr_drop_epochs or (), (args.warmup_steps, args.warmup_start)
+    return Schedule(optimizer, args.lr_schedule, args.epochs, args.lr_drop, drops, *warmup, steps_per_epoch)
+
+
+def train(run: Run) -> None:
+    """Run the epochs that are left."""
     args = run.args
-    notes = {'kernels': describe_kernels(device.type)} if args.family == 'deformable' else {}
-    if not args.eval:
-        if run.datasets['train'].mix is not None and not run.datasets['train'].return_masks:
-            notes['copy-paste'] = 'none, since there are objects without a segmentation'
-        notes['supervision'] = supervision_table(
-            run.criterion.table, run.bare_model.num_queries, run.criterion.weight_dict
-        )
-    return notes
-
-
-def train(run: Run, first_epoch: int, state: EpochState, checkpoint: dict) -> None:
-    """Run the epoch loop.
-
-    Args:
-        state: how far the first epoch has come.
-        checkpoint: the resumed checkpoint, {} for a new run.
-    """
-    args, folder = run.args, Path(run.args.output_dir) if run.args.output_dir else None
-    log = RunLog(folder, first_epoch) if folder else None
-    trackers = trackers_of(folder, args) if folder and is_main_process() else []
-    if log and first_epoch > 0 and 'metrics' in checkpoint and not log.has_epoch(first_epoch):
-        # The run stopped between saving this epoch and logging it, or goes on in another folder.
-        if Path(args.resume).resolve() != (folder / 'checkpoint.pth').resolve():
-            save(run, folder, first_epoch - 1, checkpoint['metrics'])
-        keep_numbered(run, folder, first_epoch - 1)
-        finish_epoch(run, first_epoch - 1, checkpoint['metrics'], log, trackers)
-    if first_epoch >= args.epochs:
+    if run.open_logs():
+        finish_epoch(run, run.metrics)
+    if run.epoch >= args.epochs:
         print_main(f'all {args.epochs} epochs are done; raise --epochs to train longer')
-    if state.step:
-        print_main(f'epoch {first_epoch + 1} goes on after step {state.step} of {run.steps_an_epoch}')
-    if folder and is_main_process():
-        with or_warn():
-            save_atomically(folder / 'flags.json', lambda path: path.write_text(as_json(args)))
-    black_box, saved = BlackBox(folder, args.bad_steps, args), True
-    for epoch in range(first_epoch, args.epochs):
-        if log and args.patience and log.evaluations_since_best('test_AP') >= args.patience:
-            print_main(f'no better AP in {args.patience} evaluations: stopping after {epoch} epochs')
+    if run.state.step:
+        print_main(f'epoch {run.epoch + 1} goes on after step {run.state.step} of {run.steps_per_epoch}')
+    while run.epoch < args.epochs:
+        if args.patience and run.log.evaluations_since_best('test_AP') >= args.patience:
+            print_main(f'no better AP in {args.patience} evaluations: stopping after {run.epoch} epochs')
             break
         start = time.perf_counter()
-        begin_epoch(run.loaders['train'], epoch, state.step * args.accum_steps)
-        lr, lr_backbone, *_ = rates_at(run.scheduler, epoch * run.steps_an_epoch)
+        begin_epoch(run.loaders['train'], run.epoch, run.state.step * args.accum_steps)
+        lr, lr_backbone, *_ = run.schedule.rates(run.epoch * run.steps_per_epoch)
         averages = train_one_epoch(
             run.model,
             run.criterion,
             run.loaders['train'],
             run.optimizer,
-            title=f'epoch {epoch + 1}/{args.epochs}',
+            title=f'epoch {run.epoch + 1}/{args.epochs}',
             max_norm=args.clip_max_norm,
             accum_steps=args.accum_steps,
             print_freq=args.print_freq,
             precision=run.precision,
-            state=state,
-            after_step=partial(after_step, run, folder, epoch),
-            black_box=black_box,
+            state=run.state,
+            end_step=run.end_step,
+            black_box=run.black_box,
         )
-        metrics = {'epoch': epoch + 1, 'lr': lr, 'lr_backbone': lr_backbone}
+        metrics = {'epoch': run.epoch + 1, 'lr': lr, 'lr_backbone': lr_backbone}
         metrics |= {f'train_{name}': value for name, value in averages.items()}
-        saved = folder is None or save(run, folder, epoch, metrics)
-        if folder and saved:
-            keep_numbered(run, folder, epoch)
-        finish_epoch(run, epoch, metrics, log, trackers, time.perf_counter() - start, saved)
-        state = EpochState()
-    if not saved:
+        run.end_epoch(metrics)
+        finish_epoch(run, metrics, time.perf_counter() - start)
+    if not run.saved:
         raise FileError(
-            f'{folder}/checkpoint.pth is not that of the last epoch: free some space, and go on with --resume auto'
+            f'{run.checkpoint_path} is not that of the last epoch: free some space, and go on with --resume auto'
         )
 
 
-def after_step(run: Run, folder: Path | None, epoch: int, state: EpochState, made: bool) -> None:
-    """Move the schedule, update the EMA, save every --checkpoint_steps, and stop if a signal asked for it.
-
-    made: the optimizer made this step; EMA and warm-up do not count others, while epochs count their images.
-    """
-    schedule, steps_done = run.scheduler.lr_lambdas[0], epoch * run.steps_an_epoch + state.step
-    if not made:
-        schedule.left_out.append(steps_done - 1)
-    elif run.average is not None:
-        run.average.update(run.bare_model)
-    set_step(run.scheduler, steps_done)
-    steps = run.args.checkpoint_steps
-    due = folder is not None and steps is not None and state.step % steps == 0
-    if due and state.step < run.steps_an_epoch:
-        save(run, folder, epoch - 1, within=state)
-    try:
-        run.stops.check()
-    except Interrupted:
-        if folder and save(run, folder, epoch - 1, within=state):
-            print_main(f'asked to stop: saved after step {state.step} of epoch {epoch + 1}')
-        raise
-
-
-def finish_epoch(
-    run: Run,
-    epoch: int,
-    metrics: dict,
-    log: RunLog | None,
-    trackers: list[Tracker],
-    seconds: float = 0.0,
-    saved: bool = True,
-) -> None:
-    """Evaluate if an evaluation is due, and log the epoch. saved: `checkpoint.pth` is that of this epoch."""
+def finish_epoch(run: Run, metrics: dict, seconds: float = 0.0) -> None:
+    """Evaluate if an evaluation is due, and log the last epoch."""
     args, row, record = run.args, dict(metrics), dict(metrics)
-    due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
-    due = due and not args.no_validate
-    summaries = evaluate_once(run, f'epoch {epoch + 1}/{args.epochs} evaluate') if due else {}
+    title = f'epoch {run.epoch}/{args.epochs}'
+    due = args.eval_every and (run.epoch % args.eval_every == 0 or run.epoch == args.epochs)
+    summaries = evaluate_once(run, f'{title} evaluate') if due else {}
     summary = summaries.get('bbox')
     for kind, prefix in (
         ('bbox', 'test'),
@@ -404,23 +309,23 @@ def finish_epoch(
         stats = summaries[kind].stats if summaries else [None] * len(names)
         row |= {f'{prefix}_{name}': value for name, value in zip(names, stats, strict=True)}
     record |= record_of(summaries)
-    images = run.steps_an_epoch * run.images_a_step
+    images = run.steps_per_epoch * run.images_per_step
     record |= {'images': images, 'train_seconds': round(seconds, 2), 'coefficients': coefficients(args)}
-    if log:
-        if summary and saved and is_main_process() and summary.stats[0] > log.best('test_AP'):
-            keep_copy(log.csv_path.parent, 'checkpoint_best.pth')
+    if run.log:
+        if summary and run.saved and is_main_process() and summary.stats[0] > run.log.best('test_AP'):
+            run.keep_copy('checkpoint_best.pth')
         with or_warn():
-            log.append(row, record)
+            run.log.append(row, record)
             if is_main_process() and summary:
-                plot_curves(log.csv_path.with_name('curves.png'), log.csv_path)
-    for tracker in trackers:
+                plot_curves(run.folder / 'curves.png', run.log.csv_path)
+    for tracker in run.trackers:
         with or_warn():
-            tracker.add(epoch + 1, {name: value for name, value in row.items() if value is not None})
+            tracker.add(run.epoch, {name: value for name, value in row.items() if value is not None})
     ap = f'  AP {summary.stats[0]:.3f}  AP50 {summary.stats[1]:.3f}' if summary else ''
     if 'segm' in summaries:
         stats = summaries['segm'].stats
         ap += f'  mask AP {stats[0]:.3f}  AP50 {stats[1]:.3f}'
-    print_main(f'epoch {epoch + 1}/{args.epochs}: loss {row["train_loss"]:.4g}{ap}  {format_time(seconds)}')
+    print_main(f'{title}: loss {row["train_loss"]:.4g}{ap}  {format_time(seconds)}')
     if text := statistics_text(metrics):
         print_main(f'  {text}')
 
@@ -431,29 +336,30 @@ def evaluate_once(run: Run, title: str = 'evaluate') -> dict[str, Summary]:
     Returns:
         The metrics of boxes, `bbox`, and with --masks those of masks, `segm`.
     """
-    dataset, model = run.datasets['val'], run.best_model
+    dataset, model, args = run.datasets['val'], run.best_model, run.args
     kinds = ('bbox', 'segm') if 'segm' in run.postprocessors else ('bbox',)
-    backend, federated = run.args.coco_eval, dataset.federated
-    evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map, kinds, backend, federated)
-    loader, precision, check = run.loaders['val'], run.precision, run.stops.check
+    evaluator = CocoEvaluator(
+        dataset.ground_truth, dataset.class_map, kinds, args.coco_eval, dataset.federated
+    )
     broadcast_from_main(model.buffers())
-    summaries = evaluate(model, run.postprocessors, loader, evaluator, title, precision, check)
+    summaries = evaluate(
+        model, run.postprocessors, run.loaders['val'], evaluator, title, run.precision, run.stops.check
+    )
     if is_main_process():
         print(tables(summaries), flush=True)
-    if run.args.output_dir and (is_main_process() or run.args.fsdp):  # sharded weights need all processes
-        path = Path(run.args.output_dir) / 'predictions.png'
-        with or_warn():
-            draw_predictions(model, run.postprocessors, dataset, path if is_main_process() else None)
+    if run.folder and (is_main_process() or args.fsdp):  # sharded weights need all processes
+        samples = sample_detections(model, run.postprocessors, dataset)
+        if is_main_process():
+            with or_warn():
+                contact_sheet(run.folder / 'predictions.png', samples, dataset.class_map.names, DRAWN_SCORE)
     return summaries
 
 
 def evaluate_alone(run: Run) -> None:
     """Evaluate for --eval, and write the metrics to `eval.json`."""
-    summaries = evaluate_once(run)
-    if run.args.output_dir and is_main_process():
-        record = record_of(summaries)
-        text = json.dumps(record, indent=1)
-        save_atomically(Path(run.args.output_dir) / 'eval.json', lambda path: path.write_text(text))
+    text = json.dumps(record_of(evaluate_once(run)), indent=1)
+    if run.folder and is_main_process():
+        save_atomically(run.folder / 'eval.json', lambda path: path.write_text(text))
 
 
 def dry_run(args: Settled, num_images: int | None) -> None:
@@ -461,19 +367,12 @@ def dry_run(args: Settled, num_images: int | None) -> None:
     contiguous = args.dataset_file == 'coco' and args.class_ids == 'contiguous'
     num_classes = {'lvis': 1203}.get(args.dataset_file, 80 if contiguous else args.num_classes)
     args = args.but(num_classes=num_classes, backbone_weights='none')
+    images = num_images or training_images(args)
     with torch.device('meta'):
         model, criterion, _ = build_model(args)
-        optimizer = optimizer_of(model, args)
-    usual = {'shapes': args.shapes_train, 'lvis': LVIS_TRAIN_IMAGES}.get(args.dataset_file, COCO_TRAIN_IMAGES)
-    images = num_images or usual
-    schedule = build_scheduler(optimizer, args, max(1, images // (args.batch_size * args.accum_steps)))
-    notes = {
-        'learning rate': describe_rates(args, schedule),
-        'supervision': supervision_table(criterion.table, model.num_queries, criterion.weight_dict),
-    }
-    augmentation = build_augmentation(args)
-    sizes = augmentation.evaluated_size(FLOPS_SIZE), augmentation.largest_size()
-    print_dry_run(args, model, optimizer, images, sizes, notes)
+        steps_per_epoch = max(1, images // (args.batch_size * args.accum_steps))
+        schedule = build_schedule(args, model, steps_per_epoch)
+    print_dry_run(args, model, criterion, schedule, images)
 
 
 if __name__ == '__main__':

@@ -33,7 +33,7 @@ def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Ima
     else:
         train = build_dataset('train', args)
         datasets = {'train': train}
-        if not args.no_validate:
+        if args.eval_every:
             datasets['val'] = build_dataset('val', args, train.class_map)
     found = list(datasets.values())[-1].class_map
     if (args.resume or args.eval) and class_map is not None and class_map != found:
@@ -91,7 +91,7 @@ def check_steps(loader: DataLoader, num_images: int, batch_size: int, accum_step
     if len(loader) < accum_steps:
         images = batch_size * accum_steps * get_world_size()
         raise UserError(
-            f'{num_images} training images do not fill one step of {images}: lower --batch_size, --accum_steps or '
+            f'{num_images} training images do not fill one step of {images}: lower --batch_size or '
             '--total_batch_size'
         )
 

@@ -16,7 +16,12 @@ import torch
 import torch.distributed as dist
 
 # What a run does besides, where main.py has it from: half the time of small ones.
-EXTRAS = {'plot_curves': 'util.visualize', 'draw_predictions': 'engine', 'flops_text': 'util.plan'}
+EXTRAS = {
+    'plot_curves': 'util.visualize',
+    'contact_sheet': 'util.visualize',
+    'sample_detections': 'engine',
+    'flops_text': 'models.summary',
+}
 CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(['torch', 'torch._dynamo', 'main'])
 

@@ -123,7 +123,7 @@ def test_a_bad_prediction_is_named_and_matched(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original, calls = engine.build_scheduler, [0]
+    calls = [0]
 
     def spoil(layer: nn.Module, inputs: object, output: Tensor) -> Tensor:
         calls[0] += 1
@@ -134,10 +134,6 @@ def test_a_bad_prediction_is_named_and_matched(
 
     spoil.again = True
 
-    def watched(optimizer: object, *args: object) -> object:
-        return original(optimizer, *args)
-
-    monkeypatch.setattr(engine, 'build_scheduler', watched)
     build = build_model
 
     def hooked(args: Namespace) -> tuple:
@@ -187,7 +183,7 @@ def test_a_step_that_is_left_out_changes_nothing(capsys: pytest.CaptureFixture[s
             [batches(*spoilt)[number] for number in chosen],
             optimizer,
             max_norm=0.1,
-            after_step=lambda state, made, criterion=criterion, counts=counts: counts.append(
+            end_step=lambda made, criterion=criterion, counts=counts: counts.append(
                 criterion.tally['objects']
             ),
         )

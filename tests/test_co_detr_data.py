@@ -22,7 +22,7 @@ from datasets.copy_paste import TRIES, LargeScaleJitter, jitter, mask_extents, p
 from datasets.loaders import build_loader
 from datasets.samplers import BATCHES, AspectBatches
 from datasets.shapes import ShapesDetection
-from engine import draw_predictions, evaluate
+from engine import evaluate, sample_detections
 from models.detector import Detector
 from models.postprocess import TopKPostProcess, scale_boxes
 from tests.runs import assert_same, load, run
@@ -388,7 +388,7 @@ def test_true_objects_score_one_at_evaluation_and_in_predictions(tmp_path: Path,
     evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map, backend='pycocotools')
     loader = DataLoader(dataset, 1, collate_fn=collate_fn)
     assert evaluate(model, postprocess, loader, evaluator)['bbox'].stats[0] == pytest.approx(1)
-    draw_predictions(model, postprocess, dataset, tmp_path / 'drawn.png', count=1)
+    assert len(sample_detections(model, postprocess, dataset, count=1)) == 1
     image, target = dataset.untransformed(1)
     args = Namespace(img_size=80, max_size=None, aug=aug)
     result = Detector(model, postprocess, dataset.class_map, args).detect(image)
@@ -492,8 +492,8 @@ def test_a_run_of_this_recipe_resumes_bit_for_bit(tmp_path: Path) -> None:
         '64',
         '--batches',
         'aspect',
-        '--accum_steps',
-        '2',
+        '--total_batch_size',
+        '4',
         '--batch_size',
         '2',
     ]

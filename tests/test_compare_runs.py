@@ -28,7 +28,8 @@ def test_losses_have_the_weights_that_the_run_trained_with(tmp_path: Path) -> No
     flags = [
         '--epochs',
         '1',
-        '--no_validate',
+        '--eval_every',
+        '0',
         '--shapes_train',
         '4',
         '--cls_loss_coef',

@@ -195,11 +195,11 @@ def test_new_data_take_the_place_of_those_of_the_run(tmp_path: Path) -> None:
 
 
 def test_a_run_is_repeated_from_its_flags(tmp_path: Path) -> None:
-    run(tmp_path, '--epochs', '1', '--lr', '0.002', '--no_validate')
+    run(tmp_path, '--epochs', '1', '--lr', '0.002', '--eval_every', '0')
     file = tmp_path / 'flags.json'
     assert json.loads(file.read_text())['family'] == 'conditional'
     again = settle(with_named_flags(parse(f'--config {file} --epochs 4')), EVERYTHING)
-    first = settle(parse(f'{TINY} --epochs 4 --lr 0.002 --no_validate'), EVERYTHING)
+    first = settle(parse(f'{TINY} --epochs 4 --lr 0.002 --eval_every 0'), EVERYTHING)
     own = {name for name, flag in FLAGS.items() if flag.launch}
     assert {name: value for name, value in vars(again).items() if name not in own} == {
         name: value for name, value in vars(first).items() if name not in own

@@ -31,7 +31,7 @@ MISSING = [name for name in ('gradio', 'playwright') if find_spec(name) is None]
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp('run')
-    run(folder, '--epochs', '1', '--no_validate')
+    run(folder, '--epochs', '1', '--eval_every', '0')
     return folder / 'checkpoint.pth'
 
 

@@ -48,17 +48,19 @@ def test_nothing_is_read_downloaded_or_written(
 
 
 @pytest.mark.parametrize(
-    ('recipe', 'parameters', 'images'),
+    ('named', 'parameters', 'images'),
     [
-        ('r50_co_dino_5scale_lsj_lvis_12ep', '75,802,540', '100,170'),
-        ('r50_co_deformable_detr_12ep', '65,076,774', '118,287'),
+        ('--recipe r50_co_dino_5scale_lsj_lvis_12ep', '75,802,540', '100,170'),
+        ('--model co_dino_resnet50_lsj_lvis --pretrained FILE', '75,802,540', '100,170'),
+        ('--model co_dino_resnet50_lsj_lvis --pretrained FILE --coco_path DIR', '65,255,220', '118,287'),
+        ('--recipe r50_co_deformable_detr_12ep', '65,076,774', '118,287'),
     ],
 )
 def test_classes_and_images_are_those_of_the_data(
-    recipe: str, parameters: str, images: str, capsys: pytest.CaptureFixture[str]
+    named: str, parameters: str, images: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """1203 classes of LVIS v1; 80 of COCO with --class_ids contiguous."""
-    rows = printed(f'--recipe {recipe}', capsys)
+    """1203 classes of LVIS v1, which a row of the zoo stands for too; 80 of COCO with --class_ids contiguous."""
+    rows = printed(named, capsys)
     assert rows['parameters'].startswith(parameters) and f'of {images} images' in rows['steps']
 
 

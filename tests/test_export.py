@@ -37,7 +37,7 @@ needs_onnx = pytest.mark.skipif(
 
 
 def trained(folder: Path, family: str) -> Path:
-    run(folder, '--epochs', '1', '--no_validate', '--shapes_train', '4', flags=FAMILIES[family])
+    run(folder, '--epochs', '1', '--eval_every', '0', '--shapes_train', '4', flags=FAMILIES[family])
     return folder / 'checkpoint.pth'
 
 

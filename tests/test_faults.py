@@ -20,6 +20,7 @@ from util.distributed.heartbeat import Heartbeat
 from util.distributed.preemption import UNFINISHED
 from util.errors import FileError
 from util.files import lock_folder, unlock
+from util.run import Run
 
 # Twelve steps an epoch for one process, six for two.
 LONG = [
@@ -69,7 +70,7 @@ def whole_run(folder: Path, number: int, *flags: str) -> Path:
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_in_the_middle_of_an_epoch(tmp_path: Path, number: int) -> None:
-    command = [*LONG, '--output_dir', str(tmp_path / 'parts'), '--accum_steps', '2', '--resume', 'auto']
+    command = [*LONG, '--output_dir', str(tmp_path / 'parts'), '--total_batch_size', '4', '--resume', 'auto']
     log = tmp_path / 'log'
     process = start_main(log, command, {})
     wait_for(log, 'epoch 1/2  2/6')
@@ -82,7 +83,7 @@ def test_a_signal_saves_in_the_middle_of_an_epoch(tmp_path: Path, number: int) -
     process = start_main(log, command, {})
     process.join(120)
     assert process.exitcode == 0 and 'epoch 1 goes on after step' in log.read_text()
-    same_end(whole_run(tmp_path, 1, '--accum_steps', '2'), tmp_path / 'parts')
+    same_end(whole_run(tmp_path, 1, '--total_batch_size', '4'), tmp_path / 'parts')
 
 
 @pytest.mark.slow
@@ -250,7 +251,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     holder = lock_folder(tmp_path)
-    monkeypatch.setattr(main, 'lock_folder', lambda folder: lock_folder(folder, wait=0.1))
+    monkeypatch.setattr('util.run.lock_folder', lambda folder: lock_folder(folder, wait=0.1))
     with pytest.raises(ValueError, match='is in use by process'):
         main.main(main.get_args_parser().parse_args([*LONG, '--output_dir', str(tmp_path)]))
     unlock(holder)
@@ -358,14 +359,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(
 
 @pytest.mark.draws
 def test_a_folder_that_is_removed_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, out = main.keep_numbered, tmp_path / 'out'
+    original, out = Run.keep_numbered, tmp_path / 'out'
 
-    def removed(run: object, folder: Path, epoch: int) -> None:
-        original(run, folder, epoch)
-        if epoch == 0:
+    def removed(run: Run) -> None:
+        original(run)
+        if run.epoch == 1:
             shutil.rmtree(out)
 
-    monkeypatch.setattr(main, 'keep_numbered', removed)
+    monkeypatch.setattr(Run, 'keep_numbered', removed)
     main.main(main.get_args_parser().parse_args([*LONG, '--output_dir', str(out)]))
     assert load(out)['epoch'] == 1 and len((out / 'metrics.csv').read_text().splitlines()) == 3
 

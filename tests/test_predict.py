@@ -34,7 +34,7 @@ TOP = 60  # detections of an image: 10 queries of 6 classes
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, and a folder of images of two sizes."""
     folder = tmp_path_factory.mktemp('trained')
-    run(folder, '--epochs', '1', '--no_validate')
+    run(folder, '--epochs', '1', '--eval_every', '0')
     (folder / 'images/more').mkdir(parents=True)
     for number, place in enumerate(('images/1.png', 'images/2.jpg', 'images/more/1.png')):
         image = ShapesDetection(3, 'val', image_size=64)[number][0].permute(1, 2, 0).numpy()

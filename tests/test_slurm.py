@@ -15,7 +15,7 @@ from tests.slurm_cluster import SlurmCluster, slurm_cluster
 
 pytestmark = pytest.mark.slow
 EPOCH = 60  # steps
-FLAGS = f'{TINY} --shapes_train {4 * EPOCH} --batch_size 2 --epochs 2 --no_validate --print_freq 1'.split()
+FLAGS = f'{TINY} --shapes_train {4 * EPOCH} --batch_size 2 --epochs 2 --eval_every 0 --print_freq 1'.split()
 JOB = ['--ngpus', '0', '--nodes', '1', '--tasks_per_node', '2', '--cpus_per_task', '1', '--partition', 'main']
 URGENT = ['sbatch', '--parsable', '--partition', 'urgent', '--exclusive', '-o', '/dev/null', '--wrap', 'true']
 # Time limits in seconds: of starting to train (mostly imports) on a busy machine, and of a whole run.

@@ -97,7 +97,7 @@ def test_https_stays_https(shards: Path, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp('run')
-    run(folder, '--epochs', '1', '--no_validate')
+    run(folder, '--epochs', '1', '--eval_every', '0')
     return folder
 
 

@@ -4,7 +4,6 @@ batch is saved so that `tools/replay.py` can run it again.
 """
 
 import re
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -150,8 +149,8 @@ class BlackBox:
     folder: where to save batches; None saves nothing. limit: number of steps in a row that may be left out.
     """
 
-    def __init__(self, folder: Path | None = None, limit: int = 3, args: Namespace | None = None) -> None:
-        self.folder, self.limit, self.args = folder, limit, args
+    def __init__(self, folder: Path | None = None, limit: int = 3, flags: dict | None = None) -> None:
+        self.folder, self.limit, self.flags = folder, limit, flags
         self.in_a_row = self.saved = 0
 
     def watch(self, model: nn.Module) -> None:
@@ -203,7 +202,7 @@ class BlackBox:
 
     def save(self, model: nn.Module, batches: list[Batch], where: str) -> Path | None:
         """Save batch, random states, flags and weights of this rank; return the file, or None if there is none."""
-        if self.folder is None or self.args is None or self.args.fsdp or self.saved >= FILES_KEPT:
+        if self.folder is None or self.flags is None or self.saved >= FILES_KEPT:
             return None
         self.saved += 1
         name = re.sub(r'\W+', '_', where)
@@ -221,7 +220,7 @@ class BlackBox:
                 file,
                 {
                     'model': model.state_dict(),
-                    'args': vars(self.args),
+                    'args': self.flags,
                     'rng': self.rng,
                     'batches': plain,
                     'where': where,

@@ -187,7 +187,7 @@ def fill(
     unexpected = [name for name in state if name not in ours]
     if missing or unexpected or refused:
         raise UserError(mismatch_text(layout, state, ours, missing, unexpected, refused))
-    anew = fit(state, ours, wrong_shape, classes)
+    anew = fit(state, ours, wrong_shape, classes, proposal_head(model))
     if not resume:
         check_finite(state)
     model.load_state_dict(ours | state)
@@ -195,14 +195,27 @@ def fill(
     return Report(layout, len(state) - len(anew), anew + fresh, bool(recorded), differing, kept)
 
 
+def proposal_head(model: nn.Module) -> str | None:
+    """Return the prefix of the class head of Deformable DETR's proposals, whose row 0 means 'object', whatever the classes are."""
+    flags = getattr(model, 'flags', None) or {}
+    return f'class_embed.{flags["dec_layers"]}.' if flags.get('two_stage') and not flags['dino'] else None
+
+
 def fit(
-    state: dict[str, Tensor], ours: dict[str, Tensor], wrong_shape: list[str], classes: SharedClasses | None
+    state: dict[str, Tensor],
+    ours: dict[str, Tensor],
+    wrong_shape: list[str],
+    classes: SharedClasses | None,
+    proposals: str | None,
 ) -> list[str]:
     """Give entries of another shape, and class heads of other classes, those of the model; return which start anew, in place."""
     anew = list(wrong_shape)
     for name in state:
         if classes is not None and name.startswith('class_embed'):
-            state[name] = classes.rows(state[name], ours[name])
+            if proposals is not None and name.startswith(proposals):
+                state[name] = fit_rows(state[name][:1], ours[name])
+            else:
+                state[name] = classes.rows(state[name], ours[name])
             if name in anew:
                 anew.remove(name)
         elif name in wrong_shape:

@@ -46,7 +46,8 @@ STATE = {
     'lr_scheduler': {
         'step_size?': Number(1, whole=True),
         'milestones?': Counter,
-        'lr_lambdas?': [{'left_out?': [COUNT]}],
+        'skipped?': [COUNT],
+        'lr_lambdas?': [{'left_out?': [COUNT]}],  # of files before `skipped`
     },
     'within_epoch?': {'images': COUNT, 'meters': [METER], 'tallies': [{...: FINITE}]},
     'rng?': [{'python': tuple, 'numpy': list, 'torch': Tensor}],

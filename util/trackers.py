@@ -1,6 +1,5 @@
 """Trackers of experiments: each is a class in `TRACKERS`, under the flag that asks for it."""
 
-from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +10,7 @@ from util.errors import UserError
 class Tracker(Protocol):
     """What the main process tells the numbers of each epoch."""
 
-    def __init__(self, folder: Path, args: Namespace) -> None: ...
+    def __init__(self, folder: Path, flags: dict) -> None: ...
 
     def add(self, epoch: int, numbers: dict[str, float]) -> None:
         """Take the numbers of an epoch, counted from 1: the row of metrics.csv."""
@@ -32,7 +31,7 @@ def import_extra(module: str, package: str, flag: str) -> Any:
 class TensorBoard:
     """Events of TensorBoard in the output folder."""
 
-    def __init__(self, folder: Path, args: Namespace) -> None:
+    def __init__(self, folder: Path, flags: dict) -> None:
         self.writer = self.load().SummaryWriter(folder)
 
     @staticmethod
@@ -48,14 +47,14 @@ class TensorBoard:
 class WandB:
     """A run of Weights & Biases in the project that the flag names; its environment variables apply (WANDB_MODE=offline)."""
 
-    def __init__(self, folder: Path, args: Namespace) -> None:
+    def __init__(self, folder: Path, flags: dict) -> None:
         wandb = self.load()
         try:
             self.run = wandb.init(
-                project=args.wandb, name=folder.name, dir=folder, config=vars(args), resume='auto'
+                project=flags['wandb'], name=folder.name, dir=folder, config=flags, resume='auto'
             )
         except wandb.Error as error:
-            raise UserError(f'--wandb {args.wandb}: {error} Or set WANDB_MODE=offline') from error
+            raise UserError(f'--wandb {flags["wandb"]}: {error} Or set WANDB_MODE=offline') from error
 
     @staticmethod
     def load() -> Any:
@@ -68,19 +67,19 @@ class WandB:
 TRACKERS: dict[str, Any] = {'tensorboard': TensorBoard, 'wandb': WandB}
 
 
-def trackers_of(folder: Path, args: Namespace) -> list[Tracker]:
+def build_trackers(folder: Path, flags: dict) -> list[Tracker]:
     """Start the trackers that the flags ask for."""
-    return [make(folder, args) for flag, make in TRACKERS.items() if getattr(args, flag)]
+    return [build(folder, flags) for flag, build in TRACKERS.items() if flags[flag]]
 
 
-def check_trackers(args: Namespace) -> None:
+def check_trackers(folder: str, flags: dict) -> None:
     """Refuse trackers without an output folder, or whose package is not installed.
 
     Raises:
         UserError: for one of these reasons.
     """
-    for flag, make in TRACKERS.items():
-        if getattr(args, flag):
-            make.load()
-            if not args.output_dir:
+    for flag, tracker in TRACKERS.items():
+        if flags[flag]:
+            tracker.load()
+            if not folder:
                 raise UserError(f'--{flag} writes into --output_dir: give it')

@@ -182,8 +182,8 @@ FLAGS = {flag.name: flag for flag in (
     *topic('optimization', TRAINING)(
         Flag('epochs', whole(1), ByFamily(300, 50, 50, 12), 'passes over the training images', first=True),
         Flag('batch_size', whole(1, 10**5), 2, 'images per process and forward pass', first=True),
-        Flag('accum_steps', whole(1, 10**6), 1, 'number of batches per optimizer step, whose gradient is that of one large batch, except for averages inside --co_aux_heads'),
-        Flag('total_batch_size', whole(1, 10**7), None, 'images per optimizer step over all processes; sets --accum_steps', unset='--batch_size x processes x --accum_steps'),
+        Flag('total_batch_size', whole(1, 10**7), None, 'images per optimizer step over all processes: batches are accumulated until there are as many', unset='--batch_size x processes'),
+        Flag('accum_steps', whole(1, 10**6), 1, 'batches per optimizer step, which --total_batch_size makes', command=False),
         Flag('lr', real(), ByFamily(1e-4, 1e-4, 2e-4, 2e-4), 'learning rate', first=True),
         Flag('lr_backbone', real(), ByFamily(1e-5, 1e-5, 2e-5, 2e-5), 'learning rate of the backbone; 0 freezes it'),
         Flag('freeze', TEXT, [], 'do not train these parts: backbone, encoder, decoder, or any words between the dots of parameter names, such as decoder.layers.0', unset='all is trained that the backbone does not freeze itself', nargs='+', metavar='PART'),
@@ -267,9 +267,8 @@ FLAGS = {flag.name: flag for flag in (
     ),
     *topic('evaluation', RUN)(
         Flag('eval', SWITCH, False, 'evaluate --resume or --pretrained, then stop', first=True, launch=True),
-        Flag('eval_every', whole(1), 1, 'epochs between evaluations; the last epoch is always evaluated'),
+        Flag('eval_every', whole(0), 1, 'epochs between evaluations; the last epoch is always evaluated; 0: train without evaluating, and read no validation data'),
         Flag('patience', whole(1), None, 'stop after N evaluations without a better AP of boxes', unset='train all epochs', metavar='N'),
-        Flag('no_validate', SWITCH, False, 'train without evaluating; validation data are not read'),
         Flag('coco_eval', ('auto', 'hotcoco', 'pycocotools'), 'auto', 'library that computes COCO metrics; auto: hotcoco if it is installed', hidden=True),
     ),
     *topic('run', RUN)(

@@ -336,6 +336,7 @@ def with_row(args: Namespace) -> ParsedFlags:
     """
     row = find_row(args.model)
     adopt(args, given_of(args), vars(row.recipe.flags))  # refuses flags that contradict the weights
-    args = with_recipe(args, row.recipe, own_data=True)
+    own_data = not args.dry_run or bool(given_of(args) & set(SOURCES))  # a dry run counts those of the recipe
+    args = with_recipe(args, row.recipe, own_data)
     weights = args.resume not in ('', 'auto') or args.pretrained or args.frozen_weights
     return args if weights else merged(args, {'pretrained': row.source()})

@@ -199,7 +199,6 @@ def check_given(name: str, value: Any, theirs: Namespace, recorded: Mapping) -> 
 CROWDED_OUT = {
     'lr_drop_epochs': ('lr_drop', 'lr_schedule'),
     'lr_schedule': ('lr_drop_epochs',),
-    'total_batch_size': ('accum_steps',),
 }
 
 

@@ -264,10 +264,8 @@ RULES: dict[str, list[Callable[[Namespace], object]]] = {
         and '--resume auto looks into --output_dir: give it',
         lambda a: (a.patience and not a.output_dir)
         and '--patience looks into metrics.csv of --output_dir: give it',
-        lambda a: (a.patience and a.no_validate)
-        and '--patience waits for a better AP, and --no_validate measures none: leave one out',
-        lambda a: (a.no_validate and a.eval)
-        and '--eval evaluates, --no_validate does not: leave one out',
+        lambda a: (a.patience and not a.eval_every)
+        and '--patience waits for a better AP, and --eval_every 0 measures none: leave one out',
         lambda a: (a.fsdp and a.co_masks)
         and '--fsdp with --co_masks: masks are made after the forward pass, when a process has its part of the weights alone',
         lambda a: (a.fsdp and a.amp == 'fp16')

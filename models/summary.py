@@ -1,17 +1,20 @@
-"""Summary of a run, printed before it starts."""
+"""What a run is going to do: printed before it starts, or by --dry_run in place of it."""
 
 from collections.abc import Mapping
 from typing import cast
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
+from datasets.augmentations import build_augmentation
+from models.ops.functions import describe as describe_kernels
+from models.training.report import supervision_table
 from util.config.settle import Settled, chosen_by
 from util.costs import activation_bytes, count_flops, if_known
 from util.distributed.collectives import get_world_size
 from util.errors import UserError
-from util.run_state import ImageData
+from util.optim import Schedule
+from util.run import ImageData
 
 FROM_SCRATCH_NEEDS = 10_000  # images; DETR's authors' advice
 LEARNING_RATES_SHOWN = 4
@@ -23,14 +26,10 @@ def print_plan(
     args: Settled,
     model: nn.Module,
     datasets: Mapping[str, ImageData],
-    loaders: dict[str, DataLoader],
-    rates: str,
+    schedule: Schedule,
     notes: dict[str, str],
 ) -> None:
-    """Print data, classes, effective batch, learning rates, model size and steps.
-
-    rates: learning rates and their schedule in words. notes: further rows.
-    """
+    """Print data, classes, effective batch, learning rates, model size and steps. notes: further rows."""
     shown = list(datasets.values())[-1]  # without validation that of training
     names = [name for name in shown.class_map.names if name is not None]
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -51,12 +50,10 @@ def print_plan(
         **notes,
     }
     if not args.eval:
-        batch = args.batch_size * args.accum_steps * get_world_size()
-        steps = len(loaders['train']) // args.accum_steps
+        steps = schedule.steps_per_epoch
         rows |= {
-            'batch': f'{batch} images a step ({args.batch_size} x {args.accum_steps} accumulated x '
-            f'{get_world_size()} processes)',
-            'learning rate': rates,
+            'batch': batch_text(args),
+            'learning rate': rates_text(args, schedule),
             'steps': f'{steps} an epoch, {steps * args.epochs} in {args.epochs} epochs',
             'output': args.output_dir or 'nothing is written (no --output_dir)',
         }
@@ -79,6 +76,44 @@ def print_plan(
         )
 
 
+def plan_notes(
+    args: Settled, model: nn.Module, criterion: nn.Module, datasets: Mapping[str, ImageData]
+) -> dict[str, str]:
+    """Return what the plan of a run says of operations and supervision."""
+    notes = {'FLOPs': flops_text(model, list(datasets.values())[-1])}
+    if args.family == 'deformable':
+        notes['kernels'] = describe_kernels(next(model.parameters()).device.type)
+    if not args.eval:
+        if build_augmentation(args).mix('train', False) and not datasets['train'].return_masks:
+            notes['copy-paste'] = 'none, since there are objects without a segmentation'
+        notes['supervision'] = supervision_table(criterion.table, model.num_queries, criterion.weight_dict)
+    return notes
+
+
+def batch_text(args: Settled) -> str:
+    """Describe the images of an optimizer step."""
+    batches, processes = args.accum_steps, get_world_size()
+    number = args.batch_size * batches * processes
+    return f'{number} images a step ({args.batch_size} x {batches} accumulated x {processes} processes)'
+
+
+def rates_text(args: Settled, schedule: Schedule) -> str:
+    """Describe the learning rates of the groups, and their schedule."""
+    names = ('', 'backbone ', ' and '.join(args.lr_linear_proj_names) + ' ')
+    if args.lr_layer_decay is not None:
+        names = ('',)
+    rates = [f'{name}{rate:g}' for name, rate in zip(names, schedule.base_rates, strict=False)]
+    text = f'{", ".join(rates)}, {schedule}'
+    if args.lr_layer_decay is not None:
+        text = f'{text}, blocks of the backbone times {args.lr_layer_decay} each, counted from the last'
+    return text
+
+
+def training_images(args: Settled) -> int:
+    """Return the number of training images that the flags alone state: of COCO or LVIS where data are files."""
+    return {'shapes': args.shapes_train, 'lvis': LVIS_TRAIN_IMAGES}.get(args.dataset_file, COCO_TRAIN_IMAGES)
+
+
 def flops_text(model: nn.Module, dataset: ImageData) -> str:
     """Describe the operations for the first image of a data set."""
     height, width = dataset[0][0].shape[-2:]
@@ -95,27 +130,23 @@ def flops_text(model: nn.Module, dataset: ImageData) -> str:
 def print_dry_run(
     args: Settled,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    criterion: nn.Module,
+    schedule: Schedule,
     num_images: int,
-    sizes: tuple[tuple[int, int], tuple[int, int]],
-    notes: dict[str, str],
 ) -> None:
-    """Print what a run would need: parameters, operations, memory, learning rates and steps.
-
-    sizes: (height, width) of an image of FLOPS_SIZE in evaluation, and of the largest one in training. notes: further rows.
-    """
+    """Print what a run would need: parameters, operations, memory, learning rates and steps."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     batch = args.batch_size * args.accum_steps * get_world_size()
     if num_images < batch and not args.eval:
         raise UserError(
-            f'{num_images} training images do not fill one step of {batch}: lower --batch_size, --accum_steps or '
-            '--total_batch_size, or add images'
+            f'{num_images} training images do not fill one step of {batch}: lower --batch_size or --total_batch_size, '
+            'or add images'
         )
     steps = num_images // batch
     queries = cast(dict[str, int], model.num_queries)
     rates: dict[float, int] = {}
-    for group in optimizer.param_groups:
+    for group in schedule.optimizer.param_groups:
         rates[group['lr']] = rates.get(group['lr'], 0) + sum(p.numel() for p in group['params'])
     groups = [f'{number:,} parameters at {rate:g}' for rate, number in rates.items()]
     if len(groups) > LEARNING_RATES_SHOWN:
@@ -127,27 +158,27 @@ def print_dry_run(
         'family': chosen_by(args),
         'model': f'{args.family}, {args.backbone}, {sum(queries.values())} learned queries in training',
         'parameters': f'{total:,}, {trained:,} trainable',
-        'FLOPs': if_known(lambda: published_flops_text(model, sizes[0])),
-        'memory': if_known(lambda: memory_text(args, model, sizes[1])),
+        'FLOPs': if_known(lambda: published_flops_text(args, model)),
+        'memory': if_known(lambda: memory_text(args, model)),
         'groups': '; '.join(groups),
-        'batch': f'{batch} images a step ({args.batch_size} x {args.accum_steps} accumulated x {get_world_size()} '
-        'processes)',
+        'batch': batch_text(args),
         'steps': f'{steps} an epoch of {num_images:,} images, {steps * args.epochs} in {args.epochs} epochs',
-        **notes,
+        'learning rate': rates_text(args, schedule),
+        'supervision': supervision_table(criterion.table, queries, criterion.weight_dict),
     }
     print('\n'.join(f'{name:>14}  {text}' for name, text in rows.items()), flush=True)
 
 
-def published_flops_text(model: nn.Module, size: tuple[int, int]) -> str:
-    """Describe the operations for the image that published tables count, at its (height, width) in evaluation."""
-    height, width = size
+def published_flops_text(args: Settled, model: nn.Module) -> str:
+    """Describe the operations for the image that published tables count, at the size that is asked for."""
+    height, width = build_augmentation(args).evaluated_size(FLOPS_SIZE)
     flops = count_flops(model, height, width) / 2e9
     return f'{flops:.4g} G multiply-adds for one image of {height} x {width} at evaluation, as published tables count them'
 
 
-def memory_text(args: Settled, model: nn.Module, size: tuple[int, int]) -> str:
-    """Describe the memory of a training step with the largest images, of this (height, width)."""
-    height, width = size
+def memory_text(args: Settled, model: nn.Module) -> str:
+    """Describe the memory of a training step with the largest images."""
+    height, width = build_augmentation(args).largest_size()
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     moments = 1 if args.sgd else 2
