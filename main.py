@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from datasets.augmentations import build_augmentation
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.coco_eval import LVIS_NAMES, STAT_NAMES, CocoEvaluator, Summary, record_of, tables
 from datasets.inventory import check_data, print_inventory
@@ -83,7 +84,7 @@ def main(args: Namespace) -> None:
         with fail_together():
             args, _ = configure(args)
             if is_main_process():
-                dry_run(args, check_data(args, level_strides(args)[0]) if args.check_data else None)
+                dry_run(args, check_all_data(args) if args.check_data else None)
         leave_distributed()
         return
     device = choose_device(args.device)
@@ -166,7 +167,7 @@ def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
             class_map = found if found.num_classes == PANOPTIC_CLASSES else None
         datasets = build_datasets(args, class_map)
         if is_main_process():
-            print_inventory(datasets, args, level_strides(args)[0])
+            print_inventory(datasets, **data_limits(args))
     facts = {f'{split} data': dataset.summary for split, dataset in datasets.items()}
     images = checkpoint.get('within_epoch', {}).get('images', 0)
     found = f'epoch {checkpoint.get("epoch")}, {images} images further' if checkpoint else 'none'
@@ -175,6 +176,18 @@ def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
     # A checkpoint holds the backbone.
     args = args.but(num_classes=num_classes, **({'backbone_weights': 'none'} if checkpoint else {}))
     return args, checkpoint, datasets
+
+
+def data_limits(args: Settled) -> dict[str, int]:
+    """Return what the data are compared with: arguments of `datasets.inventory.find_warnings`."""
+    augmentation = build_augmentation(args)
+    limits = {'num_queries': args.num_queries, 'stride': level_strides(args)[0]}
+    return limits | {'img_size': augmentation.img_size, 'max_size': augmentation.max_size}
+
+
+def check_all_data(args: Settled) -> int:
+    """Check the data of a run for --check_data, and return the number of training images."""
+    return check_data(build_datasets(args, None), args.num_workers, args.output_dir, **data_limits(args))
 
 
 def facts_of(args: Namespace) -> dict[str, object]:

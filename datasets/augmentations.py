@@ -6,7 +6,6 @@ read, and the sizes of images. A new one is a class here, an entry in `AUGMENTAT
 `util.config.flags.AUGMENTATIONS`.
 """
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -166,19 +165,14 @@ AUGMENTATIONS: dict[str, type[NoAugmentation]] = {
 SIZES = ('img_size', 'max_size', 'train_scales', 'train_max_size')
 
 
-def build_augmentation(args: argparse.Namespace) -> NoAugmentation:
-    """Build the augmentation of flags, or of a checkpoint's, where missing ones have their defaults.
+def build_augmentation(settings: object) -> NoAugmentation:
+    """Build the augmentation of flags, or of settings of the same names; missing ones have their defaults.
 
     Raises:
         UserError: --aug or --img_size has no meaning.
     """
-    aug = getattr(args, 'aug', 'detr')
+    aug = getattr(settings, 'aug', 'detr')
     if aug not in AUGMENTATIONS:
         raise UserError(f'--aug {aug!r} is not known: choose one of {", ".join(AUGMENTATIONS)}')
-    sizes = {name: getattr(args, name, None) for name in SIZES}
+    sizes = {name: getattr(settings, name, None) for name in SIZES}
     return AUGMENTATIONS[aug](**{name: value for name, value in sizes.items() if value is not None})
-
-
-def wants_masks(args: argparse.Namespace) -> bool:
-    """Tell whether the model of these flags, or of a checkpoint's, learns masks."""
-    return any(getattr(args, name, False) for name in ('masks', 'co_masks', 'co_rcnn_masks'))

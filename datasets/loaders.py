@@ -5,7 +5,7 @@ from argparse import Namespace
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from datasets import build_dataset
+from datasets.build import build_dataset, data_settings
 from datasets.class_map import ClassMap
 from datasets.copy_paste import MAX_PASTED
 from datasets.image_dataset import ImageDataset, loader_options
@@ -28,13 +28,14 @@ def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Ima
         print_main(
             '--cache_mode is not needed: the operating system keeps files that were read in free memory'
         )
+    settings = data_settings(args)
     if args.eval:
-        datasets = {'val': build_dataset('val', args, class_map)}
+        datasets = {'val': build_dataset('val', settings, class_map)}
     else:
-        train = build_dataset('train', args)
+        train = build_dataset('train', settings)
         datasets = {'train': train}
         if args.eval_every:
-            datasets['val'] = build_dataset('val', args, train.class_map)
+            datasets['val'] = build_dataset('val', settings, train.class_map)
     found = list(datasets.values())[-1].class_map
     if (args.resume or args.eval) and class_map is not None and class_map != found:
         if {*class_map.names, None} == {*found.names, None}:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import main
-from datasets import build_dataset
 from datasets import transforms as T
 from datasets.augmentations import AUGMENTATIONS, CoDETRAugmentation, SquareJitter
 from datasets.class_map import COCO_IDS, ClassMap
@@ -26,9 +25,9 @@ from engine import evaluate, sample_detections
 from models.detector import Detector
 from models.postprocess import TopKPostProcess, scale_boxes
 from tests.runs import assert_same, load, run
-from tests.shared_data import needs_shared, read_shared, rule_image
+from tests.shared_data import build_data, needs_shared, read_shared, rule_image
 from util.config import flags
-from util.config.recorded import current
+from util.config.settle import in_our_names
 from util.nested_tensor import collate_fn
 from util.seeding import local_seed
 
@@ -67,13 +66,13 @@ def arguments(root: Path, **options: object) -> Namespace:
 
 def test_coco_ids_become_80_classes_and_come_out_again(tmp_path: Path) -> None:
     root = write_coco_like(tmp_path)
-    dataset = build_dataset('train', arguments(root, class_ids='contiguous'))
+    dataset = build_data('train', arguments(root, class_ids='contiguous'))
     assert dataset.class_map.num_classes == 80
     assert dataset.class_map.category_ids == tuple(sorted(COCO_IDS))
     assert dataset[0][1]['labels'].tolist() == [79]
     assert dataset.class_map.category_ids[79] == 90
-    assert build_dataset('train', arguments(root)).class_map.num_classes == 91
-    settled = build_dataset('val', arguments(root), dataset.class_map)
+    assert build_data('train', arguments(root)).class_map.num_classes == 91
+    settled = build_data('val', arguments(root), dataset.class_map)
     assert settled.class_map == dataset.class_map
 
 
@@ -178,20 +177,20 @@ def test_tiny_objects_and_in_training_tiny_images_are_left_out(tmp_path: Path) -
         {'image_id': 3, 'category_id': 1, 'bbox': [5, 5, 9, 9]},
     ]
     root = write_data(tmp_path, images, objects, [{'id': 1, 'name': 'thing'}])
-    parts = {split: build_dataset(split, arguments(root, aug='co_detr')) for split in ('train', 'val')}
+    parts = {split: build_data(split, arguments(root, aug='co_detr')) for split in ('train', 'val')}
     assert parts['train'].ids == [1, 2] and parts['val'].ids == [1, 2, 3]
     for part in parts.values():
         assert part.untransformed(0)[1]['boxes'].tolist() == [[3, 3, 4, 4], [0, 0, 1.5, 1.5]]
         assert len(part[1][1]['boxes']) == 0
     assert len(parts['val'].ground_truth['annotations']) == len(objects)
-    usual = build_dataset('train', arguments(root))
+    usual = build_data('train', arguments(root))
     assert usual.ids == [1, 2, 3] and len(usual.untransformed(0)[1]['boxes']) == 5
 
 
 def test_data_of_tiny_images_only_is_refused(tmp_path: Path) -> None:
     root = write_data(tmp_path, [{'id': 1, 'height': 31, 'width': 60}], [], [{'id': 1}])
     with pytest.raises(ValueError, match=r'all 1 images .* less than 32 pixels'):
-        build_dataset('train', arguments(root, aug='co_detr'))
+        build_data('train', arguments(root, aug='co_detr'))
 
 
 def extent(mask: Tensor) -> list[int]:
@@ -313,7 +312,7 @@ def square_data(root: Path, segmented: bool) -> Path:
 @pytest.mark.parametrize('segmented', [True, False])
 def test_masks_are_used_where_every_object_has_one(tmp_path: Path, segmented: bool) -> None:
     root = square_data(tmp_path, segmented)
-    dataset = build_dataset('train', arguments(root, aug='lsj', img_size=64))
+    dataset = build_data('train', arguments(root, aug='lsj', img_size=64))
     assert dataset.return_masks == segmented
     objects = []
     for epoch in range(12):
@@ -330,7 +329,7 @@ def test_masks_are_used_where_every_object_has_one(tmp_path: Path, segmented: bo
 def test_images_depend_on_seed_epoch_and_index_only(aug: str) -> None:
     args = Namespace(**vars(arguments(Path())) | {'dataset_file': 'shapes', 'aug': aug})
     args.shapes_train, args.shapes_size, args.img_size = 4, 64, 64
-    dataset = build_dataset('train', args)
+    dataset = build_data('train', args)
     alone = DataLoader(dataset, batch_size=None)
     workers = DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=True)
     sums = []
@@ -344,7 +343,7 @@ def test_images_depend_on_seed_epoch_and_index_only(aug: str) -> None:
     assert [int(dataset[index][0].sum()) for index in range(4)] == sums[1]
     assert len({tuple(row) for row in sums}) == 3
     args.seed += 1
-    assert [int(image.sum()) for image, _ in build_dataset('train', args)] != sums[0]
+    assert [int(image.sum()) for image, _ in build_data('train', args)] != sums[0]
 
 
 @pytest.mark.parametrize('shape', [(40, 64), (51, 40), (30, 30)], ids=str)
@@ -459,7 +458,7 @@ def test_sizes_come_from_the_annotations_or_the_image(tmp_path: Path) -> None:
     data = json.loads(file.read_text())
     del data['images'][1]['height']
     file.write_text(json.dumps(data))
-    dataset = build_dataset('train', arguments(root, aug='co_detr'))
+    dataset = build_data('train', arguments(root, aug='co_detr'))
     (root / 'train/1.png').unlink()
     assert dataset.image_sizes().tolist() == [[40, 50], [33, 32]]
     (root / 'train/2.png').write_bytes(b'nothing')
@@ -475,7 +474,7 @@ def test_loaders_batch_images_of_one_kind(tmp_path: Path) -> None:
     root = write_data(tmp_path, images, [], [{'id': 1, 'name': 'thing'}])
     args = arguments(root, img_size=40)
     train, val = (
-        build_loader(build_dataset(part, args), part, 2, batching='aspect') for part in ('train', 'val')
+        build_loader(build_data(part, args), part, 2, batching='aspect') for part in ('train', 'val')
     )
     assert len(train) == 1 + 3  # 2 high images, 5 wide ones
     for _, targets in train:
@@ -506,7 +505,7 @@ def test_a_run_of_this_recipe_resumes_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ('flag', 'remedy'),
     [
-        ('--lsj_size 64', '--img_size is the side'),
+        ('--lsj_size 64', 'give --img_size, the side'),
         ('--bucket_sizes', 'give --batches size'),
         ('--group_aspect_ratio', 'give --batches aspect'),
     ],
@@ -543,9 +542,9 @@ def describe(step: object) -> str:
 
 def test_records_of_older_runs_are_read() -> None:
     old = {'aug': 'lsj', 'lsj_size': 512, 'img_size': 800, 'group_aspect_ratio': True, 'bucket_sizes': False}
-    assert current(old) == {'aug': 'lsj', 'img_size': 512, 'batches': 'aspect'}
+    assert in_our_names(old) == {'aug': 'lsj', 'img_size': 512, 'batches': 'aspect'}
     old |= {'aug': 'detr', 'group_aspect_ratio': False, 'bucket_sizes': True}
-    assert current(old) == {'aug': 'detr', 'img_size': 800, 'batches': 'size'}
+    assert in_our_names(old) == {'aug': 'detr', 'img_size': 800, 'batches': 'size'}
 
 
 def test_the_cache_of_files_is_the_operating_systems(

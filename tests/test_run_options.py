@@ -366,7 +366,7 @@ def test_a_run_in_16_bits_resumes(tmp_path: Path, amp: str) -> None:
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
-        ('--batches size --dataset_file coco --train_shards x', '--train_shards streams them'),
+        ('--batches size --dataset_file coco --train_ann shards.json', 'tar shards are streamed'),
         ('--batches size --aug lsj', 'this --aug mixes them'),
         ('--ema 1', '--ema must be less than 1, not 1'),
         ('--fsdp', '--fsdp shares a model among processes, and there is one'),

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from util.config.recorded import current
 from util.errors import UserError
 from util.files import save_atomically
 from util.foreign_names import COCO_IDS, flags_of_transformers, spread_coco_classes, to_official
@@ -99,7 +98,7 @@ def flags_of(checkpoint: dict) -> dict:
     if flags.get('use_ms_detr') and 'ms_variant' not in flags:  # the official programs have the same flags
         state = checkpoint.get('model', {})
         flags |= {'ms_variant': 'a'} if any('class_embed_o2m' in name for name in state) else {}
-    return current(flags)
+    return flags
 
 
 def flags_of_run(checkpoint: dict, resume: bool) -> dict:

@@ -93,11 +93,9 @@ FLAGS = {flag.name: flag for flag in (
              'shapes: built-in images, drawn as they are needed', first=True),
         Flag('coco_path', TEXT, None, 'folder with annotations/instances_{train,val}2017.json and {train,val}2017/ or images/{train,val}2017/ (2017 may be missing); of voc with ImageSets/Main; of yolo with data.yaml, or that file', metavar='DIR', first=True),
         Flag('train_images', TEXT, None, 'folder of train images, instead of --coco_path', metavar='DIR'),
-        Flag('train_ann', TEXT, None, 'file of train annotations, instead of --coco_path', metavar='FILE'),
-        Flag('train_shards', TEXT, None, 'train data in tar shards: shards.json of tools/make_shards.py, or its folder', metavar='PLACE'),
+        Flag('train_ann', TEXT, None, 'file of train annotations, instead of --coco_path; or tar shards, which hold images too: shards.json of tools/make_shards.py, or its folder', metavar='FILE'),
         Flag('val_images', TEXT, None, 'folder of val images, instead of --coco_path', metavar='DIR'),
-        Flag('val_ann', TEXT, None, 'file of val annotations, instead of --coco_path', metavar='FILE'),
-        Flag('val_shards', TEXT, None, 'val data in tar shards: shards.json of tools/make_shards.py, or its folder', metavar='PLACE'),
+        Flag('val_ann', TEXT, None, 'file of val annotations, or tar shards, as --train_ann', metavar='FILE'),
         Flag('class_ids', ('auto', 'contiguous'), 'auto', "class indices of the model. auto: COCO's 91 ids for COCO, 0 to K-1 in order of id for other data; contiguous: 0 to K-1 for COCO too, 80 classes"),
         Flag('check_data', SWITCH, False, 'read and decode all data, report what is odd, draw some of it into --output_dir, then stop', launch=True),
         Flag('allow_outside', SWITCH, False, 'take images whose file_name leads out of the image folder (an absolute path, or ..); refused otherwise, because an annotation file of unknown origin could name any file', launch=True),
@@ -118,7 +116,7 @@ FLAGS = {flag.name: flag for flag in (
         Flag('batches', ('random', 'aspect', 'size'), 'random', 'images of a training batch. aspect: all wider than high, or all not; '
              'size: of about the same size after scaling and cropping, on all processes: a quarter of the padding, and no process waits'),
         Flag('cache_mode', SWITCH, False, 'has no effect: the operating system keeps files that were read in free memory', launch=True, hidden=True),
-        Flag('shard_buffer', whole(1), 1000, 'images among which a loader worker shuffles --train_shards; it holds their files in memory', hidden=True),
+        Flag('shard_buffer', whole(1), 1000, 'images among which a loader worker shuffles tar shards; it holds their files in memory', hidden=True),
     ),
     *topic('model family (plain DETR when no flag of a variant is given)', NETWORK)(
         Flag('conditional', SWITCH, False, 'build Conditional DETR (arXiv:2108.06152)', compared=False, first=True),
@@ -304,8 +302,5 @@ NO_OPTIONS = {
     for name, flag in FLAGS.items()
     if not flag.command and name != 'num_classes'
 } | {
-    'lsj_size': '--img_size is the side of the squares of --aug lsj',
-    'group_aspect_ratio': 'give --batches aspect',
-    'bucket_sizes': 'give --batches size',
     'local_init': 'its gain for small models was never part of a recipe, and is gone: leave it out',
 }

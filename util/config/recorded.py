@@ -7,14 +7,14 @@ flags tell.
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from typing import Any
 
 from util.errors import UserError
 
 from .declare import DETECTION, NETWORK, RUN
 from .flags import FLAGS
-from .settle import DETECTOR, OFFICIAL_NAMES, Settled, check_values, settle
+from .settle import DETECTOR, Settled, check_values, in_our_names, is_shards, settle
 
 REMEDY = 'Give this flag, or another checkpoint of its run'
 WHOLE = (
@@ -25,11 +25,11 @@ WHOLE = (
     'dec_layers',
 )  # in every record of all flags of a run
 CHOOSE_FAMILY = ('conditional', 'deformable')
-SOURCES = ('dataset_file', 'coco_path', 'val_images', 'val_ann', 'val_shards', 'shapes_val', 'shapes_size')
+SOURCES = ('dataset_file', 'coco_path', 'val_images', 'val_ann', 'shapes_val', 'shapes_size')
 PLACES_OF_DATA = {
     'dataset_file',
     'coco_path',
-    *(f'{part}_{what}' for part in ('train', 'val') for what in ('images', 'ann', 'shards')),
+    *(f'{part}_{what}' for part in ('train', 'val') for what in ('images', 'ann')),
 }
 VIEW = (
     'img_size',
@@ -38,26 +38,6 @@ VIEW = (
     'class_ids',
     'batch_size',
 )  # how images and classes reach the model
-
-
-def old_size_of_squares(value: Any, flags: Mapping) -> dict:
-    return {'img_size': value} if flags.get('aug') == 'lsj' else {}
-
-
-# Flags that older records have and this program has not: what they are now, from their value and the other flags.
-OLD: dict[str, Callable[[Any, Mapping], dict]] = {
-    'lsj_size': old_size_of_squares,
-    'group_aspect_ratio': lambda value, flags: {'batches': 'aspect'} if value else {},
-    'bucket_sizes': lambda value, flags: {'batches': 'size'} if value else {},
-}
-
-
-def current(recorded: Mapping) -> dict:
-    """Return the flags of a record with those of `OLD` under their names and values of today."""
-    flags = {name: value for name, value in recorded.items() if name not in OLD}
-    for name in OLD.keys() & recorded.keys():
-        flags |= OLD[name](recorded[name], recorded)
-    return flags
 
 
 class NetworkFlags(dict):
@@ -131,7 +111,7 @@ def adopt(
     Raises:
         UserError: a recorded value makes no sense, or a given flag contradicts the weights; the message has both values.
     """
-    recorded = {OFFICIAL_NAMES.get(name, name): value for name, value in recorded.items()}
+    recorded = in_our_names(recorded)
     recorded = {name: value for name, value in recorded.items() if is_sound(name, value) or name not in given}
     try:
         theirs = settle_recorded(recorded)
@@ -209,7 +189,7 @@ def crowded_out(name: str, args: Namespace, given: Collection[str], recorded: Ma
 
 def changes_text(args: Namespace, recorded: Mapping) -> str:
     """Describe the settled flags of a resumed run that are not the recorded ones; '' if all are."""
-    recorded = {OFFICIAL_NAMES.get(name, name): value for name, value in recorded.items()}
+    recorded = in_our_names(recorded)
     flags = [
         flag for flag in FLAGS.values() if not flag.launch and flag.name in recorded and flag.kind != RUN
     ]
@@ -222,11 +202,12 @@ def changes_text(args: Namespace, recorded: Mapping) -> str:
 
 def data_of(args: Namespace, given: Collection[str], recorded: Mapping) -> dict:
     """Return the flags of a run that an evaluation of it needs and that were not given: sizes, and the data if none is named."""
+    recorded = in_our_names(recorded)
     names: tuple[str, ...] = (*SOURCES, *VIEW)
     kind, shapes = recorded.get('dataset_file'), {'shapes_val', 'shapes_size'}
     if set(SOURCES) - shapes & set(given):
         same = args.dataset_file == kind if 'dataset_file' in given else kind == 'lvis'
-        names = (*VIEW, *(('dataset_file', *shapes) if same and not args.val_shards else ()))
+        names = (*VIEW, *(('dataset_file', *shapes) if same and not is_shards(args.val_ann) else ()))
     return {name: recorded[name] for name in names if name not in given and name in recorded}
 
 

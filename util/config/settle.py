@@ -2,6 +2,8 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from util.errors import UserError
@@ -26,6 +28,50 @@ MODEL = (NETWORK, DETECTION, TRAINING)
 EVERYTHING = (*MODEL, DATA, RUN)
 OFFICIAL_NAMES = {alias: flag.name for flag in FLAGS.values() for alias in flag.aliases}
 PLACES = ('backbone', 'encoder', 'decoder')  # parts of a network that --use_checkpoint names
+SHARDS = 'shards.json'  # index of tar shards
+
+
+@dataclass(frozen=True)
+class OldFlag:
+    """A flag that only older records hold.
+
+    instead: what the command line answers to a user who gives it. today: the flags that have its meaning today, from its
+    value and the whole record; they replace those of the record.
+    """
+
+    instead: str
+    today: Callable[[Any, Mapping], dict]
+
+
+OLD = {
+    'train_shards': OldFlag(
+        'give --train_ann shards.json or its folder', lambda place, _: {'train_ann': place} if place else {}
+    ),
+    'val_shards': OldFlag(
+        'give --val_ann shards.json or its folder', lambda place, _: {'val_ann': place} if place else {}
+    ),
+    'lsj_size': OldFlag(
+        'give --img_size, the side of the squares of --aug lsj',
+        lambda size, record: {'img_size': size} if record.get('aug') == 'lsj' else {},
+    ),
+    'group_aspect_ratio': OldFlag('give --batches aspect', lambda on, _: {'batches': 'aspect'} if on else {}),
+    'bucket_sizes': OldFlag('give --batches size', lambda on, _: {'batches': 'size'} if on else {}),
+}
+
+
+def in_our_names(record: Mapping) -> dict:
+    """Return the flags of a namespace or a record under today's names, instead of official names and those in `OLD`."""
+    named = {OFFICIAL_NAMES.get(name, name): value for name, value in record.items()}
+    flags = {name: value for name, value in named.items() if name not in OLD}
+    for name, old in OLD.items():
+        if name in named:
+            flags |= old.today(named[name], named)
+    return flags
+
+
+def is_shards(place: str | None) -> bool:
+    """Return whether a value of --train_ann or --val_ann is an index of tar shards, or the folder of one."""
+    return place is not None and (Path(place).name == SHARDS or Path(place).is_dir())
 
 
 class Settled(Namespace):
@@ -47,11 +93,12 @@ def settle(args: Namespace, kinds: Collection[str] = MODEL) -> Settled:
     Raises:
         UserError: a value makes no sense, or flags contradict each other.
     """
-    given = {OFFICIAL_NAMES.get(name, name): value for name, value in vars(args).items() if value is not None}
+    given = in_our_names({name: value for name, value in vars(args).items() if value is not None})
+    others = {name: value for name, value in vars(args).items() if name not in OLD}
     flags = [flag for flag in FLAGS.values() if flag.kind in kinds]
     settle_checkpointing(given)
     check_values(given, flags)
-    settled = Namespace(**vars(args) | given, **{} if 'family' in given else {'family': ''})
+    settled = Namespace(**others | given, **{} if 'family' in given else {'family': ''})
     settled.family = family_of(given)
     plain = [flag for flag in flags if not isinstance(flag.default, ByFamily | Usual)]
     by_family = [flag for flag in flags if isinstance(flag.default, ByFamily)]
@@ -238,20 +285,20 @@ RULES: dict[str, list[Callable[[Namespace], object]]] = {
         and f'--train_scales {a.train_scales[0]} {a.train_scales[1]}: give the smaller size first',
         lambda a: (a.aug not in RANDOM_SCALES and (a.train_scales or a.train_max_size))
         and f'--train_scales and --train_max_size are not for --aug {a.aug}, which scales otherwise: leave them out',
-        lambda a: (a.repeat_threshold and (a.dataset_file == 'shapes' or a.train_shards))
+        lambda a: (a.repeat_threshold and (a.dataset_file == 'shapes' or is_shards(a.train_ann)))
         and '--repeat_threshold needs image files in COCO form or LVIS: leave it out',
         lambda a: (a.dataset_file == 'shapes' and any((a.coco_path, a.train_images, a.train_ann, a.val_images, a.val_ann)))
         and '--dataset_file shapes reads no files: leave --coco_path and the other paths out',
         lambda a: (a.dataset_file in ('voc', 'yolo') and any((a.train_images, a.train_ann, a.val_images, a.val_ann)))
         and f'--dataset_file {a.dataset_file} is one folder: give --coco_path instead of images and annotations',
-        lambda a: ((a.train_shards or a.val_shards) and a.dataset_file != 'coco')
-        and f'--train_shards and --val_shards hold data in COCO form: leave --dataset_file {a.dataset_file} out',
-        lambda a: ((a.train_shards and not a.eval and (a.train_images or a.train_ann)) or (a.val_shards and (a.val_images or a.val_ann)))
-        and 'shards, and images or annotations, name the same images twice: give one of them',
-        lambda a: (a.batches != 'random' and a.train_shards and not a.eval)
-        and f'--batches {a.batches} chooses the images of a batch, and --train_shards streams them: leave it out',
+        lambda a: (a.dataset_file != 'coco' and any(map(is_shards, (a.train_ann, a.val_ann))))
+        and f'tar shards hold data in COCO form: leave --dataset_file {a.dataset_file} out',
+        lambda a: ((is_shards(a.train_ann) and a.train_images) or (is_shards(a.val_ann) and a.val_images))
+        and 'tar shards hold their images: leave --train_images and --val_images out',
     ],
     RUN: [
+        lambda a: (a.batches != 'random' and is_shards(a.train_ann) and not a.eval)
+        and f'--batches {a.batches} chooses the images of a batch, and tar shards are streamed: leave it out',
         lambda a: (a.eval and not (a.resume or a.pretrained))
         and '--eval needs weights: add --resume FILE (or --pretrained FILE, or --model NAME)',
         lambda a: (a.resume and a.pretrained and a.resume != 'auto')
