@@ -29,14 +29,15 @@ from datasets.inventory import check_data, print_inventory
 from datasets.loaders import begin_epoch, build_datasets, build_loader, check_steps, worst_batch
 from engine import evaluate, sample_detections, train_one_epoch, try_largest_batch
 from models import build_model, check_backbone, level_strides
-from models.detector import class_map_of, shared_classes
 from models.parts import all_parts, compile_parts
 from models.segmentation import freeze_all_but_masks
 from models.structures import Prediction
 from models.summary import plan_notes, print_dry_run, print_plan, training_images
 from models.training import coefficients
 from models.training.report import statistics_text
-from util.checkpoint import check_frozen, flags_of_run, load_checkpoint
+from models.weights.load import check_frozen, load_checkpoint
+from models.weights.read import read_checkpoint
+from models.weights.records import extract_class_map, extract_flags, shared_classes
 from util.config.declare import RUN
 from util.config.recipes import with_named_flags
 from util.config.recorded import adopt, changes_text, data_of
@@ -66,7 +67,6 @@ from util.run_entries import check_entries
 from util.seeding import seed_everything
 from util.trackers import check_trackers
 from util.visualize import contact_sheet, plot_curves
-from util.weight_files import read_checkpoint
 
 DRAWN_SCORE = 0.3  # focal losses keep scores low
 
@@ -134,7 +134,7 @@ def configure(args: Namespace, restarted: bool = False) -> tuple[Settled, dict]:
     resume = bool(found) and not args.eval
     check_entries(checkpoint, source, resume)
     args = Namespace(**vars(args) | {'resume': found})
-    if recorded := flags_of_run(checkpoint, resume):
+    if recorded := extract_flags(checkpoint, resume):
         try:
             args = adopt(args, given, recorded, resume, strict=resume or args.eval)
         except UserError as error:
@@ -163,7 +163,7 @@ def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
         seed_everything(args.seed + get_rank())
         class_map = ClassMap.from_dict(checkpoint['class_map']) if 'class_map' in checkpoint else None
         if args.eval and class_map is None and checkpoint:
-            found = class_map_of(checkpoint, args.resume or args.pretrained)
+            found = extract_class_map(checkpoint, args.resume or args.pretrained)
             class_map = found if found.num_classes == PANOPTIC_CLASSES else None
         datasets = build_datasets(args, class_map)
         if is_main_process():

@@ -18,12 +18,12 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from models.weights.read import extract_weights, read_checkpoint
 from util.distributed.collectives import is_main_process
 from util.distributed.preemption import interruptible
-from util.download import download, is_address
+from util.download import download, is_url
 from util.errors import UserError
 from util.nested_tensor import NestedTensor, resize_mask
-from util.weight_files import read_checkpoint, state_of
 
 from .frozen_norm import fold_frozen_norms
 from .parts import call_part
@@ -254,7 +254,7 @@ def load_backbone_file(network: nn.Module, path: str) -> nn.Module:
     if not Path(path).is_file():
         raise UserError(f'--backbone_weights {path}: no such file (imagenet, none or a file of a state dict)')
     try:
-        state = state_of(read_checkpoint(path), averaged=False, source=path)
+        state = extract_weights(read_checkpoint(path), averaged=False, source=path)
     except UserError as error:
         raise UserError(f'--backbone_weights: {error}') from error
     head = ('fc.', 'classifier.')
@@ -289,7 +289,7 @@ def build_swin(name: str, weights: str, stages: range, drop_path_rate: float, fr
     """Build a Swin backbone. Only the main process downloads weights from a URL."""
     body = SwinTransformer(SWIN_SIZES[name], stages, drop_path_rate, frozen_stages)
     source = WEIGHTS_URL.format(SWIN_SIZES[name].weights) if weights == 'imagenet' else weights
-    if source != 'none' and (is_main_process() or not is_address(source)):
+    if source != 'none' and (is_main_process() or not is_url(source)):
         load_pretrained(body, source)
     return Backbone(body, body.num_channels)
 

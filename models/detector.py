@@ -7,22 +7,22 @@ import torch
 from torch import Tensor, nn
 
 from datasets.augmentations import build_augmentation
-from datasets.class_map import PANOPTIC_CLASSES, ClassMap
+from datasets.class_map import ClassMap
 from datasets.image_io import read_image
 from datasets.transforms import frame_size, seen_size
 from models import build_detector, build_postprocessors
 from models.postprocess import Encode
-from util.checkpoint import SharedClasses, flags_of, load_checkpoint
+from models.weights.load import load_checkpoint
+from models.weights.read import read_checkpoint
+from models.weights.records import extract_class_map, extract_flags
 from util.config.recipes import find_row
 from util.config.recorded import settle_recorded
 from util.distributed.collectives import choose_device
 from util.errors import UserError
 from util.flags import add_http_flag
-from util.foreign_names import COCO_IDS, to_official
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from util.precision import Precision
 from util.run_entries import check_entries
-from util.weight_files import read_checkpoint, state_of
 
 
 class Detector:
@@ -164,64 +164,16 @@ def load_detector(
         raise UserError('name a model, or a file of weights')
     checkpoint = read_checkpoint(source)
     check_entries(checkpoint, source, resume=False)
-    recorded = vars(row.recipe.flags) if row else flags_of(checkpoint)
+    recorded = vars(row.recipe.flags) if row else extract_flags(checkpoint)
     if row is None and not recorded:
         raise UserError(
             f'{source} holds weights alone, without the flags of its run: name its model too (--model NAME in a tool, '
             'docs/zoo.md has the names)'
         )
-    class_map = class_map_of(checkpoint, source)
+    class_map = extract_class_map(checkpoint, source)
     flags = {'eval_module': 'detr', 'aux_loss': False, 'num_classes': class_map.num_classes}
     args = settle_recorded({**recorded, **flags})
     network = build_detector(args, {'one2one': args.num_queries})
     load_checkpoint(network, checkpoint, name=source)
     network.to(choose_device(str(device)) if device == 'auto' else device)
     return Detector(network, build_postprocessors(args), class_map, args, half)
-
-
-def class_map_of(checkpoint: dict, source: str) -> ClassMap:
-    """Return the classes that a file tells, or COCO's for heads of their number; others are called by their index."""
-    if 'class_map' in checkpoint:
-        return ClassMap.from_dict(checkpoint['class_map'])
-    layout, state = to_official(state_of(checkpoint, source=source))
-    rows = next(
-        (len(state[name]) for name in ('class_embed.0.bias', 'class_embed.bias') if name in state), None
-    )
-    if rows is None:
-        raise UserError(f'{source} has no class head ({layout} names), so it is no detector of this family')
-    rows -= 'class_embed.bias' in state and 'transformer.decoder.ref_point_head.layers.0.weight' not in state
-    names = names_in(checkpoint)
-    if rows == PANOPTIC_CLASSES:
-        return ClassMap.coco(PANOPTIC_CLASSES)
-    if rows == 91 or (
-        rows == len(COCO_IDS) and layout in ('detrex', 'mmdetection') and len(names) in (0, 80)
-    ):
-        return ClassMap.coco()  # `load_checkpoint` gives each class of 80 the row of its id
-    names = names if len(names) == rows else [f'class {index}' for index in range(rows)]
-    return ClassMap(tuple(range(rows)), tuple(names))
-
-
-def shared_classes(checkpoint: dict, class_map: ClassMap) -> SharedClasses | None:
-    """Return the classes of a file that a data set has too, by their names; None if all are the same, or none is."""
-    try:
-        theirs = class_map_of(checkpoint, '')
-    except UserError:  # its class heads are gone
-        return None
-    if theirs.names == class_map.names:
-        return None
-    here = {name: index for index, name in enumerate(class_map.names) if name is not None}
-    pairs = [(index, here[name]) for index, name in enumerate(theirs.names) if name in here]
-    names = [theirs.names[index] for index, _ in pairs]
-    return SharedClasses(pairs, theirs.num_classes, class_map.num_classes, names) if pairs else None
-
-
-def names_in(checkpoint: dict) -> list[str]:
-    """Return the class names that mmdetection (2 and 3) or transformers keep in a file, [] if none."""
-    meta = checkpoint.get('meta')
-    meta = meta if isinstance(meta, dict) else {}
-    dataset = meta.get('dataset_meta')
-    names = meta.get('CLASSES') or (dataset if isinstance(dataset, dict) else {}).get('classes')
-    if names is None:
-        labels = checkpoint.get('config', {}).get('id2label', {})
-        names = [labels[key] for key in sorted(labels, key=int)]
-    return list(names) if isinstance(names, list | tuple) else []

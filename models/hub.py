@@ -6,11 +6,21 @@ from pathlib import Path
 
 from torch import nn
 
-from models import build_postprocessors
+from models import build_detector, build_postprocessors
 from models.detector import Detector, load_detector
-from models.zoo import build_row
-from util.checkpoint import load_checkpoint
+from models.weights.load import load_checkpoint
 from util.config.recipes import ZOO, Row
+from util.config.recorded import settle_recorded
+from util.config.settle import Settled
+
+
+def build_row(
+    row: Row, num_classes: int | None = None, backbone_weights: str = 'none'
+) -> tuple[nn.Module, Settled]:
+    """Build the detector of a row for inference; return it with its settled flags."""
+    own = {'num_classes': num_classes or row.classes, 'aux_loss': False}
+    args = settle_recorded(vars(row.recipe.flags) | own).but(backbone_weights=backbone_weights)
+    return build_detector(args, {'one2one': args.num_queries}), args
 
 
 def build(

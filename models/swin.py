@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from models.weights.read import extract_weights, read_checkpoint
 from util.errors import UserError
-from util.weight_files import read_checkpoint, state_of
 
 from .parts import call_part
 from .windows import Windows
@@ -246,7 +246,7 @@ def load_pretrained(model: SwinTransformer, source: str) -> None:
         UserError: the file is missing, or other entries are missing or of another shape.
     """
     try:
-        found = state_of(read_checkpoint(source), averaged=False, source=source)
+        found = extract_weights(read_checkpoint(source), averaged=False, source=source)
     except UserError as error:
         raise UserError(f'--backbone_weights: {error}') from error
     state = fit_pretrained(found, model)

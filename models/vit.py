@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from models.weights.read import extract_weights, read_checkpoint
 from util.errors import UserError
-from util.weight_files import read_checkpoint, state_of
 
 from .parts import call_part
 from .windows import Windows
@@ -277,7 +277,7 @@ def load_vit(model: VisionTransformer, source: str) -> None:
     try:
         checkpoint = read_checkpoint(source)
         found = {'model': checkpoint['module']} if 'module' in checkpoint else checkpoint
-        state = state_of(found, source=source)
+        state = extract_weights(found, source=source)
     except UserError as error:
         raise UserError(f'--backbone_weights: {error}') from error
     state = {re.sub(r'^(module|backbone)\.', '', name): value for name, value in state.items()}

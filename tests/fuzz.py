@@ -25,7 +25,8 @@ import torch
 with atheris.instrument_imports(include=['datasets', 'util']):
     from datasets.annotations import AnnotationTable
     from datasets.coco_json import read_annotations
-    from util.weight_files import read_checkpoint, state_of, write_safetensors
+    from models.weights.read import extract_weights, read_checkpoint
+    from models.weights.write import write_safetensors
 
 SEEDS = {
     'annotations': [
@@ -51,7 +52,7 @@ def read_annotation_file(path: Path) -> None:
 
 
 def read_weight_file(path: Path) -> None:
-    state_of(read_checkpoint(path))
+    extract_weights(read_checkpoint(path))
 
 
 def seeds(kind: str, folder: Path) -> None:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from models import build_model
+from models.weights.load import load_checkpoint
+from models.weights.names import TRANSFORMERS_DEFORMABLE, rename, to_official
+from models.weights.read import read_checkpoint
 from tests.models import SMALL, TWO_STAGE
 from tests.rule import fill
 from tests.shared_data import SHARED, needs_shared, read_shared
-from util.checkpoint import load_checkpoint
-from util.foreign_names import TRANSFORMERS_DEFORMABLE, rename, to_official
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
-from util.weight_files import read_checkpoint
 
 FLAGS = {'detr': {}, 'conditional_detr': {'conditional': True}, 'deformable_detr': {'deformable': True}}
 

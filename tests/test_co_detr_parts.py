@@ -29,11 +29,11 @@ from models.training.dense_heads import (
 from models.training.faster_rcnn import RATIOS, SCALES, RoIHead
 from models.training.losses import FocalLoss, QualityFocalLoss
 from models.training.structures import Stack
+from models.weights.names import from_mmdetection
 from tests import rule
 from tests.parity import assert_close, float64
 from tests.shared_data import needs_shared, read_shared
 from util.box_ops import box_cxcywh_to_xyxy, box_iou, box_xyxy_to_cxcywh, generalized_box_iou
-from util.foreign_names import from_mmdetection
 
 PARTS = read_shared('parity/co_deformable_detr/components.json')
 

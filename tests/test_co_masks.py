@@ -17,15 +17,15 @@ from models.refine_masks import MaskIoUHead, RefineMaskHead, boundary, refined, 
 from models.training.criterion import weighted_sum
 from models.training.mask_losses import iou_loss, iou_targets, mask_targets, refine_loss
 from models.training.mask_rcnn import MaskBranch
+from models.weights.load import load_checkpoint
+from models.weights.names import to_official
+from models.weights.write import to_mmdetection
 from tests import rule
 from tests.models import HEADS, SMALL, TRICKS, build, random_targets, with_masks
 from tests.parity import assert_close
 from tests.runs import run
 from tests.shared_data import SHARED, needs_shared
-from util.checkpoint import load_checkpoint
 from util.config.settle import settle
-from util.foreign_files import to_mmdetection
-from util.foreign_names import to_official
 
 
 @needs_shared

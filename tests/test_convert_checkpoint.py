@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from models import build_detector, build_model
 from models.detector import load_detector
+from models.weights.load import load_checkpoint
+from models.weights.names import COCO_IDS, to_official
+from models.weights.read import read_checkpoint
+from models.weights.write import to_mmdetection
 from tests.models import HEADS, SMALL, TRICKS
 from tests.runs import fill_disk
 from tools import convert_checkpoint
 from tools.convert_checkpoint import convert
-from util.checkpoint import load_checkpoint
 from util.config.settle import settle
 from util.flags import run_command
-from util.foreign_files import to_mmdetection
-from util.foreign_names import COCO_IDS, to_official
 from util.nested_tensor import NestedTensor
-from util.weight_files import read_checkpoint
 
 CO_DEFORMABLE, CO_DINO = TRICKS | HEADS, {'dino': True, 'dn_number': 10} | HEADS
 

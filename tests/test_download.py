@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.weights.read import read_checkpoint
 from tests.processes import start, start_main
 from tests.runs import TINY
 from tests.web import served
 from util import download as downloads
-from util.checkpoint import save_checkpoint
 from util.distributed.preemption import UNFINISHED
 from util.download import HTTP_ALLOWED, download, fetch
 from util.errors import FileError, UserError
-from util.weight_files import read_checkpoint
+from util.files import save_checkpoint
 
 WHOLE = b'weights' * 1000
 DIGITS = hashlib.sha256(WHOLE).hexdigest()[:8]

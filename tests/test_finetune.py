@@ -8,12 +8,12 @@ import torch
 
 import main
 from datasets.class_map import ClassMap
-from models.detector import shared_classes
+from models.weights.load import load_checkpoint
+from models.weights.records import shared_classes
 from tests.models import build
 from tests.runs import TINY, load
 from tests.shared_data import SHARED, needs_shared
 from tools import predict
-from util.checkpoint import load_checkpoint
 
 WORDS = [word for word in TINY.split() if word not in ('--dataset_file', 'shapes')]
 TWO_STAGE = {'two_stage': True, 'with_box_refine': True, 'num_feature_levels': 3}

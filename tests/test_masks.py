@@ -20,6 +20,8 @@ from engine import build_optimizer, evaluate
 from models import build_model, postprocess
 from models.detector import Detector, load_detector
 from models.training.criterion import weighted_sum
+from models.weights.load import load_checkpoint
+from models.weights.read import read_checkpoint
 from tests import rule
 from tests.models import HEADS, MIXED, SMALL, TRICKS, LargestTensor, random_targets, with_masks
 from tests.parity import Case, assert_close, check_pairs, float64
@@ -27,10 +29,8 @@ from tests.runs import ROOT, load, run
 from tests.shared_data import SHARED, needs_shared
 from tools import predict
 from tools.convert_checkpoint import convert
-from util.checkpoint import load_checkpoint
 from util.config.settle import settle
 from util.nested_tensor import collate_fn
-from util.weight_files import read_checkpoint
 
 MASKS = ('bbox_attention.', 'mask_head.')
 

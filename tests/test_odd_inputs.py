@@ -19,12 +19,12 @@ from torch.utils.data import get_worker_info
 import main
 from datasets.coco import CocoDetection
 from models.training import losses
+from models.weights.write import write_safetensors
 from tests.runs import TINY
 from tests.shared_data import rule_image
 from tools import compare_runs, convert_checkpoint, make_shards, predict
 from util.errors import UserError
 from util.flags import is_of_user, run_command
-from util.weight_files import write_safetensors
 
 PROGRAMS = {
     'main': (main.main, main.get_args_parser),

@@ -17,6 +17,9 @@ from models.training import atss, faster_rcnn
 from models.training.collaborative import CollaborativeHeads
 from models.training.criterion import weighted_sum
 from models.training.dense_heads import BACKGROUND
+from models.weights.load import load_checkpoint
+from models.weights.names import from_mmdetection
+from models.weights.write import to_mmdetection
 from tests import rule
 from tests.conftest import REASON
 from tests.models import HEADS, TRICKS
@@ -30,10 +33,7 @@ from tests.parity import (
     without_classes,
 )
 from tests.shared_data import SHARED, needs_shared
-from util.checkpoint import load_checkpoint
 from util.config.settle import settle
-from util.foreign_files import to_mmdetection
-from util.foreign_names import from_mmdetection
 from util.nested_tensor import NestedTensor
 
 STEPPED = ('r50_tiny_none',)  # cases whose optimizer steps are always compared

@@ -16,6 +16,7 @@ import models.training.matcher
 from main import get_args_parser
 from models import build_model
 from models.training.criterion import weighted_sum
+from models.weights.load import load_checkpoint
 from tests import rule
 from tests.conftest import REASON
 from tests.parity import (
@@ -30,7 +31,6 @@ from tests.parity import (
 )
 from tests.shared_data import SHARED, needs_shared
 from util.box_ops import box_iou
-from util.checkpoint import load_checkpoint
 from util.config.settle import settle
 from util.nested_tensor import NestedTensor
 

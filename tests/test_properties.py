@@ -18,10 +18,10 @@ from datasets.coco import CocoDetection, Reading
 from models.structures import Prediction
 from models.training.matcher import HungarianMatcher, OneToManyMatcher, stack_predictions
 from models.training.structures import Targets
+from models.weights.read import read_checkpoint
 from util.box_ops import box_cxcywh_to_xyxy, box_iou, box_xyxy_to_cxcywh, generalized_box_iou
-from util.checkpoint import save_checkpoint
+from util.files import save_checkpoint
 from util.seeding import local_seed
-from util.weight_files import read_checkpoint
 
 ANY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 UNIT = st.floats(0, 1, width=32)

@@ -21,7 +21,7 @@ import main
 from datasets.class_map import ClassMap
 from datasets.shapes import ShapesDetection
 from datasets.shapes import export as write_shapes
-from models import build_model, zoo
+from models import build_model, hub
 from tests.runs import ROOT
 from util.config.recipes import find_row
 from util.config.settle import settle
@@ -132,7 +132,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_weights(name: str, path: Path) -> None:
     """Write random weights of a row of the zoo."""
-    model, _ = zoo.build_row(find_row(name))
+    model, _ = hub.build_row(find_row(name))
     torch.save({'model': model.state_dict()}, path)
 
 

@@ -9,10 +9,11 @@ from torch import nn
 
 from models import build_model
 from models.detector import load_detector
+from models.weights.load import load_checkpoint
+from models.weights.records import extract_flags
 from tests.models import SMALL, TRICKS
 from tests.runs import load, run
 from util.bounds import real
-from util.checkpoint import flags_of, load_checkpoint
 from util.config.declare import DETECTION, NETWORK, Flag
 from util.config.flags import FLAGS
 from util.config.recorded import NetworkFlags, adopt, settle_recorded
@@ -97,7 +98,9 @@ def test_families_are_told_from_official_flags() -> None:
     assert settle_recorded(vars(official({'deformable': True}))).family == 'deformable'
     assert settle_recorded(vars(official({}))).family == 'detr'
     second = {'model': {'class_embed_o2m.0.bias': torch.ones(1)}, 'args': Namespace(use_ms_detr=True)}
-    assert flags_of(second)['ms_variant'] == 'a' and 'ms_variant' not in flags_of(second | {'model': {}})
+    assert extract_flags(second)['ms_variant'] == 'a' and 'ms_variant' not in extract_flags(
+        second | {'model': {}}
+    )
 
 
 def test_transformers_configuration_is_compared(tmp_path: Path) -> None:

@@ -21,17 +21,18 @@ from datasets.loaders import worst_batch
 from datasets.samplers import EvalBatches, SizeBatches
 from datasets.shapes import ShapesDetection
 from models import build_model
+from models.weights.load import load_checkpoint
+from models.weights.read import read_checkpoint
+from models.weights.records import extract_flags
 from tests.models import SMALLER, TRICKS
 from tests.runs import assert_same, load, run
 from tools.convert_checkpoint import convert
 from util import trackers
-from util.checkpoint import flags_of_run, load_checkpoint
 from util.config.recorded import adopt
 from util.config.settle import settle
 from util.distributed.parallel import load_optimizer_state
 from util.optim import Schedule, WeightAverage
 from util.precision import Precision
-from util.weight_files import read_checkpoint
 
 
 def shapes(number: int, aug: str = 'detr') -> ShapesDetection:
@@ -476,7 +477,7 @@ def test_official_schedules_go_on() -> None:
         theirs = torch.optim.SGD(conv.parameters(), lr=0.5)
         checkpoint = {'lr_scheduler': official(theirs).state_dict(), 'args': {'lr': 0.5, 'lr_drop': 4}}
         args = settle(
-            adopt(Namespace(lr=7.0, lr_drop=9), set(), flags_of_run(checkpoint, resume=True), resume=True)
+            adopt(Namespace(lr=7.0, lr_drop=9), set(), extract_flags(checkpoint, resume=True), resume=True)
         )
         optimizer = torch.optim.SGD(conv.parameters(), lr=args.lr)
         drops = args.lr_drop_epochs or ()

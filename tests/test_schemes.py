@@ -26,12 +26,12 @@ from models.training.criterion import weighted_sum
 from models.training.matcher import OneToManyMatcher, merge, stack_predictions
 from models.training.report import epoch_statistics, statistics_text, supervision_table
 from models.training.structures import Targets
+from models.weights.load import load_checkpoint
 from tests.models import HEADS, SMALL, TRICKS, TWO_STAGE, CountSyncs, random_targets
 from tests.parity import check_pairs, float64, optimizer_of, to_targets, without_classes
 from tests.runs import ROOT
 from tests.shared_data import SHARED, build_data, needs_shared, read_shared
 from tools.benchmarks.reference_criterion import hybrid_batch, reference_losses
-from util.checkpoint import load_checkpoint
 from util.config.settle import settle
 from util.nested_tensor import collate_fn
 

@@ -22,11 +22,11 @@ from models.swin import (
     load_pretrained,
     resize_table,
 )
+from models.weights.names import to_official
 from tests import rule
 from tests.models import TWO_STAGE
 from tests.parity import assert_close, float64
 from tests.shared_data import SHARED, needs_shared, read_shared
-from util.foreign_names import to_official
 
 RECORD = read_shared('parity/h_deformable_detr/swin_features.json')
 NAMES = {

@@ -16,14 +16,14 @@ from models import build_model
 from models.training.criterion import weighted_sum
 from models.training.faster_rcnn import FasterRCNN
 from models.vit import VIT_SIZES, VisionTransformer, ViTSize, feature_pyramid, load_vit
+from models.weights.load import load_checkpoint
+from models.weights.names import to_official
+from models.weights.write import to_mmdetection
 from tests import rule
 from tests.models import HEADS, random_targets
 from tests.parity import assert_close
 from tests.shared_data import SHARED, needs_shared
-from util.checkpoint import load_checkpoint
 from util.config.settle import settle
-from util.foreign_files import to_mmdetection
-from util.foreign_names import to_official
 from util.nested_tensor import as_batch, nested_tensor_from_tensor_list
 
 CASES = ('vit_sfp_small', 'vit_sfp_lsj_small')

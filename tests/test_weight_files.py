@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.weights.read import extract_weights, read_checkpoint
+from models.weights.write import write_safetensors
 from tests.models import SMALL
-from util.weight_files import read_checkpoint, state_of, write_safetensors
 
 
 class Program:
@@ -112,11 +113,11 @@ def test_what_is_no_file_of_weights_is_refused_in_a_sentence(tmp_path: Path) -> 
         read_checkpoint(path)
     for checkpoint in ({'model': None}, {}, {'epoch': 3}):
         with pytest.raises(ValueError, match='holds no weights'):
-            state_of(checkpoint)
+            extract_weights(checkpoint)
 
 
 def test_names_of_ddp_lose_their_prefix() -> None:
-    assert list(state_of({'model': {'module.a': torch.ones(1)}})) == ['a']
+    assert list(extract_weights({'model': {'module.a': torch.ones(1)}})) == ['a']
 
 
 def test_backbone_weights_go_through_the_same_reader(tmp_path: Path) -> None:

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import main
-from models import build_detector, build_model, hub, zoo
+from models import build_detector, build_model, hub
 from models.backbone import build_backbone
 from models.detector import Detector, load_detector
-from models.zoo import counts
+from models.weights import zoo
+from models.weights.load import load_checkpoint
+from models.weights.write import to_mmdetection, to_official_files, write_safetensors
+from models.weights.zoo import counts
 from tests import rule
 from tests.models import HEADS, SMALL, TRICKS
 from tests.parity import assert_close, float64
@@ -25,13 +28,10 @@ from tests.runs import ROOT, load, parse, run
 from tests.shared_data import SHARED, needs_shared
 from tools import predict
 from tools.convert_checkpoint import convert
-from util.checkpoint import load_checkpoint
 from util.config import recipes
 from util.config.recipes import ZOO, Row, find_row
 from util.config.recorded import settle_recorded
-from util.foreign_files import to_mmdetection, to_official_files
 from util.nested_tensor import NestedTensor
-from util.weight_files import write_safetensors
 
 PUBLISHED = [row for row in ZOO if row.size]
 # Published GFLOPs of Deformable DETR with one level fit an image that is 3 % smaller than all others'; and the table has one
@@ -60,7 +60,7 @@ def test_every_entry_builds_without_network(monkeypatch: pytest.MonkeyPatch) -> 
     """Each is built once with every set of flags, without memory; weights that have an address are asked for there."""
     asked, build = [], functools.cache(lambda name: zoo_build(find_row(name)))
     first = {row.network: row.name for row in reversed(ZOO) if row.name}
-    zoo_build = zoo.build_row
+    zoo_build = hub.build_row
     monkeypatch.setattr(hub, 'build_row', lambda row, *_: build(first[row.network]))
     monkeypatch.setattr(hub, 'load_checkpoint', note_source(asked))
     built = set()
@@ -168,7 +168,7 @@ def small_row(monkeypatch: pytest.MonkeyPatch) -> Row:
 
 def small_model(row: Row, num_classes: int = 91) -> nn.Module:
     torch.manual_seed(0)
-    return zoo.build_row(row, num_classes)[0].eval()
+    return hub.build_row(row, num_classes)[0].eval()
 
 
 def test_named_boxes_come_from_an_image_in_three_lines(small_row: Row, tmp_path: Path) -> None:

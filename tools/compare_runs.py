@@ -32,8 +32,9 @@ from datasets.build import build_dataset, data_settings
 from models.detector import load_detector
 from models.structures import Prediction
 from models.training import build_supervision, coefficients
+from models.weights.read import read_checkpoint
+from models.weights.records import extract_flags
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
-from util.checkpoint import flags_of
 from util.config.flags import FLAGS, TRUST
 from util.config.settle import settle
 from util.distributed.collectives import choose_device
@@ -43,7 +44,6 @@ from util.flags import FlagParser, run_command
 from util.logger import read_records
 from util.nested_tensor import collate_fn
 from util.visualize import new_figure
-from util.weight_files import read_checkpoint
 
 AXES = {'epoch': 'epoch', 'images': 'images seen', 'minutes': 'minutes of training'}
 FOUND_SCORE, FOUND_IOU = 0.3, 0.5  # a detection of an object: its class, with at least these
@@ -129,7 +129,7 @@ def read_run(folder: Path) -> list[Epoch]:
 
 def coefficients_in(checkpoint: Path) -> dict[str, float]:
     """Return the coefficients of class and box losses among the flags in a checkpoint."""
-    return coefficients(settle(Namespace(**flags_of(read_checkpoint(checkpoint)))))
+    return coefficients(settle(Namespace(**extract_flags(read_checkpoint(checkpoint)))))
 
 
 @torch.no_grad()

@@ -20,16 +20,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.detector import class_map_of
-from util.checkpoint import MASKS, TRAINING_ONLY, flags_of, save_checkpoint
+from models.weights.load import MASKS, TRAINING_ONLY
+from models.weights.names import to_official
+from models.weights.read import SAFETENSORS, extract_weights, read_checkpoint
+from models.weights.records import extract_class_map, extract_flags
+from models.weights.write import to_mmdetection, to_official_files, to_transformers, write_safetensors
 from util.config.recipes import find_row
 from util.config.recorded import settle_recorded
 from util.errors import UserError
-from util.files import save_atomically
+from util.files import save_atomically, save_checkpoint
 from util.flags import FlagParser, add_http_flag, run_command
-from util.foreign_files import to_mmdetection, to_official_files, to_transformers
-from util.foreign_names import to_official
-from util.weight_files import SAFETENSORS, read_checkpoint, state_of, write_safetensors
 
 # Flags of a run without schemes that only train.
 PLAIN = {
@@ -94,10 +94,13 @@ def convert(source: str, output: Path, stripped: bool, to: str, model: str = '')
     if output.exists():
         raise UserError(f'{output} exists: choose another name, or remove it')
     checkpoint = read_checkpoint(source)
-    layout, state = to_official(state_of(checkpoint, source=source))
+    layout, state = to_official(extract_weights(checkpoint, source=source))
     if not any(name.startswith(('transformer.', 'query_embed.', 'backbone.')) for name in state):
         raise UserError(f'{source} holds no detector of this family, but {", ".join(list(state)[:3])} ...')
-    flags, found = flags_of(checkpoint) or (vars(find_row(model).recipe.flags) if model else {}), len(state)
+    flags, found = (
+        extract_flags(checkpoint) or (vars(find_row(model).recipe.flags) if model else {}),
+        len(state),
+    )
     if stripped:
         state, flags = strip(state, flags)
     if to == 'transformers':
@@ -132,7 +135,7 @@ def our_file(checkpoint: dict, layout: str, state: dict[str, Tensor], flags: dic
     kept = ('class_map', 'epoch', 'metrics')
     if not stripped and layout == 'official':
         kept = tuple(name for name in checkpoint if name not in ('model', 'args', 'state_dict'))
-        converted['model'] = state_of(checkpoint, averaged=False)  # the average stays beside it
+        converted['model'] = extract_weights(checkpoint, averaged=False)  # the average stays beside it
     return converted | {name: checkpoint[name] for name in kept if name in checkpoint}
 
 
@@ -143,7 +146,7 @@ def write_folder(folder: Path, state: dict[str, Tensor], flags: dict, checkpoint
             f'{source} tells no flags of its model, which a configuration needs: name it (--model NAME)'
         )
     settled = vars(settle_recorded(flags))
-    names = list(class_map_of(checkpoint, source).names)
+    names = list(extract_class_map(checkpoint, source).names)
     converted, config = to_transformers(state, settled, names)
 
     def save(path: Path) -> None:

@@ -39,7 +39,7 @@ from datasets.foreign import shown_box
 from datasets.image_io import SUFFIXES, check_pixels, naming, orientation, read_image
 from models.detector import Detector, add_detector_args, check_detector_args, load_detector
 from util.bounds import real, whole
-from util.download import fetch, is_address
+from util.download import fetch, is_url
 from util.errors import UserError
 from util.files import GrowingFile, make_folder, save_atomically
 from util.flags import FlagParser, run_command
@@ -361,7 +361,7 @@ def main(args: Namespace) -> None:
     folder = Path(args.output_dir)
     is_camera = args.source.partition(':')[0] == 'webcam'
     is_film = is_camera or args.source.lower().endswith(FILMS)
-    images = [] if is_film or is_address(args.source) else find_images(args.source)
+    images = [] if is_film or is_url(args.source) else find_images(args.source)
     check_detector_args(args)
     if is_film:
         import_av()
@@ -380,7 +380,7 @@ def main(args: Namespace) -> None:
         results.finish()
         print(f'the drawn film and {results.number} detections lie in {folder}')
         return
-    if is_address(args.source):
+    if is_url(args.source):
         images = [fetch_image(args.source, folder / 'fetched')]
     left_out = detect_images(detector, images, results, thresholds, args)
     print(f'{len(images) - len(left_out)} drawn images and {", ".join(args.formats)} results lie in {folder}')

@@ -18,14 +18,15 @@ import torch
 
 from engine import losses_of
 from models import build_model
+from models.weights.load import load_checkpoint
+from models.weights.read import read_checkpoint
 from util.black_box import Diagnosis, diagnose
-from util.checkpoint import load_checkpoint, set_rng_state
 from util.distributed.collectives import choose_device
 from util.errors import UserError
 from util.flags import FlagParser, run_command
 from util.nested_tensor import NestedTensor
 from util.precision import DTYPES, Precision
-from util.weight_files import read_checkpoint
+from util.seeding import set_rng_state
 
 
 def get_args_parser() -> argparse.ArgumentParser:

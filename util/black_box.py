@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from util.checkpoint import get_rng_state, save_checkpoint, set_rng_state
 from util.distributed.collectives import all_gather_object, get_rank, is_main_process
 from util.errors import UserError
+from util.files import save_checkpoint
 from util.nested_tensor import NestedTensor
+from util.seeding import get_rng_state, set_rng_state
 
 NOT_FOUND = 'not found, since running the batch again gives finite values'
 FILES_KEPT = 3  # saved by a run; each holds the weights

@@ -21,7 +21,7 @@ TIMEOUT = 30.0  # seconds of silence after which a server counts as lost
 CHUNK = 2**20  # bytes
 
 
-def is_address(source: object) -> bool:
+def is_url(source: object) -> bool:
     """Tell an address from a path.
 
     Raises:
@@ -37,11 +37,11 @@ class Redirects(urllib.request.HTTPRedirectHandler):
     """Follow an address only to those that may be fetched themselves."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        check_address(newurl)
+        check_url(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def check_address(url: str) -> None:
+def check_url(url: str) -> None:
     """Refuse an address without encryption.
 
     Raises:
@@ -60,7 +60,7 @@ def pieces(url: str, timeout: float) -> Iterator[bytes]:
         UserError: it may not or cannot be fetched, or ends before its length is reached.
     """
     try:
-        check_address(url)
+        check_url(url)
         request = urllib.request.Request(url, headers={'User-Agent': 'torch.hub'})
         with urllib.request.build_opener(Redirects).open(request, timeout=timeout) as response:
             length, received = response.headers['Content-Length'], 0

@@ -9,8 +9,11 @@ import socket
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TextIO
+
+import torch
 
 from util.errors import FileError, UserError
 
@@ -53,6 +56,11 @@ def save_atomically(path: str | os.PathLike, save: Callable[[Path], object]) -> 
             shutil.rmtree(partial)
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint of plain tensors and dictionaries atomically; `torch.load(weights_only=True)` reads it."""
+    save_atomically(path, partial(torch.save, checkpoint))
 
 
 class GrowingFile:

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from util.black_box import BlackBox
-from util.checkpoint import get_rng_state, save_checkpoint, set_rng_state
 from util.config.recorded import as_json
 from util.config.settle import Settled
 from util.distributed.collectives import (
@@ -27,12 +26,20 @@ from util.distributed.collectives import (
 from util.distributed.parallel import gather, load_model_state, load_optimizer_state
 from util.distributed.preemption import Interrupted, StopRequests
 from util.errors import UserError
-from util.files import lock_folder, make_folder, or_warn, remove_partial_files, save_atomically, unlock
+from util.files import (
+    lock_folder,
+    make_folder,
+    or_warn,
+    remove_partial_files,
+    save_atomically,
+    save_checkpoint,
+    unlock,
+)
 from util.logger import Meter, RunLog, print_main
 from util.optim import Schedule, WeightAverage
 from util.precision import Precision
 from util.run_entries import damage_named
-from util.seeding import seed_everything
+from util.seeding import get_rng_state, seed_everything, set_rng_state
 from util.trackers import Tracker, build_trackers
 
 

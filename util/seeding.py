@@ -37,3 +37,27 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def get_rng_state() -> dict:
+    """Return the states of this process's random number generators as plain values and tensors."""
+    twister = np.random.get_state(legacy=False)
+    keys, pos = twister['state']['key'].tolist(), twister['state']['pos']
+    state = {
+        'python': random.getstate(),
+        'numpy': [twister['bit_generator'], keys, pos, twister['has_gauss'], twister['gauss']],
+        'torch': torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state['cuda'] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    version, numbers, gauss = state['python']
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state['numpy']
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state['torch'])
+    if 'cuda' in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda'])

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from models import build_model
 from models.ops.functions import describe, use_implementation
+from models.weights.load import load_checkpoint
 from tools.benchmarks.cuda_graph import GraphedDetector
 from tools.benchmarks.timing import time_in_turn
-from util.checkpoint import load_checkpoint
 from util.config.settle import settle
 from util.nested_tensor import NestedTensor
 

@@ -141,7 +141,7 @@ def with_named_flags(args: Namespace) -> Namespace:
 # Published weights ---------------------------------------------------------------------------------------------------
 
 DETR_FILES = 'https://dl.fbaipublicfiles.com/detr/detr-'
-# The authors' weights under the names of transformers; util/checkpoint.py knows them.
+# The authors' weights under the names of transformers; models/weights/names.py knows them.
 CONDITIONAL_R50 = 'https://huggingface.co/microsoft/conditional-detr-resnet-50/resolve/main/pytorch_model.bin'
 DEFORMABLE_FILES = 'https://huggingface.co/SenseTime/deformable-detr{}/resolve/main/pytorch_model.bin'
 HYBRID_FILES = 'https://github.com/HDETR/H-Deformable-DETR/releases/download/v0.1/'

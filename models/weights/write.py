@@ -1,18 +1,16 @@
-"""Write our weights under the names of other projects; `foreign_names.py` reads those."""
+"""Write our weights as files of safetensors, and under the names of other projects (`names.py`)."""
 
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
+from models.weights.names import MMDETECTION_DINO, State, mmdetection_names, translate
+from models.weights.read import CLASSES_KEY, FLAGS_KEY, safetensors
+from models.weights.records import TRANSFORMERS_FLAGS
 from util.errors import UserError
-from util.foreign_names import (
-    MMDETECTION_DINO,
-    TRANSFORMERS_FLAGS,
-    State,
-    mmdetection_names,
-    translate,
-)
 
 DINO_KEY = 'transformer.decoder.ref_point_head.layers.0.weight'  # of DINO's decoder if heads are numbered
 # Our name beside that in files of transformers, for all its detectors; then by kind. {layer} and {i} are numbers.
@@ -201,3 +199,18 @@ def to_mmdetection(state: State) -> State:
     unknown = [ours for theirs, ours in named.items() if theirs == ours]
     refuse_unknown(unknown, 'mmdetection', 'Co-DETR models without other schemes')
     return {theirs: state[ours] for theirs, ours in named.items()}
+
+
+def write_safetensors(path: Path, checkpoint: dict) -> None:
+    """Write weights, and as metadata flags and classes. Tensors that share memory are written one by one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    metadata = {key: json.dumps(checkpoint[key]) for key in (FLAGS_KEY, CLASSES_KEY) if key in checkpoint}
+    state = {name: value.detach().clone().contiguous() for name, value in checkpoint['model'].items()}
+    library = safetensors()
+    try:
+        library.torch.save_file(state, path, metadata | {'format': 'pt'})
+    except library.SafetensorError as error:
+        raise OSError(f'{error}') from error

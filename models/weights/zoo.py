@@ -1,27 +1,15 @@
 """
-Detectors of published results, and the table of docs/zoo.md, which `python -m models.zoo` prints.
+The table of docs/zoo.md: published weights, with the size of each model. `python -m models.weights.zoo` prints it.
 
 Rows are in `util/config/recipes.py`. `hubconf.py` has an entry for each with a name; `main.py --model` and
 `tools/predict.py --model` take the same names.
 """
 
 import torch
-from torch import nn
 
-from models import build_detector
+from models.hub import build_row
 from util.config.recipes import ZOO, Row
-from util.config.recorded import settle_recorded
-from util.config.settle import Settled
 from util.costs import count_flops
-
-
-def build_row(
-    row: Row, num_classes: int | None = None, backbone_weights: str = 'none'
-) -> tuple[nn.Module, Settled]:
-    """Build the detector of a row for inference; return it with its settled flags."""
-    own = {'num_classes': num_classes or row.classes, 'aux_loss': False}
-    args = settle_recorded(vars(row.recipe.flags) | own).but(backbone_weights=backbone_weights)
-    return build_detector(args, {'one2one': args.num_queries}), args
 
 
 def counts(row: Row, height: int = 800, width: int = 1136) -> tuple[int, float]:

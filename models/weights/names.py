@@ -1,6 +1,5 @@
 """
-Translation of other projects' checkpoint names, and of transformers' configuration, to the official ones: one table per
-project, chosen by a key that only it has.
+Names of other projects for the entries of a state dict: one table per project, which a key that only it has reveals.
 
 A rule is a pattern and its replacement; the first that matches a whole name wins.
 """
@@ -10,8 +9,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-from util.errors import UserError
 
 State = dict[str, Tensor]
 Rules = list[tuple[str, str]]
@@ -333,43 +330,3 @@ def to_official(state: State) -> tuple[str, State]:
         if key in state:
             return layout, convert(state)
     return 'official', drop_head_aliases(state)
-
-
-# Flags in a configuration of transformers, where they have another name; it may leave out what has the usual value.
-TRANSFORMERS_FLAGS = {
-    'd_model': 'hidden_dim', 'encoder_layers': 'enc_layers', 'decoder_layers': 'dec_layers',
-    'encoder_attention_heads': 'nheads', 'encoder_ffn_dim': 'dim_feedforward', 'encoder_n_points': 'enc_n_points',
-    'decoder_n_points': 'dec_n_points', 'position_embedding_type': 'position_embedding',
-    'num_queries': 'num_queries', 'num_feature_levels': 'num_feature_levels', 'dilation': 'dilation',
-    'with_box_refine': 'with_box_refine', 'two_stage': 'two_stage',
-}  # fmt: skip
-RESNET_LAYERS = {(3, 4, 6, 3): 'resnet50', (3, 4, 23, 3): 'resnet101', (2, 2, 2, 2): 'resnet18'}
-
-
-def flags_of_transformers(config: dict) -> dict:
-    """Return our flags for the `config.json` of a detector of transformers.
-
-    Raises:
-        UserError: it is no DETR, Conditional DETR or Deformable DETR, or one that cannot be built here.
-    """
-    kind = config.get('model_type')
-    if kind not in ('detr', 'conditional_detr', 'deformable_detr'):
-        raise UserError(
-            f'the configuration beside the weights is that of {kind!r}: known are detr, conditional_detr, deformable_detr'
-        )
-    heads = config.get('encoder_attention_heads', 8), config.get('decoder_attention_heads', 8)
-    if heads[0] != heads[1]:
-        raise UserError(
-            f'the configuration has {heads[0]} attention heads in the encoder and {heads[1]} in the decoder: here both '
-            'have --nheads'
-        )
-    usual = {'hidden_dim': 256, 'nheads': 8, 'enc_layers': 6, 'dec_layers': 6}
-    flags = usual | {ours: config[theirs] for theirs, ours in TRANSFORMERS_FLAGS.items() if theirs in config}
-    body = config.get('backbone_config') or {}
-    name = config.get('backbone') or body.get('backbone')
-    if body.get('model_type') == 'resnet':
-        name = RESNET_LAYERS.get(tuple(body.get('depths', (3, 4, 6, 3))))
-    if name is None and body:
-        raise UserError(f'the configuration has a backbone that is not known: {body.get("model_type")!r}')
-    flags['backbone'] = name or 'resnet50'
-    return flags | {'conditional': kind == 'conditional_detr', 'deformable': kind == 'deformable_detr'}

@@ -1,25 +1,20 @@
 """
-Checkpoints of plain tensors and dictionaries that `torch.load(weights_only=True)` reads, written whole or not at all.
+Fill a model with weights of this program, of the official repositories or of other projects.
 
-`load_checkpoint` recognises official files and those of other projects by keys that only they have
-(`util/foreign_names.py`). It fits them strictly and reports entries that do not fit.
+The names of a file reveal its project (`names.py`). Weights must fit strictly; entries that do not fit are listed.
 """
 
-import argparse
-import random
 import re
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.weights.names import COCO_IDS, spread_coco_classes, to_official
+from models.weights.read import extract_weights, read_checkpoint
+from models.weights.records import SharedClasses, extract_flags
 from util.errors import UserError
-from util.files import save_atomically
-from util.foreign_names import COCO_IDS, flags_of_transformers, spread_coco_classes, to_official
-from util.weight_files import read_checkpoint, state_of
 
 # Parameters that a detector of boxes does not need: query sources, MS-DETR's second reading of the queries, masks.
 TRAINING_ONLY = r'query_sources\.|bbox_attention\.|mask_head\.|co_masks\.|class_embed_o2m\.|transformer\.decoder\.layers\.\d+\.(linear3|linear4|norm4)\.'
@@ -30,31 +25,8 @@ MASKS = ('bbox_attention.', 'mask_head.', 'co_masks.')  # may be missing in --pr
 DETREX_ONE2MANY = 1500  # queries of H-DETR's second group in every configuration of detrex
 
 
-@dataclass(frozen=True)
-class SharedClasses:
-    """Classes of one name in a file and in a model. pairs: index there and here. there, here: number of class indices."""
-
-    pairs: list[tuple[int, int]]
-    there: int
-    here: int
-    names: list[str]
-
-    def rows(self, theirs: Tensor, ours: Tensor) -> Tensor:
-        """Return the rows of a class head: theirs for shared classes and for 'no object', if both have it, else ours."""
-        if theirs.shape[1:] != ours.shape[1:]:
-            return ours
-        pairs = [
-            *self.pairs,
-            *[(self.there, self.here)] * (len(theirs) > self.there and len(ours) > self.here),
-        ]
-        rows = ours.clone()
-        for there, here in pairs:
-            rows[here] = theirs[there]
-        return rows
-
-
 @dataclass
-class Report:
+class LoadReport:
     """Result of loading a checkpoint.
 
     reinitialised: entries of another shape, left as they were or filled in part.
@@ -84,31 +56,6 @@ class Report:
         return text
 
 
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint atomically; readers never see half a file."""
-    save_atomically(path, partial(torch.save, checkpoint))
-
-
-def flags_of(checkpoint: dict) -> dict:
-    """Return the flags of the run that wrote a checkpoint (or those in transformers' configuration), {} if it has none."""
-    if 'config' in checkpoint and 'args' not in checkpoint:
-        return flags_of_transformers(checkpoint['config'])
-    flags = checkpoint.get('args', {})
-    flags = dict(vars(flags)) if isinstance(flags, argparse.Namespace) else flags
-    if flags.get('use_ms_detr') and 'ms_variant' not in flags:  # the official programs have the same flags
-        state = checkpoint.get('model', {})
-        flags |= {'ms_variant': 'a'} if any('class_embed_o2m' in name for name in state) else {}
-    return flags
-
-
-def flags_of_run(checkpoint: dict, resume: bool) -> dict:
-    """Return `flags_of`; to resume an official run, with the drops that the state of its schedule has."""
-    recorded, schedule = flags_of(checkpoint), checkpoint.get('lr_scheduler', {}) if resume else {}
-    if 'milestones' in schedule:
-        return recorded | {'lr_drop_epochs': sorted(schedule['milestones'].elements())}
-    return recorded | {'lr_drop': schedule['step_size']} if 'step_size' in schedule else recorded
-
-
 def load_checkpoint(
     model: nn.Module,
     source: str | Path | dict,
@@ -116,7 +63,7 @@ def load_checkpoint(
     resume: bool = False,
     name: str = '',
     classes: SharedClasses | None = None,
-) -> Report:
+) -> LoadReport:
     """Fill a model from a path, an address, a checkpoint or a state dict, under any known project's names.
 
     Queries that only train are left out if the flags in the file, its project or its name tell which they are. Heads and
@@ -143,11 +90,11 @@ def load_checkpoint(
 
 def fill(
     model: nn.Module, checkpoint: dict, resize: bool, resume: bool, name: str, classes: SharedClasses | None
-) -> Report:
+) -> LoadReport:
     """Do the work of `load_checkpoint`, whose arguments these are."""
-    found = state_of(checkpoint, averaged=not resume)
+    found = extract_weights(checkpoint, averaged=not resume)
     layout, state = to_official(found)
-    ours, recorded = model.state_dict(), flags_of(checkpoint)
+    ours, recorded = model.state_dict(), extract_flags(checkpoint)
     differing = differences(model, recorded) if recorded else {}
     if differing and not resize:
         raise UserError(
@@ -191,7 +138,7 @@ def fill(
         check_finite(state)
     model.load_state_dict(ours | state)
     kept = classes.names if classes else []
-    return Report(layout, len(state) - len(anew), anew + fresh, bool(recorded), differing, kept)
+    return LoadReport(layout, len(state) - len(anew), anew + fresh, bool(recorded), differing, kept)
 
 
 def proposal_head(model: nn.Module) -> str | None:
@@ -286,7 +233,7 @@ def check_shared_heads(model: nn.Module, state: dict[str, Tensor]) -> None:
         )
 
 
-def check_frozen(report: Report) -> None:
+def check_frozen(report: LoadReport) -> None:
     """Require that only masks start anew, as --frozen_weights demands.
 
     Raises:
@@ -362,27 +309,3 @@ def mismatch_text(
             'check the flags of the model: --backbone, --conditional, --dec_layers, --hidden_dim, --input_proj_bias ...'
         )
     return '\n'.join(lines)
-
-
-def get_rng_state() -> dict:
-    """Return the states of this process's random number generators as plain values and tensors."""
-    twister = np.random.get_state(legacy=False)
-    keys, pos = twister['state']['key'].tolist(), twister['state']['pos']
-    state = {
-        'python': random.getstate(),
-        'numpy': [twister['bit_generator'], keys, pos, twister['has_gauss'], twister['gauss']],
-        'torch': torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state['cuda'] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: dict) -> None:
-    version, numbers, gauss = state['python']
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, *rest = state['numpy']
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state['torch'])
-    if 'cuda' in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state['cuda'])

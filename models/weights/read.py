@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util.download import download, is_address
+from util.distributed.collectives import is_main_process
+from util.download import download, is_url
 from util.errors import UserError
-from util.logger import print_main
 
 SAFETENSORS = '.safetensors'
 # Files of a folder that transformers has saved, the preferred first.
@@ -165,7 +165,7 @@ def read_checkpoint(source: str | Path) -> dict:
     Raises:
         UserError: there is no such file, or it holds no dictionary of weights; the message names it.
     """
-    path = download(str(source)) if is_address(source) else Path(source)
+    path = download(str(source)) if is_url(source) else Path(source)
     if path.is_dir():
         return read_folder(path)
     if not path.is_file():
@@ -182,15 +182,17 @@ def read_checkpoint(source: str | Path) -> dict:
         raise UserError(
             f'{path} is not a readable checkpoint ({reason[:200]}): is it whole?{names_text(refused)}'
         ) from error
-    if refused:
-        print_main(f'{path}: what is no plain data was left out{names_text(refused)}')
+    if refused and is_main_process():
+        print(f'{path}: objects that are not plain data were left out{names_text(refused)}', flush=True)
     if not isinstance(checkpoint, dict):
         found = 'n object of a program' if checkpoint is None and refused else f' {type(checkpoint).__name__}'
         raise UserError(f'{path} holds a{found}, not a dictionary of weights{names_text(refused)}')
     return checkpoint
 
 
-def state_of(checkpoint: Mapping, averaged: bool = True, source: str = 'the file') -> dict[str, Tensor]:
+def extract_weights(
+    checkpoint: Mapping, averaged: bool = True, source: str = 'the file'
+) -> dict[str, Tensor]:
     """Return the weights in a checkpoint, which may also be a plain state dict, without the prefix of DDP.
 
     Args:
@@ -267,21 +269,6 @@ def read_safetensors(path: Path) -> dict:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dictionary
     extras = {key: json.loads(metadata[key]) for key in (FLAGS_KEY, CLASSES_KEY) if key in metadata}
     return {'model': state} | extras
-
-
-def write_safetensors(path: Path, checkpoint: dict) -> None:
-    """Write weights, and as metadata flags and classes. Tensors that share memory are written one by one.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    metadata = {key: json.dumps(checkpoint[key]) for key in (FLAGS_KEY, CLASSES_KEY) if key in checkpoint}
-    state = {name: value.detach().clone().contiguous() for name, value in checkpoint['model'].items()}
-    library = safetensors()
-    try:
-        library.torch.save_file(state, path, metadata | {'format': 'pt'})
-    except library.SafetensorError as error:
-        raise OSError(f'{error}') from error
 
 
 def read_folder(folder: Path) -> dict:
