@@ -7,6 +7,8 @@ from typing import Any
 
 from datasets.augmentations import build_augmentation
 from datasets.class_map import ClassMap
+from datasets.coco_eval import CocoEvaluator, LvisEvaluator
+from datasets.evaluation import Evaluator
 from datasets.image_dataset import ImageDataset
 from util.config.declare import DATA
 from util.config.flags import FLAGS
@@ -20,6 +22,8 @@ DATASETS = {
     'yolo': 'datasets.foreign',
     'shapes': 'datasets.shapes',
 }
+# Value of --evaluator -> what computes the metrics.
+EVALUATORS: dict[str, type[Evaluator]] = {'coco': CocoEvaluator, 'lvis': LvisEvaluator}
 MASK_FLAGS = ('masks', 'co_masks', 'co_rcnn_masks')  # a model with one of these learns masks
 
 
@@ -97,6 +101,16 @@ def build_dataset(part: str, settings: DataSettings, class_map: ClassMap | None 
         problem = f'lacks {" and ".join(missing)}' if missing else 'is not an ImageDataset'
         raise TypeError(f'{type(dataset).__name__} of {module} {problem}: see datasets/image_dataset.py')
     return dataset
+
+
+def build_evaluator(name: str, dataset: ImageDataset, kinds: tuple[str, ...] = ('bbox',)) -> Evaluator:
+    """Build the evaluator of a dataset. kinds: what is judged, of 'bbox' and 'segm'."""
+    return EVALUATORS[name].build(dataset, kinds)
+
+
+def main_column(name: str) -> str:
+    """Return the name in log files of the number that tells which epoch is the best."""
+    return f'test_{EVALUATORS[name].main}'
 
 
 def image_options(part: str, settings: DataSettings) -> dict[str, Any]:

@@ -82,10 +82,13 @@ def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
 
 def test_curves_are_means_of_repetitions() -> None:
     def epochs(*aps: float | None) -> list[compare_runs.Epoch]:
-        return [compare_runs.Epoch(i + 1, 10 * i, 2.0 * i, 1.0, ap) for i, ap in enumerate(aps)]
+        return [
+            compare_runs.Epoch(i + 1, 10 * i, 2.0 * i, 1.0, {} if ap is None else {'test_AP': ap})
+            for i, ap in enumerate(aps)
+        ]
 
     scheme = compare_runs.Scheme('x', [epochs(0.1, None, 0.3), epochs(0.2, 0.4, 0.5, 0.6)])
-    place, middle, low, high = scheme.curve('epoch', 'ap')
+    place, middle, low, high = scheme.curve('epoch', 'test_AP')
     assert (
         place == [1, 3] and middle == pytest.approx([0.15, 0.4]) and low == [0.1, 0.3] and high == [0.2, 0.5]
     )
@@ -105,7 +108,14 @@ def test_folders_that_are_no_runs_are_named(tmp_path: Path) -> None:
     with_weights = record | {'coefficients': {'ce': 2, 'bbox': 5, 'giou': 2}}
     (tmp_path / 'log.jsonl').write_text(json.dumps(with_weights) + '\n')
     (epoch,) = compare_runs.read_run(tmp_path)
-    assert (epoch.images, epoch.minutes, epoch.loss, epoch.ap) == (5, 0.5, 9, None)
+    assert (epoch.images, epoch.minutes, epoch.loss, epoch.metrics) == (5, 0.5, 9, {})
+    for more, main, value in (
+        ({'test_coco_eval_bbox': [0.25, 0.5, 0.1]}, 'test_AP', 0.25),
+        ({'test_F1': 0.75, 'main_metric': 'test_F1'}, 'test_F1', 0.75),
+    ):
+        (tmp_path / 'log.jsonl').write_text(json.dumps(with_weights | more) + '\n')
+        (epoch,) = compare_runs.read_run(tmp_path)
+        assert (epoch.main, epoch.value(main)) == (main, value)
     (tmp_path / 'log.jsonl').write_text(json.dumps(record) + '\n')
     with pytest.raises(ValueError, match=r'no checkpoint at .*checkpoint\.pth'):
         compare_runs.read_run(tmp_path)

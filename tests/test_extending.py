@@ -61,6 +61,7 @@ def test_every_task_of_a_researcher_is_shown() -> None:
         'backbone',
         'data',
         'augmentation',
+        'metric',
         'scheme',
         'schedule',
     ]

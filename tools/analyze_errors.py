@@ -264,7 +264,7 @@ def average_precision(found: Boxes, truth: Truth) -> Summary:
     for row, image_id in enumerate(sorted(image['id'] for image in truth.content['images'])):
         mine = slice(bounds[row], bounds[row + 1])
         evaluator.update({image_id: {key: torch.from_numpy(values[mine]) for key, values in columns.items()}})
-    return evaluator.summarize()['bbox']
+    return evaluator.summaries()['bbox']
 
 
 def analyze(found: Boxes, truth: Truth, least: float, threshold: float | None = None) -> dict:
@@ -299,7 +299,7 @@ def analyze(found: Boxes, truth: Truth, least: float, threshold: float | None = 
     by_size = [tally(objects.labels[x], sizes[x], (num_classes, 3)).tolist() for x in (~objects.crowd, lost)]
     return {
         'iou': least, 'threshold': threshold, 'kinds': [*KINDS, 'missed', 'found'], 'names': [*names, 'all classes'],
-        'stats': dict(zip(summary.names, summary.stats, strict=True)), 'classes': summary.per_class,
+        'stats': summary.numbers, 'classes': summary.per_class,
         'objects': by_size[0], 'missed': by_size[1], 'curves': curves, 'worst': worst,
         'false': tally(found.labels[wrong], kinds[wrong], (num_classes, len(KINDS))).tolist(),
         'confusion': confusion_matrix(found, objects, matched, kinds, least, num_classes).tolist(),

@@ -57,10 +57,14 @@ class Epoch:
     images: int  # seen so far
     minutes: float  # of training so far
     loss: float  # of the one-to-one queries' last layer, weighted
-    ap: float | None = None
-    ap50: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)  # by their names in the log
+    main: str = 'test_AP'  # the metric that runs are compared by
     changes: float | None = None  # share of objects whose query is not that of the epoch before
     duplicates: float | None = None  # detections too many, an object
+
+    def value(self, name: str) -> float | None:
+        """Return a metric, or another measurement."""
+        return self.metrics.get(name) if name.startswith('test_') else getattr(self, name)
 
 
 @dataclass
@@ -72,7 +76,7 @@ class Scheme:
         """Return mean x, and mean, lowest and highest y, of the epochs that all runs have."""
         rows = []
         for epochs in zip(*self.runs, strict=False):
-            values = [getattr(epoch, y) for epoch in epochs]
+            values = [epoch.value(y) for epoch in epochs]
             if None not in values:
                 rows.append((mean(getattr(e, x) for e in epochs), mean(values), min(values), max(values)))
         return tuple(map(list, zip(*rows, strict=True))) if rows else ([], [], [], [])
@@ -120,8 +124,11 @@ def read_run(folder: Path) -> list[Epoch]:
         minutes += record['train_seconds'] / 60
         weights = record.get('coefficients') or weights or coefficients_in(folder / 'checkpoint.pth')
         loss = sum(weight * record.get(f'train_loss_{term}', 0.0) for term, weight in weights.items())
-        stats = record.get('test_coco_eval_bbox', [None, None])
-        epochs.append(Epoch(record['epoch'], images, minutes, loss, *stats[:2]))
+        metrics = {name: x for name, x in record.items() if name.startswith('test_') and isinstance(x, float)}
+        if not metrics:  # older logs have the numbers without their names
+            metrics = dict(zip(('test_AP', 'test_AP50'), record.get('test_coco_eval_bbox', ()), strict=False))
+        main = record.get('main_metric', 'test_AP')
+        epochs.append(Epoch(record['epoch'], images, minutes, loss, metrics, main))
     if not epochs:
         raise UserError(f'{log} is empty: the run has finished no epoch')
     return epochs
@@ -190,8 +197,9 @@ def num_surplus(result: dict[str, Tensor], labels: Tensor, boxes: Tensor) -> int
 
 
 def draw(path: Path, schemes: list[Scheme], by: list[str]) -> None:
+    main = schemes[0].runs[0][0].main
     panels = [
-        *(('AP', 'ap', x) for x in by), *(('one-to-one loss', 'loss', x) for x in by),
+        *((main.removeprefix('test_'), main, x) for x in by), *(('one-to-one loss', 'loss', x) for x in by),
         ('objects whose query changed', 'changes', 'epoch'), ('detections too many, an object', 'duplicates', 'epoch'),
     ]  # fmt: skip
     panels = [panel for panel in panels if any(scheme.curve(panel[2], panel[1])[0] for scheme in schemes)]
@@ -217,29 +225,28 @@ def draw(path: Path, schemes: list[Scheme], by: list[str]) -> None:
 
 def table(schemes: list[Scheme]) -> str:
     """Return a Markdown table; ranges are those between repetitions, and the first scheme is the reference."""
+    main = schemes[0].runs[0][0].main
+    epochs = [epoch for scheme in schemes for run in scheme.runs for epoch in run]
+    shown = [name for name in (main, 'test_AP50') if any(name in epoch.metrics for epoch in epochs)]
     goal = max(
-        (epoch.ap for run in schemes[0].runs for epoch in run if epoch.ap is not None), default=math.inf
+        (epoch.metrics[main] for run in schemes[0].runs for epoch in run if main in epoch.metrics),
+        default=math.inf,
     )
-    head = [
-        'scheme',
-        'runs',
-        'AP',
-        'AP50',
-        f'epochs to AP {goal:.3f}',
-        'minutes an epoch',
-        'queries changed',
-        'too many',
-    ]
+    names = [name.removeprefix('test_') for name in (*shown, main)]
+    head = ['scheme', 'runs', *names[:-1], f'epochs to {names[-1]} {goal:.3f}']
+    head += ['minutes an epoch', 'queries changed', 'too many']
     lines = ['| ' + ' | '.join(head) + ' |', '|' + ' --- |' * len(head)]
     for scheme in schemes:
         last = [run[-1] for run in scheme.runs]
-        reached = [next((e.epoch for e in run if (e.ap or 0) >= goal), None) for run in scheme.runs]
+        reached = [
+            next((e.epoch for e in run if e.metrics.get(main, -math.inf) >= goal), None)
+            for run in scheme.runs
+        ]
         minutes = mean(epoch.minutes / epoch.epoch for epoch in last)
         cells = [
             scheme.name,
             str(len(last)),
-            mean_and_range([epoch.ap for epoch in last]),
-            mean_and_range([epoch.ap50 for epoch in last]),
+            *(mean_and_range([epoch.value(name) for epoch in last]) for name in shown),
             ', '.join('not reached' if epoch is None else str(epoch) for epoch in reached),
             f'{minutes:.2f}',
             mean_and_range([epoch.changes for epoch in last]),

@@ -31,7 +31,7 @@ Names = Sequence[str | None] | dict[int, str]
 MIN_SIDE = 480  # images whose longer side is shorter are enlarged, so that labels can be read
 PANEL, TITLE, MARGIN = (385, 396), 20, 6  # of a contact sheet, pixels
 LOSS_TERMS_SHOWN = 10
-PRECISIONS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')
+PROMINENT = 2  # metrics drawn with a thick line
 PER_OBJECT = ('scores', 'labels', 'boxes', 'masks')
 COLOURS = (
     (235, 45, 55),  # red
@@ -262,22 +262,29 @@ def to_number(cell: str | None) -> float:
         return math.nan
 
 
-def plot_curves(path: str | os.PathLike, metrics_csv: str | os.PathLike) -> None:
-    """Plot loss, its terms, AP and learning rate of a run over `epoch`. Unknown columns are ignored."""
+def plot_curves(path: str | os.PathLike, metrics_csv: str | os.PathLike, metrics: Sequence[str] = ()) -> None:
+    """Plot loss, its terms, metrics and learning rate of a run over `epoch`.
+
+    metrics: names to draw, the first ones with thick lines; by default all.
+    """
     columns = read_metrics(metrics_csv)
+    tested = [f'test_{name}' for name in metrics] or [name for name in columns if name.startswith('test_')]
     terms = [name for name in columns if name.startswith('train_loss_')]
     panels = (
         ('loss', ['train_loss', 'test_loss'], 'linear'),
         ('loss terms', terms_shown(terms), 'log'),
-        ('average precision', [f'test_{name}' for name in PRECISIONS], 'linear'),
+        ('metrics', [name for name in tested if name != 'test_loss'], 'linear'),
         ('learning rate', [name for name in columns if short_name(name).split('_')[0] == 'lr'], 'linear'),
     )
     figure = new_figure(11, 7, layout=None)
     figure.subplots_adjust(left=0.06, right=0.985, bottom=0.07, top=0.95, hspace=0.3, wspace=0.2)
     for panel, (title, names, scale) in zip(figure.subplots(2, 2, sharex=True).ravel(), panels, strict=True):
         epochs = columns.get('epoch') or list(range(len(next(iter(columns.values()), []))))
-        for name in names:
-            plot_column(panel, epochs, columns.get(name, []), short_name(name))
+        for number, name in enumerate(names):
+            values, thin = columns.get(name, []), title == 'metrics' and number >= PROMINENT
+            if title == 'metrics':  # COCO's rules give -1 if there was nothing to find
+                values = [math.nan if value < 0 else value for value in values]
+            plot_column(panel, epochs, values, short_name(name), 0.9 if thin else 1.8)
         finish_panel(panel, title, scale)
     save_atomically(path, lambda partial: figure.savefig(partial, dpi=110))
 
@@ -293,17 +300,13 @@ def short_name(column: str) -> str:
     return column if column == 'test_loss' else column.removeprefix('train_').removeprefix('test_')
 
 
-def plot_column(panel: 'Axes', epochs: list[float], values: list[float], label: str) -> None:
-    """Draw a line through the epochs that have a value; AP75 and the AP by size are drawn thin.
-
-    COCO's evaluation gives an AP of -1 if there was nothing to find; it counts as no value.
-    """
-    pairs = zip(epochs, values, strict=False)
-    points = [(x, y) for x, y in pairs if math.isfinite(x + y) and not (y < 0 and label in PRECISIONS)]
+def plot_column(panel: 'Axes', epochs: list[float], values: list[float], label: str, width: float) -> None:
+    """Draw a line through the epochs that have a value."""
+    points = [(x, y) for x, y in zip(epochs, values, strict=False) if math.isfinite(x + y)]
     if not points:
         return
     x, y = zip(*points, strict=True)
-    width, marker = 0.9 if label in PRECISIONS[2:] else 1.8, 'o' if len(x) < 30 else None
+    marker = 'o' if len(x) < 30 else None
     panel.plot(x, y, label=label, linewidth=width, marker=marker, markersize=3)
 
 

@@ -266,8 +266,9 @@ FLAGS = {flag.name: flag for flag in (
     *topic('evaluation', RUN)(
         Flag('eval', SWITCH, False, 'evaluate --resume or --pretrained, then stop', first=True, launch=True),
         Flag('eval_every', whole(0), 1, 'epochs between evaluations; the last epoch is always evaluated; 0: train without evaluating, and read no validation data'),
-        Flag('patience', whole(1), None, 'stop after N evaluations without a better AP of boxes', unset='train all epochs', metavar='N'),
-        Flag('coco_eval', ('auto', 'hotcoco', 'pycocotools'), 'auto', 'library that computes COCO metrics; auto: hotcoco if it is installed', hidden=True),
+        Flag('patience', whole(1), None, 'stop after N evaluations without a better AP of boxes (the main number of --evaluator)', unset='train all epochs', metavar='N'),
+        Flag('evaluator', ('coco', 'lvis'), Usual('lvis with --dataset_file lvis, else coco', lambda a: 'lvis' if getattr(a, 'dataset_file', '') == 'lvis' else 'coco'),
+             'rules by which metrics are computed', hidden=True),
     ),
     *topic('run', RUN)(
         Flag('output_dir', TEXT, '', 'folder of checkpoints, metrics.csv, log.jsonl and drawn images; nothing is written without it', metavar='DIR', first=True, launch=True),

@@ -55,6 +55,7 @@ OLD = {
         lambda size, record: {'img_size': size} if record.get('aug') == 'lsj' else {},
     ),
     'group_aspect_ratio': OldFlag('give --batches aspect', lambda on, _: {'batches': 'aspect'} if on else {}),
+    'coco_eval': OldFlag('leave it out: hotcoco computes all metrics', lambda *_: {}),
     'bucket_sizes': OldFlag('give --batches size', lambda on, _: {'batches': 'size'} if on else {}),
 }
 
