@@ -22,20 +22,19 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from datasets.augmentations import build_augmentation
-from datasets.build import build_evaluator, main_column
+from datasets.build import build_evaluator, data_limits, main_column
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.evaluation import Evaluation
 from datasets.inventory import check_data, print_inventory
 from datasets.loaders import begin_epoch, build_datasets, build_loader, check_steps, worst_batch
 from engine import evaluate, sample_detections, train_one_epoch, try_largest_batch
-from models import build_model, check_backbone, level_strides
-from models.parts import all_parts, compile_parts
+from models import build_model, check_backbone
 from models.segmentation import freeze_all_but_masks
 from models.structures import Prediction
-from models.summary import plan_notes, print_dry_run, print_plan, training_images
 from models.training import coefficients
 from models.training.report import statistics_text
+from models.training.summary import plan_notes, print_dry_run, print_plan, training_images
+from models.units import all_units, compile_units
 from models.weights.load import check_frozen, load_checkpoint
 from models.weights.read import read_checkpoint
 from models.weights.records import extract_class_map, extract_flags, shared_classes
@@ -54,7 +53,6 @@ from util.distributed.collectives import (
     is_main_process,
     leave_distributed,
 )
-from util.distributed.heartbeat import Heartbeat
 from util.distributed.parallel import broadcast_from_main, replicate, shard
 from util.distributed.preemption import Interrupted, StopRequests, was_restarted
 from util.errors import FileError, UserError
@@ -85,32 +83,28 @@ def main(args: Namespace) -> None:
         with fail_together():
             args, _ = configure(args)
             if is_main_process():
-                dry_run(args, check_all_data(args) if args.check_data else None)
+                datasets = build_datasets(args, None) if args.check_data else {}
+                folder, limits = args.output_dir, data_limits(args)
+                dry_run(args, check_data(datasets, args.num_workers, folder, **limits) if datasets else None)
         leave_distributed()
         return
     device = choose_device(args.device)
     avoid_plans_per_shape()
     init_distributed(device, args.dist_url)
-    heartbeat, stops = Heartbeat(), StopRequests(device)
+    stops = StopRequests(device)
     try:
         with only_run_of('' if args.eval else args.output_dir):
             args, checkpoint, datasets = read_data(args)
             set_tf32(args.tf32)
-            heartbeat.start()  # not before: while a large annotation file is read, no other thread runs
             run = build_run(args, checkpoint, datasets, device, stops)
             if args.eval:
                 evaluate_alone(run)
             else:
                 train(run)
     except Interrupted as stop:
-        heartbeat.stop()
         stops.leave(*stop.args)
-    except BaseException as error:
-        heartbeat.fail(error)
-        raise
     finally:
         stops.close()
-    heartbeat.stop()
     leave_distributed()
 
 
@@ -179,18 +173,6 @@ def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
     return args, checkpoint, datasets
 
 
-def data_limits(args: Settled) -> dict[str, int]:
-    """Return what the data are compared with: arguments of `datasets.inventory.find_warnings`."""
-    augmentation = build_augmentation(args)
-    limits = {'num_queries': args.num_queries, 'stride': level_strides(args)[0]}
-    return limits | {'img_size': augmentation.img_size, 'max_size': augmentation.max_size}
-
-
-def check_all_data(args: Settled) -> int:
-    """Check the data of a run for --check_data, and return the number of training images."""
-    return check_data(build_datasets(args, None), args.num_workers, args.output_dir, **data_limits(args))
-
-
 def facts_of(args: Namespace) -> dict[str, object]:
     """Return what all processes must agree on before they begin."""
     own = ('device', 'num_workers')
@@ -213,11 +195,11 @@ def build_run(
     average = WeightAverage(model, args.ema, args.ema_warmup) if args.ema and not args.eval else None
     notes = plan_notes(args, model, criterion, datasets) if is_main_process() else {}
     if args.compile:
-        compile_parts(model)
+        compile_units(model)
     if args.fsdp:
-        shard(model, all_parts(model), [Prediction])
+        shard(model, all_units(model), [Prediction])
         if average:
-            shard(average.module, all_parts(average.module))
+            shard(average.module, all_units(average.module))
     loading = (args.batch_size, args.num_workers, args.batches, args.seed)
     loaders = {part: build_loader(dataset, part, *loading) for part, dataset in datasets.items()}
     if not args.eval:

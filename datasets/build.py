@@ -12,6 +12,7 @@ from datasets.evaluation import Evaluator
 from datasets.image_dataset import ImageDataset
 from util.config.declare import DATA
 from util.config.flags import FLAGS
+from util.config.networks import level_strides
 from util.config.settle import is_shards, settle
 
 # Value of --dataset_file -> module whose `build(part, settings, class_map)` builds the data set; part is 'train' or 'val'.
@@ -81,6 +82,13 @@ def data_settings(args: Namespace, masks: bool | None = None) -> DataSettings:
         masks = any(flags.get(name) for name in MASK_FLAGS)
     values = {'seed': FLAGS['seed'].default, 'topk_eval': None} | flags | {'masks': masks}
     return DataSettings(**{field.name: values[field.name] for field in fields(DataSettings)})
+
+
+def data_limits(args: Namespace) -> dict[str, int]:
+    """Return what data are compared with, of settled flags: the limits of `datasets.inventory.find_warnings`."""
+    augmentation = build_augmentation(args)
+    limits = {'num_queries': args.num_queries, 'stride': level_strides(args)[0]}
+    return limits | {'img_size': augmentation.img_size, 'max_size': augmentation.max_size}
 
 
 def build_dataset(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> ImageDataset:

@@ -49,7 +49,7 @@ def describe(split: str, dataset: ImageDataset) -> list[str]:
 
 
 def find_warnings(
-    datasets: Mapping[str, ImageDataset], num_queries: int, stride: int, img_size: int, max_size: int | None
+    datasets: Mapping[str, ImageDataset], num_queries: int, stride: int, img_size: int, max_size: int
 ) -> list[str]:
     """Return sentences about what is likely to spoil a run.
 
@@ -57,7 +57,7 @@ def find_warnings(
         num_queries: the most objects that the model finds in an image.
         stride: pixels between neighbours in the finest map that the detector reads.
         img_size: short side of an image at evaluation, in pixels.
-        max_size: bound of its long side; None: 1333, in proportion to img_size.
+        max_size: bound of its long side, in pixels.
 
     Raises:
         UserError: the training part has no object.
@@ -97,7 +97,7 @@ def find_warnings(
     return texts
 
 
-def small_share(found: Inventory, stride: int, img_size: int, max_size: int | None) -> float:
+def small_share(found: Inventory, stride: int, img_size: int, max_size: int) -> float:
     """Return the share of objects with a side below the stride at the size of evaluation; 0 if sizes are unknown."""
     known: np.ndarray = found.sizes.min(axis=1) > 0
     if not known.any():

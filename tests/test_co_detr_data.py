@@ -327,7 +327,7 @@ def test_masks_are_used_where_every_object_has_one(tmp_path: Path, segmented: bo
 
 @pytest.mark.parametrize('aug', ['lsj', 'co_detr'])
 def test_images_depend_on_seed_epoch_and_index_only(aug: str) -> None:
-    args = Namespace(**vars(arguments(Path())) | {'dataset_file': 'shapes', 'aug': aug})
+    args = Namespace(**vars(arguments(Path())) | {'dataset_file': 'shapes', 'coco_path': None, 'aug': aug})
     args.shapes_train, args.shapes_size, args.img_size = 4, 64, 64
     dataset = build_data('train', args)
     alone = DataLoader(dataset, batch_size=None)
@@ -550,5 +550,5 @@ def test_records_of_older_runs_are_read() -> None:
 def test_the_cache_of_files_is_the_operating_systems(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    run(tmp_path, '--cache_mode', '--epochs', '1', '--no_validate')
+    run(tmp_path, '--cache_mode', '--epochs', '1', '--eval_every', '0')
     assert '--cache_mode is not needed' in capsys.readouterr().out

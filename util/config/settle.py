@@ -14,14 +14,12 @@ from .declare import (
     DETECTION,
     NETWORK,
     RUN,
-    TITLES,
     TRAINING,
     UNLESS_CONDITIONAL,
-    ByFamily,
     Flag,
-    Usual,
 )
 from .flags import FLAGS, RANDOM_SCALES
+from .networks import TITLES, VARIANTS, Usual, backbone_maps, decoder_of, kind_of
 
 DETECTOR = (NETWORK, DETECTION)
 MODEL = (NETWORK, DETECTION, TRAINING)
@@ -57,6 +55,7 @@ OLD = {
     'group_aspect_ratio': OldFlag('give --batches aspect', lambda on, _: {'batches': 'aspect'} if on else {}),
     'coco_eval': OldFlag('leave it out: hotcoco computes all metrics', lambda *_: {}),
     'bucket_sizes': OldFlag('give --batches size', lambda on, _: {'batches': 'size'} if on else {}),
+    'no_validate': OldFlag('give --eval_every 0', lambda on, _: {'eval_every': 0} if on else {}),
 }
 
 
@@ -72,7 +71,7 @@ def in_our_names(record: Mapping) -> dict:
 
 def is_shards(place: str | None) -> bool:
     """Return whether a value of --train_ann or --val_ann is an index of tar shards, or the folder of one."""
-    return place is not None and (Path(place).name == SHARDS or Path(place).is_dir())
+    return place is not None and (Path(place).name == SHARDS or (Path(place) / SHARDS).is_file())
 
 
 class Settled(Namespace):
@@ -101,12 +100,10 @@ def settle(args: Namespace, kinds: Collection[str] = MODEL) -> Settled:
     check_values(given, flags)
     settled = Namespace(**others | given, **{} if 'family' in given else {'family': ''})
     settled.family = family_of(given)
-    plain = [flag for flag in flags if not isinstance(flag.default, ByFamily | Usual)]
-    by_family = [flag for flag in flags if isinstance(flag.default, ByFamily)]
-    for flag in (*plain, *by_family, *(flag for flag in flags if isinstance(flag.default, Usual))):
+    for flag in sorted(flags, key=lambda flag: flag.depends_on_flags):
         if flag.name not in given:
             setattr(settled, flag.name, flag.default_of(settled))
-        if flag.implied_by and getattr(settled, flag.implied_by, False):
+        if flag.name in decoder_of(settled).implies:
             setattr(settled, flag.name, True)
     check(settled, flags)
     return Settled(**vars(settled))
@@ -118,7 +115,8 @@ def settle_checkpointing(given: dict) -> None:
     if value is False:
         del given['use_checkpoint']
     elif value is True or value == []:  # networks of timm cannot be recomputed in parts
-        given['use_checkpoint'] = list(PLACES[str(given.get('backbone', '')).startswith('timm/') :])
+        whole = 'use_checkpoint' not in kind_of(str(given.get('backbone', ''))).supports
+        given['use_checkpoint'] = list(PLACES[whole:])
 
 
 def family_of(given: dict) -> str:
@@ -128,6 +126,9 @@ def family_of(given: dict) -> str:
         UserError: they choose two.
     """
     chosen = [flag.name for flag in FLAGS.values() if flag.chooses == ALWAYS and given.get(flag.name)]
+    decoders = [f'--{variant.name}' for variant in VARIANTS if variant.name in chosen]
+    if len(decoders) > 1:
+        raise UserError(f'{" and ".join(decoders)} choose different decoders: give one of them')
     if given.get('conditional'):
         if chosen:
             raise UserError(f'--conditional and --{chosen[0]} choose different models: leave one of them out')
@@ -179,54 +180,13 @@ def check(args: Namespace, flags: Collection[Flag]) -> None:
             raise UserError(
                 f'{shown} is for {families}, and the other flags choose {args.family}: leave it out'
             )
-        if flag.backbones and not args.backbone.startswith(flag.backbones):
-            raise UserError(f'--{flag.name} is not for --backbone {args.backbone}: leave it out')
+        if not flag.fits_backbone(args):
+            raise UserError(f'{shown} is not for --backbone {args.backbone}: leave it out')
     kinds = {flag.kind for flag in flags}
     for kind, rules in RULES.items():
         for rule in rules if kind in kinds else ():
             if message := rule(args):
                 raise UserError(message)
-
-
-PYRAMID_STRIDES = [4, 8, 16, 32, 64]  # of the levels that a ViT's map is made into
-
-
-def is_vit(args: Namespace) -> bool:
-    return args.backbone.startswith('vit_')
-
-
-def backbone_maps(args: Namespace) -> range:
-    """Return the stages of the backbone whose maps the detector reads: the last for one level, else all from the first or second on."""
-    if is_vit(args):
-        return range(3, 4)
-    if args.family != 'deformable' or args.num_feature_levels == 1:
-        first = args.backbone_stages
-    else:
-        first = 1 if args.finest_stride == 4 else 2
-    return range(first, args.backbone_stages + 1)
-
-
-def returned_maps(args: Namespace) -> range:
-    """Return the stages of the backbone whose maps are returned: those that levels are made from; for masks all."""
-    maps = backbone_maps(args)
-    return range(1, maps[-1] + 1) if args.masks else maps
-
-
-def has_pyramid(args: Namespace) -> bool:
-    """Tell whether all levels are made from the only map of a ViT."""
-    return is_vit(args) and args.num_feature_levels > 1
-
-
-def level_strides(args: Namespace) -> list[int]:
-    """Return the strides of Deformable DETR's feature maps, finest first."""
-    if has_pyramid(args):
-        return PYRAMID_STRIDES
-    strides = [2 ** (stage + 1) for stage in backbone_maps(args)]
-    if args.dilation:
-        strides[-1] //= 2
-    while args.family == 'deformable' and len(strides) < args.num_feature_levels:
-        strides.append(2 * strides[-1])
-    return strides
 
 
 def deformable(a: Namespace) -> bool:
@@ -248,24 +208,22 @@ RULES: dict[str, list[Callable[[Namespace], object]]] = {
         and f'--dilation changes stage 4, but --backbone_stages is {a.backbone_stages}: give one of them',
         lambda a: a.backbone_frozen_stages > a.backbone_stages + 1
         and f'--backbone_frozen_stages {a.backbone_frozen_stages} is more than all stages, of which there are {a.backbone_stages}',
-        lambda a: (is_vit(a) and a.backbone_stages != 4)
-        and f'--backbone_stages {a.backbone_stages} is not for {a.backbone}, which has one map: leave it out',
-        lambda a: (is_vit(a) and deformable(a) and a.num_feature_levels not in (1, len(PYRAMID_STRIDES)))
-        and f'--num_feature_levels {a.num_feature_levels} must be 5, the levels of the feature pyramid of {a.backbone}, or 1',
+        lambda a: (deformable(a) and (levels := len(kind_of(a.backbone).pyramid)) and a.num_feature_levels not in (1, levels))
+        and f'--num_feature_levels {a.num_feature_levels} must be {levels}, the levels of the feature pyramid of {a.backbone}, or 1',
         lambda a: (a.masks and a.co_masks)
         and '--masks and --co_masks are two ways to predict masks: give one of them',
         lambda a: ((a.masks or a.co_masks) and a.eval_module != 'detr')
         and f'--masks and --co_masks are those of the decoder: leave --eval_module {a.eval_module} out',
-        lambda a: (a.masks and is_vit(a))
+        lambda a: (a.masks and len(kind_of(a.backbone).stages) == 1)
         and f'--masks needs maps of several strides, and {a.backbone} has one: leave it out',
-        lambda a: ('backbone' in (a.use_checkpoint or ()) and a.backbone.startswith('timm/'))
+        lambda a: ('backbone' in (a.use_checkpoint or ()) and 'use_checkpoint' not in kind_of(a.backbone).supports)
         and f'--use_checkpoint backbone is not for --backbone {a.backbone}: leave it out, or name encoder and decoder',
         lambda a: (a.use_aux_ffn and a.ms_variant == 'a')
         and '--use_aux_ffn belongs to the second reading after the cross-attention: leave it out, or leave --ms_variant a out',
         lambda a: a.eval_module not in ('detr', *a.co_aux_heads)
         and f'--eval_module {a.eval_module} is not among --co_aux_heads: add it there, or evaluate detr',
         lambda a: (a.soft_nms_threshold and a.nms_iou_threshold is not None)
-        and '--soft_nms_threshold and --nms_iou_threshold are two ways of suppression: give one (--soft_nms_threshold 0 turns that of --dino off)',
+        and '--soft_nms_threshold and --nms_iou_threshold are two ways of suppression: give one (--soft_nms_threshold 0 turns the usual one off)',
         lambda a: (a.eval_module != 'detr' and a.nms_iou_threshold is not None)
         and f'--nms_iou_threshold is for the decoder: --eval_module {a.eval_module} suppresses by its own rule',
         lambda a: len(set(a.co_aux_heads)) < len(a.co_aux_heads)
