@@ -14,7 +14,6 @@ from datasets.copy_paste import LargeScaleJitter
 from datasets.transforms import (
     Compose,
     FitSquare,
-    HeightFirstSizeCrop,
     Mix,
     NormalizeBoxes,
     RandomHorizontalFlip,
@@ -110,7 +109,7 @@ class FlipOnly(NoAugmentation):
 class DETRAugmentation(NoAugmentation):
     """Flip, scale and crop (DETR, arXiv:2005.12872, Appendix A.4)."""
 
-    size_crop = RandomSizeCrop
+    height_first = False  # of a crop, the height is drawn before the width
     crop_max_size: int | None = None  # bound of the longer side before a crop, of the 800-pixel recipe
 
     def train(self) -> list[Transform]:
@@ -119,9 +118,10 @@ class DETRAugmentation(NoAugmentation):
         scales = [scaled(short, size) for short in range(low, high + 1, SCALE_STEP)]
         whole = RandomResize(scales, self.train_max_size, self.rule)
         crop_max_size = self.crop_max_size and scaled(self.crop_max_size, size)
+        smallest, largest = (scaled(side, size) for side in BASE_CROP_RANGE)
         zoomed: list[Transform] = [
             RandomResize([scaled(short, size) for short in BASE_CROP_SCALES], crop_max_size, self.rule),
-            self.size_crop(*(scaled(side, size) for side in BASE_CROP_RANGE)),
+            RandomSizeCrop(smallest, largest, self.height_first),
             whole,
         ]
         return [RandomHorizontalFlip(), RandomSelect(whole, Compose(zoomed))]
@@ -131,7 +131,7 @@ class CoDETRAugmentation(DETRAugmentation):
     """DETR's augmentation by mmdetection's rules of resizing, cropping and reading (Co-DETR, arXiv:2211.12860)."""
 
     rule = staticmethod(rescale)
-    size_crop = HeightFirstSizeCrop
+    height_first = True
     crop_max_size = MMDETECTION_CROP_MAX_SIZE
     drop_tiny, min_image_side = True, MMDETECTION_MIN_SIDE
 

@@ -1,17 +1,17 @@
 """
 DETR's image transforms on uint8 tensors [3, H, W] (arXiv:2005.12872, appendix; torchvision.transforms.v2 functions).
 
-A transform takes (image, target) and returns both. The target dict is copied, never changed in place, and may be None.
+A transform takes (image, target) and returns both. The target dict is copied, never changed in place, and may be empty.
 Boxes are xyxy in pixels until `NormalizeBoxes`. Random draws come from Python's `random` and torch's generator in the
-official order, so that a seed gives the official image. PIL images pass through the same code. The model scales to [0,
-1] and subtracts the mean on its device, because uint8 is a quarter of the traffic.
+official order, so that a seed gives the official image. The model scales to [0, 1] and subtracts the mean on its
+device, because uint8 is a quarter of the traffic.
 """
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-import PIL.Image
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -19,23 +19,17 @@ from torchvision.transforms.v2 import functional as F
 
 from util.box_ops import box_area, box_xyxy_to_cxcywh
 
-Image = Tensor | PIL.Image.Image
 Target = dict[str, Tensor]
 Sample = tuple[Tensor, Target]
 # Changes an image and its target with further ones, which the function returns: drawn at random, not transformed.
 Mix = Callable[[Tensor, Target, Callable[[], Sample]], Sample]
-ImageT = TypeVar('ImageT', Tensor, Image)
-TargetT = TypeVar('TargetT', Target, Target | None)
 
 
 class Transform(Protocol):
     """Callable that changes an image and its target together."""
 
-    def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]: ...
+    def __call__(self, image: Tensor, target: Target) -> Sample: ...
 
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 GREY = 114  # around images in a square (mmdetection)
 
@@ -43,13 +37,13 @@ GREY = 114  # around images in a square (mmdetection)
 OBJECT_FIELDS = ('boxes', 'labels', 'area', 'iscrowd', 'masks')
 
 
-def image_size(image: Image) -> tuple[int, int]:
+def image_size(image: Tensor) -> tuple[int, int]:
     """Return (height, width)."""
-    height, width = F.get_size(image)
+    height, width = image.shape[-2:]
     return height, width
 
 
-def crop(image: ImageT, target: TargetT, region: Sequence[int]) -> tuple[ImageT, TargetT]:
+def crop(image: Tensor, target: Target, region: Sequence[int]) -> Sample:
     """Cut out region = (top, left, height, width); pixels outside the image are zero.
 
     Boxes are cut too, and `area` becomes that of the cut box. An object without a box of positive size (if the target
@@ -57,8 +51,6 @@ def crop(image: ImageT, target: TargetT, region: Sequence[int]) -> tuple[ImageT,
     """
     top, left, height, width = region
     cropped = F.crop(image, top, left, height, width)
-    if target is None:
-        return cropped, None
     target = {**target, 'size': torch.tensor([height, width])}
     if 'masks' in target:
         target['masks'] = F.crop(target['masks'], top, left, height, width)
@@ -78,11 +70,9 @@ def keep_objects(target: Target, keep: Tensor) -> Target:
     return {key: value[keep] if key in OBJECT_FIELDS else value for key, value in target.items()}
 
 
-def hflip(image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
+def hflip(image: Tensor, target: Target) -> Sample:
     """Mirror left and right."""
     flipped = F.horizontal_flip(image)
-    if target is None:
-        return flipped, None
     target = dict(target)
     if 'boxes' in target:
         _, width = image_size(image)
@@ -114,20 +104,18 @@ def resized_size(
     return int(size * width / height), size
 
 
-def resize(
-    image: ImageT, target: TargetT, size: int | Sequence[int], max_size: int | None = None
-) -> tuple[ImageT, TargetT]:
+def resize(image: Tensor, target: Target, size: int | Sequence[int], max_size: int | None = None) -> Sample:
     """Resize to `resized_size`, bilinear with antialiasing. Masks are resized to the nearest pixel, and become bool."""
     height, width = image_size(image)
     return resize_to(image, target, resized_size((width, height), size, max_size), antialias=True)
 
 
-def rescale(image: ImageT, target: TargetT, size: int, max_size: int) -> tuple[ImageT, TargetT]:
+def rescale(image: Tensor, target: Target, size: int, max_size: int) -> Sample:
     """Resize to `rescaled_size`, bilinear without antialiasing as OpenCV does, and clip boxes (mmdetection)."""
     height, width = image_size(image)
     new_width, new_height = rescaled_size((width, height), size, max_size)
     resized, target = resize_to(image, target, (new_width, new_height), antialias=False)
-    if target is not None and 'boxes' in target:
+    if 'boxes' in target:
         borders = torch.tensor([new_width, new_height] * 2, dtype=torch.float32)
         target['boxes'] = target['boxes'].clamp(min=0).min(borders)
     return resized, target
@@ -144,14 +132,10 @@ def rescaled_size(image_wh: tuple[int, int], size: int, max_size: int) -> tuple[
     return width, height
 
 
-def resize_to(
-    image: ImageT, target: TargetT, new_wh: tuple[int, int], antialias: bool
-) -> tuple[ImageT, TargetT]:
+def resize_to(image: Tensor, target: Target, new_wh: tuple[int, int], antialias: bool) -> Sample:
     """Resize to (width, height), bilinear. Masks are resized to the nearest pixel, and become bool."""
     (old_height, old_width), (width, height) = image_size(image), new_wh
     resized = F.resize(channels_last(image), [height, width], antialias=antialias)
-    if target is None:
-        return resized, None
     target = {**target, 'size': torch.tensor([height, width])}
     ratio_w, ratio_h = width / old_width, height / old_height
     if 'boxes' in target:
@@ -164,26 +148,22 @@ def resize_to(
     return resized, target
 
 
-def channels_last(image: ImageT) -> ImageT:
+def channels_last(image: Tensor) -> Tensor:
     """Store the three values of a pixel next to each other: torch resizes such an image three times faster."""
-    if not isinstance(image, Tensor):
-        return image
     return image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
-def pad(image: ImageT, target: TargetT, padding: tuple[int, int], fill: int = 0) -> tuple[ImageT, TargetT]:
+def pad(image: Tensor, target: Target, padding: tuple[int, int], fill: int = 0) -> Sample:
     """Add (right, bottom) columns and rows of the value `fill`. Boxes and areas stay."""
     sides = [0, 0, *padding]
     padded = F.pad(image, sides, fill=fill)
-    if target is None:
-        return padded, None
     target = {**target, 'size': torch.tensor(image_size(padded))}
     if 'masks' in target:
         target['masks'] = F.pad(target['masks'], sides)
     return padded, target
 
 
-def pad_to_square(image: ImageT, target: TargetT, size: int) -> tuple[ImageT, TargetT]:
+def pad_to_square(image: Tensor, target: Target, size: int) -> Sample:
     """Pad with grey on the right and below, to size x size pixels."""
     height, width = image_size(image)
     return pad(image, target, (size - width, size - height), GREY)
@@ -206,14 +186,7 @@ def frame_size(target: Target) -> Tensor:
     return target.get('frame_size', target['orig_size'])
 
 
-def center_crop(image: ImageT, target: TargetT, size: tuple[int, int]) -> tuple[ImageT, TargetT]:
-    """Cut (height, width) out of the middle."""
-    (image_h, image_w), (height, width) = image_size(image), size
-    top, left = round((image_h - height) / 2), round((image_w - width) / 2)
-    return crop(image, target, (top, left, height, width))
-
-
-def random_region(image: Image, height: int, width: int) -> tuple[int, int, int, int]:
+def random_region(image: Tensor, height: int, width: int) -> tuple[int, int, int, int]:
     """Draw a region for `crop`: top before left, from torch. Nothing is drawn if the crop is the whole image."""
     image_h, image_w = image_size(image)
     if (height, width) == (image_h, image_w):
@@ -223,74 +196,76 @@ def random_region(image: Image, height: int, width: int) -> tuple[int, int, int,
     return top, left, height, width
 
 
+@dataclass
 class Compose:
-    def __init__(self, transforms: Sequence[Transform]) -> None:
-        self.transforms = list(transforms)
+    transforms: Sequence[Transform]
 
-    def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
+    def __call__(self, image: Tensor, target: Target) -> Sample:
         for transform in self.transforms:
             image, target = transform(image, target)
         return image, target
 
 
+@dataclass
 class RandomSelect:
     """Choice of the first of two transforms with probability p, else the second."""
 
-    def __init__(self, first: Transform, second: Transform, p: float = 0.5) -> None:
-        self.first, self.second, self.p = first, second, p
+    first: Transform
+    second: Transform
+    p: float = 0.5
 
-    def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
+    def __call__(self, image: Tensor, target: Target) -> Sample:
         chosen = self.first if random.random() < self.p else self.second
         return chosen(image, target)
 
 
+@dataclass
 class RandomHorizontalFlip:
-    def __init__(self, p: float = 0.5) -> None:
-        self.p = p
+    p: float = 0.5
 
-    def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
+    def __call__(self, image: Tensor, target: Target) -> Sample:
         return hflip(image, target) if random.random() < self.p else (image, target)
 
 
+@dataclass
 class RandomResize:
     """Resizing of the short side to one of the sizes. A single size is drawn too, as in the official code.
 
     rule: `resize` or `rescale`.
     """
 
-    def __init__(
-        self, sizes: Sequence[int], max_size: int | None = None, rule: Callable[..., Any] = resize
-    ) -> None:
-        self.sizes, self.max_size, self.rule = list(sizes), max_size, rule
+    sizes: Sequence[int]
+    max_size: int | None = None
+    rule: Callable[..., Any] = resize
 
-    def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
+    def __call__(self, image: Tensor, target: Target) -> Sample:
         return self.rule(image, target, random.choice(self.sizes), self.max_size)
 
 
+@dataclass
 class RandomSizeCrop:
-    """Crop with sides between min_size and max_size, both included, but not beyond the image."""
+    """Crop with sides between min_size and max_size, both included, but not beyond the image.
 
-    def __init__(self, min_size: int, max_size: int) -> None:
-        self.min_size, self.max_size = min_size, max_size
+    height_first: draw the height before the width, as mmdetection does.
+    """
 
-    def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
-        image_h, image_w = image_size(image)
-        width = self.draw_side(image_w)  # the official code draws the width first
-        height = self.draw_side(image_h)
+    min_size: int
+    max_size: int
+    height_first: bool = False
+
+    def __call__(self, image: Tensor, target: Target) -> Sample:
+        sides = image_size(image)
+        if self.height_first:
+            height, width = map(self.draw_side, sides)
+        else:
+            width, height = map(self.draw_side, reversed(sides))
         return crop(image, target, random_region(image, height, width))
 
     def draw_side(self, image_side: int) -> int:
         return random.randint(min(self.min_size, image_side), min(self.max_size, image_side))
 
 
-class HeightFirstSizeCrop(RandomSizeCrop):
-    """Random crop of `RandomSizeCrop`, but with the height drawn before the width (mmdetection)."""
-
-    def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
-        height, width = map(self.draw_side, image_size(image))
-        return crop(image, target, random_region(image, height, width))
-
-
+@dataclass
 class FitSquare:
     """Largest copy of the image that fits a square of size x size pixels, in its upper left corner, with grey around.
 
@@ -298,14 +273,13 @@ class FitSquare:
     image.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    size: int
 
-    def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
+    def __call__(self, image: Tensor, target: Target) -> Sample:
         image, target = rescale(image, target, self.size, self.size)
         fitted = torch.tensor(image_size(image))
         image, target = pad_to_square(image, target, self.size)
-        if target is not None:
+        if 'orig_size' in target:
             target['frame_size'] = self.size * target['orig_size'] / fitted
         return image, target
 
@@ -315,29 +289,28 @@ def size_after(transform: Transform, original: Iterable[int]) -> tuple[int, int]
 
     The transform acts on an image without pixels, and draws the random numbers that it would draw for the image.
     """
-    image, _ = transform(torch.empty(3, *map(int, original), dtype=torch.uint8, device='meta'), None)
+    image, _ = transform(torch.empty(3, *map(int, original), dtype=torch.uint8, device='meta'), {})
     return image_size(image)
 
 
+@dataclass
 class ImageOnly:
     """A change of colours, such as a transform of torchvision.transforms.v2, that leaves the target alone."""
 
-    def __init__(self, change: Callable[[Any], Any]) -> None:
-        self.change = change
+    change: Callable[[Any], Any]
 
-    def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
+    def __call__(self, image: Tensor, target: Target) -> Sample:
         return self.change(image), target
 
 
 class NormalizeBoxes:
     """Last step: uint8 tensor [3, H, W], and boxes as cxcywh relative to it. Area and size stay in pixels."""
 
-    def __call__(self, image: ImageT, target: TargetT) -> tuple[ImageT, TargetT]:
-        pixels: Tensor = image if isinstance(image, Tensor) else F.pil_to_tensor(image.convert('RGB'))
-        if pixels.dtype != torch.uint8:
-            raise ValueError(f'images stay uint8 until they reach the model, but this one is {pixels.dtype}')
-        if target is None or 'boxes' not in target:
-            return pixels, target
-        height, width = image_size(pixels)
+    def __call__(self, image: Tensor, target: Target) -> Sample:
+        if image.dtype != torch.uint8:
+            raise ValueError(f'images stay uint8 until they reach the model, but this one is {image.dtype}')
+        if 'boxes' not in target:
+            return image, target
+        height, width = image_size(image)
         scale = torch.tensor([width, height, width, height], dtype=torch.float32)
-        return pixels, {**target, 'boxes': box_xyxy_to_cxcywh(target['boxes']) / scale}
+        return image, {**target, 'boxes': box_xyxy_to_cxcywh(target['boxes']) / scale}
