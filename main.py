@@ -252,7 +252,7 @@ def build_schedule(args: Settled, model: nn.Module, steps_per_epoch: int) -> Sch
 
 def train(run: Run) -> None:
     """Run the epochs that are left."""
-    args = run.args
+    args, best = run.args, main_column(run.args.evaluator)
     if run.open_logs():
         finish_epoch(run, run.metrics)
     if run.epoch >= args.epochs:
@@ -260,8 +260,10 @@ def train(run: Run) -> None:
     if run.state.step:
         print_main(f'epoch {run.epoch + 1} goes on after step {run.state.step} of {run.steps_per_epoch}')
     while run.epoch < args.epochs:
-        if args.patience and run.log.evaluations_since_best(main_column(args.evaluator)) >= args.patience:
-            print_main(f'no better result in {args.patience} evaluations: stopping after {run.epoch} epochs')
+        if args.patience and run.log.evaluations_since_best(best) >= args.patience:
+            print_main(
+                f'no better {best[5:]} in {args.patience} evaluations: stopping after {run.epoch} epochs'
+            )
             break
         start = time.perf_counter()
         begin_epoch(run.loaders['train'], run.epoch, run.state.step * args.accum_steps)
@@ -306,7 +308,7 @@ def finish_epoch(run: Run, metrics: dict, seconds: float = 0.0) -> None:
         with or_warn():
             run.log.append(row, record)
             if is_main_process() and due:
-                plot_curves(run.folder / 'curves.png', run.log.csv_path, result.drawn)
+                plot_curves(run.folder / 'curves.png', run.log.rows, result.drawn)
     for tracker in run.trackers:
         with or_warn():
             tracker.add(run.epoch, row)

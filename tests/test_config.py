@@ -263,4 +263,4 @@ def test_old_names_in_records_are_read_and_on_a_command_line_refused(capsys: pyt
     for name in OLD:
         with pytest.raises(SystemExit):
             make_parser('').parse_args([f'--{name}', 'x'])
-        assert 'give --' in capsys.readouterr().err
+        assert OLD[name].instead in capsys.readouterr().err

@@ -6,11 +6,10 @@ all: each is written beside its final path and then moved there.
 """
 
 import colorsys
-import csv
 import math
 import os
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from util.files import save_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from PIL import Image
     from PIL.ImageDraw import ImageDraw
 
 Colour = tuple[int, int, int]
@@ -176,11 +174,11 @@ def contact_sheet(
     panels = []
     for image, prediction, target in rows:
         drawn = draw_boxes(image, target['boxes'], target['labels'], names, masks=target.get('masks'))
-        panels.append(panel_of(drawn, f'truth: {len(target["boxes"])}'))
+        panels.append((f'truth: {len(target["boxes"])}', drawn))
         chosen = prediction['scores'] >= score_threshold
         kept = {name: values[chosen] for name, values in prediction.items() if name in PER_OBJECT}
         drawn = draw_boxes(image, kept['boxes'], kept['labels'], names, kept['scores'], kept.get('masks'))
-        panels.append(panel_of(drawn, f'found with score {score_threshold:g} or more: {len(kept["boxes"])}'))
+        panels.append((f'found with score {score_threshold:g} or more: {len(kept["boxes"])}', drawn))
     save_panels(path, panels)
 
 
@@ -199,37 +197,23 @@ def data_sheet(
         for title, picture, truth in (('stored', stored, objects), ('after augmentation', image, target)):
             drawn = draw_boxes(picture, truth['boxes'], truth['labels'], names, masks=truth.get('masks'))
             height, width = picture.shape[-2:]
-            panels.append(panel_of(drawn, f'{title}: {width} x {height}, {len(truth["boxes"])} objects'))
+            panels.append((f'{title}: {width} x {height}, {len(truth["boxes"])} objects', drawn))
     save_panels(path, panels)
 
 
-def save_panels(path: str | os.PathLike, panels: list['Image.Image']) -> None:
-    """Save panels as one image, four a line."""
-    from PIL import Image
-
+def save_panels(path: str | os.PathLike, panels: list[tuple[str, Tensor]]) -> None:
+    """Save pictures [3, H, W] uint8 under their titles as one image, four a line."""
     columns = min(4, len(panels))
-    sheet = Image.new('RGB', (columns * PANEL[0], math.ceil(len(panels) / columns) * PANEL[1]), 'white')
-    for number, panel in enumerate(panels):
-        sheet.paste(panel, (number % columns * PANEL[0], number // columns * PANEL[1]))
-    save_atomically(path, sheet.save)
-
-
-def panel_of(image: Tensor, title: str) -> 'Image.Image':
-    """Return an image [3, H, W] uint8 and its title in a panel of the contact sheet."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    panel = Image.new('RGB', PANEL, 'white')
-    room = PANEL[0] - 2 * MARGIN, PANEL[1] - TITLE - 2 * MARGIN
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    scale = min(room[0] / picture.width, room[1] / picture.height)
-    picture = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
-    left = MARGIN + (room[0] - picture.width) // 2
-    panel.paste(picture, (left, MARGIN + TITLE))
-    text = ImageDraw.Draw(panel)
-    text.text(
-        (PANEL[0] / 2, MARGIN + TITLE / 2), title, fill='black', font=ImageFont.load_default(14), anchor='mm'
-    )
-    return panel
+    lines = math.ceil(len(panels) / columns)
+    figure = new_figure(columns * PANEL[0] / 100, lines * PANEL[1] / 100, layout=None)
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1 - TITLE / PANEL[1] / lines, wspace=0.02)
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.axis('off')
+    for axis, (title, picture) in zip(axes, panels, strict=False):
+        axis.imshow(picture.permute(1, 2, 0).numpy())
+        axis.set_title(title, fontsize=9)
+    save_atomically(path, lambda partial: figure.savefig(partial, dpi=100))
 
 
 def new_figure(
@@ -247,27 +231,23 @@ def new_figure(
     return figure
 
 
-def read_metrics(metrics_csv: str | os.PathLike) -> dict[str, list[float]]:
-    """Read the columns of a metrics.csv with one row per epoch; cells that are empty or no number become nan."""
-    with open(metrics_csv, newline='', encoding='utf-8') as file:
-        reader = csv.DictReader(file)
-        names, rows = reader.fieldnames or [], list(reader)
-    return {name: [to_number(row[name]) for row in rows] for name in names}
-
-
-def to_number(cell: str | None) -> float:
+def to_number(cell: Any) -> float:
+    """Return the number in a cell of metrics.csv; nan if there is none."""
     try:
-        return float(cell or 'nan')
-    except ValueError:
+        return float(cell)
+    except (TypeError, ValueError):
         return math.nan
 
 
-def plot_curves(path: str | os.PathLike, metrics_csv: str | os.PathLike, metrics: Sequence[str] = ()) -> None:
+def plot_curves(
+    path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], metrics: Sequence[str] = ()
+) -> None:
     """Plot loss, its terms, metrics and learning rate of a run over `epoch`.
 
-    metrics: names to draw, the first ones with thick lines; by default all.
+    rows: those of metrics.csv, numbers or text. metrics: names to draw, the first ones with thick lines; by default all.
     """
-    columns = read_metrics(metrics_csv)
+    header = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [to_number(row.get(name)) for row in rows] for name in header}
     tested = [f'test_{name}' for name in metrics] or [name for name in columns if name.startswith('test_')]
     terms = [name for name in columns if name.startswith('train_loss_')]
     panels = (
