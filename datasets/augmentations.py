@@ -1,9 +1,9 @@
 """
 What --aug chooses: a class for each of its values, with everything that depends on it.
 
-An augmentation has the transforms of both parts, a step that mixes training images, the rules by which annotations are
-read, and the sizes of images. A new one is a class here, an entry in `AUGMENTATIONS`, and its name in
-`util.config.flags.AUGMENTATIONS`.
+An augmentation has the transforms of both parts, a step that mixes training images, the rules by which
+annotations are read, and the sizes of images. A new one is a class here, an entry in `AUGMENTATIONS`, and its
+name in `util.config.flags.AUGMENTATIONS`.
 """
 
 import math
@@ -47,8 +47,8 @@ class NoAugmentation:
     Args:
         img_size: shorter side at evaluation, pixels; all other numbers of a recipe are in proportion to it.
         max_size: bound of the longer side; by default 1333 in proportion.
-        train_scales: smallest and largest short side of training, in steps of 32; the other numbers of training are
-            then those of an img_size of 800.
+        train_scales: smallest and largest short side of training, in steps of 32; the other numbers of
+            training are then those of an img_size of 800.
         train_max_size: bound of the longer side in training; by default max_size.
     """
 
@@ -84,7 +84,7 @@ class NoAugmentation:
         return Compose([*(self.train() if part == 'train' else self.val()), NormalizeBoxes()])
 
     def mix(self, part: str, keep_masks: bool) -> Mix | None:
-        """Return the step that changes an image together with further ones, before the transforms; None: there is none.
+        """Return the step that mixes an image with further ones, before the transforms, or None.
 
         keep_masks: the targets keep their masks.
         """
@@ -128,7 +128,7 @@ class DETRAugmentation(NoAugmentation):
 
 
 class CoDETRAugmentation(DETRAugmentation):
-    """DETR's augmentation by mmdetection's rules of resizing, cropping and reading (Co-DETR, arXiv:2211.12860)."""
+    """DETR's augmentation by mmdetection's rules of resizing and reading (Co-DETR, arXiv:2211.12860)."""
 
     rule = staticmethod(rescale)
     height_first = True

@@ -1,6 +1,6 @@
 """
-COCO's twelve numbers, or LVIS's thirteen, and AP by class, for boxes and masks. The definitions are pycocotools' and
-lvis-api's, computed by hotcoco.
+COCO's twelve numbers, or LVIS's thirteen, and AP by class, for boxes and masks. The definitions are
+pycocotools' and lvis-api's, computed by hotcoco.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from datasets.image_dataset import ImageDataset
 from util.errors import UserError
 
 STAT_NAMES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
-# lvis-api's names, whose 300 is the usual number of detections of an image that count; r, c and f are rare, common and
-# frequent classes.
+# lvis-api's names, whose 300 is the usual number of detections of an image that count; r, c and f are rare,
+# common and frequent classes.
 LVIS_NAMES = (
     'AP',
     'AP50',
@@ -50,9 +50,9 @@ FEDERATED = ('neg_category_ids', 'not_exhaustive_category_ids')  # an image's li
 class Summary:
     """Result for boxes or masks.
 
-    numbers: in [0, 1] by name, -1 where there was no object to find. per_class: one dict per category with name, AP, AP50,
-    AP75, AR100 (LVIS: AR300; -1 without objects) and the number of its objects without crowd regions. counted: number of
-    detections that count, of an image and category (LVIS: of an image).
+    numbers: in [0, 1] by name, -1 where there was no object to find. per_class: one dict per category with
+    name, AP, AP50, AP75, AR100 (LVIS: AR300; -1 without objects) and the number of its objects without crowd
+    regions. counted: number of detections that count, of an image and category (LVIS: of an image).
     """
 
     numbers: dict[str, float]
@@ -82,7 +82,7 @@ def format_percent(value: float) -> str:
     return '-' if value < 0 else f'{100 * value:.1f}'
 
 
-# Of boxes and masks: title, beginning of the names of their numbers, ends of their names in records (the official ones).
+# Of boxes and masks: title, prefix of the names of their numbers, suffixes of their names in records.
 KINDS = {'bbox': ('boxes', '', 'bbox', ''), 'segm': ('masks', 'segm_', 'masks', '_masks')}
 
 
@@ -129,8 +129,8 @@ class CocoEvaluator(Evaluator):
 class LvisEvaluator(CocoEvaluator):
     """Evaluator by LVIS's federated rules.
 
-    A class is judged in the images that are known to have it or to lack it, by the best 300 detections of an image, as
-    lvis-api does by default, or by `limit` of them if it is larger.
+    A class is judged in the images that are known to have it or to lack it, by the best 300 detections of an
+    image, as lvis-api does by default, or by `limit` of them if it is larger.
     """
 
     def __init__(
@@ -154,8 +154,8 @@ class LvisEvaluator(CocoEvaluator):
 class Detections:
     """N detections in one image, each with a category.
 
-    rows: [N, 6] float64 of x, y, width, height, score, category id. masks: run lengths, if masks are evaluated.
-    mask_scores: [N], where masks have scores of their own.
+    rows: [N, 6] float64 of x, y, width, height, score, category id. masks: run lengths, if masks are
+    evaluated. mask_scores: [N], where masks have scores of their own.
     """
 
     rows: np.ndarray
@@ -210,8 +210,8 @@ def decode_masks(encoded: list[dict]) -> Iterator[Tensor]:
 def prepare_ground_truth(ground_truth: dict, image_ids: set[int], kind: str) -> dict:
     """Copy the annotations of the chosen images, in the form that the evaluators need.
 
-    Ids are counted anew from 1, because the evaluators treat an object of id 0 as unmatched. A missing iscrowd counts
-    as 0, a missing area as that of the box.
+    Ids are counted anew from 1, because the evaluators treat an object of id 0 as unmatched. A missing
+    iscrowd counts as 0, a missing area as that of the box.
     """
     annotations: list[dict] = []
     for annotation in ground_truth['annotations']:
@@ -265,7 +265,9 @@ def require_segmentation(annotation: dict) -> list | dict:
 
 
 def result_rows(detections: dict[int, Detections], kind: str) -> np.ndarray | list[dict]:
-    """Return boxes as [N, 7] of image id, x, y, width, height, score, category id; masks as COCO's result dicts."""
+    """Return boxes as [N, 7] of image id, x, y, width, height, score, category id; masks as COCO's result
+    dicts.
+    """
     if kind == 'bbox':
         parts = [np.insert(one.rows, 0, image_id, axis=1) for image_id, one in sorted(detections.items())]
         return np.concatenate([np.zeros((0, 7)), *parts])
@@ -286,11 +288,12 @@ def evaluate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Evaluate all detections; nothing is printed.
 
-    limit: number of detections of an image that count by LVIS's rules, those of the best scores; 0: COCO's rules.
+    limit: number of detections of an image that count by LVIS's rules, those of the best scores; 0: COCO's
+    rules.
 
     Returns:
-        Precision [10 IoU, 101 recall, K, 4 areas, 3 maxima] and recall [10, K, 4, 3], -1 where there is no object. K
-            are the categories in ascending order of id. Federated evaluation has one maximum.
+        Precision [10 IoU, 101 recall, K, 4 areas, 3 maxima] and recall [10, K, 4, 3], -1 where there is no
+        object. K are the categories in ascending order of id. Federated evaluation has one maximum.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         coco = hotcoco.COCO(truth)

@@ -1,8 +1,10 @@
 """
-What judges the detections of a dataset: a metric is a subclass of `Evaluator`, and an entry in `datasets.build.EVALUATORS`.
+What judges the detections of a dataset: a metric is a subclass of `Evaluator`, and an entry in
+`datasets.build.EVALUATORS`.
 
-Its numbers have names. Under these they reach metrics.csv and log.jsonl (as `test_NAME`), the trackers, the curves and
-tools/compare_runs.py. One of them is the main one, which --patience and checkpoint_best.pth look at.
+Its numbers have names. Under these they reach metrics.csv and log.jsonl (as `test_NAME`), the trackers, the
+curves and tools/compare_runs.py. One of them is the main one, which --patience and checkpoint_best.pth look
+at.
 """
 
 from abc import ABC, abstractmethod
@@ -18,8 +20,8 @@ from util.distributed.collectives import broadcast_object, fail_together, gather
 class Evaluation:
     """Result of an evaluation.
 
-    numbers: by name. shown: names of those in the line of an epoch. drawn: names of those in the curves. text: tables to
-    print. record: further values, which log.jsonl and eval.json keep.
+    numbers: by name. shown: names of those in the line of an epoch. drawn: names of those in the curves.
+    text: tables to print. record: further values, which log.jsonl and eval.json keep.
     """
 
     numbers: dict[str, float]
@@ -42,8 +44,9 @@ class Evaluation:
 class Evaluator(ABC):
     """Evaluator that collects detections, and judges all of them at once, on the main process.
 
-    Only images that were passed to `update` are judged, each once. Batches, their order and the number of processes do
-    not matter. A subclass computes the numbers; labels are class indices, which its class map turns into category ids.
+    Only images that were passed to `update` are judged, each once. Batches, their order and the number of
+    processes do not matter. A subclass computes the numbers; labels are class indices, which its class map
+    turns into category ids.
 
     Args:
         ground_truth: annotations in COCO's form (`ImageDataset.ground_truth`).
@@ -65,9 +68,9 @@ class Evaluator(ABC):
     def update(self, predictions: dict[int, dict]) -> None:
         """Add predictions. Only the first prediction for an image counts.
 
-        predictions: image id to {'scores' [N], 'labels' [N], 'boxes' [N, 4] xyxy in pixels}, or to {} for no detection.
-            For masks it also holds 'masks' [N, 1, H, W] (above 0.5 is object) or 'segmentation', a list of N run-length
-            masks.
+        predictions: image id to {'scores' [N], 'labels' [N], 'boxes' [N, 4] xyxy in pixels}, or to {} for no
+            detection. For masks it also holds 'masks' [N, 1, H, W] (above 0.5 is object) or 'segmentation', a
+            list of N run-length masks.
         """
         for image_id, prediction in predictions.items():
             image_id = int(image_id)
@@ -83,7 +86,9 @@ class Evaluator(ABC):
         return prediction
 
     def synchronize(self) -> None:
-        """Gather the detections of all ranks on the main process; of an image seen twice the lowest rank's copy stays."""
+        """Gather the detections of all ranks on the main process; of an image seen twice the lowest rank's
+        copy stays.
+        """
         merged: dict[int, Any] = {}
         for detections in gather_object(self.detections):
             merged = {**detections, **merged}

@@ -31,18 +31,20 @@ def loader_options(num_workers: int) -> dict[str, Any]:
 
 
 class ImageDataset(Dataset[Sample], ABC):
-    """Images with objects. An item is the result of `untransformed`, changed by `mix` (if there is one) and by
-    `transforms`.
+    """Images with objects. An item is the result of `untransformed`, changed by `mix` (if there is one) and
+    by `transforms`.
 
-    A subclass sets `ids` and `class_map`, and defines the abstract members; `datasets.build_dataset` refuses one that
-    does not. All randomness depends on (seed, epoch, index) only, whatever the number of loader workers.
+    A subclass sets `ids` and `class_map`, and defines the abstract members; `datasets.build_dataset` refuses
+    one that does not. All randomness depends on (seed, epoch, index) only, whatever the number of loader
+    workers.
     """
 
     ids: list[int]  # of the images, unique
     class_map: ClassMap  # class index of the model for each category of the annotations
     most_objects = 100  # in one image; for the rehearsal of the largest batch
     return_masks = False  # targets have masks
-    # If not 0, only some classes of an image are annotated, and evaluation has LVIS's rules (argument of `CocoEvaluator`).
+    # If not 0, only some classes of an image are annotated, and evaluation has LVIS's rules (argument of
+    # `CocoEvaluator`).
     federated = 0
 
     def __init__(self, transforms: Transform | None, mix: Mix | None, seed: int) -> None:
@@ -52,7 +54,9 @@ class ImageDataset(Dataset[Sample], ABC):
 
     @abstractmethod
     def untransformed(self, idx: int) -> Sample:
-        """Return image idx as it is stored, uint8 [3, H, W], and its target (the fields of `datasets.coco.CocoDetection`)."""
+        """Return image idx as it is stored, uint8 [3, H, W], and its target (the fields of
+        `datasets.coco.CocoDetection`).
+        """
 
     @property
     def summary(self) -> str:
@@ -61,7 +65,9 @@ class ImageDataset(Dataset[Sample], ABC):
         return f'{len(self)} images of {self.class_map.num_classes} class indices ({checksum:08x})'
 
     def inventory(self) -> Inventory | None:
-        """Return what the data set holds, for its summary; None: that is not known without reading all images."""
+        """Return what the data set holds, for its summary; None: that is not known without reading all
+        images.
+        """
         return None
 
     @abstractmethod

@@ -98,7 +98,9 @@ def check_steps(loader: DataLoader, num_images: int, batch_size: int, accum_step
 
 
 def begin_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
-    """Set the epoch of a training loader's next pass, and the batch with which it begins. Skipped batches are not read."""
+    """Set the epoch of a training loader's next pass, and the batch with which it begins. Skipped batches are
+    not read.
+    """
     dataset, batches = loader.dataset, loader.batch_sampler
     if isinstance(dataset, ShardStream):
         dataset.set_epoch(epoch)
@@ -112,7 +114,8 @@ def begin_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
 def worst_batch(dataset: ImageDataset, batch_size: int, one_size: bool) -> tuple[tuple[int, int], int]:
     """Return (height, width) of the largest batch that training can meet, and the most objects of an image.
 
-    The sizes are the largest of a few thousand drawn ones. one_size: all images of a batch have about the same size.
+    The sizes are the largest of a few thousand drawn ones. one_size: all images of a batch have about the
+    same size.
     """
     if dataset.mix is not None:
         height, width = dataset[0][0].shape[-2:]

@@ -1,8 +1,8 @@
 """
 Batches of image indices: of training, in three orders (`--batches`), and of evaluation.
 
-`random` deals images out one by one, as PyTorch does. `aspect` and `size` put images together that need little padding,
-as mmdetection does and more so.
+`random` deals images out one by one, as PyTorch does. `aspect` and `size` put images together that need
+little padding, as mmdetection does and more so.
 """
 
 import math
@@ -34,7 +34,9 @@ class TrainBatches(Sampler[list[int]]):
         self.epoch, self.first = epoch, first
 
     def shuffled(self) -> tuple[list[int], torch.Generator]:
-        """Return all images in the order of the epoch, the same on every rank, and the generator that drew it."""
+        """Return all images in the order of the epoch, the same on every rank, and the generator that drew
+        it.
+        """
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return torch.randperm(len(self.dataset), generator=generator).tolist(), generator
 
@@ -62,8 +64,8 @@ class RandomBatches(TrainBatches):
 class AspectBatches(TrainBatches):
     """Batches whose images are all wider than high, or all not, which reduces padding.
 
-    As in mmdetection, a kind that does not fill its batches on all ranks starts again. Every image is seen in every
-    epoch, some twice (more often if a kind has few). Batches of both kinds come in random order.
+    As in mmdetection, a kind that does not fill its batches on all ranks starts again. Every image is seen in
+    every epoch, some twice (more often if a kind has few). Batches of both kinds come in random order.
     """
 
     def __init__(
@@ -91,9 +93,10 @@ class AspectBatches(TrainBatches):
 class SizeBatches(TrainBatches):
     """Batches of images that have about the same size after scaling and cropping.
 
-    Little of a batch is padding, and no rank waits long for another. The size of an image is known before it is read
-    (`ImageDataset.drawn_size`). In windows of WINDOW steps, the images of all ranks are sorted by size and cut into
-    steps, which come in random order. Images that fill no step are left out, others in every epoch.
+    Little of a batch is padding, and no rank waits long for another. The size of an image is known before it
+    is read (`ImageDataset.drawn_size`). In windows of WINDOW steps, the images of all ranks are sorted by
+    size and cut into steps, which come in random order. Images that fill no step are left out, others in
+    every epoch.
     """
 
     def __init__(
@@ -140,8 +143,8 @@ BATCHES: dict[str, type[TrainBatches]] = {
 class EvalBatches(Sampler[list[int]]):
     """Batches of images in order, the same for any number of ranks.
 
-    Padding depends on which images share a batch, and metrics must not depend on the number of ranks. A rank takes
-    consecutive batches; if they do not divide evenly, ranks overlap.
+    Padding depends on which images share a batch, and metrics must not depend on the number of ranks. A rank
+    takes consecutive batches; if they do not divide evenly, ranks overlap.
     """
 
     def __init__(self, num_images: int, batch_size: int, num_replicas: int, rank: int) -> None:

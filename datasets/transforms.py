@@ -1,10 +1,11 @@
 """
-DETR's image transforms on uint8 tensors [3, H, W] (arXiv:2005.12872, appendix; torchvision.transforms.v2 functions).
+DETR's image transforms on uint8 tensors [3, H, W] (arXiv:2005.12872, appendix; torchvision.transforms.v2
+functions).
 
-A transform takes (image, target) and returns both. The target dict is copied, never changed in place, and may be empty.
-Boxes are xyxy in pixels until `NormalizeBoxes`. Random draws come from Python's `random` and torch's generator in the
-official order, so that a seed gives the official image. The model scales to [0, 1] and subtracts the mean on its
-device, because uint8 is a quarter of the traffic.
+A transform takes (image, target) and returns both. The target dict is copied, never changed in place, and may
+be empty. Boxes are xyxy in pixels until `NormalizeBoxes`. Random draws come from Python's `random` and
+torch's generator in the official order, so that a seed gives the official image. The model scales to [0, 1]
+and subtracts the mean on its device, because uint8 is a quarter of the traffic.
 """
 
 import random
@@ -21,7 +22,8 @@ from util.box_ops import box_area, box_xyxy_to_cxcywh
 
 Target = dict[str, Tensor]
 Sample = tuple[Tensor, Target]
-# Changes an image and its target with further ones, which the function returns: drawn at random, not transformed.
+# Changes an image and its target with further ones, which the function returns: drawn at random, not
+# transformed.
 Mix = Callable[[Tensor, Target, Callable[[], Sample]], Sample]
 
 
@@ -46,8 +48,8 @@ def image_size(image: Tensor) -> tuple[int, int]:
 def crop(image: Tensor, target: Target, region: Sequence[int]) -> Sample:
     """Cut out region = (top, left, height, width); pixels outside the image are zero.
 
-    Boxes are cut too, and `area` becomes that of the cut box. An object without a box of positive size (if the target
-    has no boxes: with an empty mask) is dropped.
+    Boxes are cut too, and `area` becomes that of the cut box. An object without a box of positive size (if
+    the target has no boxes: with an empty mask) is dropped.
     """
     top, left, height, width = region
     cropped = F.crop(image, top, left, height, width)
@@ -88,7 +90,8 @@ def resized_size(
 ) -> tuple[int, int]:
     """Return (width, height) after resizing the short side to `size`, or `size` itself if it is such a pair.
 
-    The long side is truncated, so it may miss max_size by a pixel or two; torchvision's rules give other sizes.
+    The long side is truncated, so it may miss max_size by a pixel or two; torchvision's rules give other
+    sizes.
     """
     if not isinstance(size, int):
         width, height = size
@@ -105,7 +108,9 @@ def resized_size(
 
 
 def resize(image: Tensor, target: Target, size: int | Sequence[int], max_size: int | None = None) -> Sample:
-    """Resize to `resized_size`, bilinear with antialiasing. Masks are resized to the nearest pixel, and become bool."""
+    """Resize to `resized_size`, bilinear with antialiasing. Masks are resized to the nearest pixel, and
+    become bool.
+    """
     height, width = image_size(image)
     return resize_to(image, target, resized_size((width, height), size, max_size), antialias=True)
 
@@ -122,7 +127,8 @@ def rescale(image: Tensor, target: Target, size: int, max_size: int) -> Sample:
 
 
 def rescaled_size(image_wh: tuple[int, int], size: int, max_size: int) -> tuple[int, int]:
-    """Return the largest (width, height) with a short side of at most `size` and a long one of at most `max_size`.
+    """Return the largest (width, height) with a short side of at most `size` and a long one of at most
+    `max_size`.
 
     Each side is rounded on its own, half upwards (mmdetection; other pixels than `resized_size`).
     """
@@ -178,8 +184,8 @@ def seen_size(target: Target) -> Tensor:
 
 
 def frame_size(target: Target) -> Tensor:
-    """Return the (height, width) [2], in pixels of the original image, that boxes in [0, 1] and detections are
-    relative to.
+    """Return the (height, width) [2], in pixels of the original image, that boxes in [0, 1] and detections
+    are relative to.
 
     It is the size of the image itself, or of the square around it that `FitSquare` makes.
     """
@@ -267,10 +273,11 @@ class RandomSizeCrop:
 
 @dataclass
 class FitSquare:
-    """Largest copy of the image that fits a square of size x size pixels, in its upper left corner, with grey around.
+    """Largest copy of the image that fits a square of size x size pixels, in its upper left corner, with grey
+    around.
 
-    `frame_size` is the square's size in original pixels. It is larger than the image, and a box may reach beyond the
-    image.
+    `frame_size` is the square's size in original pixels. It is larger than the image, and a box may reach
+    beyond the image.
     """
 
     size: int
@@ -287,7 +294,8 @@ class FitSquare:
 def size_after(transform: Transform, original: Iterable[int]) -> tuple[int, int]:
     """Return the (height, width) that an image of the (height, width) `original` gets.
 
-    The transform acts on an image without pixels, and draws the random numbers that it would draw for the image.
+    The transform acts on an image without pixels, and draws the random numbers that it would draw for the
+    image.
     """
     image, _ = transform(torch.empty(3, *map(int, original), dtype=torch.uint8, device='meta'), {})
     return image_size(image)

@@ -3,11 +3,12 @@ Compare how runs of main.py converged: one image and one Markdown table.
 
   python tools/compare_runs.py output/compare/{plain,hybrid}/seed* --output output/compare
 
-The others are compared with the first one. Folders NAME/seedN are repetitions of NAME: their mean and range are drawn.
+The others are compared with the first one. Folders NAME/seedN are repetitions of NAME: their mean and range
+are drawn.
 
-Runs with --save_every 1 also show two numbers from checkpoints and validation images. One is the share of objects
-whose query changes from epoch to epoch (the instability of DN-DETR, arXiv:2203.01305, Sec. 3.2; in two stages a query
-is a rank among the proposals). The other is the number of duplicate detections.
+Runs with --save_every 1 also show two numbers from checkpoints and validation images. One is the share of
+objects whose query changes from epoch to epoch (the instability of DN-DETR, arXiv:2203.01305, Sec. 3.2; in
+two stages a query is a rank among the proposals). The other is the number of duplicate detections.
 """
 
 import argparse
@@ -99,7 +100,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def scheme_names(folders: list[Path]) -> list[str]:
-    """Return what the runs of folders NAME/seedN are called, NAME, and others by their folder; two of one name by their path."""
+    """Return what the runs of folders NAME/seedN are called, NAME, and others by their folder; two of one
+    name by their path.
+    """
     places = [folder.resolve() for folder in folders]
     names = [place.parent.name if re.fullmatch(r'seed\d+', place.name) else place.name for place in places]
     often = Counter(name for name, place in zip(names, places, strict=True) if place.name == name)
@@ -113,7 +116,8 @@ def read_run(folder: Path) -> list[Epoch]:
     """Read the log of a run.
 
     Raises:
-        UserError: the folder has none; or it is of an older version, which wrote no coefficients of losses, and without checkpoint.
+        UserError: the folder has none; or it is of an older version, which wrote no coefficients of losses,
+        and without checkpoint.
     """
     log = folder / 'log.jsonl'
     if not log.is_file():

@@ -1,8 +1,8 @@
 """
 Progress on the terminal, and `metrics.csv` and `log.jsonl` on disk.
 
-Loss terms stay on the device until they are shown. Reading them synchronises, so it happens once per window, in one
-copy.
+Loss terms stay on the device until they are shown. Reading them synchronises, so it happens once per window,
+in one copy.
 """
 
 import csv
@@ -178,11 +178,11 @@ def read_records(path: Path) -> list[dict]:
 
 
 class RunLog:
-    """Log with one row per epoch: `metrics.csv` (numbers only, equal for equal runs) and `log.jsonl` (all values, also
-    times). Epochs count from 1.
+    """Log with one row per epoch: `metrics.csv` (numbers only, equal for equal runs) and `log.jsonl` (all
+    values, also times). Epochs count from 1.
 
-    epochs_done: rows of later epochs are dropped, because those epochs will run again. The main process writes the
-    files.
+    epochs_done: rows of later epochs are dropped, because those epochs will run again. The main process
+    writes the files.
     """
 
     def __init__(self, folder: Path, epochs_done: int = 0) -> None:

@@ -45,7 +45,9 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases in the project that the flag names; its environment variables apply (WANDB_MODE=offline)."""
+    """A run of Weights & Biases in the project that the flag names; its environment variables apply
+    (WANDB_MODE=offline).
+    """
 
     def __init__(self, folder: Path, flags: dict) -> None:
         wandb = self.load()

@@ -1,8 +1,8 @@
 """
 Drawings for people: boxes in an image, ground truth beside predictions, curves of a run. Source: ours.
 
-Pillow and matplotlib are imported where they draw, so that training does not need them. Files appear whole or not at
-all: each is written beside its final path and then moved there.
+Pillow and matplotlib are imported where they draw, so that training does not need them. Files appear whole or
+not at all: each is written beside its final path and then moved there.
 """
 
 import colorsys
@@ -64,13 +64,17 @@ def class_name(names: Names, label: int) -> str:
 
 
 def enlarged(image: Tensor) -> tuple[Tensor, int]:
-    """Repeat the pixels of an image [3, H, W] to a longer side of at least MIN_SIDE; also return the whole factor."""
+    """Repeat the pixels of an image [3, H, W] to a longer side of at least MIN_SIDE; also return the whole
+    factor.
+    """
     factor = max(1, math.ceil(MIN_SIDE / max(image.shape[-2:])))
     return image.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1), factor
 
 
 def paint_masks(image: Tensor, masks: Iterable[Tensor], labels: list[int]) -> Tensor:
-    """Blend N masks [(1,) h, w], in any resolution, > 0.5 = object, into an image [3, H, W] uint8, one after the other."""
+    """Blend N masks [(1,) h, w], in any resolution, > 0.5 = object, into an image [3, H, W] uint8, one after
+    the other.
+    """
     painted = image.float()
     for mask, label in zip(masks, labels, strict=True):
         shown = mask.reshape(1, 1, *mask.shape[-2:]).to(painted)
@@ -165,9 +169,9 @@ def contact_sheet(
 ) -> None:
     """Draw the ground truth and, right of it, the predictions of a few images, two images a line.
 
-    rows: (image [3, H, W] uint8, prediction {'scores', 'labels', 'boxes'}, target {'labels', 'boxes'}), boxes xyxy in
-    pixels of the image. `masks` [N, H, W] are drawn if present. Predictions with a score under `score_threshold` are
-    left out.
+    rows: (image [3, H, W] uint8, prediction {'scores', 'labels', 'boxes'}, target {'labels', 'boxes'}), boxes
+    xyxy in pixels of the image. `masks` [N, H, W] are drawn if present. Predictions with a score under
+    `score_threshold` are left out.
     """
     if not rows:
         raise ValueError('a contact sheet needs at least one image')
@@ -189,8 +193,8 @@ def data_sheet(
 ) -> None:
     """Draw images and objects as they are stored and, right of it, as training sees them, two images a line.
 
-    rows: (image [3, H, W] uint8, target {'labels', 'boxes'}), twice; boxes xyxy in pixels of the image. `masks` are drawn
-    if present.
+    rows: (image [3, H, W] uint8, target {'labels', 'boxes'}), twice; boxes xyxy in pixels of the image.
+    `masks` are drawn if present.
     """
     panels = []
     for stored, objects, image, target in rows:
@@ -244,7 +248,8 @@ def plot_curves(
 ) -> None:
     """Plot loss, its terms, metrics and learning rate of a run over `epoch`.
 
-    rows: those of metrics.csv, numbers or text. metrics: names to draw, the first ones with thick lines; by default all.
+    rows: those of metrics.csv, numbers or text. metrics: names to draw, the first ones with thick lines; by
+    default all.
     """
     header = dict.fromkeys(name for row in rows for name in row)
     columns = {name: [to_number(row.get(name)) for row in rows] for name in header}
