@@ -1,4 +1,4 @@
-"""Base class of all data sets of images: what a new data set must provide."""
+"""Base class of all datasets of images: what a new dataset must provide."""
 
 import random
 import zlib
@@ -34,7 +34,7 @@ class ImageDataset(Dataset[Sample], ABC):
     """Images with objects. An item is the result of `untransformed`, changed by `mix` (if there is one) and
     by `transforms`.
 
-    A subclass sets `ids` and `class_map`, and defines the abstract members; `datasets.build_dataset` refuses
+    A subclass sets `ids` and `class_map`, and defines the abstract members; `datasets.build.build_dataset` refuses
     one that does not. All randomness depends on (seed, epoch, index) only, whatever the number of loader
     workers.
     """
@@ -43,8 +43,7 @@ class ImageDataset(Dataset[Sample], ABC):
     class_map: ClassMap  # class index of the model for each category of the annotations
     most_objects = 100  # in one image; for the rehearsal of the largest batch
     return_masks = False  # targets have masks
-    # If not 0, only some classes of an image are annotated, and evaluation has LVIS's rules (argument of
-    # `CocoEvaluator`).
+    # If not 0, only some classes of an image are annotated, and this many detections count (`LvisEvaluator`).
     federated = 0
 
     def __init__(self, transforms: Transform | None, mix: Mix | None, seed: int) -> None:
@@ -60,12 +59,12 @@ class ImageDataset(Dataset[Sample], ABC):
 
     @property
     def summary(self) -> str:
-        """Describe the data set in one line, with a checksum of its image ids."""
+        """Describe the dataset in one line, with a checksum of its image ids."""
         checksum = zlib.crc32(repr(self.ids).encode())
         return f'{len(self)} images of {self.class_map.num_classes} class indices ({checksum:08x})'
 
     def inventory(self) -> Inventory | None:
-        """Return what the data set holds, for its summary; None: that is not known without reading all
+        """Return what the dataset holds, for its summary; None: that is not known without reading all
         images.
         """
         return None

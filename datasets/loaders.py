@@ -1,4 +1,4 @@
-"""Data sets of a run and their batches. Classes are set once; every rank gets its share of the batches."""
+"""Datasets of a run and their batches. Classes are set once; every rank gets its share of the batches."""
 
 from argparse import Namespace
 
@@ -17,7 +17,7 @@ from util.logger import print_main
 
 
 def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, ImageDataset]:
-    """Build the data sets that the run will read, with the same class indices.
+    """Build the datasets that a run reads, with the same class indices.
 
     class_map: classes of the checkpoint in use, None if it has none.
 
@@ -36,18 +36,28 @@ def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Ima
         datasets = {'train': train}
         if args.eval_every:
             datasets['val'] = build_dataset('val', settings, train.class_map)
-    found = list(datasets.values())[-1].class_map
-    if (args.resume or args.eval) and class_map is not None and class_map != found:
-        if {*class_map.names, None} == {*found.names, None}:
-            raise UserError(
-                f'{args.resume or args.pretrained} numbers its classes otherwise ({class_map.num_classes} class indices, here '
-                f'{found.num_classes}): give the --class_ids of its run'
-            )
-        raise UserError(
-            f'{args.resume or args.pretrained} was trained on {describe(class_map)}, the data has {describe(found)}: evaluate it on its own '
-            'data, or fine-tune it on this data with --pretrained'
-        )
+    if (args.resume or args.eval) and class_map is not None:
+        check_classes(list(datasets.values())[-1].class_map, class_map, args.resume or args.pretrained)
     return datasets
+
+
+def check_classes(found: ClassMap, trained: ClassMap, file: str) -> None:
+    """Compare the classes of the data with those of a checkpoint.
+
+    Raises:
+        UserError: they are others, or have other indices.
+    """
+    if trained == found:
+        return
+    if {*trained.names, None} == {*found.names, None}:
+        raise UserError(
+            f'{file} numbers its classes in another way ({trained.num_classes} class indices, here '
+            f'{found.num_classes}): give the --class_ids of its run'
+        )
+    raise UserError(
+        f'{file} was trained on {describe(trained)}, the data has {describe(found)}: evaluate it on its own data, or '
+        'fine-tune it on this data with --pretrained'
+    )
 
 
 def describe(class_map: ClassMap) -> str:

@@ -173,7 +173,9 @@ def read_records(path: Path) -> list[dict]:
         try:
             records += [json.loads(line)] if line.strip() else []
         except (ValueError, RecursionError) as error:
-            raise UserError(f'{path}, line {number} is not JSON ({error}): mend it, or remove it') from error
+            raise UserError(
+                f'{path}, line {number} is not JSON ({error}): correct it, or remove it'
+            ) from error
     return records
 
 
