@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from datasets.augmentations import build_augmentation
 from datasets.class_map import ClassMap
 from datasets.image_io import read_image
-from datasets.transforms import transforms_of
 from models import build_detector, build_postprocessors
 from models.postprocess import Encode, postprocess_batch, to_cpu
 from models.weights.load import load_checkpoint
@@ -23,15 +23,12 @@ from util.nested_tensor import nested_tensor_from_tensor_list
 from util.precision import Precision
 from util.run_entries import check_entries
 
-# How images are prepared where a file does not tell: as at the official evaluation.
-IMAGE_FLAGS = {'img_size': 800, 'max_size': None, 'aug': 'detr'}
-
 
 class Detector:
     """A model in evaluation mode, its postprocessors, classes and image preparation.
 
     Args:
-        args: settled flags of the model and of the preparation (img_size, max_size, aug, lsj_size).
+        args: settled flags of the model and of the preparation (img_size, max_size, aug).
         half: compute in 16 bits, as training with --amp: fp16 on NVIDIA GPUs, bf16 elsewhere.
     """
 
@@ -47,7 +44,7 @@ class Detector:
         self.class_map, self.args = class_map, args
         device = next(model.parameters()).device
         self.precision = Precision(half_mode(device) if half else 'off', device)
-        self.prepare = transforms_of('val', args)
+        self.prepare = build_augmentation(args).transforms('val')
 
     def __call__(self, image: Tensor | str | Path, score_threshold: float = 0.3) -> list[dict]:
         """Detect objects in a uint8 image [3, H, W] or an image file.
@@ -143,7 +140,7 @@ def load_detector(
         )
     class_map = extract_class_map(checkpoint, source)
     flags = {'eval_module': 'detr', 'aux_loss': False, 'num_classes': class_map.num_classes}
-    args = settle_recorded({**IMAGE_FLAGS, **recorded, **flags})
+    args = settle_recorded({**recorded, **flags})
     network = build_detector(args, {'one2one': args.num_queries})
     load_checkpoint(network, checkpoint, name=source)
     network.to(choose_device(str(device)) if device == 'auto' else device)

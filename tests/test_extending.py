@@ -61,6 +61,8 @@ def test_every_task_of_a_researcher_is_shown() -> None:
         'backbone',
         'decoder',
         'data',
+        'augmentation',
+        'metric',
         'scheme',
         'schedule',
     ]
