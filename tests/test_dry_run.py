@@ -14,7 +14,7 @@ from models.detr import DETR
 from models.ops.functions import use_implementation
 from tests.models import SMALL, TRICKS
 from tests.runs import parse
-from util.costs import activation_bytes
+from models.costs import activation_bytes
 
 
 def printed(flags: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:

@@ -26,11 +26,28 @@ from util.errors import UserError
 
 SAFETENSORS = '.safetensors'
 # Files of a folder that transformers has saved, the preferred first.
-TRANSFORMERS_FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')  # fmt: skip
+TRANSFORMERS_FILES = (
+    'model.safetensors',
+    'model.safetensors.index.json',
+    'pytorch_model.bin',
+    'pytorch_model.bin.index.json',
+)
 TORCH_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 PLAIN: Any = (
-    Tensor, str, bytes, int, float, complex, type(None), torch.dtype, dict, list, tuple, set, frozenset
-)  # fmt: skip
+    Tensor,
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    type(None),
+    torch.dtype,
+    dict,
+    list,
+    tuple,
+    set,
+    frozenset,
+)
 AVERAGED = ('model_ema', 'ema_state', 'ema_model', 'state_dict_ema')  # where projects keep EMA weights
 FLAGS_KEY, CLASSES_KEY = 'args', 'class_map'  # beside the weights, also in a safetensors file's metadata
 
