@@ -22,18 +22,19 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from datasets.build import data_limits
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.coco_eval import LVIS_NAMES, STAT_NAMES, CocoEvaluator, Summary, record_of, tables
 from datasets.inventory import check_data, print_inventory
 from datasets.loaders import begin_epoch, build_datasets, build_loader, worst_batch
 from engine import evaluate, sample_detections, train_one_epoch, try_largest_batch
-from models import build_model, check_backbone, level_strides
-from models.parts import all_parts, compile_parts
+from models import build_model, check_backbone
 from models.segmentation import freeze_all_but_masks
 from models.structures import Prediction
-from models.summary import plan_notes, print_dry_run, print_plan, training_images
 from models.training import coefficients
 from models.training.report import statistics_text
+from models.training.summary import flops_text, print_dry_run, print_plan
+from models.units import all_units, compile_units
 from models.weights.load import check_frozen, load_checkpoint
 from models.weights.read import read_checkpoint
 from models.weights.records import extract_class_map, extract_flags, shared_classes
@@ -49,18 +50,15 @@ from util.distributed.collectives import (
     get_local_size,
     get_rank,
     get_world_size,
-    init_distributed,
     is_main_process,
-    leave_distributed,
 )
-from util.distributed.heartbeat import Heartbeat
 from util.distributed.parallel import broadcast_from_main, replicate, shard
-from util.distributed.preemption import Interrupted, StopRequests, was_restarted
+from util.distributed.preemption import StopRequests, processes, was_restarted
 from util.errors import FileError, UserError
 from util.files import code_checksum, or_warn, save_atomically
 from util.flags import HTTP_ALLOWED, FlagParser, given_of, run_command
 from util.logger import format_time, print_main
-from util.optim import Schedule, WeightAverage, build_optimizer
+from util.optim import WeightAverage, build_schedule
 from util.precision import Precision, avoid_plans_per_shape, set_tf32
 from util.run import Run, find_checkpoint, only_run_of
 from util.run_entries import check_entries
@@ -80,37 +78,29 @@ def main(args: Namespace) -> None:
     args = with_named_flags(args)
     HTTP_ALLOWED.set(args.allow_http)
     if args.dry_run or args.check_data:
-        init_distributed(torch.device('cpu'), args.dist_url)
-        with fail_together():
-            args, _ = configure(args)
-            if is_main_process():
-                dry_run(args, check_data(args, level_strides(args)[0]) if args.check_data else None)
-        leave_distributed()
+        with processes(torch.device('cpu'), args.dist_url), fail_together():
+            look(configure(args)[0])
         return
     device = choose_device(args.device)
     avoid_plans_per_shape()
-    init_distributed(device, args.dist_url)
-    heartbeat, stops = Heartbeat(), StopRequests(device)
-    try:
-        with only_run_of('' if args.eval else args.output_dir):
-            args, checkpoint, datasets = read_data(args)
-            set_tf32(args.tf32)
-            heartbeat.start()  # not before: while a large annotation file is read, no other thread runs
-            run = build_run(args, checkpoint, datasets, device, stops)
-            if args.eval:
-                evaluate_alone(run)
-            else:
-                train(run)
-    except Interrupted as stop:
-        heartbeat.stop()
-        stops.leave(*stop.args)
-    except BaseException as error:
-        heartbeat.fail(error)
-        raise
-    finally:
-        stops.close()
-    heartbeat.stop()
-    leave_distributed()
+    with processes(device, args.dist_url) as stops, only_run_of('' if args.eval else args.output_dir):
+        args, checkpoint, datasets = read_data(args)
+        set_tf32(args.tf32)
+        run = build_run(args, checkpoint, datasets, device, stops)
+        if args.eval:
+            evaluate_alone(run)
+        else:
+            train(run)
+
+
+def look(args: Settled) -> None:
+    """Print what a run would need, for --dry_run; with --check_data, report on all data first."""
+    if is_main_process():
+        number = None
+        if args.check_data:
+            datasets = build_datasets(args, None)
+            number = check_data(datasets, args.num_workers, args.output_dir, **data_limits(args))
+        print_dry_run(args, number)
 
 
 def configure(args: Namespace, restarted: bool = False) -> tuple[Settled, dict]:
@@ -167,7 +157,7 @@ def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
             class_map = found if found.num_classes == PANOPTIC_CLASSES else None
         datasets = build_datasets(args, class_map)
         if is_main_process():
-            print_inventory(datasets, args, level_strides(args)[0])
+            print_inventory(datasets, **data_limits(args))
     facts = {f'{split} data': dataset.summary for split, dataset in datasets.items()}
     images = checkpoint.get('within_epoch', {}).get('images', 0)
     found = f'epoch {checkpoint.get("epoch")}, {images} images further' if checkpoint else 'none'
@@ -198,13 +188,13 @@ def build_run(
     model.to(device)
     broadcast_from_main([*model.parameters(), *model.buffers()])
     average = WeightAverage(model, args.ema, args.ema_warmup) if args.ema and not args.eval else None
-    notes = plan_notes(args, model, criterion, datasets) if is_main_process() else {}
+    flops = flops_text(model, list(datasets.values())[-1]) if is_main_process() else ''
     if args.compile:
-        compile_parts(model)
+        compile_units(model)
     if args.fsdp:
-        shard(model, all_parts(model), [Prediction])
+        shard(model, all_units(model), [Prediction])
         if average:
-            shard(average.module, all_parts(average.module))
+            shard(average.module, all_units(average.module))
     loaders = {part: build_loader(dataset, part, args) for part, dataset in datasets.items()}
     precision = Precision(args.amp, device)
     try_first = device.type == 'cuda' if args.worst_batch_first is None else args.worst_batch_first
@@ -220,7 +210,7 @@ def build_run(
     if resume:
         run.restore(checkpoint)
     if is_main_process():
-        print_plan(args, run.bare_model, datasets, schedule, notes)
+        print_plan(args, run.bare_model, criterion, datasets, schedule, flops)
     return run
 
 
@@ -233,23 +223,6 @@ def load_weights(model: nn.Module, args: Settled, checkpoint: dict, class_map: C
     print_main(f'{name}: {report}')
     if args.frozen_weights and fresh:
         check_frozen(report)
-
-
-def build_schedule(args: Settled, model: nn.Module, steps_per_epoch: int) -> Schedule:
-    """Build the optimizer and its learning rates."""
-    optimizer = build_optimizer(
-        model,
-        lr=args.lr,
-        lr_backbone=args.lr_backbone,
-        weight_decay=args.weight_decay,
-        backbone_names=args.lr_backbone_names,
-        slow_names=args.lr_linear_proj_names,
-        slow_factor=args.lr_linear_proj_mult,
-        optimizer='sgd' if args.sgd else 'adamw',
-        layer_decay=args.lr_layer_decay,
-    )
-    drops, warmup = args.lr_drop_epochs or (), (args.warmup_steps, args.warmup_start)
-    return Schedule(optimizer, args.lr_schedule, args.epochs, args.lr_drop, drops, *warmup, steps_per_epoch)
 
 
 def train(run: Run) -> None:
@@ -358,19 +331,6 @@ def evaluate_alone(run: Run) -> None:
     text = json.dumps(record_of(evaluate_once(run)), indent=1)
     if run.folder and is_main_process():
         save_atomically(run.folder / 'eval.json', lambda path: path.write_text(text))
-
-
-def dry_run(args: Settled, num_images: int | None) -> None:
-    """Print what a run would need, from the flags alone. num_images: of the training part; None: those of COCO or LVIS."""
-    contiguous = args.dataset_file == 'coco' and args.class_ids == 'contiguous'
-    num_classes = {'lvis': 1203}.get(args.dataset_file, 80 if contiguous else args.num_classes)
-    args = args.but(num_classes=num_classes, backbone_weights='none')
-    images = num_images or training_images(args)
-    with torch.device('meta'):
-        model, criterion, _ = build_model(args)
-        steps_per_epoch = max(1, images // (args.batch_size * args.accum_steps))
-        schedule = build_schedule(args, model, steps_per_epoch)
-    print_dry_run(args, model, criterion, schedule, images)
 
 
 if __name__ == '__main__':

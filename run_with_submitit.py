@@ -7,20 +7,38 @@ preemptions where it stopped.
 """
 
 import argparse
-import getpass
 import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
 
+from util.bounds import check_bounds, real, whole
 from util.config.parser import make_parser
 from util.config.recipes import with_named_flags
 from util.config.settle import EVERYTHING, settle
 from util.errors import UserError
-from util.flags import run_command
+from util.flags import given_of, run_command
 
 MAX_TIMEOUTS = 30  # times that a job is continued after its time was over; preemptions do not count
-SHARED = Path('/checkpoint')  # where the official script keeps everything
+CLUSTER_FLAGS = {  # of sbatch, where the cluster has defaults
+    'partition': 'partitions, separated by commas',
+    'constraint': 'features that the nodes must have',
+    'comment': 'remark that Slurm keeps with the job',
+    'qos': 'quality of service',
+    'account': 'account that is charged',
+}
+JOB_FLAGS = (  # name, type, default, help
+    ('ngpus', whole(0), 8, 'GPUs per node; 0: none'),
+    ('nodes', whole(1), 4, 'number of nodes'),
+    ('tasks_per_node', whole(1), None, 'processes per node (default: --ngpus, at least 1)'),
+    ('timeout', whole(1), 60, f'minutes of a part of the job, which has up to {MAX_TIMEOUTS + 1} parts'),
+    ('signal_delay', whole(0), 120, 'seconds for the last step and for saving before --timeout'),
+    ('job_dir', str, '', 'shared folder of logs and output; %%j: number of the job (default: --output_dir)'),
+    ('job_name', str, 'detr', 'name of the job'),
+    ('cpus_per_task', whole(1), 10, 'CPU cores per process'),
+    ('mem_gb', real(), None, "memory per node, GB (default: 40 per GPU; without GPUs the cluster's)"),
+    *((name, str, None, f"{text} (default: the cluster's)") for name, text in CLUSTER_FLAGS.items()),
+)
 
 
 def get_submit_parser() -> argparse.ArgumentParser:
@@ -28,32 +46,9 @@ def get_submit_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.usage = 'python run_with_submitit.py [flags]'
     job = parser.add_argument_group('Slurm')
-    job.add_argument('--ngpus', default=8, type=int, help='GPUs per node; 0: none (default: %(default)s)')
-    job.add_argument('--nodes', default=4, type=int, help='number of nodes (default: %(default)s)')
-    job.add_argument('--tasks_per_node', type=int, help='processes per node (default: --ngpus, at least 1)')
-    job.add_argument('--timeout', default=60, type=int,
-                     help=f'minutes after which the job is interrupted; it goes on, up to {MAX_TIMEOUTS} times '
-                          '(default: %(default)s)')  # fmt: skip
-    job.add_argument('--signal_delay', default=120, type=int,
-                     help='seconds before the end of the time at which the state is saved; more than a step and an '
-                          'evaluation take (default: %(default)s)')  # fmt: skip
-    job.add_argument('--job_dir', default='', metavar='DIR',
-                     help='folder that all nodes share, for logs and as --output_dir; %%j is the number of the job '
-                          f'(default: --output_dir, or {SHARED}/USER/experiments/%%j)')  # fmt: skip
-    job.add_argument('--job_name', default='detr', help='name of the job (default: %(default)s)')
-    job.add_argument(
-        '--cpus_per_task', default=10, type=int, help='CPU cores per process (default: %(default)s)'
-    )
-    job.add_argument('--mem_gb', type=float,
-                     help='memory per node, GB (default: 40 per GPU; without GPUs what the cluster gives)')  # fmt: skip
-    for flag, what in (
-        ('partition', 'partitions, separated by commas'),
-        ('constraint', 'features that the nodes must have'),
-        ('comment', 'remark that Slurm keeps with the job'),
-        ('qos', 'quality of service'),
-        ('account', 'account that is charged'),
-    ):
-        job.add_argument(f'--{flag}', help=f"{what} (default: the cluster's)")
+    for name, kind, default, text in JOB_FLAGS:
+        shown = f'{text} (default: {default})' if default else text
+        job.add_argument(f'--{name}', type=kind, default=default, help=shown)
     return parser
 
 
@@ -62,7 +57,7 @@ class Training:
 
     def __init__(self, args: Namespace) -> None:
         self.args = Namespace(**vars(args))  # a plain one: when it is read, no module of ours is known yet
-        self.given = getattr(args, 'given', frozenset(vars(args)))
+        self.given = given_of(args)
         self.root = str(Path(__file__).resolve().parent)
 
     def __call__(self) -> None:
@@ -78,8 +73,10 @@ class Training:
         main.main(args)
 
     def checkpoint(self) -> object:
-        """Requeue the job: submitit calls this in the first task when time is over or another job preempts it. main has saved the state
-        by then, or has nothing to save yet. Returns what the job runs when Slurm starts it again.
+        """Return what the job runs when Slurm starts it again: the same run, from its checkpoint.
+
+        submitit calls this in the first task when time is over or another job preempts this one. `main` has saved the
+        state by then, or has nothing to save yet.
         """
         import submitit
 
@@ -88,30 +85,18 @@ class Training:
 
 
 def find_job_dir(args: Namespace) -> str:
-    """Raise ValueError if no folder is named, or two."""
+    """Return the folder of the job; raise UserError if none is named, or two are."""
     if args.job_dir and args.output_dir and args.job_dir != args.output_dir:
         raise UserError('--job_dir is the output folder too: leave --output_dir out')
-    if args.job_dir or args.output_dir:
-        return str(Path(args.job_dir or args.output_dir).resolve())
-    if SHARED.is_dir():
-        return str(SHARED / getpass.getuser() / 'experiments/%j')
-    raise UserError('give --job_dir, a folder that all nodes share, for instance $HOME/experiments/%j')
+    if not (args.job_dir or args.output_dir):
+        raise UserError('give --job_dir, a folder that all nodes share, for instance $HOME/experiments/%j')
+    return str(Path(args.job_dir or args.output_dir).resolve())
 
 
 def job_parameters(args: Namespace) -> dict[str, object]:
     """Return what submitit asks Slurm for; raise UserError for impossible numbers."""
-    tasks = args.tasks_per_node if args.tasks_per_node is not None else max(args.ngpus, 1)
-    if args.ngpus < 0:
-        raise UserError(f'--ngpus must be at least 0, not {args.ngpus}')
-    counts = {
-        'nodes': args.nodes,
-        'tasks_per_node': tasks,
-        'timeout': args.timeout,
-        'cpus_per_task': args.cpus_per_task,
-    }
-    for flag, value in counts.items():
-        if value < 1:
-            raise UserError(f'--{flag} must be at least 1, not {value}')
+    check_bounds(args, get_submit_parser())
+    tasks = args.tasks_per_node or max(args.ngpus, 1)
     if args.ngpus and tasks != args.ngpus:
         raise UserError(
             f'--tasks_per_node {tasks} differs from --ngpus {args.ngpus}: each GPU needs one process'
@@ -120,7 +105,7 @@ def job_parameters(args: Namespace) -> dict[str, object]:
         raise UserError(
             f'--signal_delay {args.signal_delay} seconds are not less than --timeout {args.timeout} minutes'
         )
-    wanted = {
+    parameters = {
         'name': args.job_name,
         'nodes': args.nodes,
         'tasks_per_node': tasks,
@@ -129,14 +114,12 @@ def job_parameters(args: Namespace) -> dict[str, object]:
         'mem_gb': args.mem_gb or 40 * args.ngpus or None,
         'timeout_min': args.timeout,
         'slurm_signal_delay_s': args.signal_delay,
+        'slurm_srun_args': ['--kill-on-bad-exit=1'],  # when a task fails, the others would wait for it
         # Some clusters start no job again that does not ask for it.
         'slurm_additional_parameters': {'requeue': True},
+        **{f'slurm_{name}': getattr(args, name) for name in CLUSTER_FLAGS},
     }
-    wanted |= {
-        f'slurm_{flag}': getattr(args, flag)
-        for flag in ('partition', 'constraint', 'comment', 'qos', 'account')
-    }
-    return {name: value for name, value in wanted.items() if value is not None}
+    return {name: value for name, value in parameters.items() if value is not None}
 
 
 def check_script(folder: str, parameters: dict[str, object]) -> None:

@@ -6,10 +6,9 @@ Keypoints are not read, because no model here uses them. Annotations are kept in
 share. Millions of Python objects would be copied by every worker.
 """
 
-import argparse
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from datasets.annotations import AnnotationTable, Columns, Inventory, PackedList
+from datasets.build import DataSettings, image_options
 from datasets.class_map import ClassMap
 from datasets.coco_json import (
     EXAMPLES,
@@ -30,11 +30,10 @@ from datasets.coco_json import (
     read_annotations,
     run_lengths,
 )
-from datasets.copy_paste import build_mix
 from datasets.image_dataset import ImageDataset, Mix
 from datasets.image_io import decode_file, naming, read_image, stored_size
 from datasets.json_stream import list_blocks
-from datasets.transforms import Target, Transform, transforms_of, wants_masks
+from datasets.transforms import Target, Transform
 from util.errors import FileError, UserError
 
 MMDETECTION = ('co_detr', 'lsj')  # recipes whose annotations are read as mmdetection does
@@ -361,50 +360,49 @@ def drawn(segmentation: list | dict, height: int, width: int) -> Tensor:
     return torch.from_numpy(parts.max(axis=2))
 
 
-def reading_of(image_set: str, args: argparse.Namespace) -> Reading:
+def build_reading(part: str, settings: DataSettings) -> Reading:
     """Return the rules of reading that --aug and --class_ids ask for."""
-    reading = Reading(getattr(args, 'class_ids', 'auto'))
-    if args.aug in MMDETECTION:
-        min_side = MIN_IMAGE_SIDE if image_set == 'train' else 0
-        reading = replace(reading, drop_tiny=True, min_image_side=min_side)
-    return reading
+    if settings.aug not in MMDETECTION:
+        return Reading(settings.class_ids)
+    return Reading(settings.class_ids, True, MIN_IMAGE_SIDE if part == 'train' else 0)
 
 
-def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> CocoDetection:
-    """Build the 'train' or 'val' part named by the arguments; `find_files` says where its files are looked for."""
-    return CocoDetection(*find_files(image_set, args), **options_of(image_set, args, class_map))
+def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> CocoDetection:
+    """Build the 'train' or 'val' part; `find_files` says where its files are looked for."""
+    files = find_files(part, settings.coco_path, settings.images(part), settings.annotations(part))
+    return CocoDetection(*files, **coco_options(part, settings, class_map))
 
 
-def options_of(image_set: str, args: argparse.Namespace, class_map: ClassMap | None) -> dict[str, Any]:
-    """Return the options of a `CocoDetection` that the arguments ask for."""
-    mix = build_mix(image_set, args)
-    return {
-        'transforms': transforms_of(image_set, args),
+def coco_options(part: str, settings: DataSettings, class_map: ClassMap | None) -> dict[str, Any]:
+    """Return the options of a `CocoDetection` that the settings ask for."""
+    return image_options(part, settings) | {
         'class_map': class_map,
-        'return_masks': True if wants_masks(args) else None if mix else False,
-        'seed': args.seed,
-        'reading': reading_of(image_set, args),
-        'mix': mix,
-        'problems': Findings() if getattr(args, 'check_data', False) else None,
-        'allow_outside': getattr(args, 'allow_outside', False),
-        'repeat_threshold': getattr(args, 'repeat_threshold', 0.0) if image_set == 'train' else 0.0,
+        'return_masks': needs_masks(part, settings),
+        'reading': build_reading(part, settings),
+        'problems': Findings() if settings.check_data else None,
+        'allow_outside': settings.allow_outside,
+        'repeat_threshold': settings.repeat_threshold if part == 'train' else 0.0,
     }
 
 
-def find_files(image_set: str, args: argparse.Namespace) -> tuple[Path, Path]:
-    """Return image folder and annotation file: explicit paths, else the first usual paths under --coco_path that exist."""
-    if image_set not in ('train', 'val'):
-        raise ValueError(f'image_set {image_set!r} is not known: choose train or val')
-    names = (f'{image_set}2017', image_set)
+def needs_masks(part: str, settings: DataSettings) -> bool | None:
+    """Return whether targets need masks; None: where all objects have one, for the copy-paste of --aug lsj."""
+    if settings.masks:
+        return True
+    return None if part == 'train' and settings.aug == 'lsj' else False
+
+
+def find_files(
+    part: str, root: str | None, images: str | None = None, annotations: str | None = None
+) -> tuple[Path, Path]:
+    """Return image folder and annotation file of 'train' or 'val': explicit paths, else the first usual paths under root that
+    exist.
+    """
+    names = (f'{part}2017', part)
     folders = [folder for name in names for folder in (name, f'images/{name}')]
     files = [f'annotations/instances_{name}.json' for name in names]
-    image_dir = find_path(
-        args.coco_path, getattr(args, f'{image_set}_images'), folders, f'--{image_set}_images'
-    )
-    annotation_file = find_path(
-        args.coco_path, getattr(args, f'{image_set}_ann'), files, f'--{image_set}_ann'
-    )
-    return image_dir, annotation_file
+    annotation_file = find_path(root, annotations, files, f'--{part}_ann')
+    return find_path(root, images, folders, f'--{part}_images'), annotation_file
 
 
 def find_path(root: str | None, explicit: str | None, usual: list[str], option: str) -> Path:

@@ -6,7 +6,6 @@ If targets have masks, a box is the extent of an object's visible part. Without 
 cut by the crop.
 """
 
-import argparse
 import random
 from collections.abc import Callable
 
@@ -25,7 +24,6 @@ from datasets.transforms import (
     pad_to_square,
     random_region,
     rescale,
-    wants_masks,
 )
 from util.box_ops import box_area
 from util.errors import UserError
@@ -132,10 +130,3 @@ def paste(image: Tensor, target: Target, source: Tensor, source_target: Target) 
     kept = keep_objects(seen, enough)
     merged = {key: torch.cat([kept[key], source_target[key]]) for key in OBJECT_FIELDS if key in kept}
     return torch.where(covered, source, image), {**kept, **merged}
-
-
-def build_mix(image_set: str, args: argparse.Namespace) -> LargeScaleJitter | None:
-    """Build the step that mixes images, if --aug has one."""
-    if image_set != 'train' or args.aug != 'lsj':
-        return None
-    return LargeScaleJitter(args.lsj_size, wants_masks(args))

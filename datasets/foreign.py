@@ -5,7 +5,6 @@ Categories get the ids 1 to K. Of VOC they are the names in the training part in
 data.yaml.
 """
 
-import argparse
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from datasets.build import DataSettings
 from datasets.class_map import ClassMap
-from datasets.coco import CocoDetection, options_of
+from datasets.coco import CocoDetection, coco_options
 from datasets.coco_json import File, box_problem, shorten
 from datasets.image_io import SUFFIXES, orientation, stored_size
 from util.errors import FileError, UserError
@@ -291,26 +291,26 @@ def shown_box(box: Sequence[float], turn: int) -> list[float]:
     return turned_box(box, {6: 8, 8: 6}.get(turn, turn))
 
 
-def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> CocoDetection:
+def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> CocoDetection:
     """Build the 'train' or 'val' part of --dataset_file voc or yolo in --coco_path.
 
     Raises:
         UserError: --coco_path is missing.
     """
-    if args.coco_path is None:
+    if settings.coco_path is None:
         raise UserError(
-            f'where is the data? Give --coco_path, the folder of --dataset_file {args.dataset_file}'
+            f'where is the data? Give --coco_path, the folder of --dataset_file {settings.dataset_file}'
         )
-    kind, image_dir, annotation_file = places_of(image_set, args.dataset_file, args.coco_path)
-    return kind(image_dir, annotation_file, **options_of(image_set, args, class_map))
+    kind, image_dir, annotation_file = places_of(part, settings.dataset_file, settings.coco_path)
+    return kind(image_dir, annotation_file, **coco_options(part, settings, class_map))
 
 
 def places_of(
-    image_set: str, dataset_file: str, root: str | os.PathLike
+    part: str, dataset_file: str, root: str | os.PathLike
 ) -> tuple[type[CocoDetection], Path, Path]:
     """Return class, image folder and annotation file of a part of VOC's or YOLO's folder."""
     folder = Path(root)
     if dataset_file == 'voc':
-        return VocDetection, folder / 'JPEGImages', folder / f'ImageSets/Main/{image_set}.txt'
+        return VocDetection, folder / 'JPEGImages', folder / f'ImageSets/Main/{part}.txt'
     file = folder if folder.suffix in ('.yaml', '.yml') else folder / 'data.yaml'
-    return YoloDetection, yolo_images(read_yaml(file), file, image_set), Path(f'{file}#{image_set}')
+    return YoloDetection, yolo_images(read_yaml(file), file, part), Path(f'{file}#{part}')

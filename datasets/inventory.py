@@ -1,9 +1,9 @@
 """What a data set holds and what is odd in it: a few lines at the start of every run, and --check_data."""
 
 import hashlib
-from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,19 +12,18 @@ from torch.utils.data import DataLoader, Dataset
 from datasets.annotations import Inventory
 from datasets.coco_json import Findings
 from datasets.image_dataset import ImageDataset
-from datasets.loaders import build_datasets
 from util.errors import UserError
 
 CLASSES_SHOWN = 8
 MANY = 0.5  # share of the objects that is worth a warning
 
 
-def print_inventory(datasets: Mapping[str, ImageDataset], args: Namespace, finest_stride: int) -> None:
-    """Print what the data hold, and what is likely to spoil the run; arguments and errors are those of `warnings`."""
+def print_inventory(datasets: Mapping[str, ImageDataset], **limits: Any) -> None:
+    """Print what the data hold, and what is likely to spoil the run; arguments and errors are those of `find_warnings`."""
     for split, dataset in datasets.items():
         for line in describe(split, dataset):
             print(line)
-    for line in warnings(datasets, args, finest_stride):
+    for line in find_warnings(datasets, **limits):
         print(f'warning: {line}', flush=True)
 
 
@@ -49,10 +48,16 @@ def describe(split: str, dataset: ImageDataset) -> list[str]:
     return [f'{split} {line}' for line in lines]
 
 
-def warnings(datasets: Mapping[str, ImageDataset], args: Namespace, finest_stride: int) -> list[str]:
+def find_warnings(
+    datasets: Mapping[str, ImageDataset], num_queries: int, stride: int, img_size: int, max_size: int | None
+) -> list[str]:
     """Return sentences about what is likely to spoil a run.
 
-    finest_stride: pixels between neighbours in the finest map that the detector reads.
+    Args:
+        num_queries: the most objects that the model finds in an image.
+        stride: pixels between neighbours in the finest map that the detector reads.
+        img_size: short side of an image at evaluation, in pixels.
+        max_size: bound of its long side; None: 1333, in proportion to img_size.
 
     Raises:
         UserError: the training part has no object.
@@ -65,9 +70,9 @@ def warnings(datasets: Mapping[str, ImageDataset], args: Namespace, finest_strid
                 f'the training data ({train.folder}) have no object to learn from: check the annotation file (crowd regions '
                 'are not trained on)'
             )
-        if more := int((train.counts > args.num_queries).sum()):
+        if more := int((train.counts > num_queries).sum()):
             texts.append(
-                f'{more:,} training images have more objects than --num_queries {args.num_queries} (at most '
+                f'{more:,} training images have more objects than --num_queries {num_queries} (at most '
                 f'{train.counts.max():,}): the rest cannot be found'
             )
         names = datasets['train'].class_map.names
@@ -76,11 +81,11 @@ def warnings(datasets: Mapping[str, ImageDataset], args: Namespace, finest_strid
             texts.append(
                 f'{len(absent)} classes have no training object: {", ".join(absent[:3])}{", ..." if len(absent) > 3 else ""}'
             )
-        small = small_share(train, args, finest_stride)
+        small = small_share(train, stride, img_size, max_size)
         if small > MANY:
             texts.append(
-                f'{small:.0%} of the training objects are narrower or lower than the finest stride of {finest_stride} pixels '
-                f'at --img_size {args.img_size}: a larger one finds more of them'
+                f'{small:.0%} of the training objects are narrower or lower than the finest stride of {stride} pixels '
+                f'at --img_size {img_size}: a larger one finds more of them'
             )
     if train is not None and val is not None and train.folder.resolve() == val.folder.resolve():
         both = set(train.names).intersection(val.names)
@@ -92,15 +97,15 @@ def warnings(datasets: Mapping[str, ImageDataset], args: Namespace, finest_strid
     return texts
 
 
-def small_share(found: Inventory, args: Namespace, stride: int) -> float:
-    """Return the share of objects with a side below the stride at the size of evaluation; 0 if sizes are not known."""
+def small_share(found: Inventory, stride: int, img_size: int, max_size: int | None) -> float:
+    """Return the share of objects with a side below the stride at the size of evaluation; 0 if sizes are unknown."""
     known: np.ndarray = found.sizes.min(axis=1) > 0
-    if not known.any() or args.aug == 'lsj':
+    if not known.any():
         return 0.0
     short, long = np.sort(found.sizes[known], axis=1).T
-    longest = args.max_size or args.img_size * 1333 / 800
+    longest = max_size or img_size * 1333 / 800
     scale = np.zeros(len(known))
-    scale[known] = np.minimum(args.img_size / short, longest / long)
+    scale[known] = np.minimum(img_size / short, longest / long)
     sides = found.boxes_xywh[:, 2:].min(axis=1) * np.repeat(scale, found.counts)
     small = np.logical_and(sides > 0, sides < stride)
     return float(small.sum() / max(np.repeat(known, found.counts).sum(), 1))
@@ -163,10 +168,15 @@ def sample_rows(dataset: ImageDataset, count: int = 12) -> list[tuple]:
     return rows
 
 
-def check_data(args: Namespace, finest_stride: int) -> int:
+def check_data(
+    datasets: Mapping[str, ImageDataset], num_workers: int, folder: str | None, **limits: Any
+) -> int:
     """Read and decode all data of a run, print what is odd, and draw some images (--check_data).
 
-    Drawings go to --output_dir, data_SPLIT.png each.
+    Args:
+        datasets: built with `check_data`, so that they count what is invalid.
+        folder: where to draw images, data_SPLIT.png each; None: nowhere.
+        limits: arguments of `find_warnings`.
 
     Returns:
         The number of training images.
@@ -176,9 +186,8 @@ def check_data(args: Namespace, finest_stride: int) -> int:
     """
     from util.visualize import data_sheet
 
-    datasets = build_datasets(args, None)
-    print_inventory(datasets, args, finest_stride)
-    problems, twins = examine(datasets, args.num_workers)
+    print_inventory(datasets, **limits)
+    problems, twins = examine(datasets, num_workers)
     found = [dataset.inventory() for dataset in datasets.values()]
     texts = [line for one in found if one is not None and one.problems for line in one.problems.lines()]
     texts += problems.lines()
@@ -186,9 +195,9 @@ def check_data(args: Namespace, finest_stride: int) -> int:
         print(f'warning: {line}')
     if texts:
         raise UserError('\n  '.join(['a run would stop at these data:', *texts]))
-    if args.output_dir:
+    if folder:
         for split, dataset in datasets.items():
-            path = Path(args.output_dir) / f'data_{split}.png'
+            path = Path(folder) / f'data_{split}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
             data_sheet(path, sample_rows(dataset), dataset.class_map.names)
             print(f'{path}: images as they are stored, and as the {split} part of a run sees them')

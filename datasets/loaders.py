@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
-from datasets import build_dataset
+from datasets.build import build_dataset, data_settings
 from datasets.class_map import ClassMap
 from datasets.copy_paste import MAX_PASTED
 from datasets.image_dataset import ImageDataset, loader_options
@@ -31,13 +31,14 @@ def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Ima
     Raises:
         UserError: --resume or --eval of a checkpoint with other classes.
     """
+    settings = data_settings(args)
     if args.eval:
-        datasets = {'val': build_dataset('val', args, class_map)}
+        datasets = {'val': build_dataset('val', settings, class_map)}
     else:
-        train = build_dataset('train', args)
+        train = build_dataset('train', settings)
         datasets = {'train': train}
         if args.eval_every:
-            datasets['val'] = build_dataset('val', args, train.class_map)
+            datasets['val'] = build_dataset('val', settings, train.class_map)
     found = list(datasets.values())[-1].class_map
     if (args.resume or args.eval) and class_map is not None and class_map != found:
         if {*class_map.names, None} == {*found.names, None}:

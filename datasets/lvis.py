@@ -1,11 +1,10 @@
 """LVIS v1 (arXiv:1908.03195): COCO's images with 1203 classes, whose annotations are federated."""
 
-import argparse
 from collections.abc import Iterator
-from pathlib import Path
 
+from datasets.build import DataSettings
 from datasets.class_map import ClassMap
-from datasets.coco import CocoDetection, find_path, options_of
+from datasets.coco import CocoDetection, coco_options, find_path
 from datasets.coco_eval import FEDERATED, LVIS_DETECTIONS
 from datasets.coco_json import File
 from datasets.json_stream import list_blocks
@@ -50,15 +49,13 @@ class LvisDetection(CocoDetection):
                 )
 
 
-def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> LvisDetection:
-    """Build the 'train' or 'val' part named by the arguments, `annotations/lvis_v1_{train,val}.json` by default."""
-    names = [f'annotations/lvis_v1_{image_set}.json', f'lvis_v1_{image_set}.json']
-    annotation_file = find_path(
-        args.coco_path, getattr(args, f'{image_set}_ann'), names, f'--{image_set}_ann'
-    )
-    images = getattr(args, f'{image_set}_images') or args.coco_path
+def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> LvisDetection:
+    """Build the 'train' or 'val' part, from `annotations/lvis_v1_{train,val}.json` by default."""
+    names = [f'annotations/lvis_v1_{part}.json', f'lvis_v1_{part}.json']
+    annotation_file = find_path(settings.coco_path, settings.annotations(part), names, f'--{part}_ann')
+    images = settings.images(part) or settings.coco_path
     if images is None:
-        raise UserError(f'where are the images? Give --coco_path or --{image_set}_images')
-    dataset = LvisDetection(Path(images), annotation_file, **options_of(image_set, args, class_map))
-    dataset.federated = getattr(args, 'topk_eval', None) or LVIS_DETECTIONS
+        raise UserError(f'where are the images? Give --coco_path or --{part}_images')
+    dataset = LvisDetection(images, annotation_file, **coco_options(part, settings, class_map))
+    dataset.federated = settings.topk_eval or LVIS_DETECTIONS
     return dataset

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.build import DataSettings, image_options
 from datasets.class_map import ClassMap
-from datasets.copy_paste import build_mix
 from datasets.image_dataset import ImageDataset, Mix
 from datasets.shape_scenes import KINDS, SPLITS, Scene, draw_scene, scene_size
-from datasets.transforms import Transform, transforms_of, wants_masks
+from datasets.transforms import Transform
 from util.bounds import whole
 from util.flags import FlagParser, run_command
 
@@ -140,17 +140,15 @@ def annotations_of(scene: Scene, image_id: int, first_id: int) -> list[dict]:
     ]
 
 
-def build(image_set: str, args: Namespace, class_map: ClassMap | None = None) -> ShapesDetection:
-    """Build the split `image_set` ('train' or 'val') from the flags; its classes are always the same."""
-    mix = build_mix(image_set, args)
+def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> ShapesDetection:
+    """Build the split 'train' or 'val'; its classes are always the same."""
+    options = image_options(part, settings)
     return ShapesDetection(
-        num_images=args.shapes_train if image_set == 'train' else args.shapes_val,
-        split=image_set,
-        seed=args.seed,
-        image_size=args.shapes_size,
-        transforms=transforms_of(image_set, args),
-        return_masks=mix is not None or wants_masks(args),
-        mix=mix,
+        settings.shapes_train if part == 'train' else settings.shapes_val,
+        part,
+        image_size=settings.shapes_size,
+        return_masks=options['mix'] is not None or settings.masks,
+        **options,
     )
 
 

@@ -388,11 +388,6 @@ def make_transforms(
     return Compose([RandomHorizontalFlip(), RandomSelect(final, Compose(zoomed)), NormalizeBoxes()])
 
 
-def wants_masks(args: argparse.Namespace) -> bool:
-    """Tell whether the model of these arguments, or of a checkpoint's, learns masks."""
-    return any(getattr(args, name, False) for name in ('masks', 'co_masks', 'co_rcnn_masks'))
-
-
 def transforms_of(image_set: str, args: argparse.Namespace) -> Compose:
     """Make the recipe of the arguments, or of a checkpoint's."""
     lsj_size = getattr(args, 'lsj_size', LSJ_SIZE)  # older checkpoints have none

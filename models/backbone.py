@@ -2,12 +2,18 @@
 Backbones: torchvision's ResNet and MobileNetV2, Swin (`swin.py`), ViT (`vit.py`), and networks of timm with maps of strides
 4, 8, 16 and 32 as `timm/NAME`.
 
+Classes and attributes that stand between the detector and a network (`Joiner`, `Backbone.body`) are there because official
+state dicts have them in their names. A body turns images [B, 3, H, W] into a dictionary of maps, lists in `units()` the
+modules that `models.units` works on, and may have `multiple`, the number of pixels that the sides of a batch must be
+multiples of.
+
 The backbone holds the mean and standard deviation that its weights were trained with. It normalises uint8 images on
 the device, and takes floating-point images as normalised already. Parameter names under `backbone.0.body` are
 torchvision's, or the official ones of Swin and ViT.
 """
 
 import pickle
+import re
 from functools import partial
 from pathlib import Path
 
@@ -18,17 +24,17 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from models.weights.read import extract_weights, read_checkpoint
 from util.distributed.collectives import is_main_process
 from util.distributed.preemption import interruptible
-from util.download import download, is_url
+from util.download import is_url
 from util.errors import UserError
 from util.nested_tensor import NestedTensor, resize_mask
 
 from .frozen_norm import fold_frozen_norms
-from .parts import call_part
 from .swin import SWIN_SIZES, WEIGHTS_URL, SwinTransformer, load_pretrained
+from .units import call_unit
 from .vit import VIT_SIZES, VisionTransformer, load_vit
+from .weights.backbones import fetch_imagenet, load_weights, no_download, read_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Every ResNet of torchvision, ResNeXt and Wide ResNet included, and a smaller one of ours.
@@ -39,6 +45,10 @@ RESNETS = (
 # Networks of torchvision with `features`: the last module of each stage, of strides 4, 8, 16, 32 (as layer1..layer4 of a ResNet).
 FEATURE_STAGES = {'mobilenet_v2': ('3', '6', '13', '18')}
 NORM_LAYERS = {'frozen': FrozenBatchNorm2d, 'batch': nn.BatchNorm2d, 'group': partial(nn.GroupNorm, 32)}
+CLASSIFIER, COUNTS = (
+    r'(fc|classifier)\.',
+    r'.*num_batches_tracked$',
+)  # entries of files that detectors do not need
 ODD_SIZE = (97, 161)  # height and width of an image that is no multiple of any window or stride
 
 
@@ -109,14 +119,14 @@ class StageBody(IntermediateLayerGetter):
     `return_layers` maps the name of each child whose output is returned to the name of that map.
     """
 
-    def parts(self) -> list[nn.Module]:
-        """Return the children for `models.parts`, without single layers of a stem: its ReLU overwrites its input."""
+    def units(self) -> list[nn.Module]:
+        """Return the children for `models.units`, without single layers of a stem: its ReLU overwrites its input."""
         return [part for part in self.values() if len(list(part.children())) > 0]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         maps = {}
         for name, part in self.items():
-            x = call_part(part, x)
+            x = call_unit(part, x)
             if name in self.return_layers:
                 maps[self.return_layers[name]] = x
         return maps
@@ -129,8 +139,8 @@ class TimmBody(nn.Module):
         super().__init__()
         self.network = network
 
-    def parts(self) -> list[nn.Module]:
-        """Return the whole network for `models.parts`, because the stages of timm's networks share no names."""
+    def units(self) -> list[nn.Module]:
+        """Return the whole network for `models.units`, because the stages of timm's networks share no names."""
         return [self.network]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -150,51 +160,40 @@ def build_backbone(
     drop_path_rate: float = 0.0,
     frozen_stages: int = -1,
 ) -> Backbone:
-    """Build a backbone, and freeze what is not to be trained.
-
-    Stem and first stage of torchvision's networks are frozen whenever their norms are (official rule).
+    """Build a backbone, by the entry of `BACKBONES` for its name, and freeze what is not to be trained.
 
     Args:
         weights: `imagenet`, `none`, or a file of a state dict under the names of torchvision, timm or official Swin.
         norm: `frozen`, `batch` or `group`.
         stages: stages whose maps are returned. Stages 1 to 4 have strides 4, 8, 16 and 32 (16 with dilation).
         train: False freezes all parameters.
-        drop_path_rate, frozen_stages: arguments of `SwinTransformer`; ViT has the first too, other networks none.
+        drop_path_rate, frozen_stages: arguments of `SwinTransformer`; ViT has the first too, other networks neither.
 
     Raises:
         UserError: the name is unknown, or the network lacks one of the options.
     """
-    if name.startswith('timm/'):
-        backbone = build_timm(name.removeprefix('timm/'), weights, dilation, norm, stages)
-    elif name in SWIN_SIZES:
-        refuse_convolutional(name, dilation, norm)
-        backbone = build_swin(name, weights, stages, drop_path_rate, frozen_stages)
-    elif name in VIT_SIZES:
-        refuse_convolutional(name, dilation, norm)
-        backbone = build_vit(name, weights, drop_path_rate)
-    else:
-        backbone = build_torchvision(name, weights, dilation, norm, stages)
-    trainable = () if not train else trainable_stages(name, norm)
-    for parameter_name, parameter in backbone.body.named_parameters():
-        if trainable is not None and not parameter_name.startswith(trainable):
-            parameter.requires_grad_(False)
+    names = (*RESNETS, *FEATURE_STAGES, *SWIN_SIZES, *VIT_SIZES)
+    if name not in names and not name.startswith('timm/'):
+        raise UserError(f"unknown backbone '{name}': choose {', '.join(names)} or timm/NAME")
+    build = next(build for prefix, build in BACKBONES.items() if name.startswith(prefix))
+    backbone = build(
+        name.removeprefix('timm/'),
+        weights=weights,
+        dilation=dilation,
+        norm=norm,
+        stages=stages,
+        drop_path_rate=drop_path_rate,
+        frozen_stages=frozen_stages,
+    )
+    if not train:
+        backbone.body.requires_grad_(False)
     return backbone
 
 
-def trainable_stages(name: str, norm: str) -> tuple[str, ...] | None:
-    """Return the prefixes of the parameters that train, or None if all of them do."""
-    if norm != 'frozen' or name.startswith('timm/') or name in (*SWIN_SIZES, *VIT_SIZES):
-        return None
-    if name in RESNETS:
-        return ('layer2', 'layer3', 'layer4')
-    first, *_, last = map(int, FEATURE_STAGES[name])
-    return tuple(f'{index}.' for index in range(first + 1, last + 1))
-
-
-def build_torchvision(name: str, weights: str, dilation: bool, norm: str, stages: range) -> Backbone:
-    if name not in (*RESNETS, *FEATURE_STAGES):
-        names = ', '.join((*RESNETS, *FEATURE_STAGES, *SWIN_SIZES, *VIT_SIZES))
-        raise UserError(f"unknown backbone '{name}': choose {names} or timm/NAME")
+def build_torchvision(
+    name: str, weights: str, dilation: bool, norm: str, stages: range, **_: object
+) -> Backbone:
+    """Build a network of torchvision. Stem and first stage are frozen whenever the norms are (official rule)."""
     if dilation and name in ('resnet10', 'resnet18', 'resnet34', *FEATURE_STAGES):
         raise UserError(f'--dilation (DC5) needs resnet50 or deeper: {name} has no dilated last stage')
     if norm == 'group' and (weights == 'imagenet' or name in FEATURE_STAGES):
@@ -204,11 +203,14 @@ def build_torchvision(name: str, weights: str, dilation: bool, norm: str, stages
         )
     options = {'replace_stride_with_dilation': [False, False, True]} if dilation else {}
     network = torchvision_network(name, weights, norm_layer=NORM_LAYERS[norm], **options)
-    if name in FEATURE_STAGES:
-        layers = {FEATURE_STAGES[name][stage - 1]: str(stage) for stage in stages}
-        body = StageBody(network.features, layers)
-    else:
-        body = StageBody(network, {f'layer{stage}': str(stage) for stage in stages})
+    last_modules = FEATURE_STAGES.get(name, ('layer1', 'layer2', 'layer3', 'layer4'))
+    children = network.features if name in FEATURE_STAGES else network
+    body = StageBody(children, {last_modules[stage - 1]: str(stage) for stage in stages})
+    if norm == 'frozen':
+        for child_name, child in body.items():
+            child.requires_grad_(False)
+            if child_name == last_modules[0]:
+                break
     fold_frozen_norms(body)
     with torch.no_grad():
         num_channels = [x.shape[1] for x in body.eval()(torch.zeros(1, 3, 64, 64)).values()]
@@ -221,71 +223,38 @@ def torchvision_network(name: str, weights: str, **options: object) -> nn.Module
         if weights == 'imagenet':
             raise UserError('resnet10 has no ImageNet weights: give --backbone_weights none or FILE')
         network = ResNet(BasicBlock, [1, 1, 1, 1], **options)
-        return network if weights == 'none' else load_backbone_file(network, weights)
-    network = torchvision.models.get_model(name, weights=None, **options)
+    else:
+        network = torchvision.models.get_model(name, weights=None, **options)
     if weights == 'none' or (weights == 'imagenet' and not is_main_process()):
         return network
     if weights == 'imagenet':
         weights = fetch_imagenet(name, torchvision.models.get_model_weights(name)['IMAGENET1K_V1'].url)
-    return load_backbone_file(network, weights)
-
-
-def fetch_imagenet(name: str, url: str) -> str:
-    """Return the path of the fetched weights of a network."""
-    try:
-        return str(download(url))
-    except UserError as error:
-        raise UserError(no_download(name, error)) from error
-
-
-def no_download(name: str, error: Exception) -> str:
-    return (
-        f'the ImageNet weights of {name} could not be fetched ({error}): put the file into '
-        f'{torch.hub.get_dir()}/checkpoints, or pass --backbone_weights FILE, or none to start from random numbers'
-    )
-
-
-def load_backbone_file(network: nn.Module, path: str) -> nn.Module:
-    """Load a state dict into a torchvision network; only the classifier may be absent.
-
-    Raises:
-        UserError: the file is missing, or other entries are missing or unexpected.
-    """
-    if not Path(path).is_file():
-        raise UserError(f'--backbone_weights {path}: no such file (imagenet, none or a file of a state dict)')
-    try:
-        state = extract_weights(read_checkpoint(path), averaged=False, source=path)
-    except UserError as error:
-        raise UserError(f'--backbone_weights: {error}') from error
-    head = ('fc.', 'classifier.')
-    state = {key: value for key, value in state.items() if not key.startswith(head)}
-    ours = network.state_dict()
-    shapes = [name for name in state if name in ours and state[name].shape != ours[name].shape]
-    if shapes:
+    state = read_weights(check_file(weights))
+    state = {key: value for key, value in state.items() if not re.match(CLASSIFIER, key)}
+    unknown = [key for key in state if key not in network.state_dict() and not re.match(COUNTS, key)]
+    if unknown:
         raise UserError(
-            f'--backbone_weights {path} does not fit {type(network).__name__}: {len(shapes)} entries have another shape, such as '
-            f'{shapes[0]}, {tuple(state[shapes[0]].shape)} there, {tuple(ours[shapes[0]].shape)} here'
+            f'--backbone_weights {weights} does not fit {name}, which lacks {len(unknown)} of its entries, such as '
+            f'{", ".join(unknown[:3])}'
         )
-    missing, unexpected = network.load_state_dict(state, strict=False)
-    missing = [key for key in missing if not key.startswith(head) and not key.endswith('num_batches_tracked')]
-    unexpected = [key for key in unexpected if not key.endswith('num_batches_tracked')]
-    if missing or unexpected:
-        raise UserError(
-            f'--backbone_weights {path} does not fit {type(network).__name__}: it lacks {len(missing)} entries '
-            f'{missing[:3]} and has {len(unexpected)} others {unexpected[:3]}'
-        )
+    load_weights(network, state, weights, may_lack=f'{CLASSIFIER}|{COUNTS}')
     return network
 
 
-def refuse_convolutional(name: str, dilation: bool, norm: str) -> None:
-    if dilation or norm != 'frozen':
-        flag = '--dilation' if dilation else f'--backbone_norm {norm}'
-        raise UserError(
-            f'{flag} is for convolutional backbones, and {name} has neither batch norms nor a dilated stage: leave it out'
-        )
+def check_file(path: str) -> str:
+    """Return the path of a file.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not Path(path).is_file():
+        raise UserError(f'--backbone_weights {path}: no such file (imagenet, none or a file of a state dict)')
+    return path
 
 
-def build_swin(name: str, weights: str, stages: range, drop_path_rate: float, frozen_stages: int) -> Backbone:
+def build_swin(
+    name: str, weights: str, stages: range, drop_path_rate: float, frozen_stages: int, **_: object
+) -> Backbone:
     """Build a Swin backbone. Only the main process downloads weights from a URL."""
     body = SwinTransformer(SWIN_SIZES[name], stages, drop_path_rate, frozen_stages)
     source = WEIGHTS_URL.format(SWIN_SIZES[name].weights) if weights == 'imagenet' else weights
@@ -294,7 +263,7 @@ def build_swin(name: str, weights: str, stages: range, drop_path_rate: float, fr
     return Backbone(body, body.num_channels)
 
 
-def build_vit(name: str, weights: str, drop_path_rate: float) -> Backbone:
+def build_vit(name: str, weights: str, drop_path_rate: float, **_: object) -> Backbone:
     if weights == 'imagenet':
         raise UserError(
             f'the weights of {name} have no direct address: fetch those of EVA-02 (pretrained on Objects365 by Co-DETR, or on '
@@ -306,7 +275,7 @@ def build_vit(name: str, weights: str, drop_path_rate: float) -> Backbone:
     return Backbone(body, body.num_channels)
 
 
-def build_timm(name: str, weights: str, dilation: bool, norm: str, stages: range) -> Backbone:
+def build_timm(name: str, weights: str, dilation: bool, norm: str, stages: range, **_: object) -> Backbone:
     """Build a feature network of timm's registry, and refuse one whose maps a detector cannot use.
 
     Names of its other sources, a hub or a folder, are refused wherever they come from: no program could build the detector
@@ -332,9 +301,7 @@ def build_timm(name: str, weights: str, dilation: bool, norm: str, stages: range
         if not published.hf_hub_id:
             weights = fetch_imagenet(f'timm/{name}', published.url)
     if weights not in ('imagenet', 'none'):
-        if not Path(weights).is_file():
-            raise UserError(f'--backbone_weights {weights}: no such file')
-        read_checkpoint(weights)  # refuse a damaged file in our words
+        read_weights(check_file(weights))  # refuses a damaged file with a clear message
         options['pretrained_cfg_overlay'] = {'file': weights}
     pretrained = weights != 'none' and (weights != 'imagenet' or is_main_process())
     try:
@@ -349,9 +316,8 @@ def build_timm(name: str, weights: str, dilation: bool, norm: str, stages: range
     except (RuntimeError, IndexError, AssertionError, TypeError, pickle.UnpicklingError) as error:
         flag = ' --dilation' if dilation else ''
         raise UserError(f'--backbone timm/{name} --backbone_stages {stages[-1]}{flag}: {error}') from error
-    except (
-        Exception
-    ) as error:  # huggingface_hub lets errors of its HTTP library through, httpx or another version of it
+    except Exception as error:
+        # huggingface_hub lets errors of its HTTP library through, httpx or another version of it.
         if not isinstance(error, OSError) and not type(error).__module__.startswith('httpx'):
             raise
         raise UserError(no_download(f'timm/{name}', error)) from error
@@ -364,10 +330,10 @@ def build_timm(name: str, weights: str, dilation: bool, norm: str, stages: range
 
 
 def check_timm(body: TimmBody, name: str, strides: list[int]) -> None:
-    """Refuse a network that has other strides, or that does not take images of any size.
+    """Check that a network has these strides and takes images of any size.
 
     Raises:
-        UserError: so it is.
+        UserError: it does not.
     """
     found = body.network.feature_info.reduction()
     try:
@@ -384,3 +350,8 @@ def check_timm(body: TimmBody, name: str, strides: list[int]) -> None:
             'and the like, which are not from timm'
         ) from error
     body.train()
+
+
+# Beginning of a name -> builder, which takes the options of `build_backbone` that it needs. `util.config.networks.KINDS` has
+# what settings must know of a kind.
+BACKBONES = {'timm/': build_timm, 'swin_': build_swin, 'vit_': build_vit, '': build_torchvision}

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .heads import MLP, ExactMLP, inverse_sigmoid
-from .parts import call_part
 from .position_encoding import sine_embedding
 from .structures import LayerOutput, Memory, QueryGroup, attention_blocks, check_groups
-from .transformer import Blocks, clones, read_twice
+from .transformer import Blocks, SubLayers, clones, read_twice
+from .units import call_unit
 
 
 class Attention(nn.Module):
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
-class ConditionalDecoderLayer(nn.Module):
+class ConditionalDecoderLayer(SubLayers):
     """Self-attention, cross-attention and feed-forward, with separate projections of content and position.
 
     Names are the official ones: sa_* belong to the self-attention, ca_* to the cross-attention. Only the first layer of
@@ -58,29 +58,15 @@ class ConditionalDecoderLayer(nn.Module):
     """
 
     def __init__(self, d_model: int, nhead: int, dim_feedforward: int, dropout: float) -> None:
-        super().__init__()
-        self.sa_qcontent_proj = nn.Linear(d_model, d_model)
-        self.sa_qpos_proj = nn.Linear(d_model, d_model)
-        self.sa_kcontent_proj = nn.Linear(d_model, d_model)
-        self.sa_kpos_proj = nn.Linear(d_model, d_model)
-        self.sa_v_proj = nn.Linear(d_model, d_model)
+        super().__init__(dropout)
+        for name in ('qcontent', 'qpos', 'kcontent', 'kpos', 'v'):
+            self.add_module(f'sa_{name}_proj', nn.Linear(d_model, d_model))
         self.self_attn = Attention(d_model, nhead, dropout)
-        self.ca_qcontent_proj = nn.Linear(d_model, d_model)
-        self.ca_qpos_proj = nn.Linear(d_model, d_model)
-        self.ca_kcontent_proj = nn.Linear(d_model, d_model)
-        self.ca_kpos_proj = nn.Linear(d_model, d_model)
-        self.ca_v_proj = nn.Linear(d_model, d_model)
-        self.ca_qpos_sine_proj = nn.Linear(d_model, d_model)
+        for name in ('qcontent', 'qpos', 'kcontent', 'kpos', 'v', 'qpos_sine'):
+            self.add_module(f'ca_{name}_proj', nn.Linear(d_model, d_model))
         self.cross_attn = Attention(d_model, nhead, dropout)
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
-        self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(dim_feedforward, d_model)
-        self.norm1 = nn.LayerNorm(d_model)
-        self.norm2 = nn.LayerNorm(d_model)
-        self.norm3 = nn.LayerNorm(d_model)
-        self.dropout1 = nn.Dropout(dropout)
-        self.dropout2 = nn.Dropout(dropout)
-        self.dropout3 = nn.Dropout(dropout)
+        self.add_feed_forward(d_model, dim_feedforward)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d_model) for _ in range(3))
 
     def forward(
         self, tgt: Tensor, query_pos: Tensor, query_sine: Tensor, memory: Memory, blocks: Blocks
@@ -94,12 +80,9 @@ class ConditionalDecoderLayer(nn.Module):
         Returns:
             The new state, and the state that a second reading starts from (`models.ms_detr`); here None.
         """
-        tgt = self.norm1(tgt + self.dropout1(self.self_attention(tgt, query_pos, blocks)))
-        tgt = self.norm2(tgt + self.dropout2(self.cross_attention(tgt, query_pos, query_sine, memory)))
-        return self.ffn(tgt), None
-
-    def ffn(self, tgt: Tensor) -> Tensor:
-        return self.norm3(tgt + self.dropout3(self.linear2(self.dropout(F.relu(self.linear1(tgt))))))
+        tgt = self.add(self.norm1, tgt, self.self_attention(tgt, query_pos, blocks))
+        tgt = self.add(self.norm2, tgt, self.cross_attention(tgt, query_pos, query_sine, memory))
+        return self.feed_forward(self.norm3, tgt), None
 
     def self_attention(self, tgt: Tensor, query_pos: Tensor, blocks: Blocks) -> Tensor:
         q = self.self_attn.split(self.sa_qcontent_proj(tgt) + self.sa_qpos_proj(query_pos))
@@ -152,13 +135,12 @@ class ConditionalDecoder(nn.Module):
         tgt = torch.cat([group.tgt for group in groups], dim=1)  # [B, Q, C]
         query_pos = torch.cat([group.query_pos for group in groups], dim=1)
         points = self.ref_point_head(query_pos).sigmoid()  # [B, Q, 2] x, y
-        sine = sine_embedding(points.flip(-1), tgt.shape[-1] // 2, self.temperature).to(
-            tgt.dtype
-        )  # [B, Q, C], y first
+        y_first = points.flip(-1)
+        sine = sine_embedding(y_first, tgt.shape[-1] // 2, self.temperature).to(tgt.dtype)  # [B, Q, C]
         blocks, states, seconds = attention_blocks(groups), [], []
         for index, layer in enumerate(self.layers):
             query_sine = sine if index == 0 else sine * self.query_scale(tgt)
-            tgt, between = call_part(layer, tgt, query_pos, query_sine, memory, blocks)
+            tgt, between = call_unit(layer, tgt, query_pos, query_sine, memory, blocks)
             second = read_twice(layer, between, groups) if self.training else None
             states.append(tgt)
             seconds.append(None if second is None else self.norm(second))

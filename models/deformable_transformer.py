@@ -12,7 +12,6 @@ under autocast, as in the official code.
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util.errors import UserError
@@ -21,27 +20,22 @@ from .heads import ExactLinear, add_reference, inverse_sigmoid
 from .ops.functions import exporting
 from .ops.modules import MSDeformAttn
 from .ops.modules.ms_deform_attn import level_sizes
-from .parts import call_part
 from .position_encoding import sine_embedding
 from .proposals import BestProposals
 from .structures import LayerOutput, Memory, Prediction, QueryGroup, attention_blocks, check_groups
-from .transformer import Blocks, clones, read_twice, self_attention
+from .transformer import Blocks, SubLayers, clones, read_twice, self_attention
+from .units import call_unit
 
 
-class DeformableEncoderLayer(nn.Module):
+class DeformableEncoderLayer(SubLayers):
     """Self-attention and feed-forward, with post-norm. Names and numbers of the sub-layers are the official ones."""
 
     def __init__(self, attention: MSDeformAttn, dim_feedforward: int = 1024, dropout: float = 0.1) -> None:
-        super().__init__()
-        d_model = attention.d_model
+        super().__init__(dropout)
         self.self_attn = attention
-        self.dropout1 = nn.Dropout(dropout)
-        self.norm1 = nn.LayerNorm(d_model)
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
-        self.dropout2 = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(dim_feedforward, d_model)
-        self.dropout3 = nn.Dropout(dropout)
-        self.norm2 = nn.LayerNorm(d_model)
+        self.norm1 = nn.LayerNorm(attention.d_model)
+        self.add_feed_forward(attention.d_model, dim_feedforward)
+        self.norm2 = nn.LayerNorm(attention.d_model)
 
     def forward(self, src: Tensor, reference: Tensor, memory: Memory) -> Tensor:
         """Run the layer on src [B, S, C].
@@ -58,27 +52,20 @@ class DeformableEncoderLayer(nn.Module):
             input_padding_mask=memory.padding_mask,
             sizes=memory.sizes,
         )
-        src = self.norm1(src + self.dropout1(attended))
-        hidden = self.linear2(self.dropout2(F.relu(self.linear1(src))))
-        return self.norm2(src + self.dropout3(hidden))
+        return self.feed_forward(self.norm2, self.add(self.norm1, src, attended))
 
 
-class DeformableDecoderLayer(nn.Module):
+class DeformableDecoderLayer(SubLayers):
     """Self-attention, cross-attention and feed-forward, whose norms have the official numbers 2, 1 and 3."""
 
     def __init__(self, attention: MSDeformAttn, dim_feedforward: int = 1024, dropout: float = 0.1) -> None:
-        super().__init__()
+        super().__init__(dropout)
         d_model, nhead = attention.d_model, attention.n_heads
         self.cross_attn = attention
-        self.dropout1 = nn.Dropout(dropout)
         self.norm1 = nn.LayerNorm(d_model)
         self.self_attn = nn.MultiheadAttention(d_model, nhead, dropout, batch_first=True)
-        self.dropout2 = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(d_model)
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
-        self.dropout3 = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(dim_feedforward, d_model)
-        self.dropout4 = nn.Dropout(dropout)
+        self.add_feed_forward(d_model, dim_feedforward)
         self.norm3 = nn.LayerNorm(d_model)
 
     def forward(
@@ -94,14 +81,9 @@ class DeformableDecoderLayer(nn.Module):
         Returns:
             The new state, and the state that a second reading starts from (`models.ms_detr`); here None.
         """
-        attended = self_attention(self.self_attn, tgt + query_pos, tgt, blocks)
-        tgt = self.norm2(tgt + self.dropout2(attended))
-        tgt = self.norm1(tgt + self.dropout1(self.cross_attention(tgt + query_pos, reference, memory)))
-        return self.ffn(tgt), None
-
-    def ffn(self, tgt: Tensor) -> Tensor:
-        hidden = self.linear2(self.dropout3(F.relu(self.linear1(tgt))))
-        return self.norm3(tgt + self.dropout4(hidden))
+        tgt = self.add(self.norm2, tgt, self_attention(self.self_attn, tgt + query_pos, tgt, blocks))
+        tgt = self.add(self.norm1, tgt, self.cross_attention(tgt + query_pos, reference, memory))
+        return self.feed_forward(self.norm3, tgt), None
 
     def cross_attention(self, query: Tensor, reference: Tensor, memory: Memory) -> Tensor:
         return self.cross_attn(
@@ -124,7 +106,7 @@ class DeformableEncoder(nn.Module):
         reference = centers[:, :, None] * memory.valid_ratios[:, None]  # [B, S, L, 2]
         src = memory.tokens
         for layer in self.layers:
-            src = call_part(layer, src, reference, memory)
+            src = call_unit(layer, src, reference, memory)
         return replace(memory, tokens=src)
 
 
@@ -136,6 +118,12 @@ class DeformableDecoder(nn.Module):
     """
 
     eps = 1e-5  # smallest argument of the logarithms in inverse sigmoids
+    positions_from_boxes = (
+        False  # computes the positions of queries itself; query groups have boxes and no positions
+    )
+    proposals_by_class = (
+        False  # proposals have the best logit of any class, not of class 0, and only they are supervised
+    )
 
     def __init__(self, layer: nn.Module, num_layers: int, look_forward_twice: bool = False) -> None:
         super().__init__()
@@ -157,7 +145,7 @@ class DeformableDecoder(nn.Module):
             ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # [B, L, 2 or 4]
             scaled = reference[:, :, None] * ratios[:, None]  # [B, Q, L, 2 or 4]
             query_pos = self.query_pos(groups, scaled)
-            tgt, between = call_part(layer, tgt, query_pos, scaled, memory, blocks)
+            tgt, between = call_unit(layer, tgt, query_pos, scaled, memory, blocks)
             delta = None if refine_with is None else self.refinement(refine_with[index], tgt, last)
             second = read_twice(layer, between, groups) if self.training else None
             outputs.append(self.output(tgt, head_reference, delta, second))
@@ -169,7 +157,10 @@ class DeformableDecoder(nn.Module):
         return outputs
 
     def check(self, groups: list[QueryGroup]) -> None:
-        check_groups(groups, self, needs=('query_pos', 'reference_points'))
+        if self.positions_from_boxes:
+            check_groups(groups, self, needs=('reference_points',), ignores=('query_pos',))
+        else:
+            check_groups(groups, self, needs=('query_pos', 'reference_points'))
 
     def query_pos(self, groups: list[QueryGroup], scaled: Tensor) -> Tensor:
         """Return the positions of all queries, [B, Q, C].
@@ -198,8 +189,6 @@ class DeformableTransformer(nn.Module):
     reference points.
     """
 
-    places_proposals = True  # has the layers that compute query positions from proposals
-
     def __init__(
         self,
         encoder: DeformableEncoder,
@@ -218,7 +207,7 @@ class DeformableTransformer(nn.Module):
             self.enc_output = nn.Linear(d_model, d_model)
             self.enc_output_norm = nn.LayerNorm(d_model)
             self.choose_proposals = BestProposals()
-            if self.places_proposals:
+            if not decoder.positions_from_boxes:
                 self.pos_trans = nn.Linear(2 * d_model, 2 * d_model)
                 self.pos_trans_norm = nn.LayerNorm(2 * d_model)
         else:
@@ -266,21 +255,32 @@ class DeformableTransformer(nn.Module):
     ) -> tuple[Tensor, Prediction | None]:
         """Find proposals (first stage): boxes of the tokens with the largest logit of class 0, which means 'object' here.
 
+        A decoder with `proposals_by_class` takes those with the largest logit of any class (DINO).
+
         Returns:
-            Boxes [B, num_proposals, 4] without gradient, and while training the prediction of every token (kind 'enc').
+            Boxes [B, num_proposals, 4] without gradient, and while training the prediction of every token, or with
+            `proposals_by_class` of the chosen ones (kind 'enc').
 
         Raises:
             UserError: there are fewer tokens than proposals.
         """
         features, anchors = self.proposal_features(memory, num_proposals)
-        if self.training:
+        by_class = self.decoder.proposals_by_class
+        if by_class or self.training:
+            logits = class_head(features)
+            scores = logits.amax(-1) if by_class else logits[..., 0]
+        else:  # no token needs logits of other classes
+            scores = class_head.first(features)
+        best = self.choose_proposals(scores, num_proposals)
+        if self.training and not by_class:
             boxes = (box_head(features) + anchors).sigmoid()
-            everywhere = Prediction(class_head(features), boxes, 'enc', anchors=anchors.sigmoid())
-            best = self.choose_proposals(everywhere.logits[..., 0], num_proposals)
-            return gather_rows(everywhere.boxes, best).detach(), everywhere
-        # At inference only the selected tokens need a box, and no token needs logits of other classes.
-        best = self.choose_proposals(class_head.first(features), num_proposals)
-        return (box_head(gather_rows(features, best)) + gather_rows(anchors, best)).sigmoid(), None
+            everywhere = Prediction(logits, boxes, 'enc', anchors=anchors.sigmoid())
+            return gather_rows(boxes, best).detach(), everywhere
+        anchors = gather_rows(anchors, best)
+        boxes = (box_head(gather_rows(features, best)) + anchors).sigmoid()
+        if not self.training:
+            return boxes, None
+        return boxes.detach(), Prediction(gather_rows(logits, best), boxes, 'enc', anchors=anchors.sigmoid())
 
     def proposal_features(self, memory: Memory, num_proposals: int) -> tuple[Tensor, Tensor]:
         """Return features of every cell for the heads, [B, S, C], and its default box in logit space, [B, S, 4]."""
@@ -301,6 +301,8 @@ class DeformableTransformer(nn.Module):
             boxes: [B, Q, 4].
             content: [Q, C] learned (`--mixed_selection`, DINO Sec. 3.4); None: computed from the boxes, as the positions.
         """
+        if self.decoder.positions_from_boxes:
+            return QueryGroup('all', content.expand(boxes.shape[0], -1, -1), reference_points=boxes)
         d_model = self.level_embed.shape[-1]
         embedding = sine_embedding(boxes, d_model // 2, self.temperature).to(boxes.dtype)  # [B, Q, 2 C]
         query_pos, tgt = self.pos_trans_norm(self.pos_trans(embedding)).split(d_model, dim=-1)

@@ -25,20 +25,17 @@ class SecondReading:
     has_aux_ffn = False
     entry_points = ('second_reading',)  # methods called besides forward, which FSDP must know
 
-    def add_aux_ffn(self, d_model: int, dim_feedforward: int, dropout: float) -> None:
+    def add_aux_ffn(self, d_model: int, dim_feedforward: int) -> None:
         self.has_aux_ffn = True
         self.linear3 = nn.Linear(d_model, dim_feedforward)
-        self.dropout5 = nn.Dropout(dropout)
         self.linear4 = nn.Linear(dim_feedforward, d_model)
-        self.dropout6 = nn.Dropout(dropout)
         self.norm4 = nn.LayerNorm(d_model)
 
     def second_reading(self, x: Tensor) -> Tensor:
         """Turn the state after the cross-attention into what the heads read, [B, Q, C]."""
         if not self.has_aux_ffn:
             return x
-        hidden = self.linear4(self.dropout5(F.relu(self.linear3(x))))
-        return self.norm4(x + self.dropout6(hidden))
+        return self.add(self.norm4, x, self.linear4(self.dropout(F.relu(self.linear3(x)))))
 
 
 class MixedDecoderLayer(SecondReading, DeformableDecoderLayer):
@@ -47,9 +44,9 @@ class MixedDecoderLayer(SecondReading, DeformableDecoderLayer):
     def forward(
         self, tgt: Tensor, query_pos: Tensor, reference: Tensor, memory: Memory, blocks: Blocks
     ) -> tuple[Tensor, Tensor]:
-        x = self.norm1(tgt + self.dropout1(self.cross_attention(tgt + query_pos, reference, memory)))
-        attended = self_attention(self.self_attn, x + query_pos, x, blocks)
-        return self.ffn(self.norm2(x + self.dropout2(attended))), x
+        x = self.add(self.norm1, tgt, self.cross_attention(tgt + query_pos, reference, memory))
+        y = self.add(self.norm2, x, self_attention(self.self_attn, x + query_pos, x, blocks))
+        return self.feed_forward(self.norm3, y), x
 
 
 class MixedConditionalDecoderLayer(SecondReading, ConditionalDecoderLayer):
@@ -58,9 +55,9 @@ class MixedConditionalDecoderLayer(SecondReading, ConditionalDecoderLayer):
     def forward(
         self, tgt: Tensor, query_pos: Tensor, query_sine: Tensor, memory: Memory, blocks: Blocks
     ) -> tuple[Tensor, Tensor]:
-        x = self.norm2(tgt + self.dropout2(self.cross_attention(tgt, query_pos, query_sine, memory)))
-        y = self.norm1(x + self.dropout1(self.self_attention(x, query_pos, blocks)))
-        return self.ffn(y), x
+        x = self.add(self.norm2, tgt, self.cross_attention(tgt, query_pos, query_sine, memory))
+        y = self.add(self.norm1, x, self.self_attention(x, query_pos, blocks))
+        return self.feed_forward(self.norm3, y), x
 
 
 class SameReading:

@@ -40,14 +40,12 @@ class PositionEmbeddingSine(nn.Module):
         self,
         num_pos_feats: int,
         temperature: float = 10000,
-        normalize: bool = True,
         offset: float = 0.0,
         scale: float = 2 * math.pi,
     ) -> None:
         super().__init__()
         self.num_pos_feats = num_pos_feats
         self.temperature = temperature
-        self.normalize = normalize
         self.offset = offset
         self.scale = scale
 
@@ -57,9 +55,8 @@ class PositionEmbeddingSine(nn.Module):
         # Count in integers, because a GPU adds floats in no fixed order.
         y = valid.cumsum(1, dtype=torch.int32).float()
         x = valid.cumsum(2, dtype=torch.int32).float()
-        if self.normalize:
-            y = (y + self.offset) / (y[:, -1:, :] + 1e-6) * self.scale
-            x = (x + self.offset) / (x[:, :, -1:] + 1e-6) * self.scale
+        y = (y + self.offset) / (y[:, -1:, :] + 1e-6) * self.scale
+        x = (x + self.offset) / (x[:, :, -1:] + 1e-6) * self.scale
         waves = [sine_waves(axis, self.num_pos_feats, self.temperature) for axis in (y, x)]
         return torch.cat(waves, dim=-1).permute(0, 3, 1, 2)
 

@@ -6,7 +6,6 @@ It differs from the classifiers of torchvision and timm. Maps are padded before 
 A map that fits into one window is shifted too, where torchvision does not shift it.
 """
 
-import re
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from models.weights.read import extract_weights, read_checkpoint
-from util.errors import UserError
-
-from .parts import call_part
+from .units import call_unit
+from .weights.backbones import load_weights, read_weights
 from .windows import Windows
 
 
@@ -202,8 +199,8 @@ class SwinTransformer(nn.Module):
         self.apply(initialise)
         self.freeze()
 
-    def parts(self) -> list[nn.Module]:
-        """Return the blocks for `models.parts`."""
+    def units(self) -> list[nn.Module]:
+        """Return the blocks for `models.units`."""
         return [block for stage in self.layers for block in stage.blocks]
 
     def freeze(self) -> None:
@@ -222,7 +219,7 @@ class SwinTransformer(nn.Module):
         x, maps = self.patch_embed(images), {}
         for stage, layer in enumerate(self.layers, start=1):
             for block in layer.blocks:
-                x = call_part(block, x)
+                x = call_unit(block, x)
             if stage in self.stages:
                 maps[str(stage)] = getattr(self, f'norm{stage - 1}')(x).permute(0, 3, 1, 2)
             if layer.downsample is not None:
@@ -245,47 +242,23 @@ def load_pretrained(model: SwinTransformer, source: str) -> None:
     Raises:
         UserError: the file is missing, or other entries are missing or of another shape.
     """
-    try:
-        found = extract_weights(read_checkpoint(source), averaged=False, source=source)
-    except UserError as error:
-        raise UserError(f'--backbone_weights: {error}') from error
-    state = fit_pretrained(found, model)
-    ours = model.state_dict()
-    unfit = [
-        name
-        for name in ours
-        if not re.match(r'norm\d\.', name)
-        and not name.endswith('relative_position_index')
-        and (name not in state or state[name].shape != ours[name].shape)
-    ]
-    if unfit:
-        raise UserError(
-            f'--backbone_weights {source} does not fit this Swin: {len(unfit)} of {len(ours)} entries are missing or of '
-            f'another shape, such as {", ".join(unfit[:3])}'
-        )
-    model.load_state_dict(ours | state)
+    state = fit_pretrained(read_weights(source), model)
+    load_weights(model, state, source, may_lack=r'norm\d\.|.*relative_position_index$')
 
 
 def fit_pretrained(state: dict[str, Tensor], model: SwinTransformer) -> dict[str, Tensor]:
-    """Return the entries of an official ImageNet file that the model has, with bias tables resized to its windows.
+    """Return the entries of an official ImageNet file, with bias tables resized to the model's windows.
 
-    A prefix `module.` is removed. Self-supervised files (MoBY) hold the backbone under `encoder.`.
+    Self-supervised files (MoBY) hold the backbone under `encoder.`.
     """
-    ours = model.state_dict()
-    state = {name.removeprefix('module.'): value for name, value in state.items()}
+    ours, prefix = model.state_dict(), ''
     if min(state, default='').startswith('encoder'):
-        state = {
-            name.removeprefix('encoder.'): value
-            for name, value in state.items()
-            if name.startswith('encoder.')
-        }
-    fitting = {}
+        prefix = 'encoder.'
+    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     for name, value in state.items():
-        if name not in ours or name.endswith('relative_position_index'):
-            continue
-        resizable = name.endswith('relative_position_bias_table') and value.shape != ours[name].shape
-        fitting[name] = resize_table(value, len(ours[name])) if resizable else value
-    return fitting
+        if name.endswith('relative_position_bias_table') and name in ours and value.shape != ours[name].shape:
+            state[name] = resize_table(value, len(ours[name]))
+    return {name: value for name, value in state.items() if not name.endswith('relative_position_index')}
 
 
 def resize_table(table: Tensor, rows: int) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parts import call_part
 from .structures import AttentionBlock, LayerOutput, Memory, QueryGroup, attention_blocks, check_groups
+from .units import call_unit
 
 Blocks = list[AttentionBlock]
 
@@ -43,24 +43,37 @@ def read_twice(layer: nn.Module, between: Tensor | None, groups: list[QueryGroup
     if between is None:
         return None
     own = between[:, : groups[0].tgt.shape[1]]
-    return call_part(layer, own, method=layer.second_reading)
+    return call_unit(layer, own, method=layer.second_reading)
 
 
 class SubLayers(nn.Module):
-    """A base of layers with norms behind the residual sums (post-norm), or in front of the sub-layers (`pre_norm`)."""
+    """What layers of encoders and decoders share: residual sums, one dropout, and a feed-forward block.
 
-    def __init__(self, pre_norm: bool) -> None:
+    Norms stand behind the residual sums (post-norm), or in front of the sub-layers (`pre_norm`).
+    """
+
+    def __init__(self, dropout: float, pre_norm: bool = False) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.pre_norm = pre_norm
 
+    def add_feed_forward(self, d_model: int, dim_feedforward: int) -> None:
+        """Create the block's linear layers. A layer calls this where the official one creates them."""
+        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, d_model)
+
     def before(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """Return what a sub-layer reads of the state x."""
         return norm(x) if self.pre_norm else x
 
-    def after(self, norm: nn.Module, x: Tensor) -> Tensor:
+    def add(self, norm: nn.Module, x: Tensor, update: Tensor) -> Tensor:
+        """Add the output of a sub-layer to the state x."""
+        x = x + self.dropout(update)
         return x if self.pre_norm else norm(x)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(F.relu(self.linear1(x))))
+    def feed_forward(self, norm: nn.Module, x: Tensor) -> Tensor:
+        hidden = self.dropout(F.relu(self.linear1(self.before(norm, x))))
+        return self.add(norm, x, self.linear2(hidden))
 
 
 class TransformerEncoderLayer(SubLayers):
@@ -74,24 +87,17 @@ class TransformerEncoderLayer(SubLayers):
         dropout: float = 0.1,
         pre_norm: bool = False,
     ) -> None:
-        super().__init__(pre_norm)
+        super().__init__(dropout, pre_norm)
         self.self_attn = nn.MultiheadAttention(d_model, nhead, dropout, batch_first=True)
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
-        self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(dim_feedforward, d_model)
-        self.norm1 = nn.LayerNorm(d_model)
-        self.norm2 = nn.LayerNorm(d_model)
-        self.dropout1 = nn.Dropout(dropout)
-        self.dropout2 = nn.Dropout(dropout)
+        self.add_feed_forward(d_model, dim_feedforward)
+        self.norm1, self.norm2 = (nn.LayerNorm(d_model) for _ in range(2))
 
     def forward(self, src: Tensor, pos: Tensor, padding_mask: Tensor) -> Tensor:
         """Run the layer; src, pos: [B, S, C]; padding_mask: [B, S], True = padding."""
         x = self.before(self.norm1, src)
         q = k = x + pos
         attended = self.self_attn(q, k, x, key_padding_mask=padding_mask, need_weights=False)[0]
-        src = self.after(self.norm1, src + self.dropout1(attended))
-        x = self.before(self.norm2, src)
-        return self.after(self.norm2, src + self.dropout2(self.feed_forward(x)))
+        return self.feed_forward(self.norm2, self.add(self.norm1, src, attended))
 
 
 class TransformerEncoder(nn.Module):
@@ -104,7 +110,7 @@ class TransformerEncoder(nn.Module):
 
     def forward(self, src: Tensor, pos: Tensor, padding_mask: Tensor) -> Tensor:
         for layer in self.layers:
-            src = call_part(layer, src, pos, padding_mask)
+            src = call_unit(layer, src, pos, padding_mask)
         return src if self.norm is None else self.norm(src)
 
 
@@ -119,18 +125,11 @@ class TransformerDecoderLayer(SubLayers):
         dropout: float = 0.1,
         pre_norm: bool = False,
     ) -> None:
-        super().__init__(pre_norm)
+        super().__init__(dropout, pre_norm)
         self.self_attn = nn.MultiheadAttention(d_model, nhead, dropout, batch_first=True)
         self.multihead_attn = nn.MultiheadAttention(d_model, nhead, dropout, batch_first=True)
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
-        self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(dim_feedforward, d_model)
-        self.norm1 = nn.LayerNorm(d_model)
-        self.norm2 = nn.LayerNorm(d_model)
-        self.norm3 = nn.LayerNorm(d_model)
-        self.dropout1 = nn.Dropout(dropout)
-        self.dropout2 = nn.Dropout(dropout)
-        self.dropout3 = nn.Dropout(dropout)
+        self.add_feed_forward(d_model, dim_feedforward)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d_model) for _ in range(3))
 
     def forward(self, tgt: Tensor, query_pos: Tensor, memory: Memory, key: Tensor, blocks: Blocks) -> Tensor:
         """Run the layer.
@@ -141,15 +140,12 @@ class TransformerDecoderLayer(SubLayers):
             blocks: which queries attend to which (`attention_blocks`).
         """
         x = self.before(self.norm1, tgt)
-        attended = self_attention(self.self_attn, x + query_pos, x, blocks)
-        tgt = self.after(self.norm1, tgt + self.dropout1(attended))
-        x = self.before(self.norm2, tgt)
+        tgt = self.add(self.norm1, tgt, self_attention(self.self_attn, x + query_pos, x, blocks))
+        query = self.before(self.norm2, tgt) + query_pos
         attended = self.multihead_attn(
-            x + query_pos, key, memory.tokens, key_padding_mask=memory.padding_mask, need_weights=False
+            query, key, memory.tokens, key_padding_mask=memory.padding_mask, need_weights=False
         )[0]
-        tgt = self.after(self.norm2, tgt + self.dropout2(attended))
-        x = self.before(self.norm3, tgt)
-        return self.after(self.norm3, tgt + self.dropout3(self.feed_forward(x)))
+        return self.feed_forward(self.norm3, self.add(self.norm2, tgt, attended))
 
 
 class TransformerDecoder(nn.Module):
@@ -166,7 +162,7 @@ class TransformerDecoder(nn.Module):
         query_pos = torch.cat([group.query_pos for group in groups], dim=1)
         key, blocks, states = memory.tokens + memory.pos, attention_blocks(groups), []
         for layer in self.layers:
-            tgt = call_part(layer, tgt, query_pos, memory, key, blocks)
+            tgt = call_unit(layer, tgt, query_pos, memory, key, blocks)
             states.append(tgt)
         return [LayerOutput(hs) for hs in self.norm(torch.stack(states))]
 

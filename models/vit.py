@@ -6,17 +6,17 @@ learned (absolute) and rotary. Parameter names are the official ones; rotary tab
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from models.weights.read import extract_weights, read_checkpoint
 from util.errors import UserError
 
-from .parts import call_part
+from .units import call_unit
+from .weights.backbones import load_weights, read_weights
 from .windows import Windows
 
 PATCH = 16  # pixels of a side; the stride
@@ -44,13 +44,10 @@ class ViTSize:
 
 
 # Co-DETR's networks: for images of any size, and for squares of 1536 pixels (large-scale jitter).
-LARGE = ViTSize(1024, 24, 16, 32, 24, (3, 7, 11, 15, 19, 23))
 VIT_SIZES = {
-    'vit_large': LARGE,
-    'vit_large_lsj': replace(LARGE, window_size=16, global_blocks=tuple(range(2, 24, 3)), fixed_grid=96),
+    'vit_large': ViTSize(1024, 24, 16, 32, 24, (3, 7, 11, 15, 19, 23)),
+    'vit_large_lsj': ViTSize(1024, 24, 16, 32, 16, (2, 5, 8, 11, 14, 17, 20, 23), fixed_grid=96),
 }
-# A small one, for images and tests that are small.
-VIT_SIZES['vit_mini'] = ViTSize(128, 4, 2, 4, 4, (1, 3))
 
 
 def rotary_table(height: int, width: int, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -186,8 +183,8 @@ class VisionTransformer(nn.Module):
         self.apply(initialise)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def parts(self) -> list[nn.Module]:
-        """Return the blocks for `models.parts`."""
+    def units(self) -> list[nn.Module]:
+        """Return the blocks for `models.units`."""
         return list(self.blocks)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -195,7 +192,7 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(images)
         x = x + self.positions(*x.shape[1:3])
         for block in self.blocks:
-            x = call_part(block, x)
+            x = call_unit(block, x)
         return {'3': self.out_norm(x).permute(0, 3, 1, 2)}
 
     def positions(self, height: int, width: int) -> Tensor:
@@ -274,27 +271,13 @@ def load_vit(model: VisionTransformer, source: str) -> None:
     Raises:
         UserError: the file is missing, or entries are missing or of another shape.
     """
-    try:
-        checkpoint = read_checkpoint(source)
-        found = {'model': checkpoint['module']} if 'module' in checkpoint else checkpoint
-        state = extract_weights(found, source=source)
-    except UserError as error:
-        raise UserError(f'--backbone_weights: {error}') from error
+    state = read_weights(source, averaged=True)
     state = {re.sub(r'^(module|backbone)\.', '', name): value for name, value in state.items()}
     ours = model.state_dict()
     for name, resize in (('patch_embed.proj.weight', resize_patches), ('pos_embed', resize_positions)):
         if name in state and state[name].shape != ours[name].shape:
             state[name] = resize(state[name], ours[name])
-    unfit = [
-        name for name, value in ours.items()
-        if not name.startswith('out_norm.') and (name not in state or state[name].shape != value.shape)
-    ]  # fmt: skip
-    if unfit:
-        raise UserError(
-            f'--backbone_weights {source} does not fit this ViT: {len(unfit)} of {len(ours)} entries are missing or of '
-            f'another shape, such as {", ".join(unfit[:3])}'
-        )
-    model.load_state_dict(ours | {name: state[name] for name in ours if name in state})
+    load_weights(model, state, source, may_lack=r'out_norm\.')
 
 
 def resize_patches(kernel: Tensor, ours: Tensor) -> Tensor:

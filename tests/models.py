@@ -15,7 +15,10 @@ from torch.utils._pytree import tree_leaves
 from models import build_model
 from models.position_encoding import PositionEmbeddingSine
 from models.training import collaborative
+from models.vit import VIT_SIZES, ViTSize
 from util.nested_tensor import NestedTensor
+
+VIT_SIZES['vit_mini'] = ViTSize(128, 4, 2, 4, 4, (1, 3))
 
 SMALL = {
     'backbone': 'resnet10',

@@ -20,7 +20,7 @@ EXTRAS = {
     'plot_curves': 'util.visualize',
     'contact_sheet': 'util.visualize',
     'sample_detections': 'engine',
-    'flops_text': 'models.summary',
+    'flops_text': 'models.training.summary',
 }
 CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(['torch', 'torch._dynamo', 'main'])

@@ -3,6 +3,7 @@ absent.
 """
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from datasets.build import build_dataset, data_settings
+from datasets.class_map import ClassMap
+from datasets.image_dataset import ImageDataset
 from tests.rule import uniform
 
 SHARED = Path(__file__).resolve().parents[2] / 'shared'
@@ -39,6 +43,11 @@ def assert_target_equals(target: dict[str, Tensor], recorded: dict) -> None:
         else:
             expected = torch.tensor(recorded[key], dtype=value.dtype).reshape(value.shape)
             assert torch.equal(value, expected), f'{key}: {value} instead of {expected}'
+
+
+def build_data(part: str, args: Namespace, class_map: ClassMap | None = None) -> ImageDataset:
+    """A part of the data that flags name; those that are missing have their defaults."""
+    return build_dataset(part, data_settings(args), class_map)
 
 
 def recorded_fields(recorded: dict) -> list[str]:

@@ -1,5 +1,7 @@
 """Backbones: names, weights from files, what trains, and features of any timm network."""
 
+import math
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,11 +11,15 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 import main
 from datasets.class_map import ClassMap
-from models.backbone import build_backbone
+from models import build_detector
+from models.backbone import BACKBONES, build_backbone
 from models.detector import load_detector
 from tests.models import SMALL
 from tests.runs import parse
 from tests.shared_data import SHARED, needs_shared
+from util.config.flags import FLAGS
+from util.config.networks import KINDS, level_strides
+from util.config.settle import settle
 from util.errors import UserError
 from util.nested_tensor import nested_tensor_from_tensor_list
 
@@ -173,8 +179,42 @@ def test_weights_from_a_file(name: str, file: str) -> None:
 
 def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
     torch.save({'conv1.weight': torch.zeros(64, 3, 7, 7)}, tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match='does not fit ResNet: it lacks'):
+    with pytest.raises(ValueError, match=r'does not fit ResNet: .* missing'):
         build_backbone('resnet18', str(tmp_path / 'other.pth'), False, 'frozen', LAST, train=True)
+
+
+@pytest.mark.parametrize(
+    ('name', 'levels'),
+    [
+        ('resnet10', 4),
+        ('mobilenet_v2', 5),
+        ('swin_tiny', 4),
+        ('vit_mini', 5),
+        ('vit_mini', 1),
+        ('timm/resnet18', 4),
+    ],
+)
+def test_levels_have_the_strides_that_settings_state(name: str, levels: int) -> None:
+    """The table of `util.config.networks` is about these networks."""
+    if name.startswith('timm/'):
+        pytest.importorskip('timm')
+    args = settle(
+        Namespace(
+            **SMALL | {'backbone': name, 'backbone_stages': 4, 'num_feature_levels': levels, 'dino': True}
+        )
+    )
+    model, seen = build_detector(args, {'one2one': args.num_queries}).eval(), []
+    model.transformer.encoder.register_forward_hook(lambda _, inputs, output: seen.extend(output.shapes))
+    model(torch.zeros(1, 3, 192, 256))
+    strides = level_strides(args)
+    assert seen == [(math.ceil(192 / stride), math.ceil(256 / stride)) for stride in strides]
+
+
+def test_every_beginning_of_a_name_is_in_both_tables() -> None:
+    assert list(BACKBONES) == list(KINDS)
+    assert all(name in FLAGS for kind in KINDS.values() for name in kind.supports)
+    flags = {name for name, flag in FLAGS.items() if flag.some_backbones}
+    assert flags == {name for kind in KINDS.values() for name in kind.supports} - {'use_checkpoint'}
 
 
 class NoAnswer(Exception):
@@ -217,7 +257,7 @@ def test_recomputed_stages_give_the_same(name: str, norm: str) -> None:
     for recompute in (False, True):
         torch.manual_seed(0)
         backbone = build_backbone(name, 'none', False, norm, range(2, 5), True)
-        for part in backbone.body.parts():
+        for part in backbone.body.units():
             part.recompute = recompute
         maps = backbone.train()(nested_tensor_from_tensor_list(torch.randn(2, 3, 64, 96)))
         kept = count_kept(

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import main
-from datasets import build_dataset
 from datasets import transforms as T
 from datasets.class_map import COCO_IDS, ClassMap
 from datasets.coco_eval import CocoEvaluator
@@ -24,7 +23,7 @@ from engine import evaluate, sample_detections
 from models.detector import Detector
 from models.postprocess import TopKPostProcess, scale_boxes
 from tests.runs import assert_same, load, run
-from tests.shared_data import needs_shared, read_shared, rule_image
+from tests.shared_data import build_data, needs_shared, read_shared, rule_image
 from util.nested_tensor import collate_fn
 from util.seeding import local_seed
 
@@ -63,13 +62,13 @@ def arguments(root: Path, **options: object) -> Namespace:
 
 def test_coco_ids_become_80_classes_and_come_out_again(tmp_path: Path) -> None:
     root = write_coco_like(tmp_path)
-    dataset = build_dataset('train', arguments(root, class_ids='contiguous'))
+    dataset = build_data('train', arguments(root, class_ids='contiguous'))
     assert dataset.class_map.num_classes == 80
     assert dataset.class_map.category_ids == tuple(sorted(COCO_IDS))
     assert dataset[0][1]['labels'].tolist() == [79]
     assert dataset.class_map.category_ids[79] == 90
-    assert build_dataset('train', arguments(root)).class_map.num_classes == 91
-    settled = build_dataset('val', arguments(root), dataset.class_map)
+    assert build_data('train', arguments(root)).class_map.num_classes == 91
+    settled = build_data('val', arguments(root), dataset.class_map)
     assert settled.class_map == dataset.class_map
 
 
@@ -174,20 +173,20 @@ def test_tiny_objects_and_in_training_tiny_images_are_left_out(tmp_path: Path) -
         {'image_id': 3, 'category_id': 1, 'bbox': [5, 5, 9, 9]},
     ]
     root = write_data(tmp_path, images, objects, [{'id': 1, 'name': 'thing'}])
-    parts = {split: build_dataset(split, arguments(root, aug='co_detr')) for split in ('train', 'val')}
+    parts = {split: build_data(split, arguments(root, aug='co_detr')) for split in ('train', 'val')}
     assert parts['train'].ids == [1, 2] and parts['val'].ids == [1, 2, 3]
     for part in parts.values():
         assert part.untransformed(0)[1]['boxes'].tolist() == [[3, 3, 4, 4], [0, 0, 1.5, 1.5]]
         assert len(part[1][1]['boxes']) == 0
     assert len(parts['val'].ground_truth['annotations']) == len(objects)
-    usual = build_dataset('train', arguments(root))
+    usual = build_data('train', arguments(root))
     assert usual.ids == [1, 2, 3] and len(usual.untransformed(0)[1]['boxes']) == 5
 
 
 def test_data_of_tiny_images_only_is_refused(tmp_path: Path) -> None:
     root = write_data(tmp_path, [{'id': 1, 'height': 31, 'width': 60}], [], [{'id': 1}])
     with pytest.raises(ValueError, match=r'all 1 images .* less than 32 pixels'):
-        build_dataset('train', arguments(root, aug='co_detr'))
+        build_data('train', arguments(root, aug='co_detr'))
 
 
 def extent(mask: Tensor) -> list[int]:
@@ -309,7 +308,7 @@ def square_data(root: Path, segmented: bool) -> Path:
 @pytest.mark.parametrize('segmented', [True, False])
 def test_masks_are_used_where_every_object_has_one(tmp_path: Path, segmented: bool) -> None:
     root = square_data(tmp_path, segmented)
-    dataset = build_dataset('train', arguments(root, aug='lsj', lsj_size=64))
+    dataset = build_data('train', arguments(root, aug='lsj', lsj_size=64))
     assert dataset.return_masks == segmented
     objects = []
     for epoch in range(12):
@@ -326,7 +325,7 @@ def test_masks_are_used_where_every_object_has_one(tmp_path: Path, segmented: bo
 def test_images_depend_on_seed_epoch_and_index_only(aug: str) -> None:
     args = Namespace(**vars(arguments(Path())) | {'dataset_file': 'shapes', 'aug': aug, 'lsj_size': 64})
     args.shapes_train, args.shapes_size, args.img_size = 4, 64, 64
-    dataset = build_dataset('train', args)
+    dataset = build_data('train', args)
     alone = DataLoader(dataset, batch_size=None)
     workers = DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=True)
     sums = []
@@ -340,7 +339,7 @@ def test_images_depend_on_seed_epoch_and_index_only(aug: str) -> None:
     assert [int(dataset[index][0].sum()) for index in range(4)] == sums[1]
     assert len({tuple(row) for row in sums}) == 3
     args.seed += 1
-    assert [int(image.sum()) for image, _ in build_dataset('train', args)] != sums[0]
+    assert [int(image.sum()) for image, _ in build_data('train', args)] != sums[0]
 
 
 @pytest.mark.parametrize('shape', [(40, 64), (51, 40), (30, 30)], ids=str)
@@ -447,7 +446,7 @@ def test_sizes_come_from_the_annotations_or_the_image(tmp_path: Path) -> None:
     data = json.loads(file.read_text())
     del data['images'][1]['height']
     file.write_text(json.dumps(data))
-    dataset = build_dataset('train', arguments(root, aug='co_detr'))
+    dataset = build_data('train', arguments(root, aug='co_detr'))
     (root / 'train/1.png').unlink()
     assert dataset.image_sizes().tolist() == [[40, 50], [33, 32]]
     (root / 'train/2.png').write_bytes(b'nothing')
@@ -463,7 +462,7 @@ def test_loaders_batch_images_of_one_kind(tmp_path: Path) -> None:
     root = write_data(tmp_path, images, [], [{'id': 1, 'name': 'thing'}])
     for cache_mode in (False, True):
         args = arguments(root, group_aspect_ratio=True, cache_mode=cache_mode, num_workers=0, img_size=40)
-        train, val = (build_loader(build_dataset(part, args), part, args) for part in ('train', 'val'))
+        train, val = (build_loader(build_data(part, args), part, args) for part in ('train', 'val'))
         assert len(train) == 1 + 3  # 2 high images, 5 wide ones
         for _, targets in train:
             assert len({bool(t['orig_size'][1] > t['orig_size'][0]) for t in targets}) == 1

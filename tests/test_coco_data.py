@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from datasets import build_dataset
 from datasets.class_map import COCO_IDS, ClassMap
 from datasets.coco import CocoDetection, find_files
 from datasets.coco_eval import prepare_ground_truth
@@ -25,6 +24,7 @@ from datasets.transforms import make_transforms
 from tests.shared_data import (
     SHARED,
     assert_target_equals,
+    build_data,
     needs_shared,
     read_shared,
     recorded_fields,
@@ -104,7 +104,7 @@ def test_evaluation_items_equal_official(recorded_root: Path) -> None:
 @pytest.mark.parametrize('name', ['train', 'val'])
 def test_true_coco_images_load(name: str) -> None:
     root = SHARED / 'data/coco_mini'
-    folder, file = find_files(name, arguments(coco_path=str(root)))
+    folder, file = find_files(name, str(root))
     dataset = CocoDetection(folder, file, make_transforms(name, 100), return_masks=True)
     assert dataset.class_map.num_classes == 91
     objects = 0
@@ -392,19 +392,19 @@ def test_usual_layouts_are_found(tmp_path: Path, folder: str, name: str) -> None
     if folder:
         (tmp_path / folder).mkdir()
         (tmp_path / name).rename(tmp_path / folder / name)
-    assert len(build_dataset('val', arguments(coco_path=str(tmp_path)))) == 2
+    assert len(build_data('val', arguments(coco_path=str(tmp_path)))) == 2
 
 
 def test_explicit_paths_win_and_need_no_coco_path(tmp_path: Path) -> None:
     root = write_data(tmp_path, small_data())
     paths = {'val_images': str(root / 'val2017'), 'val_ann': str(root / 'annotations/instances_val2017.json')}
-    assert len(build_dataset('val', arguments(**paths))) == 2
+    assert len(build_data('val', arguments(**paths))) == 2
     with pytest.raises(FileError, match='--val_ann'):
-        build_dataset('val', arguments(coco_path=str(root), val_ann='nowhere.json'))
-    with pytest.raises(FileError, match=r'train2017.*images/train2017.*--train_images'):
-        build_dataset('train', arguments(coco_path=str(root)))
+        build_data('val', arguments(coco_path=str(root), val_ann='nowhere.json'))
+    with pytest.raises(FileError, match=r'instances_train2017.*instances_train.*--train_ann'):
+        build_data('train', arguments(coco_path=str(root)))
     with pytest.raises(ValueError, match='--coco_path'):
-        build_dataset('train', arguments())
+        build_data('train', arguments())
 
 
 def test_validation_takes_the_class_map_of_training(tmp_path: Path) -> None:
@@ -413,12 +413,12 @@ def test_validation_takes_the_class_map_of_training(tmp_path: Path) -> None:
     data['annotations'] = []
     data['categories'] = [{'id': 7, 'name': 'cat'}]
     training = ClassMap.from_categories(small_data()['categories'])
-    dataset = build_dataset('val', arguments(coco_path=str(root)), training)
+    dataset = build_data('val', arguments(coco_path=str(root)), training)
     assert dataset.class_map is training
     with pytest.raises(ValueError, match='unknown to the training data'):
-        build_dataset('val', arguments(coco_path=str(root)), ClassMap.from_categories(data['categories']))
+        build_data('val', arguments(coco_path=str(root)), ClassMap.from_categories(data['categories']))
 
 
 def test_unknown_data_set_is_refused() -> None:
     with pytest.raises(ValueError, match='coco, lvis, voc, yolo, shapes'):
-        build_dataset('val', arguments(dataset_file='pascal'))
+        build_data('val', arguments(dataset_file='pascal'))

@@ -11,16 +11,17 @@ import pytest
 import torch
 
 import main
-from datasets import DATASETS
+from datasets.build import DATASETS
 from models.backbone import NORM_LAYERS
 from models.postprocess import AUXILIARY_HEADS
 from models.training.losses import BOX_LOSSES
 from tests.runs import ROOT, TINY, run
 from util.config.declare import DATA
 from util.config.flags import BOX_TERMS, FLAGS, NO_OPTIONS, TRUST
+from util.config.parser import make_parser
 from util.config.recipes import ZOO, find_recipe, recipe_names, with_named_flags
 from util.config.recorded import SOURCES, adopt, changes_text
-from util.config.settle import EVERYTHING, Settled, chosen_by, settle
+from util.config.settle import EVERYTHING, OLD, Settled, chosen_by, settle
 
 RECORDED = Path(__file__).parent / 'recorded'
 # Of a recipe that was another reading of its config.
@@ -248,3 +249,15 @@ def test_adopting_leaves_no_trace_in_the_given_flags() -> None:
         resumed.lr_drop == 7 and args.hidden_dim == 256 and changes_text(resumed, flags) == '--lr_drop 2 -> 7'
     )
     assert settle(Namespace(img_size=64), (DATA,)).img_size == 64
+
+
+def test_old_names_in_records_are_read_and_on_a_command_line_refused(capsys: pytest.CaptureFixture) -> None:
+    """Of shards: their place is that of the annotations now."""
+    old = Namespace(train_shards='a/shards.json', val_shards=None, val_ann='b.json')
+    settled = settle(old, (DATA,))
+    assert (settled.train_ann, settled.val_ann) == ('a/shards.json', 'b.json')
+    assert not any(hasattr(settled, name) for name in OLD)
+    for name in OLD:
+        with pytest.raises(SystemExit):
+            make_parser('').parse_args([f'--{name}', 'x'])
+        assert 'give --' in capsys.readouterr().err

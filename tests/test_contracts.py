@@ -2,12 +2,13 @@
 
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
 
-import datasets
+from datasets import build as data_build
 from datasets.class_map import ClassMap
 from datasets.image_dataset import ImageDataset
 from main import get_args_parser
@@ -62,20 +63,20 @@ def test_a_data_set_that_breaks_the_contract_is_refused_at_the_start(monkeypatch
     """Members that are missing, attributes that are not set, a data set of another kind."""
     module = ModuleType('datasets.mine')
     monkeypatch.setitem(sys.modules, 'datasets.mine', module)
-    monkeypatch.setitem(datasets.DATASETS, 'mine', 'datasets.mine')
-    args = Namespace(dataset_file='mine')
+    monkeypatch.setitem(data_build.DATASETS, 'mine', 'datasets.mine')
+    settings = replace(data_build.data_settings(Namespace()), dataset_file='mine')
     for made, message in (
         (lambda *_: ImageDataset(None, None, 0), 'abstract'),
         (lambda *_: Incomplete(None, None, 0), 'Incomplete of datasets.mine lacks ids and class_map'),
-        (lambda *_: Namespace(ids=[1], class_map=None), 'is no ImageDataset'),
+        (lambda *_: Namespace(ids=[1], class_map=None), 'is not an ImageDataset'),
     ):
         module.build = made
         with pytest.raises(TypeError, match=message):
-            datasets.build_dataset('train', args)
+            data_build.build_dataset('train', settings)
     complete = Incomplete(None, None, 0)
     complete.ids, complete.class_map = [1], ClassMap((1,), ('thing',))
     module.build = lambda *_: complete
-    assert datasets.build_dataset('train', args) is complete
+    assert data_build.build_dataset('train', settings) is complete
     with pytest.raises(ValueError, match='--cache_mode keeps image files, and Incomplete has none'):
         complete.keep_files(0, 1)
 

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 import main
 from engine import build_optimizer
 from models import build_model
-from models.parts import all_parts
 from models.structures import Prediction
 from models.training.criterion import weighted_sum
+from models.units import all_units
 from tests.models import SCHEMES, SMALLER, batch, no_chance
 from tests.processes import end_group, in_processes, start_group
 from tests.runs import TINY, load
@@ -38,7 +38,7 @@ def train_some_steps(rank: int, flags: dict, counts: list[list[int]], accum_step
     model, criterion, _ = build_model(Namespace(**SMALLER | flags))
     bare, losses = model.train(), []
     if wrap == 'fsdp':
-        shard(model, all_parts(model), [Prediction])
+        shard(model, all_units(model), [Prediction])
     optimizer = build_optimizer(model, 1e-3, 1e-3, 1e-4)
     if wrap == 'ddp':
         model = replicate(model, [Prediction], accum_steps)
@@ -156,7 +156,7 @@ def test_the_backbone_is_sharded_block_by_block(backbone: str) -> None:
         assert_equal(result['model'], one['model'])
     model, _, _ = build_model(Namespace(**SMALLER | flags))
     body = model.backbone[0].body
-    sizes = [sum(p.numel() for p in part.parameters()) for part in body.parts()]
+    sizes = [sum(p.numel() for p in part.parameters()) for part in body.units()]
     assert max(sizes) < 0.3 * sum(p.numel() for p in body.parameters())
     assert sum(sizes) > 0.9 * sum(p.numel() for p in body.parameters())
 

@@ -14,11 +14,10 @@ import torch
 
 import engine
 import main
-from tests.processes import end_group, in_processes, print_to, start_group, start_main
+from tests.processes import end_group, group_environment, run_main, start, start_group, start_main
 from tests.runs import ROOT, TINY, assert_same, fill_disk, load
-from util.distributed.heartbeat import Heartbeat
 from util.distributed.preemption import UNFINISHED
-from util.errors import FileError
+from util.errors import FileError, UserError
 from util.files import lock_folder, unlock
 from util.run import Run
 
@@ -185,55 +184,35 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path, exhaustive: bool
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('rank', [0, 1])
-def test_a_killed_process_ends_the_other_with_the_reason(tmp_path: Path, rank: int) -> None:
+@pytest.mark.parametrize('rank', [0, pytest.param(1, marks=pytest.mark.exhaustive)])
+def test_a_killed_process_ends_the_other(tmp_path: Path, rank: int) -> None:
+    """Without a launcher, which would end it too."""
     processes = start_group(tmp_path / 'log', [*LONG, '--epochs', '500', '--eval_every', '500'])
     wait_for(tmp_path / 'log0', 'epoch 1/500  5/6')
     processes[rank].kill()
     other = processes[1 - rank]
     other.join(60)
     assert other.exitcode == 1
-    text = (tmp_path / f'log{1 - rank}').read_text()
-    reason = 'the main process (0) has ended' if rank == 0 else f'process 1 (pid {processes[1].pid}'
-    assert f'error: the run ends, because {reason}' in text, text
 
 
-def heartbeat_of(rank: int, hanging: int, log: str) -> None:
-    print_to(log)
-    heartbeat = Heartbeat(interval=0.2, patience=2.0)
-    heartbeat.start()
-    time.sleep(1)  # all have met
-    if rank == hanging:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    time.sleep(20)
+def fail_in_training(log: str, argv: list[str]) -> None:
+    def fail(*args: object, **more: object) -> None:
+        raise UserError('image.jpg is not a readable image')
+
+    if os.environ['RANK'] == '1':
+        engine.train_one_epoch = fail
+    run_main(log, argv)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('hanging', [pytest.param(0, marks=pytest.mark.exhaustive), 1])
-def test_a_hanging_process_ends_the_others_with_the_reason(tmp_path: Path, hanging: int) -> None:
-    log = tmp_path / 'log'
-    with pytest.raises(AssertionError, match='1 of 3 processes have not ended'):
-        in_processes(3, heartbeat_of, hanging, str(log), seconds=10)
-    text = log.read_text()
-    reason = 'process 1 (pid' if hanging else 'the main process (0) does not answer'
-    assert text.count(f'the run ends, because {reason}') == 2, text
-
-
-def fail_in_one(rank: int, log: str) -> None:
-    print_to(log)
-    heartbeat = Heartbeat(interval=0.2, patience=5.0)
-    heartbeat.start()
-    if rank == 1:
-        heartbeat.fail(ValueError('image.jpg is not a readable image'))
-        return
-    time.sleep(20)
-
-
-@pytest.mark.slow
-def test_others_are_told_what_a_process_has_failed_of(tmp_path: Path) -> None:
-    with pytest.raises((AssertionError, FileNotFoundError)):
-        in_processes(2, fail_in_one, str(tmp_path / 'log'), seconds=10)
-    assert 'ValueError: image.jpg is not a readable image' in (tmp_path / 'log').read_text()
+def test_the_process_that_fails_is_the_first_to_say_why(tmp_path: Path) -> None:
+    processes = [
+        start(environment, fail_in_training, str(tmp_path / 'log'), LONG)
+        for environment in group_environment(2)
+    ]
+    assert end_group(processes) == [1, 1]
+    text = (tmp_path / 'log').read_text()
+    assert text.index('error: image.jpg is not a readable image') < text.index('Traceback'), text
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
@@ -321,7 +300,7 @@ def test_another_number_of_processes_sees_the_rest_of_the_images(tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_pause_changes_nothing(tmp_path: Path) -> None:
-    """SIGSTOP to both processes in the middle of an epoch, SIGCONT later: longer than the heartbeat's patience would allow."""
+    """SIGSTOP to both processes in the middle of an epoch, SIGCONT later."""
     processes = start_group(tmp_path / 'log', [*LONG, '--output_dir', str(tmp_path / 'parts')])
     wait_for(tmp_path / 'log0', 'epoch 1/2  3/6')
     for number, seconds in ((signal.SIGSTOP, 3), (signal.SIGCONT, 0)):

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 import main
-from datasets import build_dataset, foreign
+from datasets import foreign
 from datasets.annotations import AnnotationTable
 from datasets.coco_eval import CocoEvaluator
 from datasets.coco_json import Findings
 from datasets.image_io import orientation, read_image, stored_size
 from datasets.shapes import ShapesDetection, export
 from tests.runs import TINY, load
+from tests.shared_data import build_data
 from tools import convert_dataset
 from util.errors import FileError, UserError
 from util.flags import run_command
@@ -118,8 +119,8 @@ def same(ours: Tensor, theirs: Tensor) -> None:
 @pytest.mark.parametrize('kind', ['voc', 'yolo'])
 @pytest.mark.parametrize('split', ['train', 'val'])
 def test_targets_equal_those_of_the_coco_form(copies: dict[str, Path], kind: str, split: str) -> None:
-    theirs = build_dataset(split, arguments('coco', copies['coco']))
-    ours = build_dataset(split, arguments(kind, copies[kind]))
+    theirs = build_data(split, arguments('coco', copies['coco']))
+    ours = build_data(split, arguments(kind, copies[kind]))
     assert len(ours) == len(theirs) and ours.class_map.names == theirs.class_map.names
     for (image, target), (other, expected) in zip(ours, theirs, strict=True):
         assert torch.equal(image, other) and torch.equal(target['labels'], expected['labels'])
@@ -131,7 +132,7 @@ def test_metrics_equal_those_of_the_coco_form(copies: dict[str, Path], kind: str
     """To the last digit, of predictions of every quality."""
     results = []
     for name in ('coco', kind):
-        dataset = build_dataset('val', arguments(name, copies[name]))
+        dataset = build_data('val', arguments(name, copies[name]))
         evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map)
         torch.manual_seed(0)
         for idx, image_id in enumerate(dataset.ids):
@@ -204,7 +205,7 @@ def test_polygons_of_yolo_have_boxes_and_masks(copies: dict[str, Path], tmp_path
     (tmp_path / f'labels/train/{first}.txt').write_text('0 0.25 0.25 0.75 0.25 0.75 0.5 0.25 0.5\n')
     args = arguments('yolo', tmp_path)
     args.masks = True
-    target = build_dataset('train', args)[0][1]
+    target = build_data('train', args)[0][1]
     same(target['boxes'], torch.tensor([[0.5, 0.375, 0.5, 0.25]]))
     assert target['masks'].float().mean().item() == pytest.approx(0.125, abs=0.02)
 
@@ -235,7 +236,7 @@ def test_boxes_of_yolo_belong_to_the_image_as_it_is_shown(
     lines = [' '.join(map(str, (0, *values))) for values in (shares, polygon)]
     (tmp_path / 'images/a.txt').write_text('\n'.join(lines))  # beside the image, where no labels/ is
     (tmp_path / 'data.yaml').write_text('train: images\nnames: [a]\n', encoding='utf-8-sig')
-    pixels, target = build_dataset('train', arguments('yolo', tmp_path)).untransformed(0)
+    pixels, target = build_data('train', arguments('yolo', tmp_path)).untransformed(0)
     rows, columns = (pixels[0] > 127).nonzero(as_tuple=True)
     edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     same(target['boxes'], torch.stack(edges).float().expand(2, 4))
@@ -256,11 +257,11 @@ def test_label_files_do_not_depend_on_the_folder_of_the_program(
     numbers = []
     for folder, place in ((tmp_path, 'images/set'), (root.parent, '.'), (tmp_path, str(root.parent))):
         monkeypatch.chdir(folder)
-        numbers.append(build_dataset('train', arguments('yolo', Path(place))).summary)
+        numbers.append(build_data('train', arguments('yolo', Path(place))).summary)
     assert len(set(numbers)) == 1 and ' 0 objects' not in numbers[0], numbers
     (root / 'labels').unlink()
     with pytest.raises(FileError, match='none of the 8 training images has a label file'):
-        build_dataset('train', arguments('yolo', root.parent))
+        build_data('train', arguments('yolo', root.parent))
 
 
 def test_folders_as_roboflow_writes_them(copies: dict[str, Path], tmp_path: Path) -> None:
@@ -269,8 +270,8 @@ def test_folders_as_roboflow_writes_them(copies: dict[str, Path], tmp_path: Path
         (tmp_path / 'train' / part).symlink_to(copies['yolo'] / part / 'train')
     text = (copies['yolo'] / 'data.yaml').read_text().replace('path: .\n', '')
     (tmp_path / 'data.yaml').write_text(text.replace('images/train', '../train/images'))
-    expected = build_dataset('train', arguments('yolo', copies['yolo']))
-    assert build_dataset('train', arguments('yolo', tmp_path)).summary == expected.summary
+    expected = build_data('train', arguments('yolo', copies['yolo']))
+    assert build_data('train', arguments('yolo', tmp_path)).summary == expected.summary
 
 
 def test_lists_of_voc(copies: dict[str, Path], tmp_path: Path) -> None:
@@ -280,7 +281,7 @@ def test_lists_of_voc(copies: dict[str, Path], tmp_path: Path) -> None:
     first, second, *_ = file.read_text().split()
     (tmp_path / f'Annotations/{first}.xml').rename(tmp_path / 'Annotations/with a space.xml')
     file.write_text(f'with a space\n{second}  -1\n', encoding='utf-8-sig')
-    assert len(build_dataset('train', arguments('voc', tmp_path))) == 2
+    assert len(build_data('train', arguments('voc', tmp_path))) == 2
     last = tmp_path / f'Annotations/{(tmp_path / "ImageSets/Main/val.txt").read_text().split()[-1]}.xml'
     last.write_text(re.sub('<name>[a-z]+</name>', '<name>cow</name>', last.read_text()))
     problems, counted = Findings(), last.read_text().count('<name>cow')
@@ -289,7 +290,7 @@ def test_lists_of_voc(copies: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=f"{last.name} has the class 'cow', which no image of .*train.txt has"
     ):
-        build_dataset('val', arguments('voc', tmp_path))
+        build_data('val', arguments('voc', tmp_path))
 
 
 def test_broken_exif_data_cost_nothing(tmp_path: Path) -> None:
@@ -364,5 +365,5 @@ def test_bad_files_are_named(name: str, copies: dict[str, Path], tmp_path: Path)
     else:
         path.write_text(text)
     with pytest.raises(UserError, match=message) as error:
-        build_dataset('train', arguments(kind, tmp_path / kind))
+        build_data('train', arguments(kind, tmp_path / kind))
     assert str(tmp_path) in str(error.value)

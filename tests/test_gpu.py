@@ -15,9 +15,9 @@ from engine import build_optimizer, train_one_epoch
 from models import build_model
 from models.ops.functions.ms_deform_attn_func import KERNELS, available
 from models.ops.test import make_inputs
-from models.parts import all_parts, compile_parts
 from models.structures import Prediction
 from models.training.criterion import weighted_sum
+from models.units import all_units, compile_units
 from tests.models import SCHEMES, SMALLER, batch, no_chance
 from tests.runs import TINY, assert_same, load, parse
 from util.distributed.parallel import gather, replicate, shard
@@ -94,7 +94,7 @@ def test_compiled_parts_compute_the_same(scheme: str, mode: str) -> None:
     precision = Precision(mode, CUDA)
     model, criterion = build(scheme)
     expected = train_step(model.to(CUDA), criterion, precision)
-    compile_parts(model)
+    compile_units(model)
     found = train_step(model, criterion, precision)
     close = 1e-3 if mode == 'off' else 0.05
     for name in criterion.weight_dict.keys() & expected.keys():
@@ -123,7 +123,7 @@ def test_wrapped_for_nccl_it_trains_the_same(scheme: str, wrap: str, nccl: None)
         model, criterion = build(scheme, torch.float64)
         bare = model.to(CUDA)
         if wrapped and wrap == 'fsdp':
-            shard(model, all_parts(model), [Prediction])
+            shard(model, all_units(model), [Prediction])
         optimizer = build_optimizer(model, 1e-3, 1e-3, 1e-4)
         if wrapped and wrap == 'ddp':
             model = replicate(model, [Prediction])

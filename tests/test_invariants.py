@@ -15,10 +15,10 @@ from torchvision import ops
 
 from engine import build_optimizer, train_one_epoch
 from main import get_args_parser
-from models.parts import parts
 from models.structures import Assignment, Prediction, QueryGroup, attention_blocks
 from models.training.criterion import weighted_sum
 from models.training.structures import Supervision, from_host
+from models.units import list_units
 from tests.models import (
     DENSE,
     FAMILIES,
@@ -423,8 +423,9 @@ def test_groups_see_themselves_and_whom_they_name() -> None:
 
 @dense
 def test_groups_apart_attend_as_under_one_mask(flags: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    from models import build_transformer, conditional_detr
+    from models import conditional_detr
     from models import transformer as dense_transformer
+    from models.build import build_transformer
 
     with float64():
         transformer = build_transformer(settle(Namespace(**SMALL | flags))).eval()
@@ -595,7 +596,7 @@ def test_flags_say_which_parts_are_recomputed() -> None:
     for places in ([], ['backbone'], ['encoder'], ['decoder', 'encoder']):
         for flags in ({}, {'conditional': True}, {'deformable': True}, {'dino': True}):
             model, _, _ = build(flags | {'use_checkpoint': places or False})
-            for place, each in parts(model).items():
+            for place, each in list_units(model).items():
                 assert {part.recompute for part in each} == {place in places}
 
 

@@ -1,4 +1,4 @@
-"""Launchers: what a process learns from Slurm and submitit about its place, and tools/run_dist_launch.sh."""
+"""Launchers: what a process learns from Slurm about its place, and tools/run_dist_launch.sh."""
 
 import os
 import socket
@@ -78,14 +78,6 @@ def test_what_is_set_stays(exported) -> None:
     assert exported(TASK | own).items() >= (own | {'RANK': '3'}).items()
     with pytest.raises(ValueError, match='WORLD_SIZE is 8, but 4 tasks were started'):
         exported(TASK | {'WORLD_SIZE': '8'})
-
-
-def test_local_tasks_of_submitit(exported) -> None:
-    place = {'NTASKS': '2', 'GLOBALID': '1', 'LOCALID': '1', 'JOB_ID': '4711'}
-    environment = {'SUBMITIT_EXECUTOR': 'local'} | {
-        f'SUBMITIT_LOCAL_{name}': value for name, value in place.items()
-    }
-    assert list(exported(environment).values()) == ['1', '2', '1', '2', '127.0.0.1', '19711']
 
 
 @pytest.mark.parametrize(

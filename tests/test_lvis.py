@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from datasets import build_dataset
 from datasets.class_map import ClassMap
 from datasets.coco import repeats_of
 from datasets.coco_eval import LVIS_NAMES, CocoEvaluator, encode_masks
 from datasets.lvis import LvisDetection
 from tests.runs import TINY, parse, run
+from tests.shared_data import build_data
 from util.config.settle import settle
 
 pytest.importorskip('hotcoco')
@@ -245,7 +245,7 @@ def lvis_folder(tmp_path: Path) -> Path:
 )
 def test_a_data_set_tells_how_many_detections_count(flags: str, counted: int, lvis_folder: Path) -> None:
     args = settle(parse('', flags=f'{flags} --dataset_file lvis --coco_path {lvis_folder}'))
-    dataset = build_dataset('val', args)
+    dataset = build_data('val', args)
     assert dataset.federated == counted
     evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map, federated=dataset.federated)
     assert evaluator.federated == max(300, counted)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.ops import test as ops_test
-from models.ops.functions import MSDeformAttnFunction, available, ms_deform_attn, use_implementation
+from models.ops.functions import available, ms_deform_attn, use_implementation
 from models.ops.functions import ms_deform_attn_func as module
 from models.ops.modules import MSDeformAttn
 from tests import rule
@@ -72,9 +72,7 @@ def check_operator(record: dict, arrays: dict[str, np.ndarray]) -> None:
     given = inputs_of(record, arrays, {'value': (n, s, m, d), 'grad_output': (n, q, m * d)})
     names = 'value', 'sampling_locations', 'attention_weights'
     value, locations, weights = (given[name].requires_grad_() for name in names)
-    output = MSDeformAttnFunction.apply(
-        value, given['spatial_shapes'], given['level_start_index'], locations, weights, 64
-    )
+    output = ms_deform_attn(value, given['spatial_shapes'].tolist(), locations, weights)
     output.backward(given['grad_output'])
     close(output, arrays['output'], 'output')
     for name in names:
@@ -97,8 +95,7 @@ def check_module(record: dict, arrays: dict[str, np.ndarray]) -> None:
         query,
         reference,
         memory,
-        given['spatial_shapes'],
-        given['level_start_index'],
+        given['spatial_shapes'].tolist(),
         None if mask is None else mask.bool(),
     )
     output.backward(given['grad_output'])

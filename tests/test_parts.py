@@ -11,9 +11,9 @@ from torch._dynamo.utils import counters
 from models import build_model
 from models.ops.modules import MSDeformAttn
 from models.ops.test import RecordGraphs
-from models.parts import all_parts, compile_parts
 from models.swin import SwinSize, SwinTransformer
 from models.training.criterion import weighted_sum
+from models.units import all_units, compile_units
 from models.vit import VIT_SIZES, VisionTransformer
 from tests.models import SMALL, TWO_STAGE, random_targets
 
@@ -69,7 +69,7 @@ def test_equals_eager_with_few_programs(flags: dict, backend: str) -> None:
     (model, criterion), (eager, _) = build(flags), build(flags)
     names = list(model.state_dict())
     compiler = RecordGraphs(backend)
-    compile_parts(model, backend=compiler)
+    compile_units(model, backend=compiler)
     assert list(model.state_dict()) == names
     programs = []
     for size in SIZES:
@@ -78,7 +78,7 @@ def test_equals_eager_with_few_programs(flags: dict, backend: str) -> None:
         for name, value in expected.items():
             assert (ours[name] - value).norm() <= 1e-5 * value.norm() + 1e-6, (name, size)
         programs.append(counters['stats']['unique_graphs'])
-    assert programs[0] <= len(all_parts(model)) + 2
+    assert programs[0] <= len(all_units(model)) + 2
     assert programs[1] <= programs[0] + 2 and programs[2] == programs[1]
     assert not counters['graph_break']
     assert compiler.count('detr.ms_deform_attn') >= (2 if flags else 0), 'in layers of encoder and decoder'
@@ -101,7 +101,7 @@ def test_windows_do_not_break_the_graph(body: nn.Module) -> None:
     model = Namespace(
         backbone=[Namespace(body=body)], transformer=Namespace(encoder=nothing, decoder=nothing)
     )
-    compile_parts(model, backend='eager')
+    compile_units(model, backend='eager')
     body(torch.randn(2, 3, 96, 128))
     assert counters['stats']['unique_graphs'] == 2 and not counters['graph_break']
 
@@ -117,10 +117,10 @@ def test_windows_do_not_break_the_graph(body: nn.Module) -> None:
 )
 def test_parts_are_stages_and_layers(flags: dict, number: int) -> None:
     model, _ = build(flags)
-    assert len(all_parts(model)) == number
+    assert len(all_units(model)) == number
 
 
 def test_recomputed_batch_norms_are_refused() -> None:
     model, _ = build({'backbone_norm': 'batch', 'use_checkpoint': ['backbone']})
     with pytest.raises(ValueError, match='leave backbone out of --use_checkpoint'):
-        compile_parts(model)
+        compile_units(model)

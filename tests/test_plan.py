@@ -7,8 +7,8 @@ import pytest
 from torchvision.ops import nms
 
 import main
-from models import summary
 from models.detr import DETR
+from models.training import summary
 from tests.runs import TINY, load, parse, run
 from util.box_ops import box_cxcywh_to_xyxy
 from util.errors import UserError

@@ -121,7 +121,7 @@ def test_evaluation_alone_gives_the_number_of_the_run(tmp_path: Path, capsys: py
         assert 'shapes, 2 val' in capsys.readouterr().out
     recorded, flags = (
         {'dataset_file': 'shapes', 'shapes_size': 64},
-        Namespace(val_shards=None, dataset_file='coco'),
+        Namespace(val_ann=None, dataset_file='coco'),
     )
     given = {'dataset_file', 'shapes_val'}
     assert 'shapes_size' not in data_of(flags, given, recorded | {'dataset_file': 'lvis'})

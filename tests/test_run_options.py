@@ -368,7 +368,10 @@ def test_a_run_in_16_bits_resumes(tmp_path: Path, amp: str) -> None:
     ('flags', 'message'),
     [
         ('--bucket_sizes --group_aspect_ratio', 'in another way than --group_aspect_ratio'),
-        ('--bucket_sizes --train_shards x', 'in another way than --train_shards'),
+        (
+            '--dataset_file coco --bucket_sizes --train_ann shards.json',
+            'in another way than --train_ann shards',
+        ),
         ('--bucket_sizes --aug lsj', 'in another way than --aug lsj'),
         ('--ema 1', '--ema must be less than 1, not 1'),
         ('--fsdp', '--fsdp shares a model among processes, and there is one'),

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from datasets import build_dataset
 from engine import build_optimizer, train_one_epoch
 from main import get_args_parser
 from models import build_detector, build_model
@@ -31,7 +30,7 @@ from models.weights.load import load_checkpoint
 from tests.models import HEADS, SMALL, TRICKS, TWO_STAGE, CountSyncs, random_targets
 from tests.parity import check_pairs, float64, optimizer_of, to_targets, without_classes
 from tests.runs import ROOT
-from tests.shared_data import SHARED, needs_shared, read_shared
+from tests.shared_data import SHARED, build_data, needs_shared, read_shared
 from tools.benchmarks.reference_criterion import hybrid_batch, reference_losses
 from util.config.settle import settle
 from util.nested_tensor import collate_fn
@@ -397,7 +396,7 @@ def test_combinations_train_a_few_steps(base: str, names: tuple[str, ...]) -> No
     torch.manual_seed(0)
     sizes = {'backbone': 'resnet10', 'backbone_norm': 'batch', 'enc_layers': 1, 'dec_layers': 2}
     model, criterion, _ = build_model(Namespace(**flags_of(base, names) | sizes))
-    data = build_dataset(
+    data = build_data(
         'train', parse('--dataset_file shapes --shapes_train 24 --img_size 64 --max_size 64 --aug flip')
     )
     batches = [collate_fn([data[2 * i], data[2 * i + 1]]) for i in range(12)]

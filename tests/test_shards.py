@@ -18,7 +18,6 @@ import torch
 from torch.utils.data import DataLoader
 
 import main
-from datasets import build_dataset
 from datasets.class_map import ClassMap
 from datasets.coco import MIN_IMAGE_SIDE, CocoDetection, Reading
 from datasets.coco_eval import CocoEvaluator
@@ -27,8 +26,9 @@ from datasets.streaming.index import read_index
 from datasets.streaming.shards import ShardedCoco, ShardStream, ShufflePool, build_shard_loader
 from datasets.transforms import make_transforms
 from tests.runs import TINY, assert_same
+from tests.shared_data import build_data
 from tools import make_shards
-from util.config.settle import DATA, settle
+from util.config.settle import DATA, RUN, settle
 from util.errors import FileError
 
 pytest.importorskip('webdataset', reason='needs webdataset: pip install webdataset')
@@ -505,23 +505,23 @@ def arguments(*flags: str) -> Namespace:
     [
         ('--cache_mode', '--cache_mode keeps image files'),
         ('--group_aspect_ratio', '--group_aspect_ratio chooses'),
-        ('--dataset_file shapes', 'leave --dataset_file shapes out'),
-        ('--train_ann a.json', 'shards, and images or annotations, name the same images twice'),
+        ('--dataset_file lvis', 'leave --dataset_file lvis out'),
+        ('--train_images a', 'tar shards hold their images'),
         ('--shard_buffer 0', '--shard_buffer must be at least 1'),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(shards: Path, flags: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        settle(arguments('--train_shards', str(shards), *flags.split()), (DATA,))
+        settle(arguments('--train_ann', str(shards), *flags.split()), (DATA, RUN))
 
 
 @pytest.mark.parametrize('aug', ['detr', 'co_detr', 'lsj'])
 @pytest.mark.parametrize('image_set', ['train', 'val'])
 def test_flags_build_what_they_build_of_files(files: Path, shards: Path, aug: str, image_set: str) -> None:
     recipe = ['--aug', aug, '--img_size', '64', '--lsj_size', '64']
-    ours = build_dataset(image_set, arguments(f'--{image_set}_shards', str(shards), *recipe))
+    ours = build_data(image_set, arguments(f'--{image_set}_ann', str(shards), *recipe))
     paths = [f'--{image_set}_images={files}/val', f'--{image_set}_ann={files}/annotations/instances_val.json']
-    theirs = build_dataset(image_set, arguments(*paths, *recipe))
+    theirs = build_data(image_set, arguments(*paths, *recipe))
     assert (ours.ids, ours.return_masks, ours.reading) == (theirs.ids, theirs.return_masks, ours.reading)
     assert (ours.mix is None) == (theirs.mix is None)
     if aug != 'lsj':
@@ -531,7 +531,7 @@ def test_flags_build_what_they_build_of_files(files: Path, shards: Path, aug: st
 @pytest.mark.draws
 def test_a_run_from_shards(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Trains, evaluates and draws."""
-    flags = f'--dataset_file coco --train_shards {shards} --val_shards {shards}/shards.json --epochs 1'
+    flags = f'--dataset_file coco --train_ann {shards} --val_ann {shards}/shards.json --epochs 1'
     main.main(arguments(*TINY.split(), *flags.split(), '--output_dir', str(tmp_path / 'run')))
     text = capsys.readouterr().out
     assert 'coco, 23 train, 23 val' in text
@@ -545,7 +545,7 @@ def test_a_run_from_shards(shards: Path, tmp_path: Path, capsys: pytest.CaptureF
 def test_runs_from_shards_repeat_and_are_evaluated_as_from_files(
     files: Path, shards: Path, tmp_path: Path
 ) -> None:
-    flags = f'--dataset_file coco --train_shards {shards} --val_shards {shards} --num_workers 2'.split()
+    flags = f'--dataset_file coco --train_ann {shards} --val_ann {shards} --num_workers 2'.split()
     two = ['--epochs', '2', '--eval_every', '2']
     main.main(arguments(*TINY.split(), *flags, *two, '--output_dir', str(tmp_path / 'a')))
     main.main(arguments(*TINY.split(), *flags, *two, '--epochs', '1', '--output_dir', str(tmp_path / 'b')))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-import run_with_submitit
 from run_with_submitit import Training, find_job_dir, get_submit_parser, job_parameters, submit
 from tests.runs import TINY
 from util.errors import UserError
@@ -22,6 +21,7 @@ def test_the_job_asks_for_what_the_official_script_asks_for() -> None:
         'mem_gb': 320,
         'timeout_min': 60,
         'slurm_signal_delay_s': 120,
+        'slurm_srun_args': ['--kill-on-bad-exit=1'],
         'slurm_additional_parameters': {'requeue': True},
     }
 
@@ -34,13 +34,9 @@ def test_a_job_without_gpus_asks_for_none() -> None:
     assert named <= set(found)
 
 
-def test_the_folder_of_a_job_is_its_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parse = get_submit_parser().parse_args
+def test_the_folder_of_a_job_is_its_output_folder(tmp_path: Path) -> None:
     for flag in ('--job_dir', '--output_dir'):
-        assert find_job_dir(parse([flag, f'{tmp_path}/%j'])) == f'{tmp_path}/%j'
-    monkeypatch.setattr(run_with_submitit, 'SHARED', tmp_path)
-    monkeypatch.setenv('USER', 'me')
-    assert find_job_dir(parse([])) == f'{tmp_path}/me/experiments/%j'
+        assert find_job_dir(get_submit_parser().parse_args([flag, f'{tmp_path}/%j'])) == f'{tmp_path}/%j'
 
 
 def test_a_continued_job_has_the_flags_of_the_first() -> None:
@@ -69,7 +65,9 @@ def test_every_text_of_a_job_is_known_here() -> None:
     """So that a new flag is in the test above."""
     parser = get_submit_parser()
     group = next(group for group in parser._action_groups if group.title == 'Slurm')
-    assert {a.dest for a in group._group_actions if a.type is None} == set(TEXTS) - {'output_dir'}
+    assert {action.dest for action in group._group_actions if action.type is str} == set(TEXTS) - {
+        'output_dir'
+    }
 
 
 @pytest.mark.parametrize(
@@ -88,9 +86,8 @@ def test_every_text_of_a_job_is_known_here() -> None:
     ],
 )
 def test_impossible_jobs_get_one_clear_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, message: str
+    monkeypatch: pytest.MonkeyPatch, flags: str, message: str
 ) -> None:
     monkeypatch.setenv('PATH', '')
-    monkeypatch.setattr(run_with_submitit, 'SHARED', tmp_path / 'missing')
     with pytest.raises(ValueError, match=message):
         submit(get_submit_parser().parse_args(flags.split()))

@@ -27,6 +27,8 @@ from tests import rule
 from tests.models import TWO_STAGE
 from tests.parity import assert_close, float64
 from tests.shared_data import SHARED, needs_shared, read_shared
+from util.config.settle import settle
+from util.errors import UserError
 
 RECORD = read_shared('parity/h_deformable_detr/swin_features.json')
 NAMES = {
@@ -163,7 +165,7 @@ def test_recomputed_blocks_give_the_same_gradients() -> None:
     for recompute in (False, True):
         torch.manual_seed(0)
         model = SwinTransformer(SMALL, range(2, 5), 0.5)
-        for block in model.parts():
+        for block in model.units():
             block.recompute = recompute
         sum(x.square().mean() for x in model(images).values()).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
@@ -207,7 +209,7 @@ def test_files_of_other_networks_are_refused_by_name(tmp_path: Path) -> None:
     wider = SwinTransformer(SwinSize(32, (2, 2, 2, 2), (2, 4, 8, 16), 5), range(2, 5))
     for state in (lacking, official_file(wider)):
         torch.save({'model': {name: x + 1 for name, x in state.items()}}, path)
-        with pytest.raises(ValueError, match=r'--backbone_weights .*other\.pth does not fit this Swin'):
+        with pytest.raises(ValueError, match=r'--backbone_weights .*other\.pth does not fit SwinTransformer'):
             load_pretrained(model, str(path))
     with pytest.raises(ValueError, match='--backbone_weights: no checkpoint at nowhere'):
         load_pretrained(model, 'nowhere.pth')
@@ -218,13 +220,11 @@ def test_files_of_other_networks_are_refused_by_name(tmp_path: Path) -> None:
 def build_small(
     monkeypatch: pytest.MonkeyPatch,
     weights: str = 'none',
-    dilation: bool = False,
-    norm: str = 'frozen',
     train: bool = True,
 ) -> nn.Module:
     small = replace(SMALL, weights=SWIN_SIZES['swin_tiny'].weights)
     monkeypatch.setitem(SWIN_SIZES, 'swin_tiny', small)
-    return build_backbone('swin_tiny', weights, dilation, norm, range(2, 5), train)
+    return build_backbone('swin_tiny', weights, False, 'frozen', range(2, 5), train)
 
 
 def test_imagenet_weights_are_fetched_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -258,10 +258,9 @@ def test_no_download_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_what_swin_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match='--dilation is for convolutional backbones'):
-        build_small(monkeypatch, dilation=True)
-    with pytest.raises(ValueError, match='--backbone_norm batch is for convolutional backbones'):
-        build_small(monkeypatch, norm='batch')
+    for flags in ({'dilation': True}, {'backbone_norm': 'batch'}):
+        with pytest.raises(UserError, match=f'--{next(iter(flags))}.* is not for --backbone swin_tiny'):
+            settle(Namespace(backbone='swin_tiny', **flags))
     assert all(p.requires_grad for p in build_small(monkeypatch).parameters())
     assert not any(p.requires_grad for p in build_small(monkeypatch, train=False).parameters())
 
@@ -279,7 +278,7 @@ def test_flags_choose_swin_in_every_family(
     }  # fmt: skip
     model, criterion, _ = build_model(Namespace(**flags | family))
     body = model.backbone[0].body
-    assert all(block.recompute for block in body.parts())
+    assert all(block.recompute for block in body.units())
     assert body.layers[-1].blocks[-1].drop_path.p == pytest.approx(0.4 if num_stages == 4 else 0.4 * 5 / 7)
     targets = [{'labels': torch.tensor([1]), 'boxes': torch.tensor([[0.5, 0.5, 0.3, 0.3]])}]
     losses = criterion(model.train()(torch.randn(1, 3, 90, 70), targets), targets)
@@ -314,8 +313,8 @@ def test_detrex_checkpoints_name_swin_without_the_joiner() -> None:
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
-        ({'backbone': 'resnet18', 'drop_path_rate': 0.1}, '--drop_path_rate is not for'),
-        ({'backbone': 'resnet18', 'backbone_frozen_stages': 2}, '--backbone_frozen_stages is not for'),
+        ({'backbone': 'resnet18', 'drop_path_rate': 0.1}, '--drop_path_rate 0.1 is not for'),
+        ({'backbone': 'resnet18', 'backbone_frozen_stages': 2}, '--backbone_frozen_stages 2 is not for'),
         ({'backbone': 'swin_tiny', 'drop_path_rate': 1.0}, 'less than 1'),
         ({'backbone': 'swin_tiny', 'backbone_frozen_stages': 6}, 'at most 5, not 6'),
         ({'backbone': 'swin_huge'}, "unknown backbone 'swin_huge': choose .*swin_large_window12"),

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-from datasets import build_dataset
+from datasets.build import build_dataset, data_settings
 from models.detector import load_detector
 from models.structures import Prediction
 from models.training import build_supervision, coefficients
@@ -36,7 +36,7 @@ from models.weights.read import read_checkpoint
 from models.weights.records import extract_flags
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
 from util.config.flags import FLAGS, TRUST
-from util.config.settle import DATA, settle
+from util.config.settle import settle
 from util.distributed.collectives import choose_device
 from util.errors import UserError
 from util.files import make_folder, save_atomically
@@ -146,8 +146,8 @@ def read_checkpoints(folder: Path, epochs: list[Epoch], device: torch.device, tr
             continue
         detector = load_detector(weights=file, device=device)
         if data is None:
-            flags = settle(Namespace(**vars(detector.args) | trust), (DATA,))
-            data = build_dataset('val', flags, detector.class_map)
+            settings = data_settings(Namespace(**vars(detector.args) | trust), masks=False)
+            data = build_dataset('val', settings, detector.class_map)
             matcher = build_supervision(detector.args)[0].table['one2one'].matcher
         chosen, epoch.duplicates = examine(detector.model, detector.postprocessors['bbox'], data, matcher)
         if before is not None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets import build_dataset
+from datasets.build import build_dataset, data_settings
 from datasets.coco_eval import CocoEvaluator
 from datasets.image_dataset import ImageDataset
 from datasets.shapes import ShapesDetection
@@ -40,8 +40,6 @@ from models.postprocess import SoftmaxPostProcess, TopKPostProcess, clamp_boxes
 from models.proposals import AskedProposals
 from util.bounds import whole
 from util.box_ops import box_cxcywh_to_xyxy
-from util.config.declare import DATA
-from util.config.settle import settle
 from util.errors import UserError
 from util.files import save_atomically
 from util.flags import FlagParser, run_command
@@ -313,15 +311,8 @@ def read_data(detector: Detector, args: Namespace) -> ImageDataset:
     """Build the validation data of the command line, prepared as those of the detector's run."""
     kind = 'lvis' if getattr(detector.args, 'dataset_file', '') == 'lvis' else 'coco'
     given = {name: getattr(args, name) for name in ('coco_path', 'val_images', 'val_ann', 'allow_outside')}
-    given |= {
-        'dataset_file': kind,
-        'val_shards': None,
-        'seed': 0,
-        'masks': False,
-        'co_masks': False,
-        'eval': True,
-    }
-    return build_dataset('val', settle(Namespace(**vars(detector.args) | given), (DATA,)), detector.class_map)
+    flags = Namespace(**vars(detector.args) | given | {'dataset_file': kind, 'seed': 0, 'eval': True})
+    return build_dataset('val', data_settings(flags, masks=False), detector.class_map)
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
 """
-Write tar shards of a data set in COCO form, for --train_shards and --val_shards of main.py.
+Write tar shards of a data set in COCO form, for --train_ann and --val_ann of main.py.
 
   python tools/make_shards.py --coco_path DATA --image_set train --output shards/train
   python tools/make_shards.py --images my/train --ann my/train.json --output shards/train --shard_size 500MB
@@ -138,8 +138,7 @@ def make_shards(args: Namespace) -> str:
     if '{file}' not in args.url:
         raise UserError(f'--url {args.url} needs {{file}} where the name of a shard goes')
     check_address(args.url, '--url', allow_pipe=True)
-    places = {f'{args.image_set}_images': args.images, f'{args.image_set}_ann': args.ann}
-    folder, file = find_files(args.image_set, Namespace(coco_path=args.coco_path, **places))
+    folder, file = find_files(args.image_set, args.coco_path, args.images, args.ann)
     check_files(AnnotationTable(file).file_names, folder, file, args.allow_outside)
     data = read_annotations(file)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 
+from util.config.settle import Settled
 from util.errors import UserError
 
 Places = list[tuple[dict[str, Any], str]]
@@ -101,6 +102,23 @@ def layer_decay_groups(model: nn.Module, lr: float, weight_decay: float, factor:
         }
         for key in sorted(groups)
     ]
+
+
+def build_schedule(args: Settled, model: nn.Module, steps_per_epoch: int) -> 'Schedule':
+    """Build the optimizer that settled flags ask for, and its learning rates."""
+    optimizer = build_optimizer(
+        model,
+        lr=args.lr,
+        lr_backbone=args.lr_backbone,
+        weight_decay=args.weight_decay,
+        backbone_names=args.lr_backbone_names,
+        slow_names=args.lr_linear_proj_names,
+        slow_factor=args.lr_linear_proj_mult,
+        optimizer='sgd' if args.sgd else 'adamw',
+        layer_decay=args.lr_layer_decay,
+    )
+    drops, warmup = args.lr_drop_epochs or (), (args.warmup_steps, args.warmup_start)
+    return Schedule(optimizer, args.lr_schedule, args.epochs, args.lr_drop, drops, *warmup, steps_per_epoch)
 
 
 def step_factor(schedule: 'Schedule', step: int) -> float:

@@ -11,7 +11,6 @@ differs from the one that files would give, and depends on the numbers of ranks 
 has the same one.
 """
 
-import argparse
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -24,10 +23,18 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datasets.annotations import Columns
+from datasets.build import DataSettings, image_options
 from datasets.class_map import ClassMap, names_by_id
-from datasets.coco import Objects, Reading, check_size, kept_by, make_target, reading_of
+from datasets.coco import (
+    Objects,
+    Reading,
+    build_reading,
+    check_size,
+    kept_by,
+    make_target,
+    needs_masks,
+)
 from datasets.coco_json import Annotations, check_categories, read_annotations
-from datasets.copy_paste import build_mix
 from datasets.image_dataset import ImageDataset, Mix, loader_options
 from datasets.image_io import decode_file
 from datasets.samplers import EvalBatches
@@ -40,7 +47,7 @@ from datasets.streaming.index import (
     read_index,
     read_samples,
 )
-from datasets.transforms import Sample, Transform, transforms_of, wants_masks
+from datasets.transforms import Sample, Transform
 from util.distributed.collectives import get_rank, get_world_size
 from util.errors import UserError
 from util.seeding import mixed
@@ -326,19 +333,18 @@ class ShardStream(IterableDataset):
                 del held[drawn]
 
 
-def build(image_set: str, args: argparse.Namespace, class_map: ClassMap | None = None) -> ShardedCoco:
-    """Build the 'train' or 'val' part from --train_shards or --val_shards."""
-    mix = build_mix(image_set, args)
+def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> ShardedCoco:
+    """Build the 'train' or 'val' part from the shards of --train_ann or --val_ann."""
+    place = settings.annotations(part)
+    assert place is not None
     return ShardedCoco(
-        getattr(args, f'{image_set}_shards'),
-        transforms=transforms_of(image_set, args),
+        place,
         class_map=class_map,
-        return_masks=True if wants_masks(args) else None if mix else False,
-        seed=args.seed,
-        reading=reading_of(image_set, args),
-        mix=mix,
-        buffer=args.shard_buffer,
-        allow_pipe=args.allow_pipe,
+        return_masks=needs_masks(part, settings),
+        reading=build_reading(part, settings),
+        buffer=settings.shard_buffer,
+        allow_pipe=settings.allow_pipe,
+        **image_options(part, settings),
     )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from models.deformable_transformer import DeformableDecoder
 from models.dino import DinoDecoder
-from util.config.settle import level_strides
+from util.config.networks import level_strides
 
 from .collaborative import CollaborativeHeads
 from .criterion import SetCriterion, loss_suffix

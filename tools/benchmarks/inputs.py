@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from util.config.settle import Settled, level_strides
+from util.config.networks import level_strides
+from util.config.settle import Settled
 
 TRICKS = {'with_box_refine': True, 'two_stage': True, 'mixed_selection': True, 'look_forward_twice': True}
 

@@ -22,9 +22,9 @@ from engine import build_optimizer
 from models import build_model
 from models.frozen_norm import FoldedNorm
 from models.ops.functions import describe, implementation
-from models.parts import compile_parts
 from models.training import build_supervision
 from models.training.criterion import weighted_sum
+from models.units import compile_units
 from tools.benchmarks.inputs import TRICKS, limit_queries, random_objects
 from tools.benchmarks.official_op import add_official, load_official
 from tools.benchmarks.official_path import official_loss, official_model
@@ -200,7 +200,7 @@ def make_contenders(flags: Namespace, precisions: list[str], batch: tuple) -> di
     for name in precisions:
         own = copy.deepcopy(model) if 'compile' in name else model
         if own is not model:
-            compile_parts(own)
+            compile_units(own)
         contenders[name] = make_contender(own, our_loss(own, criterion, batch), name, batch[0])
     return contenders
 

@@ -15,8 +15,8 @@ from torch import nn
 from engine import build_optimizer
 from models import build_model
 from models.ops.functions import describe
-from models.parts import compile_parts
 from models.training.criterion import weighted_sum
+from models.units import compile_units
 from tools.benchmarks.inputs import TRICKS, limit_queries, random_objects
 from tools.benchmarks.official_path import official_path
 from tools.benchmarks.timing import time_in_turn
@@ -68,7 +68,7 @@ def benchmark_train(args: argparse.Namespace) -> None:
     contenders: dict[str, Callable[[], object]] = {'ours': step, 'grid_sample, masked attention': plain_step}
     if args.compile:
         own = copy.deepcopy(model)
-        compile_parts(own)
+        compile_units(own)
         contenders['ours, compiled'] = partial(step, own, build_optimizer(own, 0.0, 0.0, 0.0))
     print(
         f'training step of H-Deformable-DETR, R50, {args.batch_size} x {args.height} x {args.width}, {args.device}, '

@@ -8,36 +8,30 @@ from typing import Any
 
 from util.bounds import Bounded
 
+from .networks import TITLES, VARIANTS, Usual, decoder_of, kind_of
+
 # Kinds, by who receives a flag: build_detector; the postprocessors; build_supervision and the optimizer; the data; main and engine.
 NETWORK, DETECTION, TRAINING, DATA, RUN = 'network', 'detection', 'training', 'data', 'run'
 SWITCH, YES_NO, TEXT = 'switch', 'yes or no', 'text'  # types that are no number and no choice
 ALWAYS, UNLESS_CONDITIONAL = 'always', 'unless conditional'
 BY_NAMES = 'by names'
-FAMILIES = ('detr', 'conditional', 'deformable', 'dino')  # dino: Deformable DETR with DINO's decoder
-TITLES = {'detr': 'DETR', 'conditional': 'Conditional DETR', 'deformable': 'Deformable DETR'}
 
 
 class ByFamily(dict):
-    """A default for each of `FAMILIES`."""
+    """A default for each family."""
 
     def __init__(self, *values: object) -> None:
-        super().__init__(zip(FAMILIES, values, strict=True))
-
-    def words(self) -> str:
-        names: dict[str, list[str]] = {}
-        for family, value in self.items():
-            text = f'{value:g}' if isinstance(value, int | float) else ' '.join(value or ()) or 'none'
-            if value is not None:
-                names.setdefault(text, []).append(family)
-        return ', '.join(f'{text} for {" and ".join(found)}' for text, found in names.items())
+        super().__init__(zip(TITLES, values, strict=True))
 
 
-@dataclass(frozen=True)
-class Usual:
-    """A default that depends on other flags: in words, and computed from flags of which those before it are settled."""
-
-    text: str
-    of: Callable[[Namespace], object]
+def in_words(value: Any) -> str:
+    if isinstance(value, Usual):
+        return value.text
+    if isinstance(value, bool):
+        return 'yes' if value else 'no'
+    if isinstance(value, int | float):
+        return f'{value:g}'
+    return value if isinstance(value, str) else ' '.join(value or ()) or 'none'
 
 
 @dataclass(frozen=True)
@@ -45,9 +39,10 @@ class Flag:
     """All facts about a flag.
 
     type: SWITCH, YES_NO, TEXT, a `Bounded`, or a tuple of choices.
-    default: a value, `ByFamily` or `Usual`. unset: words for a default that the value does not tell.
-    families: those that it is for; () is all. backbones: beginnings of the names of those that it is for.
-    needs: a flag without which it says nothing. implied_by: a switch that turns it on. chooses: giving it makes a Deformable DETR.
+    default: a value, `ByFamily` or `Usual`; records of `networks.DECODERS` may have another one. unset: words for a default that
+    the value does not tell.
+    families: those that it is for; () is all. some_backbones: it is for those alone whose record in `networks.KINDS` names it.
+    needs: a flag without which it says nothing. chooses: giving it makes a Deformable DETR.
     aliases: names in official programs, on their command lines and in their checkpoints. same: two names of one value.
     compared: a checkpoint must have been trained with the same value; BY_NAMES: names of its weights tell.
     adopted: --eval and --pretrained take it from the checkpoint, if it is a name beside that flag alone; else only --resume does. launch: it belongs to one start of the program,
@@ -63,10 +58,9 @@ class Flag:
     kind: str = ''
     topic: str = ''
     families: tuple[str, ...] = ()
-    backbones: tuple[str, ...] = ()
+    some_backbones: bool = False
     unset: str = ''
     needs: str = ''
-    implied_by: str = ''
     chooses: str = ''
     aliases: tuple[str, ...] = ()
     same: dict[str, str] | None = None
@@ -81,15 +75,30 @@ class Flag:
     first: bool = False
     special: bool = False
 
+    @property
+    def of_variants(self) -> dict[str, Any]:
+        """Defaults of the variants of the decoder that have another one than their family, by their names."""
+        return {
+            variant.name: variant.defaults[self.name] for variant in VARIANTS if self.name in variant.defaults
+        }
+
+    @property
+    def depends_on_flags(self) -> bool:
+        return any(isinstance(default, Usual) for default in (self.default, *self.of_variants.values()))
+
     def default_of(self, args: Namespace) -> Any:
         """Return the default beside these flags, of which `family` and the flags before it are settled."""
-        if isinstance(self.default, ByFamily):
-            return self.default['dino' if args.dino else args.family]
-        value = self.default.of(args) if isinstance(self.default, Usual) else self.default
+        default = decoder_of(args).defaults.get(self.name, self.default)
+        if isinstance(default, ByFamily):
+            default = default[args.family]
+        value = default.of(args) if isinstance(default, Usual) else default
         return list(value) if isinstance(value, list) else value
 
     def fits(self, args: Namespace) -> bool:
         return not self.families or args.family in self.families
+
+    def fits_backbone(self, args: Namespace) -> bool:
+        return not self.some_backbones or self.name in kind_of(args.backbone).supports
 
     def problem(self, value: Any) -> str | None:
         """Return what is wrong with a value, wherever it comes from, or None; a value of None is left to the default."""
@@ -120,23 +129,35 @@ class Flag:
         )
 
     def full_help(self) -> str:
-        words = self.unset
-        if isinstance(self.default, ByFamily):
-            words = self.default.words()
-        elif isinstance(self.default, Usual):
-            words = self.default.text
-        elif not words and self.default not in (None, False, True, '', []):
-            words = f'{self.default:g}' if isinstance(self.default, float) else str(self.default)
         notes = [' and '.join(TITLES[family] for family in self.families) + ' only'] if self.special else []
         notes += [f'needs --{self.needs}'] if self.needs else []
+        words = self.default_in_words()
         notes += [f'default: {words}'] if words else []
         return (
             f'{self.help} ({"; ".join(notes)})'.replace('%', '%%') if notes else self.help.replace('%', '%%')
         )
 
+    def default_in_words(self) -> str:
+        """Describe the default; of a family or variant with its name."""
+        if not isinstance(self.default, ByFamily):
+            plain = self.unset
+            if isinstance(self.default, Usual) or (
+                not plain and self.default not in (None, False, True, '', [])
+            ):
+                plain = in_words(self.default)
+            others = [f'{in_words(value)} with --{name}' for name, value in self.of_variants.items()]
+            return ', '.join(
+                [*others, f'else {plain or in_words(self.default)}'] if others else filter(None, [plain])
+            )
+        names: dict[str, list[str]] = {}
+        for name, value in (self.default | self.of_variants).items():
+            if value is not None:
+                names.setdefault(in_words(value), []).append(name)
+        return ', '.join(f'{text} for {" and ".join(found)}' for text, found in names.items())
+
     def add_to(self, group: Any) -> None:
         """Declare it to argparse, with its default if that depends on no other flag, else None."""
-        late = isinstance(self.default, ByFamily | Usual)
+        late = isinstance(self.default, ByFamily | Usual) or bool(self.of_variants)
         facts: dict[str, Any] = {
             'dest': self.name,
             'help': self.full_help(),

@@ -9,6 +9,9 @@ from collections.abc import Collection, Sequence
 from util.flags import FlagParser
 
 from .flags import FLAGS, NO_OPTIONS
+from .settle import OLD
+
+REFUSED = NO_OPTIONS | {name: old.instead for name, old in OLD.items()}
 
 
 class NoOption(argparse.Action):
@@ -17,7 +20,7 @@ class NoOption(argparse.Action):
     def __call__(
         self, parser: ArgumentParser, namespace: object, values: object, option: str | None = None
     ) -> None:
-        parser.error(f'{option} is no option: {NO_OPTIONS[self.dest]}')
+        parser.error(f'{option} is no option: {REFUSED[self.dest]}')
 
 
 class HelpByTopic(argparse.Action):
@@ -81,7 +84,7 @@ def make_parser(description: str | None) -> FlagParser:
         help='show what a first run needs; all: every flag; else flags of a topic',
     )
     add_flags(parser)
-    for name in NO_OPTIONS:
+    for name in REFUSED:
         parser.add_argument(
             f'--{name}', action=NoOption, nargs='*', help=argparse.SUPPRESS, default=argparse.SUPPRESS
         )

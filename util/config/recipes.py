@@ -22,6 +22,7 @@ from .declare import NETWORK
 from .flags import FLAGS
 from .parser import make_parser
 from .recorded import SOURCES, adopt
+from .settle import in_our_names
 
 SCRIPTS = Path(__file__).resolve().parents[2] / 'scripts'
 CALL = 'recipe '
@@ -107,6 +108,7 @@ def with_config(args: Namespace, file: str | Path) -> ParsedFlags:
         found = json.loads(Path(file).read_text(encoding='utf-8'))
         kinds = found.get('settled')
         values = {name: value for kind in kinds.values() for name, value in kind.items()} if kinds else found
+        values = in_our_names(values)
         if kinds:  # of another start of the program: its folders and devices are not taken
             values = {
                 name: value for name, value in values.items() if name in FLAGS and not FLAGS[name].launch

@@ -14,7 +14,7 @@ from util.errors import UserError
 
 from .declare import DETECTION, NETWORK, RUN
 from .flags import FLAGS
-from .settle import DETECTOR, OFFICIAL_NAMES, Settled, check_values, settle
+from .settle import DETECTOR, Settled, check_values, in_our_names, is_shards, settle
 
 REMEDY = 'Give this flag, or another checkpoint of its run'
 WHOLE = (
@@ -25,11 +25,11 @@ WHOLE = (
     'dec_layers',
 )  # in every record of all flags of a run
 CHOOSE_FAMILY = ('conditional', 'deformable')
-SOURCES = ('dataset_file', 'coco_path', 'val_images', 'val_ann', 'val_shards', 'shapes_val', 'shapes_size')
+SOURCES = ('dataset_file', 'coco_path', 'val_images', 'val_ann', 'shapes_val', 'shapes_size')
 PLACES_OF_DATA = {
     'dataset_file',
     'coco_path',
-    *(f'{part}_{what}' for part in ('train', 'val') for what in ('images', 'ann', 'shards')),
+    *(f'{part}_{what}' for part in ('train', 'val') for what in ('images', 'ann')),
 }
 VIEW = (
     'img_size',
@@ -112,7 +112,7 @@ def adopt(
     Raises:
         UserError: a recorded value makes no sense, or a given flag contradicts the weights; the message has both values.
     """
-    recorded = {OFFICIAL_NAMES.get(name, name): value for name, value in recorded.items()}
+    recorded = in_our_names(recorded)
     recorded = {name: value for name, value in recorded.items() if is_sound(name, value) or name not in given}
     try:
         theirs = settle_recorded(recorded)
@@ -190,7 +190,7 @@ def crowded_out(name: str, args: Namespace, given: Collection[str], recorded: Ma
 
 def changes_text(args: Namespace, recorded: Mapping) -> str:
     """Describe the settled flags of a resumed run that are not the recorded ones; '' if all are."""
-    recorded = {OFFICIAL_NAMES.get(name, name): value for name, value in recorded.items()}
+    recorded = in_our_names(recorded)
     flags = [
         flag for flag in FLAGS.values() if not flag.launch and flag.name in recorded and flag.kind != RUN
     ]
@@ -203,11 +203,12 @@ def changes_text(args: Namespace, recorded: Mapping) -> str:
 
 def data_of(args: Namespace, given: Collection[str], recorded: Mapping) -> dict:
     """Return the flags of a run that an evaluation of it needs and that were not given: sizes, and the data if none is named."""
+    recorded = in_our_names(recorded)
     names: tuple[str, ...] = (*SOURCES, *VIEW)
     kind, shapes = recorded.get('dataset_file'), {'shapes_val', 'shapes_size'}
     if set(SOURCES) - shapes & set(given):
         same = args.dataset_file == kind if 'dataset_file' in given else kind == 'lvis'
-        names = (*VIEW, *(('dataset_file', *shapes) if same and not args.val_shards else ()))
+        names = (*VIEW, *(('dataset_file', *shapes) if same and not is_shards(args.val_ann) else ()))
     return {name: recorded[name] for name in names if name not in given and name in recorded}
 
 

@@ -2,6 +2,8 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from util.errors import UserError
@@ -12,20 +14,57 @@ from .declare import (
     DETECTION,
     NETWORK,
     RUN,
-    TITLES,
     TRAINING,
     UNLESS_CONDITIONAL,
-    ByFamily,
     Flag,
-    Usual,
 )
 from .flags import FLAGS, RANDOM_SCALES
+from .networks import TITLES, VARIANTS, Usual, backbone_maps, decoder_of, kind_of
 
 DETECTOR = (NETWORK, DETECTION)
 MODEL = (NETWORK, DETECTION, TRAINING)
 EVERYTHING = (*MODEL, DATA, RUN)
 OFFICIAL_NAMES = {alias: flag.name for flag in FLAGS.values() for alias in flag.aliases}
 PLACES = ('backbone', 'encoder', 'decoder')  # parts of a network that --use_checkpoint names
+SHARDS = 'shards.json'  # index of tar shards
+
+
+@dataclass(frozen=True)
+class OldFlag:
+    """A flag that only older records hold.
+
+    instead: what the command line answers to a user who gives it. today: the flags that have its meaning today, from its
+    value and the whole record; they replace those of the record.
+    """
+
+    instead: str
+    today: Callable[[Any, Mapping], dict]
+
+
+OLD = {
+    'train_shards': OldFlag(
+        'give --train_ann shards.json or its folder', lambda place, _: {'train_ann': place} if place else {}
+    ),
+    'val_shards': OldFlag(
+        'give --val_ann shards.json or its folder', lambda place, _: {'val_ann': place} if place else {}
+    ),
+    'no_validate': OldFlag('give --eval_every 0', lambda on, _: {'eval_every': 0} if on else {}),
+}
+
+
+def in_our_names(record: Mapping) -> dict:
+    """Return the flags of a namespace or a record under today's names, instead of official names and those in `OLD`."""
+    named = {OFFICIAL_NAMES.get(name, name): value for name, value in record.items()}
+    flags = {name: value for name, value in named.items() if name not in OLD}
+    for name, old in OLD.items():
+        if name in named:
+            flags |= old.today(named[name], named)
+    return flags
+
+
+def is_shards(place: str | None) -> bool:
+    """Return whether a value of --train_ann or --val_ann is an index of tar shards, or the folder of one."""
+    return place is not None and (Path(place).name == SHARDS or (Path(place) / SHARDS).is_file())
 
 
 class Settled(Namespace):
@@ -47,18 +86,17 @@ def settle(args: Namespace, kinds: Collection[str] = MODEL) -> Settled:
     Raises:
         UserError: a value makes no sense, or flags contradict each other.
     """
-    given = {OFFICIAL_NAMES.get(name, name): value for name, value in vars(args).items() if value is not None}
+    given = in_our_names({name: value for name, value in vars(args).items() if value is not None})
+    others = {name: value for name, value in vars(args).items() if name not in OLD}
     flags = [flag for flag in FLAGS.values() if flag.kind in kinds]
     settle_checkpointing(given)
     check_values(given, flags)
-    settled = Namespace(**vars(args) | given, **{} if 'family' in given else {'family': ''})
+    settled = Namespace(**others | given, **{} if 'family' in given else {'family': ''})
     settled.family = family_of(given)
-    plain = [flag for flag in flags if not isinstance(flag.default, ByFamily | Usual)]
-    by_family = [flag for flag in flags if isinstance(flag.default, ByFamily)]
-    for flag in (*plain, *by_family, *(flag for flag in flags if isinstance(flag.default, Usual))):
+    for flag in sorted(flags, key=lambda flag: flag.depends_on_flags):
         if flag.name not in given:
             setattr(settled, flag.name, flag.default_of(settled))
-        if flag.implied_by and getattr(settled, flag.implied_by, False):
+        if flag.name in decoder_of(settled).implies:
             setattr(settled, flag.name, True)
     check(settled, flags)
     return Settled(**vars(settled))
@@ -70,7 +108,8 @@ def settle_checkpointing(given: dict) -> None:
     if value is False:
         del given['use_checkpoint']
     elif value is True or value == []:  # networks of timm cannot be recomputed in parts
-        given['use_checkpoint'] = list(PLACES[str(given.get('backbone', '')).startswith('timm/') :])
+        whole = 'use_checkpoint' not in kind_of(str(given.get('backbone', ''))).supports
+        given['use_checkpoint'] = list(PLACES[whole:])
 
 
 def family_of(given: dict) -> str:
@@ -80,6 +119,9 @@ def family_of(given: dict) -> str:
         UserError: they choose two.
     """
     chosen = [flag.name for flag in FLAGS.values() if flag.chooses == ALWAYS and given.get(flag.name)]
+    decoders = [f'--{variant.name}' for variant in VARIANTS if variant.name in chosen]
+    if len(decoders) > 1:
+        raise UserError(f'{" and ".join(decoders)} choose different decoders: give one of them')
     if given.get('conditional'):
         if chosen:
             raise UserError(f'--conditional and --{chosen[0]} choose different models: leave one of them out')
@@ -131,54 +173,13 @@ def check(args: Namespace, flags: Collection[Flag]) -> None:
             raise UserError(
                 f'{shown} is for {families}, and the other flags choose {args.family}: leave it out'
             )
-        if flag.backbones and not args.backbone.startswith(flag.backbones):
-            raise UserError(f'--{flag.name} is not for --backbone {args.backbone}: leave it out')
+        if not flag.fits_backbone(args):
+            raise UserError(f'{shown} is not for --backbone {args.backbone}: leave it out')
     kinds = {flag.kind for flag in flags}
     for kind, rules in RULES.items():
         for rule in rules if kind in kinds else ():
             if message := rule(args):
                 raise UserError(message)
-
-
-PYRAMID_STRIDES = [4, 8, 16, 32, 64]  # of the levels that a ViT's map is made into
-
-
-def is_vit(args: Namespace) -> bool:
-    return args.backbone.startswith('vit_')
-
-
-def backbone_maps(args: Namespace) -> range:
-    """Return the stages of the backbone whose maps the detector reads: the last for one level, else all from the first or second on."""
-    if is_vit(args):
-        return range(3, 4)
-    if args.family != 'deformable' or args.num_feature_levels == 1:
-        first = args.backbone_stages
-    else:
-        first = 1 if args.finest_stride == 4 else 2
-    return range(first, args.backbone_stages + 1)
-
-
-def returned_maps(args: Namespace) -> range:
-    """Return the stages of the backbone whose maps are returned: those that levels are made from; for masks all."""
-    maps = backbone_maps(args)
-    return range(1, maps[-1] + 1) if args.masks else maps
-
-
-def has_pyramid(args: Namespace) -> bool:
-    """Tell whether all levels are made from the only map of a ViT."""
-    return is_vit(args) and args.num_feature_levels > 1
-
-
-def level_strides(args: Namespace) -> list[int]:
-    """Return the strides of Deformable DETR's feature maps, finest first."""
-    if has_pyramid(args):
-        return PYRAMID_STRIDES
-    strides = [2 ** (stage + 1) for stage in backbone_maps(args)]
-    if args.dilation:
-        strides[-1] //= 2
-    while args.family == 'deformable' and len(strides) < args.num_feature_levels:
-        strides.append(2 * strides[-1])
-    return strides
 
 
 def deformable(a: Namespace) -> bool:
@@ -189,7 +190,7 @@ def other_batches(a: Namespace) -> str:
     others = {
         'group_aspect_ratio': a.group_aspect_ratio,
         'cache_mode': a.cache_mode,
-        'train_shards': a.train_shards,
+        f'train_ann {a.train_ann}': is_shards(a.train_ann),
         'aug lsj': a.aug == 'lsj',
     }
     return next((name for name, given in others.items() if given and a.bucket_sizes), '')
@@ -210,24 +211,22 @@ RULES: dict[str, list[Callable[[Namespace], object]]] = {
         and f'--dilation changes stage 4, but --backbone_stages is {a.backbone_stages}: give one of them',
         lambda a: a.backbone_frozen_stages > a.backbone_stages + 1
         and f'--backbone_frozen_stages {a.backbone_frozen_stages} is more than all stages, of which there are {a.backbone_stages}',
-        lambda a: (is_vit(a) and a.backbone_stages != 4)
-        and f'--backbone_stages {a.backbone_stages} is not for {a.backbone}, which has one map: leave it out',
-        lambda a: (is_vit(a) and deformable(a) and a.num_feature_levels not in (1, len(PYRAMID_STRIDES)))
-        and f'--num_feature_levels {a.num_feature_levels} must be 5, the levels of the feature pyramid of {a.backbone}, or 1',
+        lambda a: (deformable(a) and (levels := len(kind_of(a.backbone).pyramid)) and a.num_feature_levels not in (1, levels))
+        and f'--num_feature_levels {a.num_feature_levels} must be {levels}, the levels of the feature pyramid of {a.backbone}, or 1',
         lambda a: (a.masks and a.co_masks)
         and '--masks and --co_masks are two ways to predict masks: give one of them',
         lambda a: ((a.masks or a.co_masks) and a.eval_module != 'detr')
         and f'--masks and --co_masks are those of the decoder: leave --eval_module {a.eval_module} out',
-        lambda a: (a.masks and is_vit(a))
+        lambda a: (a.masks and len(kind_of(a.backbone).stages) == 1)
         and f'--masks needs maps of several strides, and {a.backbone} has one: leave it out',
-        lambda a: ('backbone' in (a.use_checkpoint or ()) and a.backbone.startswith('timm/'))
+        lambda a: ('backbone' in (a.use_checkpoint or ()) and 'use_checkpoint' not in kind_of(a.backbone).supports)
         and f'--use_checkpoint backbone is not for --backbone {a.backbone}: leave it out, or name encoder and decoder',
         lambda a: (a.use_aux_ffn and a.ms_variant == 'a')
         and '--use_aux_ffn belongs to the second reading after the cross-attention: leave it out, or leave --ms_variant a out',
         lambda a: a.eval_module not in ('detr', *a.co_aux_heads)
         and f'--eval_module {a.eval_module} is not among --co_aux_heads: add it there, or evaluate detr',
         lambda a: (a.soft_nms_threshold and a.nms_iou_threshold is not None)
-        and '--soft_nms_threshold and --nms_iou_threshold are two ways of suppression: give one (--soft_nms_threshold 0 turns that of --dino off)',
+        and '--soft_nms_threshold and --nms_iou_threshold are two ways of suppression: give one (--soft_nms_threshold 0 turns the usual one off)',
         lambda a: (a.eval_module != 'detr' and a.nms_iou_threshold is not None)
         and f'--nms_iou_threshold is for the decoder: --eval_module {a.eval_module} suppresses by its own rule',
         lambda a: len(set(a.co_aux_heads)) < len(a.co_aux_heads)
@@ -248,7 +247,7 @@ RULES: dict[str, list[Callable[[Namespace], object]]] = {
         and f'--train_scales {a.train_scales[0]} {a.train_scales[1]}: give the smaller size first',
         lambda a: (a.aug not in RANDOM_SCALES and (a.train_scales or a.train_max_size))
         and f'--train_scales and --train_max_size are not for --aug {a.aug}, which scales otherwise: leave them out',
-        lambda a: (a.repeat_threshold and (a.dataset_file == 'shapes' or a.train_shards))
+        lambda a: (a.repeat_threshold and (a.dataset_file == 'shapes' or is_shards(a.train_ann)))
         and '--repeat_threshold needs image files in COCO form or LVIS: leave it out',
         lambda a: (a.cache_mode and a.dataset_file == 'shapes')
         and '--cache_mode keeps image files; built-in images have none: leave it out',
@@ -257,16 +256,16 @@ RULES: dict[str, list[Callable[[Namespace], object]]] = {
         lambda a: (a.dataset_file in ('voc', 'yolo') and any((a.train_images, a.train_ann, a.val_images, a.val_ann)))
         and f'--dataset_file {a.dataset_file} is one folder: give --coco_path instead of images and annotations',
         lambda a: (other := other_batches(a)) and f'--bucket_sizes makes batches in another way than --{other}: leave one out',
-        lambda a: ((a.train_shards or a.val_shards) and a.dataset_file != 'coco')
-        and f'--train_shards and --val_shards hold data in COCO form: leave --dataset_file {a.dataset_file} out',
-        lambda a: ((a.train_shards and not a.eval and (a.train_images or a.train_ann)) or (a.val_shards and (a.val_images or a.val_ann)))
-        and 'shards, and images or annotations, name the same images twice: give one of them',
-        lambda a: (a.cache_mode and (a.val_shards or (a.train_shards and not a.eval)))
-        and '--cache_mode keeps image files, and shards have none: leave it out',
-        lambda a: (a.group_aspect_ratio and a.train_shards and not a.eval)
-        and '--group_aspect_ratio chooses images for a batch, and --train_shards streams them: leave it out',
+        lambda a: (a.dataset_file != 'coco' and any(map(is_shards, (a.train_ann, a.val_ann))))
+        and f'tar shards hold data in COCO form: leave --dataset_file {a.dataset_file} out',
+        lambda a: ((is_shards(a.train_ann) and a.train_images) or (is_shards(a.val_ann) and a.val_images))
+        and 'tar shards hold their images: leave --train_images and --val_images out',
     ],
     RUN: [
+        lambda a: (a.cache_mode and (is_shards(a.val_ann) or (is_shards(a.train_ann) and not a.eval)))
+        and '--cache_mode keeps image files, and tar shards have none: leave it out',
+        lambda a: (a.group_aspect_ratio and is_shards(a.train_ann) and not a.eval)
+        and '--group_aspect_ratio chooses images for a batch, and tar shards are streamed: leave it out',
         lambda a: (a.eval and not (a.resume or a.pretrained))
         and '--eval needs weights: add --resume FILE (or --pretrained FILE, or --model NAME)',
         lambda a: (a.resume and a.pretrained and a.resume != 'auto')

@@ -1,1 +1,1 @@
-"""Distributed training: launchers, collectives, model parallelism, and the handling of failures and preemption."""
+"""Distributed training: launchers, collectives, model parallelism and preemption."""

@@ -13,7 +13,9 @@ from torch import Tensor
 from util.distributed.launch import export_launcher_environment
 from util.errors import UserError
 
-LONGEST_WAIT = timedelta(hours=1)  # of processes for one that computes the metrics of all
+# In a collective, for instance of those that do not compute metrics for the one that does. A launcher ends the others at once
+# when a process dies; this is for one that hangs.
+LONGEST_WAIT = timedelta(hours=1)
 
 
 def is_distributed() -> bool:
@@ -73,19 +75,18 @@ def init_distributed(device: torch.device, dist_url: str = 'env://') -> None:
     if 'RANK' not in os.environ or 'WORLD_SIZE' not in os.environ or is_distributed():
         return
     backend = 'nccl' if device.type == 'cuda' else 'gloo'
-    attempt = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
-    one_machine = (
-        os.environ.get('LOCAL_WORLD_SIZE') == os.environ['WORLD_SIZE']
-    )  # elsewhere counts may differ
+    rank, size, attempt = (
+        int(os.environ.get(name, 0)) for name in ('RANK', 'WORLD_SIZE', 'TORCHELASTIC_RESTART_COUNT')
+    )
+    place: dict[str, Any] = {'init_method': dist_url}
+    # On several machines the counts of restarts may differ.
+    one_machine = os.environ.get('LOCAL_WORLD_SIZE') == str(size)
     if attempt and one_machine and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
         # torchrun's store still holds the addresses of the processes that have ended.
-        rank, size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
         address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
-        store = dist.PrefixStore(f'attempt{attempt}', dist.TCPStore(*address, size, is_master=False))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    else:
-        dist.init_process_group(backend, init_method=dist_url)
-    dist.distributed_c10d._set_pg_timeout(LONGEST_WAIT)
+        store = dist.TCPStore(*address, size, is_master=False)
+        place = {'store': dist.PrefixStore(f'attempt{attempt}', store), 'rank': rank, 'world_size': size}
+    dist.init_process_group(backend, timeout=LONGEST_WAIT, **place)
 
 
 def leave_distributed() -> None:

@@ -1,6 +1,6 @@
 """
-Environment variables of launchers other than torchrun, translated to torchrun's: RANK, WORLD_SIZE, LOCAL_RANK,
-LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+Slurm as a launcher: torchrun's environment variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT) in the tasks of srun, which submitit's tasks are too, and whether a job is preempted.
 """
 
 import os
@@ -15,14 +15,14 @@ FIRST_PORT, NUM_PORTS = 15000, 15000
 
 
 def export_launcher_environment() -> None:
-    """Set missing variables of torchrun in a task of Slurm's srun or of submitit; do nothing elsewhere.
+    """Set missing variables of torchrun in a task of Slurm's srun; do nothing elsewhere.
 
     Raises:
         UserError: WORLD_SIZE is set, but not to the number of tasks.
     """
     if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ:
         return  # torchrun, perhaps one started by srun on each node
-    found = submitit_task(os.environ) or slurm_task(os.environ)
+    found = slurm_task(os.environ)
     if not found:
         return
     size = os.environ.get('WORLD_SIZE', found['WORLD_SIZE'])
@@ -55,25 +55,6 @@ def slurm_task(environment: Mapping[str, str]) -> dict[str, str]:
         'LOCAL_WORLD_SIZE': str(len(here)),
         # Names of nodes need not be names of hosts; where there is one node only, it needs none.
         'MASTER_ADDR': '127.0.0.1' if str(len(here)) == tasks else first_host(nodes),
-        'MASTER_PORT': str(FIRST_PORT + number % NUM_PORTS),
-    }
-
-
-def submitit_task(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return torchrun's variables for one of several tasks of submitit on this machine, {} for anything else.
-
-    In a cluster, submitit's tasks are those of srun.
-    """
-    tasks = environment.get('SUBMITIT_LOCAL_NTASKS', '1')
-    if environment.get('SUBMITIT_EXECUTOR') != 'local' or tasks == '1':
-        return {}
-    number = int(environment['SUBMITIT_LOCAL_JOB_ID'])
-    return {
-        'RANK': environment['SUBMITIT_LOCAL_GLOBALID'],
-        'WORLD_SIZE': tasks,
-        'LOCAL_RANK': environment['SUBMITIT_LOCAL_LOCALID'],
-        'LOCAL_WORLD_SIZE': tasks,
-        'MASTER_ADDR': '127.0.0.1',
         'MASTER_PORT': str(FIRST_PORT + number % NUM_PORTS),
     }
 

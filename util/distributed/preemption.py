@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from util.distributed.collectives import get_world_size, is_main_process, leave_distributed
+from util.distributed.collectives import get_world_size, init_distributed, is_main_process, leave_distributed
 from util.distributed.launch import is_preempted
 from util.logger import print_main
 
@@ -147,6 +147,23 @@ class StopRequests:
         finally:  # srun --kill-on-bad-exit ends the main process, requeued or not, once another one has left
             leave_distributed()
         sys.exit(UNFINISHED)
+
+
+@contextmanager
+def processes(device: torch.device, url: str) -> Iterator[StopRequests]:
+    """Join the processes of a run, and leave them at the end; a signal ends the block after its state is saved.
+
+    url: where they meet, as `torch.distributed` has it.
+    """
+    init_distributed(device, url)
+    stops = StopRequests(device)
+    try:
+        yield stops
+    except Interrupted as stop:
+        stops.leave(*stop.args)
+    finally:
+        stops.close()
+    leave_distributed()
 
 
 def requeue() -> None:

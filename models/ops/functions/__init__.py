@@ -1,5 +1,4 @@
 from .ms_deform_attn_func import (
-    MSDeformAttnFunction,
     available,
     describe,
     exporting,
@@ -11,7 +10,6 @@ from .ms_deform_attn_func import (
 )
 
 __all__ = [
-    'MSDeformAttnFunction',
     'available',
     'describe',
     'exporting',

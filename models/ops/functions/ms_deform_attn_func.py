@@ -116,9 +116,9 @@ def backward(ctx: object, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Te
     return grads[0], None, grads[1], grads[2]
 
 
-def full_precision(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def exact_points(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Convert locations and weights to float32 if values have 16 bits, which place a point only to a third of a pixel."""
-    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(value.dtype, torch.float32)
     return locations.to(dtype), weights.to(dtype)
 
 
@@ -127,7 +127,7 @@ def make_autocast(device_type: str) -> Callable:
 
     def autocast(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
         with torch.autocast(device_type, enabled=False):
-            return torch.ops.detr.ms_deform_attn(value, shapes, *full_precision(value, locations, weights))
+            return torch.ops.detr.ms_deform_attn(value, shapes, *exact_points(value, locations, weights))
 
     return autocast
 
@@ -161,7 +161,7 @@ def ms_deform_attn(
     Raises:
         RuntimeError: the shapes do not fit each other.
     """
-    locations, weights = full_precision(value, sampling_locations, attention_weights)
+    locations, weights = exact_points(value, sampling_locations, attention_weights)
     if exporting() or implementation(value.device.type) == 'pytorch':
         return ms_deform_attn_core_pytorch(value, spatial_shapes, locations, weights).to(value.dtype)
     flat_shapes = [side for shape in spatial_shapes for side in shape]
@@ -180,30 +180,6 @@ def is_exporting() -> bool:
     set the flag while they export with strict=True.
     """
     return getattr(torch.compiler, '_is_exporting_flag', False)
-
-
-class MSDeformAttnFunction:
-    """The interface of the official extension, for code that was written for it."""
-
-    @staticmethod
-    def apply(
-        value: Tensor,
-        value_spatial_shapes: Tensor | Shapes,
-        value_level_start_index: Tensor | None,
-        sampling_locations: Tensor,
-        attention_weights: Tensor,
-        im2col_step: int | None = None,
-    ) -> Tensor:
-        """Call the operator. `value_level_start_index` and `im2col_step` are ignored."""
-        shapes = as_shapes(value_spatial_shapes)
-        return ms_deform_attn(value, shapes, sampling_locations, attention_weights)
-
-
-def as_shapes(spatial_shapes: Tensor | Shapes) -> Shapes:
-    """Turn shapes into plain integers. A tensor on a GPU needs a synchronisation."""
-    if isinstance(spatial_shapes, Tensor):
-        return [(height, width) for height, width in spatial_shapes.tolist()]
-    return spatial_shapes
 
 
 chosen: dict[str, str] = {}  # type of device -> implementation in use

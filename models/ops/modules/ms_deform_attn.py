@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.ops.functions.ms_deform_attn_func import Shapes, as_shapes, ms_deform_attn
+from models.ops.functions.ms_deform_attn_func import Shapes, ms_deform_attn
 from util.precision import full_precision
 
 
@@ -37,7 +37,6 @@ class MSDeformAttn(nn.Module):
                 f'{d_model // n_heads} channels a head: kernels are faster with a power of two', stacklevel=2
             )
         self.d_model, self.n_levels, self.n_heads, self.n_points = d_model, n_levels, n_heads, n_points
-        self.im2col_step = 64  # official name; has no effect
         self.sampling_offsets = nn.Linear(d_model, n_heads * n_levels * n_points * 2)
         self.attention_weights = nn.Linear(d_model, n_heads * n_levels * n_points)
         self.value_proj = nn.Linear(d_model, d_model)
@@ -65,8 +64,7 @@ class MSDeformAttn(nn.Module):
         query: Tensor,
         reference_points: Tensor,
         input_flatten: Tensor,
-        input_spatial_shapes: Shapes | Tensor,
-        input_level_start_index: Tensor | None = None,
+        input_spatial_shapes: Shapes,
         input_padding_mask: Tensor | None = None,
         sizes: Tensor | None = None,
     ) -> Tensor:
@@ -76,12 +74,11 @@ class MSDeformAttn(nn.Module):
             query: [N, Q, C], positions added.
             reference_points: [N, Q, L, 2] centres or [N, Q, L, 4] boxes cxcywh, in units of the padded image.
             input_flatten: [N, S, C], without positions.
-            input_spatial_shapes: (H, W) of each level. A tensor is accepted, but needs a synchronisation.
-            input_level_start_index: ignored; the official module needs it.
+            input_spatial_shapes: (H, W) of each level, plain integers.
             input_padding_mask: [N, S], True = padding.
             sizes: `level_sizes` of the shapes, if the caller has computed them already.
         """
-        shapes = as_shapes(input_spatial_shapes)
+        shapes = input_spatial_shapes
         value = self.value_proj(input_flatten)
         if input_padding_mask is not None:
             value = value.masked_fill(input_padding_mask[..., None], 0)

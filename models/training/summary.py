@@ -6,13 +6,15 @@ from typing import cast
 import torch
 from torch import nn
 
+from models.build import build_model
 from models.ops.functions import describe as describe_kernels
+from models.training.criterion import SetCriterion
 from models.training.report import supervision_table
 from util.config.settle import Settled, chosen_by
 from models.costs import activation_bytes, count_flops, if_known
 from util.distributed.collectives import get_world_size
 from util.errors import UserError
-from util.optim import Schedule
+from util.optim import Schedule, build_schedule
 from util.run import ImageData
 
 FROM_SCRATCH_NEEDS = 10_000  # images; DETR's authors' advice
@@ -24,11 +26,12 @@ FLOPS_SIZE = (800, 1136)  # height and width of one image with the mean cost of 
 def print_plan(
     args: Settled,
     model: nn.Module,
+    criterion: SetCriterion,
     datasets: Mapping[str, ImageData],
     schedule: Schedule,
-    notes: dict[str, str],
+    flops: str,
 ) -> None:
-    """Print data, classes, effective batch, learning rates, model size and steps. notes: further rows."""
+    """Print data, classes, effective batch, learning rates, model size and steps. flops: operations in words."""
     shown = list(datasets.values())[-1]  # without validation that of training
     names = [name for name in shown.class_map.names if name is not None]
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -46,11 +49,16 @@ def print_plan(
         'precision': {'off': 'float32'}.get(
             args.amp, f'{args.amp}, and float32 for boxes, matching and losses'
         ),
-        **notes,
+        'FLOPs': flops,
     }
+    if args.family == 'deformable':
+        rows['kernels'] = describe_kernels(next(model.parameters()).device.type)
     if not args.eval:
+        if args.aug == 'lsj' and not datasets['train'].return_masks:
+            rows['copy-paste'] = 'none, since there are objects without a segmentation'
         steps = schedule.steps_per_epoch
         rows |= {
+            'supervision': supervision_table(criterion.table, model.num_queries, criterion.weight_dict),
             'batch': batch_text(args),
             'learning rate': rates_text(args, schedule),
             'steps': f'{steps} an epoch, {steps * args.epochs} in {args.epochs} epochs',
@@ -73,20 +81,6 @@ def print_plan(
             f'warning: {len(datasets["train"])} images are few to train from random numbers; --backbone_weights imagenet '
             'or --pretrained learn much faster'
         )
-
-
-def plan_notes(
-    args: Settled, model: nn.Module, criterion: nn.Module, datasets: Mapping[str, ImageData]
-) -> dict[str, str]:
-    """Return what the plan of a run says of operations and supervision."""
-    notes = {'FLOPs': flops_text(model, list(datasets.values())[-1])}
-    if args.family == 'deformable':
-        notes['kernels'] = describe_kernels(next(model.parameters()).device.type)
-    if not args.eval:
-        if args.aug == 'lsj' and not datasets['train'].return_masks:
-            notes['copy-paste'] = 'none, since there are objects without a segmentation'
-        notes['supervision'] = supervision_table(criterion.table, model.num_queries, criterion.weight_dict)
-    return notes
 
 
 def batch_text(args: Settled) -> str:
@@ -126,23 +120,30 @@ def flops_text(model: nn.Module, dataset: ImageData) -> str:
     return if_known(text)
 
 
-def print_dry_run(
-    args: Settled,
-    model: nn.Module,
-    criterion: nn.Module,
-    schedule: Schedule,
-    num_images: int,
-) -> None:
-    """Print what a run would need: parameters, operations, memory, learning rates and steps."""
+def print_dry_run(args: Settled, num_images: int | None) -> None:
+    """Print what a run would need, from the flags alone: parameters, operations, memory, learning rates and steps.
+
+    num_images: number of training images; None: that of COCO or LVIS.
+
+    Raises:
+        UserError: the images do not fill a step.
+    """
+    contiguous = args.dataset_file == 'coco' and args.class_ids == 'contiguous'
+    num_classes = {'lvis': 1203}.get(args.dataset_file, 80 if contiguous else args.num_classes)
+    args = args.but(num_classes=num_classes, backbone_weights='none')
+    num_images = num_images or training_images(args)
+    batch = args.batch_size * args.accum_steps * get_world_size()
+    steps = num_images // batch
+    with torch.device('meta'):
+        model, criterion, _ = build_model(args)
+        schedule = build_schedule(args, model, max(1, steps))
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    batch = args.batch_size * args.accum_steps * get_world_size()
     if num_images < batch and not args.eval:
         raise UserError(
             f'{num_images} training images do not fill one step of {batch}: lower --batch_size or --total_batch_size, '
             'or add images'
         )
-    steps = num_images // batch
     queries = cast(dict[str, int], model.num_queries)
     rates: dict[float, int] = {}
     for group in schedule.optimizer.param_groups:

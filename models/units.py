@@ -1,7 +1,7 @@
 """
-List the parts of a detector that `torch.compile`, FSDP2 and the recomputation of activations work on.
+List the units of a detector that `torch.compile`, FSDP2 and the recomputation of activations work on, and freeze parameters.
 
-The code between the parts is not compiled: it has little to fuse, and would be compiled again for every combination of
+The code between the units is not compiled: it has little to fuse, and would be compiled again for every combination of
 query groups.
 """
 
@@ -12,58 +12,59 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from util.config.settle import PLACES
 from util.errors import UserError
 
-PLACES = ('backbone', 'encoder', 'decoder')
 # Compiled programs of one function that PyTorch may keep. There are four kinds of stages and two of layers, each in
 # training and evaluation.
 MOST_PROGRAMS = 64
 
 
-def parts(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """Return the parts of a detector by place, in the order in which they run.
+def list_units(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """Return the units of a detector by place, in the order in which they run.
 
-    Parts of the backbone are stages of a ResNet, blocks of Swin and MobileNetV2, or a whole network of timm. Parts of
+    Units of the backbone are stages of a ResNet, blocks of Swin, ViT and MobileNetV2, or a whole network of timm. Units of
     encoder and decoder are their layers.
     """
     transformer = model.transformer
-    return {
-        'backbone': model.backbone[0].body.parts(),
-        'encoder': list(transformer.encoder.layers),
-        'decoder': list(transformer.decoder.layers),
-    }
+    units = (
+        model.backbone[0].body.units(),
+        list(transformer.encoder.layers),
+        list(transformer.decoder.layers),
+    )
+    return dict(zip(PLACES, units, strict=True))
 
 
-def all_parts(model: nn.Module) -> list[nn.Module]:
-    return [part for each in parts(model).values() for part in each]
+def all_units(model: nn.Module) -> list[nn.Module]:
+    return [unit for units in list_units(model).values() for unit in units]
 
 
 def recompute(model: nn.Module, places: Sequence[str]) -> None:
-    """Mark the parts of some places, so that `call_part` recomputes their activations in the backward pass."""
-    for place, each in parts(model).items():
-        for part in each:
-            part.recompute = place in places
+    """Mark the units of some places, so that `call_unit` recomputes their activations in the backward pass."""
+    for place, units in list_units(model).items():
+        for unit in units:
+            unit.recompute = place in places
 
 
-def call_part(part: nn.Module, *args: object, method: Callable | None = None) -> object:
-    """Call a part, or one of its methods. Activations of parts marked by `recompute` are not kept.
+def call_unit(unit: nn.Module, *args: object, method: Callable | None = None) -> object:
+    """Call a unit, or one of its methods. Activations of units marked by `recompute` are not kept.
 
-    Batch norms of such parts update their running statistics once per batch.
+    Batch norms of such units update their running statistics once per batch.
     """
-    call = method or part
-    if not getattr(part, 'recompute', False) or not torch.is_grad_enabled():
+    call = method or unit
+    if not getattr(unit, 'recompute', False) or not torch.is_grad_enabled():
         return call(*args)
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        return nullcontext(), unchanged_statistics(part)
+        return nullcontext(), unchanged_statistics(unit)
 
     return checkpoint(call, *args, use_reentrant=False, context_fn=contexts)
 
 
 @contextmanager
-def unchanged_statistics(part: nn.Module) -> Iterator[None]:
+def unchanged_statistics(unit: nn.Module) -> Iterator[None]:
     """Let batch norms normalise as in training, without updating their running statistics."""
-    norms = batch_norms(part)
+    norms = batch_norms(unit)
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
@@ -101,22 +102,22 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
         )
 
 
-def compile_parts(model: nn.Module, **options: object) -> None:
-    """Compile every part in place; parameters, buffers and their names stay.
+def compile_units(model: nn.Module, **options: object) -> None:
+    """Compile every unit in place; parameters, buffers and their names stay.
 
-    Parts that are alike share one program. Heights and widths are dynamic, so that images of other sizes share it too.
+    Units that are alike share one program. Heights and widths are dynamic, so that images of other sizes share it too.
 
     Args:
         options: arguments of `torch.compile`.
 
     Raises:
-        UserError: a part with batch norms is to be recomputed.
+        UserError: a unit with batch norms is to be recomputed.
     """
-    if any(getattr(part, 'recompute', False) and batch_norms(part) for part in all_parts(model)):
+    if any(getattr(unit, 'recompute', False) and batch_norms(unit) for unit in all_units(model)):
         raise UserError(
             'compiled stages with batch norms cannot be computed again: leave backbone out of --use_checkpoint, or do not '
             'compile'
         )
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, MOST_PROGRAMS)
-    for part in all_parts(model):
-        part.compile(**{'dynamic': True} | options)
+    for unit in all_units(model):
+        unit.compile(**{'dynamic': True} | options)

@@ -1,0 +1,125 @@
+"""Build a data set by the name of its format, from the settled flags of data."""
+
+from argparse import Namespace
+from dataclasses import dataclass, fields
+from importlib import import_module
+from typing import Any
+
+from datasets.class_map import ClassMap
+from datasets.copy_paste import LargeScaleJitter
+from datasets.image_dataset import ImageDataset
+from datasets.transforms import make_transforms
+from util.config.declare import DATA
+from util.config.flags import FLAGS
+from util.config.networks import level_strides
+from util.config.settle import is_shards, settle
+
+# Value of --dataset_file -> module whose `build(part, settings, class_map)` builds the data set; part is 'train' or 'val'.
+DATASETS = {
+    'coco': 'datasets.coco',
+    'lvis': 'datasets.lvis',
+    'voc': 'datasets.foreign',
+    'yolo': 'datasets.foreign',
+    'shapes': 'datasets.shapes',
+}
+MASK_FLAGS = ('masks', 'co_masks', 'co_rcnn_masks')  # a model with one of these learns masks
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What the builders of data sets read: flags of the same names (`util.config.flags`), and `masks`.
+
+    masks: targets need masks.
+    """
+
+    dataset_file: str
+    coco_path: str | None
+    train_images: str | None
+    train_ann: str | None
+    val_images: str | None
+    val_ann: str | None
+    class_ids: str
+    check_data: bool
+    allow_outside: bool
+    allow_pipe: bool
+    repeat_threshold: float
+    img_size: int
+    max_size: int | None
+    train_scales: list[int] | None
+    train_max_size: int | None
+    aug: str
+    lsj_size: int
+    shapes_train: int
+    shapes_val: int
+    shapes_size: int
+    shard_buffer: int
+    topk_eval: int | None
+    seed: int
+    masks: bool
+
+    def images(self, part: str) -> str | None:
+        """Return --train_images or --val_images."""
+        return getattr(self, f'{part}_images')
+
+    def annotations(self, part: str) -> str | None:
+        """Return --train_ann or --val_ann."""
+        return getattr(self, f'{part}_ann')
+
+
+def data_settings(args: Namespace, masks: bool | None = None) -> DataSettings:
+    """Return the settings of flags; those that are missing have their defaults.
+
+    Args:
+        masks: whether targets need masks; None: as the flags of the model say.
+
+    Raises:
+        UserError: a value is invalid, or flags contradict each other.
+    """
+    flags = vars(settle(args, (DATA,)))
+    if masks is None:
+        masks = any(flags.get(name) for name in MASK_FLAGS)
+    values = {'seed': FLAGS['seed'].default, 'topk_eval': None} | flags | {'masks': masks}
+    return DataSettings(**{field.name: values[field.name] for field in fields(DataSettings)})
+
+
+def data_limits(args: Namespace) -> dict[str, int | None]:
+    """Return what data are compared with, of settled flags: the limits of `datasets.inventory.find_warnings`."""
+    img_size, max_size = (args.lsj_size,) * 2 if args.aug == 'lsj' else (args.img_size, args.max_size)
+    limits = {'num_queries': args.num_queries, 'stride': level_strides(args)[0]}
+    return limits | {'img_size': img_size, 'max_size': max_size}
+
+
+def build_dataset(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> ImageDataset:
+    """Build the 'train' or 'val' part of the data.
+
+    Args:
+        class_map: class indices that are fixed already, for instance those of the training part or of a checkpoint.
+
+    Raises:
+        UserError: the data are invalid.
+        TypeError: the data set does not keep the contract of `datasets.image_dataset.ImageDataset`.
+    """
+    shards = is_shards(settings.annotations(part))
+    module = 'datasets.streaming.shards' if shards else DATASETS[settings.dataset_file]
+    dataset = import_module(module).build(part, settings, class_map)
+    missing = [name for name in ('ids', 'class_map') if not hasattr(dataset, name)]
+    if not isinstance(dataset, ImageDataset) or missing:
+        problem = f'lacks {" and ".join(missing)}' if missing else 'is not an ImageDataset'
+        raise TypeError(f'{type(dataset).__name__} of {module} {problem}: see datasets/image_dataset.py')
+    return dataset
+
+
+def image_options(part: str, settings: DataSettings) -> dict[str, Any]:
+    """Return the options of an `ImageDataset`: transforms, mix and seed."""
+    transforms = make_transforms(
+        part,
+        settings.img_size,
+        settings.max_size,
+        settings.aug,
+        settings.lsj_size,
+        settings.train_scales,
+        settings.train_max_size,
+    )
+    mixes = part == 'train' and settings.aug == 'lsj'
+    mix = LargeScaleJitter(settings.lsj_size, settings.masks) if mixes else None
+    return {'transforms': transforms, 'mix': mix, 'seed': settings.seed}
