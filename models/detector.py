@@ -1,6 +1,7 @@
 """A detector with all that detection needs around it: image in, named boxes out."""
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from models.weights.read import read_checkpoint
 from models.weights.records import extract_class_map, extract_flags
 from util.config.recipes import find_row
 from util.config.recorded import settle_recorded
+from util.config.settle import Settled
 from util.distributed.collectives import choose_device
 from util.errors import UserError
 from util.flags import add_http_flag
@@ -92,13 +94,18 @@ def half_mode(device: torch.device) -> str:
 def add_detector_args(parser: ArgumentParser) -> None:
     """Declare the flags that name a detector for a tool."""
     parser.add_argument(
-        '--checkpoint', '--weights', default='', metavar='FILE',
-        help='path or address of weights: of a run of main.py or any file that tells its flags, of any other file with --model',
-    )  # fmt: skip
+        '--checkpoint',
+        '--weights',
+        default='',
+        metavar='FILE',
+        help='path or URL of weights: those of main.py or another file with its flags, or with --model any other file',
+    )
     parser.add_argument(
-        '--model', default='', metavar='NAME',
+        '--model',
+        default='',
+        metavar='NAME',
         help='hub entry or recipe whose model to build, with its published weights if no file is named',
-    )  # fmt: skip
+    )
     add_http_flag(parser)
 
 
@@ -106,7 +113,7 @@ def check_detector_args(args: Namespace) -> None:
     """Refuse a command line that names no detector.
 
     Raises:
-        UserError: so it is.
+        UserError: neither --checkpoint nor --model is given.
     """
     if not (args.model or args.checkpoint):
         raise UserError('give --checkpoint FILE, or --model NAME for published weights')
@@ -118,13 +125,13 @@ def load_detector(
     """Load a detector from a row of the zoo, from a file of weights, or from both.
 
     Args:
-        model: name of a hub entry; '': the flags in the file tell the model.
-        weights: path or address of weights; '': those published for `model`.
+        model: name of a hub entry; '': the model of the flags in the file.
+        weights: path or URL of weights; '': those published for `model`.
         device: where the model goes; `auto` takes the first of cuda, mps and cpu that there is.
         half: compute in 16 bits.
 
     Raises:
-        UserError: the file does not fit the model, tells no flags although no model is named, or there is none.
+        UserError: there is no such file, it does not fit the model, or it has no flags and no model is named.
     """
     row = find_row(model) if model else None
     source = str(weights) if weights or row is None else row.source()
@@ -139,9 +146,16 @@ def load_detector(
             'docs/zoo.md has the names)'
         )
     class_map = extract_class_map(checkpoint, source)
-    flags = {'eval_module': 'detr', 'aux_loss': False, 'num_classes': class_map.num_classes}
-    args = settle_recorded({**recorded, **flags})
-    network = build_detector(args, {'one2one': args.num_queries})
+    network, args = build_network(recorded, class_map.num_classes)
     load_checkpoint(network, checkpoint, name=source)
     network.to(choose_device(str(device)) if device == 'auto' else device)
     return Detector(network, build_postprocessors(args), class_map, args, half)
+
+
+def build_network(
+    flags: Mapping, num_classes: int, backbone_weights: str = 'none'
+) -> tuple[nn.Module, Settled]:
+    """Build a detector for inference, without what only training needs; return it with its settled flags."""
+    own = {'num_classes': num_classes, 'eval_module': 'detr', 'aux_loss': False}
+    args = settle_recorded({**flags, **own}).but(backbone_weights=backbone_weights)
+    return build_detector(args, {'one2one': args.num_queries}), args

@@ -8,11 +8,11 @@ from torch import nn
 
 from datasets.augmentations import build_augmentation
 from models.build import build_model
+from models.costs import activation_bytes, count_flops, if_known
 from models.ops.functions import describe as describe_kernels
 from models.training.criterion import SetCriterion
 from models.training.report import supervision_table
 from util.config.settle import Settled, chosen_by
-from util.costs import activation_bytes, count_flops, if_known
 from util.distributed.collectives import get_world_size
 from util.errors import UserError
 from util.optim import Schedule, build_schedule

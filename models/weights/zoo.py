@@ -7,9 +7,9 @@ Rows are in `util/config/recipes.py`. `hubconf.py` has an entry for each with a 
 
 import torch
 
+from models.costs import count_flops
 from models.hub import build_row
 from util.config.recipes import ZOO, Row
-from util.costs import count_flops
 
 
 def counts(row: Row, height: int = 800, width: int = 1136) -> tuple[int, float]:
