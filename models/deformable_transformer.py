@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from util.errors import UserError
 
-from .heads import ExactLinear, add_reference, inverse_sigmoid
+from .heads import BestProposals, ExactLinear, add_reference, inverse_sigmoid
 from .ops.functions import exporting
 from .ops.modules import MSDeformAttn
 from .ops.modules.ms_deform_attn import level_sizes
 from .position_encoding import sine_embedding
-from .proposals import BestProposals
 from .structures import LayerOutput, Memory, Prediction, QueryGroup, attention_blocks, check_groups
 from .transformer import Blocks, SubLayers, clones, read_twice, self_attention
 from .units import call_unit

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from util.nested_tensor import NestedTensor, as_batch
 
 from .heads import read_layers
-from .refine_masks import maps_of
 from .segmentation import predict_masks
 from .structures import Memory, Prediction, QueryGroup, TrainingBranch, split_groups
 from .transformer import Transformer
@@ -107,7 +106,7 @@ class BaseDETR(nn.Module):
         else:
             outputs = self.query_sources['collaborative'].detect(memory, self.eval_module)
         if not self.training and self.region_masks is not None:
-            outputs['maps'] = maps_of(memory)
+            outputs['maps'] = memory.maps()
         return outputs
 
     def predict(

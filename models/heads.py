@@ -1,11 +1,12 @@
 """
-Class and box heads, and the arithmetic of reference points.
+Class and box heads, the arithmetic of reference points, and the choice of proposals.
 
 Heads keep the precision of their parameters under autocast, at little cost. In bfloat16 the first logits of focal losses
 have steps of 1/32, which makes best scores equal, and boxes have steps of several pixels.
 """
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -142,3 +143,44 @@ def apply_head(head: nn.Module, states: list[Tensor], first: int = 0) -> Tensor:
     if all(each is heads[0] for each in heads):
         return heads[0](torch.stack(states))
     return torch.stack([each(state) for each, state in zip(heads, states, strict=True)])
+
+
+@dataclass(frozen=True)
+class BestProposals:
+    """The choice of proposals between two stages: the tokens with the largest scores.
+
+    Another choice is a subclass, or an object with the same two methods.
+    """
+
+    def __call__(self, scores: Tensor, num_proposals: int) -> Tensor:
+        """Return the indices of the chosen tokens, the best first: [B, S] to [B, num_proposals].
+
+        A subclass may take more arguments. They are passed on in exported programs, too.
+        """
+        return scores.topk(num_proposals, dim=1).indices
+
+    def exportable(self) -> 'AskedProposals':
+        """Return the object that takes the place of this one in a program to export."""
+        return AskedProposals(self)
+
+
+class AskedProposals:
+    """The choice of another object, unless certain proposals are requested; it remembers what it returned.
+
+    Rounding decides between proposals whose scores are almost equal, and each query attends to all others. So an exported
+    program is compared with the result of PyTorch for the same proposals, whose scores must be those of the choice, too.
+    """
+
+    def __init__(self, choose: BestProposals) -> None:
+        self.choose = choose
+        self.asked: Tensor | None = None  # indices [B, Q] to return in place of the choice
+        self.taken: Tensor | None = None  # indices that were returned
+        self.difference = 0.0  # between the scores of `asked` and of the choice
+
+    def __call__(self, scores: Tensor, *args: object, **options: object) -> Tensor:
+        self.taken = chosen = self.choose(scores, *args, **options)
+        if self.asked is not None:
+            self.taken = self.asked
+            best, asked = (scores.gather(1, index).sigmoid() for index in (chosen, self.asked))
+            self.difference = (best - asked).abs().max().item()
+        return self.taken

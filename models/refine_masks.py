@@ -8,9 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from util.precision import full_precision
-
-from .structures import Memory
 from .vit import ChannelNorm
 
 ROI_SIZE = 14
@@ -233,11 +230,3 @@ class DetectionMasks(nn.Module):
         ]
         masks = [refined(logits) for logits, _ in found]
         return torch.cat(masks), torch.cat([quality for _, quality in found])
-
-
-def maps_of(memory: Memory) -> list[Tensor]:
-    """Turn encoder tokens into maps [B, C, H, W], finest first, in float32 at least."""
-    levels = full_precision(memory.tokens).split([height * width for height, width in memory.shapes], dim=1)
-    return [
-        level.transpose(1, 2).unflatten(2, shape) for level, shape in zip(levels, memory.shapes, strict=True)
-    ]

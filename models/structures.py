@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from util.precision import full_precision
+
 
 @dataclass
 class Memory:
@@ -25,6 +27,12 @@ class Memory:
     valid_ratios: Tensor | None = None  # [B, L, 2] share of width and height that is not padding
     sizes: Tensor | None = None  # [L, 2] width and height of each level, the same numbers as `shapes`
     pixel_mask: Tensor | None = None  # [B, H, W] padding mask of the images, True = padding
+
+    def maps(self) -> list[Tensor]:
+        """Return the tokens as maps [B, C, H, W], finest first, in float32 at least."""
+        sizes = [height * width for height, width in self.shapes]
+        levels = zip(full_precision(self.tokens).split(sizes, dim=1), self.shapes, strict=True)
+        return [level.transpose(1, 2).unflatten(2, shape) for level, shape in levels]
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor
 from datasets.shapes import ShapesDetection
 from datasets.shapes import export as write_shapes
 from models.detector import load_detector
-from models.proposals import BestProposals
+from models.heads import BestProposals
 from tests.models import FAMILIES as MODELS
 from tests.models import build
 from tests.runs import TINY, run

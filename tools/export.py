@@ -35,8 +35,8 @@ from datasets.coco_eval import CocoEvaluator
 from datasets.image_dataset import ImageDataset
 from datasets.shapes import ShapesDetection
 from models.detector import Detector, add_detector_args, check_detector_args, load_detector
+from models.heads import AskedProposals
 from models.postprocess import SoftmaxPostProcess, TopKPostProcess, clamp_boxes, frame_size
-from models.proposals import AskedProposals
 from util.bounds import whole
 from util.box_ops import box_cxcywh_to_xyxy
 from util.errors import UserError

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from models.deformable_transformer import gather_rows
 from models.heads import inverse_sigmoid
-from models.refine_masks import maps_of
 from models.structures import Assignment, Memory, QueryGroup, TrainingBranch
 from util.box_ops import box_xyxy_to_cxcywh
 from util.precision import without_autocast
@@ -80,7 +79,7 @@ class CollaborativeHeads(TrainingBranch):
 
     def maps(self, memory: Memory) -> list[Tensor]:
         """Turn encoder tokens into maps [B, C, H, W], and add one of half the size of the last."""
-        maps = maps_of(memory)
+        maps = memory.maps()
         return [*maps, self.downsample(maps[-1])]
 
     def query_group(self, name: str, samples: Samples, sizes: Tensor) -> QueryGroup:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from models.refine_masks import ROI_SIZE, Convolution, boundary, maps_of, resized, roi_features
+from models.refine_masks import ROI_SIZE, Convolution, boundary, resized, roi_features
 from models.structures import Memory, Prediction, TrainingBranch
 from util.box_ops import box_cxcywh_to_xyxy
 from util.precision import full_precision, without_autocast
@@ -102,7 +102,7 @@ class MaskTraining(TrainingBranch):
         """Return the losses of masks on the positives among the detections and the objects themselves."""
         masks = detector.co_masks
         with without_autocast(memory.tokens):
-            maps, images = maps_of(memory), Images.of(memory, targets)
+            maps, images = memory.maps(), Images.of(memory, targets)
             last = [predictions[kind] for kind in self.kinds if kind in predictions]
             scores = full_precision(torch.cat([p.logits[-1] for p in last], dim=1)).sigmoid().detach()
             boxes = full_precision(torch.cat([p.boxes[-1] for p in last], dim=1)).detach()
