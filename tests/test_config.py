@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -87,12 +86,12 @@ def test_a_copied_script_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for bad, message in (
         (text + 'echo done\nrecipe --lr 1 "$@"\n', 'once'),
         (text.replace('--epochs 12', '--epochs $N'), r'\$N means something to the shell'),
-        (text.replace('--epochs 12', '--epoch 12'), ''),
+        (text.replace('--epochs 12', '--epoch 12'), '2'),
     ):
         (tmp_path / f'bad{len(bad)}.sh').write_text(bad)
         with pytest.raises((ValueError, SystemExit), match=message):
             _ = find_recipe(f'bad{len(bad)}').flags
-    with pytest.raises(ValueError, match=r"no recipe 'mne' is in scripts/; similar: mine"):
+    with pytest.raises(ValueError, match=r"no recipe 'mne' is in scripts/: did you mean mine\?"):
         find_recipe('mne')
 
 
@@ -229,16 +228,10 @@ def test_help_and_mistyped_flags_are_answered_without_pytorch(program: str, word
         'finally:\n'
         "    assert 'argparse' in sys.modules and 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
-        assert result.returncode == (0 if 'help' in words else 2), result.stderr
-        assert 'AssertionError' not in result.stderr and ('did you mean' in result.stderr) == (
-            'help' not in words
-        )
-    assert min(seconds) < 0.5
+    result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == (0 if 'help' in words else 2), result.stderr
+    assert 'AssertionError' not in result.stderr
+    assert ('did you mean' in result.stderr) == ('help' not in words)
 
 
 def test_adopting_leaves_no_trace_in_the_given_flags() -> None:

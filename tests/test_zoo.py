@@ -96,7 +96,7 @@ def test_hub_entries_are_the_rows() -> None:
                 'co_deformable': 9, 'co_dino': 20}  # fmt: skip
     for prefix, number in families.items():
         assert sum(name.startswith(prefix) for name in names) == number, prefix
-    with pytest.raises(ValueError, match=r"no model 'detr_resnet5' is known: detr_resnet50, "):
+    with pytest.raises(ValueError, match=r"no model 'detr_resnet5' is known: did you mean detr_resnet50 or "):
         find_row('detr_resnet5')
 
 
