@@ -1,8 +1,8 @@
 """
 Class and box heads, the arithmetic of reference points, and the choice of proposals.
 
-Heads keep the precision of their parameters under autocast, at little cost. In bfloat16 the first logits of focal losses
-have steps of 1/32, which makes best scores equal, and boxes have steps of several pixels.
+Heads keep the precision of their parameters under autocast, at little cost. In bfloat16 the first logits of
+focal losses have steps of 1/32, which makes best scores equal, and boxes have steps of several pixels.
 """
 
 import math
@@ -104,13 +104,16 @@ def read_layers(
 ) -> dict[str, Prediction]:
     """Read class logits and boxes of all layers, as one prediction for each group.
 
-    A one-to-many branch of MS-DETR adds the kind 'o2m': the queries of the inference group, with the same references.
+    A one-to-many branch of MS-DETR adds the kind 'o2m': the queries of the inference group, with the same
+    references.
 
     Args:
         class_head, box_head: heads that all layers share, or a list of one for each layer of the decoder.
-        class_head_o2m: class head of the one-to-many branch, which then has the boxes of the inference group (variant a).
+        class_head_o2m: class head of the one-to-many branch, which then has the boxes of the inference group
+            (variant a).
         first: index in the decoder of the first of the layers.
-        aux_loss: return all layers, not only the last. All heads are applied in any case, so that each has a gradient.
+        aux_loss: return all layers, not only the last. All heads are applied in any case, so that each has a
+            gradient.
     """
     returned = slice(None) if aux_loss else slice(-1, None)
     states, deltas = [layer.hs for layer in layers], [layer.delta for layer in layers]
@@ -167,8 +170,9 @@ class BestProposals:
 class AskedProposals:
     """The choice of another object, unless certain proposals are requested; it remembers what it returned.
 
-    Rounding decides between proposals whose scores are almost equal, and each query attends to all others. So an exported
-    program is compared with the result of PyTorch for the same proposals, whose scores must be those of the choice, too.
+    Rounding decides between proposals whose scores are almost equal, and each query attends to all others. So
+    an exported program is compared with the result of PyTorch for the same proposals, whose scores must be
+    those of the choice, too.
     """
 
     def __init__(self, choose: BestProposals) -> None:
