@@ -10,6 +10,7 @@ from util.nested_tensor import NestedTensor, resize_mask
 
 from .deformable_transformer import DeformableTransformer
 from .detr import BaseDETR
+from .proposals import FirstStage
 from .structures import Memory, Prediction, QueryGroup, split_groups
 
 
@@ -55,7 +56,8 @@ class DeformableDETR(BaseDETR):
             input_proj = input_projections(channels, hidden_dim, num_levels, input_bias)
         super().__init__(backbone, transformer, heads, query_embed, input_proj, num_queries, **options)
         self.has_pyramid, self.num_maps, self.mask_level = pyramid is not None, num_maps, num_maps - 1
-        self.with_box_refine, self.two_stage = with_box_refine, two_stage
+        self.with_box_refine = with_box_refine
+        self.first_stage = FirstStage.of(transformer, heads[0][-1], heads[1][-1]) if two_stage else None
         self.mixed_selection = mixed_selection
 
     def encode(
@@ -93,12 +95,11 @@ class DeformableDETR(BaseDETR):
     ) -> tuple[list[QueryGroup], dict[str, Prediction]]:
         """Return learned queries, or with `two_stage` the best proposals, and all as kind 'enc'."""
         total = sum(num_queries.values())
-        if not self.two_stage:
+        if self.first_stage is None:
             embeddings = self.query_embed.weight[:total]
             every = self.transformer.queries_from_embeddings(embeddings, len(memory.tokens))
             return split_groups(every, num_queries), {}
-        heads = self.class_embed[-1], self.bbox_embed[-1]
-        boxes, proposals = self.transformer.propose(memory, *heads, total)
+        boxes, proposals = self.first_stage(memory, total, self.training)
         content = self.query_embed.weight[:total] if self.mixed_selection else None
         every = self.transformer.queries_from_proposals(boxes, content)
         return split_groups(every, num_queries), {'enc': proposals} if self.training else {}

@@ -127,7 +127,10 @@ class BaseDETR(nn.Module):
         layers = self.transformer.decode(groups, memory, *refine_with)
         first = 0 if self.training else len(layers) - 1
         heads = self.class_embed, self.bbox_embed, self.class_embed_o2m
-        predictions |= read_layers(layers[first:], groups, *heads, first=first, aux_loss=self.aux_loss)
+        box_code = self.transformer.decoder.box_code
+        predictions |= read_layers(
+            layers[first:], groups, box_code, *heads, first=first, aux_loss=self.aux_loss
+        )
         last = predictions[inference]
         outputs = {'pred_logits': last.logits[-1], 'pred_boxes': last.boxes[-1]}
         if self.has_masks:

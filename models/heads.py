@@ -1,12 +1,11 @@
 """
-Class and box heads, the arithmetic of reference points, and the choice of proposals.
+Class and box heads, and how the output of a box head and a reference make a box.
 
 Heads keep the precision of their parameters under autocast, at little cost. In bfloat16 the first logits of
 focal losses have steps of 1/32, which makes best scores equal, and boxes have steps of several pixels.
 """
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -79,23 +78,40 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
-def add_reference(delta: Tensor, reference: Tensor | None) -> Tensor:
-    """Add the box head's output to the reference that it refines, and return boxes [..., 4] cxcywh in [0, 1].
+class LogitBoxes:
+    """A box code: a box is the sigmoid of the logit of a reference plus the output of a box head.
 
-    Args:
-        delta: [..., 4] in logit space.
-        reference: [..., 4], [..., 2] (centre only) or None, in logit space.
+    A decoder has one as `box_code`. Another one, such as sizes as factors of those of the reference, has the same members.
+    References are boxes cxcywh or centres in [0, 1].
+
+    eps: smallest argument of the logarithms.
     """
-    if reference is None:
-        return delta.sigmoid()
-    if reference.shape[-1] == 2:
-        reference = F.pad(reference, (0, 2))
-    return (delta + reference).sigmoid()
+
+    no_box = math.inf  # code of a reference that is none
+
+    def __init__(self, eps: float = 1e-5) -> None:
+        self.eps = eps
+
+    def encode(self, reference: Tensor) -> Tensor:
+        """Encode references [..., 2 or 4]; the shape stays."""
+        return inverse_sigmoid(reference, self.eps)
+
+    def decode(self, delta: Tensor, code: Tensor | None = None) -> Tensor:
+        """Return the boxes [..., 4] of a box head's output delta [..., 4], or references of the shape of delta without a code.
+
+        code: encoded references [..., 4], or [..., 2] of centres alone, which the head refines; None: it has none.
+        """
+        if code is None:
+            return delta.sigmoid()
+        if code.shape[-1] == 2:
+            code = F.pad(code, (0, 2))
+        return (delta + code).sigmoid()
 
 
 def read_layers(
     layers: list[LayerOutput],
     groups: list[QueryGroup],
+    box_code: LogitBoxes,
     class_head: nn.Module,
     box_head: nn.Module,
     class_head_o2m: nn.Module | None = None,
@@ -108,6 +124,7 @@ def read_layers(
     references.
 
     Args:
+        box_code: that of the decoder.
         class_head, box_head: heads that all layers share, or a list of one for each layer of the decoder.
         class_head_o2m: class head of the one-to-many branch, which then has the boxes of the inference group
             (variant a).
@@ -120,7 +137,7 @@ def read_layers(
     logits = apply_head(class_head, states, first)[returned]
     if any(delta is None for delta in deltas):
         deltas = apply_head(box_head, states, first)
-    boxes = [add_reference(delta, layer.reference) for delta, layer in zip(deltas, layers, strict=True)]
+    boxes = [box_code.decode(delta, layer.reference) for delta, layer in zip(deltas, layers, strict=True)]
     boxes = torch.stack(boxes)[returned]
     sizes = [group.tgt.shape[1] for group in groups]
     parts = zip(groups, logits.split(sizes, dim=2), boxes.split(sizes, dim=2), strict=True)
@@ -129,9 +146,8 @@ def read_layers(
         states, boxes = [layer.hs_o2m for layer in layers], boxes[:, :, : sizes[0]]
         if class_head_o2m is None:
             references = [layer.reference[:, : sizes[0]] for layer in layers]
-            boxes = torch.stack([*map(add_reference, apply_head(box_head, states, first), references)])[
-                returned
-            ]
+            deltas = apply_head(box_head, states, first)
+            boxes = torch.stack([*map(box_code.decode, deltas, references)])[returned]
         logits = apply_head(class_head_o2m or class_head, states, first)[returned]
         predictions['o2m'] = Prediction(logits, boxes)
     return predictions
@@ -146,45 +162,3 @@ def apply_head(head: nn.Module, states: list[Tensor], first: int = 0) -> Tensor:
     if all(each is heads[0] for each in heads):
         return heads[0](torch.stack(states))
     return torch.stack([each(state) for each, state in zip(heads, states, strict=True)])
-
-
-@dataclass(frozen=True)
-class BestProposals:
-    """The choice of proposals between two stages: the tokens with the largest scores.
-
-    Another choice is a subclass, or an object with the same two methods.
-    """
-
-    def __call__(self, scores: Tensor, num_proposals: int) -> Tensor:
-        """Return the indices of the chosen tokens, the best first: [B, S] to [B, num_proposals].
-
-        A subclass may take more arguments. They are passed on in exported programs, too.
-        """
-        return scores.topk(num_proposals, dim=1).indices
-
-    def exportable(self) -> 'AskedProposals':
-        """Return the object that takes the place of this one in a program to export."""
-        return AskedProposals(self)
-
-
-class AskedProposals:
-    """The choice of another object, unless certain proposals are requested; it remembers what it returned.
-
-    Rounding decides between proposals whose scores are almost equal, and each query attends to all others. So
-    an exported program is compared with the result of PyTorch for the same proposals, whose scores must be
-    those of the choice, too.
-    """
-
-    def __init__(self, choose: BestProposals) -> None:
-        self.choose = choose
-        self.asked: Tensor | None = None  # indices [B, Q] to return in place of the choice
-        self.taken: Tensor | None = None  # indices that were returned
-        self.difference = 0.0  # between the scores of `asked` and of the choice
-
-    def __call__(self, scores: Tensor, *args: object, **options: object) -> Tensor:
-        self.taken = chosen = self.choose(scores, *args, **options)
-        if self.asked is not None:
-            self.taken = self.asked
-            best, asked = (scores.gather(1, index).sigmoid() for index in (chosen, self.asked))
-            self.difference = (best - asked).abs().max().item()
-        return self.taken

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.heads import add_reference, inverse_sigmoid
+from models.heads import LogitBoxes, inverse_sigmoid
 from models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from models.structures import Prediction
 from models.training.losses import FocalLoss, MatchedPredictions
@@ -175,6 +175,6 @@ def test_reference_points_are_added_in_logit_space() -> None:
     delta, point = torch.randn(5, 4), torch.rand(5, 2)
     expected = delta.clone()
     expected[:, :2] += inverse_sigmoid(point)
-    torch.testing.assert_close(add_reference(delta, inverse_sigmoid(point)), expected.sigmoid())
-    torch.testing.assert_close(add_reference(delta, None), delta.sigmoid())
+    torch.testing.assert_close(LogitBoxes().decode(delta, LogitBoxes().encode(point)), expected.sigmoid())
+    torch.testing.assert_close(LogitBoxes().decode(delta), delta.sigmoid())
     assert inverse_sigmoid(torch.tensor([0.0, 1.0, 2.0])).isfinite().all()

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine import build_optimizer, train_one_epoch
 from main import get_args_parser
 from models import build_detector, build_model
-from models.ms_detr import SecondReading
+from models.ms_detr import BranchB
 from models.structures import Assignment, Memory, Prediction
 from models.training import atss, build_supervision, faster_rcnn
 from models.training.criterion import weighted_sum
@@ -348,7 +348,7 @@ def test_schemes_leave_inference_alone(
     if 'query_embed.weight' in state:
         state['query_embed.weight'] = state['query_embed.weight'][:12]
     plain.load_state_dict(state)
-    monkeypatch.setattr(SecondReading, 'second_reading', lambda *_: pytest.fail('training code at inference'))
+    monkeypatch.setattr(BranchB, 'o2m_branch', lambda *_: pytest.fail('training code at inference'))
     for source in model.query_sources.values():
         for name in ('queries', 'losses'):
             monkeypatch.setattr(source, name, lambda *_: pytest.fail('training code at inference'))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from models.heads import inverse_sigmoid
+from models.heads import LogitBoxes
 from models.position_encoding import sine_embedding
 from models.structures import Assignment, Memory, QueryGroup, TrainingBranch
 from util.box_ops import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
@@ -42,10 +42,10 @@ class Denoising(TrainingBranch):
     target is background.
 
     Args:
+        box_code: that of the decoder.
         num_queries: the number of groups is num_queries / (largest number of objects of an image).
         label_noise: half of this share of the labels is replaced by random ones.
         box_noise: largest displacement of a positive's corner, as a multiple of half the side of its box.
-        eps: that of the decoder's inverse sigmoids.
         positions: give queries positions, for decoders that do not compute them from the boxes.
     """
 
@@ -53,14 +53,14 @@ class Denoising(TrainingBranch):
         self,
         num_classes: int,
         hidden_dim: int,
+        box_code: LogitBoxes,
         num_queries: int = 100,
         label_noise: float = 0.5,
         box_noise: float = 1.0,
-        eps: float = 1e-3,
         positions: bool = False,
     ) -> None:
         super().__init__()
-        self.num_queries, self.eps = num_queries, eps
+        self.num_queries, self.box_code = num_queries, box_code
         self.label_noise, self.box_noise = label_noise, box_noise
         self.label_embedding = nn.Embedding(num_classes, hidden_dim)
         self.positions = BoxPositions(hidden_dim, hidden_dim) if positions else None
@@ -69,7 +69,7 @@ class Denoising(TrainingBranch):
         """Return one query group, which is empty without objects."""
         counts = [len(target['labels']) for target in targets]
         most, total, num_groups = max(counts), sum(counts), self.num_groups(counts)
-        labels, logits = self.noised(
+        labels, codes = self.noised(
             torch.cat([target['labels'] for target in targets]),
             torch.cat([target['boxes'] for target in targets]),
             num_groups,
@@ -85,7 +85,7 @@ class Denoising(TrainingBranch):
         shape = len(counts), 2 * num_groups * most
         embedded = self.label_embedding(labels)
         tgt = embedded.new_zeros(*shape, embedded.shape[-1]).index_put(place, embedded)
-        reference = logits.new_zeros(*shape, 4).index_put(place, logits).sigmoid()
+        reference = self.box_code.decode(codes.new_zeros(*shape, 4).index_put(place, codes))
         positives = Assignment(
             image.repeat(num_groups),
             (copies[::2] * most + number).flatten(),
@@ -109,8 +109,7 @@ class Denoising(TrainingBranch):
 
     @torch.no_grad()
     def noised(self, labels: Tensor, boxes: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-        """Return labels [N] and boxes in logit space [N, 4] of all copies, one copy of all objects after the
-        other.
+        """Return labels [N] and encoded boxes [N, 4] of all copies, one copy of all objects after the other.
 
         Random numbers come from the generator of the objects' device, in this order: labels to replace, new
         labels, signs and sizes of displacements.
@@ -126,4 +125,4 @@ class Denoising(TrainingBranch):
         part = part + negative[:, None]
         half = boxes[:, 2:].repeat(1, 2) / 2
         corners = box_cxcywh_to_xyxy(boxes) + sign * part * half * self.box_noise
-        return labels, inverse_sigmoid(box_xyxy_to_cxcywh(corners.clamp(0, 1)), self.eps)
+        return labels, self.box_code.encode(box_xyxy_to_cxcywh(corners.clamp(0, 1)))

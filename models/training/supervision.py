@@ -6,10 +6,9 @@ from functools import partial
 
 from torch import nn
 
-from models.deformable_transformer import DeformableDecoder
-from models.dino import DinoDecoder
+from models.decoders import decoder_class
 from models.structures import TrainingBranch
-from util.config.networks import level_strides
+from util.config.networks import follows_mmdetection, level_strides
 
 from .collaborative import CollaborativeHeads
 from .criterion import SetCriterion, Supervision, loss_suffixes
@@ -24,6 +23,7 @@ from .matcher import HungarianMatcher, OneToManyMatcher, focal_cost, softmax_cos
 class Plan:
     """The schemes of a run, which the functions of `SCHEMES` add to one after the other."""
 
+    decoder: type[nn.Module]
     one2one: Supervision  # supervision that others are variants of
     table: dict[str, Supervision]
     num_queries: dict[str, int]  # learned queries of each group, the inference group first
@@ -46,21 +46,16 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
         coefficients(args),
         CLASS_LOSSES['softmax' if args.family == 'detr' else args.class_loss](args),
     )
-    plan = Plan(one2one, {'one2one': one2one}, {'one2one': args.num_queries})
+    plan = Plan(decoder_class(args), one2one, {'one2one': one2one}, {'one2one': args.num_queries})
     for scheme in SCHEMES:
         scheme(plan, args)
-    weight_dict = loss_coefficients(plan.table, args) | plan.coef
-    eps = EPS if uses_co_detr(args) else 0.0
+    weight_dict = loss_coefficients(plan, args) | plan.coef
+    eps = EPS if follows_mmdetection(args) else 0.0
     return SetCriterion(plan.table, weight_dict, eps), plan.num_queries, nn.ModuleDict(plan.branches)
 
 
-def uses_co_detr(args: Namespace) -> bool:
-    """Return whether numerical details are those of Co-DETR's program."""
-    return args.dino or bool(args.co_aux_heads)
-
-
 def hungarian(args: Namespace, repeats: int = 1) -> HungarianMatcher:
-    focal = partial(focal_cost, eps=1e-12 if uses_co_detr(args) else 1e-8)
+    focal = partial(focal_cost, eps=1e-12 if follows_mmdetection(args) else 1e-8)
     class_cost = softmax_cost if args.family == 'detr' else focal
     return HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou, class_cost, repeats)
 
@@ -72,16 +67,16 @@ def coefficients(args: Namespace, prefix: str = '') -> dict[str, float]:
     return {term: value for term, value in coef.items() if value}
 
 
-def loss_coefficients(table: dict[str, Supervision], args: Namespace) -> dict[str, float]:
+def loss_coefficients(plan: Plan, args: Namespace) -> dict[str, float]:
     """Return the coefficient of every loss of the table by its official name.
 
     The official programs count proposals among the auxiliary outputs: without these the proposals have no
     coefficient, except in MS-DETR and DINO.
     """
     weight_dict = {}
-    for kind, row in table.items():
+    for kind, row in plan.table.items():
         suffixes = loss_suffixes(kind, args.dec_layers if args.aux_loss and kind != 'enc' else 1)
-        if kind == 'enc' and not (args.aux_loss or args.dino or args.use_ms_detr):
+        if kind == 'enc' and not (args.aux_loss or plan.decoder.proposals_by_class or args.use_ms_detr):
             continue
         for term, coef in row.coef.items():
             layers = suffixes[-1:] if term in MASK_LOSSES else suffixes
@@ -100,8 +95,8 @@ def add_proposals(plan: Plan, args: Namespace) -> None:
         plan.one2one,
         matcher=matcher,
         coef=coefficients(args, 'enc_'),
-        class_agnostic=not args.dino,
-        description='best encoder cells' if args.dino else 'encoder cells',
+        class_agnostic=not plan.decoder.proposals_by_class,
+        description='best encoder cells' if plan.decoder.proposals_by_class else 'encoder cells',
     )
 
 
@@ -145,8 +140,8 @@ def add_denoising(plan: Plan, args: Namespace) -> None:
             num_queries=args.dn_number,
             label_noise=args.dn_label_noise_ratio,
             box_noise=args.dn_box_noise_scale,
-            eps=DinoDecoder.eps if args.dino else DeformableDecoder.eps,
-            positions=not args.dino,
+            box_code=plan.decoder.box_code,
+            positions=not plan.decoder.positions_from_boxes,
         )
         plan.table['dn'] = replace(
             plan.one2one, matcher=None, count=branch.count, description='noised objects'
@@ -164,7 +159,7 @@ def add_auxiliary_heads(plan: Plan, args: Namespace) -> None:
         strides=level_strides(args),
         max_queries=args.max_pos_coords,
         with_features=args.with_coord_feat,
-        derived_positions=args.dino,
+        derived_positions=plan.decoder.positions_from_boxes,
         rcnn_head=args.co_rcnn_head,
         rcnn_masks=args.co_rcnn_masks,
     )

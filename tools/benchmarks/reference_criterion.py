@@ -18,8 +18,8 @@ from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from models.structures import Prediction
-from models.training import build_supervision
 from models.training.criterion import loss_suffixes, weighted_sum
+from models.training.supervision import build_supervision
 from tools.benchmarks import common
 from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
 from util.config.settle import settle
