@@ -158,8 +158,8 @@ class BlackBox:
     def before(self, model: nn.Module) -> None:
         """Remember random states, and statistics of batch norms, before a step."""
         if self.model is not model:  # a walk through all modules takes long
-            self.model, norms = model, nn.modules.batchnorm._BatchNorm
-            self.norms = [module for module in model.modules() if isinstance(module, norms)]
+            self.model = model
+            self.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.rng = get_rng_state()
         norms = [norm for norm in self.norms if norm.training]
         self.statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
