@@ -1,6 +1,6 @@
 """
-The first stage of two (Deformable DETR, arXiv:2010.04159, Sec. A.4; DINO, arXiv:2203.03605): the encoder's tokens propose boxes, at
-which the decoder's queries start.
+The first stage of two (Deformable DETR, arXiv:2010.04159, Sec. A.4; DINO, arXiv:2203.03605): the encoder's
+tokens propose boxes, at which the decoder's queries start.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,8 @@ class BestProposals:
     def __call__(self, scores: Tensor, num_proposals: int) -> Tensor:
         """Return the indices of the chosen tokens, the best first: [B, S] to [B, num_proposals].
 
-        A choice may be called with more than that. Whatever the first stage passes reaches it in exported programs, too.
+        A choice may be called with more than that. Whatever the first stage passes reaches it in exported
+        programs, too.
         """
         return scores.topk(num_proposals, dim=1).indices
 
@@ -36,8 +37,9 @@ class BestProposals:
 class AskedProposals:
     """Makes another's choice unless it is asked for certain proposals, and keeps what it took.
 
-    Rounding decides between proposals whose scores are almost equal, and each query attends to all others. So an exported
-    program is compared with what PyTorch computes for the same proposals, whose scores must be those of the choice, too.
+    Rounding decides between proposals whose scores are almost equal, and each query attends to all others. So
+    an exported program is compared with what PyTorch computes for the same proposals, whose scores must be
+    those of the choice, too.
     """
 
     def __init__(self, choose: BestProposals) -> None:
@@ -59,10 +61,11 @@ class AskedProposals:
 class FirstStage:
     """Projection, heads and choice of proposals.
 
-    It is no module: its modules belong to the transformer and to the lists of heads, which give them their official names.
+    It is no module: its modules belong to the transformer and to the lists of heads, which give them their
+    official names.
 
-    by_class: choose the tokens with the best logit of any class, and supervise these alone (DINO); else those with the best
-        logit of class 0, which means 'object' here, and supervise all.
+    by_class: choose the tokens with the best logit of any class, and supervise these alone (DINO); else those
+        with the best logit of class 0, which means 'object' here, and supervise all.
     """
 
     projection: nn.Module
@@ -87,7 +90,8 @@ class FirstStage:
         """Find proposals.
 
         Returns:
-            Boxes [B, num_proposals, 4] without gradient, and while training the prediction to supervise (kind 'enc').
+            Boxes [B, num_proposals, 4] without gradient, and while training the prediction to supervise (kind
+            'enc').
 
         Raises:
             UserError: there are fewer tokens than proposals.

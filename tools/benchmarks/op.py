@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.ops.functions import ms_deform_attn_core_pytorch
-from models.ops.functions.ms_deform_attn_func import KERNELS, available, describe, pairs
+from models.ops.functions import KERNELS, available, describe, ms_deform_attn_core_pytorch, pairs
 from tools.benchmarks.official_op import add_official, load_official
 from tools.benchmarks.timing import time_in_turn
 
