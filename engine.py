@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from datasets.coco_eval import CocoEvaluator, Summary, encode_masks
+from datasets.coco_eval import encode_masks
+from datasets.evaluation import Evaluation, Evaluator
 from models.postprocess import postprocess_batch, to_cpu
 from models.training.criterion import weighted_sum
 from util.black_box import BlackBox
@@ -152,7 +153,7 @@ def try_largest_batch(
         raise UserError(
             f'{batch_size} images of {height} x {width} pixels with {num_objects} objects each, the worst batch that can '
             'come, do not fit into the memory of the GPU: lower --batch_size (and keep --total_batch_size), or add --amp '
-            'bf16, --bucket_sizes, --use_checkpoint, --fsdp'
+            'bf16, --batches size, --use_checkpoint, --fsdp'
         ) from error
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
@@ -165,12 +166,12 @@ def evaluate(
     model: nn.Module,
     postprocessors: dict[str, nn.Module],
     data_loader: DataLoader,
-    evaluator: CocoEvaluator,
+    evaluator: Evaluator,
     title: str = 'evaluate',
     precision: Precision | None = None,
     after_batch: Callable[[], None] = lambda: None,
-) -> dict[str, Summary]:
-    """Return COCO metrics of a model on a data set; no targets go in, and no losses come out."""
+) -> Evaluation:
+    """Return the metrics of a model on a dataset; no targets go in, and no losses come out."""
     model.eval()
     device = next(model.parameters()).device
     precision = precision or Precision('off', device)
@@ -185,7 +186,7 @@ def evaluate(
         progress.step(len(targets))
         after_batch()
     progress.close()
-    evaluator.synchronize_between_processes()
+    evaluator.synchronize()
     return evaluator.summarize()
 
 

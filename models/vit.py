@@ -101,7 +101,7 @@ class RotaryAttention(nn.Module):
                 side = PATCH * self.fixed_grid
                 raise UserError(
                     f'this ViT is for images of {side} x {side} pixels, not {PATCH * x.shape[1]} x {PATCH * x.shape[2]}: give '
-                    f'--aug lsj --lsj_size {side}, or --backbone vit_large'
+                    f'--aug lsj --img_size {side}, or --backbone vit_large'
                 )
             return self.attend(x)
         batch, height, width = x.shape[:3]

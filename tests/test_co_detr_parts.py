@@ -28,7 +28,7 @@ from models.training.dense_heads import (
 )
 from models.training.faster_rcnn import RATIOS, SCALES, RoIHead
 from models.training.losses import FocalLoss, MatchedPredictions, QualityFocalLoss
-from models.weights.names import from_mmdetection
+from models.weights.layouts import from_mmdetection
 from tests import rule
 from tests.parity import assert_close, float64
 from tests.shared_data import needs_shared, read_shared

@@ -16,9 +16,8 @@ from models.postprocess import paste, postprocess_batch
 from models.refine_masks import MaskIoUHead, RefineMaskHead, boundary, refined, roi_features
 from models.training.criterion import weighted_sum
 from models.training.masks import MaskBranch, iou_loss, iou_targets, mask_targets, refine_loss
+from models.weights.layouts import to_mmdetection, translate
 from models.weights.load import load_checkpoint
-from models.weights.names import to_official
-from models.weights.write import to_mmdetection
 from tests import rule
 from tests.models import HEADS, SMALL, TRICKS, build, random_targets, with_masks
 from tests.parity import assert_close
@@ -213,7 +212,7 @@ def test_official_names_of_the_heads() -> None:
     theirs = to_mmdetection(model.state_dict())
     for name in ('mask_head.stages.1.fuse_conv.1.merge_conv.conv.bias', 'mask_iou_head.fc_mask_iou.weight'):
         assert name in theirs
-    assert to_official(theirs)[1].keys() == model.state_dict().keys()
+    assert translate(theirs)[1].keys() == model.state_dict().keys()
 
 
 @pytest.mark.slow
@@ -297,6 +296,6 @@ def test_roi_masks_train_and_the_rcnn_head_predicts_them() -> None:
     assert 'segm' not in build_model(Namespace(**flags))[2]
     theirs = to_mmdetection(model.state_dict())
     assert {'roi_head.0.mask_head.convs.3.conv.weight', 'roi_head.0.mask_head.upsample.bias'} < theirs.keys()
-    assert to_official(theirs)[1].keys() == model.state_dict().keys()
+    assert translate(theirs)[1].keys() == model.state_dict().keys()
     with pytest.raises(ValueError, match='add it to --co_aux_heads'):
         settle(Namespace(**flags | {'co_aux_heads': ['atss']}))

@@ -243,7 +243,7 @@ FROZEN = [
     '0',
     '--aug',
     'lsj',
-    '--lsj_size',
+    '--img_size',
     '64',
     '--sgd',
     '--lr',

@@ -33,7 +33,7 @@ from tests.models import (
 )
 from tests.parity import float64
 from tests.runs import ROOT
-from tools.benchmarks.official_path import under_one_mask
+from tools.benchmarks.official import under_one_mask
 from util.config.flags import FLAGS
 from util.config.settle import settle
 from util.logger import Meter

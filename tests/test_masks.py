@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
+from datasets.augmentations import build_augmentation
 from datasets.coco_eval import decode_masks, encode_masks
 from datasets.shapes import ShapesDetection, export
-from datasets.transforms import transforms_of
 from engine import build_optimizer, evaluate
 from models import build_model, postprocess
-from models.detector import IMAGE_FLAGS, Detector, load_detector
+from models.detector import Detector, load_detector
 from models.training.criterion import weighted_sum
 from models.weights.load import load_checkpoint
 from models.weights.read import read_checkpoint
@@ -238,7 +238,7 @@ def test_a_run_trains_evaluates_draws_and_predicts_masks(tmp_path: Path) -> None
     assert coco_mask.decode(rows[0]['segmentation']).shape == tuple(rows[0]['segmentation']['size'])
     objects = load_detector(weights=masks)(image, score_threshold=0.0)
     assert objects[0]['mask'].shape == tuple(rows[0]['segmentation']['size'])
-    run(tmp_path / 'tuned', '--masks', '--pretrained', file, '--aug', 'lsj', '--lsj_size', '64', flags=DATA)
+    run(tmp_path / 'tuned', '--masks', '--pretrained', file, '--aug', 'lsj', '--img_size', '64', flags=DATA)
 
 
 @pytest.mark.slow
@@ -363,8 +363,8 @@ def test_masks_of_a_photograph_do_not_fill_the_memory(
     model, _, postprocessors = build_model(Namespace(**SMALL | {'masks': True, 'num_queries': 20}))
     image, seen = torch.randint(0, 256, (3, 600, 800), dtype=torch.uint8), []
     class_map = ShapesDetection(1).class_map
-    args = Namespace(**IMAGE_FLAGS | {'img_size': 48, 'max_size': 64, 'lsj_size': 64})
-    sample = transforms_of('val', args)(
+    args = Namespace(img_size=48, max_size=64)
+    sample = build_augmentation(args).transforms('val')(
         image, {'orig_size': torch.tensor([600, 800]), 'image_id': torch.tensor(7)}
     )
     evaluator = mock.Mock(update=seen.append)

@@ -17,9 +17,8 @@ from models.training import atss, dense_heads, faster_rcnn
 from models.training.collaborative import CollaborativeHeads
 from models.training.criterion import weighted_sum
 from models.training.dense_heads import BACKGROUND
+from models.weights.layouts import from_mmdetection, to_mmdetection
 from models.weights.load import load_checkpoint
-from models.weights.names import from_mmdetection
-from models.weights.write import to_mmdetection
 from tests import rule
 from tests.conftest import REASON
 from tests.models import HEADS, TRICKS

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
+from datasets.augmentations import DETRAugmentation
 from datasets.coco import CocoDetection, Reading
-from datasets.transforms import make_transforms
 from models.structures import Prediction
 from models.training.matcher import HungarianMatcher, OneToManyMatcher, Targets, match
 from models.weights.read import read_checkpoint
@@ -113,7 +113,7 @@ def test_transforms_keep_boxes_labels_and_masks_together(
         'orig_size': torch.tensor([height, width]), 'size': torch.tensor([height, width]),
     }  # fmt: skip
     with local_seed(seed):
-        image, seen = make_transforms(aug, img_size=64)(
+        image, seen = DETRAugmentation(64).transforms(aug)(
             torch.zeros(3, height, width, dtype=torch.uint8), target
         )
     assert image.shape[1:] == seen['masks'].shape[1:] == tuple(seen['size'].tolist())

@@ -23,7 +23,7 @@ from models.swin import (
     resize_table,
 )
 from models.vit_blocks import Block
-from models.weights.names import to_official
+from models.weights.layouts import translate
 from tests import rule
 from tests.models import TWO_STAGE
 from tests.parity import assert_close, float64
@@ -307,7 +307,7 @@ def test_detrex_checkpoints_name_swin_without_the_joiner() -> None:
         'layers.0.downsample.norm.weight',
     )
     state = {f'backbone.{name}': torch.ones(1) for name in names}
-    layout, state = to_official(state | {'transformer.level_embeds': torch.ones(4, 256)})
+    layout, state = translate(state | {'transformer.level_embeds': torch.ones(4, 256)})
     assert layout == 'detrex' and {f'backbone.0.body.{name}' for name in names} < set(state)
 
 

@@ -18,8 +18,9 @@ from models import build_detector, build_model, hub
 from models.backbone import build_backbone
 from models.detector import Detector, load_detector
 from models.weights import zoo
+from models.weights.layouts import to_mmdetection, to_official_files
 from models.weights.load import load_checkpoint
-from models.weights.write import to_mmdetection, to_official_files, write_safetensors
+from models.weights.write import write_safetensors
 from models.weights.zoo import counts
 from tests import rule
 from tests.models import HEADS, SMALL, TRICKS
@@ -96,7 +97,7 @@ def test_hub_entries_are_the_rows() -> None:
                 'co_deformable': 9, 'co_dino': 20}  # fmt: skip
     for prefix, number in families.items():
         assert sum(name.startswith(prefix) for name in names) == number, prefix
-    with pytest.raises(ValueError, match=r"no model 'detr_resnet5' is known: detr_resnet50, "):
+    with pytest.raises(ValueError, match=r"no model 'detr_resnet5' is known: did you mean detr_resnet50 or "):
         find_row('detr_resnet5')
 
 

@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -45,19 +45,23 @@ class FlagParser(ArgumentParser):
         return flags
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a text that names the known names that begin like this one or are spelled alike; '' if there are none."""
+    known = list(known)
+    alike = [other for other in known if other.startswith(name)] + difflib.get_close_matches(name, known, 3)
+    near = list(dict.fromkeys(alike))[:3]
+    return f': did you mean {" or ".join(near)}?' if near else ''
+
+
 def suggestions(parser: ArgumentParser, unknown: Sequence[str]) -> str:
-    """Return the text that names, for each unknown option, the options that begin alike or are spelled alike; or ''."""
+    """Return the text that names, for each unknown option, those that are nearest to it; or ''."""
     options = [option for action in parser._actions for option in action.option_strings]
     for commands in (
         action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)
     ):
         options += [option for command in commands.values() for option in command._option_string_actions]
-    found = []
-    for word in (word.split('=')[0] for word in unknown if word.startswith('--')):
-        alike = [option for option in options if option.startswith(word)]
-        near = dict.fromkeys(alike + difflib.get_close_matches(word, options, 3))
-        if near:
-            found.append(f'{word}: did you mean {" or ".join(list(near)[:3])}?')
+    words = [word.split('=')[0] for word in unknown if word.startswith('--')]
+    found = [word + text for word in words if (text := did_you_mean(word, options))]
     return f' ({" ".join(found)})' if found else ''
 
 

@@ -11,12 +11,11 @@ import shlex
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
 from util.errors import UserError
-from util.flags import ParsedFlags, given_of
+from util.flags import ParsedFlags, did_you_mean, given_of
 
 from .declare import NETWORK
 from .flags import FLAGS
@@ -61,10 +60,7 @@ def find_recipe(name: str) -> Recipe:
     """
     path = SCRIPTS / f'{name}.sh'
     if Path(name).name != name or not path.is_file():
-        similar = get_close_matches(name, recipe_names(), n=3)
-        raise UserError(
-            f'no recipe {name!r} is in scripts/' + (f'; similar: {", ".join(similar)}' if similar else '')
-        )
+        raise UserError(f'no recipe {name!r} is in scripts/{did_you_mean(name, recipe_names())}')
     text = path.read_text()
     calls = [line for line in text.replace('\\\n', ' ').splitlines() if line.startswith(CALL)]
     head = HEAD.match(text.splitlines()[1]) if text.count('\n') else None
@@ -119,11 +115,7 @@ def with_config(args: Namespace, file: str | Path) -> ParsedFlags:
             f'--config {file} is no file of flags ({error}): give flags.json of a run, or {{"lr": 1e-4}}'
         ) from error
     if unknown:
-        similar = get_close_matches(unknown[0], FLAGS, n=3)
-        raise UserError(
-            f'--config {file}: {unknown[0]!r} is no flag'
-            + f': did you mean {" or ".join(similar)}?' * bool(similar)
-        )
+        raise UserError(f'--config {file}: {unknown[0]!r} is no flag{did_you_mean(unknown[0], FLAGS)}')
     return merged(args, {name: value for name, value in values.items() if value is not None})
 
 
@@ -187,7 +179,7 @@ class Row:
     def network(self) -> str:
         """Flags of the network and its classes, as text: equal for rows of equal networks."""
         flags = self.recipe.flags
-        others = ('masks', 'co_masks', 'lsj_size')  # they change parameters or operations too
+        others = ('masks', 'co_masks', 'img_size')  # they change parameters or operations too
         given = sorted(name for name in flags.given if FLAGS[name].kind == NETWORK or name in others)
         return repr([*((name, getattr(flags, name)) for name in given), self.classes])
 
@@ -324,9 +316,8 @@ def find_row(name: str) -> Row:
             return row
     if name in recipe_names():
         return Row(name, name)
-    names = [row.name for row in ZOO]
-    similar = get_close_matches(name, names, n=3) or names[:3]
-    raise UserError(f'no model {name!r} is known: {", ".join(similar)}, ... (docs/zoo.md has all)')
+    near = did_you_mean(name, [row.name for row in ZOO])
+    raise UserError(f'no model {name!r} is known{near or ":"} docs/zoo.md has all')
 
 
 def with_row(args: Namespace) -> ParsedFlags:
