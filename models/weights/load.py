@@ -7,6 +7,7 @@ The names of a file reveal its project (`layouts.py`). Weights must fit strictly
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -168,7 +169,7 @@ def proposal_head(model: nn.Module) -> str | None:
     """Return the prefix of the class head of Deformable DETR's proposals, whose row 0 means 'object', whatever the classes are."""
     first_stage = getattr(model, 'first_stage', None)
     agnostic = first_stage is not None and not first_stage.by_class
-    return f'class_embed.{len(model.class_embed) - 1}.' if agnostic else None
+    return f'class_embed.{len(cast(nn.ModuleList, model.class_embed)) - 1}.' if agnostic else None
 
 
 def resize_entries(
