@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from datasets.augmentations import build_augmentation
 from datasets.class_map import ClassMap
 from datasets.image_io import read_image
-from datasets.transforms import frame_size, seen_size, transforms_of
 from models import build_detector, build_postprocessors
-from models.postprocess import Encode
+from models.postprocess import Encode, postprocess_batch, to_cpu
 from models.weights.load import load_checkpoint
 from models.weights.read import read_checkpoint
 from models.weights.records import extract_class_map, extract_flags
@@ -21,19 +21,16 @@ from util.config.settle import Settled
 from util.distributed.collectives import choose_device
 from util.errors import UserError
 from util.flags import add_http_flag
-from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from util.nested_tensor import nested_tensor_from_tensor_list
 from util.precision import Precision
 from util.run_entries import check_entries
-
-# How images are prepared where a file does not tell: as at the official evaluation.
-IMAGE_FLAGS = {'img_size': 800, 'max_size': None, 'aug': 'detr'}
 
 
 class Detector:
     """A model in evaluation mode, its postprocessors, classes and image preparation.
 
     Args:
-        args: settled flags of the model and of the preparation (img_size, max_size, aug, lsj_size).
+        args: settled flags of the model and of the preparation (img_size, max_size, aug).
         half: compute in 16 bits, as training with --amp: fp16 on NVIDIA GPUs, bf16 elsewhere.
     """
 
@@ -49,7 +46,7 @@ class Detector:
         self.class_map, self.args = class_map, args
         device = next(model.parameters()).device
         self.precision = Precision(half_mode(device) if half else 'off', device)
-        self.prepare = transforms_of('val', args)
+        self.prepare = build_augmentation(args).transforms('val')
 
     def __call__(self, image: Tensor | str | Path, score_threshold: float = 0.3) -> list[dict]:
         """Detect objects in a uint8 image [3, H, W] or an image file.
@@ -85,44 +82,13 @@ class Detector:
         with self.precision.autocast():
             outputs = self.model(samples)
         targets = [target for _, target in prepared]
-        results = detections_of(self.postprocessors, outputs, targets, samples, device, encode)
+        results = postprocess_batch(self.model, self.postprocessors, outputs, targets, samples, encode)
         return [to_cpu(result) for result in results]
 
 
 def half_mode(device: torch.device) -> str:
     """Return the precision of `half` on a device, as `util.precision.Precision` names it."""
     return 'fp16' if device.type == 'cuda' else 'bf16'
-
-
-def detections_of(
-    postprocessors: dict[str, nn.Module],
-    outputs: dict,
-    targets: list[dict[str, Tensor]],
-    samples: NestedTensor,
-    device: torch.device,
-    encode: Encode | None = None,
-) -> list[dict]:
-    """Return the detections of a batch in pixels of the original images, with masks if there is a postprocessor for them.
-
-    Args:
-        targets: what the preparation of the images left in them, its sizes.
-        samples: the batch.
-        device: that of the model.
-        encode: makes a list of run lengths of a few masks [n, 1, H, W]; these are `segmentation`, and there are no `masks`.
-    """
-    sizes = torch.stack([frame_size(target) for target in targets]).to(device, non_blocking=True)
-    results = postprocessors['bbox'](outputs, sizes)
-    if 'segm' in postprocessors:
-        originals = torch.stack([target['orig_size'] for target in targets])
-        seen = torch.stack([seen_size(target) for target in targets])
-        canvas = tuple(samples.mask.shape[-2:])
-        results = postprocessors['segm'](results, outputs, originals, seen, canvas, encode)
-    return results
-
-
-def to_cpu(result: dict) -> dict:
-    """Copy the tensors of an image's detections to the host; run lengths are there already."""
-    return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in result.items()}
 
 
 def add_detector_args(parser: ArgumentParser) -> None:
@@ -180,7 +146,7 @@ def load_detector(
             'docs/zoo.md has the names)'
         )
     class_map = extract_class_map(checkpoint, source)
-    network, args = build_network({**IMAGE_FLAGS, **recorded}, class_map.num_classes)
+    network, args = build_network(recorded, class_map.num_classes)
     load_checkpoint(network, checkpoint, name=source)
     network.to(choose_device(str(device)) if device == 'auto' else device)
     return Detector(network, build_postprocessors(args), class_map, args, half)

@@ -15,13 +15,14 @@ from models import build_model
 from models.backbone import build_backbone
 from models.swin import (
     SWIN_SIZES,
-    SwinBlock,
+    FeedForward,
     SwinSize,
     SwinTransformer,
     WindowAttention,
     load_pretrained,
     resize_table,
 )
+from models.vit_blocks import Block
 from models.weights.layouts import translate
 from tests import rule
 from tests.models import TWO_STAGE
@@ -134,7 +135,7 @@ def test_the_shift_stays_on_where_one_window_covers_the_map() -> None:
 
 
 def test_paths_are_dropped_for_whole_images_in_training_only() -> None:
-    block = SwinBlock(16, 1, 5, 0, drop_path=0.5)
+    block = Block(16, WindowAttention(16, 1, 5, 0), FeedForward(16), drop_path=0.5)
     nn.init.zeros_(block.mlp.fc2.weight)
     nn.init.zeros_(block.mlp.fc2.bias)
     x = torch.randn(64, 5, 5, 16)
