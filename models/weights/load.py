@@ -245,12 +245,8 @@ def check_shared_heads(model: nn.Module, state: State) -> None:
     """
     heads = getattr(model, 'bbox_embed', None)
     first, second = (state.get(f'bbox_embed.{layer}.layers.2.bias') for layer in (0, 1))
-    if (
-        getattr(model, 'two_stage', False)
-        or not isinstance(heads, nn.ModuleList)
-        or first is None
-        or second is None
-    ):
+    one_stage = getattr(model, 'first_stage', None) is None
+    if not (one_stage and isinstance(heads, nn.ModuleList)) or first is None or second is None:
         return
     own = heads[0] is not heads[1]
     check_switch(
