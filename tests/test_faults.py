@@ -169,7 +169,9 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path, exhaustive: bool
     while codes != [0, 0]:
         processes = start_group(tmp_path / f'log{disturbed}_', command)
         if disturbed < kills:
-            time.sleep(chance.uniform(0.3, 2.0))
+            if disturbed % 2:  # while it trains; else perhaps while it starts
+                wait_for(tmp_path / f'log{disturbed}_0', 'img/s')
+            time.sleep(chance.uniform(0.0, 1.0))
             chosen = chance.choice([processes, processes[:1], processes[1:]])
             for process in chosen:
                 os.kill(process.pid, chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
@@ -178,7 +180,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path, exhaustive: bool
         assert disturbed <= kills and set(codes) <= {0, 1, UNFINISHED, -signal.SIGKILL, -signal.SIGTERM}
     assert disturbed == kills
     logs = [path.read_text() for path in tmp_path.glob('log*_0')]
-    assert sum('goes on after step' in text for text in logs) >= kills // 3, 'kills came while it trained'
+    assert sum('goes on after step' in text for text in logs) >= kills // 3
     ours, theirs = load(tmp_path / 'parts'), load(whole_run(tmp_path, 2, *flags))
     assert_same(ours, theirs)
     assert (tmp_path / 'whole/metrics.csv').read_text() == (tmp_path / 'parts/metrics.csv').read_text()
