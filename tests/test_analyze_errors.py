@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from datasets.class_map import ClassMap
+from datasets.results import coco_results
 from tests.shared_data import SHARED, needs_shared
 from tools import analyze_errors as tool
-from tools.predict import coco_results
 from util.errors import FileError
 from util.flags import run_command
 

@@ -28,8 +28,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.image_io import FORMATS
-from models.detector import Detector, add_detector_args, check_detector_args, load_detector
-from tools.predict import select
+from datasets.results import select
+from models.detector import Detector, add_detector_args, load_from_flags
 from tools.visualize_attention import attention_of, panels_of, sheet_of
 from util.bounds import whole
 from util.errors import UserError
@@ -43,15 +43,16 @@ USER = 'detr'
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = FlagParser('demo.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = parser.add_argument
+    parser = FlagParser('demo.py', description=__doc__)
     add_detector_args(parser)
+    flag = parser.add_argument
     flag('--address', default='127.0.0.1', help='interface that the page is served on (default: %(default)s)')
     flag('--port', default=7860, type=whole(1, 65535), help='port of the page (default: %(default)s)')
-    flag('--password', help=f'password of the page, for the user {USER}; others on this machine can see it, unlike that of the '
-         'environment variable DETR_DEMO_PASSWORD (default: none, on this machine)')  # fmt: skip
-    flag('--half', action='store_true', help='compute in 16 bits: fp16 on NVIDIA GPUs, bf16 elsewhere')
-    flag('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
+    flag(
+        '--password',
+        help=f'password of the page, for the user {USER}; others on this machine can see it, unlike that of the '
+        'environment variable DETR_DEMO_PASSWORD (default: no password, on this machine)',
+    )
     return parser
 
 
@@ -191,7 +192,6 @@ def serve(page: Any, address: str, port: int, password: str, **options: Any) -> 
 
 
 def main(args: Namespace) -> None:
-    check_detector_args(args)
     if find_spec('gradio') is None:
         raise UserError('the demo needs gradio: pip install gradio')
     password = args.password or os.environ.get('DETR_DEMO_PASSWORD', '')
@@ -199,7 +199,7 @@ def main(args: Namespace) -> None:
         raise UserError(
             f'--address {args.address} lets other machines in: set DETR_DEMO_PASSWORD (or --password), or leave it out'
         )
-    detector = load_detector(args.model, args.checkpoint, args.device, args.half)
+    detector = load_from_flags(args)
     number = sum(parameter.numel() for parameter in detector.model.parameters())
     title = f'{args.model or Path(args.checkpoint).name}: {number:,} parameters, {detector.class_map.num_classes} classes'
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder goes away then, too

@@ -35,7 +35,7 @@ from datasets.coco_eval import CocoEvaluator
 from datasets.image_dataset import ImageDataset
 from datasets.shapes import ShapesDetection
 from datasets.transforms import frame_size
-from models.detector import Detector, add_detector_args, check_detector_args, load_detector
+from models.detector import Detector, add_detector_args, load_detector
 from models.postprocess import SoftmaxPostProcess, TopKPostProcess, clamp_boxes
 from models.proposals import AskedProposals
 from util.bounds import whole
@@ -56,35 +56,32 @@ OUTPUTS, DETECTIONS = ['pred_logits', 'pred_boxes'], ['scores', 'labels', 'boxes
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = FlagParser(
-        'export.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = FlagParser('export.py', description=__doc__)
+    add_detector_args(parser, with_device=False)
+    flag = parser.add_argument
+    flag(
+        '--output',
+        required=True,
+        type=Path,
+        metavar='OUT',
+        help='file to write, or a folder for detector.onnx',
     )
-    add_detector_args(parser)
-    parser.add_argument(
-        '--output', required=True, type=Path, metavar='OUT',
-        help='file to write, or a folder for detector.onnx or detector.pt2; the file must not exist',
-    )  # fmt: skip
-    parser.add_argument(
-        '--format', default='onnx', choices=('onnx', 'pt2'),
-        help='onnx, or pt2: a program of torch.export (default: %(default)s)',
-    )  # fmt: skip
-    parser.add_argument(
+    flag('--format', default='onnx', choices=('onnx', 'pt2'), help='onnx, or a program of torch.export: pt2')
+    flag(
         '--postprocess',
         action='store_true',
         help='let the program end in detections, not in logits and boxes',
     )
-    parser.add_argument(
-        '--half', action='store_true',
-        help='let convolutions and matrix products of an ONNX file compute in fp16, as --amp fp16 does; the rest stays float32',
-    )  # fmt: skip
-    group = parser.add_argument_group('AP of PyTorch and of the program, side by side')
-    group.add_argument('--coco_path', metavar='DIR', help='data in COCO form, as main.py reads it')
-    group.add_argument('--val_images', metavar='DIR', help='folder of images, instead of --coco_path')
-    group.add_argument('--val_ann', metavar='FILE', help='file of annotations, instead of --coco_path')
-    group.add_argument(
-        '--allow_outside', action='store_true', help='take file names that lead out of the image folder'
+    flag(
+        '--half', action='store_true', help='compute products of an ONNX file in fp16; the rest stays float32'
     )
-    group.add_argument('--limit', type=whole(1), metavar='N', help='only the first N images (default: all)')
+    group = parser.add_argument_group('AP of PyTorch and of the program, side by side')
+    flag = group.add_argument
+    flag('--coco_path', metavar='DIR', help='data in COCO form, as main.py reads it')
+    flag('--val_images', metavar='DIR', help='folder of images, instead of --coco_path')
+    flag('--val_ann', metavar='FILE', help='file of annotations, instead of --coco_path')
+    flag('--allow_outside', action='store_true', help='take file names that lead out of the image folder')
+    flag('--limit', type=whole(1), metavar='N', help='only the first N images (default: all)')
     return parser
 
 
@@ -354,7 +351,6 @@ def output_path(output: Path, suffix: str) -> Path:
 
 
 def main(args: Namespace) -> str:
-    check_detector_args(args)
     if args.format == 'onnx':
         check_packages()
     elif args.half:
