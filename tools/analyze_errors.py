@@ -300,7 +300,7 @@ def analyze(found: Boxes, truth: Truth, least: float, threshold: float | None = 
         'names': [*names, 'all classes'],
         'images': len(truth.files),
         'silent': silent,  # images without detections
-        'stats': dict(zip(summary.names, summary.stats, strict=True)),  # COCO's twelve numbers
+        'stats': summary.numbers,  # COCO's twelve numbers
         'classes': summary.per_class,  # [K]
         'objects': by_size[0],  # [K, 3], small to large
         'missed': by_size[1],
