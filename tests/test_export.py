@@ -138,7 +138,7 @@ def test_a_program_of_torch_export_and_what_is_refused(
     written = export.load(tmp_path / 'out/detector.pt2')
     monkeypatch.setattr(export, 'export', lambda program, images, path: path.touch())
     monkeypatch.setattr(export, 'load', lambda path: lambda images: tuple(x + 0.01 for x in written(images)))
-    with pytest.raises(SystemExit, match=r'is not the detector .* so no file is kept'):
+    with pytest.raises(SystemExit, match=r'is not the detector .*: no file is kept'):
         exported(checkpoint, tmp_path / 'wrong', '--format', 'pt2', '--postprocess')
     assert not (tmp_path / 'wrong/detector.pt2').exists()
     monkeypatch.setattr(export, 'find_spec', lambda name: None)

@@ -188,7 +188,7 @@ def test_thresholds_of_classes(trained: Path, tmp_path: Path, capsys: pytest.Cap
         assert f'1.png: {number} objects' in capsys.readouterr().out
     for bad, message in (
         ('dog=0.5', "no class is named 'dog'"),
-        ('disc=high', "'high' is no score"),
+        ('disc=high', "'high' is not a score"),
         ('disc=nan', 'disc=nan: a score must be a finite number'),
         ('disc=99', 'a score must be at most 1, not 99'),
     ):

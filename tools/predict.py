@@ -164,7 +164,7 @@ def thresholds_of(class_map: ClassMap, usual: float, single: list[str]) -> Tenso
         try:
             threshold = float(score)
         except ValueError:
-            raise UserError(f'--class_thresholds {text}: {score!r} is no score') from None
+            raise UserError(f'--class_thresholds {text}: {score!r} is not a score') from None
         if problem := real(0, 1).problem(threshold):
             raise UserError(f'--class_thresholds {text}: a score {problem}')
         thresholds[class_map.names.index(name)] = threshold
@@ -197,7 +197,7 @@ def detect_film(detector: Detector, files: ResultFiles, thresholds: Tensor, args
     """Detect in every frame of a film or a webcam (of Linux); write the drawn film, and rows with a `frame`.
 
     Raises:
-        UserError: it is no film.
+        UserError: it is not a film that can be read.
     """
     av, source, class_map = import_av(), args.source, detector.class_map
     kind, _, number = source.partition(':')

@@ -115,7 +115,7 @@ def sampled(attention: MSDeformAttn, args: tuple, options: dict) -> tuple[Tensor
 def detections_of(detector: Detector, attention: Attention, queries: list[int], num: int) -> dict[int, dict]:
     """Return score, label and box (xyxy, pixels) of the named queries, or of the `num` best without names."""
     postprocess, names, kept = detector.postprocessors['bbox'], detector.class_map.names, {}
-    mark = {'pred_masks': None}  # with this key, which is not read, detections tell their queries
+    mark = {'pred_masks': None}  # with this key, which is not read, detections have their query
     if queries:  # each alone, and without NMS
         alone = {name: value[0, queries, None] for name, value in attention.outputs.items()}
         frames = attention.frame.expand(len(queries), -1)
@@ -132,7 +132,7 @@ def detections_of(detector: Detector, attention: Attention, queries: list[int], 
 
 
 def number_of(flag: str, text: str | int, low: int, high: int, words: str = '') -> int:
-    """Return a number of the command line, or raise a ValueError if it is none or out of its bounds."""
+    """Return a number of the command line, or raise a UserError if it is not one, or out of bounds."""
     number = int(text) if str(text).removeprefix('-').isdecimal() else low - 1
     if not low <= number <= high:
         raise UserError(f'{flag} {text}: choose {words}a number from {low} to {high} for this detector')
