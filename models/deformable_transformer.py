@@ -116,7 +116,7 @@ class DeformableDecoder(nn.Module):
     # The decoder computes the positions of queries itself, from their boxes: query groups bring none.
     positions_from_boxes = False
     # Proposals are the tokens with the best logit of any class, and only they are supervised
-    # (`models.proposals`).
+    # (`models.deformable_detr`).
     proposals_by_class = False
 
     def __init__(self, layer: nn.Module, num_layers: int, look_forward_twice: bool = False) -> None:
@@ -175,7 +175,7 @@ class DeformableDecoder(nn.Module):
 class DeformableTransformer(nn.Module):
     """Encoder and decoder: `encode` turns feature maps into `Memory`, and `decode` runs query groups over it.
 
-    two_stage: create the layers that turn tokens into proposals (`models.proposals`) and these into queries,
+    two_stage: create the layers that turn tokens into proposals (`models.deformable_detr`) and these into queries,
         instead of the one that turns learned positions into reference points.
     """
 

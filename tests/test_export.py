@@ -10,8 +10,8 @@ from torch import Tensor
 
 from datasets.shapes import ShapesDetection
 from datasets.shapes import export as write_shapes
+from models.deformable_detr import BestProposals
 from models.detector import load_detector
-from models.proposals import BestProposals
 from tests.models import FAMILIES as MODELS
 from tests.models import build
 from tests.runs import TINY, run

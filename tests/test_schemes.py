@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine import build_optimizer, train_one_epoch
 from main import get_args_parser
 from models import build_detector, build_model
+from models.deformable_detr import FirstStage
 from models.ms_detr import BranchB
-from models.proposals import FirstStage
 from models.structures import Assignment, Memory, Prediction
 from models.training import atss, build_supervision, faster_rcnn
 from models.training.criterion import weighted_sum

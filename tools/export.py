@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.build import build_dataset, build_evaluator, data_settings
 from datasets.image_dataset import ImageDataset
 from datasets.shapes import ShapesDetection
+from models.deformable_detr import AskedProposals
 from models.detector import Detector, add_detector_args, load_detector
 from models.postprocess import SoftmaxPostProcess, TopKPostProcess, frame_size
-from models.proposals import AskedProposals
 from util.bounds import whole
 from util.errors import UserError
 from util.files import save_atomically
