@@ -1,12 +1,14 @@
 """
 Class and box heads, and how the output of a box head and a reference make a box.
 
-Heads keep the precision of their parameters under autocast, at little cost. In bfloat16 the first logits of focal losses
-have steps of 1/32, which makes best scores equal, and boxes have steps of several pixels.
+Heads keep the precision of their parameters under autocast, at little cost. In bfloat16 the first logits of
+focal losses have steps of 1/32, which makes best scores equal, and boxes have steps of several pixels.
 """
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +80,7 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
+@dataclass(frozen=True)
 class LogitBoxes:
     """A box code: a box is the sigmoid of the logit of a reference plus the output of a box head.
 
@@ -87,10 +90,8 @@ class LogitBoxes:
     eps: smallest argument of the logarithms.
     """
 
-    no_box = math.inf  # code of a reference that is none
-
-    def __init__(self, eps: float = 1e-5) -> None:
-        self.eps = eps
+    eps: float = 1e-5
+    no_box: ClassVar[float] = math.inf  # code of a reference that is none
 
     def encode(self, reference: Tensor) -> Tensor:
         """Encode references [..., 2 or 4]; the shape stays."""
@@ -120,14 +121,17 @@ def read_layers(
 ) -> dict[str, Prediction]:
     """Read class logits and boxes of all layers, as one prediction for each group.
 
-    A one-to-many branch of MS-DETR adds the kind 'o2m': the queries of the inference group, with the same references.
+    A one-to-many branch of MS-DETR adds the kind 'o2m': the queries of the inference group, with the same
+    references.
 
     Args:
         box_code: that of the decoder.
         class_head, box_head: heads that all layers share, or a list of one for each layer of the decoder.
-        class_head_o2m: class head of the one-to-many branch, which then has the boxes of the inference group (variant a).
+        class_head_o2m: class head of the one-to-many branch, which then has the boxes of the inference group
+            (variant a).
         first: index in the decoder of the first of the layers.
-        aux_loss: return all layers, not only the last. All heads are applied in any case, so that each has a gradient.
+        aux_loss: return all layers, not only the last. All heads are applied in any case, so that each has a
+            gradient.
     """
     returned = slice(None) if aux_loss else slice(-1, None)
     states, deltas = [layer.hs for layer in layers], [layer.delta for layer in layers]

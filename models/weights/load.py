@@ -7,6 +7,7 @@ The names of a file reveal its project (`layouts.py`). Weights must fit strictly
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -166,8 +167,9 @@ def is_dispensable(name: str) -> bool:
 
 def proposal_head(model: nn.Module) -> str | None:
     """Return the prefix of the class head of Deformable DETR's proposals, whose row 0 means 'object' for all classes."""
-    flags = getattr(model, 'flags', None) or {}
-    return f'class_embed.{flags["dec_layers"]}.' if flags.get('two_stage') and not flags['dino'] else None
+    first_stage = getattr(model, 'first_stage', None)
+    agnostic = first_stage is not None and not first_stage.by_class
+    return f'class_embed.{len(cast(nn.ModuleList, model.class_embed)) - 1}.' if agnostic else None
 
 
 def resize_entries(
