@@ -100,9 +100,7 @@ def coefficients(args: Namespace, prefix: str = '') -> dict[str, float]:
 
 def mixed_supervision(args: Namespace, one2one: Supervision) -> Supervision:
     """Return the supervision of the second reading of MS-DETR."""
-    matcher = OneToManyMatcher(
-        args.o2m_matcher_k, args.o2m_matcher_threshold, args.o2m_iou_weight, args.o2m_score_weight
-    )
+    matcher = OneToManyMatcher(args.o2m_matcher_k, args.o2m_matcher_threshold)
     coef = coefficients(args, 'o2m_')
     merge = 'one2one' if args.use_indices_merge else None
     return replace(one2one, matcher=matcher, coef=coef, source='one2one, read twice', merge=merge)

@@ -48,6 +48,16 @@ OLD = {
     'val_shards': OldFlag(
         'give --val_ann shards.json or its folder', lambda place, _: {'val_ann': place} if place else {}
     ),
+    'backbone_frozen_stages': OldFlag(
+        'give --freeze body.patch_embed body.layers.0 ...',
+        lambda number, _: (
+            {'freeze': ['body.patch_embed', *(f'body.layers.{i}' for i in range(number - 1))]}
+            if number >= 0
+            else {}
+        ),
+    ),
+    'o2m_iou_weight': OldFlag('it is 0.7: leave it out', lambda *_: {}),
+    'o2m_score_weight': OldFlag('it is 0.3: leave it out', lambda *_: {}),
     'no_validate': OldFlag('give --eval_every 0', lambda on, _: {'eval_every': 0} if on else {}),
 }
 
@@ -209,8 +219,6 @@ RULES: dict[str, list[Callable[[Namespace], object]]] = {
         and '--finest_stride 4 is for several feature maps, but --num_feature_levels is 1: leave one of them out',
         lambda a: (a.dilation and a.backbone_stages != 4)
         and f'--dilation changes stage 4, but --backbone_stages is {a.backbone_stages}: give one of them',
-        lambda a: a.backbone_frozen_stages > a.backbone_stages + 1
-        and f'--backbone_frozen_stages {a.backbone_frozen_stages} is more than all stages, of which there are {a.backbone_stages}',
         lambda a: (deformable(a) and (levels := len(kind_of(a.backbone).pyramid)) and a.num_feature_levels not in (1, levels))
         and f'--num_feature_levels {a.num_feature_levels} must be {levels}, the levels of the feature pyramid of {a.backbone}, or 1',
         lambda a: (a.masks and a.co_masks)
