@@ -18,6 +18,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from datasets.annotations import AnnotationTable, Columns, Inventory, PackedList
+from datasets.augmentations import build_augmentation
 from datasets.build import DataSettings, image_options
 from datasets.class_map import ClassMap
 from datasets.coco_json import (
@@ -31,13 +32,10 @@ from datasets.coco_json import (
     run_lengths,
 )
 from datasets.image_dataset import ImageDataset, Mix
-from datasets.image_io import decode_file, naming, read_image, stored_size
+from datasets.image_io import read_image, stored_size
 from datasets.json_stream import list_blocks
 from datasets.transforms import Target, Transform
 from util.errors import FileError, UserError
-
-MMDETECTION = ('co_detr', 'lsj')  # recipes whose annotations are read as mmdetection does
-MIN_IMAGE_SIDE = 32
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,6 @@ class CocoDetection(ImageDataset):
             self._rows = np.repeat(self._rows, repeats)
             self.ids = [self.ids[row] for row in self._rows]
         self._ground_truth: Annotations | None = None
-        self._files: dict[Path, bytes] | None = None  # kept in memory, see keep_files
 
     def _large_images(self, table: AnnotationTable, min_side: int) -> np.ndarray:
         """Return the table's rows of images whose sides all have min_side pixels; headers are read where it has no size.
@@ -174,7 +171,7 @@ class CocoDetection(ImageDataset):
 
     def _image(self, row: int) -> Tensor:
         path = self.image_dir / self._file_names[row]
-        image = read_image(path) if self._files is None else decode_file(path, self._bytes(path))
+        image = read_image(path)
         check_size(path, image.shape[1:], self._json_sizes[row], self.annotation_file)
         return image
 
@@ -184,21 +181,6 @@ class CocoDetection(ImageDataset):
         for idx in np.flatnonzero((sizes <= 0).any(axis=1)).tolist():
             sizes[idx] = stored_size(self.image_dir / self._file_names[idx])
         return sizes[self._rows]
-
-    def keep_files(self, local_rank: int, local_size: int) -> None:
-        """Read this process's share of a node's files into memory, still compressed. Other files are added when they
-        are first used.
-        """
-        self._files = {}
-        for idx in range(local_rank, len(self), local_size):
-            self._bytes(self.image_dir / self._file_names[int(self._rows[idx])])
-
-    def _bytes(self, path: Path) -> bytes:
-        assert self._files is not None
-        if path not in self._files:
-            with naming(path):
-                self._files[path] = path.read_bytes()
-        return self._files[path]
 
 
 @dataclass(frozen=True)
@@ -362,9 +344,9 @@ def drawn(segmentation: list | dict, height: int, width: int) -> Tensor:
 
 def build_reading(part: str, settings: DataSettings) -> Reading:
     """Return the rules of reading that --aug and --class_ids ask for."""
-    if settings.aug not in MMDETECTION:
-        return Reading(settings.class_ids)
-    return Reading(settings.class_ids, True, MIN_IMAGE_SIDE if part == 'train' else 0)
+    augmentation = build_augmentation(settings)
+    min_side = augmentation.min_image_side if part == 'train' else 0
+    return Reading(settings.class_ids, augmentation.drop_tiny, min_side)
 
 
 def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> CocoDetection:
@@ -386,10 +368,10 @@ def coco_options(part: str, settings: DataSettings, class_map: ClassMap | None) 
 
 
 def needs_masks(part: str, settings: DataSettings) -> bool | None:
-    """Return whether targets need masks; None: where all objects have one, for the copy-paste of --aug lsj."""
+    """Return whether targets need masks; None: where all objects have one, for an augmentation that pastes objects."""
     if settings.masks:
         return True
-    return None if part == 'train' and settings.aug == 'lsj' else False
+    return None if build_augmentation(settings).mix(part, False) else False
 
 
 def find_files(

@@ -49,7 +49,7 @@ def describe(split: str, dataset: ImageDataset) -> list[str]:
 
 
 def find_warnings(
-    datasets: Mapping[str, ImageDataset], num_queries: int, stride: int, img_size: int, max_size: int | None
+    datasets: Mapping[str, ImageDataset], num_queries: int, stride: int, img_size: int, max_size: int
 ) -> list[str]:
     """Return sentences about what is likely to spoil a run.
 
@@ -57,7 +57,7 @@ def find_warnings(
         num_queries: the most objects that the model finds in an image.
         stride: pixels between neighbours in the finest map that the detector reads.
         img_size: short side of an image at evaluation, in pixels.
-        max_size: bound of its long side; None: 1333, in proportion to img_size.
+        max_size: bound of its long side, in pixels.
 
     Raises:
         UserError: the training part has no object.
@@ -97,15 +97,14 @@ def find_warnings(
     return texts
 
 
-def small_share(found: Inventory, stride: int, img_size: int, max_size: int | None) -> float:
+def small_share(found: Inventory, stride: int, img_size: int, max_size: int) -> float:
     """Return the share of objects with a side below the stride at the size of evaluation; 0 if sizes are unknown."""
     known: np.ndarray = found.sizes.min(axis=1) > 0
     if not known.any():
         return 0.0
     short, long = np.sort(found.sizes[known], axis=1).T
-    longest = max_size or img_size * 1333 / 800
     scale = np.zeros(len(known))
-    scale[known] = np.minimum(img_size / short, longest / long)
+    scale[known] = np.minimum(img_size / short, max_size / long)
     sides = found.boxes_xywh[:, 2:].min(axis=1) * np.repeat(scale, found.counts)
     small = np.logical_and(sides > 0, sides < stride)
     return float(small.sum() / max(np.repeat(known, found.counts).sum(), 1))

@@ -137,7 +137,7 @@ stage_kernels() {
     only_gpu compiler_report 10 bash -c "$report" report "$work/logs"
     local what=(--device cuda --only cuda)
     [ $device = cuda ] || what=(--device cpu --brief)
-    step operator_test 90 python -m models.ops.test "${what[@]}"
+    step operator_test 90 python -m tests.ops_check "${what[@]}"
 }
 
 stage_operator() {
@@ -173,11 +173,11 @@ stage_steps() {
 stage_tests() {
     local tool ours='' # other kernels than ours are not for us to check, and take long
     if compute-sanitizer --help 2> /dev/null | grep -q -- '--kernel-name '; then ours='--kernel-name kns=ms_deform_attn'; fi
-    only_gpu all_kernels 300 python -m models.ops.test --device cuda &
+    only_gpu all_kernels 300 python -m tests.ops_check --device cuda &
     only_gpu gpu_tests 300 python -m pytest -q -m gpu -n 4 -p no:cacheprovider $(grep -l 'mark\.gpu' tests/test_*.py) &
     for tool in memcheck racecheck synccheck initcheck; do
         only_gpu $tool 200 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 $ours \
-            python -m models.ops.test --device cuda --only cuda --brief &
+            python -m tests.ops_check --device cuda --only cuda --brief &
     done
     wait $(jobs -rp)
 }

@@ -13,12 +13,12 @@ import torch
 
 from models.ops.functions import implementation
 from models.ops.functions.ms_deform_attn_func import backward_pytorch, forward_pytorch
-from models.ops.test import module_inputs
 from tests.models import SMALL
+from tests.ops_check import module_inputs
 from tests.runs import ROOT
 from tools.benchmark import get_args_parser
-from tools.benchmarks import fps, model, op, schemes, step, train
-from tools.benchmarks.official_path import official_path
+from tools.benchmarks import common, op, step
+from tools.benchmarks.official import official_path
 from util.flags import run_command
 
 SIZE = '--height 64 --width 96 --batch_size 1'
@@ -27,12 +27,11 @@ COMMANDS = {
     'data': '--num_images 2 --rounds 1',
     'op': '--only 160x192 --rounds 0 --device cpu',
     'model': ONCE,
+    'fps': f'{ONCE} --models DETR --precisions fp32',
     'criterion': '--objects 2 --proposals 50 --rounds 1 --threads 1',
     'train': ONCE,
-    'schemes': f'{ONCE} --schemes plain denoising',
     'step': f'{ONCE} --models H-Deformable-DETR --precisions fp32',
     'profile': f'{SIZE} --method DETR --device cpu',
-    'fps': f'{ONCE} --models DETR --precisions fp32',
 }
 
 
@@ -44,12 +43,11 @@ def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
         small = SMALL | {'num_queries': 20, 'backbone_stages': 4}
         return settle(Namespace(**small | vars(flags) | {'num_classes': 91}))
 
-    for module in (train, schemes, step, fps, model):
-        monkeypatch.setattr(module, 'settle', partial(shrink, module.settle))
-    monkeypatch.setattr(model, 'transformers_model', lambda: None)
+    monkeypatch.setattr(common, 'settle', partial(shrink, common.settle))
+    monkeypatch.setattr(common, 'import_transformers', lambda: None)
 
 
-def test_none_is_left_out() -> None:
+def test_every_command_is_listed() -> None:
     commands = next(action for action in get_args_parser()._actions if action.choices)
     assert list(commands.choices) == list(COMMANDS)
 
@@ -123,7 +121,7 @@ def test_the_official_extension_takes_the_place_of_the_operator() -> None:
 @pytest.mark.skipif(
     implementation('cpu') == 'pytorch', reason='the kernels are not built: bash scripts/build_ops.sh'
 )
-def test_a_step_that_leaves_out_the_operator_is_told() -> None:
+def test_a_step_without_the_operator_is_reported() -> None:
     module, inputs = module_inputs('cpu')
     flags = Namespace(family='deformable')
     assert not step.lacks_operator(flags, 'cpu', lambda: module(*inputs))

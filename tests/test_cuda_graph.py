@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from models.cuda_graph import GraphedDetector
 from tests.models import FAMILIES, CountSyncs, build
-from tools.benchmarks.cuda_graph import GraphedDetector
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from util.precision import Precision
 

@@ -38,7 +38,7 @@ LONG = [
 
 
 # No padding, which depends on who shares a batch; and no steps by the sign of rounding errors.
-SQUARES = ['--aug', 'lsj', '--lsj_size', '64', '--sgd', '--lr', '1e-2']
+SQUARES = ['--aug', 'lsj', '--img_size', '64', '--sgd', '--lr', '1e-2']
 
 
 def wait_for(log: Path, text: str, seconds: float = 90) -> None:
@@ -91,7 +91,8 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path: 
     flags = [
         '--num_workers',
         '1',
-        '--bucket_sizes',
+        '--batches',
+        'size',
         '--eval_every',
         '2',
         '--shapes_val',

@@ -142,9 +142,9 @@ def test_metrics_equal_those_of_the_coco_form(copies: dict[str, Path], kind: str
             boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)
             found = {'boxes': boxes, 'labels': labels.repeat(3), 'scores': torch.rand(len(boxes))}
             evaluator.update({image_id: found})
-        results.append(evaluator.summarize()['bbox'])
-    assert 0.1 < results[0].stats[0] < 0.9
-    assert results[0].stats == results[1].stats
+        results.append(evaluator.summaries()['bbox'])
+    assert 0.1 < results[0].numbers['AP'] < 0.9
+    assert results[0].numbers == results[1].numbers
     assert [row['AP'] for row in results[0].per_class] == [row['AP'] for row in results[1].per_class]
 
 

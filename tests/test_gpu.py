@@ -14,11 +14,11 @@ import main
 from engine import build_optimizer, train_one_epoch
 from models import build_model
 from models.ops.functions.ms_deform_attn_func import KERNELS, available
-from models.ops.test import make_inputs
 from models.structures import Prediction
 from models.training.criterion import weighted_sum
 from models.units import all_units, compile_units
 from tests.models import SCHEMES, SMALLER, batch, no_chance
+from tests.ops_check import make_inputs
 from tests.runs import TINY, assert_same, load, parse
 from util.distributed.parallel import gather, replicate, shard
 from util.nested_tensor import nested_tensor_from_tensor_list

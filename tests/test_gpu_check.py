@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from datasets.shapes import ShapesDetection, export
-from tools.benchmarks.official_op import modernise
+from tools.benchmarks.official import modernise
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAININGS = (

@@ -142,7 +142,7 @@ FLAGS = [
     ('--unknown_flag 3', 'unrecognized arguments: --unknown_flag'),
     ('--lr_drop_epochs 0 1', 'lr_drop_epochs must be at least 1'),
     ('--train_scales 64 32', 'smaller size first'),
-    ('--coco_eval magic', 'invalid choice'),
+    ('--evaluator magic', 'invalid choice'),
     ('--fsdp', '--fsdp shares a model among processes'),
 ]
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.ops import test as ops_test
 from models.ops.functions import available, ms_deform_attn, use_implementation
 from models.ops.functions import ms_deform_attn_func as module
 from models.ops.modules import MSDeformAttn
-from tests import rule
+from tests import ops_check, rule
 from tests.models import TWO_STAGE
 from tests.shared_data import SHARED, needs_shared
 
@@ -121,29 +120,29 @@ def test_module_says_what_it_cannot_do() -> None:
         MSDeformAttn(50)
     with pytest.warns(UserWarning, match='power of two'):
         MSDeformAttn(48, n_heads=2)
-    attention, (query, _, memory, shapes) = ops_test.module_inputs('cpu')
+    attention, (query, _, memory, shapes) = ops_check.module_inputs('cpu')
     with pytest.raises(ValueError, match='2 or 4 coordinates, not 3'):
         attention(query, torch.rand(2, 7, 2, 3), memory, shapes)
 
 
-@pytest.mark.parametrize('dtype', ops_test.TOLERANCES, ids=str)
-@pytest.mark.parametrize('size', [size for size in ops_test.SIZES if size != 'gradcheck'])
+@pytest.mark.parametrize('dtype', ops_check.TOLERANCES, ids=str)
+@pytest.mark.parametrize('size', [size for size in ops_check.SIZES if size != 'gradcheck'])
 @implementations
 def test_equals_pytorch_in_float64(name: str, size: str, dtype: torch.dtype) -> None:
-    if dtype in ops_test.dtypes(name):
-        assert max(ops_test.relative_errors(name, size, 'cpu', dtype)) <= ops_test.TOLERANCES[dtype]
+    if dtype in ops_check.dtypes(name):
+        assert max(ops_check.relative_errors(name, size, 'cpu', dtype)) <= ops_check.TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize('channels', [30, *(pytest.param(n, marks=pytest.mark.slow) for n in (32, 64, 71))])
 @implementations
 def test_numerical_gradients(name: str, channels: int) -> None:
-    assert ops_test.numerical_gradients_agree(name, channels, 'cpu')
+    assert ops_check.numerical_gradients_agree(name, channels, 'cpu')
 
 
 @pytest.mark.slow
 @implementations
 def test_compiles_without_a_graph_break(name: str) -> None:
-    assert ops_test.compiled_equals_eager(name, 'cpu')
+    assert ops_check.compiled_equals_eager(name, 'cpu')
 
 
 exports = pytest.mark.skipif(
@@ -153,12 +152,12 @@ exports = pytest.mark.skipif(
 
 @exports
 def test_exports_without_the_operator() -> None:
-    assert ops_test.exported_equals_eager('cpu')
+    assert ops_check.exported_equals_eager('cpu')
 
 
 def test_the_operator_is_registered_as_pytorch_wants_it() -> None:
     """Schema, fake kernel, autograd and dynamic shapes, by PyTorch's own checks."""
-    _, (value, shapes, locations, weights) = ops_test.make_inputs('odd', 'cpu', torch.float32)
+    _, (value, shapes, locations, weights) = ops_check.make_inputs('odd', 'cpu', torch.float32)
     inputs = [x.requires_grad_() for x in (value, locations, weights)]
     torch.library.opcheck(torch.ops.detr.ms_deform_attn.default, (inputs[0], shapes, *inputs[1:]))
 
@@ -227,7 +226,7 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
     """Backward too: nothing is summed in the order in which threads arrive."""
     if 'cpp' not in available('cpu'):
         pytest.skip(f'cpp is not here: {module.problems.get("cpp")}')
-    grad, inputs = ops_test.make_inputs('encoder order', 'cpu', torch.float32)
+    grad, inputs = ops_check.make_inputs('encoder order', 'cpu', torch.float32)
     forward, backward = module.KERNELS['cpp']
     before, results = torch.get_num_threads(), []
     try:
@@ -242,7 +241,7 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
 
 @implementations
 def test_autocast_keeps_places_in_float32(name: str) -> None:
-    attention, (query, *rest) = ops_test.module_inputs('cpu')
+    attention, (query, *rest) = ops_check.module_inputs('cpu')
     expected = attention(query, *rest)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         output = attention(query, *rest)
@@ -256,7 +255,7 @@ def test_autocast_keeps_places_in_float32(name: str) -> None:
 def test_flops_are_counted() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    _, (value, shapes, locations, weights) = ops_test.make_inputs('official', 'cpu', torch.float32, batch=1)
+    _, (value, shapes, locations, weights) = ops_check.make_inputs('official', 'cpu', torch.float32, batch=1)
     with FlopCounterMode(display=False) as counter:
         torch.ops.detr.ms_deform_attn(value, shapes, locations, weights)
     assert counter.get_total_flops() == 8 * 2 * (2 * 2 * 2 * 2)  # 8 a channel and point
@@ -277,7 +276,7 @@ def test_flops_are_counted() -> None:
 def test_shapes_that_do_not_fit_are_named(change: object, message: str) -> None:
     if 'cpp' not in available('cpu'):
         pytest.skip(f'cpp is not here: {module.problems.get("cpp")}')
-    _, inputs = ops_test.make_inputs('official', 'cpu', torch.float32)
+    _, inputs = ops_check.make_inputs('official', 'cpu', torch.float32)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.detr.ms_deform_attn(*change(*inputs))
 

@@ -10,12 +10,12 @@ from torch._dynamo.utils import counters
 
 from models import build_model
 from models.ops.modules import MSDeformAttn
-from models.ops.test import RecordGraphs
 from models.swin import SwinSize, SwinTransformer
 from models.training.criterion import weighted_sum
 from models.units import all_units, compile_units
 from models.vit import VIT_SIZES, VisionTransformer
 from tests.models import SMALL, TWO_STAGE, random_targets
+from tests.ops_check import RecordGraphs
 
 # Few stages, which take the compiler longest.
 TINY = SMALL | {

@@ -49,7 +49,7 @@ ELSEWHERE = {
     'bash scripts/build_ops.sh': 'test.sh calls it',
     'bash scripts/gpu_check.sh': 'test_gpu_check.py',
     'bash scripts/compare_': 'hours of training; below, its flags are checked',
-    'python -m models.ops.test': 'test_ops.py',
+    'python -m tests.ops_check': 'test_ops.py',
     'python tools/benchmark.py op': 'test_gpu_check.py, smaller',
     'torchrun --nproc_per_node 8': 'test_faults.py, with two processes',
     './tools/run_dist_launch.sh': 'test_launch.py',

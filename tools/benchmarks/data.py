@@ -1,38 +1,31 @@
-"""Loading from JPEG files to network input: Pillow and floats against our loader, and files against tar shards."""
+"""Loading of images, from a JPEG file to the network's input: Pillow and floats against our loader."""
 
 import argparse
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import PIL.Image
-import PIL.ImageDraw
 import torch
 from torch import Tensor
+from torchvision.io import write_jpeg
 from torchvision.transforms import functional as classic
 
-from datasets.image_io import open_image, read_image, stored_size
-from datasets.transforms import MEAN, STD, Compose, Target, make_transforms
-from tools.benchmarks.shards import report_shards
+from datasets.augmentations import DETRAugmentation
+from datasets.image_io import read_image
+from datasets.shapes import ShapesDetection
+from tools.benchmarks.common import time_in_turn
+from util.errors import UserError
 from util.seeding import local_seed
 
-Loader = Callable[[Path, Target, Compose], tuple[Tensor, Target]]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        'data', help='from JPEG file to network input: Pillow and floats, or our loader'
-    )
-    parser.add_argument(
-        '--coco_path', default=None, help='folder searched for JPEGs; by default images are drawn'
-    )
+    parser = commands.add_parser('data', help='from JPEG file to network input: Pillow, or our loader')
+    parser.add_argument('--coco_path', help='folder searched for JPEGs; by default images are drawn')
     parser.add_argument('--num_images', default=32, type=int, help='number of images per round')
-    parser.add_argument(
-        '--rounds', default=7, type=int, help='timed rounds of each contender, after one to warm up'
-    )
+    parser.add_argument('--rounds', default=7, type=int, help='timed rounds of each contender')
     parser.add_argument('--seed', default=0, type=int, help='seed of drawn images and of augmentation')
     parser.set_defaults(run=benchmark_data)
 
@@ -42,109 +35,83 @@ def benchmark_data(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = find_images(args.coco_path) if args.coco_path else draw_images(folder, args)
         paths = paths[: args.num_images]
-        print(f'{len(paths)} JPEG images, one thread, {args.rounds} rounds of each contender in turn')
-        for image_set, name in (('val', 'evaluation, 800/1333'), ('train', 'training, same seeds')):
-            samples = [(path, make_target(path), make_transforms(image_set)) for path in paths]
-            print(
-                f'\n{name}: largest pixel difference {check_agreement(samples, args.seed):.2f}/255, boxes equal'
-            )
-            report_speed(samples, args)
-        root = Path(args.coco_path or folder)
-        with tempfile.TemporaryDirectory() as place:
-            report_shards(root, paths, Path(place), args)
+        load = {image_set: loader(image_set, args.seed) for image_set in ('val', 'train')}
+        sizes = check_agreement(paths, load['val'])
+        contenders = {
+            'evaluation, Pillow and float32': lambda: [
+                load_with_pillow(*pair) for pair in zip(paths, sizes, strict=True)
+            ],
+            'evaluation, our loader': lambda: [load['val'](path) for path in paths],
+            'training, our loader': lambda: [load['train'](path) for path in paths],
+        }
+        times = time_in_turn(contenders, args.rounds)
+    print(f'{len(paths)} JPEG images, one thread, median of {args.rounds} rounds in turn')
+    for name, ms in times.items():
+        print(f'  {name:<32}{1e3 * len(paths) / ms:8.1f} images/s a core')
+    slow, fast, _ = times.values()
+    print(f'  evaluation: our loader is faster by {slow / fast:.2f}')
 
 
 def find_images(root: str) -> list[Path]:
     paths = sorted(Path(root).rglob('*.jpg'))
     if not paths:
-        raise ValueError(f'--coco_path {root} has no .jpg file in it or below: give the folder of a data set')
+        raise UserError(f'--coco_path {root} has no .jpg file in it or below: give the folder of a dataset')
     return paths
 
 
 def draw_images(folder: str, args: argparse.Namespace) -> list[Path]:
-    """Draw JPEGs of 640 x 480, quality 90: a smooth background, some shapes, sensor noise."""
-    generator = np.random.default_rng(args.seed)
-    paths = []
-    for idx in range(args.num_images):
-        coarse = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-        image = PIL.Image.fromarray(coarse).resize((640, 480), PIL.Image.Resampling.BICUBIC)
-        draw = PIL.ImageDraw.Draw(image)
-        for x, y, width, height, *color in generator.integers(0, 256, (12, 7)).tolist():
-            corners = (2 * x, 1.5 * y, 2 * x + width, 1.5 * y + height)
-            (draw.ellipse if color[0] % 2 else draw.rectangle)(corners, fill=tuple(color))
-        noisy = np.asarray(image) + generator.normal(0, 6, (480, 640, 3))
-        paths.append(Path(folder) / f'{idx:04d}.jpg')
-        PIL.Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(paths[-1], quality=90)
+    """Write built-in images as JPEGs, the longer side 640 pixels, with the noise of a sensor."""
+    generator = torch.Generator().manual_seed(args.seed)
+    images = ShapesDetection(args.num_images, seed=args.seed, image_size=640)
+    paths = [Path(folder) / f'{index:04d}.jpg' for index in range(args.num_images)]
+    for index, path in enumerate(paths):
+        image = images[index][0]
+        noisy = image + 6 * torch.randn(image.shape, generator=generator)
+        write_jpeg(noisy.clamp(0, 255).byte(), str(path), quality=90)
     return paths
 
 
-def make_target(path: Path) -> Target:
-    """Make seven boxes, the average of a COCO image."""
-    height, width = stored_size(path)
-    corners = torch.rand(7, 2, 2, generator=torch.Generator().manual_seed(len(path.name))).sort(dim=1).values
-    boxes_xyxy = (corners * torch.tensor([width, height])).flatten(1)
-    size = torch.tensor([height, width])
-    labels, iscrowd = torch.arange(7), torch.zeros(7, dtype=torch.int64)
-    return {'boxes': boxes_xyxy, 'labels': labels, 'area': torch.ones(7), 'iscrowd': iscrowd, 'size': size}
+def loader(image_set: str, seed: int) -> Callable[[Path], Tensor]:
+    """Return our loader of an image file: uint8 up to the batch; the model normalizes on its device."""
+    transforms = DETRAugmentation().transforms(image_set)
+
+    def load(path: Path) -> Tensor:
+        image = read_image(path)
+        height, width = image.shape[-2:]
+        # Seven boxes, the average of a COCO image.
+        corners = torch.rand(7, 2, 2, generator=torch.Generator().manual_seed(0)).sort(dim=1).values
+        target = {
+            'boxes': (corners * torch.tensor([width, height])).flatten(1),
+            'labels': torch.arange(7),
+            'area': torch.ones(7),
+            'iscrowd': torch.zeros(7, dtype=torch.int64),
+            'size': torch.tensor([height, width]),
+        }
+        with local_seed(seed, 0):
+            return transforms(image, target)[0]
+
+    return load
 
 
-def load_with_pillow(path: Path, target: Target, transforms: Compose) -> tuple[Tensor, Target]:
-    """Load as the official code does: Pillow decodes, flips, crops and resizes; float32, normalised, on the CPU."""
-    with open_image(path) as opened:
+def load_with_pillow(path: Path, size: tuple[int, int]) -> Tensor:
+    """Load as the official code does at evaluation: Pillow resizes; float32, normalized, on the CPU."""
+    with PIL.Image.open(path) as opened:
         image = opened.convert('RGB')
-    *geometry, normalize_boxes = transforms.transforms
-    image, target = Compose(geometry)(image, target)
-    normalized = classic.normalize(classic.to_tensor(image), MEAN, STD)
-    _, target = normalize_boxes(
-        torch.empty(normalized.shape, dtype=torch.uint8), target
-    )  # only its size counts
-    return normalized, target
+    return classic.normalize(classic.to_tensor(classic.resize(image, list(size))), MEAN, STD)
 
 
-def load_with_tensors(path: Path, target: Target, transforms: Compose) -> tuple[Tensor, Target]:
-    """Load as we do: uint8 from the file to the batch; the model normalises on its device."""
-    return transforms(read_image(path), target)
-
-
-CONTENDERS: dict[str, Loader] = {'Pillow, float32': load_with_pillow, 'ours, uint8': load_with_tensors}
-
-
-def check_agreement(samples: list[tuple[Path, Target, Compose]], seed: int) -> float:
-    """Return the largest difference of a pixel in grey levels.
+def check_agreement(paths: list[Path], load: Callable[[Path], Tensor]) -> list[tuple[int, int]]:
+    """Compare our images with Pillow's, and return the height and width of each.
 
     Raises:
-        ValueError: it is above one, or boxes differ.
+        ValueError: a pixel differs by more than one grey level.
     """
-    worst = 0.0
-    for idx, sample in enumerate(samples):
-        with local_seed(seed, idx):
-            reference, target_reference = load_with_pillow(*sample)
-        with local_seed(seed, idx):
-            image, target = load_with_tensors(*sample)
-        if reference.shape != image.shape or not torch.equal(target['boxes'], target_reference['boxes']):
-            raise ValueError(f'{sample[0]}: size or boxes differ between the contenders')
-        mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-        worst = max(worst, float(((reference * std + mean) * 255 - image).abs().max()))
-    if worst > 1.01:
-        raise ValueError(f'images differ by {worst:.2f} grey levels between the contenders')
-    return worst
-
-
-def report_speed(samples: list[tuple[Path, Target, Compose]], args: argparse.Namespace) -> None:
-    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for _ in range(args.rounds + 1):
-        for name, load in CONTENDERS.items():
-            seconds[name].append(time_round(load, samples, args.seed))
-    speeds = {name: len(samples) / statistics.median(times[1:]) for name, times in seconds.items()}
-    for name, speed in speeds.items():
-        print(f'  {name:<16}{speed:8.1f} images/s a core {1e3 / speed:8.2f} ms')
-    slow, fast = speeds.values()
-    print(f'  ratio {fast / slow:.2f}')
-
-
-def time_round(load: Loader, samples: list[tuple[Path, Target, Compose]], seed: int) -> float:
-    start = time.perf_counter()
-    for idx, sample in enumerate(samples):
-        with local_seed(seed, idx):
-            load(*sample)
-    return time.perf_counter() - start
+    sizes = []
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    for path in paths:
+        image = load(path)
+        sizes.append((image.shape[1], image.shape[2]))
+        levels = 255 * (load_with_pillow(path, sizes[-1]) * std + mean)
+        if (levels - image).abs().max() > 1.01:
+            raise ValueError(f'{path}: our image differs from that of Pillow by more than one grey level')
+    return sizes

@@ -1,9 +1,9 @@
 """
 Deformable attention at the shapes of real detectors, forward and backward.
 
-Every implementation of this machine is compared with grid_sample, the module of the transformers library and, if its
-sources are given, the official extension. On a GPU the share of a floor is printed too: the least time of the case's
-memory traffic at the rates below.
+Every implementation of this machine is compared with grid_sample, the module of the transformers library and,
+if its sources are given, the official extension. On a GPU the share of a floor is printed too: the least time
+of the case's memory traffic at the rates below.
 """
 
 import argparse
@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 
 from models.ops.functions import ms_deform_attn_core_pytorch
-from models.ops.functions.ms_deform_attn_func import KERNELS, available, describe, pairs
-from tools.benchmarks.official_op import add_official, load_official
-from tools.benchmarks.timing import time_in_turn
+from models.ops.functions.ms_deform_attn_func import KERNELS, available, pairs
+from tools.benchmarks import common
+from tools.benchmarks.official import add_official, load_official
 
 HEADS, POINTS = 8, 4
 IMAGES = {'160x192': (160, 192), '320x480': (320, 480), '800x1333': (800, 1333)}
 
 
 class Case(NamedTuple):
-    """A call of the operator. queries: 0 takes every token as one, as an encoder does. spread: noise of points, pixels."""
+    """A call of the operator.
+
+    queries: 0 takes every token as one, as an encoder does. spread: noise of points, pixels.
+    """
 
     image: str
     batch: int
@@ -34,7 +37,7 @@ class Case(NamedTuple):
     channels: int = 32
 
     def shapes(self) -> list[tuple[int, int]]:
-        """Return the shapes of feature maps with strides 8, 16, 32 and 64; a fifth level is the first, of stride 4."""
+        """Return the shapes of maps with strides 8, 16, 32 and 64; a fifth level is the first, of stride 4."""
         height, width = IMAGES[self.image]
         strides = (4, 8, 16, 32, 64)[-self.levels :]
         return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in strides]
@@ -73,28 +76,23 @@ Calls = tuple[Callable[[], object], Callable[[], object]]  # forward, backward
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser('op', help='deformable attention against its peers')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--threads', default=1, type=int, help='CPU threads (default: %(default)s)')
-    parser.add_argument(
-        '--rounds', default=7, type=int, help='timed rounds of each contender; 0: only compare'
-    )
+    common.add_flags(parser, rounds=7)
+    parser.set_defaults(threads=1)
     parser.add_argument('--only', default='', help='cases whose names contain this')
     add_official(parser)
     parser.set_defaults(run=benchmark_op)
 
 
 def benchmark_op(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
+    common.start(args, 'Deformable attention, milliseconds')
     gpu = args.device == 'cuda'
-    where = torch.cuda.get_device_name() if gpu else f'{args.threads} CPU thread(s)'
-    print(f'{describe(args.device)}; {where}; milliseconds, median of {args.rounds} rounds in turn')
     official = load_official(args.official) if args.official else None
     peers = [name for name in PEERS if name != 'official' or official is not None]
     titles = ['case', 'implementation', 'forward', 'backward', *(f'times {peer}' for peer in peers)]
     titles += ['share of the floor'] if gpu else []
     for dtype in (torch.float32, torch.bfloat16) if gpu else (torch.float32,):
         print(f'\n{str(dtype).removeprefix("torch.")} values (peers: float32)\n')
-        print(f'| {" | ".join(titles)} |\n|{" --- |" * len(titles)}')
+        common.print_head(titles)
         for case, sizes in (GPU_CASES if gpu else CPU_CASES).items():
             if args.only in case:
                 report(case, sizes, dtype, official, args)
@@ -117,7 +115,9 @@ def report(case: str, sizes: Case, dtype: torch.dtype, official: object, args: a
     if args.rounds == 0:
         return
     times = [
-        time_in_turn({name: calls[way] for name, calls in contenders.items()}, args.rounds, args.device)
+        common.time_in_turn(
+            {name: calls[way] for name, calls in contenders.items()}, args.rounds, args.device
+        )
         for way in range(2)
     ]
     floor = floors(sizes, locations, dtype) if args.device == 'cuda' else None
@@ -127,7 +127,7 @@ def report(case: str, sizes: Case, dtype: torch.dtype, official: object, args: a
         if args.device == 'cuda':
             shares = zip(floor or (), times, strict=False)
             cells.append(' + '.join(f'{100 * low / taken[name]:.0f} %' for low, taken in shares) or '-')
-        print(f'| {case} | {name} | {" | ".join(cells)} |', flush=True)
+        common.print_row((case, name, *cells))
 
 
 def kernel_calls(name: str, grad: Tensor, inputs: Inputs) -> Calls:
@@ -155,7 +155,10 @@ def peer_calls(grad: Tensor, inputs: Inputs, official: object) -> dict[str, Call
             lambda v, *x: ms_deform_attn_core_pytorch(v, pairs(flat_shapes), *x), grad, inputs
         )
     }
-    if (module := transformers_module()) is not None:
+    if common.import_transformers() is not None:
+        from transformers.models.deformable_detr import modeling_deformable_detr
+
+        module = modeling_deformable_detr.MultiScaleDeformableAttention()
         peers['transformers'] = with_autograd(
             lambda v, *x: module(v, shapes, pairs(flat_shapes), starts, *x, 64), grad, inputs
         )
@@ -166,15 +169,6 @@ def peer_calls(grad: Tensor, inputs: Inputs, official: object) -> dict[str, Call
             lambda: official.ms_deform_attn_backward(*tensors, grad, 64),
         )
     return peers
-
-
-def transformers_module() -> torch.nn.Module | None:
-    try:
-        from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
-    except ImportError:
-        print('transformers is not installed: not compared with it')
-        return None
-    return MultiScaleDeformableAttention()
 
 
 def with_autograd(call: Callable[..., Tensor], grad: Tensor, inputs: Inputs) -> Calls:
@@ -209,11 +203,10 @@ def check_agreement(case: str, contenders: dict[str, Calls], dtype: torch.dtype)
 
 
 def make_inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Make points around their query as in a freshly built model, in eight directions; a decoder's queries are
-    anywhere.
+    """Make points around their query as in a freshly built model, in eight directions.
 
-    Points are one to four pixels away, with noise. None lies near the middle of a pixel, where the slope jumps and rounding
-    decides which side counts.
+    A decoder's queries are anywhere. Points are one to four pixels away, with noise. None lies near the
+    middle of a pixel, where the slope jumps and rounding decides which side counts.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = case.shapes()
@@ -222,9 +215,8 @@ def make_inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
     if case.queries:
         centers = torch.rand(case.queries, 2, generator=generator)
     else:
-        grids = [torch.cartesian_prod(torch.arange(h) + 0.5, torch.arange(w) + 0.5).flip(-1) / torch.tensor([w, h])
-                 for h, w in shapes]  # fmt: skip
-        centers = torch.cat(grids)
+        grids = [torch.cartesian_prod(torch.arange(h), torch.arange(w)).flip(-1) + 0.5 for h, w in shapes]
+        centers = torch.cat([grid / torch.tensor([w, h]) for grid, (h, w) in zip(grids, shapes, strict=True)])
     angle = torch.arange(HEADS) * (2 * math.pi / HEADS)
     direction = torch.stack([angle.cos(), angle.sin()], -1)
     direction = direction / direction.abs().amax(-1, keepdim=True)
@@ -246,7 +238,8 @@ def make_inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
 def floors(case: Case, locations: Tensor, dtype: torch.dtype) -> tuple[float, float] | None:
     """Return the least milliseconds of forward and backward, or None if the rates of this GPU are unknown.
 
-    Memory is read once, four pixels per point pass the first-level cache, and their gradients the second-level cache.
+    Memory is read once, four pixels per point pass the first-level cache, and their gradients the
+    second-level cache.
     """
     card = torch.cuda.get_device_name()
     memory = next((rate for name, rate in DRAM.items() if name in card), None)

@@ -12,9 +12,9 @@ from util.nested_tensor import NestedTensor
 class GraphedDetector:
     """Evaluation of batches of one padded size, recorded once and replayed.
 
-    samples: any batch of that size, on the GPU; padding may differ from batch to batch. context: context of the
-    forward, such as `Precision.autocast`. Weights may change in place, not be replaced. Auxiliary heads by themselves
-    (`--eval_module`) wait for the GPU and cannot be recorded.
+    samples: any batch of that size, on the GPU; padding may differ from batch to batch. context: context of
+    the forward, such as `Precision.autocast`. Weights may change in place, not be replaced. Auxiliary heads
+    by themselves (`--eval_module`) wait for the GPU and cannot be recorded.
 
     Raises:
         ValueError: the model is in training mode, or not on a GPU.
@@ -29,7 +29,7 @@ class GraphedDetector:
         context: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         if model.training or not samples.tensors.is_cuda:
-            raise ValueError('a CUDA graph is of an evaluation on a GPU: call model.eval() and .to("cuda")')
+            raise ValueError('a CUDA graph records an evaluation on a GPU: call model.eval() and .to("cuda")')
         self.samples = NestedTensor(samples.tensors.clone(), samples.mask.clone())
         self.graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
@@ -51,8 +51,8 @@ class GraphedDetector:
         ours, given = self.samples.tensors, samples.tensors
         if given.shape != ours.shape or given.dtype != ours.dtype:
             raise ValueError(
-                f'this graph is of {tuple(ours.shape)} {ours.dtype}, not {tuple(given.shape)} {given.dtype}: pad to that '
-                'size, or record another'
+                f'this graph is for batches of {tuple(ours.shape)} {ours.dtype}, not {tuple(given.shape)} '
+                f'{given.dtype}: pad to that size, or record another graph'
             )
         ours.copy_(given, non_blocking=True)
         self.samples.mask.copy_(samples.mask, non_blocking=True)

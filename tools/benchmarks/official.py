@@ -1,15 +1,21 @@
 """
-The way of the official code through a training step, with the modules and weights of ours.
+The official code in place of ours: its CUDA extension, and its way through a training step.
 
-It samples with grid_sample or the official extension, lets all query groups attend under one mask, keeps frozen norms
-behind their convolutions, matches and computes losses layer by layer, and reads each term on the host.
+The extension (`models/ops/src` of Deformable DETR, which H-Deformable-DETR and MS-DETR copy) is not part of
+this repository; it is compiled for the present PyTorch. The way through a step uses modules and weights of
+ours. It samples with grid_sample or the extension, lets all query groups attend under one mask, keeps frozen
+norms behind their convolutions, computes matching and losses layer by layer, and reads each term on the host.
 """
 
+import os
+import re
 import sys
-from argparse import Namespace
+import tempfile
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
 
@@ -23,12 +29,77 @@ from models.structures import AttentionBlock, QueryGroup, attention_blocks
 from models.training.criterion import weighted_sum
 from models.transformer import Blocks
 from tools.benchmarks.reference_criterion import reference_losses
+from util.errors import UserError
 from util.precision import Precision
+
+# Names that PyTorch has changed: dtype and device of a tensor, its pointer, checks, and a removed header.
+SUBSTITUTIONS = (
+    (r'\.type\(\)\.is_cuda\(\)', '.is_cuda()'),
+    (r'(AT_DISPATCH_\w+\(\s*\w+)\.type\(\)', r'\1.scalar_type()'),
+    (r'\.data<', '.data_ptr<'),
+    (r'\bAT_ASSERTM?\(', 'TORCH_CHECK('),
+    (r'\bAT_ERROR\(', 'TORCH_CHECK(false, '),
+    (r'#include\s*<THC/[^>]*>', ''),
+)
+# Operators of 16-bit numbers that its build leaves out.
+NO_HALF = [f'-D__CUDA_NO_HALF{kind}__' for kind in ('_OPERATORS', '_CONVERSIONS', '2_OPERATORS')]
+
+
+def add_official(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        '--official',
+        type=Path,
+        metavar='DIR',
+        help='models/ops/src of an official repository, which is compiled and timed too (GPU)',
+    )
+
+
+def modernise(source: str) -> str:
+    for old, new in SUBSTITUTIONS:
+        source = re.sub(old, new, source)
+    return source
+
+
+def load_official(folder: Path) -> ModuleType:
+    """Compile a changed copy, which has `ms_deform_attn_forward` and `ms_deform_attn_backward`.
+
+    With TORCH_EXTENSIONS_DIR in the environment a second call finds it compiled.
+
+    Raises:
+        UserError: the sources are not there, or do not compile.
+    """
+    from torch.utils.cpp_extension import load
+
+    suffixes = ('.cpp', '.cu', '.cuh', '.h')
+    sources = [path for path in sorted(folder.rglob('*')) if path.suffix in suffixes]
+    if not any(path.suffix == '.cu' for path in sources):
+        raise UserError(
+            f'--official {folder} has no CUDA sources: give models/ops/src of an official repository'
+        )
+    kept = os.environ.get('TORCH_EXTENSIONS_DIR')
+    copy = Path(kept, 'official_sources') if kept else Path(tempfile.mkdtemp())
+    for path in sources:
+        target = copy / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = modernise(path.read_text())
+        if not target.is_file() or target.read_text() != text:
+            target.write_text(text)
+    compiled = [str(copy / path.relative_to(folder)) for path in sources if path.suffix in ('.cpp', '.cu')]
+    try:
+        return load(
+            'official_ms_deform_attn',
+            compiled,
+            extra_cflags=['-DWITH_CUDA'],
+            extra_cuda_cflags=['-DWITH_CUDA', '-DCUDA_HAS_FP16=1', *NO_HALF],
+            extra_include_paths=[str(copy)],
+        )
+    except (RuntimeError, ImportError, OSError) as error:
+        raise UserError(f'the official extension in {folder} does not compile: {error}') from error
 
 
 @contextmanager
 def official_path(extension: ModuleType | None = None) -> Iterator[None]:
-    """Use grid_sample or, if given, the official extension, and one attention over all queries with a mask between groups."""
+    """Use grid_sample or the official extension, and one attention over all queries under a mask."""
 
     def one_block(groups: list[QueryGroup]) -> Blocks:
         return [under_one_mask(attention_blocks(groups), groups[0].tgt.device)]
@@ -93,7 +164,10 @@ def official_model(flags: Namespace, weights: dict[str, Tensor]) -> nn.Module:
 def official_loss(
     model: nn.Module, coefficients: dict[str, float], k: int, batch: tuple, extension: ModuleType | None
 ) -> Callable[[Precision], Tensor]:
-    """Make the loss of Deformable DETR or, with every object `k` times, of H-DETR. batch: images and their objects."""
+    """Make the loss of Deformable DETR or, with every object `k` times, of H-DETR.
+
+    batch: images and their objects.
+    """
 
     def loss(precision: Precision) -> Tensor:
         with official_path(extension), precision.autocast():

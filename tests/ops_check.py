@@ -1,8 +1,8 @@
 """
 Compare every implementation of deformable attention that this machine has with pure PyTorch in float64:
 
-    python -m models.ops.test
-    python -m models.ops.test --device cuda --only cuda --brief    # for compute-sanitizer: launches each kernel once
+    python -m tests.ops_check
+    python -m tests.ops_check --device cuda --only cuda --brief    # for compute-sanitizer: launches each kernel once
 
 It checks values, the three gradients, numerical gradients, torch.compile and torch.export. The exit status is 1 if
 anything disagrees, or if an implementation that was asked for by name is missing.

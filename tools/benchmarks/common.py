@@ -1,0 +1,172 @@
+"""What benchmarks share: flags, detectors, batches, tables, and timing of contenders in turn."""
+
+import argparse
+import importlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from models.ops.functions import describe
+from util.config.networks import level_strides
+from util.config.settle import Settled, settle
+
+TRICKS = {'with_box_refine': True, 'two_stage': True, 'mixed_selection': True, 'look_forward_twice': True}
+WIDE = TRICKS | {'dim_feedforward': 2048, 'dropout': 0.0}
+HYBRID = {'hybrid_queries': 1500, 'hybrid_k': 6}
+HEADS = {'co_aux_heads': ['faster_rcnn', 'atss']}
+DINO = {'dino': True, 'num_feature_levels': 5, 'num_queries': 900, 'dn_number': 100}
+MODELS = {
+    'DETR': {},
+    'Conditional DETR': {'conditional': True},
+    'Deformable DETR, two stages': {'with_box_refine': True, 'two_stage': True},
+    'H-Deformable-DETR': WIDE | HYBRID,
+    'MS-DETR': WIDE | {'num_queries': 900, 'use_ms_detr': True, 'use_aux_ffn': True},
+    'Co-Deformable-DETR': WIDE | HEADS,
+    'Co-DINO, five levels': DINO | HEADS,
+}
+# The same methods in the transformers library: class, stages of the backbone that are read, options.
+PEERS = {
+    'DETR': ('Detr', [4], {}),
+    'Conditional DETR': ('ConditionalDetr', [4], {}),
+    'Deformable DETR, two stages': (
+        'DeformableDetr',
+        [2, 3, 4],
+        {'with_box_refine': True, 'two_stage': True},
+    ),
+}
+FLUSHED_BYTES = 2**29  # more than any cache holds; writing them takes 0.1 to 0.2 ms
+
+
+def add_flags(parser: argparse.ArgumentParser, rounds: int, size: tuple[int, int, int] | None = None) -> None:
+    """Declare the flags of all benchmarks and, with a size (batch, height, width), those of a batch."""
+    flag, threads = parser.add_argument, torch.get_num_threads()
+    flag('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    flag('--threads', default=threads, type=int, help='CPU threads (default: %(default)s)')
+    flag('--rounds', default=rounds, type=int, help='timed rounds of each contender (default: %(default)s)')
+    for name, default in zip(('batch_size', 'height', 'width'), size or (), strict=False):
+        flag(f'--{name}', default=default, type=int, help='(default: %(default)s)')
+
+
+def start(args: argparse.Namespace, title: str) -> None:
+    """Seed, set the number of threads, and print what is measured, where, and on which kernels."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    size = f', R50, {args.batch_size} x {args.height} x {args.width}' if hasattr(args, 'height') else ''
+    where = torch.cuda.get_device_name() if args.device == 'cuda' else f'CPU, {args.threads} thread(s)'
+    print(
+        f'{title}{size}, {where}, PyTorch {torch.__version__}, median of {args.rounds} rounds in turn; '
+        f'{describe(args.device)}\n'
+    )
+
+
+def print_head(titles: Iterable[str]) -> None:
+    print_row(titles := list(titles))
+    print(f'|{" --- |" * len(titles)}')
+
+
+def print_row(cells: Iterable[object]) -> None:
+    print(f'| {" | ".join(map(str, cells))} |', flush=True)
+
+
+def print_times(times: dict[str, float]) -> None:
+    """Print a row for each contender; the first one is ours."""
+    ours = next(iter(times.values()))
+    print_head(('contender', 'ms', 'ours is faster by'))
+    for name, ms in times.items():
+        print_row((name, f'{ms:.1f}', f'{ms / ours:.2f}'))
+
+
+def detector_flags(args: argparse.Namespace, **flags: object) -> Settled:
+    """Settle flags of a detector with random weights.
+
+    Two stages need as many tokens as queries, so small images get fewer queries.
+    """
+    settled = settle(argparse.Namespace(backbone_weights='none', **flags))
+    if settled.family != 'deformable':
+        return settled
+    strides = level_strides(settled)
+    tokens = sum(math.ceil(args.height / stride) * math.ceil(args.width / stride) for stride in strides)
+    part = min(1.0, tokens / (settled.num_queries + (settled.hybrid_queries or 0)))
+    hybrid = settled.hybrid_queries and int(part * settled.hybrid_queries)
+    return settled.but(num_queries=int(part * settled.num_queries), hybrid_queries=hybrid)
+
+
+def training_batch(args: argparse.Namespace, objects: int = 7) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Draw images [B, 3, H, W] and the objects of each, with boxes cxcywh in [0, 1]."""
+    images = torch.randn(args.batch_size, 3, args.height, args.width)
+    targets = []
+    for _ in range(args.batch_size):
+        boxes = torch.cat([0.3 + 0.4 * torch.rand(objects, 2), 0.05 + 0.3 * torch.rand(objects, 2)], dim=1)
+        labels = torch.randint(1, 91, (objects,))
+        targets.append({'labels': labels.to(args.device), 'boxes': boxes.to(args.device)})
+    return images.to(args.device), targets
+
+
+@cache
+def import_transformers() -> ModuleType | None:
+    """Return the transformers library; if it is not installed, print so once and return None."""
+    try:
+        return importlib.import_module('transformers')
+    except ImportError:
+        print('transformers is not installed: not compared with it')
+        return None
+
+
+def transformers_model(transformers: ModuleType, method: str, **options: object) -> nn.Module:
+    """Build a method of PEERS in the transformers library, with R50 and random weights."""
+    family, stages, own = PEERS[method]
+    backbone = transformers.ResNetConfig(out_features=[f'stage{stage}' for stage in stages])
+    config = getattr(transformers, f'{family}Config')(
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone_config=backbone,
+        num_labels=91,
+        **own,
+        **options,
+    )
+    return getattr(transformers, f'{family}ForObjectDetection')(config)
+
+
+def time_in_turn(
+    contenders: dict[str, Callable[[], object]], rounds: int, device: str = 'cpu'
+) -> dict[str, float]:
+    """Return median milliseconds of each contender, after one more round to warm up.
+
+    Each begins with the others' data in the cache, as in a real step.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds + 1):
+        for name, call in contenders.items():
+            times[name].append(time_once(call, device))
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def time_once(call: Callable[[], object], device: str) -> float:
+    """Time one call; on a GPU by events, with empty caches.
+
+    While the caches are emptied, the host gets ahead. A single kernel is thus timed without its launch, and a
+    step of many with all its waits for the host.
+    """
+    if device != 'cuda':
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    flushed().zero_()
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
+
+
+@cache
+def flushed() -> Tensor:
+    return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device='cuda')
