@@ -246,7 +246,7 @@ def check_shared_heads(model: nn.Module, state: State) -> None:
     heads = getattr(model, 'bbox_embed', None)
     first, second = (state.get(f'bbox_embed.{layer}.layers.2.bias') for layer in (0, 1))
     if (
-        getattr(model, 'two_stage', False)
+        getattr(model, 'first_stage', None) is not None
         or not isinstance(heads, nn.ModuleList)
         or first is None
         or second is None
