@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 
-from models.ops.functions.ms_deform_attn_func import (
+from models.ops.functions import (
     KERNELS,
     Gradients,
     available,
