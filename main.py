@@ -85,11 +85,8 @@ def main(args: Namespace) -> None:
     with processes(device, args.dist_url) as stops, only_run_of('' if args.eval else args.output_dir):
         args, checkpoint, datasets = read_data(args)
         set_tf32(args.tf32)
-        run = build_run(args, checkpoint, datasets, device, stops)
-        if args.eval:
-            evaluate_alone(run)
-        else:
-            train(run)
+        begin = evaluate_alone if args.eval else train
+        begin(build_run(args, checkpoint, datasets, device, stops))  # no name here: see leave_distributed
 
 
 def look(args: Settled) -> None:

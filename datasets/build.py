@@ -13,7 +13,8 @@ from datasets.image_dataset import ImageDataset
 from util.config.declare import DATA
 from util.config.flags import FLAGS
 from util.config.networks import level_strides
-from util.config.settle import is_shards, settle
+from util.config.rules import is_shards
+from util.config.settle import settle
 
 # Value of --dataset_file -> module whose `build(part, settings, class_map)` builds the data set; part is 'train' or 'val'.
 DATASETS = {

@@ -160,7 +160,6 @@ def build_backbone(
     stages: range,
     train: bool,
     drop_path_rate: float = 0.0,
-    frozen_stages: int = -1,
 ) -> Backbone:
     """Build a backbone, by the entry of `BACKBONES` for its name, and freeze what is not to be trained.
 
@@ -170,8 +169,7 @@ def build_backbone(
         norm: `frozen`, `batch` or `group`.
         stages: stages whose maps are returned. Stages 1 to 4 have strides 4, 8, 16 and 32 (16 with dilation).
         train: False freezes all parameters.
-        drop_path_rate, frozen_stages: arguments of `SwinTransformer`; ViT has the first too, other networks
-            neither.
+        drop_path_rate: argument of `SwinTransformer` and of ViT; other networks do not read it.
 
     Raises:
         UserError: the name is unknown, or the network lacks one of the options.
@@ -187,7 +185,6 @@ def build_backbone(
         norm=norm,
         stages=stages,
         drop_path_rate=drop_path_rate,
-        frozen_stages=frozen_stages,
     )
     if not train:
         backbone.body.requires_grad_(False)
@@ -256,11 +253,9 @@ def check_file(path: str) -> str:
     return path
 
 
-def build_swin(
-    name: str, weights: str, stages: range, drop_path_rate: float, frozen_stages: int, **_: object
-) -> Backbone:
+def build_swin(name: str, weights: str, stages: range, drop_path_rate: float, **_: object) -> Backbone:
     """Build a Swin backbone. Only the main process downloads weights from a URL."""
-    body = SwinTransformer(SWIN_SIZES[name], stages, drop_path_rate, frozen_stages)
+    body = SwinTransformer(SWIN_SIZES[name], stages, drop_path_rate)
     source = WEIGHTS_URL.format(SWIN_SIZES[name].weights) if weights == 'imagenet' else weights
     if source != 'none' and (is_main_process() or not is_url(source)):
         load_pretrained(body, source)

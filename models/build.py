@@ -108,7 +108,6 @@ def build_args_backbone(args: Namespace, weights: str) -> Backbone:
         stages=returned_maps(args),
         train=getattr(args, 'lr_backbone', None) != 0,
         drop_path_rate=args.drop_path_rate,
-        frozen_stages=args.backbone_frozen_stages,
     )
 
 

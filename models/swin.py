@@ -161,8 +161,6 @@ class SwinTransformer(nn.Module):
     Args:
         stages: stages whose maps are returned, 1 to 4 of strides 4, 8, 16 and 32. Later stages are not built.
         drop_path_rate: probability that the last block is skipped while training; it grows linearly from 0.
-        frozen_stages: -1 freezes nothing, 0 and 1 the patch embedding, 2 also stage 1, ... 5 also stage 4
-            (official count). Norms of maps are never frozen.
     """
 
     def __init__(
@@ -170,10 +168,9 @@ class SwinTransformer(nn.Module):
         size: SwinSize,
         stages: range,
         drop_path_rate: float = 0.2,
-        frozen_stages: int = -1,
     ) -> None:
         super().__init__()
-        self.stages, self.frozen_stages = stages, frozen_stages
+        self.stages = stages
         self.num_channels = [size.embed_dim * 2 ** (stage - 1) for stage in stages]
         self.patch_embed = PatchEmbed(size.embed_dim)
         rates = drop_paths(drop_path_rate, sum(size.depths))
@@ -192,22 +189,10 @@ class SwinTransformer(nn.Module):
         for stage, channels in zip(stages, self.num_channels, strict=True):
             self.add_module(f'norm{stage - 1}', nn.LayerNorm(channels))
         self.apply(initialise)
-        self.freeze()
 
     def units(self) -> list[nn.Module]:
         """Return the blocks for `models.units`."""
         return [block for stage in self.layers for block in stage.blocks]
-
-    def freeze(self) -> None:
-        """Keep frozen parts from training, and from skipping blocks."""
-        number = max(self.frozen_stages, 1) if self.frozen_stages >= 0 else 0
-        for part in [self.patch_embed, *self.layers][:number]:
-            part.eval().requires_grad_(False)
-
-    def train(self, mode: bool = True) -> 'SwinTransformer':
-        super().train(mode)
-        self.freeze()
-        return self
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Turn [B, 3, H, W] into maps [B, C, ceil(H / stride), ceil(W / stride)], by the number of their stage."""

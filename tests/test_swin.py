@@ -147,19 +147,6 @@ def test_paths_are_dropped_for_whole_images_in_training_only() -> None:
     torch.testing.assert_close(found[kept], 2 * branch[kept], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(('frozen_stages', 'num_stages'), [(-1, None), (0, 0), (1, 0), (2, 1), (5, 4)])
-def test_frozen_stages_neither_train_nor_drop_paths(frozen_stages: int, num_stages: int | None) -> None:
-    model = SwinTransformer(SMALL, range(1, 5), frozen_stages=frozen_stages)
-    prefixes = () if num_stages is None else ('patch_embed.', *(f'layers.{i}.' for i in range(num_stages)))
-    for _ in range(2):
-        for name, parameter in model.named_parameters():
-            assert parameter.requires_grad != name.startswith(prefixes), name
-        assert model.patch_embed.training == (num_stages is None)
-        for number, stage in enumerate(model.layers):
-            assert all(block.drop_path.training == (number >= (num_stages or 0)) for block in stage.blocks)
-        assert model.eval().train() is model
-
-
 def test_recomputed_blocks_give_the_same_gradients() -> None:
     """Also where paths are dropped: the same ones both times."""
     images, gradients = torch.randn(2, 3, 50, 70), []
@@ -315,9 +302,7 @@ def test_detrex_checkpoints_name_swin_without_the_joiner() -> None:
     ('flags', 'message'),
     [
         ({'backbone': 'resnet18', 'drop_path_rate': 0.1}, '--drop_path_rate 0.1 is not for'),
-        ({'backbone': 'resnet18', 'backbone_frozen_stages': 2}, '--backbone_frozen_stages 2 is not for'),
         ({'backbone': 'swin_tiny', 'drop_path_rate': 1.0}, 'less than 1'),
-        ({'backbone': 'swin_tiny', 'backbone_frozen_stages': 6}, 'at most 5, not 6'),
         ({'backbone': 'swin_huge'}, "unknown backbone 'swin_huge': choose .*swin_large_window12"),
     ],
 )

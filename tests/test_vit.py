@@ -211,10 +211,6 @@ def test_weights_of_other_patches_and_grids_fit(tmp_path: Path) -> None:
         ('--backbone vit_large --dino --num_feature_levels 4', '--num_feature_levels 4 must be 5'),
         ('--backbone vit_large --dilation', '--dilation is not for --backbone vit_large'),
         ('--backbone vit_large --backbone_stages 3', '--backbone_stages 3 is not for --backbone vit_large'),
-        (
-            '--backbone vit_large --backbone_frozen_stages 2',
-            '--backbone_frozen_stages 2 is not for --backbone vit_large',
-        ),
         ('--lr_layer_decay 0.8', '--lr_layer_decay 0.8 is not for --backbone'),
         ('--backbone vit_mini --warmup_start 2', '--warmup_start must be at most 1, not 2'),
         ('--backbone vit_mini --backbone_weights imagenet', 'have no direct address'),

@@ -93,10 +93,6 @@ def note_source(asked: list) -> object:
 def test_hub_entries_are_the_rows() -> None:
     names = [row.name for row in ZOO if row.name]
     assert set(hub.entries()) == {*names, 'detector'} and len(set(names)) == len(names)
-    families = {'detr': 7, 'conditional': 4, 'deformable_detr_resnet50': 5, 'h_deformable': 11, 'ms_detr': 4,
-                'co_deformable': 9, 'co_dino': 20}  # fmt: skip
-    for prefix, number in families.items():
-        assert sum(name.startswith(prefix) for name in names) == number, prefix
     with pytest.raises(ValueError, match=r"no model 'detr_resnet5' is known: did you mean detr_resnet50 or "):
         find_row('detr_resnet5')
 

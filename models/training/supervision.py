@@ -111,9 +111,7 @@ def add_hybrid(plan: Plan, args: Namespace) -> None:
 def add_one_to_many(plan: Plan, args: Namespace) -> None:
     """Supervise the inference group one-to-many too (MS-DETR)."""
     if args.use_ms_detr:
-        matcher = OneToManyMatcher(
-            args.o2m_matcher_k, args.o2m_matcher_threshold, args.o2m_iou_weight, args.o2m_score_weight
-        )
+        matcher = OneToManyMatcher(args.o2m_matcher_k, args.o2m_matcher_threshold)
         plan.table['o2m'] = replace(
             plan.one2one,
             matcher=matcher,

@@ -142,7 +142,6 @@ FLAGS = {flag.name: flag for flag in (
         Flag('backbone_stages', (2, 3, 4), 4, 'number of stages of the backbone; 4 ends at stride 32, 3 at 16, 2 at 8', some_backbones=True),
         Flag('dilation', SWITCH, False, 'dilate the last stage of the backbone instead of striding it (DC5, stride 16)', some_backbones=True),
         Flag('drop_path_rate', real(0, 1, below=True), 0.2, 'probability that the last block of Swin is skipped while training; it grows linearly from 0 over the blocks', some_backbones=True, compared=False),
-        Flag('backbone_frozen_stages', whole(-1, 5), -1, 'stages of Swin to freeze: 0 and 1 freeze the patch embedding, 2 also the first stage, ... 5 all four; norms of the maps always train (which freezes nothing)', some_backbones=True, compared=False, metavar='N', hidden=True),
         Flag('position_embedding', ('sine', 'learned', 'v2', 'v3'), 'sine', 'position encoding of the feature maps; v2 = sine, v3 = learned', same={'v2': 'sine', 'v3': 'learned'}, hidden=True),
         Flag('pe_temperature', real(1e-06), 10000.0, 'temperature of sine encodings; about 20 resolves positions better on small feature maps'),
         Flag('position_embedding_scale', real(1e-06), 2 * math.pi, 'angle in radians that a whole side spans in sine encodings', unset='2 pi', hidden=True),
@@ -250,8 +249,6 @@ FLAGS = {flag.name: flag for flag in (
     *topic('one-to-many matching of --use_ms_detr', TRAINING, QUERIES)(
         Flag('o2m_matcher_k', whole(1, 10**4), 6, 'largest number of queries that one-to-many matching gives an object', needs='use_ms_detr', hidden=True),
         Flag('o2m_matcher_threshold', real(), 0.4, 'smallest one-to-many score with which a query is positive for its best object', needs='use_ms_detr', hidden=True),
-        Flag('o2m_iou_weight', real(), 0.7, 'weight of the IoU in the one-to-many score', needs='use_ms_detr', hidden=True),
-        Flag('o2m_score_weight', real(), 0.3, "weight of the class's probability in the one-to-many score", needs='use_ms_detr', hidden=True),
         Flag('use_indices_merge', SWITCH, False, 'add the pairs of the one-to-one matching for queries without a one-to-many pair', needs='use_ms_detr', hidden=True),
         *(flag for term in ('cls', *BOX_TERMS) for flag in coefficients_of(term)),
     ),

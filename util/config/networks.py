@@ -114,7 +114,7 @@ CONVOLUTIONAL = ('dilation', 'backbone_norm', 'backbone_stages')
 # By the beginning of a name; the last is for all others, which torchvision has.
 KINDS = {
     'timm/': BackboneKind(CONVOLUTIONAL),
-    'swin_': BackboneKind(('drop_path_rate', 'backbone_frozen_stages', 'backbone_stages', 'use_checkpoint')),
+    'swin_': BackboneKind(('drop_path_rate', 'backbone_stages', 'use_checkpoint')),
     'vit_': BackboneKind(
         ('drop_path_rate', 'lr_layer_decay', 'use_checkpoint'), range(3, 4), (4, 8, 16, 32, 64)
     ),

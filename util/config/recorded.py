@@ -14,7 +14,8 @@ from util.errors import UserError
 
 from .declare import DETECTION, NETWORK, RUN
 from .flags import FLAGS
-from .settle import DETECTOR, Settled, check_values, in_our_names, is_shards, settle
+from .rules import is_shards
+from .settle import DETECTOR, Settled, check_values, in_our_names, settle
 
 REMEDY = 'Give this flag, or another checkpoint of its run'
 WHOLE = (

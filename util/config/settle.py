@@ -3,7 +3,6 @@
 from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 from util.errors import UserError
@@ -18,15 +17,15 @@ from .declare import (
     UNLESS_CONDITIONAL,
     Flag,
 )
-from .flags import FLAGS, RANDOM_SCALES
-from .networks import TITLES, VARIANTS, Usual, backbone_maps, decoder_of, kind_of
+from .flags import FLAGS
+from .networks import TITLES, VARIANTS, Usual, decoder_of, kind_of
+from .rules import PROBLEMS
 
 DETECTOR = (NETWORK, DETECTION)
 MODEL = (NETWORK, DETECTION, TRAINING)
 EVERYTHING = (*MODEL, DATA, RUN)
 OFFICIAL_NAMES = {alias: flag.name for flag in FLAGS.values() for alias in flag.aliases}
 PLACES = ('backbone', 'encoder', 'decoder')  # parts of a network that --use_checkpoint names
-SHARDS = 'shards.json'  # index of tar shards
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,11 @@ OLD = {
     'val_shards': OldFlag(
         'give --val_ann shards.json or its folder', lambda place, _: {'val_ann': place} if place else {}
     ),
+    'backbone_frozen_stages': OldFlag(
+        'give --freeze body.patch_embed body.layers.0 ...', lambda number, _: freeze_stages(number)
+    ),
+    'o2m_iou_weight': OldFlag('it is 0.7: leave it out', lambda *_: {}),
+    'o2m_score_weight': OldFlag('it is 0.3: leave it out', lambda *_: {}),
     'lsj_size': OldFlag(
         'give --img_size, the side of the squares of --aug lsj',
         lambda size, record: {'img_size': size} if record.get('aug') == 'lsj' else {},
@@ -59,6 +63,11 @@ OLD = {
 }
 
 
+def freeze_stages(number: int) -> dict:
+    parts = ['body.patch_embed', *(f'body.layers.{stage}' for stage in range(number - 1))]
+    return {'freeze': parts} if number >= 0 else {}
+
+
 def in_our_names(record: Mapping) -> dict:
     """Return the flags of a namespace or a record under today's names, instead of official names and those in `OLD`."""
     named = {OFFICIAL_NAMES.get(name, name): value for name, value in record.items()}
@@ -67,11 +76,6 @@ def in_our_names(record: Mapping) -> dict:
         if name in named:
             flags |= old.today(named[name], named)
     return flags
-
-
-def is_shards(place: str | None) -> bool:
-    """Return whether a value of --train_ann or --val_ann is an index of tar shards, or the folder of one."""
-    return place is not None and (Path(place).name == SHARDS or (Path(place) / SHARDS).is_file())
 
 
 class Settled(Namespace):
@@ -167,7 +171,7 @@ def check_values(values: Mapping, flags: Collection[Flag]) -> None:
 
 
 def check(args: Namespace, flags: Collection[Flag]) -> None:
-    """Refuse flags of other families and backbones, or without what they need, and what `RULES` refuse."""
+    """Refuse flags of other families and backbones, or without what they need, and what `rules.PROBLEMS` names."""
     for flag in flags:
         value = getattr(args, flag.name)
         if value == flag.default_of(args):
@@ -183,101 +187,9 @@ def check(args: Namespace, flags: Collection[Flag]) -> None:
         if not flag.fits_backbone(args):
             raise UserError(f'{shown} is not for --backbone {args.backbone}: leave it out')
     kinds = {flag.kind for flag in flags}
-    for kind, rules in RULES.items():
-        for rule in rules if kind in kinds else ():
-            if message := rule(args):
-                raise UserError(message)
-
-
-def deformable(a: Namespace) -> bool:
-    return a.family == 'deformable'
-
-
-# A rule returns what is wrong, or something false.
-RULES: dict[str, list[Callable[[Namespace], object]]] = {
-    NETWORK: [
-        lambda a: (a.hidden_dim % a.nheads or a.hidden_dim % 4)
-        and f'--hidden_dim {a.hidden_dim} must be a multiple of --nheads {a.nheads} and of 4',
-        lambda a: (deformable(a) and a.hidden_dim % 32)
-        and f'--hidden_dim {a.hidden_dim} must be a multiple of 32 in Deformable DETR (group norm)',
-        lambda a: (deformable(a) and a.num_feature_levels < len(backbone_maps(a)))
-        and f'--num_feature_levels {a.num_feature_levels} must be 1, or at least the {len(backbone_maps(a))} maps of a backbone of --backbone_stages {a.backbone_stages}',
-        lambda a: (deformable(a) and a.num_feature_levels == 1 and a.finest_stride == 4)
-        and '--finest_stride 4 is for several feature maps, but --num_feature_levels is 1: leave one of them out',
-        lambda a: (a.dilation and a.backbone_stages != 4)
-        and f'--dilation changes stage 4, but --backbone_stages is {a.backbone_stages}: give one of them',
-        lambda a: a.backbone_frozen_stages > a.backbone_stages + 1
-        and f'--backbone_frozen_stages {a.backbone_frozen_stages} is more than all stages, of which there are {a.backbone_stages}',
-        lambda a: (deformable(a) and (levels := len(kind_of(a.backbone).pyramid)) and a.num_feature_levels not in (1, levels))
-        and f'--num_feature_levels {a.num_feature_levels} must be {levels}, the levels of the feature pyramid of {a.backbone}, or 1',
-        lambda a: (a.masks and a.co_masks)
-        and '--masks and --co_masks are two ways to predict masks: give one of them',
-        lambda a: ((a.masks or a.co_masks) and a.eval_module != 'detr')
-        and f'--masks and --co_masks are those of the decoder: leave --eval_module {a.eval_module} out',
-        lambda a: (a.masks and len(kind_of(a.backbone).stages) == 1)
-        and f'--masks needs maps of several strides, and {a.backbone} has one: leave it out',
-        lambda a: ('backbone' in (a.use_checkpoint or ()) and 'use_checkpoint' not in kind_of(a.backbone).supports)
-        and f'--use_checkpoint backbone is not for --backbone {a.backbone}: leave it out, or name encoder and decoder',
-        lambda a: (a.use_aux_ffn and a.ms_variant == 'a')
-        and '--use_aux_ffn belongs to the second reading after the cross-attention: leave it out, or leave --ms_variant a out',
-        lambda a: a.eval_module not in ('detr', *a.co_aux_heads)
-        and f'--eval_module {a.eval_module} is not among --co_aux_heads: add it there, or evaluate detr',
-        lambda a: (a.soft_nms_threshold and a.nms_iou_threshold is not None)
-        and '--soft_nms_threshold and --nms_iou_threshold are two ways of suppression: give one (--soft_nms_threshold 0 turns the usual one off)',
-        lambda a: (a.eval_module != 'detr' and a.nms_iou_threshold is not None)
-        and f'--nms_iou_threshold is for the decoder: --eval_module {a.eval_module} suppresses by its own rule',
-        lambda a: len(set(a.co_aux_heads)) < len(a.co_aux_heads)
-        and f'--co_aux_heads {a.co_aux_heads} names a head twice',
-    ],
-    TRAINING: [
-        lambda a: (a.lr_schedule == 'cosine' and a.lr_drop_epochs)
-        and '--lr_drop_epochs is for --lr_schedule step, and cosine has no drops: leave one of them out',
-        lambda a: (a.hybrid_queries and not a.hybrid_k)
-        and f'--hybrid_queries {a.hybrid_queries} would be trained by nothing with --hybrid_k 0: raise --hybrid_k, or give 0 for both',
-        lambda a: (a.hybrid_k and not a.hybrid_queries)
-        and f'--hybrid_k {a.hybrid_k} would train no queries with --hybrid_queries 0: raise it, or give 0 for both',
-        lambda a: (a.co_rcnn_masks and 'faster_rcnn' not in a.co_aux_heads)
-        and '--co_rcnn_masks is a part of faster_rcnn: add it to --co_aux_heads, or leave the flag out',
-    ],
-    DATA: [
-        lambda a: (a.train_scales and a.train_scales[0] > a.train_scales[1])
-        and f'--train_scales {a.train_scales[0]} {a.train_scales[1]}: give the smaller size first',
-        lambda a: (a.aug not in RANDOM_SCALES and (a.train_scales or a.train_max_size))
-        and f'--train_scales and --train_max_size are not for --aug {a.aug}, which scales otherwise: leave them out',
-        lambda a: (a.repeat_threshold and (a.dataset_file == 'shapes' or is_shards(a.train_ann)))
-        and '--repeat_threshold needs image files in COCO form or LVIS: leave it out',
-        lambda a: (a.dataset_file == 'shapes' and any((a.coco_path, a.train_images, a.train_ann, a.val_images, a.val_ann)))
-        and '--dataset_file shapes reads no files: leave --coco_path and the other paths out',
-        lambda a: (a.dataset_file in ('voc', 'yolo') and any((a.train_images, a.train_ann, a.val_images, a.val_ann)))
-        and f'--dataset_file {a.dataset_file} is one folder: give --coco_path instead of images and annotations',
-        lambda a: (a.dataset_file != 'coco' and any(map(is_shards, (a.train_ann, a.val_ann))))
-        and f'tar shards hold data in COCO form: leave --dataset_file {a.dataset_file} out',
-        lambda a: ((is_shards(a.train_ann) and a.train_images) or (is_shards(a.val_ann) and a.val_images))
-        and 'tar shards hold their images: leave --train_images and --val_images out',
-    ],
-    RUN: [
-        lambda a: (a.batches != 'random' and is_shards(a.train_ann) and not a.eval)
-        and f'--batches {a.batches} chooses the images of a batch, and tar shards are streamed: leave it out',
-        lambda a: (a.eval and not (a.resume or a.pretrained))
-        and '--eval needs weights: add --resume FILE (or --pretrained FILE, or --model NAME)',
-        lambda a: (a.resume and a.pretrained and a.resume != 'auto')
-        and '--resume goes on with a run, --pretrained starts one: give one of them',
-        lambda a: (a.frozen_weights and not a.masks)
-        and '--frozen_weights trains the heads of --masks alone: add --masks, or use --pretrained',
-        lambda a: (a.frozen_weights and a.pretrained)
-        and '--frozen_weights and --pretrained both start from weights: give one of them',
-        lambda a: (a.resume == 'auto' and not a.output_dir)
-        and '--resume auto looks into --output_dir: give it',
-        lambda a: (a.patience and not a.output_dir)
-        and '--patience looks into metrics.csv of --output_dir: give it',
-        lambda a: (a.patience and not a.eval_every)
-        and '--patience waits for a better AP, and --eval_every 0 measures none: leave one out',
-        lambda a: (a.fsdp and a.amp == 'fp16')
-        and '--fsdp with --amp fp16: a process would scale its part of the gradient alone; use --amp bf16',
-        lambda a: (a.checkpoint_steps and not a.output_dir)
-        and '--checkpoint_steps writes into --output_dir: give it',
-    ],
-}  # fmt: skip
+    for kind, problems in PROBLEMS.items():
+        if kind in kinds and (problem := next(problems(args), None)):
+            raise UserError(problem)
 
 
 def check_processes(args: Namespace, world_size: int) -> int:

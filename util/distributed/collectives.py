@@ -1,5 +1,6 @@
 """Ranks, devices and collectives. All functions work in a single process too."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,13 +91,14 @@ def init_distributed(device: torch.device, dist_url: str = 'env://') -> None:
 
 
 def leave_distributed() -> None:
-    """Leave the process group together with all other ranks.
+    """Leave the process group together with all other ranks. No variable may hold a model of DistributedDataParallel any more.
 
-    After the barrier no thread of the group holds tensors of Python. One that frees such a tensor waits for Python's lock, which
-    the main thread has while the end of the group waits for its threads.
+    Such a model would be the last to hold the group. Its end would then wait for the group's threads with Python's lock, and one
+    of them may wait for that lock, to free a tensor. `destroy_process_group` waits without the lock.
     """
     if is_distributed():
         dist.barrier()
+        gc.collect()
         dist.destroy_process_group()
 
 

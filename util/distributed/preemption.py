@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -156,13 +157,18 @@ def processes(device: torch.device, url: str) -> Iterator[StopRequests]:
     url: where they meet, as `torch.distributed` has it.
     """
     init_distributed(device, url)
-    stops = StopRequests(device)
+    stops, signum = StopRequests(device), 0
     try:
         yield stops
     except Interrupted as stop:
-        stops.leave(*stop.args)
-    finally:
+        signum = stop.args[0]
+        traceback.clear_frames(stop.__traceback__)  # they hold the model, which holds the group
+    except BaseException:
         stops.close()
+        raise
+    if signum:
+        stops.leave(signum)
+    stops.close()
     leave_distributed()
 
 
