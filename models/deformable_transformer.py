@@ -25,7 +25,7 @@ from .units import call_unit
 class DeformableEncoderLayer(SubLayers):
     """Self-attention and feed-forward, with post-norm. Names and numbers of the sub-layers are the official ones."""
 
-    def __init__(self, attention: MSDeformAttn, dim_feedforward: int = 1024, dropout: float = 0.1) -> None:
+    def __init__(self, attention: MSDeformAttn, dim_feedforward: int, dropout: float) -> None:
         super().__init__(dropout)
         self.self_attn = attention
         self.norm1 = nn.LayerNorm(attention.d_model)
@@ -53,7 +53,7 @@ class DeformableEncoderLayer(SubLayers):
 class DeformableDecoderLayer(SubLayers):
     """Self-attention, cross-attention and feed-forward, whose norms have the official numbers 2, 1 and 3."""
 
-    def __init__(self, attention: MSDeformAttn, dim_feedforward: int = 1024, dropout: float = 0.1) -> None:
+    def __init__(self, attention: MSDeformAttn, dim_feedforward: int, dropout: float) -> None:
         super().__init__(dropout)
         d_model, nhead = attention.d_model, attention.n_heads
         self.cross_attn = attention
@@ -173,7 +173,7 @@ class DeformableDecoder(nn.Module):
 
 
 class DeformableTransformer(nn.Module):
-    """Encoder and decoder: `encode` turns feature maps into `Memory`, and `decode` runs query groups over it.
+    """Encoder and decoder: `encode` turns feature maps into `Memory`, over which the decoder runs query groups.
 
     two_stage: create the layers that turn tokens into proposals (`models.proposals`) and these into queries,
         instead of the one that turns learned positions into reference points.
@@ -261,11 +261,6 @@ class DeformableTransformer(nn.Module):
         query_pos, tgt = query_embed.expand(batch_size, -1, -1).chunk(2, dim=-1)
         points = self.decoder.box_code.decode(self.reference_points(query_pos))
         return QueryGroup('all', tgt, query_pos, points)
-
-    def decode(
-        self, groups: list[QueryGroup], memory: Memory, refine_with: nn.ModuleList | None = None
-    ) -> list[LayerOutput]:
-        return self.decoder(groups, memory, refine_with)
 
 
 def tokens(feature_map: Tensor) -> Tensor:

@@ -81,12 +81,7 @@ class TransformerEncoderLayer(SubLayers):
     """Self-attention and feed-forward."""
 
     def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        pre_norm: bool = False,
+        self, d_model: int, nhead: int, dim_feedforward: int, dropout: float, pre_norm: bool
     ) -> None:
         super().__init__(dropout, pre_norm)
         self.self_attn = nn.MultiheadAttention(d_model, nhead, dropout, batch_first=True)
@@ -119,12 +114,7 @@ class TransformerDecoderLayer(SubLayers):
     """Self-attention, cross-attention and feed-forward."""
 
     def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        pre_norm: bool = False,
+        self, d_model: int, nhead: int, dim_feedforward: int, dropout: float, pre_norm: bool
     ) -> None:
         super().__init__(dropout, pre_norm)
         self.self_attn = nn.MultiheadAttention(d_model, nhead, dropout, batch_first=True)
@@ -171,7 +161,7 @@ class TransformerDecoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder: `encode` turns a feature map into `Memory`, `decode` runs query groups over it."""
+    """Encoder and decoder: `encode` turns a feature map into `Memory`, over which the decoder runs query groups."""
 
     def __init__(self, encoder: TransformerEncoder, decoder: nn.Module) -> None:
         super().__init__()
@@ -188,6 +178,3 @@ class Transformer(nn.Module):
         pos = pos.flatten(2).transpose(1, 2)  # [B, S, C]
         tokens = self.encoder(src.flatten(2).transpose(1, 2), pos, padding_mask)
         return Memory(tokens, padding_mask, [shape], pos)
-
-    def decode(self, groups: list[QueryGroup], memory: Memory) -> list[LayerOutput]:
-        return self.decoder(groups, memory)

@@ -197,12 +197,7 @@ class VisionTransformer(nn.Module):
         """Return the learned positions [1, H, W, C] of a map; the first entry, of a class token, has no use here."""
         side = self.size.position_grid
         grid = self.pos_embed[:, 1:].unflatten(1, (side, side))
-        if (height, width) == (side, side):
-            return grid
-        grid = F.interpolate(
-            grid.permute(0, 3, 1, 2), size=(height, width), mode='bicubic', align_corners=False
-        )
-        return grid.permute(0, 2, 3, 1)
+        return grid if (height, width) == (side, side) else resize_grid(grid, height, width)
 
 
 class ChannelNorm(nn.Module):
@@ -281,6 +276,11 @@ def resize_patches(kernel: Tensor, ours: Tensor) -> Tensor:
 def resize_positions(table: Tensor, ours: Tensor) -> Tensor:
     """Resize the grid of positions [1, 1 + side^2, C] (bicubic); the entry of the class token stays."""
     sides = [round((x.shape[1] - 1) ** 0.5) for x in (table, ours)]
-    grid = table[:, 1:].float().unflatten(1, (sides[0], sides[0])).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(sides[1], sides[1]), mode='bicubic', align_corners=False)
-    return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    grid = resize_grid(table[:, 1:].float().unflatten(1, (sides[0], sides[0])), sides[1], sides[1])
+    return torch.cat([table[:, :1], grid.flatten(1, 2)], dim=1)
+
+
+def resize_grid(grid: Tensor, height: int, width: int) -> Tensor:
+    """Resize a grid of positions [1, h, w, C] (bicubic)."""
+    grid = F.interpolate(grid.permute(0, 3, 1, 2), size=(height, width), mode='bicubic', align_corners=False)
+    return grid.permute(0, 2, 3, 1)
