@@ -23,7 +23,7 @@ from .units import call_unit
 
 
 class DeformableEncoderLayer(SubLayers):
-    """Self-attention and feed-forward, with post-norm. Names and numbers of the sub-layers are the official ones."""
+    """Self-attention and feed-forward, with post-norm. Sub-layers have their official names and numbers."""
 
     def __init__(self, attention: MSDeformAttn, dim_feedforward: int, dropout: float) -> None:
         super().__init__(dropout)
@@ -127,7 +127,10 @@ class DeformableDecoder(nn.Module):
     def forward(
         self, groups: list[QueryGroup], memory: Memory, refine_with: nn.ModuleList | None = None
     ) -> list[LayerOutput]:
-        """Return the output of every layer. refine_with: box heads of the layers; None keeps the reference points."""
+        """Return the output of every layer.
+
+        refine_with: box heads of the layers; None keeps the reference points.
+        """
         self.check(groups)
         tgt = torch.cat([group.tgt for group in groups], dim=1)  # [B, Q, C]
         reference = torch.cat([group.reference_points for group in groups], dim=1)  # [B, Q, 2 or 4]
@@ -173,7 +176,7 @@ class DeformableDecoder(nn.Module):
 
 
 class DeformableTransformer(nn.Module):
-    """Encoder and decoder: `encode` turns feature maps into `Memory`, over which the decoder runs query groups.
+    """Encoder and decoder: `encode` turns feature maps into `Memory`, the decoder's input.
 
     two_stage: create the layers that turn tokens into proposals (`models.proposals`) and these into queries,
         instead of the one that turns learned positions into reference points.
@@ -292,7 +295,7 @@ def cell_grid(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def cell_centers(shapes: list[tuple[int, int]], valid_ratios: Tensor) -> list[Tensor]:
-    """Return the centres x, y of the cells of each level, [B, H W, 2]; 1 is the end of the part without padding."""
+    """Return the centres x, y of each level's cells, [B, H W, 2]; 1 is where the padding begins."""
     return [
         cell_grid(height, width, ratios.device)
         / torch.stack([ratios[:, 0] * width, ratios[:, 1] * height], dim=-1)[:, None]

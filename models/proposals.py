@@ -130,7 +130,7 @@ class FirstStage:
 
 
 def default_boxes(memory: Memory) -> tuple[Tensor, Tensor]:
-    """Return a box around every cell, [B, S, 4] cxcywh float32 in units of the image without padding, and a mask [B, S, 1].
+    """Return a box [B, S, 4] around every cell, cxcywh in units of the unpadded image, and a mask [B, S, 1].
 
     The mask is False in the padding, and where a coordinate is not between 0.01 and 0.99.
     """

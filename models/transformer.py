@@ -19,9 +19,7 @@ Blocks = list[AttentionBlock]
 
 
 def clones(layer: nn.Module, num_layers: int) -> nn.ModuleList:
-    """Copy one layer `num_layers` times. Parameters that are not initialised again later (biases) are equal in all
-    copies, as in the official code.
-    """
+    """Copy a layer `num_layers` times. Biases, which nothing initialises again, are equal (official code)."""
     return nn.ModuleList(copy.deepcopy(layer) for _ in range(num_layers))
 
 
@@ -37,9 +35,9 @@ def self_attention(attention: nn.MultiheadAttention, q: Tensor, v: Tensor, block
 
 
 def run_o2m_branch(layer: nn.Module, state: Tensor | None, groups: list[QueryGroup]) -> Tensor | None:
-    """Run the one-to-many branch of a layer for the inference group, [B, Q, C]; None if it has none (`models.ms_detr`).
+    """Run the one-to-many branch of a layer (`models.ms_detr`) for the inference group; None if it has none.
 
-    state: state of the queries of all groups that the branch reads.
+    state: [B, Q of all groups, C], which the branch reads.
     """
     if state is None:
         return None
@@ -161,7 +159,7 @@ class TransformerDecoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder: `encode` turns a feature map into `Memory`, over which the decoder runs query groups."""
+    """Encoder and decoder: `encode` turns a feature map into `Memory`, the decoder's input."""
 
     def __init__(self, encoder: TransformerEncoder, decoder: nn.Module) -> None:
         super().__init__()
