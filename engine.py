@@ -216,7 +216,7 @@ def grouped(batches: Iterable, size: int) -> Iterator[list]:
 
 
 def targets_to(targets: list[dict[str, Tensor]], device: torch.device) -> list[dict[str, Tensor]]:
-    """Copy labels, boxes and masks, which losses and query sources read, to the device."""
+    """Copy labels, boxes and masks, which losses and training branches read, to the device."""
     keys = ('labels', 'boxes', 'masks')
     return [
         {key: target[key].to(device, non_blocking=True) for key in keys if key in target}

@@ -70,7 +70,7 @@ def build_detector(
     Args:
         args: settled flags.
         num_queries: number of learned queries of each group, the inference group first.
-        query_sources: modules that add query groups while training.
+        query_sources: training branches by their names.
     """
     body = build_args_backbone(args, args.backbone_weights)
     encoding = build_position_encoding(
