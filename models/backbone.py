@@ -46,10 +46,8 @@ RESNETS = (
 # layer1..layer4 of a ResNet).
 FEATURE_STAGES = {'mobilenet_v2': ('3', '6', '13', '18')}
 NORM_LAYERS = {'frozen': FrozenBatchNorm2d, 'batch': nn.BatchNorm2d, 'group': partial(nn.GroupNorm, 32)}
-CLASSIFIER, COUNTS = (
-    r'(fc|classifier)\.',
-    r'.*num_batches_tracked$',
-)  # entries of files that detectors do not need
+# Entries of files that detectors do not need.
+CLASSIFIER, COUNTS = r'(fc|classifier)\.', r'.*num_batches_tracked$'
 ODD_SIZE = (97, 161)  # height and width of an image that is no multiple of any window or stride
 
 
@@ -78,7 +76,7 @@ class Backbone(nn.Module):
         self.register_buffer('pixel_std', 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def normalize(self, samples: NestedTensor) -> NestedTensor:
-        """Normalise uint8 pixels. The padding becomes 0, as if it were added after normalising (official order)."""
+        """Normalise uint8 pixels; the padding becomes 0, as if added after normalising (official order)."""
         if samples.tensors.is_floating_point():
             return samples
         tensors = (samples.tensors - self.pixel_mean) / self.pixel_std
@@ -122,7 +120,7 @@ class StageBody(IntermediateLayerGetter):
     """
 
     def units(self) -> list[nn.Module]:
-        """Return the children for `models.units`, without single layers of a stem: its ReLU overwrites its input."""
+        """Return the stages for `models.units`, not layers of a stem: its ReLU overwrites its input."""
         return [part for part in self.values() if len(list(part.children())) > 0]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -142,7 +140,7 @@ class TimmBody(nn.Module):
         self.network = network
 
     def units(self) -> list[nn.Module]:
-        """Return the whole network for `models.units`, because the stages of timm's networks share no names."""
+        """Return the network for `models.units`, because the stages of timm's networks share no names."""
         return [self.network]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -194,7 +192,7 @@ def build_backbone(
 def build_torchvision(
     name: str, weights: str, dilation: bool, norm: str, stages: range, **_: object
 ) -> Backbone:
-    """Build a network of torchvision. Stem and first stage are frozen whenever the norms are (official rule)."""
+    """Build a network of torchvision. Frozen norms freeze stem and first stage, too (official rule)."""
     if dilation and name in ('resnet10', 'resnet18', 'resnet34', *FEATURE_STAGES):
         raise UserError(f'--dilation (DC5) needs resnet50 or deeper: {name} has no dilated last stage')
     if norm == 'group' and (weights == 'imagenet' or name in FEATURE_STAGES):
@@ -219,7 +217,7 @@ def build_torchvision(
 
 
 def torchvision_network(name: str, weights: str, **options: object) -> nn.Module:
-    """Build a torchvision classifier and load its weights. Only the main process downloads those of ImageNet."""
+    """Build a torchvision classifier with its weights; only the main process downloads those of ImageNet."""
     if name == 'resnet10':  # one block a stage; torchvision has the class, but neither the name nor weights
         if weights == 'imagenet':
             raise UserError('resnet10 has no ImageNet weights: give --backbone_weights none or FILE')

@@ -57,7 +57,7 @@ def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, nn.Mod
     args = args if isinstance(args, Settled) else settle(args)
     criterion, num_queries, query_sources = build_supervision(args)
     model = build_detector(args, num_queries, query_sources)
-    freeze_unreached_heads(model, criterion, args.two_stage)
+    freeze_unreached_heads(model, criterion)
     freeze(model, args.freeze)
     return model, criterion, build_postprocessors(args)
 
@@ -220,25 +220,25 @@ def build_layer_heads(args: Namespace) -> tuple[nn.ModuleList, nn.ModuleList]:
     return heads
 
 
-def freeze_unreached_heads(model: nn.Module, criterion: nn.Module, two_stage: bool) -> None:
-    """Ask for no gradient of heads that no loss reaches: with --no_aux_loss in two stages, or where coefficients are 0.
+def freeze_unreached_heads(model: nn.Module, criterion: nn.Module) -> None:
+    """Freeze heads that no loss reaches: with --no_aux_loss in two stages, or where coefficients are 0.
 
     DDP would wait for their gradients.
     """
-    terms = {kind: set(row.coef) for kind, row in criterion.table.items()}
+    terms = {kind: set(row.coef) - {'mask', 'dice'} for kind, row in criterion.table.items()}
     proposals = terms.pop('enc', set())
     if not any('_enc' in name for name in criterion.weight_dict):
         proposals = set()
-    if model.class_embed_o2m is not None:  # the second reading has class heads of its own
-        if 'ce' not in terms['o2m']:
-            model.class_embed_o2m.requires_grad_(False)
+    if model.class_embed_o2m is not None:  # the one-to-many branch has class heads of its own
+        model.class_embed_o2m.requires_grad_('ce' in terms['o2m'])
         terms['o2m'] -= {'ce'}
-    decoder = set().union(*terms.values()) - {'mask', 'dice'}
-    for heads, is_class in ((model.class_embed, True), (model.bbox_embed, False)):
+    decoder = set().union(*terms.values())
+    two_stage = getattr(model, 'first_stage', None) is not None
+    for heads, relevant in ((model.class_embed, {'ce'}), (model.bbox_embed, (decoder | proposals) - {'ce'})):
         layers = heads[:-1] if two_stage else heads
-        if not (decoder & {'ce'} if is_class else decoder - {'ce'}):
+        if not decoder & relevant:
             layers.requires_grad_(False)
-        if two_stage and not (proposals & {'ce'} if is_class else proposals - {'ce'}):
+        if two_stage and not proposals & relevant:
             heads[-1].requires_grad_(False)
 
 

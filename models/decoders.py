@@ -1,4 +1,4 @@
-"""The classes that decoders consist of: `util.config.networks.DECODERS` names them, and flags choose their layers."""
+"""The classes of decoders, which `util.config.networks.DECODERS` names, and those of their layers."""
 
 from argparse import Namespace
 from importlib import import_module

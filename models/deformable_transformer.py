@@ -23,9 +23,9 @@ from .units import call_unit
 
 
 class DeformableEncoderLayer(SubLayers):
-    """Self-attention and feed-forward, with post-norm. Names and numbers of the sub-layers are the official ones."""
+    """Self-attention and feed-forward, with post-norm. Sub-layers have their official names and numbers."""
 
-    def __init__(self, attention: MSDeformAttn, dim_feedforward: int = 1024, dropout: float = 0.1) -> None:
+    def __init__(self, attention: MSDeformAttn, dim_feedforward: int, dropout: float) -> None:
         super().__init__(dropout)
         self.self_attn = attention
         self.norm1 = nn.LayerNorm(attention.d_model)
@@ -53,7 +53,7 @@ class DeformableEncoderLayer(SubLayers):
 class DeformableDecoderLayer(SubLayers):
     """Self-attention, cross-attention and feed-forward, whose norms have the official numbers 2, 1 and 3."""
 
-    def __init__(self, attention: MSDeformAttn, dim_feedforward: int = 1024, dropout: float = 0.1) -> None:
+    def __init__(self, attention: MSDeformAttn, dim_feedforward: int, dropout: float) -> None:
         super().__init__(dropout)
         d_model, nhead = attention.d_model, attention.n_heads
         self.cross_attn = attention
@@ -127,7 +127,10 @@ class DeformableDecoder(nn.Module):
     def forward(
         self, groups: list[QueryGroup], memory: Memory, refine_with: nn.ModuleList | None = None
     ) -> list[LayerOutput]:
-        """Return the output of every layer. refine_with: box heads of the layers; None keeps the reference points."""
+        """Return the output of every layer.
+
+        refine_with: box heads of the layers; None keeps the reference points.
+        """
         self.check(groups)
         tgt = torch.cat([group.tgt for group in groups], dim=1)  # [B, Q, C]
         reference = torch.cat([group.reference_points for group in groups], dim=1)  # [B, Q, 2 or 4]
@@ -173,7 +176,7 @@ class DeformableDecoder(nn.Module):
 
 
 class DeformableTransformer(nn.Module):
-    """Encoder and decoder: `encode` turns feature maps into `Memory`, and `decode` runs query groups over it.
+    """Encoder and decoder: `encode` turns feature maps into `Memory`, the decoder's input.
 
     two_stage: create the layers that turn tokens into proposals (`models.deformable_detr`) and these into queries,
         instead of the one that turns learned positions into reference points.
@@ -262,11 +265,6 @@ class DeformableTransformer(nn.Module):
         points = self.decoder.box_code.decode(self.reference_points(query_pos))
         return QueryGroup('all', tgt, query_pos, points)
 
-    def decode(
-        self, groups: list[QueryGroup], memory: Memory, refine_with: nn.ModuleList | None = None
-    ) -> list[LayerOutput]:
-        return self.decoder(groups, memory, refine_with)
-
 
 def tokens(feature_map: Tensor) -> Tensor:
     """Flatten [B, C, H, W] to [B, H W, C]."""
@@ -297,7 +295,7 @@ def cell_grid(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def cell_centers(shapes: list[tuple[int, int]], valid_ratios: Tensor) -> list[Tensor]:
-    """Return the centres x, y of the cells of each level, [B, H W, 2]; 1 is the end of the part without padding."""
+    """Return the centres x, y of each level's cells, [B, H W, 2]; 1 is where the padding begins."""
     return [
         cell_grid(height, width, ratios.device)
         / torch.stack([ratios[:, 0] * width, ratios[:, 1] * height], dim=-1)[:, None]

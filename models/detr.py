@@ -124,7 +124,7 @@ class BaseDETR(nn.Module):
             groups += added
             losses |= terms
         refine_with = (self.bbox_embed,) if self.with_box_refine else ()
-        layers = self.transformer.decode(groups, memory, *refine_with)
+        layers = self.transformer.decoder(groups, memory, *refine_with)
         first = 0 if self.training else len(layers) - 1
         heads = self.class_embed, self.bbox_embed, self.class_embed_o2m
         box_code = self.transformer.decoder.box_code

@@ -15,7 +15,7 @@ from .structures import LayerOutput, QueryGroup
 
 
 class DinoDecoder(DeformableDecoder):
-    """A decoder that refines boxes with the raw state of a layer; heads read it after a norm shared by all layers."""
+    """A decoder that refines boxes with a layer's raw state; heads read it after a norm that layers share."""
 
     box_code = LogitBoxes(eps=1e-3)
     positions_from_boxes = True
@@ -28,7 +28,7 @@ class DinoDecoder(DeformableDecoder):
         self.norm = nn.LayerNorm(d_model)
 
     def query_pos(self, groups: list[QueryGroup], scaled: Tensor) -> Tensor:
-        """Compute positions [B, Q, C] from the boxes in units of the first level, embedded as y, x, width, height."""
+        """Compute positions [B, Q, C] from boxes on the first level, embedded as y, x, width, height."""
         x, y, width, height = scaled[:, :, 0].split(1, dim=-1)
         boxes = torch.cat([y, x, width, height], dim=-1)  # an index list would be copied to the device
         num_feats = self.norm.normalized_shape[0] // 2

@@ -27,7 +27,7 @@ class FoldedNorm(FrozenBatchNorm2d):
             setattr(self, name, buffer)
 
     def factor_and_bias(self) -> tuple[Tensor, Tensor]:
-        """Return factor and bias of each channel, [C] each; computed again if a buffer was written or replaced."""
+        """Return factor and bias [C] of each channel, computed again if a buffer was written or replaced."""
         buffers = [self.weight, self.bias, self.running_mean, self.running_var]
         if not may_keep(buffers):
             return self.compute()
@@ -75,7 +75,7 @@ def may_keep(buffers: list[Tensor]) -> bool:
 
 
 def fold_frozen_norms(network: nn.Module) -> None:
-    """Fold, in place, every frozen norm that is defined right after its convolution, as torchvision's networks do."""
+    """Fold, in place, every frozen norm that is defined right after its convolution, as in torchvision."""
     for part in list(network.modules()):
         for (name, convolution), (norm_name, norm) in pairwise(list(part.named_children())):
             plain = type(convolution) is nn.Conv2d and convolution.padding_mode == 'zeros'

@@ -50,7 +50,7 @@ class PositionEmbeddingSine(nn.Module):
         self.scale = scale
 
     def forward(self, mask: Tensor) -> Tensor:
-        """Encode a padding mask [B, H, W], True = padding, as [B, 2 * num_pos_feats, H, W], y before x, float32."""
+        """Encode a mask [B, H, W], True = padding, as [B, 2 * num_pos_feats, H, W], y before x, float32."""
         valid = ~mask
         # Count in integers, because a GPU adds floats in no fixed order.
         y = valid.cumsum(1, dtype=torch.int32).float()
@@ -62,7 +62,7 @@ class PositionEmbeddingSine(nn.Module):
 
 
 class PositionEmbeddingLearned(nn.Module):
-    """A learned vector for each of 50 columns and 50 rows, which ignores the padding (`--position_embedding learned`)."""
+    """A learned vector for each of 50 columns and 50 rows; the padding is encoded like the image."""
 
     cells = 50
 

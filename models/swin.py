@@ -99,7 +99,7 @@ class WindowAttention(nn.Module):
         return self.proj(attended.transpose(2, 3).flatten(3)).unflatten(2, (size, size))
 
     def mask(self, windows: Windows, like: Tensor) -> Tensor:
-        """Return [windows, N, N], which is FORBIDDEN between tokens from different sides of the map, else 0."""
+        """Return [windows, N, N]: FORBIDDEN between tokens from different sides of the map, else 0."""
         regions = []
         for side in windows.sides:
             place = torch.arange(side, device=like.device)
@@ -195,7 +195,7 @@ class SwinTransformer(nn.Module):
         return [block for stage in self.layers for block in stage.blocks]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Turn [B, 3, H, W] into maps [B, C, ceil(H / stride), ceil(W / stride)], by the number of their stage."""
+        """Turn [B, 3, H, W] into maps [B, C, ceil(H / stride), ceil(W / stride)] by their stages."""
         x, maps = self.patch_embed(images), {}
         for stage, layer in enumerate(self.layers, start=1):
             for block in layer.blocks:

@@ -19,9 +19,7 @@ Blocks = list[AttentionBlock]
 
 
 def clones(layer: nn.Module, num_layers: int) -> nn.ModuleList:
-    """Copy one layer `num_layers` times. Parameters that are not initialised again later (biases) are equal in all
-    copies, as in the official code.
-    """
+    """Copy a layer `num_layers` times. Biases, which nothing initialises again, are equal (official code)."""
     return nn.ModuleList(copy.deepcopy(layer) for _ in range(num_layers))
 
 
@@ -37,9 +35,9 @@ def self_attention(attention: nn.MultiheadAttention, q: Tensor, v: Tensor, block
 
 
 def run_o2m_branch(layer: nn.Module, state: Tensor | None, groups: list[QueryGroup]) -> Tensor | None:
-    """Run the one-to-many branch of a layer for the inference group, [B, Q, C]; None if it has none (`models.ms_detr`).
+    """Run the one-to-many branch of a layer (`models.ms_detr`) for the inference group; None if it has none.
 
-    state: state of the queries of all groups that the branch reads.
+    state: [B, Q of all groups, C], which the branch reads.
     """
     if state is None:
         return None
@@ -81,12 +79,7 @@ class TransformerEncoderLayer(SubLayers):
     """Self-attention and feed-forward."""
 
     def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        pre_norm: bool = False,
+        self, d_model: int, nhead: int, dim_feedforward: int, dropout: float, pre_norm: bool
     ) -> None:
         super().__init__(dropout, pre_norm)
         self.self_attn = nn.MultiheadAttention(d_model, nhead, dropout, batch_first=True)
@@ -119,12 +112,7 @@ class TransformerDecoderLayer(SubLayers):
     """Self-attention, cross-attention and feed-forward."""
 
     def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        pre_norm: bool = False,
+        self, d_model: int, nhead: int, dim_feedforward: int, dropout: float, pre_norm: bool
     ) -> None:
         super().__init__(dropout, pre_norm)
         self.self_attn = nn.MultiheadAttention(d_model, nhead, dropout, batch_first=True)
@@ -171,7 +159,7 @@ class TransformerDecoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder: `encode` turns a feature map into `Memory`, `decode` runs query groups over it."""
+    """Encoder and decoder: `encode` turns a feature map into `Memory`, the decoder's input."""
 
     def __init__(self, encoder: TransformerEncoder, decoder: nn.Module) -> None:
         super().__init__()
@@ -188,6 +176,3 @@ class Transformer(nn.Module):
         pos = pos.flatten(2).transpose(1, 2)  # [B, S, C]
         tokens = self.encoder(src.flatten(2).transpose(1, 2), pos, padding_mask)
         return Memory(tokens, padding_mask, [shape], pos)
-
-    def decode(self, groups: list[QueryGroup], memory: Memory) -> list[LayerOutput]:
-        return self.decoder(groups, memory)

@@ -41,7 +41,7 @@ def all_units(model: nn.Module) -> list[nn.Module]:
 
 
 def recompute(model: nn.Module, places: Sequence[str]) -> None:
-    """Mark the units of some places, so that `call_unit` recomputes their activations in the backward pass."""
+    """Mark the units of some places, whose activations `call_unit` then recomputes in the backward pass."""
     for place, units in list_units(model).items():
         for unit in units:
             unit.recompute = place in places

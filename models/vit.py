@@ -180,7 +180,7 @@ class VisionTransformer(nn.Module):
         return list(self.blocks)
 
     def layer_of(self, name: str) -> int:
-        """Return the number of a parameter's layer for --lr_layer_decay: 0 of embeddings, n of the n-th block, then one more."""
+        """Number a parameter's layer for --lr_layer_decay: 0 for embeddings, n in block n, then one more."""
         if name.startswith('blocks.'):
             return int(name.split('.')[1]) + 1
         return 0 if name.startswith(('pos_embed', 'patch_embed.')) else len(self.blocks) + 1
@@ -194,15 +194,10 @@ class VisionTransformer(nn.Module):
         return {'3': self.out_norm(x).permute(0, 3, 1, 2)}
 
     def positions(self, height: int, width: int) -> Tensor:
-        """Return the learned positions [1, H, W, C] of a map; the first entry, of a class token, has no use here."""
+        """Return the learned positions [1, H, W, C] of a map; that of the class token is not used."""
         side = self.size.position_grid
         grid = self.pos_embed[:, 1:].unflatten(1, (side, side))
-        if (height, width) == (side, side):
-            return grid
-        grid = F.interpolate(
-            grid.permute(0, 3, 1, 2), size=(height, width), mode='bicubic', align_corners=False
-        )
-        return grid.permute(0, 2, 3, 1)
+        return grid if (height, width) == (side, side) else resize_grid(grid, height, width)
 
 
 class ChannelNorm(nn.Module):
@@ -259,7 +254,7 @@ def feature_pyramid(channels: int, hidden_dim: int) -> nn.ModuleList:
 
 
 def load_vit(model: VisionTransformer, source: str) -> None:
-    """Load an EVA-02 file (path or address), with patches and grid of positions resized to those of the model.
+    """Load an EVA-02 file (path or URL), with patches and grid of positions resized to those of the model.
 
     Raises:
         UserError: the file is missing, or entries are missing or of another shape.
@@ -281,6 +276,11 @@ def resize_patches(kernel: Tensor, ours: Tensor) -> Tensor:
 def resize_positions(table: Tensor, ours: Tensor) -> Tensor:
     """Resize the grid of positions [1, 1 + side^2, C] (bicubic); the entry of the class token stays."""
     sides = [round((x.shape[1] - 1) ** 0.5) for x in (table, ours)]
-    grid = table[:, 1:].float().unflatten(1, (sides[0], sides[0])).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(sides[1], sides[1]), mode='bicubic', align_corners=False)
-    return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    grid = resize_grid(table[:, 1:].float().unflatten(1, (sides[0], sides[0])), sides[1], sides[1])
+    return torch.cat([table[:, :1], grid.flatten(1, 2)], dim=1)
+
+
+def resize_grid(grid: Tensor, height: int, width: int) -> Tensor:
+    """Resize a grid of positions [1, h, w, C] (bicubic)."""
+    grid = F.interpolate(grid.permute(0, 3, 1, 2), size=(height, width), mode='bicubic', align_corners=False)
+    return grid.permute(0, 2, 3, 1)

@@ -13,7 +13,8 @@ from .ops.functions import is_exporting
 class Block(nn.Module):
     """Attention and a feed-forward block in front of which norms stand, on a map of any size.
 
-    drop_path: probability that an image skips the branch of either while training. eps: of the norms.
+    drop_path: probability that an image skips the branch of either while training.
+    eps: of the norms.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ def drop_paths(rate: float, depth: int) -> list[float]:
 
 
 class Windows(NamedTuple):
-    """A grid of windows of `size` squared tokens over a map, padded with zeros at the right and bottom edges."""
+    """Windows of `size` squared tokens over a map, which is padded with zeros at the right and the bottom."""
 
     rows: int
     columns: int

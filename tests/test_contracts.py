@@ -28,7 +28,7 @@ def test_dense_decoders_refuse_places_that_they_would_not_read(flags: dict) -> N
     )
     placed = QueryGroup('mine', torch.zeros(1, 3, 32), torch.zeros(1, 3, 32), torch.rand(1, 3, 4))
     with pytest.raises(ValueError, match='does not read reference_points, which the query group mine brings'):
-        model.transformer.decode([placed], memory)
+        model.transformer.decoder([placed], memory)
 
 
 @pytest.mark.parametrize(

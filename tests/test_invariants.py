@@ -436,13 +436,13 @@ def test_groups_apart_attend_as_under_one_mask(flags: dict, monkeypatch: pytest.
                 ('one2one', 5, {}), ('one2many', 9, {}), ('dn', 6, {'sees': ('one2one',), 'block': 2}),
             )
         ]  # fmt: skip
-        apart = transformer.decode(groups, memory)
-        alone = transformer.decode(groups[:1], memory)
+        apart = transformer.decoder(groups, memory)
+        alone = transformer.decoder(groups[:1], memory)
         for module in (dense_transformer, conditional_detr):
             monkeypatch.setattr(
                 module, 'attention_blocks', lambda groups: [under_one_mask(attention_blocks(groups))]
             )
-        joined = transformer.decode(groups, memory)
+        joined = transformer.decoder(groups, memory)
         for layer in range(3):
             torch.testing.assert_close(apart[layer].hs, joined[layer].hs)
             torch.testing.assert_close(apart[layer].hs[:, :5], alone[layer].hs)
@@ -515,8 +515,8 @@ def test_decoder_groups_do_not_see_each_other() -> None:
             )
             for name, num in (('one2one', 5), ('one2many', 9))
         )
-        together = transformer.decode([one, many], memory, model.bbox_embed)
-        alone = transformer.decode([one], memory, model.bbox_embed)
+        together = transformer.decoder([one, many], memory, model.bbox_embed)
+        alone = transformer.decoder([one], memory, model.bbox_embed)
         for ours, expected in zip(together, alone, strict=True):
             torch.testing.assert_close(ours.hs[:, :5], expected.hs)
             torch.testing.assert_close(ours.reference[:, :5], expected.reference)

@@ -384,7 +384,7 @@ def importable(name: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive  # tests/test_parts.py compiles the layers, as --compile does
+@pytest.mark.exhaustive  # tests/test_units.py compiles the layers, as --compile does
 def test_transformer_compiles_in_one_graph() -> None:
     """Encoder, proposals and decoder without a graph break, forward and backward."""
     model = small_detector().model
@@ -395,7 +395,7 @@ def test_transformer_compiles_in_one_graph() -> None:
     def transform(*srcs: Tensor) -> Tensor:
         memory = model.transformer.encode(list(srcs), masks, pos)
         groups, _ = model.queries(memory)
-        return model.transformer.decode(groups, memory, model.bbox_embed)[-1].hs
+        return model.transformer.decoder(groups, memory, model.bbox_embed)[-1].hs
 
     torch.compiler.reset()
     compiled = torch.compile(transform, fullgraph=True, backend='aot_eager')

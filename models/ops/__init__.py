@@ -1,1 +1,1 @@
-"""Multi-scale deformable attention (arXiv:2010.04159): one operator, four implementations of it, one module."""
+"""Multi-scale deformable attention (arXiv:2010.04159): an operator, four implementations of it, a module."""

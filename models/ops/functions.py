@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 def ms_deform_attn_core_pytorch(
     value: Tensor, spatial_shapes: Shapes, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """Compute the operator in plain PyTorch: differentiable, exportable, on any device. Shapes: see `ms_deform_attn`."""
+    """Compute the operator (see `ms_deform_attn`) in plain PyTorch: exportable, and on any device."""
     value = value.to(sampling_locations.dtype)
     batch, _, heads, channels = value.shape
     _, queries, _, levels, points, _ = sampling_locations.shape
@@ -117,7 +117,7 @@ def backward(ctx: object, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Te
 
 
 def exact_points(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Convert locations and weights to float32 if values have 16 bits, which place a point only to a third of a pixel."""
+    """Convert locations and weights to float32 at least: 16 bits place a point to a third of a pixel."""
     dtype = torch.promote_types(value.dtype, torch.float32)
     return locations.to(dtype), weights.to(dtype)
 
@@ -202,7 +202,7 @@ def implementation(device_type: str) -> str:
 
 
 def choose(device_type: str) -> str:
-    """Return the best implementation that works on a type of device; record why better ones do not in `problems`."""
+    """Return the best implementation that works on a type of device; `problems` gets why others do not."""
     for name in CANDIDATES.get(device_type, ()):
         if name in problems:
             continue
@@ -217,7 +217,7 @@ def choose(device_type: str) -> str:
 
 
 def register(kernels: tuple[Callable, Callable], key: str) -> str | None:
-    """Register kernels as the operator's implementation. Return None, or the reason why that is impossible."""
+    """Register kernels as the operator's implementation; return None, or why that is impossible."""
     options = {'allow_override': True} if has_kernel(key) else {}
     try:
         for name, kernel in zip(OPERATORS, kernels, strict=True):
@@ -256,9 +256,9 @@ def use_implementation(name: str) -> Iterator[None]:
 
 @torch.inference_mode(False)  # whatever the mode of a model whose first call asks for this
 def disagreement(name: str, device_type: str) -> str | None:
-    """Compare output and gradients with pure PyTorch on small cases, with points inside, at the edge and outside.
+    """Compare with pure PyTorch on small cases, with points inside, at the edge and outside.
 
-    Return None if they agree, else the problem.
+    Return None if output and gradients agree, else the problem.
     """
     generator = torch.Generator().manual_seed(0)
     forward, backward = KERNELS[name]

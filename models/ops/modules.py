@@ -23,7 +23,7 @@ def level_sizes(spatial_shapes: Shapes, like: Tensor) -> Tensor:
 
 
 class MSDeformAttn(nn.Module):
-    """Attention to `n_points` sampled points per level and head, around a reference point or inside a reference box.
+    """Attention to `n_points` sampled points per level and head, around a reference point or in a box.
 
     Raises:
         ValueError: d_model is not a multiple of n_heads.
@@ -96,7 +96,7 @@ class MSDeformAttn(nn.Module):
     def locations(
         self, offsets: Tensor, reference_points: Tensor, shapes: Shapes, sizes: Tensor | None
     ) -> Tensor:
-        """Compute sampling locations [N, Q, M, L, P, 2]; offsets are pixels, or fractions of half the reference box.
+        """Compute locations [N, Q, M, L, P, 2]; offsets are pixels, or fractions of half the reference box.
 
         Locations have float32 at least. Offsets may have 16 bits, since they are small numbers.
         """

@@ -68,7 +68,7 @@ def cuda_extension() -> Extension:
 
 
 def pip_cuda_headers() -> list[str]:
-    """List the folders of CUDA library headers in PyTorch's `nvidia-*` packages, since a toolkit may lack them."""
+    """List the folders of CUDA headers in PyTorch's `nvidia-*` packages, since a toolkit may lack them."""
     packages = Path(torch.__file__).resolve().parents[1] / 'nvidia'
     return [str(folder) for folder in sorted(packages.glob('*/include')) if folder.is_dir()]
 

@@ -39,7 +39,7 @@ def place_block(num_queries, M: tl.constexpr, BLOCK_Q: tl.constexpr):
 
 @triton.jit
 def place_points(locations, points, height, width, exists):
-    """Return the upper left pixel of each point, the point's distance from it, and whether the point touches the level."""
+    """Return each point's upper left pixel, its distance from that, and whether it touches the level."""
     x = tl.load(locations + 2 * points, mask=exists, other=0.0) * width - 0.5
     y = tl.load(locations + 2 * points + 1, mask=exists, other=0.0) * height - 0.5
     inside = exists & (x > -1) & (x < width) & (y > -1) & (y < height)  # False for NaN and infinity
@@ -52,7 +52,7 @@ def place_points(locations, points, height, width, exists):
 def place_pixels(
     column, row, height, width, inside, D: tl.constexpr, STRIDE: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Return offsets [BLOCK_Q, BLOCK_D] from the level's first token, and a mask of those that may be read."""
+    """Return offsets [BLOCK_Q, BLOCK_D] from the level's first token, and which of them may be read."""
     channels = tl.arange(0, BLOCK_D)
     exists = inside & (column >= 0) & (column < width) & (row >= 0) & (row < height)
     tokens = row.to(tl.int64) * width + column
@@ -61,7 +61,7 @@ def place_pixels(
 
 @triton.jit
 def add_share(sums, share, grad, scale, mask):
-    """Add share * grad to the sums, which are integers in units of 1 / scale if there is a scale (fixed point)."""
+    """Add share * grad to the sums, integers in units of 1 / scale if there is a scale (fixed point)."""
     if scale is None:
         terms = share * grad
     else:
@@ -274,7 +274,7 @@ def launch(
 
 
 def level_sizes(shapes: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return level sizes [2 L] int32 on the device, cached except for CUDA graphs, which own the memory they use."""
+    """Return level sizes [2 L] int32, cached except for CUDA graphs, which own the memory they use."""
     if device.type != 'cuda' or torch.cuda.is_current_stream_capturing():
         return new_level_sizes(shapes, device)
     # Each stream has its own copy, because another stream would have to wait for the numbers.
@@ -282,7 +282,7 @@ def level_sizes(shapes: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def new_level_sizes(shapes: tuple[int, ...], device: torch.device) -> Tensor:
-    """Fill the sizes in on the device: a copy from the host might synchronise, and cannot be part of a CUDA graph."""
+    """Fill the sizes in on the device: a copy from the host might wait, and CUDA graphs cannot hold one."""
     sizes = torch.empty(len(shapes), dtype=torch.int32, device=device)
     for size, number in zip(sizes, shapes, strict=True):
         size.fill_(number)

@@ -1,4 +1,4 @@
-"""Initial weights of backbones (`--backbone_weights`): fetch and read their files, and refuse those of other networks."""
+"""Initial weights of backbones (`--backbone_weights`): fetch, read and check their files."""
 
 import re
 
@@ -27,7 +27,9 @@ def no_download(name: str, error: Exception) -> str:
 
 
 def read_weights(source: str, averaged: bool = False) -> dict[str, Tensor]:
-    """Return the state dict in a file (path or URL). averaged: take an average of weights if the file has one.
+    """Return the state dict in a file (path or URL).
+
+    averaged: take an average of weights if the file has one.
 
     Raises:
         UserError: the file is missing, or holds no weights.

@@ -16,7 +16,7 @@ TITLES = {'detr': 'DETR', 'conditional': 'Conditional DETR', 'deformable': 'Defo
 
 @dataclass(frozen=True)
 class Usual:
-    """A default that depends on other flags: in words, and computed from flags of which those before it are settled."""
+    """A default that depends on other flags: in words, and computed from flags that are settled before it."""
 
     text: str
     of: Callable[[Namespace], object]
@@ -99,10 +99,9 @@ def follows_mmdetection(args: Namespace) -> bool:
 class BackboneKind:
     """Facts about all backbones whose names start alike.
 
-    supports: flags that are for some backbones only, and for these; `use_checkpoint` stands for its part
-    `backbone`. stages: stages that have a map; stage s has stride 2^(s + 1), less by half in the last one
-    with --dilation. pyramid: strides of the levels that Deformable DETR makes from the only map; () if levels
-    are made from several.
+    supports: flags that are for some backbones only, and for these; `use_checkpoint` means its `backbone`.
+    stages: those that have a map; stage s has stride 2^(s + 1), half of it in the last one with --dilation.
+    pyramid: strides of the levels that are made from the only map; () if they are made from several.
     """
 
     supports: tuple[str, ...]
@@ -127,7 +126,7 @@ def kind_of(name: str) -> BackboneKind:
 
 
 def backbone_maps(args: Namespace) -> range:
-    """Return the stages of the backbone whose maps the detector reads: the last for one level, else all from the first or second on."""
+    """Return the stages whose maps the detector reads: the last one, or all from the first or second on."""
     stages = kind_of(args.backbone).stages
     if len(stages) == 1:
         return stages
@@ -139,7 +138,7 @@ def backbone_maps(args: Namespace) -> range:
 
 
 def returned_maps(args: Namespace) -> range:
-    """Return the stages of the backbone whose maps are returned: those that levels are made from; for masks all."""
+    """Return the stages whose maps the backbone returns: those that the detector reads; for masks all."""
     maps = backbone_maps(args)
     return range(1, maps[-1] + 1) if args.masks else maps
 
