@@ -204,5 +204,5 @@ class DETR(BaseDETR):
     ) -> tuple[list[QueryGroup], dict[str, Prediction]]:
         """Return learned queries, whose content is zero and whose position is learned (DETR Sec. 3.2)."""
         learned = self.query_embed.weight[: sum(num_queries.values())]
-        positions = learned.expand(len(memory.tokens), -1, -1)
+        positions = learned.expand(memory.tokens.shape[0], -1, -1)
         return split_groups(QueryGroup('all', torch.zeros_like(positions), positions), num_queries), {}

@@ -16,6 +16,7 @@ from models.detector import Detector
 from tests.models import DENSE, FAMILIES, SMALL, TWO_STAGE
 from tools.visualize_attention import (
     LEGEND,
+    PANEL,
     attention_of,
     detections_of,
     draw_heat,
@@ -25,7 +26,6 @@ from tools.visualize_attention import (
 )
 from util.config.recorded import settle_recorded
 from util.flags import run_command
-from util.visualize import PANEL
 
 PREPARED = {'img_size': 96, 'max_size': None, 'aug': 'detr'}
 DENSE_FAMILIES = DENSE | {'pre-norm': {'pre_norm': True}, 'all, conditional': FAMILIES['all, conditional']}
@@ -252,7 +252,7 @@ def test_the_tool_draws_a_row_for_each_query(
      (['--queries', 'best', '1'], '--queries best: choose'), (['--num', '0'], '--num must be at least 1'),
      (['--output', 'out'], '--output out: let it end in .png'),
      (['--source', 'a.png', '--output', './a.png'], '--output ./a.png is the source'),
-     (['--source', 'none.png'], 'none.png'), (['--checkpoint', ''], 'name a model, or a file of weights')],
+     (['--source', 'none.png'], 'none.png'), (['--checkpoint', ''], 'give --checkpoint FILE, or --model NAME')],
 )  # fmt: skip
 def test_errors_say_what_is_possible(files: Path, more: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as stopped:

@@ -35,6 +35,7 @@ from util.flags import FlagParser, run_command
 
 # Colours of weights from 0 to the largest.
 RAMP = torch.tensor([(70, 70, 255), (160, 40, 190), (235, 50, 60), (255, 160, 30), (255, 255, 160)]).float()
+PANEL, TITLE, MARGIN = (385, 396), 20, 6  # largest size of a panel, and its parts, pixels
 LEGEND = 56  # height of the sheet's foot, pixels
 
 
@@ -177,7 +178,7 @@ def draw_heat(image: Tensor, weights: Tensor, share: Tensor) -> Image.Image:
 def draw_points(image: Tensor, weights: Tensor, points: Tensor, reference: Tensor) -> Image.Image:
     """Draw points [M, L, P, 2] over an image [h, w, 3], the heaviest last, and a cross at the reference."""
     picture = picture_from(image)
-    unit, size = max(picture.size) / visualize.PANEL[0], torch.tensor(picture.size)
+    unit, size = max(picture.size) / PANEL[0], torch.tensor(picture.size)
     draw = ImageDraw.Draw(picture)
     places, colours = (points * size).flatten(0, 2), colours_of(weights / weights.max()).flatten(0, 2)
     for index in weights.flatten().argsort().tolist():
@@ -196,11 +197,17 @@ def draw_dot(draw: ImageDraw.ImageDraw, centre: list[float], level: int, unit: f
     draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill, 'black', max(1, round(unit / 2)))
 
 
-def panel_with(pixels: Tensor, title: str) -> Image.Image:
-    """Return the panel of an image [3, H, W], without the room that a wide one leaves below."""
-    (width, height), margins = visualize.PANEL, 2 * visualize.MARGIN
-    used = visualize.TITLE + margins + math.ceil((width - margins) * pixels.shape[1] / pixels.shape[2])
-    return visualize.panel_of(pixels, title).crop((0, 0, width, min(height, used)))
+def panel_of(pixels: Tensor, title: str) -> Image.Image:
+    """Return an image [3, H, W] uint8 below its title, as wide as a panel and at most as high."""
+    (width, height), margin = PANEL, MARGIN
+    picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    scale = min((width - 2 * margin) / picture.width, (height - TITLE - 2 * margin) / picture.height)
+    picture = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
+    panel = Image.new('RGB', (width, TITLE + 2 * margin + picture.height), 'white')
+    panel.paste(picture, ((width - picture.width) // 2, margin + TITLE))
+    place = (width / 2, margin + TITLE / 2)
+    ImageDraw.Draw(panel).text(place, title, 'black', ImageFont.load_default(14), 'mm')
+    return panel
 
 
 def panels_of(
@@ -217,7 +224,7 @@ def panels_of(
     for query, one in detections_of(detector, attention, queries, args.num).items():
         box, label, score = one['boxes'], one['labels'], one['scores']
         drawn = visualize.draw_boxes(image, box[None], label[None], names, score[None])
-        rows.append([panel_with(drawn, f'query {query}')])
+        rows.append([panel_of(drawn, f'query {query}')])
         for title, chosen in heads:
             if dense:
                 weights = attention.weights[chosen, query].mean(0)
@@ -229,7 +236,7 @@ def panels_of(
             visualize.draw_box(ImageDraw.Draw(picture), edges, visualize.class_colour(int(label)))
             name = f'{visualize.class_name(names, int(label))[:20]} {100 * score:.0f}, layer {layer}'
             pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-            rows[-1].append(panel_with(pixels, f'{name}, {title}, peak {weights.max():.2g}'))
+            rows[-1].append(panel_of(pixels, f'{name}, {title}, peak {weights.max():.2g}'))
     return rows
 
 
