@@ -7,7 +7,7 @@ share. Millions of Python objects would be copied by every worker.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,23 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from datasets.annotations import AnnotationTable, Columns, Inventory, PackedList
+from datasets.annotations import AnnotationTable, Columns, Inventory, PackedList, is_tiny, labels_of
 from datasets.build import DataSettings, image_options
 from datasets.class_map import ClassMap
 from datasets.coco_json import (
     EXAMPLES,
     Annotations,
     File,
-    Findings,
+    Issues,
+    Lists,
     check_files,
     polygons_of,
     read_annotations,
+    read_lists,
     run_lengths,
 )
 from datasets.image_dataset import ImageDataset, Mix
 from datasets.image_io import decode_file, naming, read_image, stored_size
-from datasets.json_stream import list_blocks
 from datasets.transforms import Target, Transform
 from util.errors import FileError, UserError
 
@@ -68,9 +69,9 @@ class CocoDetection(ImageDataset):
     """
 
     @classmethod
-    def blocks(cls, annotation_file: File) -> Iterator[tuple[str, list]]:
-        """Yield the lists of the annotation file in COCO form; other formats have their own way."""
-        return list_blocks(annotation_file)
+    def read_lists(cls, annotation_file: File) -> Lists:
+        """Return the lists of the annotation file in COCO form; other formats have their own way."""
+        return read_lists(annotation_file)
 
     def __init__(
         self,
@@ -84,11 +85,13 @@ class CocoDetection(ImageDataset):
         mix: Mix | None = None,
         repeat_threshold: float = 0.0,
         allow_outside: bool = False,
-        problems: Findings | None = None,
+        problems: Issues | None = None,
     ) -> None:
         super().__init__(transforms, mix, seed)
         self.image_dir, self.annotation_file = Path(image_dir), Path(annotation_file)
-        table = AnnotationTable(annotation_file, class_map, return_masks is not False, self.blocks, problems)
+        table = AnnotationTable(
+            annotation_file, class_map, return_masks is not False, self.read_lists, problems
+        )
         check_files(table.file_names, image_dir, annotation_file, allow_outside, problems)
         self.class_map = class_map or ClassMap.numbered(table.categories, reading.class_ids)
         kept = self._large_images(table, reading.min_image_side)
@@ -96,16 +99,17 @@ class CocoDetection(ImageDataset):
         self._file_names = table.file_names.chosen(kept)
         self._json_sizes = table.sizes[kept]
         rows, self._starts = objects_of(table, kept, reading)
-        self.findings = table.findings
+        self.issues = table.issues
         self.problems = problems
-        find_odd_boxes(self.findings, table, rows)
+        find_odd_boxes(self.issues, table, rows)
         self.most_objects = int(np.diff(self._starts).max(initial=0))
         if return_masks:
             table.check_segmentations(rows)
         elif return_masks is None:
             return_masks = bool(table.objects.segmented[rows].all())
         self.return_masks = return_masks
-        self._objects = Objects.of(table.objects[rows], self.class_map, return_masks)
+        segmentations = table.segmentations if return_masks else None
+        self._objects = Objects.of(table.objects[rows], self.class_map, segmentations)
         # Row of the image behind each index; images of rare classes have several indices.
         self._rows = np.arange(len(self.ids))
         if repeat_threshold:
@@ -143,7 +147,7 @@ class CocoDetection(ImageDataset):
             self._json_sizes,
             self.image_dir,
             [self._file_names[row] for row in rows.tolist()],
-            self.findings,
+            self.issues,
             self.problems,
         )
 
@@ -151,7 +155,7 @@ class CocoDetection(ImageDataset):
     def ground_truth(self) -> Annotations:
         """Return the annotation file's content, which is read at the first call; training never calls this."""
         if self._ground_truth is None:
-            self._ground_truth = read_annotations(self.annotation_file, self.blocks)
+            self._ground_truth = read_annotations(self.annotation_file, self.read_lists)
             for image in self._ground_truth['images'] if self.return_masks else []:
                 if not (image.get('height') and image.get('width')):  # masks need them
                     image['height'], image['width'] = stored_size(self.image_dir / image['file_name'])
@@ -215,12 +219,13 @@ class Objects:
     segmentations: PackedList | list | None
 
     @classmethod
-    def of(cls, columns: Columns, class_map: ClassMap, with_masks: bool) -> 'Objects':
+    def of(cls, columns: Columns, class_map: ClassMap, segmentations: bytearray | None) -> 'Objects':
+        """Take COLUMNS, and the bytes of their segmentations if masks are asked for."""
         return cls(
-            torch.from_numpy(columns.boxes_xywh).float(),
-            torch.from_numpy(columns.labels(class_map)),
-            torch.from_numpy(columns.areas).float(),
-            columns.segmentations if with_masks else None,
+            torch.from_numpy(columns.boxes_xywh.astype(np.float32)),
+            torch.from_numpy(labels_of(columns, class_map)),
+            torch.from_numpy(columns.areas.astype(np.float32)),
+            None if segmentations is None else PackedList(segmentations, columns.starts, columns.stops),
         )
 
     def __getitem__(self, some: slice) -> 'Objects':
@@ -268,7 +273,7 @@ def check_size(path: object, found: Sequence[int], annotated: Sequence[int], sou
 
 def kept_by(reading: Reading, objects: Columns) -> np.ndarray:
     """Leave out crowd regions and, if the reading says so, tiny objects; [A] bool."""
-    return ~objects.crowd & ~(objects.tiny() & reading.drop_tiny)
+    return ~objects.crowd & ~(is_tiny(objects) & reading.drop_tiny)
 
 
 def objects_of(table: AnnotationTable, images: np.ndarray, reading: Reading) -> tuple[np.ndarray, np.ndarray]:
@@ -283,12 +288,12 @@ def objects_of(table: AnnotationTable, images: np.ndarray, reading: Reading) -> 
     return np.flatnonzero(kept), np.searchsorted(position[kept], np.arange(len(images) + 1))
 
 
-def find_odd_boxes(findings: Findings, table: AnnotationTable, rows: np.ndarray) -> None:
+def find_odd_boxes(issues: Issues, table: AnnotationTable, rows: np.ndarray) -> None:
     """Count objects that training leaves out or changes."""
     objects = table.objects[rows]
     crowd = table.objects.image_ids[table.objects.crowd]
     count_all(
-        findings, 'crowd regions, which training leaves out', np.searchsorted(table.image_ids, crowd), table
+        issues, 'crowd regions, which training leaves out', np.searchsorted(table.image_ids, crowd), table
     )
     images = np.searchsorted(table.image_ids, objects.image_ids)
     height, width = table.sizes[images].T
@@ -301,15 +306,15 @@ def find_odd_boxes(findings: Findings, table: AnnotationTable, rows: np.ndarray)
         (outside, 'boxes wholly outside their image, which training leaves out'),
         (over, 'boxes that leave their image, which are cut off at its border'),
     ):
-        count_all(findings, kind, images[which], table)
+        count_all(issues, kind, images[which], table)
 
 
-def count_all(findings: Findings, kind: str, images: np.ndarray, table: AnnotationTable) -> None:
+def count_all(issues: Issues, kind: str, images: np.ndarray, table: AnnotationTable) -> None:
     """Count objects of a kind by the table's rows of their images, the first of which are named."""
     for row in images[:EXAMPLES].tolist():
-        findings.add(kind, f'in {table.file_names[row]}')
+        issues.add(kind, f'in {table.file_names[row]}')
     if len(images) > EXAMPLES:
-        findings.counts[kind] += len(images) - EXAMPLES
+        issues.counts[kind] += len(images) - EXAMPLES
 
 
 def repeats_of(labels: np.ndarray, starts: np.ndarray, threshold: float) -> np.ndarray:
@@ -379,7 +384,7 @@ def coco_options(part: str, settings: DataSettings, class_map: ClassMap | None) 
         'class_map': class_map,
         'return_masks': needs_masks(part, settings),
         'reading': build_reading(part, settings),
-        'problems': Findings() if settings.check_data else None,
+        'problems': Issues() if settings.check_data else None,
         'allow_outside': settings.allow_outside,
         'repeat_threshold': settings.repeat_threshold if part == 'train' else 0.0,
     }

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.annotations import Inventory
-from datasets.coco_json import Findings
+from datasets.coco_json import Issues
 from datasets.image_dataset import ImageDataset
 from util.errors import UserError
 
@@ -43,7 +43,7 @@ def describe(split: str, dataset: ImageDataset) -> list[str]:
         f'{len(found.counts):,} images, {empty:,} of them without objects; {total:,} objects, {total / len(found.counts):.1f} an '
         f'image, at most {found.counts.max():,}',
         f'objects by class: {", ".join(shown)}',
-        *found.findings.lines(),
+        *found.issues.lines(),
     ]
     return [f'{split} {line}' for line in lines]
 
@@ -128,7 +128,7 @@ class Examined(Dataset):
         return hashlib.sha1(image.contiguous().numpy().tobytes(), usedforsecurity=False).hexdigest(), ''
 
 
-def examine(datasets: Mapping[str, ImageDataset], num_workers: int) -> tuple[Findings, Findings]:
+def examine(datasets: Mapping[str, ImageDataset], num_workers: int) -> tuple[Issues, Issues]:
     """Decode every image and mask.
 
     Returns:
@@ -136,7 +136,7 @@ def examine(datasets: Mapping[str, ImageDataset], num_workers: int) -> tuple[Fin
     """
     from tqdm import tqdm
 
-    problems, twins = Findings(), Findings()
+    problems, twins = Issues(), Issues()
     seen: dict[str, tuple[str, int]] = {}
     for split, dataset in datasets.items():
         loader = DataLoader(Examined(dataset), batch_size=None, num_workers=num_workers)

@@ -18,7 +18,7 @@ import main
 from datasets import foreign
 from datasets.annotations import AnnotationTable
 from datasets.coco_eval import CocoEvaluator
-from datasets.coco_json import Findings
+from datasets.coco_json import Issues
 from datasets.image_io import orientation, read_image, stored_size
 from datasets.shapes import ShapesDetection, export
 from tests.runs import TINY, load
@@ -284,8 +284,8 @@ def test_lists_of_voc(copies: dict[str, Path], tmp_path: Path) -> None:
     assert len(build_data('train', arguments('voc', tmp_path))) == 2
     last = tmp_path / f'Annotations/{(tmp_path / "ImageSets/Main/val.txt").read_text().split()[-1]}.xml'
     last.write_text(re.sub('<name>[a-z]+</name>', '<name>cow</name>', last.read_text()))
-    problems, counted = Findings(), last.read_text().count('<name>cow')
-    AnnotationTable(file.with_name('val.txt'), blocks=foreign.VocDetection.blocks, problems=problems)
+    problems, counted = Issues(), last.read_text().count('<name>cow')
+    AnnotationTable(file.with_name('val.txt'), read=foreign.VocDetection.read_lists, problems=problems)
     assert problems.counts == {'annotations that cannot be used': counted}
     with pytest.raises(
         ValueError, match=f"{last.name} has the class 'cow', which no image of .*train.txt has"

@@ -49,8 +49,8 @@ def convert(args: argparse.Namespace) -> str:
     if args.output.exists():
         raise UserError(f'{args.output} exists: choose another --output, or remove it')
     kind, image_dir, file = places_of(args.image_set, args.dataset_file, args.coco_path)
-    check_files(AnnotationTable(file, blocks=kind.blocks).file_names, image_dir, file)
-    data = read_annotations(file, kind.blocks)
+    check_files(AnnotationTable(file, read=kind.read_lists).file_names, image_dir, file)
+    data = read_annotations(file, kind.read_lists)
     for annotation in data['annotations']:
         annotation.pop('source')
         annotation |= {'iscrowd': annotation.get('iscrowd', 0), 'area': object_area(annotation)}

@@ -21,9 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.annotations import AnnotationTable, Columns
+from datasets.annotations import AnnotationTable, read_columns
 from datasets.coco import Reading, check_size, find_files, kept_by
-from datasets.coco_json import Annotations, check_files, read_annotations
+from datasets.coco_json import Annotations, Issues, check_files, encode, read_annotations
 from datasets.image_io import stored_size
 from datasets.streaming.index import ANNOTATIONS, INDEX, VERSION, check_address, import_webdataset
 from util.errors import UserError
@@ -115,7 +115,7 @@ def write_shards(
             counts[Path(writer.fname).name] += 1
             image_ids.append(record['image_id'])
             sizes.append([record['height'], record['width']])
-            objects = Columns.of(record['annotations'])
+            objects = read_columns(encode(record['annotations']), Issues())
             if not objects.segmented[kept_by(Reading(drop_tiny=True), objects)].all():
                 unsegmented.append(record['image_id'])
     shards = [

@@ -11,18 +11,18 @@ differs from the one that files would give, and depends on the numbers of ranks 
 has the same one.
 """
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, groupby
 
+import msgspec
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from datasets.annotations import Columns
+from datasets.annotations import read_columns
 from datasets.build import DataSettings, image_options
 from datasets.class_map import ClassMap, names_by_id
 from datasets.coco import (
@@ -34,7 +34,7 @@ from datasets.coco import (
     make_target,
     needs_masks,
 )
-from datasets.coco_json import Annotations, check_categories, read_annotations
+from datasets.coco_json import Annotations, Issues, check_categories, read_annotations
 from datasets.image_dataset import ImageDataset, Mix, loader_options
 from datasets.image_io import decode_file
 from datasets.samplers import EvalBatches
@@ -53,6 +53,15 @@ from util.errors import UserError
 from util.seeding import mixed
 
 SHUFFLE_BUFFER = 1000  # images; about 160 MB of COCO's files a worker
+
+
+class Record(msgspec.Struct):
+    """What the JSON of an image must hold."""
+
+    annotations: list[msgspec.Raw]
+
+
+RECORD = msgspec.json.Decoder(Record)
 
 
 @dataclass(frozen=True)
@@ -198,9 +207,9 @@ class ShardedCoco(ImageDataset):
         check_size(stored.name, (height, width), self.index.sizes[stored.row], self.index.path)
         try:
             segmentations = bytearray() if self.return_masks else None
-            columns = Columns.of(json.loads(stored.record)['annotations'], segmentations)
-            kept = columns[np.flatnonzero(kept_by(self.reading, columns))]
-            objects = Objects.of(kept, self.class_map, self.return_masks)
+            annotations = RECORD.decode(stored.record).annotations
+            columns = read_columns(annotations, Issues(), segmentations)
+            objects = Objects.of(columns[kept_by(self.reading, columns)], self.class_map, segmentations)
         except ODD_JSON as error:
             raise UserError(f'{stored.name} has bad annotations ({error!r}): {WRITE_AGAIN}') from error
         try:
