@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from datasets.coco_eval import CocoEvaluator, Summary, encode_masks
-from models.detector import detections_of, to_cpu
+from datasets.coco_eval import encode_masks
+from datasets.evaluation import Evaluation, Evaluator
+from models.postprocess import postprocess_batch, to_cpu
 from models.training.criterion import weighted_sum
 from util.black_box import BlackBox
 from util.box_ops import box_cxcywh_to_xyxy
@@ -152,7 +153,7 @@ def try_largest_batch(
         raise UserError(
             f'{batch_size} images of {height} x {width} pixels with {num_objects} objects each, the worst batch that can '
             'come, do not fit into the memory of the GPU: lower --batch_size (and keep --total_batch_size), or add --amp '
-            'bf16, --bucket_sizes, --use_checkpoint, --fsdp'
+            'bf16, --batches size, --use_checkpoint, --fsdp'
         ) from error
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
@@ -165,12 +166,12 @@ def evaluate(
     model: nn.Module,
     postprocessors: dict[str, nn.Module],
     data_loader: DataLoader,
-    evaluator: CocoEvaluator,
+    evaluator: Evaluator,
     title: str = 'evaluate',
     precision: Precision | None = None,
     after_batch: Callable[[], None] = lambda: None,
-) -> dict[str, Summary]:
-    """Return COCO metrics of a model on a data set; no targets go in, and no losses come out."""
+) -> Evaluation:
+    """Return the metrics of a model on a dataset; no targets go in, and no losses come out."""
     model.eval()
     device = next(model.parameters()).device
     precision = precision or Precision('off', device)
@@ -178,14 +179,14 @@ def evaluate(
     for samples, targets in data_loader:
         with precision.autocast():
             outputs = model(samples.to(device, non_blocking=True))
-        results = detections_of(postprocessors, outputs, targets, samples, device, encode_masks)
+        results = postprocess_batch(model, postprocessors, outputs, targets, samples, encode_masks)
         evaluator.update(
             {int(t['image_id']): to_cpu(result) for t, result in zip(targets, results, strict=True)}
         )
         progress.step(len(targets))
         after_batch()
     progress.close()
-    evaluator.synchronize_between_processes()
+    evaluator.synchronize()
     return evaluator.summarize()
 
 
@@ -200,11 +201,10 @@ def sample_detections(
     for index in range(min(count, len(dataset))):
         image, target = dataset[index]
         samples, _ = collate_fn([(image, target)])
-        outputs, size = model(samples.to(device)), target['size'][None]
-        results = postprocessors['bbox'](outputs, size.to(device))
-        if 'segm' in postprocessors:
-            results = postprocessors['segm'](results, outputs, size, size)
-        height, width = target['size'].tolist()
+        outputs, size = model(samples.to(device)), target['size']
+        shown = [{'size': size, 'orig_size': size}]  # detections in pixels of the prepared image
+        results = postprocess_batch(model, postprocessors, outputs, shown, samples)
+        height, width = size.tolist()
         boxes = box_cxcywh_to_xyxy(target['boxes']) * torch.tensor([width, height, width, height])
         truth = {'labels': target['labels'], 'boxes': boxes}
         truth |= {'masks': target['masks']} if 'segm' in postprocessors and 'masks' in target else {}

@@ -22,11 +22,11 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from datasets.build import data_limits
+from datasets.build import build_evaluator, data_limits, main_column
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
-from datasets.coco_eval import LVIS_NAMES, STAT_NAMES, CocoEvaluator, Summary, record_of, tables
+from datasets.evaluation import Evaluation
 from datasets.inventory import check_data, print_inventory
-from datasets.loaders import begin_epoch, build_datasets, build_loader, worst_batch
+from datasets.loaders import begin_epoch, build_datasets, build_loader, check_steps, worst_batch
 from engine import evaluate, sample_detections, train_one_epoch, try_largest_batch
 from models import build_model, check_backbone
 from models.segmentation import freeze_all_but_masks
@@ -47,7 +47,6 @@ from util.distributed.collectives import (
     check_agreement,
     choose_device,
     fail_together,
-    get_local_size,
     get_rank,
     get_world_size,
     is_main_process,
@@ -133,7 +132,7 @@ def configure(args: Namespace, restarted: bool = False) -> tuple[Settled, dict]:
             args = Namespace(**vars(args) | data_of(args, given, recorded))
     settled = settle(args, EVERYTHING)
     check_trackers(settled.output_dir, vars(settled))
-    settled = settled.but(accum_steps=check_processes(settled, get_world_size(), get_local_size()))
+    settled = settled.but(accum_steps=check_processes(settled, get_world_size()))
     if resume and (text := changes_text(settled, recorded)):
         print_main(f'{settled.resume} goes on with other flags: {text}')
     return settled, checkpoint
@@ -195,11 +194,14 @@ def build_run(
         shard(model, all_units(model), [Prediction])
         if average:
             shard(average.module, all_units(average.module))
-    loaders = {part: build_loader(dataset, part, args) for part, dataset in datasets.items()}
+    loading = (args.batch_size, args.num_workers, args.batches, args.seed)
+    loaders = {part: build_loader(dataset, part, *loading) for part, dataset in datasets.items()}
+    if not args.eval:
+        check_steps(loaders['train'], len(datasets['train']), args.batch_size, args.accum_steps)
     precision = Precision(args.amp, device)
     try_first = device.type == 'cuda' if args.worst_batch_first is None else args.worst_batch_first
     if try_first and not args.eval:
-        worst = worst_batch(datasets['train'], args.batch_size, args.bucket_sizes)
+        worst = worst_batch(datasets['train'], args.batch_size, args.batches == 'size')
         try_largest_batch(model, criterion, precision, args.batch_size, *worst)
     steps_per_epoch = 1 if args.eval else len(loaders['train']) // args.accum_steps
     schedule = build_schedule(args, model, steps_per_epoch)
@@ -227,7 +229,7 @@ def load_weights(model: nn.Module, args: Settled, checkpoint: dict, class_map: C
 
 def train(run: Run) -> None:
     """Run the epochs that are left."""
-    args = run.args
+    args, best = run.args, main_column(run.args.evaluator)
     if run.open_logs():
         finish_epoch(run, run.metrics)
     if run.epoch >= args.epochs:
@@ -235,8 +237,10 @@ def train(run: Run) -> None:
     if run.state.step:
         print_main(f'epoch {run.epoch + 1} goes on after step {run.state.step} of {run.steps_per_epoch}')
     while run.epoch < args.epochs:
-        if args.patience and run.log.evaluations_since_best('test_AP') >= args.patience:
-            print_main(f'no better AP in {args.patience} evaluations: stopping after {run.epoch} epochs')
+        if args.patience and run.log.evaluations_since_best(best) >= args.patience:
+            print_main(
+                f'no better {best[5:]} in {args.patience} evaluations: stopping after {run.epoch} epochs'
+            )
             break
         start = time.perf_counter()
         begin_epoch(run.loaders['train'], run.epoch, run.state.step * args.accum_steps)
@@ -267,68 +271,52 @@ def train(run: Run) -> None:
 
 def finish_epoch(run: Run, metrics: dict, seconds: float = 0.0) -> None:
     """Evaluate if an evaluation is due, and log the last epoch."""
-    args, row, record = run.args, dict(metrics), dict(metrics)
+    args, best = run.args, main_column(run.args.evaluator)
     title = f'epoch {run.epoch}/{args.epochs}'
     due = args.eval_every and (run.epoch % args.eval_every == 0 or run.epoch == args.epochs)
-    summaries = evaluate_once(run, f'{title} evaluate') if due else {}
-    summary = summaries.get('bbox')
-    for kind, prefix in (
-        ('bbox', 'test'),
-        *((('segm', 'test_segm'),) if 'segm' in run.postprocessors else ()),
-    ):
-        names = LVIS_NAMES if 'val' in run.datasets and run.datasets['val'].federated else STAT_NAMES
-        stats = summaries[kind].stats if summaries else [None] * len(names)
-        row |= {f'{prefix}_{name}': value for name, value in zip(names, stats, strict=True)}
-    record |= record_of(summaries)
+    result = evaluate_once(run, f'{title} evaluate') if due else Evaluation({})
+    row = metrics | result.columns
     images = run.steps_per_epoch * run.images_per_step
-    record |= {'images': images, 'train_seconds': round(seconds, 2), 'coefficients': coefficients(args)}
+    record = row | result.record | {'main_metric': best, 'images': images}
+    record |= {'train_seconds': round(seconds, 2), 'coefficients': coefficients(args)}
     if run.log:
-        if summary and run.saved and is_main_process() and summary.stats[0] > run.log.best('test_AP'):
+        if due and run.saved and is_main_process() and row[best] > run.log.best(best):
             run.keep_copy('checkpoint_best.pth')
         with or_warn():
             run.log.append(row, record)
-            if is_main_process() and summary:
-                plot_curves(run.folder / 'curves.png', run.log.csv_path)
+            if is_main_process() and due:
+                plot_curves(run.folder / 'curves.png', run.log.rows, result.drawn)
     for tracker in run.trackers:
         with or_warn():
-            tracker.add(run.epoch, {name: value for name, value in row.items() if value is not None})
-    ap = f'  AP {summary.stats[0]:.3f}  AP50 {summary.stats[1]:.3f}' if summary else ''
-    if 'segm' in summaries:
-        stats = summaries['segm'].stats
-        ap += f'  mask AP {stats[0]:.3f}  AP50 {stats[1]:.3f}'
-    print_main(f'{title}: loss {row["train_loss"]:.4g}{ap}  {format_time(seconds)}')
+            tracker.add(run.epoch, row)
+    print_main(f'{title}: loss {row["train_loss"]:.4g}{result.line}  {format_time(seconds)}')
     if text := statistics_text(metrics):
         print_main(f'  {text}')
 
 
-def evaluate_once(run: Run, title: str = 'evaluate') -> dict[str, Summary]:
-    """Evaluate the validation images, print the metrics, and draw predictions into the output folder.
-
-    Returns:
-        The metrics of boxes, `bbox`, and with --masks those of masks, `segm`.
-    """
+def evaluate_once(run: Run, title: str = 'evaluate') -> Evaluation:
+    """Evaluate the validation images, print the metrics, and draw predictions into the output folder."""
     dataset, model, args = run.datasets['val'], run.best_model, run.args
     kinds = ('bbox', 'segm') if 'segm' in run.postprocessors else ('bbox',)
-    evaluator = CocoEvaluator(
-        dataset.ground_truth, dataset.class_map, kinds, args.coco_eval, dataset.federated
-    )
+    evaluator = build_evaluator(args.evaluator, dataset, kinds)
     broadcast_from_main(model.buffers())
-    summaries = evaluate(
+    result = evaluate(
         model, run.postprocessors, run.loaders['val'], evaluator, title, run.precision, run.stops.check
     )
     if is_main_process():
-        print(tables(summaries), flush=True)
+        print(result.text, flush=True)
     if run.folder and (is_main_process() or args.fsdp):  # sharded weights need all processes
         samples = sample_detections(model, run.postprocessors, dataset)
         if is_main_process():
             with or_warn():
                 contact_sheet(run.folder / 'predictions.png', samples, dataset.class_map.names, DRAWN_SCORE)
-    return summaries
+    return result
 
 
 def evaluate_alone(run: Run) -> None:
     """Evaluate for --eval, and write the metrics to `eval.json`."""
-    text = json.dumps(record_of(evaluate_once(run)), indent=1)
+    result = evaluate_once(run)
+    text = json.dumps(result.columns | result.record, indent=1)
     if run.folder and is_main_process():
         save_atomically(run.folder / 'eval.json', lambda path: path.write_text(text))
 

@@ -55,9 +55,9 @@ def get_submit_parser() -> argparse.ArgumentParser:
 class Training:
     """Program of every task of the job. It is pickled; the tasks may start in another folder."""
 
-    def __init__(self, args: Namespace) -> None:
+    def __init__(self, args: Namespace, given: frozenset[str]) -> None:
         self.args = Namespace(**vars(args))  # a plain one: when it is read, no module of ours is known yet
-        self.given = given_of(args)
+        self.given = given
         self.root = str(Path(__file__).resolve().parent)
 
     def __call__(self) -> None:
@@ -148,7 +148,7 @@ def submit(args: Namespace) -> str:
 
     executor = submitit.AutoExecutor(args.output_dir, cluster='slurm', slurm_max_num_timeout=MAX_TIMEOUTS)
     executor.update_parameters(**parameters)
-    return executor.submit(Training(args)).job_id
+    return executor.submit(Training(args, given_of(args))).job_id
 
 
 if __name__ == '__main__':

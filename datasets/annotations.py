@@ -17,7 +17,6 @@ from msgspec import UNSET, Raw, UnsetType
 
 from datasets.class_map import ClassMap, names_by_id
 from datasets.coco_json import (
-    LARGEST,
     File,
     Issues,
     Read,
@@ -34,6 +33,7 @@ from datasets.coco_json import (
     repair,
     title_of,
 )
+from datasets.segmentations import LARGEST
 from util.errors import UserError
 
 BLOCK = 1 << 12  # entries that are Python objects at a time

@@ -1,20 +1,21 @@
-"""Build a data set by the name of its format, from the settled flags of data."""
+"""Build a dataset by the name of its format, from the settled flags of data."""
 
 from argparse import Namespace
 from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any
 
+from datasets.augmentations import build_augmentation
 from datasets.class_map import ClassMap
-from datasets.copy_paste import LargeScaleJitter
+from datasets.coco_eval import CocoEvaluator, LvisEvaluator
+from datasets.evaluation import Evaluator
 from datasets.image_dataset import ImageDataset
-from datasets.transforms import make_transforms
 from util.config.declare import DATA
 from util.config.flags import FLAGS
 from util.config.networks import level_strides
 from util.config.settle import is_shards, settle
 
-# Value of --dataset_file -> module whose `build(part, settings, class_map)` builds the data set; part is 'train' or 'val'.
+# Value of --dataset_file -> module whose `build(part, settings, class_map)` builds the dataset; part is 'train' or 'val'.
 DATASETS = {
     'coco': 'datasets.coco',
     'lvis': 'datasets.lvis',
@@ -22,12 +23,14 @@ DATASETS = {
     'yolo': 'datasets.foreign',
     'shapes': 'datasets.shapes',
 }
+# Value of --evaluator -> what computes the metrics.
+EVALUATORS: dict[str, type[Evaluator]] = {'coco': CocoEvaluator, 'lvis': LvisEvaluator}
 MASK_FLAGS = ('masks', 'co_masks', 'co_rcnn_masks')  # a model with one of these learns masks
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What the builders of data sets read: flags of the same names (`util.config.flags`), and `masks`.
+    """What the builders of datasets read: flags of the same names (`util.config.flags`), and `masks`.
 
     masks: targets need masks.
     """
@@ -48,7 +51,6 @@ class DataSettings:
     train_scales: list[int] | None
     train_max_size: int | None
     aug: str
-    lsj_size: int
     shapes_train: int
     shapes_val: int
     shapes_size: int
@@ -82,11 +84,11 @@ def data_settings(args: Namespace, masks: bool | None = None) -> DataSettings:
     return DataSettings(**{field.name: values[field.name] for field in fields(DataSettings)})
 
 
-def data_limits(args: Namespace) -> dict[str, int | None]:
+def data_limits(args: Namespace) -> dict[str, int]:
     """Return what data are compared with, of settled flags: the limits of `datasets.inventory.find_warnings`."""
-    img_size, max_size = (args.lsj_size,) * 2 if args.aug == 'lsj' else (args.img_size, args.max_size)
+    augmentation = build_augmentation(args)
     limits = {'num_queries': args.num_queries, 'stride': level_strides(args)[0]}
-    return limits | {'img_size': img_size, 'max_size': max_size}
+    return limits | {'img_size': augmentation.img_size, 'max_size': augmentation.max_size}
 
 
 def build_dataset(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> ImageDataset:
@@ -97,7 +99,7 @@ def build_dataset(part: str, settings: DataSettings, class_map: ClassMap | None 
 
     Raises:
         UserError: the data are invalid.
-        TypeError: the data set does not keep the contract of `datasets.image_dataset.ImageDataset`.
+        TypeError: the dataset does not keep the contract of `datasets.image_dataset.ImageDataset`.
     """
     shards = is_shards(settings.annotations(part))
     module = 'datasets.streaming.shards' if shards else DATASETS[settings.dataset_file]
@@ -109,17 +111,18 @@ def build_dataset(part: str, settings: DataSettings, class_map: ClassMap | None 
     return dataset
 
 
+def build_evaluator(name: str, dataset: ImageDataset, kinds: tuple[str, ...] = ('bbox',)) -> Evaluator:
+    """Build the evaluator of a dataset. kinds: what is judged, of 'bbox' and 'segm'."""
+    return EVALUATORS[name].build(dataset, kinds)
+
+
+def main_column(name: str) -> str:
+    """Return the name in log files of the number that tells which epoch is the best."""
+    return f'test_{EVALUATORS[name].main}'
+
+
 def image_options(part: str, settings: DataSettings) -> dict[str, Any]:
     """Return the options of an `ImageDataset`: transforms, mix and seed."""
-    transforms = make_transforms(
-        part,
-        settings.img_size,
-        settings.max_size,
-        settings.aug,
-        settings.lsj_size,
-        settings.train_scales,
-        settings.train_max_size,
-    )
-    mixes = part == 'train' and settings.aug == 'lsj'
-    mix = LargeScaleJitter(settings.lsj_size, settings.masks) if mixes else None
+    augmentation = build_augmentation(settings)
+    transforms, mix = augmentation.transforms(part), augmentation.mix(part, settings.masks)
     return {'transforms': transforms, 'mix': mix, 'seed': settings.seed}

@@ -1,5 +1,5 @@
 """
-Any data set in COCO form, read as DETR does (arXiv:2005.12872): crowd regions are dropped, boxes are clamped to the
+Any dataset in COCO form, read as DETR does (arXiv:2005.12872): crowd regions are dropped, boxes are clamped to the
 image.
 
 Keypoints are not read, because no model here uses them. Annotations are kept in a few arrays that loader workers
@@ -7,51 +7,24 @@ share. Millions of Python objects would be copied by every worker.
 """
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from datasets.annotations import AnnotationTable, Columns, Inventory, PackedList, is_tiny, labels_of
+from datasets.annotations import AnnotationTable, Inventory
+from datasets.augmentations import build_augmentation
 from datasets.build import DataSettings, image_options
 from datasets.class_map import ClassMap
-from datasets.coco_json import (
-    EXAMPLES,
-    Annotations,
-    File,
-    Issues,
-    Lists,
-    check_files,
-    polygons_of,
-    read_annotations,
-    read_lists,
-    run_lengths,
-)
+from datasets.coco_json import Annotations, File, Issues, Lists, check_files, read_annotations, read_lists
 from datasets.image_dataset import ImageDataset, Mix
-from datasets.image_io import decode_file, naming, read_image, stored_size
+from datasets.image_io import read_image, stored_size
+from datasets.inventory import find_unusual_boxes
+from datasets.targets import AS_DETR, Objects, Reading, check_size, kept_by, make_target
 from datasets.transforms import Target, Transform
 from util.errors import FileError, UserError
-
-MMDETECTION = ('co_detr', 'lsj')  # recipes whose annotations are read as mmdetection does
-MIN_IMAGE_SIDE = 32
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Rules for reading an annotation file; the defaults are DETR's.
-
-    class_ids: class indices of the categories, see `ClassMap.numbered`. drop_tiny: leave out objects narrower or lower
-    than a pixel, and those without area. min_image_side: leave out images with a smaller side.
-    """
-
-    class_ids: str = 'auto'
-    drop_tiny: bool = False
-    min_image_side: int = 0
 
 
 class CocoDetection(ImageDataset):
@@ -81,7 +54,7 @@ class CocoDetection(ImageDataset):
         class_map: ClassMap | None = None,
         return_masks: bool | None = False,
         seed: int = 0,
-        reading: Reading = Reading(),
+        reading: Reading = AS_DETR,
         mix: Mix | None = None,
         repeat_threshold: float = 0.0,
         allow_outside: bool = False,
@@ -101,7 +74,7 @@ class CocoDetection(ImageDataset):
         rows, self._starts = objects_of(table, kept, reading)
         self.issues = table.issues
         self.problems = problems
-        find_odd_boxes(self.issues, table, rows)
+        find_unusual_boxes(self.issues, table, rows)
         self.most_objects = int(np.diff(self._starts).max(initial=0))
         if return_masks:
             table.check_segmentations(rows)
@@ -116,14 +89,12 @@ class CocoDetection(ImageDataset):
             repeats = repeats_of(self._objects.labels.numpy(), self._starts, repeat_threshold)
             self._rows = np.repeat(self._rows, repeats)
             self.ids = [self.ids[row] for row in self._rows]
-        self._ground_truth: Annotations | None = None
-        self._files: dict[Path, bytes] | None = None  # kept in memory, see keep_files
 
     def _large_images(self, table: AnnotationTable, min_side: int) -> np.ndarray:
         """Return the table's rows of images whose sides all have min_side pixels; headers are read where it has no size.
 
         Raises:
-            UserError: there is none.
+            UserError: all are smaller.
         """
         sizes = table.sizes.copy()
         if min_side:
@@ -151,19 +122,14 @@ class CocoDetection(ImageDataset):
             self.problems,
         )
 
-    @property
+    @cached_property
     def ground_truth(self) -> Annotations:
-        """Return the annotation file's content, which is read at the first call; training never calls this."""
-        if self._ground_truth is None:
-            self._ground_truth = read_annotations(self.annotation_file, self.read_lists)
-            for image in self._ground_truth['images'] if self.return_masks else []:
-                if not (image.get('height') and image.get('width')):  # masks need them
-                    image['height'], image['width'] = stored_size(self.image_dir / image['file_name'])
-        return self._ground_truth
-
-    def __getstate__(self) -> dict:
-        """Leave out the ground truth: spawned workers do not need it."""
-        return {**self.__dict__, '_ground_truth': None}
+        """Return the annotation file's content; training never reads it."""
+        content = read_annotations(self.annotation_file, self.read_lists)
+        for image in content['images'] if self.return_masks else []:
+            if not (image.get('height') and image.get('width')):  # masks need them
+                image['height'], image['width'] = stored_size(self.image_dir / image['file_name'])
+        return content
 
     def untransformed(self, idx: int) -> tuple[Tensor, Target]:
         """Return the image as it is stored, and its objects."""
@@ -178,7 +144,7 @@ class CocoDetection(ImageDataset):
 
     def _image(self, row: int) -> Tensor:
         path = self.image_dir / self._file_names[row]
-        image = read_image(path) if self._files is None else decode_file(path, self._bytes(path))
+        image = read_image(path)
         check_size(path, image.shape[1:], self._json_sizes[row], self.annotation_file)
         return image
 
@@ -188,92 +154,6 @@ class CocoDetection(ImageDataset):
         for idx in np.flatnonzero((sizes <= 0).any(axis=1)).tolist():
             sizes[idx] = stored_size(self.image_dir / self._file_names[idx])
         return sizes[self._rows]
-
-    def keep_files(self, local_rank: int, local_size: int) -> None:
-        """Read this process's share of a node's files into memory, still compressed. Other files are added when they
-        are first used.
-        """
-        self._files = {}
-        for idx in range(local_rank, len(self), local_size):
-            self._bytes(self.image_dir / self._file_names[int(self._rows[idx])])
-
-    def _bytes(self, path: Path) -> bytes:
-        assert self._files is not None
-        if path not in self._files:
-            with naming(path):
-                self._files[path] = path.read_bytes()
-        return self._files[path]
-
-
-@dataclass(frozen=True)
-class Objects:
-    """T objects as the annotations have them.
-
-    boxes_xywh: [T, 4] float32 in pixels. labels: [T] int64. areas: [T] float32. segmentations: polygons or run
-    lengths; None if masks are not asked for.
-    """
-
-    boxes_xywh: Tensor
-    labels: Tensor
-    areas: Tensor
-    segmentations: PackedList | list | None
-
-    @classmethod
-    def of(cls, columns: Columns, class_map: ClassMap, segmentations: bytearray | None) -> 'Objects':
-        """Take COLUMNS, and the bytes of their segmentations if masks are asked for."""
-        return cls(
-            torch.from_numpy(columns.boxes_xywh.astype(np.float32)),
-            torch.from_numpy(labels_of(columns, class_map)),
-            torch.from_numpy(columns.areas.astype(np.float32)),
-            None if segmentations is None else PackedList(segmentations, columns.starts, columns.stops),
-        )
-
-    def __getitem__(self, some: slice) -> 'Objects':
-        """Return the objects of a slice."""
-        rows = range(*some.indices(len(self.labels)))
-        segmentations = None if self.segmentations is None else [self.segmentations[row] for row in rows]
-        return Objects(self.boxes_xywh[some], self.labels[some], self.areas[some], segmentations)
-
-
-def make_target(objects: Objects, image_id: int, height: int, width: int) -> Target:
-    """Make the target (see `CocoDetection`) of the objects that have a box of positive size inside the image."""
-    boxes_xyxy = objects.boxes_xywh.clone()
-    boxes_xyxy[:, 2:] += boxes_xyxy[:, :2]
-    boxes_xyxy[:, 0::2].clamp_(0, width)
-    boxes_xyxy[:, 1::2].clamp_(0, height)
-    keep = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(dim=1)
-    target = {'boxes': boxes_xyxy[keep], 'labels': objects.labels[keep]}
-    if objects.segmentations is not None:
-        masks = torch.zeros(len(keep), height, width, dtype=torch.uint8)
-        for mask, segmentation in zip(masks, objects.segmentations, strict=True):
-            mask |= rasterize(segmentation, height, width)
-        target['masks'] = masks[keep]
-    target['image_id'] = torch.tensor([image_id])
-    target['area'] = objects.areas[keep]
-    # The official code has an empty float tensor here for an image without annotations.
-    target['iscrowd'] = torch.zeros(len(target['boxes']), dtype=torch.int64 if len(keep) else torch.float32)
-    target['orig_size'] = torch.tensor([height, width])
-    target['size'] = torch.tensor([height, width])
-    return target
-
-
-def check_size(path: object, found: Sequence[int], annotated: Sequence[int], source: object) -> None:
-    """Compare an image's (height, width) with that of its annotations, where 0 means unknown.
-
-    Raises:
-        UserError: the two differ.
-    """
-    (height, width), (expected_height, expected_width) = found, annotated
-    if expected_height > 0 and expected_width > 0 and (height, width) != (expected_height, expected_width):
-        raise UserError(
-            f'{path} is {width} x {height} (width x height), but {source} says {expected_width} x {expected_height}: '
-            'the boxes would be wrong; fetch the right image, or store it without EXIF rotation'
-        )
-
-
-def kept_by(reading: Reading, objects: Columns) -> np.ndarray:
-    """Leave out crowd regions and, if the reading says so, tiny objects; [A] bool."""
-    return ~objects.crowd & ~(is_tiny(objects) & reading.drop_tiny)
 
 
 def objects_of(table: AnnotationTable, images: np.ndarray, reading: Reading) -> tuple[np.ndarray, np.ndarray]:
@@ -286,35 +166,6 @@ def objects_of(table: AnnotationTable, images: np.ndarray, reading: Reading) -> 
     position = np.repeat(position, counts)  # of each object's image
     kept = (position >= 0) & kept_by(reading, table.objects)
     return np.flatnonzero(kept), np.searchsorted(position[kept], np.arange(len(images) + 1))
-
-
-def find_odd_boxes(issues: Issues, table: AnnotationTable, rows: np.ndarray) -> None:
-    """Count objects that training leaves out or changes."""
-    objects = table.objects[rows]
-    crowd = table.objects.image_ids[table.objects.crowd]
-    count_all(
-        issues, 'crowd regions, which training leaves out', np.searchsorted(table.image_ids, crowd), table
-    )
-    images = np.searchsorted(table.image_ids, objects.image_ids)
-    height, width = table.sizes[images].T
-    x, y, w, h = objects.boxes_xywh.T
-    known, sized = (height > 0) & (width > 0), (w > 0) & (h > 0)
-    outside = known & sized & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
-    over = known & sized & ~outside & ((x < -1) | (y < -1) | (x + w > width + 1) | (y + h > height + 1))
-    for which, kind in (
-        (~sized, 'boxes of no size, which training leaves out'),
-        (outside, 'boxes wholly outside their image, which training leaves out'),
-        (over, 'boxes that leave their image, which are cut off at its border'),
-    ):
-        count_all(issues, kind, images[which], table)
-
-
-def count_all(issues: Issues, kind: str, images: np.ndarray, table: AnnotationTable) -> None:
-    """Count objects of a kind by the table's rows of their images, the first of which are named."""
-    for row in images[:EXAMPLES].tolist():
-        issues.add(kind, f'in {table.file_names[row]}')
-    if len(images) > EXAMPLES:
-        issues.counts[kind] += len(images) - EXAMPLES
 
 
 def repeats_of(labels: np.ndarray, starts: np.ndarray, threshold: float) -> np.ndarray:
@@ -338,38 +189,11 @@ def repeats_of(labels: np.ndarray, starts: np.ndarray, threshold: float) -> np.n
     return np.ceil(repeats).astype(np.int64)
 
 
-def rasterize(segmentation: list | dict, height: int, width: int) -> Tensor:
-    """Draw the union of polygons, or a run-length mask (compressed or not), as uint8 [height, width].
-
-    Raises:
-        UserError: it is neither, or of another size.
-    """
-    try:
-        return drawn(segmentation, height, width)
-    except Exception as error:  # pycocotools has its own for each kind of nonsense
-        text = str(segmentation)[:60]
-        raise UserError(
-            f'has the segmentation {text}, which is no mask of {height} x {width} ({error})'
-        ) from error
-
-
-def drawn(segmentation: list | dict, height: int, width: int) -> Tensor:
-    if isinstance(segmentation, dict):
-        if list(segmentation['size']) != [height, width]:
-            raise ValueError(f'it is a mask of {segmentation["size"]}')
-        return torch.from_numpy(coco_mask.decode(run_lengths(segmentation)))
-    polygons = polygons_of(segmentation)
-    if not polygons:
-        return torch.zeros(height, width, dtype=torch.uint8)
-    parts = coco_mask.decode(coco_mask.frPyObjects(polygons, height, width))  # [height, width, parts]
-    return torch.from_numpy(parts.max(axis=2))
-
-
 def build_reading(part: str, settings: DataSettings) -> Reading:
     """Return the rules of reading that --aug and --class_ids ask for."""
-    if settings.aug not in MMDETECTION:
-        return Reading(settings.class_ids)
-    return Reading(settings.class_ids, True, MIN_IMAGE_SIDE if part == 'train' else 0)
+    augmentation = build_augmentation(settings)
+    min_side = augmentation.min_image_side if part == 'train' else 0
+    return Reading(settings.class_ids, augmentation.drop_tiny, min_side)
 
 
 def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> CocoDetection:
@@ -391,10 +215,10 @@ def coco_options(part: str, settings: DataSettings, class_map: ClassMap | None) 
 
 
 def needs_masks(part: str, settings: DataSettings) -> bool | None:
-    """Return whether targets need masks; None: where all objects have one, for the copy-paste of --aug lsj."""
+    """Return whether targets need masks; None: where all objects have one, for an augmentation that pastes objects."""
     if settings.masks:
         return True
-    return None if part == 'train' and settings.aug == 'lsj' else False
+    return None if build_augmentation(settings).mix(part, False) else False
 
 
 def find_files(

@@ -1,36 +1,47 @@
 """
-COCO's twelve numbers, or LVIS's thirteen, and AP by class, for boxes and masks. The definitions are pycocotools' and
-lvis-api's; hotcoco gives the same numbers faster.
-
-Only images that were passed to `update` are evaluated, each once. Batches, their order and the number of processes do
-not matter.
+COCO's twelve numbers, or LVIS's thirteen, and AP by class, for boxes and masks. The definitions are
+pycocotools' and lvis-api's, computed by hotcoco.
 """
 
 import contextlib
-import importlib.util
 import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+import hotcoco
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from datasets.class_map import ClassMap
-from datasets.coco_json import as_id, polygons_of, run_lengths
-from util.distributed.collectives import broadcast_object, fail_together, gather_object, is_main_process
+from datasets.coco_json import as_id
+from datasets.evaluation import Evaluation, Evaluator
+from datasets.image_dataset import ImageDataset
+from datasets.segmentations import polygons_of, run_lengths
 from util.errors import UserError
 
 STAT_NAMES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
-BACKENDS = ('auto', 'hotcoco', 'pycocotools')
-# lvis-api's names, whose 300 is the usual number of detections of an image that count; r, c and f are rare, common and
-# frequent classes.
+# lvis-api's names, whose 300 is the usual number of detections of an image that count; r, c and f are rare,
+# common and frequent classes.
 LVIS_NAMES = (
-    'AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'APr', 'APc', 'APf', 'AR300', 'ARs300', 'ARm300', 'ARl300',
-)  # fmt: skip
+    'AP',
+    'AP50',
+    'AP75',
+    'APs',
+    'APm',
+    'APl',
+    'APr',
+    'APc',
+    'APf',
+    'AR300',
+    'ARs300',
+    'ARm300',
+    'ARl300',
+)
+PRECISIONS = STAT_NAMES[:6]
 ALL_AREAS, MOST_DETECTIONS, IOU_50, IOU_75 = 0, -1, 0, 5  # indices into the evaluators' arrays
 LVIS_DETECTIONS = 300
 FEDERATED = ('neg_category_ids', 'not_exhaustive_category_ids')  # an image's lists in LVIS
@@ -38,28 +49,26 @@ FEDERATED = ('neg_category_ids', 'not_exhaustive_category_ids')  # an image's li
 
 @dataclass
 class Summary:
-    """Result of an evaluation.
+    """Result for boxes or masks.
 
-    stats: numbers in [0, 1] in the order of `names`, -1 where there was no object to find. per_class: one dict per
-    category with name, AP, AP50, AP75, AR100 (LVIS: AR300; -1 without objects) and the number of its objects without
-    crowd regions. counted: number of detections that count, of an image and category (LVIS: of an image).
+    numbers: in [0, 1] by name, -1 where there was no object to find. per_class: one dict per category with
+    name, AP, AP50, AP75, AR100 (LVIS: AR300; -1 without objects) and the number of its objects without crowd
+    regions. counted: number of detections that count, of an image and category (LVIS: of an image).
     """
 
-    stats: list[float]
+    numbers: dict[str, float]
     per_class: list[dict]
-    names: tuple[str, ...] = STAT_NAMES
     counted: int = 100
 
     def table(self) -> str:
         """Return text with one line per class and one for all classes."""
         names = [str(row['name']) for row in self.per_class]
         wide = max([len(name) for name in [*names, 'class', 'all']])
-        recall = 'AR300' if 'AR300' in self.names else 'AR100'
-        columns = ('AP', 'AP50', 'AP75', recall)
+        columns = ('AP', 'AP50', 'AP75', 'AR300' if 'AR300' in self.numbers else 'AR100')
         titles = (*columns[:-1], f'AR{self.counted}')
         lines = [f'{"class":<{wide}}' + ''.join(f'{title:>8}' for title in titles) + f'{"objects":>9}']
-        total: dict[str, Any] = dict(zip(self.names, self.stats, strict=True))
-        total |= {'name': 'all', 'objects': sum(row['objects'] for row in self.per_class)}
+        total: dict[str, Any] = {**self.numbers, 'name': 'all'}
+        total['objects'] = sum(row['objects'] for row in self.per_class)
         for row in [*self.per_class, total]:
             cells = ''.join(f'{format_percent(row[column]):>8}' for column in columns)
             lines.append(f'{row["name"]:<{wide}}{cells}{row["objects"]:>9}')
@@ -74,119 +83,85 @@ def format_percent(value: float) -> str:
     return '-' if value < 0 else f'{100 * value:.1f}'
 
 
-def record_of(summaries: dict[str, Summary]) -> dict:
-    """Return what the logs keep of an evaluation, under the official names."""
-    record: dict[str, list] = {}
-    for kind, summary in summaries.items():
-        ends = ('bbox', '') if kind == 'bbox' else ('masks', '_masks')
-        record |= {f'test_coco_eval_{ends[0]}': summary.stats, f'per_class{ends[1]}': summary.per_class}
-    return record
+# Of boxes and masks: title, prefix of the names of their numbers, suffixes of their names in records.
+KINDS = {'bbox': ('boxes', '', 'bbox', ''), 'segm': ('masks', 'segm_', 'masks', '_masks')}
 
 
-def tables(summaries: dict[str, Summary]) -> str:
-    """Return the tables of boxes and masks; only boxes need no title."""
-    titles = {'bbox': 'boxes', 'segm': 'masks'}
-    texts = [f'{titles[kind]}:\n{summary.table()}' for kind, summary in summaries.items()]
-    return '\n'.join(texts) if len(texts) > 1 else summaries['bbox'].table()
+class CocoEvaluator(Evaluator):
+    """Evaluator by COCO's rules."""
+
+    limit = 0  # detections of an image that count by LVIS's rules; 0: COCO's rules
+
+    def __init__(self, ground_truth: dict, class_map: ClassMap, kinds: tuple[str, ...] = ('bbox',)) -> None:
+        super().__init__(ground_truth, class_map, kinds)
+        if unknown := set(kinds) - set(KINDS):
+            raise ValueError(f'kinds {sorted(unknown)} are not known: choose from bbox and segm')
+
+    def read(self, prediction: dict) -> 'Detections':
+        return read_prediction(prediction, self.class_map, 'segm' in self.kinds)
+
+    def compute(self) -> Evaluation:
+        """Return the numbers of boxes under their usual names, and those of masks as `segm_NAME`."""
+        summaries = self.summaries()
+        prefixes = [KINDS[kind][1] for kind in self.kinds]
+        numbers: dict[str, float] = {}
+        record: dict[str, list] = {}
+        for kind, summary in summaries.items():
+            _, prefix, *ends = KINDS[kind]
+            numbers |= {f'{prefix}{name}': value for name, value in summary.numbers.items()}
+            record[f'test_coco_eval_{ends[0]}'] = list(summary.numbers.values())
+            record[f'per_class{ends[1]}'] = summary.per_class
+        texts = [f'{KINDS[kind][0]}:\n{summary.table()}' for kind, summary in summaries.items()]
+        text = '\n'.join(texts) if len(texts) > 1 else next(iter(summaries.values())).table()
+        shown = tuple(f'{prefix}{name}' for prefix in prefixes for name in ('AP', 'AP50'))
+        drawn = tuple(f'{prefixes[0]}{name}' for name in PRECISIONS)
+        return Evaluation(numbers, shown, drawn, text, record)
+
+    def summaries(self) -> dict[str, Summary]:
+        """Return the result of each kind."""
+        results = {}
+        for kind in self.kinds:
+            truth = prepare_ground_truth(self.ground_truth, set(self.detections), kind)
+            arrays = evaluate(truth, result_rows(self.detections, kind), kind, self.limit)
+            results[kind] = summarize_arrays(truth, *arrays, self.limit)
+        return results
 
 
-class Evaluator(Protocol):
-    """Part of COCOeval that pycocotools and hotcoco share."""
+class LvisEvaluator(CocoEvaluator):
+    """Evaluator by LVIS's federated rules.
 
-    @property
-    def eval(self) -> Any: ...
-    def evaluate(self) -> None: ...
-    def accumulate(self) -> None: ...
-
-
-class CocoEvaluator:
-    """Evaluator that collects predictions and scores them all at once; labels become category ids by the class map.
-
-    federated: follow LVIS's rules. A class is judged in the images that are known to have it or to lack it, by the best
-    300 detections of an image, as lvis-api does by default, or by this number of them if it is larger.
+    A class is judged in the images that are known to have it or to lack it, by the best 300 detections of an
+    image, as lvis-api does by default, or by `limit` of them if it is larger.
     """
 
     def __init__(
         self,
         ground_truth: dict,
         class_map: ClassMap,
-        iou_types: tuple[str, ...] = ('bbox',),
-        backend: str = 'auto',
-        federated: int = 0,
+        kinds: tuple[str, ...] = ('bbox',),
+        limit: int = LVIS_DETECTIONS,
     ) -> None:
-        unknown = set(iou_types) - {'bbox', 'segm'}
-        if unknown:
-            raise ValueError(f'iou_types {sorted(unknown)} are not known: choose from bbox and segm')
-        self.ground_truth, self.class_map, self.iou_types = ground_truth, class_map, tuple(iou_types)
-        self.backend, self.federated = choose_backend(backend), federated and max(LVIS_DETECTIONS, federated)
-        if federated and self.backend != 'hotcoco':
-            raise UserError(
-                f'--coco_eval {backend}: only hotcoco knows the rules of LVIS: pip install hotcoco, and leave the flag out'
-            )
-        self.image_ids = {image['id'] for image in ground_truth['images']}
-        self.detections: dict[int, Detections] = {}
+        super().__init__(ground_truth, class_map, kinds)
+        self.limit = max(LVIS_DETECTIONS, limit)
 
-    def update(self, predictions: dict[int, dict]) -> None:
-        """Add predictions. Only the first prediction for an image counts.
-
-        predictions: image id to {'scores' [N], 'labels' [N], 'boxes' [N, 4] xyxy in pixels}. For masks it also holds
-        'masks' [N, 1, H, W] (above 0.5 is object) or 'segmentation', a list of N run-length masks.
-        """
-        for image_id, prediction in predictions.items():
-            image_id = int(image_id)
-            if image_id not in self.image_ids:
-                raise ValueError(
-                    f'image {image_id} is not among the {len(self.image_ids)} of the ground truth'
-                )
-            if image_id not in self.detections:
-                self.detections[image_id] = read_prediction(
-                    prediction, self.class_map, 'segm' in self.iou_types
-                )
-
-    def synchronize_between_processes(self) -> None:
-        """Gather the predictions of all ranks on the main process; of an image seen twice the lowest rank's copy stays."""
-        merged: dict[int, Detections] = {}
-        for detections in gather_object(self.detections):
-            merged = {**detections, **merged}
-        self.detections = merged
-
-    def summarize(self) -> dict[str, Summary]:
-        """Evaluate the images that were passed to `update` on the main process; all ranks must call it, and get the result."""
-        with fail_together():
-            results = self.evaluated() if is_main_process() else {}
-        return broadcast_object(results)
-
-    def evaluated(self) -> dict[str, Summary]:
-        """Evaluate, once for every IoU type."""
-        results = {}
-        for iou_type in self.iou_types:
-            truth = prepare_ground_truth(self.ground_truth, set(self.detections), iou_type)
-            rows = result_rows(self.detections, iou_type)
-            arrays = evaluate(truth, rows, iou_type, self.backend, self.federated)
-            results[iou_type] = summarize_arrays(truth, *arrays, self.federated)
-        return results
+    @classmethod
+    def build(cls, dataset: ImageDataset, kinds: tuple[str, ...]) -> 'LvisEvaluator':
+        if not dataset.federated:
+            raise UserError('--evaluator lvis needs the annotations of LVIS: add --dataset_file lvis')
+        return cls(dataset.ground_truth, dataset.class_map, kinds, dataset.federated)
 
 
 @dataclass
 class Detections:
     """N detections in one image, each with a category.
 
-    rows: [N, 6] float64 of x, y, width, height, score, category id. masks: run lengths, if masks are evaluated.
-    mask_scores: [N], where masks have scores of their own.
+    rows: [N, 6] float64 of x, y, width, height, score, category id. masks: run lengths, if masks are
+    evaluated. mask_scores: [N], where masks have scores of their own.
     """
 
     rows: np.ndarray
     masks: list[dict] | None = None
     mask_scores: np.ndarray | None = None
-
-
-def choose_backend(backend: str) -> str:
-    """Resolve 'auto': hotcoco if it is installed, else pycocotools."""
-    if backend not in BACKENDS:
-        raise UserError(f'evaluation backend {backend!r} is not known: choose one of {", ".join(BACKENDS)}')
-    if backend == 'auto':
-        return 'pycocotools' if importlib.util.find_spec('hotcoco') is None else 'hotcoco'
-    return backend
 
 
 def read_prediction(prediction: dict, class_map: ClassMap, with_masks: bool) -> Detections:
@@ -233,11 +208,11 @@ def decode_masks(encoded: list[dict]) -> Iterator[Tensor]:
     return (torch.from_numpy(coco_mask.decode(rle)) for rle in encoded)
 
 
-def prepare_ground_truth(ground_truth: dict, image_ids: set[int], iou_type: str) -> dict:
+def prepare_ground_truth(ground_truth: dict, image_ids: set[int], kind: str) -> dict:
     """Copy the annotations of the chosen images, in the form that the evaluators need.
 
-    Ids are counted anew from 1, because the evaluators treat an object of id 0 as unmatched. A missing iscrowd counts
-    as 0, a missing area as that of the box.
+    Ids are counted anew from 1, because the evaluators treat an object of id 0 as unmatched. A missing
+    iscrowd counts as 0, a missing area as that of the box.
     """
     annotations: list[dict] = []
     for annotation in ground_truth['annotations']:
@@ -247,7 +222,7 @@ def prepare_ground_truth(ground_truth: dict, image_ids: set[int], iou_type: str)
         entry['id'] = len(annotations) + 1
         entry['area'] = annotation.get('area', entry['bbox'][2] * entry['bbox'][3])
         entry['iscrowd'] = int(annotation.get('iscrowd') or 0)
-        if iou_type == 'segm':
+        if kind == 'segm':
             entry['segmentation'] = require_segmentation(annotation)
         annotations.append(entry)
     images = []
@@ -256,7 +231,7 @@ def prepare_ground_truth(ground_truth: dict, image_ids: set[int], iou_type: str)
             lists = {
                 key: [as_id(value) for value in image[key]] for key in FEDERATED if image.get(key) is not None
             }
-            images.append({'id': image['id'], 'file_name': '', **size_of(image, iou_type), **lists})
+            images.append({'id': image['id'], 'file_name': '', **size_of(image, kind), **lists})
     categories = [
         {'id': category['id'], 'name': str(category.get('name') or category['id'])}
         | {key: category[key] for key in ('frequency',) if key in category}
@@ -265,9 +240,9 @@ def prepare_ground_truth(ground_truth: dict, image_ids: set[int], iou_type: str)
     return {'info': {}, 'images': images, 'annotations': annotations, 'categories': categories}
 
 
-def size_of(image: dict, iou_type: str) -> dict[str, int]:
+def size_of(image: dict, kind: str) -> dict[str, int]:
     size = {key: int(image.get(key) or 0) for key in ('height', 'width')}
-    if iou_type == 'segm' and not all(size.values()):
+    if kind == 'segm' and not all(size.values()):
         raise UserError(
             f'image {image["id"]} has no height and width, which masks are evaluated with: add them'
         )
@@ -285,14 +260,16 @@ def require_segmentation(annotation: dict) -> list | dict:
         return run_lengths(found) if isinstance(found, dict) else polygons_of(found) or [[0.0] * 6]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f'annotation {annotation.get("id")} (image {annotation["image_id"]}) has a segmentation that is none ({error}): '
+            f'annotation {annotation.get("id")} (image {annotation["image_id"]}) has an invalid segmentation ({error}): '
             'correct it, or evaluate boxes'
         ) from error
 
 
-def result_rows(detections: dict[int, Detections], iou_type: str) -> np.ndarray | list[dict]:
-    """Return boxes as [N, 7] of image id, x, y, width, height, score, category id; masks as COCO's result dicts."""
-    if iou_type == 'bbox':
+def result_rows(detections: dict[int, Detections], kind: str) -> np.ndarray | list[dict]:
+    """Return boxes as [N, 7] of image id, x, y, width, height, score, category id; masks as COCO's result
+    dicts.
+    """
+    if kind == 'bbox':
         parts = [np.insert(one.rows, 0, image_id, axis=1) for image_id, one in sorted(detections.items())]
         return np.concatenate([np.zeros((0, 7)), *parts])
     return [
@@ -308,52 +285,30 @@ def result_rows(detections: dict[int, Detections], iou_type: str) -> np.ndarray 
 
 
 def evaluate(
-    truth: dict, rows: np.ndarray | list[dict], iou_type: str, backend: str, federated: int = 0
+    truth: dict, rows: np.ndarray | list[dict], kind: str, limit: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Evaluate all detections; nothing is printed.
 
-    federated: number of detections of an image that count by LVIS's rules, those of the best scores; 0: COCO's rules.
+    limit: number of detections of an image that count by LVIS's rules, those of the best scores; 0: COCO's
+    rules.
 
     Returns:
-        Precision [10 IoU, 101 recall, K, 4 areas, 3 maxima] and recall [10, K, 4, 3], -1 where there is no object. K
-            are the categories in ascending order of id. Federated evaluation has one maximum.
+        Precision [10 IoU, 101 recall, K, 4 areas, 3 maxima] and recall [10, K, 4, 3], -1 where there is no
+        object. K are the categories in ascending order of id. Federated evaluation has one maximum.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        if backend == 'hotcoco':
-            evaluator = hotcoco_evaluator(truth, rows, iou_type, federated)
-        else:
-            evaluator = pycocotools_evaluator(truth, rows, iou_type)
+        coco = hotcoco.COCO(truth)
+        results = coco.load_res(rows)
+        if limit:  # else hotcoco cuts at 300 itself
+            results = results.cap_detections_per_image(limit)
+        evaluator = hotcoco.COCOeval(coco, results, kind, lvis_style=bool(limit))
         evaluator.evaluate()
         evaluator.accumulate()
-    return np.asarray(evaluator.eval['precision']), np.asarray(evaluator.eval['recall'])
+    arrays: Any = evaluator.eval
+    return np.asarray(arrays['precision']), np.asarray(arrays['recall'])
 
 
-def hotcoco_evaluator(truth: dict, rows: np.ndarray | list[dict], iou_type: str, federated: int) -> Evaluator:
-    import hotcoco
-
-    coco = hotcoco.COCO(truth)
-    results = coco.load_res(rows)
-    if federated:  # else the evaluator cuts at 300 itself
-        results = results.cap_detections_per_image(federated)
-    return hotcoco.COCOeval(coco, results, iou_type, lvis_style=bool(federated))
-
-
-def pycocotools_evaluator(truth: dict, rows: np.ndarray | list[dict], iou_type: str) -> Evaluator:
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    coco, results = COCO(), COCO()
-    coco.dataset = truth
-    coco.createIndex()
-    if len(rows):
-        results = coco.loadRes(rows)
-    else:  # loadRes fails on an empty list
-        results.dataset = {**truth, 'annotations': []}
-        results.createIndex()
-    return COCOeval(coco, results, iou_type)
-
-
-def summarize_arrays(truth: dict, precision: np.ndarray, recall: np.ndarray, federated: int = 0) -> Summary:
+def summarize_arrays(truth: dict, precision: np.ndarray, recall: np.ndarray, limit: int = 0) -> Summary:
     """Average what is defined, as the official code does; -1 where nothing is."""
     frequency = np.array([category.get('frequency', '') for category in truth['categories']])
     stats = [
@@ -363,7 +318,7 @@ def summarize_arrays(truth: dict, precision: np.ndarray, recall: np.ndarray, fed
         *(mean_defined(precision[..., area, MOST_DETECTIONS]) for area in (1, 2, 3)),
         *(
             mean_defined(precision[:, :, frequency == part, ALL_AREAS, MOST_DETECTIONS])
-            for part in ('rcf' if federated else '')
+            for part in ('rcf' if limit else '')
         ),
         *(mean_defined(recall[..., ALL_AREAS, most]) for most in range(recall.shape[-1])),
         *(mean_defined(recall[..., area, MOST_DETECTIONS]) for area in (1, 2, 3)),
@@ -371,13 +326,14 @@ def summarize_arrays(truth: dict, precision: np.ndarray, recall: np.ndarray, fed
     objects = Counter(a['category_id'] for a in truth['annotations'] if not a['iscrowd'])
     per_class = [
         {
-            **class_summary(precision[:, :, idx], recall[:, idx], 'AR300' if federated else 'AR100'),
+            **class_summary(precision[:, :, idx], recall[:, idx], 'AR300' if limit else 'AR100'),
             'name': category['name'],
             'objects': objects[category['id']],
         }
         for idx, category in enumerate(truth['categories'])
     ]
-    return Summary(stats, per_class, LVIS_NAMES, federated) if federated else Summary(stats, per_class)
+    numbers = dict(zip(LVIS_NAMES if limit else STAT_NAMES, stats, strict=True))
+    return Summary(numbers, per_class, limit or 100)
 
 
 def class_summary(precision: np.ndarray, recall: np.ndarray, recall_name: str) -> dict[str, float]:

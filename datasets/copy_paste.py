@@ -2,8 +2,8 @@
 Large-scale jitter with copy-paste (arXiv:2012.07177), as Co-DETR's LSJ recipes train. Evaluation uses
 `datasets.transforms.FitSquare` instead.
 
-If targets have masks, a box is the extent of an object's visible part. Without masks nothing is pasted, and boxes are
-cut by the crop.
+If targets have masks, a box is the extent of an object's visible part. Without masks nothing is pasted, and
+boxes are cut by the crop.
 """
 
 import random
@@ -76,7 +76,8 @@ class LargeScaleJitter:
 def jitter(image: Tensor, target: Target, size: int) -> Sample | None:
     """Jitter one image into a square of size x size pixels.
 
-    Returns None if the crop has objects, but none of them keeps a box. A crop without objects is a valid result.
+    Returns None if the crop has objects, but none of them keeps a box. A crop without objects is a valid
+    result.
     """
     limit = max(1, int(size * random.uniform(*SCALES)))
     image, target = rescale(image, target, limit, limit)
@@ -117,8 +118,8 @@ def pick(target: Target) -> Target:
 def paste(image: Tensor, target: Target, source: Tensor, source_target: Target) -> Sample:
     """Paste all objects of a source of the same size over the image, by their masks.
 
-    An object stays if no side of its box moves far, or if many of its pixels are left. It is dropped if no pixel is
-    left; the official code would keep a small one with a box of no size.
+    An object stays if no side of its box moves far, or if many of its pixels are left. It is dropped if no
+    pixel is left; the official code would keep a small one with a box of no size.
     """
     if not len(source_target['boxes']):
         return image, target

@@ -1,5 +1,5 @@
 """
-Data sets in the formats of other tools, Pascal VOC and YOLO, read as COCO form: the same checks, targets and metrics.
+Datasets in the formats of other tools, Pascal VOC and YOLO, read as COCO form: the same checks, targets and metrics.
 
 Categories get the ids 1 to K. Of VOC they are the names in the training part in alphabetical order, of YOLO those of
 data.yaml.
@@ -85,7 +85,7 @@ def read_voc(file: Path) -> tuple[dict, list[dict]]:
     """Return an image, and its objects with class, bbox and iscrowd.
 
     Raises:
-        UserError: the file is no annotation of VOC; the message names it.
+        UserError: the file is not an annotation of VOC; the message names it.
     """
     if not file.is_file():
         raise FileError(f'{file} does not exist: write it, or take its name out of the list')
@@ -115,7 +115,7 @@ def read_voc(file: Path) -> tuple[dict, list[dict]]:
                 found |= unusable(f'has an object of the corners {corners}: correct them')
             objects.append(found)
     except (ValueError, OverflowError) as error:
-        raise UserError(f'{file} is no annotation of VOC ({error}): correct it') from error
+        raise UserError(f'{file} is not an annotation of VOC ({error}): correct it') from error
     return image, objects
 
 
@@ -156,7 +156,7 @@ def read_yaml(file: Path) -> dict:
     """Read data.yaml.
 
     Raises:
-        UserError: it is none, or PyYAML is not installed.
+        UserError: it is invalid, or PyYAML is not installed.
     """
     try:
         import yaml
@@ -223,7 +223,7 @@ def read_yolo(file: Path, height: int, width: int, names: Collection[int], turn:
         names: the class numbers that there are.
         turn: orientation of the image.
 
-    A line that is none of these has its `problem`.
+    An invalid line has its `problem`.
     """
     if not file.is_file():
         return []
@@ -241,7 +241,7 @@ def read_yolo(file: Path, height: int, width: int, names: Collection[int], turn:
             if not all(map(math.isfinite, values)) or (len(values) == 4 and min(values[2:]) < 0):
                 raise ValueError('a size is negative or a number not finite')
         except ValueError as error:
-            found.append(unusable(f'is {line[:60]!r}, which is no box or polygon ({error}): correct it'))
+            found.append(unusable(f'is {line[:60]!r}, which is neither a box nor a polygon ({error}): correct it'))
         else:
             found.append({'category_id': label + 1, **shape_of(values, height, width, turn)})
         found[-1]['source'] = f'{file}, line {number}'

@@ -1,4 +1,4 @@
-"""Base class of all data sets of images: what a new data set must provide."""
+"""Base class of all datasets of images: what a new dataset must provide."""
 
 import random
 import zlib
@@ -9,19 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.annotations import Inventory
 from datasets.class_map import ClassMap
 from datasets.coco_json import Annotations
-from datasets.transforms import Sample, Target, Transform
-from util.errors import UserError
+from datasets.transforms import Mix, Sample, Transform, size_after
 from util.nested_tensor import collate_fn
 from util.seeding import local_seed
-
-# Image, target and a function that gives a further one, drawn at random and untransformed, to image and target.
-Mix = Callable[[Tensor, Target, Callable[[], Sample]], Sample]
 
 
 def loader_options(num_workers: int) -> dict[str, Any]:
@@ -36,18 +31,19 @@ def loader_options(num_workers: int) -> dict[str, Any]:
 
 
 class ImageDataset(Dataset[Sample], ABC):
-    """Images with objects. An item is the result of `untransformed`, changed by `mix` (if there is one) and by
-    `transforms`.
+    """Images with objects. An item is the result of `untransformed`, changed by `mix` (if there is one) and
+    by `transforms`.
 
-    A subclass sets `ids` and `class_map`, and defines the abstract members; `datasets.build_dataset` refuses one that
-    does not. All randomness depends on (seed, epoch, index) only, whatever the number of loader workers.
+    A subclass sets `ids` and `class_map`, and defines the abstract members; `datasets.build.build_dataset` refuses
+    one that does not. All randomness depends on (seed, epoch, index) only, whatever the number of loader
+    workers.
     """
 
     ids: list[int]  # of the images, unique
     class_map: ClassMap  # class index of the model for each category of the annotations
     most_objects = 100  # in one image; for the rehearsal of the largest batch
     return_masks = False  # targets have masks
-    # If not 0, only some classes of an image are annotated, and evaluation has LVIS's rules (argument of `CocoEvaluator`).
+    # If not 0, only some classes of an image are annotated, and this many detections count (`LvisEvaluator`).
     federated = 0
 
     def __init__(self, transforms: Transform | None, mix: Mix | None, seed: int) -> None:
@@ -57,16 +53,20 @@ class ImageDataset(Dataset[Sample], ABC):
 
     @abstractmethod
     def untransformed(self, idx: int) -> Sample:
-        """Return image idx as it is stored, uint8 [3, H, W], and its target (the fields of `datasets.coco.CocoDetection`)."""
+        """Return image idx as it is stored, uint8 [3, H, W], and its target (the fields of
+        `datasets.coco.CocoDetection`).
+        """
 
     @property
     def summary(self) -> str:
-        """Describe the data set in one line, with a checksum of its image ids."""
+        """Describe the dataset in one line, with a checksum of its image ids."""
         checksum = zlib.crc32(repr(self.ids).encode())
         return f'{len(self)} images of {self.class_map.num_classes} class indices ({checksum:08x})'
 
     def inventory(self) -> Inventory | None:
-        """Return what the data set holds, for its summary; None: that is not known without reading all images."""
+        """Return what the dataset holds, for its summary; None: that is not known without reading all
+        images.
+        """
         return None
 
     @abstractmethod
@@ -78,13 +78,9 @@ class ImageDataset(Dataset[Sample], ABC):
     def ground_truth(self) -> Annotations:
         """Return the annotations in COCO form that evaluation compares with."""
 
-    def keep_files(self, local_rank: int, local_size: int) -> None:
-        """Keep this process's share of the compressed files in memory (`--cache_mode`).
-
-        Raises:
-            UserError: the data set has no files.
-        """
-        raise UserError(f'--cache_mode keeps image files, and {type(self).__name__} has none: leave it out')
+    def __getstate__(self) -> dict:
+        """Leave out a cached ground truth: spawned workers do not need it."""
+        return {name: value for name, value in self.__dict__.items() if name != 'ground_truth'}
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -111,15 +107,11 @@ class ImageDataset(Dataset[Sample], ABC):
     def drawn_size(self, idx: int, epoch: int, original: Iterable[int]) -> tuple[int, int]:
         """Return the (height, width) that image `idx` will have in an epoch, given its `original` size.
 
-        The transforms act on an image without pixels, so nothing is read. Data sets that mix images do not support
-        this.
+        Nothing is read. Datasets that mix images do not support this.
         """
         assert self.transforms is not None
         with local_seed(self.seed, epoch, idx):
-            image = torch.empty(3, *map(int, original), dtype=torch.uint8, device='meta')
-            image, _ = self.transforms(image, None)
-        height, width = image.shape[-2:]
-        return height, width
+            return size_after(self.transforms, original)
 
     def random_item(self) -> Sample:
         """Return any image, untransformed, drawn from Python's `random`."""

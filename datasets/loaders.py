@@ -1,36 +1,33 @@
-"""Data sets of a run and their batches. Classes are set once; every rank gets its share of the batches."""
+"""Datasets of a run and their batches. Classes are set once; every rank gets its share of the batches."""
 
 from argparse import Namespace
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from datasets.build import build_dataset, data_settings
 from datasets.class_map import ClassMap
 from datasets.copy_paste import MAX_PASTED
 from datasets.image_dataset import ImageDataset, loader_options
-from datasets.samplers import (
-    AspectSampler,
-    ChunkSampler,
-    EpochBatches,
-    EvalBatches,
-    NodeSampler,
-    SizeBatches,
-)
+from datasets.samplers import BATCHES, EvalBatches, TrainBatches
 from datasets.streaming.shards import ShardedCoco, ShardStream, build_shard_loader
-from util.distributed.collectives import get_local_rank, get_local_size, get_rank, get_world_size
+from util.distributed.collectives import get_rank, get_world_size
 from util.errors import UserError
+from util.logger import print_main
 
 
 def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, ImageDataset]:
-    """Build the data sets that the run will read, with the same class indices.
+    """Build the datasets that a run reads, with the same class indices.
 
     class_map: classes of the checkpoint in use, None if it has none.
 
     Raises:
         UserError: --resume or --eval of a checkpoint with other classes.
     """
+    if args.cache_mode:
+        print_main(
+            '--cache_mode is not needed: the operating system keeps files that were read in free memory'
+        )
     settings = data_settings(args)
     if args.eval:
         datasets = {'val': build_dataset('val', settings, class_map)}
@@ -39,18 +36,28 @@ def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Ima
         datasets = {'train': train}
         if args.eval_every:
             datasets['val'] = build_dataset('val', settings, train.class_map)
-    found = list(datasets.values())[-1].class_map
-    if (args.resume or args.eval) and class_map is not None and class_map != found:
-        if {*class_map.names, None} == {*found.names, None}:
-            raise UserError(
-                f'{args.resume or args.pretrained} numbers its classes otherwise ({class_map.num_classes} class indices, here '
-                f'{found.num_classes}): give the --class_ids of its run'
-            )
-        raise UserError(
-            f'{args.resume or args.pretrained} was trained on {describe(class_map)}, the data has {describe(found)}: evaluate it on its own '
-            'data, or fine-tune it on this data with --pretrained'
-        )
+    if (args.resume or args.eval) and class_map is not None:
+        check_classes(list(datasets.values())[-1].class_map, class_map, args.resume or args.pretrained)
     return datasets
+
+
+def check_classes(found: ClassMap, trained: ClassMap, file: str) -> None:
+    """Compare the classes of the data with those of a checkpoint.
+
+    Raises:
+        UserError: they are others, or have other indices.
+    """
+    if trained == found:
+        return
+    if {*trained.names, None} == {*found.names, None}:
+        raise UserError(
+            f'{file} numbers its classes in another way ({trained.num_classes} class indices, here '
+            f'{found.num_classes}): give the --class_ids of its run'
+        )
+    raise UserError(
+        f'{file} was trained on {describe(trained)}, the data has {describe(found)}: evaluate it on its own data, or '
+        'fine-tune it on this data with --pretrained'
+    )
 
 
 def describe(class_map: ClassMap) -> str:
@@ -58,55 +65,58 @@ def describe(class_map: ClassMap) -> str:
     return f'{len(names)} classes ({", ".join(names[:5])}{", ..." if len(names) > 5 else ""})'
 
 
-def build_loader(dataset: ImageDataset, split: str, args: Namespace) -> DataLoader:
-    """Build the loader of this rank's batches. Its length is that of a whole epoch, even if the epoch is resumed in
-    the middle (`begin_epoch`).
+def build_loader(
+    dataset: ImageDataset,
+    part: str,
+    batch_size: int,
+    num_workers: int = 0,
+    batching: str = 'random',
+    seed: int = 0,
+) -> DataLoader:
+    """Build the loader of this rank's batches of the part 'train' or 'val'.
+
+    Its length is that of a whole epoch, even if the epoch is resumed in the middle (`begin_epoch`).
+
+    Args:
+        batch_size: images of this rank.
+        batching: how training batches are made, a name in `datasets.samplers.BATCHES`.
+        seed: of the order of training images.
     """
-    train = split == 'train'
     if isinstance(dataset, ShardedCoco):
-        loader = build_shard_loader(dataset, args.batch_size, args.num_workers, train)
-    else:
-        batches = build_batches(dataset, train, args)
-        loader = DataLoader(dataset, batch_sampler=batches, **loader_options(args.num_workers))
-    if train and len(loader) < args.accum_steps:
-        images = args.batch_size * args.accum_steps * get_world_size()
+        return build_shard_loader(dataset, batch_size, num_workers, part == 'train')
+    batches = build_batches(dataset, part, batch_size, batching, seed)
+    return DataLoader(dataset, batch_sampler=batches, **loader_options(num_workers))
+
+
+def build_batches(
+    dataset: ImageDataset, part: str, batch_size: int, batching: str = 'random', seed: int = 0
+) -> Sampler[list[int]]:
+    """Build the batch sampler of this rank; arguments are those of `build_loader`."""
+    if part == 'train':
+        return BATCHES[batching](dataset, batch_size, get_world_size(), get_rank(), seed)
+    return EvalBatches(len(dataset), batch_size, get_world_size(), get_rank())
+
+
+def check_steps(loader: DataLoader, num_images: int, batch_size: int, accum_steps: int) -> None:
+    """Refuse training images that do not fill one optimizer step."""
+    if len(loader) < accum_steps:
+        images = batch_size * accum_steps * get_world_size()
         raise UserError(
-            f'{len(dataset)} training images do not fill one step of {images}: lower --batch_size or '
+            f'{num_images} training images do not fill one step of {images}: lower --batch_size or '
             '--total_batch_size'
         )
-    return loader
-
-
-def build_batches(dataset: ImageDataset, train: bool, args: Namespace) -> Sampler[list[int]]:
-    """Build the batch sampler of this rank; a batch is a list of image indices."""
-    replica, share = (get_world_size(), get_rank()), (0, 1)
-    if args.cache_mode:
-        share = get_local_rank(), get_local_size()
-        dataset.keep_files(*share)
-    if train and args.bucket_sizes:
-        return SizeBatches(dataset, args.batch_size, *replica, args.seed)
-    sampler: ChunkSampler | DistributedSampler[int]
-    if train and args.group_aspect_ratio:
-        sizes = np.asarray(dataset.image_sizes())
-        sampler = AspectSampler(sizes, args.batch_size, *replica, *share, seed=args.seed)
-    elif args.cache_mode:
-        sampler = NodeSampler(dataset, *replica, *share, train, args.seed)
-    elif train:
-        drop_last = get_world_size() > 1
-        sampler = DistributedSampler(dataset, *replica, shuffle=True, seed=args.seed, drop_last=drop_last)
-    else:
-        return EvalBatches(len(dataset), args.batch_size, *replica)
-    return EpochBatches(sampler, args.batch_size, drop_last=train)
 
 
 def begin_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
-    """Set the epoch of a training loader's next pass, and the batch with which it begins. Skipped batches are not read."""
+    """Set the epoch of a training loader's next pass, and the batch with which it begins. Skipped batches are
+    not read.
+    """
     dataset, batches = loader.dataset, loader.batch_sampler
     if isinstance(dataset, ShardStream):
         dataset.set_epoch(epoch)
         dataset.data.start_at(first_batch)
     else:
-        assert isinstance(dataset, ImageDataset) and isinstance(batches, EpochBatches | SizeBatches)
+        assert isinstance(dataset, ImageDataset) and isinstance(batches, TrainBatches)
         dataset.set_epoch(epoch)
         batches.set_epoch(epoch, first_batch)
 
@@ -114,7 +124,8 @@ def begin_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
 def worst_batch(dataset: ImageDataset, batch_size: int, one_size: bool) -> tuple[tuple[int, int], int]:
     """Return (height, width) of the largest batch that training can meet, and the most objects of an image.
 
-    The sizes are the largest of a few thousand drawn ones. one_size: all images of a batch have about the same size.
+    The sizes are the largest of a few thousand drawn ones. one_size: all images of a batch have about the
+    same size.
     """
     if dataset.mix is not None:
         height, width = dataset[0][0].shape[-2:]

@@ -6,7 +6,6 @@ Build detectors, criteria and postprocessors from settled flags. No other module
 
 import copy
 from argparse import Namespace
-from importlib import import_module
 
 from torch import nn
 
@@ -15,22 +14,15 @@ from util.config.recorded import NetworkFlags
 from util.config.settle import Settled, settle
 
 from .backbone import Backbone, Joiner, build_backbone
-from .conditional_detr import ConditionalDecoderLayer
+from .decoders import build_decoder_layer, decoder_class
 from .deformable_detr import DeformableDETR
 from .deformable_transformer import (
-    DeformableDecoderLayer,
     DeformableEncoder,
     DeformableEncoderLayer,
     DeformableTransformer,
 )
 from .detr import DETR
 from .heads import box_head, class_head
-from .ms_detr import (
-    MixedConditionalDecoderLayer,
-    MixedDecoderLayer,
-    TwiceReadConditionalDecoderLayer,
-    TwiceReadDecoderLayer,
-)
 from .ops.modules import MSDeformAttn
 from .position_encoding import build_position_encoding
 from .postprocess import (
@@ -45,16 +37,9 @@ from .postprocess import (
 )
 from .refine_masks import DetectionMasks
 from .segmentation import build_mask_heads
-from .transformer import Transformer, TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
+from .transformer import Transformer, TransformerEncoder, TransformerEncoderLayer
 from .units import freeze, recompute
 from .vit import feature_pyramid
-
-# Family -> the plain decoder layer, and those of MS-DETR's variants a and b.
-DECODER_LAYERS = {
-    'detr': (TransformerDecoderLayer,),
-    'conditional': (ConditionalDecoderLayer, TwiceReadConditionalDecoderLayer, MixedConditionalDecoderLayer),
-    'deformable': (DeformableDecoderLayer, TwiceReadDecoderLayer, MixedDecoderLayer),
-}
 
 
 def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, nn.Module]]:
@@ -213,21 +198,6 @@ def build_deformable_transformer(args: Namespace) -> DeformableTransformer:
         two_stage=args.two_stage,
         temperature=args.pe_temperature,
     )
-
-
-def decoder_class(args: Namespace) -> type[nn.Module]:
-    """Return the class that the record of the chosen decoder names."""
-    module, name = decoder_of(args).build_with.split('.')
-    return getattr(import_module(f'.{module}', __package__), name)
-
-
-def build_decoder_layer(args: Namespace, *sizes: object, **options: object) -> nn.Module:
-    """Build the decoder layer that the flags choose, from arguments that all layers of its family take."""
-    index = 0 if not args.use_ms_detr else 1 if args.ms_variant == 'a' else 2
-    layer = DECODER_LAYERS[args.family][index](*sizes, **options)
-    if args.use_aux_ffn:
-        layer.add_aux_ffn(args.hidden_dim, args.dim_feedforward)
-    return layer
 
 
 def build_layer_heads(args: Namespace) -> tuple[nn.ModuleList, nn.ModuleList]:

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .heads import MLP, ExactMLP, inverse_sigmoid
+from .heads import MLP, ExactMLP, LogitBoxes
 from .position_encoding import sine_embedding
 from .structures import LayerOutput, Memory, QueryGroup, attention_blocks, check_groups
-from .transformer import Blocks, SubLayers, clones, read_twice
+from .transformer import Blocks, SubLayers, clones, run_o2m_branch
 from .units import call_unit
 
 
-class Attention(nn.Module):
+class BareAttention(nn.Module):
     """Multi-head attention without input projections.
 
     It computes softmax(q k / sqrt(d)) v and applies `out_proj`; d is the number of channels of a head in q and k, which
@@ -61,10 +61,10 @@ class ConditionalDecoderLayer(SubLayers):
         super().__init__(dropout)
         for name in ('qcontent', 'qpos', 'kcontent', 'kpos', 'v'):
             self.add_module(f'sa_{name}_proj', nn.Linear(d_model, d_model))
-        self.self_attn = Attention(d_model, nhead, dropout)
+        self.self_attn = BareAttention(d_model, nhead, dropout)
         for name in ('qcontent', 'qpos', 'kcontent', 'kpos', 'v', 'qpos_sine'):
             self.add_module(f'ca_{name}_proj', nn.Linear(d_model, d_model))
-        self.cross_attn = Attention(d_model, nhead, dropout)
+        self.cross_attn = BareAttention(d_model, nhead, dropout)
         self.add_feed_forward(d_model, dim_feedforward)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d_model) for _ in range(3))
 
@@ -78,7 +78,7 @@ class ConditionalDecoderLayer(SubLayers):
             blocks: which queries attend to which (`attention_blocks`).
 
         Returns:
-            The new state, and the state that a second reading starts from (`models.ms_detr`); here None.
+            The new state, and the state that a one-to-many branch reads (`models.ms_detr`); here None.
         """
         tgt = self.add(self.norm1, tgt, self.self_attention(tgt, query_pos, blocks))
         tgt = self.add(self.norm2, tgt, self.cross_attention(tgt, query_pos, query_sine, memory))
@@ -112,6 +112,8 @@ class ConditionalDecoder(nn.Module):
     the paper scales it in every layer). The reference never changes, and no gradient is cut.
     """
 
+    box_code = LogitBoxes()
+
     def __init__(
         self,
         layer: ConditionalDecoderLayer,
@@ -134,18 +136,18 @@ class ConditionalDecoder(nn.Module):
         check_groups(groups, self, needs=('query_pos',), ignores=('reference_points',))
         tgt = torch.cat([group.tgt for group in groups], dim=1)  # [B, Q, C]
         query_pos = torch.cat([group.query_pos for group in groups], dim=1)
-        points = self.ref_point_head(query_pos).sigmoid()  # [B, Q, 2] x, y
+        points = self.box_code.decode(self.ref_point_head(query_pos))  # [B, Q, 2] x, y
         y_first = points.flip(-1)
         sine = sine_embedding(y_first, tgt.shape[-1] // 2, self.temperature).to(tgt.dtype)  # [B, Q, C]
-        blocks, states, seconds = attention_blocks(groups), [], []
+        blocks, states, o2m_states = attention_blocks(groups), [], []
         for index, layer in enumerate(self.layers):
             query_sine = sine if index == 0 else sine * self.query_scale(tgt)
-            tgt, between = call_unit(layer, tgt, query_pos, query_sine, memory, blocks)
-            second = read_twice(layer, between, groups) if self.training else None
+            tgt, o2m_state = call_unit(layer, tgt, query_pos, query_sine, memory, blocks)
+            hs_o2m = run_o2m_branch(layer, o2m_state, groups) if self.training else None
             states.append(tgt)
-            seconds.append(None if second is None else self.norm(second))
-        reference = inverse_sigmoid(points)
+            o2m_states.append(None if hs_o2m is None else self.norm(hs_o2m))
+        reference = self.box_code.encode(points)
         return [
-            LayerOutput(hs, reference, hs_o2m=second)
-            for hs, second in zip(self.norm(torch.stack(states)), seconds, strict=True)
+            LayerOutput(hs, reference, hs_o2m=hs_o2m)
+            for hs, hs_o2m in zip(self.norm(torch.stack(states)), o2m_states, strict=True)
         ]

@@ -14,16 +14,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from util.errors import UserError
-
-from .heads import ExactLinear, add_reference, inverse_sigmoid
-from .ops.functions import exporting
+from .heads import ExactLinear, LogitBoxes
 from .ops.modules import MSDeformAttn
 from .ops.modules.ms_deform_attn import level_sizes
 from .position_encoding import sine_embedding
-from .proposals import BestProposals
-from .structures import LayerOutput, Memory, Prediction, QueryGroup, attention_blocks, check_groups
-from .transformer import Blocks, SubLayers, clones, read_twice, self_attention
+from .structures import LayerOutput, Memory, QueryGroup, attention_blocks, check_groups
+from .transformer import Blocks, SubLayers, clones, run_o2m_branch, self_attention
 from .units import call_unit
 
 
@@ -79,7 +75,7 @@ class DeformableDecoderLayer(SubLayers):
             blocks: which queries attend to which (`attention_blocks`).
 
         Returns:
-            The new state, and the state that a second reading starts from (`models.ms_detr`); here None.
+            The new state, and the state that a one-to-many branch reads (`models.ms_detr`); here None.
         """
         tgt = self.add(self.norm2, tgt, self_attention(self.self_attn, tgt + query_pos, tgt, blocks))
         tgt = self.add(self.norm1, tgt, self.cross_attention(tgt + query_pos, reference, memory))
@@ -117,13 +113,11 @@ class DeformableDecoder(nn.Module):
     arXiv:2203.03605, Sec. 3.5).
     """
 
-    eps = 1e-5  # smallest argument of the logarithms in inverse sigmoids
-    positions_from_boxes = (
-        False  # computes the positions of queries itself; query groups have boxes and no positions
-    )
-    proposals_by_class = (
-        False  # proposals have the best logit of any class, not of class 0, and only they are supervised
-    )
+    box_code = LogitBoxes()
+    # The decoder computes the positions of queries itself, from their boxes: query groups bring none.
+    positions_from_boxes = False
+    # Proposals are the tokens with the best logit of any class, and only they are supervised (`models.proposals`).
+    proposals_by_class = False
 
     def __init__(self, layer: nn.Module, num_layers: int, look_forward_twice: bool = False) -> None:
         super().__init__()
@@ -138,22 +132,22 @@ class DeformableDecoder(nn.Module):
         tgt = torch.cat([group.tgt for group in groups], dim=1)  # [B, Q, C]
         reference = torch.cat([group.reference_points for group in groups], dim=1)  # [B, Q, 2 or 4]
         blocks, outputs = attention_blocks(groups), []
-        # The layers refine `logits`; the box heads add their output to `head_reference`.
-        logits = head_reference = inverse_sigmoid(reference, self.eps)
+        # The layers refine `code`; the box heads add their output to `head_code`.
+        code = head_code = self.box_code.encode(reference)
         for index, layer in enumerate(self.layers):
             last = index + 1 == len(self.layers)
             ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # [B, L, 2 or 4]
             scaled = reference[:, :, None] * ratios[:, None]  # [B, Q, L, 2 or 4]
             query_pos = self.query_pos(groups, scaled)
-            tgt, between = call_unit(layer, tgt, query_pos, scaled, memory, blocks)
+            tgt, o2m_state = call_unit(layer, tgt, query_pos, scaled, memory, blocks)
             delta = None if refine_with is None else self.refinement(refine_with[index], tgt, last)
-            second = read_twice(layer, between, groups) if self.training else None
-            outputs.append(self.output(tgt, head_reference, delta, second))
+            hs_o2m = run_o2m_branch(layer, o2m_state, groups) if self.training else None
+            outputs.append(self.output(tgt, head_code, delta, hs_o2m))
             if delta is not None and not last:
-                refined = add_reference(delta, logits)  # [B, Q, 4]
+                refined = self.box_code.decode(delta, code)  # [B, Q, 4]
                 reference = refined.detach()
-                logits = inverse_sigmoid(reference, self.eps)
-                head_reference = inverse_sigmoid(refined, self.eps) if self.look_forward_twice else logits
+                code = self.box_code.encode(reference)
+                head_code = self.box_code.encode(refined) if self.look_forward_twice else code
         return outputs
 
     def check(self, groups: list[QueryGroup]) -> None:
@@ -173,20 +167,16 @@ class DeformableDecoder(nn.Module):
         """Return what the box head adds to the reference points of a layer, [B, Q, 4]."""
         return box_head(tgt)
 
-    def output(
-        self, tgt: Tensor, reference: Tensor, delta: Tensor | None, second: Tensor | None
-    ) -> LayerOutput:
+    def output(self, tgt: Tensor, code: Tensor, delta: Tensor | None, hs_o2m: Tensor | None) -> LayerOutput:
         """Return what the heads read."""
-        return LayerOutput(tgt, reference, delta, second)
+        return LayerOutput(tgt, code, delta, hs_o2m)
 
 
 class DeformableTransformer(nn.Module):
-    """Encoder, first stage and decoder.
+    """Encoder and decoder: `encode` turns feature maps into `Memory`, and `decode` runs query groups over it.
 
-    `encode` turns feature maps into `Memory`, `propose` finds boxes in it, and `decode` runs query groups over it.
-
-    two_stage: create the layers that turn proposals into queries, instead of the one that turns learned positions into
-    reference points.
+    two_stage: create the layers that turn tokens into proposals (`models.proposals`) and these into queries, instead of the one
+        that turns learned positions into reference points.
     """
 
     def __init__(
@@ -206,7 +196,6 @@ class DeformableTransformer(nn.Module):
         if two_stage:
             self.enc_output = nn.Linear(d_model, d_model)
             self.enc_output_norm = nn.LayerNorm(d_model)
-            self.choose_proposals = BestProposals()
             if not decoder.positions_from_boxes:
                 self.pos_trans = nn.Linear(2 * d_model, 2 * d_model)
                 self.pos_trans_norm = nn.LayerNorm(2 * d_model)
@@ -250,50 +239,6 @@ class DeformableTransformer(nn.Module):
         )
         return self.encoder(memory)
 
-    def propose(
-        self, memory: Memory, class_head: ExactLinear, box_head: nn.Module, num_proposals: int
-    ) -> tuple[Tensor, Prediction | None]:
-        """Find proposals (first stage): boxes of the tokens with the largest logit of class 0, which means 'object' here.
-
-        A decoder with `proposals_by_class` takes those with the largest logit of any class (DINO).
-
-        Returns:
-            Boxes [B, num_proposals, 4] without gradient, and while training the prediction of every token, or with
-            `proposals_by_class` of the chosen ones (kind 'enc').
-
-        Raises:
-            UserError: there are fewer tokens than proposals.
-        """
-        features, anchors = self.proposal_features(memory, num_proposals)
-        by_class = self.decoder.proposals_by_class
-        if by_class or self.training:
-            logits = class_head(features)
-            scores = logits.amax(-1) if by_class else logits[..., 0]
-        else:  # no token needs logits of other classes
-            scores = class_head.first(features)
-        best = self.choose_proposals(scores, num_proposals)
-        if self.training and not by_class:
-            boxes = (box_head(features) + anchors).sigmoid()
-            everywhere = Prediction(logits, boxes, 'enc', anchors=anchors.sigmoid())
-            return gather_rows(boxes, best).detach(), everywhere
-        anchors = gather_rows(anchors, best)
-        boxes = (box_head(gather_rows(features, best)) + anchors).sigmoid()
-        if not self.training:
-            return boxes, None
-        return boxes.detach(), Prediction(gather_rows(logits, best), boxes, 'enc', anchors=anchors.sigmoid())
-
-    def proposal_features(self, memory: Memory, num_proposals: int) -> tuple[Tensor, Tensor]:
-        """Return features of every cell for the heads, [B, S, C], and its default box in logit space, [B, S, 4]."""
-        num_tokens = memory.tokens.shape[1]
-        if not exporting() and num_tokens < num_proposals:
-            raise UserError(
-                f'{num_proposals} proposals, but the feature maps {memory.shapes} have {num_tokens} cells: lower '
-                '--num_queries (or what training adds to it), or use larger images'
-            )
-        anchors = proposal_logits(memory)  # infinite where there is no proposal
-        absent = anchors[..., :1].isinf()
-        return self.enc_output_norm(self.enc_output(memory.tokens.masked_fill(absent, 0))), anchors
-
     def queries_from_proposals(self, boxes: Tensor, content: Tensor | None) -> QueryGroup:
         """Make queries that start at proposals (second stage).
 
@@ -313,7 +258,8 @@ class DeformableTransformer(nn.Module):
     def queries_from_embeddings(self, query_embed: Tensor, batch_size: int) -> QueryGroup:
         """Make learned queries (one stage). query_embed: [Q, 2 C], position and content."""
         query_pos, tgt = query_embed.expand(batch_size, -1, -1).chunk(2, dim=-1)
-        return QueryGroup('all', tgt, query_pos, self.reference_points(query_pos).sigmoid())
+        points = self.decoder.box_code.decode(self.reference_points(query_pos))
+        return QueryGroup('all', tgt, query_pos, points)
 
     def decode(
         self, groups: list[QueryGroup], memory: Memory, refine_with: nn.ModuleList | None = None
@@ -356,20 +302,3 @@ def cell_centers(shapes: list[tuple[int, int]], valid_ratios: Tensor) -> list[Te
         / torch.stack([ratios[:, 0] * width, ratios[:, 1] * height], dim=-1)[:, None]
         for (height, width), ratios in zip(shapes, valid_ratios.unbind(1), strict=True)
     ]
-
-
-def proposal_logits(memory: Memory) -> Tensor:
-    """Return a default box around every cell, [B, S, 4] cxcywh in logit space, float32 (Sec. A.4).
-
-    Entries are infinite in the padding, and where a coordinate is not between 0.01 and 0.99.
-    """
-    start, levels = 0, []
-    for level, (height, width) in enumerate(memory.shapes):
-        mask = memory.padding_mask[:, start : start + height * width].unflatten(1, (height, width))
-        centers = cell_grid(height, width, mask.device) / valid_sizes(mask)[:, None]
-        size = torch.full_like(centers, 0.05 * 2.0**level)
-        levels.append(torch.cat([centers, size], dim=-1))
-        start += height * width
-    boxes = torch.cat(levels, dim=1)  # [B, S, 4]
-    valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True) & ~memory.padding_mask[..., None]
-    return torch.log(boxes / (1 - boxes)).masked_fill(~valid, float('inf'))

@@ -1,37 +1,36 @@
 """A detector with all that detection needs around it: image in, named boxes out."""
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from datasets.augmentations import build_augmentation
 from datasets.class_map import ClassMap
 from datasets.image_io import read_image
-from datasets.transforms import frame_size, seen_size, transforms_of
 from models import build_detector, build_postprocessors
-from models.postprocess import Encode
+from models.postprocess import Encode, postprocess_batch, to_cpu
 from models.weights.load import load_checkpoint
 from models.weights.read import read_checkpoint
 from models.weights.records import extract_class_map, extract_flags
 from util.config.recipes import find_row
 from util.config.recorded import settle_recorded
+from util.config.settle import Settled
 from util.distributed.collectives import choose_device
 from util.errors import UserError
 from util.flags import add_http_flag
-from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from util.nested_tensor import nested_tensor_from_tensor_list
 from util.precision import Precision
 from util.run_entries import check_entries
-
-# How images are prepared where a file does not tell: as at the official evaluation.
-IMAGE_FLAGS = {'img_size': 800, 'max_size': None, 'aug': 'detr'}
 
 
 class Detector:
     """A model in evaluation mode, its postprocessors, classes and image preparation.
 
     Args:
-        args: settled flags of the model and of the preparation (img_size, max_size, aug, lsj_size).
+        args: settled flags of the model and of the preparation (img_size, max_size, aug).
         half: compute in 16 bits, as training with --amp: fp16 on NVIDIA GPUs, bf16 elsewhere.
     """
 
@@ -47,7 +46,7 @@ class Detector:
         self.class_map, self.args = class_map, args
         device = next(model.parameters()).device
         self.precision = Precision(half_mode(device) if half else 'off', device)
-        self.prepare = transforms_of('val', args)
+        self.prepare = build_augmentation(args).transforms('val')
 
     def __call__(self, image: Tensor | str | Path, score_threshold: float = 0.3) -> list[dict]:
         """Detect objects in a uint8 image [3, H, W] or an image file.
@@ -83,7 +82,7 @@ class Detector:
         with self.precision.autocast():
             outputs = self.model(samples)
         targets = [target for _, target in prepared]
-        results = detections_of(self.postprocessors, outputs, targets, samples, device, encode)
+        results = postprocess_batch(self.model, self.postprocessors, outputs, targets, samples, encode)
         return [to_cpu(result) for result in results]
 
 
@@ -92,47 +91,21 @@ def half_mode(device: torch.device) -> str:
     return 'fp16' if device.type == 'cuda' else 'bf16'
 
 
-def detections_of(
-    postprocessors: dict[str, nn.Module],
-    outputs: dict,
-    targets: list[dict[str, Tensor]],
-    samples: NestedTensor,
-    device: torch.device,
-    encode: Encode | None = None,
-) -> list[dict]:
-    """Return the detections of a batch in pixels of the original images, with masks if there is a postprocessor for them.
-
-    Args:
-        targets: what the preparation of the images left in them, its sizes.
-        samples: the batch.
-        device: that of the model.
-        encode: makes a list of run lengths of a few masks [n, 1, H, W]; these are `segmentation`, and there are no `masks`.
-    """
-    sizes = torch.stack([frame_size(target) for target in targets]).to(device, non_blocking=True)
-    results = postprocessors['bbox'](outputs, sizes)
-    if 'segm' in postprocessors:
-        originals = torch.stack([target['orig_size'] for target in targets])
-        seen = torch.stack([seen_size(target) for target in targets])
-        canvas = tuple(samples.mask.shape[-2:])
-        results = postprocessors['segm'](results, outputs, originals, seen, canvas, encode)
-    return results
-
-
-def to_cpu(result: dict) -> dict:
-    """Copy the tensors of an image's detections to the host; run lengths are there already."""
-    return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in result.items()}
-
-
 def add_detector_args(parser: ArgumentParser) -> None:
     """Declare the flags that name a detector for a tool."""
     parser.add_argument(
-        '--checkpoint', '--weights', default='', metavar='FILE',
-        help='path or address of weights: of a run of main.py or any file that tells its flags, of any other file with --model',
-    )  # fmt: skip
+        '--checkpoint',
+        '--weights',
+        default='',
+        metavar='FILE',
+        help='path or URL of weights: those of main.py or another file with its flags, or with --model any other file',
+    )
     parser.add_argument(
-        '--model', default='', metavar='NAME',
+        '--model',
+        default='',
+        metavar='NAME',
         help='hub entry or recipe whose model to build, with its published weights if no file is named',
-    )  # fmt: skip
+    )
     add_http_flag(parser)
 
 
@@ -140,7 +113,7 @@ def check_detector_args(args: Namespace) -> None:
     """Refuse a command line that names no detector.
 
     Raises:
-        UserError: so it is.
+        UserError: neither --checkpoint nor --model is given.
     """
     if not (args.model or args.checkpoint):
         raise UserError('give --checkpoint FILE, or --model NAME for published weights')
@@ -152,13 +125,13 @@ def load_detector(
     """Load a detector from a row of the zoo, from a file of weights, or from both.
 
     Args:
-        model: name of a hub entry; '': the flags in the file tell the model.
-        weights: path or address of weights; '': those published for `model`.
+        model: name of a hub entry; '': the model of the flags in the file.
+        weights: path or URL of weights; '': those published for `model`.
         device: where the model goes; `auto` takes the first of cuda, mps and cpu that there is.
         half: compute in 16 bits.
 
     Raises:
-        UserError: the file does not fit the model, tells no flags although no model is named, or there is none.
+        UserError: there is no such file, it does not fit the model, or it has no flags and no model is named.
     """
     row = find_row(model) if model else None
     source = str(weights) if weights or row is None else row.source()
@@ -173,9 +146,16 @@ def load_detector(
             'docs/zoo.md has the names)'
         )
     class_map = extract_class_map(checkpoint, source)
-    flags = {'eval_module': 'detr', 'aux_loss': False, 'num_classes': class_map.num_classes}
-    args = settle_recorded({**IMAGE_FLAGS, **recorded, **flags})
-    network = build_detector(args, {'one2one': args.num_queries})
+    network, args = build_network(recorded, class_map.num_classes)
     load_checkpoint(network, checkpoint, name=source)
     network.to(choose_device(str(device)) if device == 'auto' else device)
     return Detector(network, build_postprocessors(args), class_map, args, half)
+
+
+def build_network(
+    flags: Mapping, num_classes: int, backbone_weights: str = 'none'
+) -> tuple[nn.Module, Settled]:
+    """Build a detector for inference, without what only training needs; return it with its settled flags."""
+    own = {'num_classes': num_classes, 'eval_module': 'detr', 'aux_loss': False}
+    args = settle_recorded({**flags, **own}).but(backbone_weights=backbone_weights)
+    return build_detector(args, {'one2one': args.num_queries}), args

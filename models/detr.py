@@ -4,53 +4,84 @@ DETR (arXiv:2005.12872): a backbone, a transformer, and two heads that read ever
 Conditional DETR is the same module, built with another decoder and other heads.
 """
 
+import torch
 from torch import Tensor, nn
 
 from util.nested_tensor import NestedTensor, as_batch
 
 from .heads import read_layers
+from .refine_masks import maps_of
 from .segmentation import predict_masks
-from .structures import learned_groups
+from .structures import Memory, Prediction, QueryGroup, TrainingBranch, split_groups
 from .transformer import Transformer
 
 
-class DETR(nn.Module):
-    """A detector that turns a batch of images into sets of boxes.
+class BaseDETR(nn.Module):
+    """The part that all detectors share: from a batch of images to sets of boxes.
+
+    A subclass encodes the images (`encode`) and makes queries (`queries`).
 
     Args:
-        heads: class head and box head.
-        num_queries: number of learned queries of each group, the inference group first.
+        heads: class head and box head, or lists of them, one for each decoder layer (and more).
+        query_embed: learned queries of all groups; None: the encoder's proposals are all.
+        input_proj: projections of the backbone's maps.
+        num_queries: number of queries of each group, the inference group first.
         aux_loss: predict from every decoder layer while training.
-        query_sources: modules that add query groups and losses from memory and targets while training.
-        class_embed_o2m: class head of second readings (`models.ms_detr`); None: the usual class head.
+        query_sources: what training adds; parameters have this name in checkpoints.
+        class_embed_o2m: class heads of the one-to-many branch (`models.ms_detr`); None: the usual class heads.
+        mask_heads: modules that predict masks (`models.segmentation.build_mask_heads`).
+        co_masks: module that predicts masks of detections (`models.refine_masks`).
+        eval_module: auxiliary head that detects outside training, in place of the decoder.
     """
+
+    entry_points = ('detect_masks',)  # methods called besides forward, which FSDP must know
+    mask_level = 0  # level of the memory that masks are made from
+    with_box_refine = False  # the decoder itself applies the box heads
 
     def __init__(
         self,
         backbone: nn.Module,
-        transformer: Transformer,
+        transformer: nn.Module,
         heads: tuple[nn.Module, nn.Module],
+        query_embed: nn.Embedding | None,
+        input_proj: nn.Module,
         num_queries: dict[str, int],
         aux_loss: bool = True,
         query_sources: nn.ModuleDict | None = None,
         class_embed_o2m: nn.Module | None = None,
         mask_heads: dict[str, nn.Module] | None = None,
+        co_masks: nn.Module | None = None,
+        eval_module: str | None = None,
     ) -> None:
         super().__init__()
         self.transformer = transformer
         self.class_embed, self.bbox_embed = heads
-        hidden_dim = self.class_embed.in_features
-        self.query_embed = nn.Embedding(sum(num_queries.values()), hidden_dim)
-        self.input_proj = nn.Conv2d(backbone.num_channels[-1], hidden_dim, kernel_size=1)
+        self.query_embed, self.input_proj = query_embed, input_proj
         self.backbone = backbone
         self.multiple = getattr(backbone, 'multiple', 1)
         self.class_embed_o2m = class_embed_o2m
         self.query_sources = query_sources if query_sources is not None else nn.ModuleDict()
         self.num_queries = num_queries
         self.aux_loss = aux_loss
-        self.has_masks = bool(mask_heads)
+        self.eval_module = eval_module
+        self.has_masks, self.co_masks = bool(mask_heads), co_masks
         for name, module in (mask_heads or {}).items():
             self.add_module(name, module)
+
+    def encode(
+        self, samples: NestedTensor, features: list[NestedTensor], pos: list[Tensor]
+    ) -> tuple[Memory, Tensor]:
+        """Return the encoder's output, and the projected map [B, C, H, W] of `mask_level`.
+
+        features, pos: output of the backbone.
+        """
+        raise NotImplementedError
+
+    def queries(
+        self, memory: Memory, num_queries: dict[str, int]
+    ) -> tuple[list[QueryGroup], dict[str, Prediction]]:
+        """Return query groups of the given sizes, and while training the predictions of the encoder."""
+        raise NotImplementedError
 
     def forward(
         self, samples: NestedTensor | list[Tensor] | Tensor, targets: list[dict] | None = None
@@ -59,37 +90,118 @@ class DETR(nn.Module):
 
         Args:
             samples: padded batch, list of [3, H, W] or [B, 3, H, W]; uint8, or float and normalised.
-            targets: objects of each image; only query sources read them, while training.
+            targets: objects of each image; only training branches read them.
 
         Returns:
             `pred_logits` [B, Q, K] and `pred_boxes` [B, Q, 4] (cxcywh in [0, 1]) of the last layer, and `pred_masks`
-            [B, Q, h, w] (logits at stride 4) of a detector with masks. While training also
-            `predictions`, the flat list of all, and `losses`, the terms that query sources computed themselves.
+            [B, Q, h, w] (logits at stride 4) of a detector with masks; or `candidates` of `eval_module`. With `maps`
+            [B, C, H, W], `detect_masks` predicts masks of detections.
+            While training also `aux_outputs`, the same of the layers before, `predictions` of each kind, of which these are
+            views, and `losses`, the terms that training branches computed themselves.
         """
         samples = as_batch(samples, self.multiple)
         features, pos = self.backbone(samples)
-        src, mask = features[-1].decompose()
-        projected = self.input_proj(src)
-        memory = self.transformer.encode(projected, mask, pos[-1])
-        groups = learned_groups(self.num_queries, self.query_embed.weight, src.shape[0], self.training)
+        memory, projected = self.encode(samples, features, pos)
+        if self.training or self.eval_module is None:
+            outputs = self.predict(memory, projected, features, targets)
+        else:
+            outputs = self.query_sources['collaborative'].detect(memory, self.eval_module)
+        if not self.training and self.region_masks is not None:
+            outputs['maps'] = maps_of(memory)
+        return outputs
+
+    def predict(
+        self, memory: Memory, projected: Tensor, features: list[NestedTensor], targets: list[dict] | None
+    ) -> dict:
+        """Run the decoder and the heads, and while training the branches; return outputs as `forward` does."""
+        inference = next(iter(self.num_queries))
+        num_queries = self.num_queries if self.training else {inference: self.num_queries[inference]}
+        groups, predictions = self.queries(memory, num_queries)
+        branches: list[TrainingBranch] = [*self.query_sources.values()] if self.training else []
         losses: dict[str, Tensor] = {}
-        if self.training:
-            for source in self.query_sources.values():
-                more_groups, more_losses = source(memory, targets)
-                groups += more_groups
-                losses |= more_losses
-        layers = self.transformer.decode(groups, memory)
-        layers = layers if self.training else layers[-1:]
-        heads = [self.class_embed] * len(layers), [self.bbox_embed] * len(layers)
-        second = None if self.class_embed_o2m is None else [self.class_embed_o2m] * len(layers)
-        predictions = read_layers(layers, groups, *heads, second, self.aux_loss)
-        last = next(p for p in predictions if p.kind == groups[0].name and p.layer is None)
-        outputs = {'pred_logits': last.logits, 'pred_boxes': last.boxes}
+        for branch in branches:
+            added, terms = branch.queries(memory, targets)
+            groups += added
+            losses |= terms
+        refine_with = (self.bbox_embed,) if self.with_box_refine else ()
+        layers = self.transformer.decode(groups, memory, *refine_with)
+        first = 0 if self.training else len(layers) - 1
+        heads = self.class_embed, self.bbox_embed, self.class_embed_o2m
+        box_code = self.transformer.decoder.box_code
+        predictions |= read_layers(
+            layers[first:], groups, box_code, *heads, first=first, aux_loss=self.aux_loss
+        )
+        last = predictions[inference]
+        outputs = {'pred_logits': last.logits[-1], 'pred_boxes': last.boxes[-1]}
         if self.has_masks:
             finer = [x.tensors for x in features[-2::-1]]
-            queries = layers[-1].hs[:, : last.logits.shape[1]]
-            last.masks = predict_masks(
-                self.bbox_attention, self.mask_head, queries, memory, 0, projected, finer
+            states = layers[-1].hs[:, : last.logits.shape[2]]
+            last.masks = outputs['pred_masks'] = predict_masks(
+                self.bbox_attention, self.mask_head, states, memory, self.mask_level, projected, finer
             )
-            outputs['pred_masks'] = last.masks
-        return outputs | {'predictions': predictions, 'losses': losses} if self.training else outputs
+        if not self.training:
+            return outputs
+        for branch in branches:
+            losses |= branch.losses(self, memory, predictions, targets)
+        earlier = zip(last.logits[:-1], last.boxes[:-1], strict=True)
+        aux = [{'pred_logits': logits, 'pred_boxes': boxes} for logits, boxes in earlier]
+        return outputs | {'aux_outputs': aux, 'predictions': predictions, 'losses': losses}
+
+    @property
+    def region_masks(self) -> nn.Module | None:
+        """The module that predicts masks of detections from their RoI features, outside training."""
+        if self.eval_module is None:
+            return self.co_masks
+        return self.query_sources['collaborative'].heads[self.eval_module].masks
+
+    def detect_masks(
+        self, maps: list[Tensor], boxes: list[Tensor], labels: list[Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Predict masks of the detections of a batch.
+
+        Args:
+            maps: `maps` of the outputs.
+            boxes: [N_i, 4] xyxy in pixels of the network's input, for each image.
+            labels: [N_i] for each image.
+
+        Returns:
+            For each image probabilities [N_i, h, w] of the pixels of a box, and the quality [N_i] of each mask.
+        """
+        found = []
+        for index, (box, label) in enumerate(zip(boxes, labels, strict=True)):
+            own = [x[index : index + 1] for x in maps]
+            empty = box.new_zeros(0, 1, 1), box.new_zeros(0)
+            found.append(self.region_masks.detect(own, box, label) if len(box) else empty)
+        return found
+
+
+class DETR(BaseDETR):
+    """DETR and Conditional DETR: one feature map, a dense transformer, and one pair of heads for all layers."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        transformer: Transformer,
+        heads: tuple[nn.Module, nn.Module],
+        num_queries: dict[str, int],
+        **options: object,
+    ) -> None:
+        hidden_dim = heads[0].in_features
+        query_embed = nn.Embedding(sum(num_queries.values()), hidden_dim)
+        input_proj = nn.Conv2d(backbone.num_channels[-1], hidden_dim, kernel_size=1)
+        super().__init__(backbone, transformer, heads, query_embed, input_proj, num_queries, **options)
+
+    def encode(
+        self, samples: NestedTensor, features: list[NestedTensor], pos: list[Tensor]
+    ) -> tuple[Memory, Tensor]:
+        src, mask = features[-1].decompose()
+        projected = self.input_proj(src)
+        return self.transformer.encode(projected, mask, pos[-1]), projected
+
+    def queries(
+        self, memory: Memory, num_queries: dict[str, int]
+    ) -> tuple[list[QueryGroup], dict[str, Prediction]]:
+        """Return learned queries, whose content is zero and whose position is learned (DETR Sec. 3.2)."""
+        learned = self.query_embed.weight[: sum(num_queries.values())]
+        positions = learned.expand(len(memory.tokens), -1, -1)
+        return split_groups(QueryGroup('all', torch.zeros_like(positions), positions), num_queries), {}

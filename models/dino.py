@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .deformable_transformer import DeformableDecoder
-from .heads import MLP
+from .heads import MLP, LogitBoxes
 from .position_encoding import sine_embedding
 from .structures import LayerOutput, QueryGroup
 
@@ -17,7 +17,7 @@ from .structures import LayerOutput, QueryGroup
 class DinoDecoder(DeformableDecoder):
     """A decoder that refines boxes with the raw state of a layer; heads read it after a norm shared by all layers."""
 
-    eps = 1e-3
+    box_code = LogitBoxes(eps=1e-3)
     positions_from_boxes = True
     proposals_by_class = True
 
@@ -38,8 +38,6 @@ class DinoDecoder(DeformableDecoder):
         """Refine in all layers but the last, because no layer would use its boxes."""
         return None if last else box_head(tgt)
 
-    def output(
-        self, tgt: Tensor, reference: Tensor, delta: Tensor | None, second: Tensor | None
-    ) -> LayerOutput:
+    def output(self, tgt: Tensor, code: Tensor, delta: Tensor | None, hs_o2m: Tensor | None) -> LayerOutput:
         """Return normed states without the refinement, since box heads read the normed state again."""
-        return LayerOutput(self.norm(tgt), reference, None, None if second is None else self.norm(second))
+        return LayerOutput(self.norm(tgt), code, None, None if hs_o2m is None else self.norm(hs_o2m))

@@ -1,12 +1,11 @@
 """
-Class and box heads, and the arithmetic of reference points.
+Class and box heads, and how the output of a box head and a reference make a box.
 
 Heads keep the precision of their parameters under autocast, at little cost. In bfloat16 the first logits of focal losses
 have steps of 1/32, which makes best scores equal, and boxes have steps of several pixels.
 """
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from util.precision import without_autocast
 
-from .structures import LayerOutput, Prediction, QueryGroup, split_predictions
+from .structures import LayerOutput, Prediction, QueryGroup
 
 
 class MLP(nn.Module):
@@ -79,59 +78,84 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
-def add_reference(delta: Tensor, reference: Tensor | None) -> Tensor:
-    """Add the box head's output to the reference that it refines, and return boxes [..., 4] cxcywh in [0, 1].
+class LogitBoxes:
+    """A box code: a box is the sigmoid of the logit of a reference plus the output of a box head.
 
-    Args:
-        delta: [..., 4] in logit space.
-        reference: [..., 4], [..., 2] (centre only) or None, in logit space.
+    A decoder has one as `box_code`. Another one, such as sizes as factors of those of the reference, has the same members.
+    References are boxes cxcywh or centres in [0, 1].
+
+    eps: smallest argument of the logarithms.
     """
-    if reference is None:
-        return delta.sigmoid()
-    if reference.shape[-1] == 2:
-        reference = F.pad(reference, (0, 2))
-    return (delta + reference).sigmoid()
+
+    no_box = math.inf  # code of a reference that is none
+
+    def __init__(self, eps: float = 1e-5) -> None:
+        self.eps = eps
+
+    def encode(self, reference: Tensor) -> Tensor:
+        """Encode references [..., 2 or 4]; the shape stays."""
+        return inverse_sigmoid(reference, self.eps)
+
+    def decode(self, delta: Tensor, code: Tensor | None = None) -> Tensor:
+        """Return the boxes [..., 4] of a box head's output delta [..., 4], or references of the shape of delta without a code.
+
+        code: encoded references [..., 4], or [..., 2] of centres alone, which the head refines; None: it has none.
+        """
+        if code is None:
+            return delta.sigmoid()
+        if code.shape[-1] == 2:
+            code = F.pad(code, (0, 2))
+        return (delta + code).sigmoid()
 
 
 def read_layers(
     layers: list[LayerOutput],
     groups: list[QueryGroup],
-    class_heads: Sequence[nn.Module],
-    box_heads: Sequence[nn.Module],
-    second_class_heads: Sequence[nn.Module] | None = None,
+    box_code: LogitBoxes,
+    class_head: nn.Module,
+    box_head: nn.Module,
+    class_head_o2m: nn.Module | None = None,
+    first: int = 0,
     aux_loss: bool = True,
-) -> list[Prediction]:
-    """Read class logits and boxes of every layer and group, and of the second reading of MS-DETR if there is one.
+) -> dict[str, Prediction]:
+    """Read class logits and boxes of all layers, as one prediction for each group.
+
+    A one-to-many branch of MS-DETR adds the kind 'o2m': the queries of the inference group, with the same references.
 
     Args:
-        class_heads, box_heads: one for each layer; all layers may share one.
-        second_class_heads: class heads of second readings, which then have the boxes of the first reading (variant a).
+        box_code: that of the decoder.
+        class_head, box_head: heads that all layers share, or a list of one for each layer of the decoder.
+        class_head_o2m: class head of the one-to-many branch, which then has the boxes of the inference group (variant a).
+        first: index in the decoder of the first of the layers.
         aux_loss: return all layers, not only the last. All heads are applied in any case, so that each has a gradient.
     """
     returned = slice(None) if aux_loss else slice(-1, None)
-    hs = [layer.hs for layer in layers]
-    logits = apply_heads(class_heads, hs)  # [L, B, Q, K]
-    deltas = [layer.delta for layer in layers]
+    states, deltas = [layer.hs for layer in layers], [layer.delta for layer in layers]
+    logits = apply_head(class_head, states, first)[returned]
     if any(delta is None for delta in deltas):
-        deltas = apply_heads(box_heads, hs).unbind()
-    boxes = torch.stack([add_reference(d, x.reference) for d, x in zip(deltas, layers, strict=True)])
-    predictions = split_predictions(logits[returned], boxes[returned], groups)
-    if layers[-1].hs_o2m is None:
-        return predictions
-    # The second reading: the inference group again, with the same references.
-    hs = [layer.hs_o2m for layer in layers]
-    second = QueryGroup('o2m', hs[-1])
-    num_queries = second.tgt.shape[1]
-    if second_class_heads is None:
-        deltas = apply_heads(box_heads, hs).unbind()
-        references = [layer.reference[:, :num_queries] for layer in layers]
-        boxes = torch.stack([add_reference(*both) for both in zip(deltas, references, strict=True)])
-    logits = apply_heads(second_class_heads or class_heads, hs)
-    return predictions + split_predictions(logits[returned], boxes[returned, :, :num_queries], [second])
+        deltas = apply_head(box_head, states, first)
+    boxes = [box_code.decode(delta, layer.reference) for delta, layer in zip(deltas, layers, strict=True)]
+    boxes = torch.stack(boxes)[returned]
+    sizes = [group.tgt.shape[1] for group in groups]
+    parts = zip(groups, logits.split(sizes, dim=2), boxes.split(sizes, dim=2), strict=True)
+    predictions = {group.name: Prediction(*part, assignment=group.assignment) for group, *part in parts}
+    if layers[-1].hs_o2m is not None:
+        states, boxes = [layer.hs_o2m for layer in layers], boxes[:, :, : sizes[0]]
+        if class_head_o2m is None:
+            references = [layer.reference[:, : sizes[0]] for layer in layers]
+            deltas = apply_head(box_head, states, first)
+            boxes = torch.stack([*map(box_code.decode, deltas, references)])[returned]
+        logits = apply_head(class_head_o2m or class_head, states, first)[returned]
+        predictions['o2m'] = Prediction(logits, boxes)
+    return predictions
 
 
-def apply_heads(heads: Sequence[nn.Module], states: list[Tensor]) -> Tensor:
-    """Apply one head to each of L states and return [L, ...], in one call if all heads are the same module."""
-    if all(head is heads[0] for head in heads):
+def apply_head(head: nn.Module, states: list[Tensor], first: int = 0) -> Tensor:
+    """Apply a head, or a list of one for each layer, to the states of some layers; return [L, ...].
+
+    first: index in the decoder of the first state. If all layers share one head, it is called once.
+    """
+    heads = head[first : first + len(states)] if isinstance(head, nn.ModuleList) else [head]
+    if all(each is heads[0] for each in heads):
         return heads[0](torch.stack(states))
-    return torch.stack([head(state) for head, state in zip(heads, states, strict=True)])
+    return torch.stack([each(state) for each, state in zip(heads, states, strict=True)])

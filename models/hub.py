@@ -1,4 +1,4 @@
-"""What torch.hub offers: an entry for each row of docs/zoo.md, and `detector`. `hubconf.py` hands them over."""
+"""Entries of torch.hub: one for each row of docs/zoo.md, and `detector`. `hubconf.py` exports them."""
 
 import functools
 from collections.abc import Callable
@@ -6,11 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
-from models import build_detector, build_postprocessors
-from models.detector import Detector, load_detector
+from models import build_postprocessors
+from models.detector import Detector, build_network, load_detector
 from models.weights.load import load_checkpoint
 from util.config.recipes import ZOO, Row
-from util.config.recorded import settle_recorded
 from util.config.settle import Settled
 
 
@@ -18,9 +17,7 @@ def build_row(
     row: Row, num_classes: int | None = None, backbone_weights: str = 'none'
 ) -> tuple[nn.Module, Settled]:
     """Build the detector of a row for inference; return it with its settled flags."""
-    own = {'num_classes': num_classes or row.classes, 'aux_loss': False}
-    args = settle_recorded(vars(row.recipe.flags) | own).but(backbone_weights=backbone_weights)
-    return build_detector(args, {'one2one': args.num_queries}), args
+    return build_network(vars(row.recipe.flags), num_classes or row.classes, backbone_weights)
 
 
 def build(
@@ -37,10 +34,10 @@ def build(
         num_classes: class indices, 'no object' not counted; None: those of the published weights (91 for COCO's ids, 1203
             for LVIS). For another number their class heads start from random values, and a printed line says so.
         return_postprocessor: return what turns outputs into detections too.
-        weights: path or address of weights to load instead, in any layout that `main.py --resume` reads.
+        weights: path or URL of weights to load instead, in any layout that `main.py --resume` reads.
 
     Raises:
-        UserError: the weights do not fit, or are asked for and have no direct address.
+        UserError: the weights do not fit, or have no direct URL.
     """
     source = weights or (row.source() if pretrained else '')
     model, args = build_row(row, num_classes, 'none' if source else 'imagenet')
@@ -56,9 +53,9 @@ def detector(model: str, weights: str | Path = '', device: str = 'auto') -> Dete
     """Return a `models.detector.Detector` of an entry: image or file in, named boxes out.
 
     Args:
-        model: name of an entry; '': the flags in `weights` tell the model, as those of a run of main.py do.
-        weights: path or address of weights (default: the published ones).
-        device: cuda, mps or cpu; auto takes the first there is.
+        model: name of an entry; '': the model of the flags in `weights`, a file of main.py for instance.
+        weights: path or URL of weights (default: the published ones).
+        device: cuda, mps or cpu; auto takes the first that is available.
     """
     return load_detector(model, weights, device)
 

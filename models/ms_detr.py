@@ -1,9 +1,9 @@
 """
 MS-DETR (arXiv:2401.03989, Sec. 3): the same decoder queries are supervised twice, one-to-one and one-to-many.
 
-The heads read the queries a second time while training. Variant b (the main one) reads them after the cross-attention,
-which therefore comes before the self-attention, at inference too. Variant a reads the layer's output with second class
-heads.
+While training the heads read the queries a second time, in a one-to-many branch of each layer. Variant b (the main one)
+reads them after the cross-attention, which therefore comes before the self-attention, at inference too. Variant a reads
+the layer's output with class heads of its own.
 """
 
 import torch.nn.functional as F
@@ -15,15 +15,28 @@ from .structures import Memory
 from .transformer import Blocks, self_attention
 
 
-class SecondReading:
-    """A mixin of decoder layers for variant b, with or without a feed-forward block for the second reading.
+class BranchA:
+    """A mixin of decoder layers for variant a, whose branch reads the layer's output."""
+
+    entry_points = ('o2m_branch',)  # methods called besides forward, which FSDP must know
+
+    def forward(self, *args: object) -> tuple[Tensor, Tensor]:
+        tgt, _ = super().forward(*args)
+        return tgt, tgt
+
+    def o2m_branch(self, x: Tensor) -> Tensor:
+        return x
+
+
+class BranchB:
+    """A mixin of decoder layers for variant b, with or without a feed-forward block in the branch.
 
     Parameter names are the official ones; the block belongs to `--use_aux_ffn`.
     """
 
     reads_memory_first = True
     has_aux_ffn = False
-    entry_points = ('second_reading',)  # methods called besides forward, which FSDP must know
+    entry_points = ('o2m_branch',)
 
     def add_aux_ffn(self, d_model: int, dim_feedforward: int) -> None:
         self.has_aux_ffn = True
@@ -31,15 +44,23 @@ class SecondReading:
         self.linear4 = nn.Linear(dim_feedforward, d_model)
         self.norm4 = nn.LayerNorm(d_model)
 
-    def second_reading(self, x: Tensor) -> Tensor:
+    def o2m_branch(self, x: Tensor) -> Tensor:
         """Turn the state after the cross-attention into what the heads read, [B, Q, C]."""
         if not self.has_aux_ffn:
             return x
         return self.add(self.norm4, x, self.linear4(self.dropout(F.relu(self.linear3(x)))))
 
 
-class MixedDecoderLayer(SecondReading, DeformableDecoderLayer):
-    """Cross-attention, self-attention, feed-forward (variant b)."""
+class DeformableDecoderLayerA(BranchA, DeformableDecoderLayer):
+    """Variant a for Deformable DETR."""
+
+
+class ConditionalDecoderLayerA(BranchA, ConditionalDecoderLayer):
+    """Variant a for Conditional DETR (ours; the paper has Deformable DETR only)."""
+
+
+class DeformableDecoderLayerB(BranchB, DeformableDecoderLayer):
+    """Variant b for Deformable DETR: cross-attention, self-attention, feed-forward."""
 
     def forward(
         self, tgt: Tensor, query_pos: Tensor, reference: Tensor, memory: Memory, blocks: Blocks
@@ -49,8 +70,8 @@ class MixedDecoderLayer(SecondReading, DeformableDecoderLayer):
         return self.feed_forward(self.norm3, y), x
 
 
-class MixedConditionalDecoderLayer(SecondReading, ConditionalDecoderLayer):
-    """Variant b for Conditional DETR (ours; the paper has Deformable DETR only)."""
+class ConditionalDecoderLayerB(BranchB, ConditionalDecoderLayer):
+    """Variant b for Conditional DETR."""
 
     def forward(
         self, tgt: Tensor, query_pos: Tensor, query_sine: Tensor, memory: Memory, blocks: Blocks
@@ -58,24 +79,3 @@ class MixedConditionalDecoderLayer(SecondReading, ConditionalDecoderLayer):
         x = self.add(self.norm2, tgt, self.cross_attention(tgt, query_pos, query_sine, memory))
         y = self.add(self.norm1, x, self.self_attention(x, query_pos, blocks))
         return self.feed_forward(self.norm3, y), x
-
-
-class SameReading:
-    """A mixin of decoder layers for variant a, which reads the layer's output twice."""
-
-    entry_points = ('second_reading',)
-
-    def forward(self, *args: object) -> tuple[Tensor, Tensor]:
-        tgt, _ = super().forward(*args)
-        return tgt, tgt
-
-    def second_reading(self, x: Tensor) -> Tensor:
-        return x
-
-
-class TwiceReadDecoderLayer(SameReading, DeformableDecoderLayer):
-    """Variant a for Deformable DETR."""
-
-
-class TwiceReadConditionalDecoderLayer(SameReading, ConditionalDecoderLayer):
-    """Variant a for Conditional DETR."""

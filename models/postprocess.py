@@ -1,7 +1,6 @@
 """Turn outputs into detections in pixels. A detection is a score, a class index and a box."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -10,13 +9,65 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
+from util.nested_tensor import NestedTensor
 
 Detections = list[dict[str, Tensor]]
+Target = dict[str, Tensor]
 Encode = Callable[[Tensor], list[dict]]
 PIXELS_AT_A_TIME = 2**24  # of masks, which take a few bytes a pixel while they are made
 
 # Threshold of NMS between detections of an auxiliary head (IoU).
 AUXILIARY_HEADS = {'faster_rcnn': 0.5, 'atss': 0.6}
+
+
+def postprocess_batch(
+    model: nn.Module,
+    postprocessors: dict[str, nn.Module],
+    outputs: dict,
+    targets: list[Target],
+    samples: NestedTensor,
+    encode: Encode | None = None,
+) -> list[dict]:
+    """Return the detections of a batch in pixels of the original images, with masks if there is a postprocessor for them.
+
+    Args:
+        model: the model without a wrapper that computed the outputs.
+        targets: `size`, `orig_size` and `frame_size` that the preparation of the images left in them.
+        samples: the batch.
+        encode: makes a list of run lengths of a few masks [n, 1, H, W]; these are `segmentation`, and there are no `masks`.
+    """
+    device = next(model.parameters()).device
+    frames = torch.stack([frame_size(target) for target in targets]).to(device, non_blocking=True)
+    detections = postprocessors['bbox'](outputs, frames)
+    if 'segm' not in postprocessors:
+        return detections
+    originals = torch.stack([target['orig_size'] for target in targets])
+    seen = torch.stack([seen_size(target) for target in targets])
+    if 'maps' in outputs:
+        scales = (seen / originals).flip(-1).repeat(1, 2).to(detections[0]['boxes'])
+        boxes = [one['boxes'] * scale for one, scale in zip(detections, scales, strict=True)]
+        labels = [one['labels'] for one in detections]
+        outputs = outputs | {'region_masks': model.detect_masks(outputs['maps'], boxes, labels)}
+    canvas = tuple(samples.mask.shape[-2:])
+    return postprocessors['segm'](detections, outputs, originals, seen, canvas, encode)
+
+
+def frame_size(target: Target) -> Tensor:
+    """Return the (height, width) [2], in pixels of the original image, that boxes in [0, 1] are relative to.
+
+    It is the size of the image itself, or of the square around it that `datasets.transforms.FitSquare` makes.
+    """
+    return target.get('frame_size', target['orig_size'])
+
+
+def seen_size(target: Target) -> Tensor:
+    """Return the (height, width) [2] of the part of the network's input that shows the image."""
+    return (target['size'] * target['orig_size'] / frame_size(target)).round().long()
+
+
+def to_cpu(result: dict) -> dict:
+    """Copy the tensors of an image's detections to the host; run lengths are there already."""
+    return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in result.items()}
 
 
 def scale_boxes(boxes: Tensor, target_sizes: Tensor) -> Tensor:
@@ -39,10 +90,10 @@ class SoftmaxPostProcess(nn.Module):
         scores, labels = outputs['pred_logits'].softmax(-1)[..., :-1].max(-1)
         boxes = scale_boxes(outputs['pred_boxes'], target_sizes)
         query = torch.arange(scores.shape[1], device=scores.device).expand_as(labels)
-        return detections_of(outputs, scores, labels, boxes, query)
+        return split_batch(outputs, scores, labels, boxes, query)
 
 
-def detections_of(
+def split_batch(
     outputs: dict[str, Tensor], scores: Tensor, labels: Tensor, boxes: Tensor, query: Tensor
 ) -> Detections:
     """Make a dictionary for each image; with masks it has the `query` of each detection too."""
@@ -77,7 +128,7 @@ class TopKPostProcess(nn.Module):
         if self.clamp:
             boxes = clamp_boxes(boxes, target_sizes[:, None])
         boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))
-        return detections_of(outputs, scores, index % num_classes, boxes, query)
+        return split_batch(outputs, scores, index % num_classes, boxes, query)
 
 
 def clamp_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
@@ -191,14 +242,14 @@ def soft_suppression(
 
 
 def with_masks(
-    detections: dict[str, Tensor], size: Sequence[int], make: Callable[[slice], Tensor], encode: Encode | None
+    detections: dict[str, Tensor], make: Callable[[slice], Tensor], size: Sequence[int], encode: Encode | None
 ) -> dict:
     """Return detections with `masks` [N, 1, H, W] uint8, or with what `encode` makes of them, `segmentation`.
 
     Args:
+        make: makes the masks [n, 1, H, W] uint8 of a slice of the detections. It is called for few at a time, since those
+            of a large photograph take gigabytes together.
         size: H and W, pixels.
-        make: makes the masks [n, 1, H, W] uint8 of a slice of the detections. It is asked for few at a time, since those of a
-            large photograph take gigabytes together.
         encode: turns such masks into a list of n run lengths.
     """
     number, some = len(detections['boxes']), max(1, PIXELS_AT_A_TIME // (size[0] * size[1]))
@@ -219,13 +270,13 @@ class MaskPostProcess(nn.Module):
     def forward(
         self,
         detections: Detections,
-        outputs: dict[str, Tensor],
+        outputs: dict,
         original_sizes: Tensor,
         sizes: Tensor,
         canvas: tuple[int, int] | None = None,
         encode: Encode | None = None,
     ) -> list[dict]:
-        """Return the detections with `masks` [N, 1, H, W] uint8 in place of `query`.
+        """Return the detections with `masks` [N, 1, H, W] uint8.
 
         Args:
             original_sizes: [B, 2] height and width of the original images.
@@ -234,66 +285,56 @@ class MaskPostProcess(nn.Module):
             encode: makes a list of run lengths of a few masks, which then are `segmentation`, and there are no `masks`.
         """
         canvas = canvas or tuple(sizes.amax(0).tolist())
+        places = zip(detections, original_sizes.tolist(), sizes.tolist(), strict=True)
+        return [
+            with_masks(*self.of_image(outputs, index, one, original, seen, canvas), original, encode)
+            for index, (one, original, seen) in enumerate(places)
+        ]
 
-        def pixels(masks: Tensor, original: list[int], seen: list[int], part: slice) -> Tensor:
+    def of_image(
+        self,
+        outputs: dict,
+        index: int,
+        detections: dict[str, Tensor],
+        original: list[int],
+        seen: list[int],
+        canvas: tuple[int, int],
+    ) -> tuple[dict[str, Tensor], Callable[[slice], Tensor]]:
+        """Return the detections of an image without `query`, and a function that makes the masks of a slice of them."""
+        masks = outputs['pred_masks'][index][detections['query']]
+
+        def pixels(part: slice) -> Tensor:
             x = F.interpolate(masks[part, None], size=canvas, mode='bilinear', align_corners=False)
             shown = (x[..., : seen[0], : seen[1]].sigmoid() > self.threshold).float()
             return F.interpolate(shown, size=original, mode='nearest').byte()
 
-        found = []
-        for one, masks, original, seen in zip(
-            detections, outputs['pred_masks'], original_sizes.tolist(), sizes.tolist(), strict=True
-        ):
-            make = partial(pixels, masks[one['query']], original, seen)
-            rest = {key: value for key, value in one.items() if key != 'query'}
-            found.append(with_masks(rest, original, make, encode))
-        return found
+        return {key: value for key, value in detections.items() if key != 'query'}, pixels
 
 
-class RegionMaskPostProcess(nn.Module):
+class RegionMaskPostProcess(MaskPostProcess):
     """Masks of detections from their RoI features, in the original images (`models.refine_masks`).
 
-    threshold: probability from which on a pixel is object. A mask has a score of its own: that of the box times the mask's
-    IoU, as far as the model can tell it.
+    A mask has a score of its own, `mask_scores` [N]: that of the box times the predicted quality of the mask. outputs:
+    `region_masks`, what `BaseDETR.detect_masks` returned. threshold: probability from which on a pixel is object.
     """
 
-    def __init__(self, threshold: float = 0.5) -> None:
-        super().__init__()
-        self.threshold = threshold
+    def of_image(
+        self, outputs: dict, index: int, detections: dict[str, Tensor], original: list[int], *sizes: object
+    ) -> tuple[dict[str, Tensor], Callable[[slice], Tensor]]:
+        masks, quality = outputs['region_masks'][index]
+        scores, boxes = detections['scores'], detections['boxes']
 
-    @torch.no_grad()
-    def forward(
-        self,
-        detections: Detections,
-        outputs: dict,
-        original_sizes: Tensor,
-        sizes: Tensor,
-        canvas: tuple[int, int] | None = None,
-        encode: Encode | None = None,
-    ) -> list[dict]:
-        """Return the detections with `masks` [N, 1, H, W] uint8 and `mask_scores` [N]; arguments as `MaskPostProcess`."""
-
-        def pixels(masks: Tensor, boxes: Tensor, original: list[int], part: slice) -> Tensor:
+        def pixels(part: slice) -> Tensor:
             return (paste(masks[part], boxes[part], *original) >= self.threshold)[:, None].byte()
 
-        found = []
-        for index, (one, original, size) in enumerate(zip(detections, original_sizes, sizes, strict=True)):
-            scale = (size / original).flip(0).repeat(2).to(one['boxes'])
-            masks, quality = one['boxes'].new_zeros(0, 1, 1), one['scores']
-            if len(one['boxes']):
-                masks, quality = outputs['masks_of'](index, one['boxes'] * scale, one['labels'])
-            rest = one | {'mask_scores': one['scores'] * quality.to(one['scores'])}
-            make = partial(pixels, masks, one['boxes'], original.tolist())
-            found.append(with_masks(rest, original.tolist(), make, encode))
-        return found
+        return detections | {'mask_scores': scores * quality.to(scores)}, pixels
 
 
 def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
     """Draw masks [N, h, w] of boxes [N, 4] xyxy in pixels into images, [N, height, width]; outside they are 0."""
     x0, y0, x1, y1 = boxes.to(masks)[:, :, None].unbind(1)
-    x = (torch.arange(width, device=masks.device) + 0.5 - x0) / (x1 - x0).clamp(
-        min=1e-6
-    ) * 2 - 1  # [N, width]
-    y = (torch.arange(height, device=masks.device) + 0.5 - y0) / (y1 - y0).clamp(min=1e-6) * 2 - 1
+    columns, rows = (torch.arange(side, device=masks.device) + 0.5 for side in (width, height))
+    x = (columns - x0) / (x1 - x0).clamp(min=1e-6) * 2 - 1  # [N, width]
+    y = (rows - y0) / (y1 - y0).clamp(min=1e-6) * 2 - 1
     grid = torch.stack([x[:, None].expand(-1, height, -1), y[..., None].expand(-1, -1, width)], dim=-1)
     return F.grid_sample(masks[:, None], grid.to(masks), align_corners=False)[:, 0]

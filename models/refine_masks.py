@@ -225,11 +225,10 @@ class DetectionMasks(nn.Module):
         logits = self.mask_head(features, maps[0], rois, labels)
         return logits, self.mask_iou_head(features, logits[1], labels)
 
-    def detect(self, maps: list[Tensor], image: int, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return probabilities [N, 112, 112] and IoU [N] for boxes xyxy in pixels of one image of the batch."""
-        own = [x[image : image + 1] for x in maps]
+    def detect(self, maps: list[Tensor], boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return probabilities [N, 112, 112] and IoU [N] for boxes xyxy in pixels of one image. maps: of it alone."""
         found = [
-            self(own, [part], classes)
+            self(maps, [part], classes)
             for part, classes in zip(boxes.split(self.chunk), labels.split(self.chunk), strict=True)
         ]
         masks = [refined(logits) for logits, _ in found]

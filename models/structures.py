@@ -1,16 +1,16 @@
 """
 Data structures that backbone, transformer, heads and criterion exchange.
 
-Every detector emits a flat list of predictions. Each has the name of its kind, and one table says how each kind is
-supervised. Letters in shapes: B images, Q queries, S memory tokens, L levels, C channels, K classes, M matched pairs, T
-objects of the batch.
+A detector in training returns one `Prediction` for each kind of query, of all decoder layers together. One table
+(`models.training.supervision`) says how each kind is supervised. Letters in shapes: B images, Q queries, S memory tokens,
+L decoder layers (of `Memory`: levels), C channels, K classes, M matched pairs, T objects of the batch.
 """
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -35,8 +35,8 @@ class Assignment:
     query: Tensor  # [M] index of the query in its image
     target: Tensor  # [M] index of the object in the whole batch
     count: float  # count of this rank; counts are averaged over ranks, and their sum is at least 1
-    # [M] bool: the pair gives its query its class. A query with several pairs has one that does; None: all pairs do.
-    decides_class: Tensor | None = None
+    # [M] bool: the pair sets the class of its query. A query with several pairs has one that does; None: all pairs do.
+    is_class_target: Tensor | None = None
 
 
 @dataclass
@@ -60,20 +60,40 @@ class LayerOutput:
     hs: Tensor  # [B, Q, C]
     reference: Tensor | None = None  # [B, Q, 2 or 4] in logit space; the box head's output is added to it
     delta: Tensor | None = None  # [B, Q, 4] output of the box head, if the decoder has computed it already
-    hs_o2m: Tensor | None = None  # [B, Q of the inference group, C] second reading of MS-DETR; training only
+    hs_o2m: Tensor | None = (
+        None  # [B, Q of the inference group, C] one-to-many branch of MS-DETR; training only
+    )
 
 
 @dataclass
 class Prediction:
-    """Class logits and boxes of one kind and layer."""
+    """Class logits and boxes of one kind of query, of L decoder layers (the last one last)."""
 
-    logits: Tensor  # [B, Q, K]
-    boxes: Tensor  # [B, Q, 4] cxcywh in [0, 1]
-    kind: str = 'one2one'  # row of the supervision table
-    layer: int | None = None  # None: the last
-    anchors: Tensor | None = None  # [B, Q, 4] encoder proposals before refinement
-    masks: Tensor | None = None  # [B, Q, h, w] logits
-    assignment: Assignment | None = None
+    logits: Tensor  # [L, B, Q, K]
+    boxes: Tensor  # [L, B, Q, 4] cxcywh in [0, 1]
+    anchors: Tensor | None = None  # [L, B, Q, 4] encoder proposals before refinement
+    masks: Tensor | None = None  # [B, Q, h, w] logits of the last layer
+    assignment: Assignment | None = None  # of every layer, if the objects of the queries are known in advance
+
+
+class TrainingBranch(nn.Module):
+    """A part that only training adds to a detector: queries, losses, or both.
+
+    A detector calls `queries` before the decoder and `losses` behind it.
+    """
+
+    def queries(self, memory: Memory, targets: list[dict]) -> tuple[list[QueryGroup], dict[str, Tensor]]:
+        """Return query groups for the decoder, and the unweighted losses (by name) that were computed on the way.
+
+        targets: a dictionary of `labels` and `boxes` cxcywh in [0, 1] per image, and of `masks` if the data have them.
+        """
+        return [], {}
+
+    def losses(
+        self, detector: nn.Module, memory: Memory, predictions: dict[str, Prediction], targets: list[dict]
+    ) -> dict[str, Tensor]:
+        """Return unweighted losses (by name) of what the decoder predicted. detector: may have modules for this."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -142,22 +162,6 @@ def other_blocks(group: QueryGroup, num_seen: int) -> Tensor | None:
     return F.pad(block[:, None] != block, (num_seen, 0))
 
 
-def learned_groups(
-    num_queries: dict[str, int], query_embed: Tensor, batch_size: int, training: bool
-) -> list[QueryGroup]:
-    """Make groups of learned object queries, whose content is zero and whose position is learned (DETR Sec. 3.2).
-
-    query_embed: [sum of num_queries, C], rows in the order of `num_queries`. Outside training only the first group
-    is made.
-    """
-    names = list(num_queries) if training else list(num_queries)[:1]
-    embeds = query_embed.split(list(num_queries.values()))
-    positions = {
-        name: embed.expand(batch_size, -1, -1) for name, embed in zip(num_queries, embeds, strict=True)
-    }
-    return [QueryGroup(name, torch.zeros_like(positions[name]), positions[name]) for name in names]
-
-
 def split_groups(every: QueryGroup, num_queries: dict[str, int]) -> list[QueryGroup]:
     """Split queries into groups of the given sizes, in the order of `num_queries`."""
     start, groups = 0, []
@@ -169,14 +173,3 @@ def split_groups(every: QueryGroup, num_queries: dict[str, int]) -> list[QueryGr
         groups.append(QueryGroup(name, *parts))
         start += size
     return groups
-
-
-def split_predictions(logits: Tensor, boxes: Tensor, groups: list[QueryGroup]) -> list[Prediction]:
-    """Split logits [L, B, Q, K] and boxes [L, B, Q, 4] into a prediction per group and layer; the last layer is `None`."""
-    sizes, last = [group.tgt.shape[1] for group in groups], len(logits) - 1
-    parts = zip(groups, logits.split(sizes, dim=2), boxes.split(sizes, dim=2), strict=True)
-    return [
-        Prediction(*one_layer, group.name, layer if layer < last else None, assignment=group.assignment)
-        for group, *both in parts
-        for layer, one_layer in enumerate(zip(*both, strict=True))
-    ]

@@ -7,15 +7,15 @@ A map that fits into one window is shifted too, where torchvision does not shift
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from .units import call_unit
+from .vit_blocks import Block, Windows, drop_paths, initialise_linear
 from .weights.backbones import load_weights, read_weights
-from .windows import Windows
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class WindowAttention(nn.Module):
         return torch.zeros_like(apart, dtype=like.dtype).masked_fill(apart, FORBIDDEN)
 
 
-class MLP(nn.Module):
+class FeedForward(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, 4 * dim)
@@ -117,21 +117,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
-
-
-class SwinBlock(nn.Module):
-    def __init__(self, dim: int, num_heads: int, window_size: int, shift: int, drop_path: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, num_heads, window_size, shift)
-        self.drop_path = StochasticDepth(drop_path, 'row')  # drops the branch of single images
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = MLP(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the block on a map [B, H, W, C], and return the same shape."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class PatchMerging(nn.Module):
@@ -144,9 +129,8 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
-        x = F.pad(
-            x, (0, 0, 0, 1, 0, 1)
-        )  # even where it is not needed: without remainders exported shapes stay short
+        # Even where it is not needed: without remainders exported shapes stay short.
+        x = F.pad(x, (0, 0, 0, 1, 0, 1))
         parts = [
             x[:, row : height + row : 2, column : width + column : 2] for column in (0, 1) for row in (0, 1)
         ]
@@ -159,7 +143,12 @@ class SwinStage(nn.Module):
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            SwinBlock(dim, num_heads, window_size, window_size // 2 * (index % 2), drop_path)
+            Block(
+                dim,
+                WindowAttention(dim, num_heads, window_size, shift=window_size // 2 * (index % 2)),
+                FeedForward(dim),
+                drop_path,
+            )
             for index, drop_path in enumerate(drop_paths)
         )
         self.downsample = None if last else PatchMerging(dim)
@@ -186,11 +175,16 @@ class SwinTransformer(nn.Module):
         self.stages, self.frozen_stages = stages, frozen_stages
         self.num_channels = [size.embed_dim * 2 ** (stage - 1) for stage in stages]
         self.patch_embed = PatchEmbed(size.embed_dim)
-        rates = torch.linspace(0, drop_path_rate, sum(size.depths), device='cpu').split(size.depths)
+        rates = drop_paths(drop_path_rate, sum(size.depths))
+        starts = [0, *accumulate(size.depths)]
         last = stages[-1] - 1
         self.layers = nn.ModuleList(
             SwinStage(
-                size.embed_dim * 2**i, size.num_heads[i], size.window_size, rates[i].tolist(), i == last
+                size.embed_dim * 2**i,
+                size.num_heads[i],
+                size.window_size,
+                rates[starts[i] : starts[i + 1]],
+                i == last,
             )
             for i in range(stages[-1])
         )
@@ -228,11 +222,8 @@ class SwinTransformer(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, WindowAttention):
+    initialise_linear(module)
+    if isinstance(module, WindowAttention):
         nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
 
 

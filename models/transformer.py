@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .heads import LogitBoxes
 from .structures import AttentionBlock, LayerOutput, Memory, QueryGroup, attention_blocks, check_groups
 from .units import call_unit
 
@@ -35,15 +36,15 @@ def self_attention(attention: nn.MultiheadAttention, q: Tensor, v: Tensor, block
     return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
 
 
-def read_twice(layer: nn.Module, between: Tensor | None, groups: list[QueryGroup]) -> Tensor | None:
-    """Return the second reading of the inference group, [B, Q, C], or None if a layer has none (`models.ms_detr`).
+def run_o2m_branch(layer: nn.Module, state: Tensor | None, groups: list[QueryGroup]) -> Tensor | None:
+    """Run the one-to-many branch of a layer for the inference group, [B, Q, C]; None if it has none (`models.ms_detr`).
 
-    between: state of the queries of all groups that the second reading starts from.
+    state: state of the queries of all groups that the branch reads.
     """
-    if between is None:
+    if state is None:
         return None
-    own = between[:, : groups[0].tgt.shape[1]]
-    return call_unit(layer, own, method=layer.second_reading)
+    own = state[:, : groups[0].tgt.shape[1]]
+    return call_unit(layer, own, method=layer.o2m_branch)
 
 
 class SubLayers(nn.Module):
@@ -150,6 +151,8 @@ class TransformerDecoderLayer(SubLayers):
 
 class TransformerDecoder(nn.Module):
     """Decoder layers. The heads read normed states; the next layer gets the state without the norm."""
+
+    box_code = LogitBoxes()
 
     def __init__(self, layer: nn.Module, num_layers: int, norm: nn.Module) -> None:
         super().__init__()

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from util.errors import UserError
 
 from .units import call_unit
+from .vit_blocks import Block, Windows, drop_paths, initialise_linear
 from .weights.backbones import load_weights, read_weights
-from .windows import Windows
 
 PATCH = 16  # pixels of a side; the stride
 ROTARY_SIDE = 16  # positions along an axis are scaled to this number, whatever its length
@@ -74,7 +73,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
 
 
-class Attention(nn.Module):
+class RotaryAttention(nn.Module):
     """Self-attention with rotary queries and keys, within windows or over the whole map. Keys have no bias.
 
     window_size: side of a window; None: no windows.
@@ -99,7 +98,7 @@ class Attention(nn.Module):
                 side = PATCH * self.fixed_grid
                 raise UserError(
                     f'this ViT is for images of {side} x {side} pixels, not {PATCH * x.shape[1]} x {PATCH * x.shape[2]}: give '
-                    f'--aug lsj --lsj_size {side}, or --backbone vit_large'
+                    f'--aug lsj --img_size {side}, or --backbone vit_large'
                 )
             return self.attend(x)
         batch, height, width = x.shape[:3]
@@ -134,21 +133,6 @@ class SwiGLU(nn.Module):
         return self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))
 
 
-class ViTBlock(nn.Module):
-    def __init__(self, size: ViTSize, window_size: int | None, drop_path: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(size.embed_dim, eps=1e-6)
-        self.attn = Attention(size, window_size)
-        self.drop_path = StochasticDepth(drop_path, 'row')  # drops the branch of single images
-        self.norm2 = nn.LayerNorm(size.embed_dim, eps=1e-6)
-        self.mlp = SwiGLU(size.embed_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the block on a map [B, H, W, C], and return the same shape."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
 class PatchEmbed(nn.Module):
     """A linear projection of patches of 16 x 16 pixels."""
 
@@ -174,13 +158,18 @@ class VisionTransformer(nn.Module):
         self.size, self.num_channels = size, [size.embed_dim]
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + size.position_grid**2, size.embed_dim))
         self.patch_embed = PatchEmbed(size.embed_dim)
-        rates = torch.linspace(0, drop_path_rate, size.depth, device='cpu').tolist()
         self.blocks = nn.ModuleList(
-            ViTBlock(size, None if index in size.global_blocks else size.window_size, rate)
-            for index, rate in enumerate(rates)
+            Block(
+                size.embed_dim,
+                RotaryAttention(size, None if index in size.global_blocks else size.window_size),
+                SwiGLU(size.embed_dim),
+                drop_path,
+                eps=1e-6,
+            )
+            for index, drop_path in enumerate(drop_paths(drop_path_rate, size.depth))
         )
         self.out_norm = nn.LayerNorm(size.embed_dim)
-        self.apply(initialise)
+        self.apply(initialise_linear)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def units(self) -> list[nn.Module]:
@@ -205,13 +194,6 @@ class VisionTransformer(nn.Module):
             grid.permute(0, 3, 1, 2), size=(height, width), mode='bicubic', align_corners=False
         )
         return grid.permute(0, 2, 3, 1)
-
-
-def initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 class ChannelNorm(nn.Module):

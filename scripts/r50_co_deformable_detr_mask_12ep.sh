@@ -4,5 +4,5 @@
 # Trained there with 16 images a step, 2 on each of 8 GPUs; hours are not published.
 source "$(dirname "$0")/recipe.sh"
 recipe --with_box_refine --two_stage --dim_feedforward 2048 --dropout 0.0 --mixed_selection --look_forward_twice \
-    --co_aux_heads faster_rcnn atss --co_rcnn_masks --aug co_detr --class_ids contiguous --group_aspect_ratio \
+    --co_aux_heads faster_rcnn atss --co_rcnn_masks --aug co_detr --class_ids contiguous --batches aspect \
     --epochs 12 --lr_drop 11 --total_batch_size 16 "$@"

@@ -4,4 +4,4 @@
 # 2 on each of 8 GPUs, and 4 encoder layers recomputed (here: --use_checkpoint encoder).
 source "$(dirname "$0")/recipe.sh"
 recipe --dataset_file lvis --dino --num_feature_levels 5 --num_queries 900 --dn_number 100 \
-    --co_aux_heads faster_rcnn atss --aug lsj --lsj_size 1024 --epochs 12 --lr_drop 11 --total_batch_size 16 "$@"
+    --co_aux_heads faster_rcnn atss --aug lsj --img_size 1024 --epochs 12 --lr_drop 11 --total_batch_size 16 "$@"

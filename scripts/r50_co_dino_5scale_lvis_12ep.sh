@@ -4,5 +4,5 @@
 # data below it have none. It says 16 images a step, 2 on each of 8 GPUs, and 4 encoder layers recomputed (here: --use_checkpoint encoder).
 source "$(dirname "$0")/recipe.sh"
 recipe --dataset_file lvis --dino --num_feature_levels 5 --num_queries 900 --dn_number 100 \
-    --co_aux_heads faster_rcnn atss --aug co_detr --group_aspect_ratio --repeat_threshold 0.001 --epochs 12 \
+    --co_aux_heads faster_rcnn atss --aug co_detr --batches aspect --repeat_threshold 0.001 --epochs 12 \
     --lr_drop 11 --total_batch_size 16 "$@"

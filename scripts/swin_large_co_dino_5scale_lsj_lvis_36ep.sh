@@ -5,5 +5,5 @@
 # other recipes of 36. Activations of 6 encoder layers are recomputed there (here: --use_checkpoint encoder); hours are not published.
 source "$(dirname "$0")/recipe.sh"
 recipe --dataset_file lvis --backbone swin_large_window12 --drop_path_rate 0.3 --dino --num_feature_levels 5 \
-    --num_queries 900 --dn_number 100 --co_aux_heads faster_rcnn atss --aug lsj --lsj_size 1280 --epochs 36 \
+    --num_queries 900 --dn_number 100 --co_aux_heads faster_rcnn atss --aug lsj --img_size 1280 --epochs 36 \
     --lr_drop 30 --batch_size 1 --total_batch_size 16 "$@"

@@ -7,5 +7,5 @@
 source "$(dirname "$0")/recipe.sh"
 recipe --dataset_file lvis --backbone swin_large_window12 --drop_path_rate 0.3 --dino --num_feature_levels 5 \
     --num_queries 900 --topk_eval 1000 --dn_number 500 --dn_box_noise_scale 0.4 --co_aux_heads faster_rcnn atss \
-    --aug lsj --lsj_size 1536 --lr 1e-4 --lr_backbone 1e-5 --epochs 16 --lr_drop 8 --batch_size 1 \
+    --aug lsj --img_size 1536 --lr 1e-4 --lr_backbone 1e-5 --epochs 16 --lr_drop 8 --batch_size 1 \
     --total_batch_size 16 "$@"

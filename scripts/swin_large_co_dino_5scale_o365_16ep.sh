@@ -6,5 +6,5 @@
 source "$(dirname "$0")/recipe.sh"
 recipe --backbone swin_large_window12 --drop_path_rate 0.3 --dino --num_feature_levels 5 --num_queries 900 \
     --dn_number 500 --dn_box_noise_scale 0.4 --co_aux_heads faster_rcnn atss --class_ids contiguous \
-    --group_aspect_ratio --aug co_detr --img_size 1280 --max_size 2048 --train_scales 480 1536 --train_max_size 2048 \
+    --batches aspect --aug co_detr --img_size 1280 --max_size 2048 --train_scales 480 1536 --train_max_size 2048 \
     --lr 1e-4 --lr_backbone 1e-5 --epochs 16 --lr_drop 8 --batch_size 1 --total_batch_size 16 "$@"

@@ -9,5 +9,5 @@
 source "$(dirname "$0")/recipe.sh"
 recipe --dataset_file lvis --backbone vit_large_lsj --drop_path_rate 0.3 --dino --num_feature_levels 5 \
     --num_queries 900 --topk_eval 1000 --dn_number 300 --dn_box_noise_scale 0.4 --co_aux_heads faster_rcnn atss \
-    --aug lsj --lsj_size 1536 --lr 5e-5 --lr_backbone 5e-6 --weight_decay 0.05 --warmup_steps 500 --warmup_start 0.01 \
+    --aug lsj --img_size 1536 --lr 5e-5 --lr_backbone 5e-6 --weight_decay 0.05 --warmup_steps 500 --warmup_start 0.01 \
     --clip_max_norm 0 --epochs 16 --lr_drop_epochs 9 15 --batch_size 1 --total_batch_size 16 "$@"

@@ -3,6 +3,7 @@ holds.
 """
 
 import json
+import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from engine import build_optimizer
 from models import build_model
-from models.structures import Assignment
+from models.structures import Assignment, Prediction
 from models.training.criterion import weighted_sum
+from models.training.matcher import match
 from tests import rule
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
@@ -136,6 +138,31 @@ def optimizer_of(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:
 def without_classes(targets: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """The targets of class-agnostic predictions."""
     return [target | {'labels': torch.zeros_like(target['labels'])} for target in targets]
+
+
+def assignments(
+    criterion: nn.Module, kind: str, predictions: dict[str, Prediction], targets: list[dict[str, Tensor]]
+) -> list[Assignment]:
+    """The pairs of every layer of a kind, the last layer last."""
+    row = criterion.table[kind]
+    return match(row.matcher, predictions[kind], without_classes(targets) if row.class_agnostic else targets)
+
+
+def check_coefficients(criterion: nn.Module, official: dict[str, float]) -> None:
+    """Every loss has its official coefficient. Official dictionaries also name losses that never exist."""
+    ours = criterion.weight_dict
+    assert ours.items() <= official.items()
+    never = [
+        r'_enc_\d+',
+        r'_\d+_enc',
+        r'_enc_one2many',
+        r'_enc_\d+_one2many',
+        r'_\d+_enc_one2many',
+        r'_(mask|dice)_\d+',
+    ]
+    never += [rf'(_\d+)?_{kind}' for kind in ('enc', 'one2many') if kind not in criterion.table]
+    expected = re.compile(rf'.*({"|".join(never)})')
+    assert not [name for name in official.keys() - ours.keys() if not expected.fullmatch(name)]
 
 
 def check_pairs(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from models import build_model
+from models.weights.layouts import translate
 from models.weights.load import load_checkpoint
-from models.weights.names import TRANSFORMERS_DEFORMABLE, rename, to_official
+from models.weights.names import TRANSFORMERS, rename
 from models.weights.read import read_checkpoint
 from tests.models import SMALL, TWO_STAGE
 from tests.rule import fill
@@ -171,7 +172,7 @@ def test_transformers_deformable_models_give_the_same_detections(
     flags = DEFORMABLE_VARIANTS[variant]
     theirs = transformers_deformable_model(flags)
     sizes = {'deformable': True, 'dim_feedforward': 128, 'num_queries': 50}
-    check_same_detections(theirs, tmp_path if saved else None, 'transformers, Deformable', **sizes, **flags)
+    check_same_detections(theirs, tmp_path if saved else None, 'transformers', **sizes, **flags)
 
 
 @needs_shared
@@ -180,17 +181,22 @@ def test_published_transformers_names_become_official(variant: str) -> None:
     """Every recorded pair of names, q, k and v of self-attention apart."""
     recorded = read_shared('parity/deformable_detr/transformers_names.json')
     for official, theirs in recorded.get(variant, []):
-        ours = rename(theirs, TRANSFORMERS_DEFORMABLE)
+        ours = rename(theirs, TRANSFORMERS['deformable'], to_ours=True)
         if '[' in official:
-            official = re.sub(r'in_proj_(weight|bias)\[.*', r'', official)
-            assert ours.startswith(official)
+            assert ours.startswith(re.sub(r'in_proj_(weight|bias)\[.*', '', official))
         else:
             assert ours == official, theirs
+            assert rename(official, TRANSFORMERS['deformable'], to_ours=False) == theirs
 
 
-def test_names_without_a_rule_show_up_as_left_over() -> None:
-    assert rename('model.something.new', []) == 'model.something.new'
-    assert to_official({'a': torch.ones(1)})[0] == 'official'
+def test_names_without_a_row_show_up_as_left_over() -> None:
+    assert rename('model.something.new', TRANSFORMERS['detr'], to_ours=True) is None
+    assert set(
+        translate({'model.something.new': torch.ones(1), 'transformer.level_embeds': torch.ones(1)})[1]
+    ) == {
+        'model.something.new',
+        'transformer.level_embed',
+    }
 
 
 def test_second_class_heads_begin_as_the_first_of_the_file() -> None:

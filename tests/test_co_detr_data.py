@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import PIL.Image
@@ -13,17 +14,21 @@ from torch.utils.data import DataLoader
 
 import main
 from datasets import transforms as T
+from datasets.augmentations import AUGMENTATIONS, CoDETRAugmentation, SquareJitter
 from datasets.class_map import COCO_IDS, ClassMap
 from datasets.coco_eval import CocoEvaluator
 from datasets.copy_paste import TRIES, LargeScaleJitter, jitter, mask_extents, paste, pick
 from datasets.loaders import build_loader
-from datasets.samplers import AspectSampler
+from datasets.samplers import BATCHES, AspectBatches
 from datasets.shapes import ShapesDetection
 from engine import evaluate, sample_detections
 from models.detector import Detector
-from models.postprocess import TopKPostProcess, scale_boxes
+from models.postprocess import TopKPostProcess, frame_size, scale_boxes
 from tests.runs import assert_same, load, run
 from tests.shared_data import build_data, needs_shared, read_shared, rule_image
+from util.config import flags
+from util.config.declare import DATA
+from util.config.settle import in_our_names, settle
 from util.nested_tensor import collate_fn
 from util.seeding import local_seed
 
@@ -102,14 +107,14 @@ def test_rescaling_multiplies_each_axis_and_clips() -> None:
     factor = torch.tensor([49 / 67, 30 / 41] * 2)
     expected = torch.tensor([[0.0, 2, 30, 41], [10, 10, 67, 20]]) * factor
     torch.testing.assert_close(target['boxes'], expected)
-    assert T.rescale(image, None, 1, 1)[0].shape == (3, 1, 1)
+    assert T.rescale(image, {}, 1, 1)[0].shape == (3, 1, 1)
 
 
 @pytest.mark.parametrize('new_wh', [(100, 60), (31, 17)], ids=['larger', 'smaller'])
 def test_pixels_are_those_between_the_four_neighbours(new_wh: tuple[int, int]) -> None:
     """Bilinear at half-pixel centres, also when an image shrinks; within a grey level."""
     pixels = rule_image('b', 41, 67)
-    ours, _ = T.resize_to(torch.from_numpy(pixels).permute(2, 0, 1), None, new_wh, antialias=False)
+    ours, _ = T.resize_to(torch.from_numpy(pixels).permute(2, 0, 1), {}, new_wh, antialias=False)
     expected = np.stack([between(pixels[..., channel].astype(float), new_wh) for channel in range(3)])
     assert np.abs(ours.numpy() - expected).max() <= 1
 
@@ -130,22 +135,22 @@ def between(grey: np.ndarray, new_wh: tuple[int, int]) -> np.ndarray:
 def test_pixels_equal_opencv(new_wh: tuple[int, int]) -> None:
     cv2 = pytest.importorskip('cv2')
     pixels = rule_image('b', 41, 67)
-    ours, _ = T.resize_to(torch.from_numpy(pixels).permute(2, 0, 1), None, new_wh, antialias=False)
+    ours, _ = T.resize_to(torch.from_numpy(pixels).permute(2, 0, 1), {}, new_wh, antialias=False)
     expected = cv2.resize(pixels, new_wh, interpolation=cv2.INTER_LINEAR).transpose(2, 0, 1)
     assert np.abs(ours.numpy().astype(int) - expected).max() <= 1
 
 
 def test_the_recipe_is_that_of_the_paper_and_scales() -> None:
-    flip, select, _ = T.make_transforms('train', aug='co_detr').transforms
+    flip, select, _ = CoDETRAugmentation().transforms('train').transforms
     whole, (first, size_crop, last) = select.first, select.second.transforms
     assert (flip.p, select.p) == (0.5, 0.5)
     assert whole.sizes == last.sizes == list(range(480, 801, 32)) and whole.max_size == 1333
     assert first.sizes == [400, 500, 600] and first.max_size == 4200
     assert (size_crop.min_size, size_crop.max_size) == (384, 600)
     assert {step.rule for step in (whole, first, last)} == {T.rescale}
-    evaluated = T.make_transforms('val', aug='co_detr').transforms[0]
+    evaluated = CoDETRAugmentation().transforms('val').transforms[0]
     assert (evaluated.sizes, evaluated.max_size, evaluated.rule) == ([800], 1333, T.rescale)
-    _, select, _ = T.make_transforms('train', img_size=200, aug='co_detr').transforms
+    _, select, _ = CoDETRAugmentation(200).transforms('train').transforms
     assert select.second.transforms[0].max_size == 1050
 
 
@@ -154,12 +159,14 @@ def test_crops_draw_height_width_row_column(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(T.random, 'randint', lambda low, high: drawn.append((low, high)) or high - 1)
     monkeypatch.setattr(T.torch, 'randint', lambda low, high, size: drawn.append((low, high - 1)) or low)
     target = {'boxes': torch.tensor([[0.0, 0, 2, 2], [49, 0, 70, 9]]), 'labels': torch.tensor([1, 2])}
-    image, target = T.HeightFirstSizeCrop(20, 50)(torch.zeros(3, 40, 80, dtype=torch.uint8), target)
+    image, target = T.RandomSizeCrop(20, 50, height_first=True)(
+        torch.zeros(3, 40, 80, dtype=torch.uint8), target
+    )
     assert drawn == [(20, 40), (20, 50), (0, 1), (0, 31)]
     assert image.shape == (3, 39, 49)
     assert target['labels'].tolist() == [1]
     empty = {'boxes': torch.tensor([[60.0, 0, 70, 9]]), 'labels': torch.tensor([1])}
-    _, empty = T.HeightFirstSizeCrop(20, 50)(torch.zeros(3, 40, 80, dtype=torch.uint8), empty)
+    _, empty = T.RandomSizeCrop(20, 50, height_first=True)(torch.zeros(3, 40, 80, dtype=torch.uint8), empty)
     assert empty['boxes'].shape == (0, 4)
 
 
@@ -308,7 +315,7 @@ def square_data(root: Path, segmented: bool) -> Path:
 @pytest.mark.parametrize('segmented', [True, False])
 def test_masks_are_used_where_every_object_has_one(tmp_path: Path, segmented: bool) -> None:
     root = square_data(tmp_path, segmented)
-    dataset = build_data('train', arguments(root, aug='lsj', lsj_size=64))
+    dataset = build_data('train', arguments(root, aug='lsj', img_size=64))
     assert dataset.return_masks == segmented
     objects = []
     for epoch in range(12):
@@ -323,7 +330,7 @@ def test_masks_are_used_where_every_object_has_one(tmp_path: Path, segmented: bo
 
 @pytest.mark.parametrize('aug', ['lsj', 'co_detr'])
 def test_images_depend_on_seed_epoch_and_index_only(aug: str) -> None:
-    args = Namespace(**vars(arguments(Path())) | {'dataset_file': 'shapes', 'aug': aug, 'lsj_size': 64})
+    args = Namespace(**vars(arguments(Path())) | {'dataset_file': 'shapes', 'coco_path': None, 'aug': aug})
     args.shapes_train, args.shapes_size, args.img_size = 4, 64, 64
     dataset = build_data('train', args)
     alone = DataLoader(dataset, batch_size=None)
@@ -349,14 +356,14 @@ def test_boxes_come_back_to_original_pixels(shape: tuple[int, int]) -> None:
     image = torch.full((3, *shape), 9, dtype=torch.uint8)
     boxes = torch.tensor([[0.0, 0, width, height], [3, 5, 21, 17]])
     target = {'boxes': boxes, 'orig_size': torch.tensor(shape)}
-    square, fitted = T.make_transforms('val', aug='lsj', lsj_size=96)(image, target)
+    square, fitted = SquareJitter(96).transforms('val')(image, target)
     new_width, new_height = T.rescaled_size((width, height), 96, 96)
     assert (square[:, :new_height, :new_width] == 9).all() and (square[:, new_height:] == 114).all()
     assert (square[:, :, new_width:] == 114).all()
     assert fitted['size'].tolist() == [96, 96] and fitted['orig_size'].tolist() == list(shape)
-    back = scale_boxes(fitted['boxes'][None], T.frame_size(fitted)[None])[0]
+    back = scale_boxes(fitted['boxes'][None], frame_size(fitted)[None])[0]
     torch.testing.assert_close(back, boxes, rtol=0, atol=1e-4)
-    corner = scale_boxes(torch.tensor([[[0.5, 0.5, 1, 1]]]), T.frame_size(fitted)[None])[0, 0]
+    corner = scale_boxes(torch.tensor([[[0.5, 0.5, 1, 1]]]), frame_size(fitted)[None])[0, 0]
     expected = torch.tensor([0, 0, 96 * width / new_width, 96 * height / new_height])
     torch.testing.assert_close(corner, expected)
 
@@ -377,15 +384,15 @@ class Oracle(nn.Module):
 
 @pytest.mark.parametrize('aug', ['detr', 'co_detr', 'lsj'])
 def test_true_objects_score_one_at_evaluation_and_in_predictions(tmp_path: Path, aug: str) -> None:
-    transforms = T.make_transforms('val', img_size=80, aug=aug, lsj_size=96)
+    transforms = AUGMENTATIONS[aug](80).transforms('val')
     dataset = ShapesDetection(4, 'val', image_size=64, transforms=transforms)
     model, postprocess = Oracle(dataset), {'bbox': TopKPostProcess()}
-    evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map, backend='pycocotools')
+    evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map)
     loader = DataLoader(dataset, 1, collate_fn=collate_fn)
-    assert evaluate(model, postprocess, loader, evaluator)['bbox'].stats[0] == pytest.approx(1)
+    assert evaluate(model, postprocess, loader, evaluator).numbers['AP'] == pytest.approx(1)
     assert len(sample_detections(model, postprocess, dataset, count=1)) == 1
     image, target = dataset.untransformed(1)
-    args = Namespace(img_size=80, max_size=None, aug=aug, lsj_size=96)
+    args = Namespace(img_size=80, max_size=None, aug=aug)
     result = Detector(model, postprocess, dataset.class_map, args).detect(image)
     best = result['scores'] > 0.5
     order = [extent_order(boxes) for boxes in (result['boxes'][best], target['boxes'])]
@@ -396,46 +403,54 @@ def extent_order(boxes: Tensor) -> Tensor:
     return torch.tensor(sorted(boxes.tolist()))
 
 
+# Of rank 1 of 2, where every third of 9 images is wide.
+RECORDED_BATCHES = [[7, 4], [5, 6], [3, 8]]
+
+
 def sizes_of(wide: list[bool]) -> np.ndarray:
     return np.array([(40, 41) if one else (40, 40) for one in wide])
 
 
+def aspect_batches(wide: list[bool], batch_size: int, processes: int, rank: int) -> AspectBatches:
+    dataset = mock.MagicMock(image_sizes=lambda: sizes_of(wide), __len__=lambda _: len(wide))
+    return AspectBatches(dataset, batch_size, processes, rank, seed=3)
+
+
 @pytest.mark.parametrize('wide_every', [2, 3, 100])
-@pytest.mark.parametrize(('processes', 'local_size'), [(1, 1), (2, 1), (2, 2), (4, 2)])
-def test_batches_are_of_one_kind_and_every_image_is_seen(
-    processes: int, local_size: int, wide_every: int
-) -> None:
-    """Without and with files kept in memory by each process of a machine (local_size > 1)."""
+@pytest.mark.parametrize('processes', [1, 2, 4])
+def test_batches_are_of_one_kind_and_every_image_is_seen(processes: int, wide_every: int) -> None:
     wide = [index % wide_every == 1 for index in range(23)]
-    samplers = [
-        AspectSampler(sizes_of(wide), 4, processes, rank, rank % local_size, local_size, seed=3)
-        for rank in range(processes)
-    ]
+    samplers = [aspect_batches(wide, 4, processes, rank) for rank in range(processes)]
     assert len({len(sampler) for sampler in samplers}) == 1
     epochs = []
     for epoch in (0, 1, 0):
         for sampler in samplers:
             sampler.set_epoch(epoch)
         epochs.append([list(sampler) for sampler in samplers])
-        for rank, (sampler, indices) in enumerate(zip(samplers, epochs[-1], strict=True)):
-            assert len(indices) == len(sampler) and len(indices) % 4 == 0
-            for batch in zip(*[iter(indices)] * 4, strict=True):
-                assert len({wide[index] for index in batch}) == 1
-            if wide_every == 3:
-                assert {index % local_size for index in indices} == {rank % local_size}
-        assert {index for indices in epochs[-1] for index in indices} == set(range(23))
+        for sampler, batches in zip(samplers, epochs[-1], strict=True):
+            assert len(batches) == len(sampler) and {len(batch) for batch in batches} == {4}
+            assert all(len({wide[index] for index in batch}) == 1 for batch in batches)
+        assert {index for rank in epochs[-1] for batch in rank for index in batch} == set(range(23))
     assert epochs[0] == epochs[2] != epochs[1]
+    samplers[-1].set_epoch(0, first=2)
+    assert list(samplers[-1]) == epochs[0][-1][2:]
+
+
+def test_the_order_of_aspect_batches_is_as_recorded() -> None:
+    """Drawn before batches had a class of their own."""
+    batches = aspect_batches([index % 3 == 1 for index in range(9)], 2, 2, 1)
+    assert list(batches) == RECORDED_BATCHES
 
 
 def test_images_are_repeated_as_little_as_batches_allow() -> None:
-    sampler = AspectSampler(sizes_of([True] * 9 + [False] * 4), 4, 1, 0)
-    assert len(sampler) == 12 + 4
-    seen = np.bincount(list(sampler))
+    sampler = aspect_batches([True] * 9 + [False] * 4, 4, 1, 0)
+    assert len(sampler) == 3 + 1
+    seen = np.bincount([index for batch in sampler for index in batch])
     assert seen.sum() == 16 and (seen[9:] == 1).all() and sorted(seen[:9]) == [1] * 6 + [2] * 3
     kinds = set()
     for epoch in range(8):
         sampler.set_epoch(epoch)
-        kinds.add(tuple(index < 9 for index in list(sampler)[::4]))
+        kinds.add(tuple(batch[0] < 9 for batch in sampler))
     assert len(kinds) > 1  # the order of the kinds is drawn too
 
 
@@ -457,16 +472,17 @@ def test_sizes_come_from_the_annotations_or_the_image(tmp_path: Path) -> None:
 
 
 def test_loaders_batch_images_of_one_kind(tmp_path: Path) -> None:
-    """With kept files, too; validation keeps its order."""
+    """Validation keeps its order."""
     images = [{'id': i, 'height': 40, 'width': 30 + 20 * (i % 3 > 0)} for i in range(1, 8)]
     root = write_data(tmp_path, images, [], [{'id': 1, 'name': 'thing'}])
-    for cache_mode in (False, True):
-        args = arguments(root, group_aspect_ratio=True, cache_mode=cache_mode, num_workers=0, img_size=40)
-        train, val = (build_loader(build_data(part, args), part, args) for part in ('train', 'val'))
-        assert len(train) == 1 + 3  # 2 high images, 5 wide ones
-        for _, targets in train:
-            assert len({bool(t['orig_size'][1] > t['orig_size'][0]) for t in targets}) == 1
-        assert [int(t['image_id']) for _, targets in val for t in targets] == list(range(1, 8))
+    args = arguments(root, img_size=40)
+    train, val = (
+        build_loader(build_data(part, args), part, 2, batching='aspect') for part in ('train', 'val')
+    )
+    assert len(train) == 1 + 3  # 2 high images, 5 wide ones
+    for _, targets in train:
+        assert len({bool(t['orig_size'][1] > t['orig_size'][0]) for t in targets}) == 1
+    assert [int(t['image_id']) for _, targets in val for t in targets] == list(range(1, 8))
 
 
 @pytest.mark.slow
@@ -474,9 +490,10 @@ def test_a_run_of_this_recipe_resumes_bit_for_bit(tmp_path: Path) -> None:
     flags = [
         '--aug',
         'lsj',
-        '--lsj_size',
+        '--img_size',
         '64',
-        '--group_aspect_ratio',
+        '--batches',
+        'aspect',
         '--total_batch_size',
         '4',
         '--batch_size',
@@ -489,15 +506,38 @@ def test_a_run_of_this_recipe_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ('flags', 'message'),
+    ('flag', 'remedy'),
     [
-        ('--lsj_size 0', '--lsj_size must be at least 16, not 0'),
-        ('--dataset_file coco --cache_mode --aug lsj', '--aug lsj mixes any two images'),
+        ('--lsj_size 64', 'give --img_size, the side'),
+        ('--bucket_sizes', 'give --batches size'),
+        ('--group_aspect_ratio', 'give --batches aspect'),
     ],
 )
-def test_impossible_flags_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, message: str
+def test_an_old_flag_names_the_new_one(flag: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main.get_args_parser().parse_args(flag.split())
+    assert f'{flag.split()[0]} is no option: {remedy}' in capsys.readouterr().err
+
+
+def test_the_words_and_the_classes_of_augmentations_agree() -> None:
+    assert list(AUGMENTATIONS) == list(flags.AUGMENTATIONS)
+    assert flags.FLAGS['batches'].type == tuple(BATCHES)
+    for name, augmentation in AUGMENTATIONS.items():
+        usual = augmentation()
+        assert usual.img_size == settle(Namespace(aug=name), (DATA,)).img_size
+        scaled = augmentation(train_scales=[32, 64]).train()
+        assert (scaled != usual.train()) == (name in flags.RANDOM_SCALES)
+
+
+def test_records_of_older_runs_are_read() -> None:
+    old = {'aug': 'lsj', 'lsj_size': 512, 'img_size': 800, 'group_aspect_ratio': True, 'bucket_sizes': False}
+    assert in_our_names(old) == {'aug': 'lsj', 'img_size': 512, 'batches': 'aspect'}
+    old |= {'aug': 'detr', 'group_aspect_ratio': False, 'bucket_sizes': True}
+    assert in_our_names(old) == {'aug': 'detr', 'img_size': 800, 'batches': 'size'}
+
+
+def test_the_cache_of_files_is_the_operating_systems(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(main, 'get_local_size', lambda: 2)
-    with pytest.raises(ValueError, match=message):
-        run(tmp_path, *flags.split())
+    run(tmp_path, '--cache_mode', '--epochs', '1', '--eval_every', '0')
+    assert '--cache_mode is not needed' in capsys.readouterr().out

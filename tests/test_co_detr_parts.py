@@ -27,9 +27,8 @@ from models.training.dense_heads import (
     undo_rounding,
 )
 from models.training.faster_rcnn import RATIOS, SCALES, RoIHead
-from models.training.losses import FocalLoss, QualityFocalLoss
-from models.training.structures import Stack
-from models.weights.names import from_mmdetection
+from models.training.losses import FocalLoss, MatchedPredictions, QualityFocalLoss
+from models.weights.layouts import from_mmdetection
 from tests import rule
 from tests.parity import assert_close, float64
 from tests.shared_data import needs_shared, read_shared
@@ -125,11 +124,11 @@ def test_losses_equal_official() -> None:
     boxes[0, 0, query], target = boxes_with_iou(quality.clamp(min=0.1))
     target[far, 0] = 5.0
     place = torch.zeros_like(query)
-    stack = Stack(
+    matched = MatchedPredictions(
         logits[None, None], boxes, (place, place, query), labels[query], target, [len(query)], [len(query)]
     )
-    assert_close(FocalLoss()(stack)[0] / 3, recorded['focal'], 'focal', rtol=1e-6)
-    assert_close(QualityFocalLoss()(stack)[0] / 3, recorded['quality_focal'], 'quality', rtol=1e-6)
+    assert_close(FocalLoss()(matched)[0] / 3, recorded['focal'], 'focal', rtol=1e-6)
+    assert_close(QualityFocalLoss()(matched)[0] / 3, recorded['quality_focal'], 'quality', rtol=1e-6)
 
 
 @needs_shared

@@ -12,20 +12,19 @@ from torchvision.ops import roi_align
 
 from engine import build_optimizer
 from models import build_model
-from models.postprocess import paste
+from models.postprocess import paste, postprocess_batch
 from models.refine_masks import MaskIoUHead, RefineMaskHead, boundary, refined, roi_features
 from models.training.criterion import weighted_sum
-from models.training.mask_losses import iou_loss, iou_targets, mask_targets, refine_loss
-from models.training.mask_rcnn import MaskBranch
+from models.training.masks import MaskBranch, iou_loss, iou_targets, mask_targets, refine_loss
+from models.weights.layouts import to_mmdetection, translate
 from models.weights.load import load_checkpoint
-from models.weights.names import to_official
-from models.weights.write import to_mmdetection
 from tests import rule
 from tests.models import HEADS, SMALL, TRICKS, build, random_targets, with_masks
 from tests.parity import assert_close
 from tests.runs import run
 from tests.shared_data import SHARED, needs_shared
 from util.config.settle import settle
+from util.nested_tensor import NestedTensor
 
 
 @needs_shared
@@ -193,11 +192,18 @@ def test_masks_train_and_boxes_stay(kind: str) -> None:
     with torch.no_grad():
         boxes = plain.eval()(images)
     assert all(torch.equal(value, outputs[name]) for name, value in boxes.items())
-    sizes, seen = torch.tensor([[48, 48], [192, 192]]), torch.tensor([[96, 96], [96, 96]])
-    results = postprocessors['segm'](postprocessors['bbox'](outputs, sizes), outputs, sizes, seen, (96, 96))
-    for result, size in zip(results, sizes.tolist(), strict=True):
+    for result, size in masks_in_two_sizes(model, postprocessors, outputs):
         assert list(result['masks'].shape) == [len(result['scores']), 1, *size]
         assert (result['mask_scores'] <= result['scores']).all()
+
+
+def masks_in_two_sizes(model: nn.Module, postprocessors: dict, outputs: dict) -> list[tuple[dict, list[int]]]:
+    """Detections of two images of 96 pixels that were half and twice as large, with these sizes."""
+    sizes, seen = torch.tensor([[48, 48], [192, 192]]), torch.tensor([96, 96])
+    targets = [{'orig_size': size, 'size': seen} for size in sizes]
+    samples = NestedTensor(torch.zeros(2, 3, 96, 96), torch.zeros(2, 96, 96, dtype=torch.bool))
+    results = postprocess_batch(model, postprocessors, outputs, targets, samples)
+    return list(zip(results, sizes.tolist(), strict=True))
 
 
 def test_official_names_of_the_heads() -> None:
@@ -206,7 +212,7 @@ def test_official_names_of_the_heads() -> None:
     theirs = to_mmdetection(model.state_dict())
     for name in ('mask_head.stages.1.fuse_conv.1.merge_conv.conv.bias', 'mask_iou_head.fc_mask_iou.weight'):
         assert name in theirs
-    assert to_official(theirs)[1].keys() == model.state_dict().keys()
+    assert translate(theirs)[1].keys() == model.state_dict().keys()
 
 
 @pytest.mark.slow
@@ -284,14 +290,12 @@ def test_roi_masks_train_and_the_rcnn_head_predicts_them() -> None:
     load_checkpoint(detector, model.state_dict())
     with torch.no_grad():
         outputs = detector.eval()(images)
-    sizes, seen = torch.tensor([[48, 48], [192, 192]]), torch.tensor([[96, 96], [96, 96]])
-    results = postprocessors['segm'](postprocessors['bbox'](outputs, sizes), outputs, sizes, seen, (96, 96))
-    for result, size in zip(results, sizes.tolist(), strict=True):
+    for result, size in masks_in_two_sizes(detector, postprocessors, outputs):
         assert list(result['masks'].shape) == [len(result['scores']), 1, *size] and len(result['scores'])
         assert torch.equal(result['mask_scores'], result['scores'])
     assert 'segm' not in build_model(Namespace(**flags))[2]
     theirs = to_mmdetection(model.state_dict())
     assert {'roi_head.0.mask_head.convs.3.conv.weight', 'roi_head.0.mask_head.upsample.bias'} < theirs.keys()
-    assert to_official(theirs)[1].keys() == model.state_dict().keys()
+    assert translate(theirs)[1].keys() == model.state_dict().keys()
     with pytest.raises(ValueError, match='add it to --co_aux_heads'):
         settle(Namespace(**flags | {'co_aux_heads': ['atss']}))

@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from datasets.augmentations import DETRAugmentation
 from datasets.class_map import COCO_IDS, ClassMap
 from datasets.coco import CocoDetection, find_files
 from datasets.coco_eval import prepare_ground_truth
 from datasets.image_io import read_image
-from datasets.transforms import make_transforms
 from tests.shared_data import (
     SHARED,
     assert_target_equals,
@@ -89,7 +89,7 @@ def test_items_equal_official(recorded_root: Path, kind: str) -> None:
 @needs_shared
 def test_evaluation_items_equal_official(recorded_root: Path) -> None:
     class_map = ClassMap.identity(RECORDED['coco_json']['categories'])
-    dataset = load(recorded_root, class_map=class_map, transforms=make_transforms('val'))
+    dataset = load(recorded_root, class_map=class_map, transforms=DETRAugmentation().transforms('val'))
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     for (image, target), recorded in zip(dataset, RECORDED['items_val_transform'], strict=True):
@@ -105,7 +105,7 @@ def test_evaluation_items_equal_official(recorded_root: Path) -> None:
 def test_true_coco_images_load(name: str) -> None:
     root = SHARED / 'data/coco_mini'
     folder, file = find_files(name, str(root))
-    dataset = CocoDetection(folder, file, make_transforms(name, 100), return_masks=True)
+    dataset = CocoDetection(folder, file, DETRAugmentation(100).transforms(name), return_masks=True)
     assert dataset.class_map.num_classes == 91
     objects = 0
     for idx in range(0, len(dataset), 4):
@@ -323,7 +323,7 @@ def test_broken_images_are_named(tmp_path: Path, name: str) -> None:
 
 def test_augmentation_depends_on_seed_epoch_and_index_only(tmp_path: Path) -> None:
     root = write_data(tmp_path, small_data())
-    dataset = load(root, transforms=make_transforms('train', img_size=64), seed=1)
+    dataset = load(root, transforms=DETRAugmentation(64).transforms('train'), seed=1)
     epochs = []
     for epoch in range(4):
         dataset.set_epoch(epoch)
@@ -332,7 +332,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_only(tmp_path: Path) -> No
     assert len({tuple(image.shape) for images in epochs for image in images}) > 2
     dataset.set_epoch(2)
     assert torch.equal(dataset[1][0], epochs[2][1])
-    other = load(root, transforms=make_transforms('train', img_size=64), seed=2)
+    other = load(root, transforms=DETRAugmentation(64).transforms('train'), seed=2)
     images = []
     for epoch in range(4):
         other.set_epoch(epoch)
@@ -342,7 +342,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_only(tmp_path: Path) -> No
 
 def test_number_of_workers_does_not_change_images(tmp_path: Path) -> None:
     """Also over epochs with workers that stay alive."""
-    dataset = load(write_data(tmp_path, small_data()), transforms=make_transforms('train', img_size=64))
+    dataset = load(write_data(tmp_path, small_data()), transforms=DETRAugmentation(64).transforms('train'))
     alone = DataLoader(dataset, batch_size=None)
     workers = DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=True)
     for epoch in range(3):
@@ -354,7 +354,7 @@ def test_number_of_workers_does_not_change_images(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_spawned_workers_work(tmp_path: Path) -> None:
-    dataset = load(write_data(tmp_path, small_data()), transforms=make_transforms('train', img_size=64))
+    dataset = load(write_data(tmp_path, small_data()), transforms=DETRAugmentation(64).transforms('train'))
     loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context='spawn')
     for (image, _), (expected, _) in zip(loader, dataset, strict=True):
         assert torch.equal(image, expected)
@@ -364,7 +364,7 @@ def test_workers_get_no_ground_truth(tmp_path: Path) -> None:
     dataset = load(write_data(tmp_path, small_data()))
     assert len(dataset.ground_truth['annotations']) == 3
     received = pickle.loads(pickle.dumps(dataset))
-    assert received._ground_truth is None
+    assert 'ground_truth' not in vars(received)
     assert torch.equal(received[1][1]['boxes'], dataset[1][1]['boxes'])
 
 

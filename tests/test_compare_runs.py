@@ -44,9 +44,9 @@ def test_losses_have_the_weights_that_the_run_trained_with(tmp_path: Path) -> No
         'bbox': 5,
         'giou': 3,
     }
-    (epoch,) = compare_runs.read_run(tmp_path)
+    (epoch,), _ = compare_runs.read_run(tmp_path)
     terms = {name: record[f'train_loss_{name}'] for name in ('ce', 'bbox', 'giou')}
-    assert epoch.loss == pytest.approx(0.5 * terms['ce'] + 5 * terms['bbox'] + 3 * terms['giou'])
+    assert epoch['loss'] == pytest.approx(0.5 * terms['ce'] + 5 * terms['bbox'] + 3 * terms['giou'])
 
 
 @pytest.mark.slow
@@ -81,11 +81,11 @@ def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
 
 
 def test_curves_are_means_of_repetitions() -> None:
-    def epochs(*aps: float | None) -> list[compare_runs.Epoch]:
-        return [compare_runs.Epoch(i + 1, 10 * i, 2.0 * i, 1.0, ap) for i, ap in enumerate(aps)]
+    def epochs(*aps: float | None) -> list[dict]:
+        return [{'epoch': i + 1} | ({} if ap is None else {'test_AP': ap}) for i, ap in enumerate(aps)]
 
-    scheme = compare_runs.Scheme('x', [epochs(0.1, None, 0.3), epochs(0.2, 0.4, 0.5, 0.6)])
-    place, middle, low, high = scheme.curve('epoch', 'ap')
+    scheme = compare_runs.Scheme('x', 'test_AP', [epochs(0.1, None, 0.3), epochs(0.2, 0.4, 0.5, 0.6)])
+    place, middle, low, high = scheme.curve('epoch', 'test_AP')
     assert (
         place == [1, 3] and middle == pytest.approx([0.15, 0.4]) and low == [0.1, 0.3] and high == [0.2, 0.5]
     )
@@ -104,13 +104,20 @@ def test_folders_that_are_no_runs_are_named(tmp_path: Path) -> None:
     }
     with_weights = record | {'coefficients': {'ce': 2, 'bbox': 5, 'giou': 2}}
     (tmp_path / 'log.jsonl').write_text(json.dumps(with_weights) + '\n')
-    (epoch,) = compare_runs.read_run(tmp_path)
-    assert (epoch.images, epoch.minutes, epoch.loss, epoch.ap) == (5, 0.5, 9, None)
+    (epoch,), metric = compare_runs.read_run(tmp_path)
+    assert epoch == {'epoch': 1, 'images': 5, 'minutes': 0.5, 'loss': 9}
+    for more, main, value in (
+        ({'test_coco_eval_bbox': [0.25, 0.5, 0.1]}, 'test_AP', 0.25),
+        ({'test_F1': 0.75, 'main_metric': 'test_F1'}, 'test_F1', 0.75),
+    ):
+        (tmp_path / 'log.jsonl').write_text(json.dumps(with_weights | more) + '\n')
+        (epoch,), metric = compare_runs.read_run(tmp_path)
+        assert (metric, epoch[main]) == (main, value)
     (tmp_path / 'log.jsonl').write_text(json.dumps(record) + '\n')
     with pytest.raises(ValueError, match=r'no checkpoint at .*checkpoint\.pth'):
         compare_runs.read_run(tmp_path)
     torch.save({'args': {'cls_loss_coef': 1.0, 'bbox_loss_coef': 4}}, tmp_path / 'checkpoint.pth')
-    assert compare_runs.read_run(tmp_path)[0].loss == 1 + 4 + 2, 'of an older version'
+    assert compare_runs.read_run(tmp_path)[0][0]['loss'] == 1 + 4 + 2, 'of an older version'
     for text in ('{', '[' * 100_000):
         (tmp_path / 'log.jsonl').write_text('{}\n' + text)
         with pytest.raises(ValueError, match=r'log\.jsonl, line 2 is not JSON'):

@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.heads import add_reference, inverse_sigmoid
+from models.heads import LogitBoxes, inverse_sigmoid
 from models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from models.structures import Prediction
-from models.training.losses import FocalLoss
-from models.training.matcher import HungarianMatcher, OneToManyMatcher, focal_cost, softmax_cost
-from models.training.structures import Stack
+from models.training.losses import FocalLoss, MatchedPredictions
+from models.training.matcher import HungarianMatcher, OneToManyMatcher, focal_cost, match, softmax_cost
 from tests import rule
 from tests.shared_data import needs_shared, read_shared
 from util.box_ops import box_cxcywh_to_xyxy, box_iou, box_xyxy_to_cxcywh, generalized_box_iou
@@ -83,14 +82,16 @@ def test_focal_loss_equals_official() -> None:
     num = len(positive[0])
     none = torch.zeros(num, dtype=torch.int64)
     index, boxes = (none, *positive), torch.zeros(1, 5, 40, 4)
-    stack = Stack(logits[None, ..., None], boxes, index, none, torch.zeros(num, 4), [num], [num])
+    matched = MatchedPredictions(
+        logits[None, ..., None], boxes, index, none, torch.zeros(num, 4), [num], [num]
+    )
     recorded = RECORDED['sigmoid_focal_loss']
     for alpha, gamma, key in (
         (0.25, 2, 'alpha_.25_gamma_2'),
         (0.4, 1, 'alpha_.4_gamma_1'),
         (-1, 2, 'alpha_-1'),
     ):
-        loss = FocalLoss(alpha, gamma)(stack) / 40 / 4
+        loss = FocalLoss(alpha, gamma)(matched) / 40 / 4
         assert loss.item() == pytest.approx(recorded[key], rel=1e-9)
 
 
@@ -111,9 +112,9 @@ def matcher_targets() -> dict[str, list[dict[str, Tensor]]]:
 @pytest.mark.parametrize('case', ['A', 'B', 'C'])
 def test_matcher_equals_official(name: str, case: str) -> None:
     costs = (1, 5, 2, softmax_cost) if name.startswith('detr') else (2, 5, 2, focal_cost)
-    prediction = Prediction(2 * u('m/logits', 2, 12, 6), boxes('m/', 2, 12))
+    prediction = Prediction(2 * u('m/logits', 2, 12, 6)[None], boxes('m/', 2, 12)[None])
     targets = matcher_targets()[case]
-    pairs = HungarianMatcher(*costs)(prediction, targets)
+    (pairs,) = match(HungarianMatcher(*costs), prediction, targets)
     offsets = [0, len(targets[0]['labels'])]
     for image, (query, target) in enumerate(RECORDED['matcher'][name][case]):
         here = pairs.batch == image
@@ -122,24 +123,23 @@ def test_matcher_equals_official(name: str, case: str) -> None:
 
 
 def test_one_image_is_matched_as_in_a_batch() -> None:
-    prediction = Prediction(torch.randn(2, 12, 6), torch.rand(2, 12, 4) * 0.4 + 0.2)
+    prediction = Prediction(torch.randn(1, 2, 12, 6), torch.rand(1, 2, 12, 4) * 0.4 + 0.2)
     targets = [
         {'labels': torch.randint(0, 6, (num,)), 'boxes': torch.rand(num, 4) * 0.4 + 0.2} for num in (2, 9)
     ]
-    together = HungarianMatcher(2, 5, 2)(prediction, targets)
+    (together,) = match(HungarianMatcher(2, 5, 2), prediction, targets)
     for image, first_target in ((0, 0), (1, 2)):
-        alone = HungarianMatcher(2, 5, 2)(
-            Prediction(prediction.logits[image, None], prediction.boxes[image, None]), [targets[image]]
-        )
+        one = Prediction(prediction.logits[:, image, None], prediction.boxes[:, image, None])
+        (alone,) = match(HungarianMatcher(2, 5, 2), one, [targets[image]])
         here = together.batch == image
         assert alone.query.tolist() == together.query[here].tolist()
         assert alone.target.tolist() == (together.target[here] - first_target).tolist()
 
 
 def test_images_without_objects_give_no_pairs() -> None:
-    prediction = Prediction(torch.randn(2, 12, 6), torch.rand(2, 12, 4))
+    prediction = Prediction(torch.randn(1, 2, 12, 6), torch.rand(1, 2, 12, 4))
     empty = {'labels': torch.zeros(0, dtype=torch.int64), 'boxes': torch.zeros(0, 4)}
-    pairs = HungarianMatcher(1, 5, 2)(prediction, [empty, empty])
+    (pairs,) = match(HungarianMatcher(1, 5, 2), prediction, [empty, empty])
     assert len(pairs.query) == 0 and pairs.count == 0
 
 
@@ -150,11 +150,11 @@ def test_predictions_that_are_not_finite_get_pairs_like_others(
     matcher: HungarianMatcher | OneToManyMatcher,
 ) -> None:
     """Of the image without bad predictions the same pairs."""
-    good = Prediction(torch.randn(2, 12, 6), torch.rand(2, 12, 4))
+    good = Prediction(torch.randn(1, 2, 12, 6), torch.rand(1, 2, 12, 4))
     bad = Prediction(good.logits, good.boxes.clone())
-    bad.boxes[1, :, 2] = float('nan')
+    bad.boxes[0, 1, :, 2] = float('nan')
     target = {'labels': torch.tensor([1]), 'boxes': torch.full((1, 4), 0.3)}
-    expected, found = matcher(good, [target, target]), matcher(bad, [target, target])
+    (expected,), (found,) = (match(matcher, each, [target, target]) for each in (good, bad))
     assert found.query[found.batch == 0].tolist() == expected.query[expected.batch == 0].tolist()
     assert 1 in found.batch
 
@@ -175,6 +175,6 @@ def test_reference_points_are_added_in_logit_space() -> None:
     delta, point = torch.randn(5, 4), torch.rand(5, 2)
     expected = delta.clone()
     expected[:, :2] += inverse_sigmoid(point)
-    torch.testing.assert_close(add_reference(delta, inverse_sigmoid(point)), expected.sigmoid())
-    torch.testing.assert_close(add_reference(delta, None), delta.sigmoid())
+    torch.testing.assert_close(LogitBoxes().decode(delta, LogitBoxes().encode(point)), expected.sigmoid())
+    torch.testing.assert_close(LogitBoxes().decode(delta), delta.sigmoid())
     assert inverse_sigmoid(torch.tensor([0.0, 1.0, 2.0])).isfinite().all()

@@ -20,11 +20,13 @@ from util.config.flags import BOX_TERMS, FLAGS, NO_OPTIONS, TRUST
 from util.config.parser import make_parser
 from util.config.recipes import ZOO, find_recipe, recipe_names, with_named_flags
 from util.config.recorded import SOURCES, adopt, changes_text
-from util.config.settle import EVERYTHING, OLD, Settled, chosen_by, settle
+from util.config.settle import EVERYTHING, OLD, Settled, chosen_by, in_our_names, settle
 
 RECORDED = Path(__file__).parent / 'recorded'
 # Of a recipe that was another reading of its config.
 CHANGED = {'swin_large_co_dino_5scale_lsj_lvis_36ep': {'drop_path_rate': 0.3}}
+# Added since: --evaluator, which LVIS chooses. Merged since: --lsj_size into --img_size, whose default was 1024; --group_aspect_ratio and --bucket_sizes into --batches.
+USUAL_THEN = {'lsj_size': 1024}
 BATCH = ('total_batch_size', 'batch_size')  # a recipe states its batch, which was a comment before
 # Flags of the main.py of DETR, Conditional, Deformable, H-Deformable and MS-DETR. Ours has what they train and evaluate with.
 OFFICIAL = """lr lr_backbone lr_backbone_names lr_linear_proj_names lr_linear_proj_mult batch_size weight_decay epochs lr_drop
@@ -45,14 +47,15 @@ def parse(line: str) -> Namespace:
 @pytest.mark.parametrize('name', recipe_names())
 def test_a_recipe_settles_as_recorded(name: str) -> None:
     """The flags in force before there was a table, but for the batch."""
-    recorded = json.loads((RECORDED / 'recipes.json').read_text())[name]
+    recorded = in_our_names(USUAL_THEN | json.loads((RECORDED / 'recipes.json').read_text())[name])
     settled = json.loads(json.dumps(vars(settle(with_named_flags(parse(f'--recipe {name}')), EVERYTHING))))
     usual = json.loads(json.dumps(vars(settle(Namespace(), EVERYTHING))))
-    batch = {flag: settled[flag] for flag in BATCH}
-    assert settled == usual | recorded | batch | {'recipe': name, 'output_dir': f'exps/{name}'} | CHANGED.get(
+    added = {flag: settled[flag] for flag in (*BATCH, 'evaluator')}
+    assert added['evaluator'] == ('lvis' if 'lvis' in name else 'coco')
+    assert settled == usual | recorded | added | {'recipe': name, 'output_dir': f'exps/{name}'} | CHANGED.get(
         name, {}
     )
-    assert batch['total_batch_size'] in (8, 16, 32, 64) or name == 'detr_r50_masks'
+    assert added['total_batch_size'] in (8, 16, 32, 64) or name == 'detr_r50_masks'
 
 
 @pytest.mark.parametrize('name', [row.name for row in ZOO if row.name])
@@ -253,4 +256,4 @@ def test_old_names_in_records_are_read_and_on_a_command_line_refused(capsys: pyt
     for name in OLD:
         with pytest.raises(SystemExit):
             make_parser('').parse_args([f'--{name}', 'x'])
-        assert 'give --' in capsys.readouterr().err
+        assert OLD[name].instead in capsys.readouterr().err

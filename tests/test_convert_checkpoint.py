@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from models import build_detector, build_model
 from models.detector import load_detector
+from models.weights.layouts import COCO_IDS, to_mmdetection, translate
 from models.weights.load import load_checkpoint
-from models.weights.names import COCO_IDS, to_official
 from models.weights.read import read_checkpoint
-from models.weights.write import to_mmdetection
 from tests.models import HEADS, SMALL, TRICKS
 from tests.runs import fill_disk
 from tools import convert_checkpoint
@@ -70,7 +69,7 @@ def test_averaged_weights_and_the_newer_port_are_read() -> None:
     }
     averaged = {f'ema_{name.replace(".", "_")}': value + 1 for name, value in state.items()}
     for variant in (port, state | averaged):
-        assert same(to_official(variant)[1], model.state_dict())
+        assert same(translate(variant)[1], model.state_dict())
 
 
 def test_a_stripped_file_is_the_plain_model(tmp_path: Path) -> None:
@@ -231,7 +230,7 @@ def test_transformers_has_no_place_for_others(flags: dict, message: str, tmp_pat
     with pytest.raises(ValueError, match=message):
         convert(str(tmp_path / 'run.pth'), tmp_path / 'theirs', stripped=False, to='transformers')
     torch.save(build({}).state_dict(), tmp_path / 'alone.pth')
-    with pytest.raises(ValueError, match=r'tells no flags .* \(--model NAME\)'):
+    with pytest.raises(ValueError, match=r'records no flags .* \(--model NAME\)'):
         convert(str(tmp_path / 'alone.pth'), tmp_path / 'theirs', stripped=False, to='transformers')
     assert not (tmp_path / 'theirs').exists()
 
@@ -252,7 +251,7 @@ def test_official_files_have_their_second_names(flags: dict, aliases: int, tmp_p
     convert(str(tmp_path / 'ours.pth'), tmp_path / 'theirs.safetensors', stripped=False, to='official')
     state = read_checkpoint(tmp_path / 'theirs.safetensors')['model']
     assert len(state) == len(model.state_dict()) + aliases
-    assert same(to_official(state)[1], model.state_dict())
+    assert same(translate(state)[1], model.state_dict())
     if aliases:
         name = 'transformer.decoder.bbox_embed.1.layers.2.bias'
         assert torch.equal(state[name], model.bbox_embed[1].layers[2].bias)
@@ -302,7 +301,7 @@ def test_dinos_own_names_are_read() -> None:
         for name, x in theirs.items()
         if re.match(r'(class|bbox)_embed', name)
     }
-    layout, state = to_official(theirs)
+    layout, state = translate(theirs)
     assert layout == 'IDEA DINO' and same(state, model.state_dict())
     plain = build({'dino': True, 'input_proj_bias': True})
     assert load_checkpoint(plain, {'model': theirs}).layout == 'IDEA DINO'

@@ -14,14 +14,16 @@ from torch.utils._pytree import tree_leaves
 import main
 from engine import build_optimizer
 from models import build_model
+from models.postprocess import postprocess_batch
 from models.structures import Prediction
 from models.training.criterion import weighted_sum
 from models.units import all_units
-from tests.models import SCHEMES, SMALLER, batch, no_chance
+from tests.models import SCHEMES, SMALLER, batch, no_chance, with_masks
 from tests.processes import end_group, in_processes, start_group
 from tests.runs import TINY, load
 from util.distributed.collectives import get_rank, get_world_size
 from util.distributed.parallel import gather, local_gradients, replicate, shard
+from util.nested_tensor import NestedTensor
 
 EQUAL_COUNTS = (
     'denoising',
@@ -142,6 +144,43 @@ def test_sharded_weights_train_as_whole_ones(name: str) -> None:
         assert_equal(result['model'], one['model'])
 
 
+def train_and_detect_masks(rank: int, wrap: str) -> dict[str, torch.Tensor]:
+    """Weights after a step that trains masks of detections, and then the detections of this process's image."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    flags = SMALLER | SCHEMES['denoising'] | {'co_masks': True, 'num_feature_levels': 3}
+    model, criterion, postprocessors = build_model(Namespace(**flags))
+    bare = model.train()
+    if wrap == 'fsdp':
+        shard(model, all_units(model), [Prediction])
+    optimizer = build_optimizer(model, 1e-3, 1e-3, 1e-4)
+    if wrap == 'ddp':
+        model = replicate(model, [Prediction])
+    images, targets = batch(0, [3, 3])
+    images, targets = images[rank, None], with_masks(targets, (64, 64))[rank : rank + 1]
+    with no_chance():
+        losses = criterion(model(images, targets), targets)
+    weighted_sum(losses, criterion.weight_dict).backward()
+    optimizer.step()
+    size = torch.tensor([64, 64])
+    samples = NestedTensor(images, torch.zeros(1, 64, 64, dtype=torch.bool))
+    with torch.no_grad():
+        outputs = bare.eval()(samples)
+        found = postprocess_batch(bare, postprocessors, outputs, [{'size': size, 'orig_size': size}], samples)
+    torch.set_default_dtype(torch.float32)
+    whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in bare.state_dict().items()}
+    return whole | {f'detected {name}': x.double() for name, x in found[0].items()}
+
+
+@pytest.mark.slow
+def test_masks_of_detections_are_trained_and_predicted_with_sharded_weights() -> None:
+    """Those of detections are predicted after the forward pass, when a process has its part of the weights alone."""
+    sharded, replicated = (in_processes(2, train_and_detect_masks, wrap) for wrap in ('fsdp', 'ddp'))
+    for ours, theirs in zip(sharded, replicated, strict=True):
+        assert ours['detected masks'].any() and 'detected mask_scores' in ours
+        assert_equal(ours, theirs)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'backbone', [pytest.param('swin_tiny', marks=pytest.mark.exhaustive), 'mobilenet_v2']
@@ -204,7 +243,7 @@ FROZEN = [
     '0',
     '--aug',
     'lsj',
-    '--lsj_size',
+    '--img_size',
     '64',
     '--sgd',
     '--lr',

@@ -87,11 +87,11 @@ def test_a_file_is_fetched_once(server: str, tmp_path: Path) -> None:
     ('name', 'message'),
     [
         ('cut.pth', 'cut off after 5000 of 7000 bytes'),
-        ('unsized.pth', 'does not tell its length'),
+        ('unsized.pth', 'does not give its length'),
         ('whole-0123abcd.pth', f'its hash is {DIGITS}, its name says 0123abcd'),
         ('stalled.pth', 'timed out'),
         ('absent.pth', '404'),
-        ('elsewhere.pth', r'ftp://127\.0\.0\.1/whole is not fetched'),
+        ('elsewhere.pth', r'ftp://127\.0\.0\.1/whole is not downloaded'),
     ],
 )
 def test_what_does_not_come_whole_is_not_kept(name: str, message: str, server: str, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_what_does_not_come_whole_is_not_kept(name: str, message: str, server: s
         download(f'{server}/{name}', timeout=0.2)
     assert not kept(tmp_path)
     (tmp_path / 'there').write_text('mine')
-    with pytest.raises(UserError, match='fetched'):
+    with pytest.raises(UserError, match='downloaded'):
         fetch(f'{server}/{name}', tmp_path / 'there', '0123abcd', timeout=0.2)
     assert (tmp_path / 'there').read_text() == 'mine' and kept(tmp_path) == {'there'}
 
@@ -112,15 +112,15 @@ def test_a_folder_that_cannot_be_written_is_named(server: str, tmp_path: Path) -
 
 @pytest.mark.parametrize('address', ['http://127.0.0.1:9/w.pth', 'file:///etc/hostname', 'ftp://a/w.pth'])
 def test_only_https_is_fetched(address: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r'is not fetched, since .* use https'):
+    with pytest.raises(UserError, match=r'is not downloaded, since .* use https'):
         fetch(address, tmp_path / 'file')
-    with pytest.raises(UserError, match='is not fetched'):
+    with pytest.raises(UserError, match='is not downloaded'):
         downloads.Redirects().redirect_request(None, None, 302, '', {}, address)
     assert not kept(tmp_path)
 
 
 def test_what_is_no_address_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r'https://\[bad/w.pth is no address \(Invalid IPv6 URL\)'):
+    with pytest.raises(UserError, match=r'https://\[bad/w.pth is not a URL \(Invalid IPv6 URL\)'):
         read_checkpoint('https://[bad/w.pth')
 
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 import main
 from models import build_model
+from models.costs import activation_bytes
 from models.detr import DETR
 from models.ops.functions import use_implementation
 from tests.models import SMALL, TRICKS
 from tests.runs import parse
-from util.costs import activation_bytes
 
 
 def printed(flags: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:

@@ -97,15 +97,15 @@ def test_other_proposals_move_every_query_and_are_judged_by_their_scores(tmp_pat
 
 
 @pytest.mark.parametrize('family', ['two stages', 'dino'])
-def test_a_program_makes_the_choice_of_its_transformer(family: str) -> None:
-    """Whatever the transformer passes to it."""
+def test_a_program_makes_the_choice_of_its_first_stage(family: str) -> None:
+    """Whatever the first stage passes to it."""
 
     class Worst(BestProposals):
         def __call__(self, scores: Tensor, num_proposals: int, largest: bool = False) -> Tensor:
             return scores.topk(num_proposals, dim=1, largest=largest).indices
 
     model = build(MODELS[family])[0].eval()
-    model.transformer.choose_proposals = Worst()
+    model.first_stage.choose = Worst()
     images = export.draw_images(2, 128, 96)
     with torch.no_grad():
         expected = model(images)
@@ -115,7 +115,7 @@ def test_a_program_makes_the_choice_of_its_transformer(family: str) -> None:
     assert torch.equal(logits, expected['pred_logits']) and torch.equal(boxes, expected['pred_boxes'])
     scores = torch.rand(2, taken.max() + 1)
     choose = program.selection
-    assert choose is model.transformer.choose_proposals
+    assert choose is model.first_stage.choose
     choose.asked = scores.topk(3, dim=1).indices
     assert torch.equal(choose(scores, 3, largest=True), choose.asked) and choose.difference == 0
     choose(scores, 3)

@@ -56,7 +56,16 @@ def test_the_way_of_a_batch_names_every_file(tmp_path: Path, monkeypatch: pytest
 
 
 def test_every_task_of_a_researcher_is_shown() -> None:
-    assert [title.split()[2] for title in TASKS] == ['loss', 'backbone', 'data', 'scheme', 'schedule']
+    assert [title.split()[2] for title in TASKS] == [
+        'loss',
+        'backbone',
+        'decoder',
+        'data',
+        'augmentation',
+        'metric',
+        'scheme',
+        'schedule',
+    ]
 
 
 @pytest.mark.slow

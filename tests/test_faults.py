@@ -38,7 +38,7 @@ LONG = [
 
 
 # No padding, which depends on who shares a batch; and no steps by the sign of rounding errors.
-SQUARES = ['--aug', 'lsj', '--lsj_size', '64', '--sgd', '--lr', '1e-2']
+SQUARES = ['--aug', 'lsj', '--img_size', '64', '--sgd', '--lr', '1e-2']
 
 
 def wait_for(log: Path, text: str, seconds: float = 90) -> None:
@@ -91,7 +91,8 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path: 
     flags = [
         '--num_workers',
         '1',
-        '--bucket_sizes',
+        '--batches',
+        'size',
         '--eval_every',
         '2',
         '--shapes_val',
@@ -168,7 +169,9 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path, exhaustive: bool
     while codes != [0, 0]:
         processes = start_group(tmp_path / f'log{disturbed}_', command)
         if disturbed < kills:
-            time.sleep(chance.uniform(0.3, 2.0))
+            if disturbed % 2:  # while it trains; else perhaps while it starts
+                wait_for(tmp_path / f'log{disturbed}_0', 'img/s')
+            time.sleep(chance.uniform(0.0, 1.0))
             chosen = chance.choice([processes, processes[:1], processes[1:]])
             for process in chosen:
                 os.kill(process.pid, chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
@@ -177,7 +180,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path, exhaustive: bool
         assert disturbed <= kills and set(codes) <= {0, 1, UNFINISHED, -signal.SIGKILL, -signal.SIGTERM}
     assert disturbed == kills
     logs = [path.read_text() for path in tmp_path.glob('log*_0')]
-    assert sum('goes on after step' in text for text in logs) >= kills // 3, 'kills came while it trained'
+    assert sum('goes on after step' in text for text in logs) >= kills // 3
     ours, theirs = load(tmp_path / 'parts'), load(whole_run(tmp_path, 2, *flags))
     assert_same(ours, theirs)
     assert (tmp_path / 'whole/metrics.csv').read_text() == (tmp_path / 'parts/metrics.csv').read_text()

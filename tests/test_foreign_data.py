@@ -142,9 +142,9 @@ def test_metrics_equal_those_of_the_coco_form(copies: dict[str, Path], kind: str
             boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)
             found = {'boxes': boxes, 'labels': labels.repeat(3), 'scores': torch.rand(len(boxes))}
             evaluator.update({image_id: found})
-        results.append(evaluator.summarize()['bbox'])
-    assert 0.1 < results[0].stats[0] < 0.9
-    assert results[0].stats == results[1].stats
+        results.append(evaluator.summaries()['bbox'])
+    assert 0.1 < results[0].numbers['AP'] < 0.9
+    assert results[0].numbers == results[1].numbers
     assert [row['AP'] for row in results[0].per_class] == [row['AP'] for row in results[1].per_class]
 
 
@@ -328,19 +328,19 @@ BAD = {
     'a box of words': (
         'voc', 'Annotations/train_{first}.xml',
         '<annotation><filename>a.jpg</filename><object><name>disc</name><bndbox><xmin>left</xmin></bndbox></object></annotation>',
-        'is no annotation of VOC',
+        'is not an annotation of VOC',
     ),
     'an infinite side': (
         'voc', 'Annotations/train_{first}.xml',
         '<annotation><filename>a.jpg</filename><size><height>inf</height></size></annotation>',
-        'is no annotation of VOC',
+        'is not an annotation of VOC',
     ),
     'a box without a side': (
         'voc', 'Annotations/train_{first}.xml',
         '<annotation><filename>a.jpg</filename><object><name>disc</name><bndbox><ymin>1</ymin></bndbox></object></annotation>',
         r'train_.*xml has an object of the corners \[nan, 1.0',
     ),
-    'a negative number': ('yolo', 'labels/train/{first}.txt', '0 0.5 0.5 0.1 -0.1', '-0.1., which is no box or polygon .a size is negative'),
+    'a negative number': ('yolo', 'labels/train/{first}.txt', '0 0.5 0.5 0.1 -0.1', '-0.1., which is neither a box nor a polygon .a size is negative'),
     'no number': ('yolo', 'labels/train/{first}.txt', '0 0.5 nan 0.1 0.1', 'line 1 is .* number not finite'),
     'no data.yaml': ('yolo', 'data.yaml', None, 'must be the folder of data.yaml'),
     'no YAML': ('yolo', 'data.yaml', 'a: [', 'is not YAML'),

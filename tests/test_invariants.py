@@ -15,9 +15,9 @@ from torchvision import ops
 
 from engine import build_optimizer, train_one_epoch
 from main import get_args_parser
-from models.structures import Assignment, Prediction, QueryGroup, attention_blocks
-from models.training.criterion import weighted_sum
-from models.training.structures import Supervision, from_host
+from models.structures import Assignment, QueryGroup, attention_blocks
+from models.training.criterion import Supervision, weighted_sum
+from models.training.matcher import from_host
 from models.units import list_units
 from tests.models import (
     DENSE,
@@ -390,10 +390,8 @@ def test_a_row_of_known_assignments_needs_no_matcher() -> None:
         pairs = Assignment(
             torch.tensor([0, 0, 1, 1]), torch.tensor([3, 4, 5, 6]), torch.tensor([0, 1, 2, 2]), count=8
         )
-        noised = [
-            Prediction(p.logits, p.boxes, 'dn', p.layer, assignment=pairs) for p in outputs['predictions']
-        ]
-        losses = criterion(outputs | {'predictions': outputs['predictions'] + noised}, targets)
+        noised = {'dn': replace(outputs['predictions']['one2one'], assignment=pairs)}
+        losses = criterion(outputs | {'predictions': outputs['predictions'] | noised}, targets)
         for name, value in plain.items():
             torch.testing.assert_close(losses[name], value)
         boxes = torch.cat([target['boxes'] for target in targets])[pairs.target]
@@ -462,7 +460,7 @@ def test_groups_of_queries_are_each_matched_alone(flags: dict) -> None:
         _, plain, _ = build(flags)
         alone = 0.0
         for name in ('one2one', 'group1', 'group2'):
-            group = [replace(p, kind='one2one') for p in outputs['predictions'] if p.kind == name]
+            group = {'one2one': outputs['predictions'][name]}
             alone += weighted_sum(plain({'predictions': group}, targets), plain.weight_dict)
         torch.testing.assert_close(total, alone / 3)
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from datasets.build import build_evaluator
 from datasets.class_map import ClassMap
 from datasets.coco import repeats_of
-from datasets.coco_eval import LVIS_NAMES, CocoEvaluator, encode_masks
+from datasets.coco_eval import LVIS_NAMES, CocoEvaluator, LvisEvaluator, encode_masks
 from datasets.lvis import LvisDetection
 from tests.runs import TINY, parse, run
 from tests.shared_data import build_data
@@ -141,18 +142,16 @@ def independent(data: dict, predictions: dict[int, dict]) -> dict[str, float]:
 def test_federated_numbers_equal_an_independent_computation(seed: int) -> None:
     data, predictions = made(seed)
     class_map = ClassMap.contiguous(data['categories'])
-    evaluator = CocoEvaluator(data, class_map, ('bbox',), 'hotcoco', federated=True)
+    evaluator = LvisEvaluator(data, class_map)
     evaluator.update(predictions)
-    summary = evaluator.summarize()['bbox']
+    summary = evaluator.summaries()['bbox']
     expected = independent(data, predictions)
-    for name, value in zip(summary.names, summary.stats, strict=True):
+    for name, value in summary.numbers.items():
         assert value == pytest.approx(expected[name], abs=1e-6), name
     assert 'rare' in summary.table() and 'AR300' in summary.table()
-    plain = CocoEvaluator(data, class_map, ('bbox',), 'hotcoco')
+    plain = CocoEvaluator(data, class_map)
     plain.update(predictions)
-    assert abs(plain.summarize()['bbox'].stats[0] - summary.stats[0]) > 1e-3, 'the rules matter'
-    with pytest.raises(ValueError, match='only hotcoco knows the rules of LVIS'):
-        CocoEvaluator(data, class_map, ('bbox',), 'pycocotools', federated=True)
+    assert abs(plain.summarize().numbers['AP'] - summary.numbers['AP']) > 1e-3, 'the rules matter'
 
 
 def test_masks_of_boxes_have_the_numbers_of_boxes() -> None:
@@ -171,11 +170,11 @@ def test_masks_of_boxes_have_the_numbers_of_boxes() -> None:
         for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
             mask[:, y0:y1, x0:x1] = 1
         prediction['segmentation'] = encode_masks(masks)
-    evaluator = CocoEvaluator(data, class_map, ('bbox', 'segm'), 'hotcoco', federated=True)
+    evaluator = LvisEvaluator(data, class_map, ('bbox', 'segm'))
     evaluator.update(predictions)
-    boxes, masks = evaluator.summarize().values()
-    np.testing.assert_allclose(masks.stats[:3], boxes.stats[:3], atol=0.02)
-    assert masks.names == LVIS_NAMES
+    boxes, masks = evaluator.summaries().values()
+    np.testing.assert_allclose(list(masks.numbers.values())[:3], list(boxes.numbers.values())[:3], atol=0.02)
+    assert tuple(masks.numbers) == LVIS_NAMES
 
 
 @pytest.mark.parametrize(
@@ -204,13 +203,11 @@ def test_as_many_detections_count_as_are_asked_for(place: int, limit: int, count
         'boxes': torch.tensor([[10.0, 10, 30, 30]]).expand(place, 4),
         'segmentation': encode_masks(mask) * place,
     }
-    evaluator = CocoEvaluator(
-        data, ClassMap.contiguous(data['categories']), ('bbox', 'segm'), 'hotcoco', federated=limit
-    )
+    evaluator = LvisEvaluator(data, ClassMap.contiguous(data['categories']), ('bbox', 'segm'), limit)
     evaluator.update({1: prediction})
-    boxes, masks = evaluator.summarize().values()
-    assert dict(zip(boxes.names, boxes.stats, strict=True))['APr'] == pytest.approx(float(counts))
-    assert dict(zip(masks.names, masks.stats, strict=True))['APr'] == pytest.approx(1), 'by their own scores'
+    boxes, masks = evaluator.summaries().values()
+    assert boxes.numbers['APr'] == pytest.approx(float(counts))
+    assert masks.numbers['APr'] == pytest.approx(1), 'by their own scores'
     first, *_, last = boxes.table().splitlines()
     assert f'AR{limit}' in first and last.endswith(f'; {limit} detections of an image count')
 
@@ -247,8 +244,8 @@ def test_a_data_set_tells_how_many_detections_count(flags: str, counted: int, lv
     args = settle(parse('', flags=f'{flags} --dataset_file lvis --coco_path {lvis_folder}'))
     dataset = build_data('val', args)
     assert dataset.federated == counted
-    evaluator = CocoEvaluator(dataset.ground_truth, dataset.class_map, federated=dataset.federated)
-    assert evaluator.federated == max(300, counted)
+    evaluator = build_evaluator('lvis', dataset)
+    assert evaluator.limit == max(300, counted)
 
 
 def test_files_are_found_by_address_and_repeated(lvis_folder: Path) -> None:

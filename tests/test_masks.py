@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
+from datasets.augmentations import build_augmentation
 from datasets.coco_eval import decode_masks, encode_masks
 from datasets.shapes import ShapesDetection, export
-from datasets.transforms import transforms_of
 from engine import build_optimizer, evaluate
 from models import build_model, postprocess
-from models.detector import IMAGE_FLAGS, Detector, load_detector
+from models.detector import Detector, load_detector
 from models.training.criterion import weighted_sum
 from models.weights.load import load_checkpoint
 from models.weights.read import read_checkpoint
 from tests import rule
 from tests.models import HEADS, MIXED, SMALL, TRICKS, LargestTensor, random_targets, with_masks
-from tests.parity import Case, assert_close, check_pairs, float64
+from tests.parity import Case, assert_close, assignments, check_coefficients, check_pairs, float64
 from tests.runs import ROOT, load, run
 from tests.shared_data import SHARED, needs_shared
 from tools import predict
@@ -99,7 +99,7 @@ def test_masks_and_detections_equal_official(case: MaskCase) -> None:
 @needs_shared
 def test_losses_gradients_and_steps_equal_official(case: MaskCase) -> None:
     model, criterion, _ = case.built
-    assert criterion.weight_dict == case.record['weight_dict']
+    check_coefficients(criterion, case.record['weight_dict'])
     losses = criterion(model.train()(case.samples, case.targets), case.targets)
     assert set(losses) == set(case.record['losses'])
     for name, value in case.record['losses'].items():
@@ -129,9 +129,9 @@ def test_losses_gradients_and_steps_equal_official(case: MaskCase) -> None:
 @needs_shared
 def test_assignments_equal_official(case: MaskCase) -> None:
     _, criterion, _ = case.built
-    by_call = sorted(case.outputs['predictions'], key=lambda p: -1 if p.layer is None else p.layer)
-    for prediction, call in zip(by_call, case.record['matcher_calls']['calls'], strict=True):
-        check_pairs(criterion.table['one2one'].matcher(prediction, case.targets), call, case.targets)
+    *earlier, last = assignments(criterion, 'one2one', case.outputs['predictions'], case.targets)
+    for pairs, call in zip([last, *earlier], case.record['matcher_calls']['calls'], strict=True):
+        check_pairs(pairs, call, case.targets)
 
 
 KINDS = {
@@ -238,7 +238,7 @@ def test_a_run_trains_evaluates_draws_and_predicts_masks(tmp_path: Path) -> None
     assert coco_mask.decode(rows[0]['segmentation']).shape == tuple(rows[0]['segmentation']['size'])
     objects = load_detector(weights=masks)(image, score_threshold=0.0)
     assert objects[0]['mask'].shape == tuple(rows[0]['segmentation']['size'])
-    run(tmp_path / 'tuned', '--masks', '--pretrained', file, '--aug', 'lsj', '--lsj_size', '64', flags=DATA)
+    run(tmp_path / 'tuned', '--masks', '--pretrained', file, '--aug', 'lsj', '--img_size', '64', flags=DATA)
 
 
 @pytest.mark.slow
@@ -335,7 +335,7 @@ def test_masks_are_made_a_few_at_a_time(kind: str, monkeypatch: pytest.MonkeyPat
     else:
         make, quality = postprocess.RegionMaskPostProcess(), torch.rand(number)
         expected = (postprocess.paste(low.sigmoid(), boxes, *size) >= 0.5)[:, None].byte()
-        outputs = {'masks_of': lambda index, boxes, labels: (low.sigmoid(), quality)}
+        outputs = {'region_masks': [(low.sigmoid(), quality)]}
     arguments = outputs, torch.tensor([size]), torch.tensor([seen]), canvas
     pixels = 2 * size[0] * size[1]
     monkeypatch.setattr(postprocess, 'PIXELS_AT_A_TIME', pixels)
@@ -349,6 +349,8 @@ def test_masks_are_made_a_few_at_a_time(kind: str, monkeypatch: pytest.MonkeyPat
         torch.equal(value, plain[key]) for key, value in encoded.items()
     )
     nothing = {key: value[:0] for key, value in one.items()}
+    if kind == 'regions':
+        outputs['region_masks'] = [(low[:0], quality[:0])]
     assert make([nothing], *arguments)[0]['masks'].shape == (0, 1, *size)
     assert make([nothing], *arguments, encode_masks)[0]['segmentation'] == []
 
@@ -361,8 +363,8 @@ def test_masks_of_a_photograph_do_not_fill_the_memory(
     model, _, postprocessors = build_model(Namespace(**SMALL | {'masks': True, 'num_queries': 20}))
     image, seen = torch.randint(0, 256, (3, 600, 800), dtype=torch.uint8), []
     class_map = ShapesDetection(1).class_map
-    args = Namespace(**IMAGE_FLAGS | {'img_size': 48, 'max_size': 64, 'lsj_size': 64})
-    sample = transforms_of('val', args)(
+    args = Namespace(img_size=48, max_size=64)
+    sample = build_augmentation(args).transforms('val')(
         image, {'orig_size': torch.tensor([600, 800]), 'image_id': torch.tensor(7)}
     )
     evaluator = mock.Mock(update=seen.append)

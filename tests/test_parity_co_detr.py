@@ -13,24 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from models import build_postprocessors
-from models.training import atss, faster_rcnn
+from models.training import atss, dense_heads, faster_rcnn
 from models.training.collaborative import CollaborativeHeads
 from models.training.criterion import weighted_sum
 from models.training.dense_heads import BACKGROUND
+from models.weights.layouts import from_mmdetection, to_mmdetection
 from models.weights.load import load_checkpoint
-from models.weights.names import from_mmdetection
-from models.weights.write import to_mmdetection
 from tests import rule
 from tests.conftest import REASON
 from tests.models import HEADS, TRICKS
 from tests.parity import (
     Case,
     assert_close,
+    assignments,
     case_params,
     check_pairs,
     float64,
     optimizer_of,
-    without_classes,
 )
 from tests.shared_data import SHARED, needs_shared
 from util.config.settle import settle
@@ -209,7 +208,8 @@ class Spy:
 class Choices:
     """Calls of the heads' functions in the first training pass, and what they returned."""
 
-    samples: list
+    anchors: list
+    regions: list
     adaptive: list
     queries: list
 
@@ -220,8 +220,9 @@ def choices(case: CollaborativeCase) -> Choices:
         draw_by_rule(monkeypatch)
         spies = (
             Spy(faster_rcnn, 'sample', monkeypatch),
+            Spy(dense_heads, 'sample', monkeypatch),
             Spy(atss, 'assign_adaptively', monkeypatch),
-            Spy(CollaborativeHeads, 'queries', monkeypatch),
+            Spy(CollaborativeHeads, 'query_group', monkeypatch),
         )
         _ = case.first_pass
         return Choices(*(spy.returned for spy in spies))
@@ -233,9 +234,9 @@ def test_training_equals_official(case: CollaborativeCase, choices: Choices) -> 
     model, criterion, _ = case.built
     check_losses(case, case.first_pass.losses, criterion.weight_dict)
     check_gradients(case, model)
-    recorded, num_images = case.record['assignments'], len(case.targets)
-    check_samples(choices.samples[:num_images], recorded['rpn'])
-    check_samples(choices.samples[num_images:], recorded['rcnn'])
+    recorded = case.record['assignments']
+    check_samples(choices.anchors, recorded['rpn'])
+    check_samples(choices.regions, recorded['rcnn'])
     for (_, found), expected in zip(choices.adaptive, recorded['atss'], strict=True):
         places = (found != BACKGROUND).nonzero()[:, 0]
         assert places.tolist() == expected['anchor_index_among_valid']
@@ -290,15 +291,13 @@ def check_queries(case: CollaborativeCase, groups: list) -> None:
         assert_close(recorded['targets'][pairs.batch, pairs.query], boxes[pairs.target], 'targets')
 
 
-def check_matches(case: CollaborativeCase, criterion: nn.Module, predictions: list) -> None:
-    layers = {f'd{index}': index for index in range(5)} | {'d5': None, 'enc': None}
+def check_matches(case: CollaborativeCase, criterion: nn.Module, predictions: dict) -> None:
+    (proposals,), decoder = (
+        assignments(criterion, kind, predictions, case.targets) for kind in ('enc', 'one2one')
+    )
     for name, images in case.record['assignments']['query_head'].items():
-        kind = 'enc' if name == 'enc' else 'one2one'
-        (prediction,) = (p for p in predictions if (p.kind, p.layer) == (kind, layers[name]))
-        row = criterion.table[kind]
-        shown = without_classes(case.targets) if row.class_agnostic else case.targets
         recorded = [(expected['query'], expected['gt']) for expected in images]
-        check_pairs(row.matcher(prediction, shown), recorded, case.targets, name)
+        check_pairs(proposals if name == 'enc' else decoder[int(name[1:])], recorded, case.targets, name)
 
 
 @pytest.mark.slow

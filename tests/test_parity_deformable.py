@@ -23,13 +23,14 @@ from tests.models import TWO_STAGE
 from tests.parity import (
     Case,
     assert_close,
+    assignments,
     case_params,
+    check_coefficients,
     check_losses,
     check_pairs,
     float64,
     optimizer_of,
     to_targets,
-    without_classes,
 )
 from tests.shared_data import SHARED, needs_shared, read_shared
 from util.config.settle import settle
@@ -105,7 +106,7 @@ def test_parameters_have_official_names_shapes_and_order(case: DeformableCase) -
     assert trainable == set(case.record['trainable'])
     assert sum(p.numel() for p in model.parameters()) == case.record['num_params_total']
     if 'weight_dict' in case.record:
-        assert criterion.weight_dict == case.record['weight_dict']
+        check_coefficients(criterion, case.record['weight_dict'])
 
 
 @needs_shared
@@ -129,12 +130,11 @@ def test_training_outputs_equal_official(case: DeformableCase) -> None:
     steps = trained(case).record['npz']
     predictions = case.outputs['predictions']
     for kind, prefix in (('one2one', 'aux'), ('o2m', 'o2m_aux')):
-        aux = [p for p in predictions if p.layer is not None and p.kind == kind]
-        if not aux:
+        if kind not in predictions or len(predictions[kind].logits) == 1:
             assert f'{prefix}_pred_logits' not in case.arrays
             continue
-        logits = torch.stack([p.logits[:, :: steps['aux_pred_logits_every_kth_query']] for p in aux])
-        boxes = torch.stack([p.boxes[:, :: steps['aux_pred_boxes_every_kth_query']] for p in aux])
+        logits = predictions[kind].logits[:-1, :, :: steps['aux_pred_logits_every_kth_query']]
+        boxes = predictions[kind].boxes[:-1, :, :: steps['aux_pred_boxes_every_kth_query']]
         assert_close(
             logits,
             case.arrays[f'{prefix}_pred_logits'],
@@ -144,15 +144,15 @@ def test_training_outputs_equal_official(case: DeformableCase) -> None:
         assert_close(
             boxes, case.arrays[f'{prefix}_pred_boxes'], f'boxes of earlier layers, {kind}', **case.tolerance
         )
-    for o2m in (p for p in predictions if p.kind == 'o2m' and p.layer is None):
-        logits = o2m.logits[:, :: steps['o2m_pred_logits_every_kth_query']]
-        boxes = o2m.boxes[:, :: steps['o2m_pred_boxes_every_kth_query']]
+    if 'o2m' in predictions:
+        logits = predictions['o2m'].logits[-1][:, :: steps['o2m_pred_logits_every_kth_query']]
+        boxes = predictions['o2m'].boxes[-1][:, :: steps['o2m_pred_boxes_every_kth_query']]
         assert_close(logits, case.arrays['o2m_pred_logits'], 'second logits', **case.tolerance)
         assert_close(boxes, case.arrays['o2m_pred_boxes'], 'second boxes', **case.tolerance)
-    for enc in (p for p in predictions if p.kind == 'enc'):
-        scores = enc.logits[:, :: steps['enc_class0_logit_every_kth_token'], 0]
+    if 'enc' in predictions:
+        scores = predictions['enc'].logits[-1][:, :: steps['enc_class0_logit_every_kth_token'], 0]
         assert_close(scores, case.arrays['enc_class0_logit'], 'proposal scores', **case.tolerance)
-        boxes = enc.boxes[:, :: steps['enc_pred_boxes_every_kth_token']]
+        boxes = predictions['enc'].boxes[-1][:, :: steps['enc_pred_boxes_every_kth_token']]
         assert_close(boxes, case.arrays['enc_pred_boxes'], 'proposal boxes', **case.tolerance)
 
 
@@ -190,14 +190,15 @@ def test_training_equals_official(case: DeformableCase, target_set: str, exhaust
     assert missing == set(recorded.get('parameters_without_gradient', []))
 
 
-def check_assignments(criterion: nn.Module, predictions: list, targets: list[dict], recorded: dict) -> None:
+def check_assignments(criterion: nn.Module, predictions: dict, targets: list[dict], recorded: dict) -> None:
     """Matcher calls were recorded in this order: kind by kind, of each the last layer, then the earlier ones."""
-    order = ('one2one', 'o2m', 'enc')
-    ordered = sorted(predictions, key=lambda p: (order.index(p.kind), -1 if p.layer is None else p.layer))
-    for prediction, call in zip(ordered, recorded['matches'], strict=True):
-        row = criterion.table[prediction.kind]
-        shown = without_classes(targets) if row.class_agnostic else targets
-        check_pairs(row.matcher(prediction, shown), call['indices'], targets)
+    found = []
+    for kind in ('one2one', 'o2m', 'enc'):
+        if kind in predictions:
+            *earlier, last = assignments(criterion, kind, predictions, targets)
+            found += [last, *earlier]
+    for pairs, call in zip(found, recorded['matches'], strict=True):
+        check_pairs(pairs, call['indices'], targets)
 
 
 @pytest.mark.slow

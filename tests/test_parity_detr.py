@@ -13,10 +13,18 @@ from torch import Tensor, nn
 
 from engine import build_optimizer
 from models.training.criterion import weighted_sum
-from models.training.structures import Targets
+from models.training.matcher import Targets
 from tests import rule
 from tests.conftest import REASON
-from tests.parity import Case, assert_close, case_params, check_pairs, float64
+from tests.parity import (
+    Case,
+    assert_close,
+    assignments,
+    case_params,
+    check_coefficients,
+    check_pairs,
+    float64,
+)
 from tests.shared_data import SHARED, needs_shared
 
 STEPPED = ('r50',)  # cases whose optimizer steps are always compared
@@ -67,7 +75,7 @@ def test_parameters_have_official_names_shapes_and_order(case: DenseCase) -> Non
     assert entries == case.record['state_dict']
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert frozen == case.record['not_trainable']
-    assert criterion.weight_dict == case.record['weight_dict']
+    check_coefficients(criterion, case.record['weight_dict'])
 
 
 @needs_shared
@@ -100,16 +108,16 @@ def test_training_equals_official(case: DenseCase) -> None:
         assert_close(norms[name], value, f'gradient of {name}')
     if 'aux_pred_boxes' in case.arrays:
         every = case.record['npz']['aux_boxes_every_k_th_query']
-        aux = torch.stack([p.boxes[:, ::every] for p in case.outputs['predictions'] if p.layer is not None])
+        aux = torch.stack([layer['pred_boxes'][:, ::every] for layer in case.outputs['aux_outputs']])
         assert_close(aux, case.arrays['aux_pred_boxes'], 'boxes of earlier layers')
 
 
 @needs_shared
 def test_assignments_equal_official(case: DenseCase) -> None:
     _, criterion, _ = case.built
-    by_call = sorted(case.outputs['predictions'], key=lambda p: -1 if p.layer is None else p.layer)
-    for prediction, call in zip(by_call, case.record['matcher_calls']['calls'], strict=True):
-        check_pairs(criterion.table['one2one'].matcher(prediction, case.targets), call, case.targets)
+    *earlier, last = assignments(criterion, 'one2one', case.outputs['predictions'], case.targets)
+    for pairs, call in zip([last, *earlier], case.record['matcher_calls']['calls'], strict=True):
+        check_pairs(pairs, call, case.targets)
 
 
 @pytest.mark.slow

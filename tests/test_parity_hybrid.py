@@ -22,12 +22,13 @@ from tests.conftest import REASON
 from tests.parity import (
     Case,
     assert_close,
+    assignments,
     case_params,
+    check_coefficients,
     check_losses,
     check_pairs,
     float64,
     optimizer_of,
-    without_classes,
 )
 from tests.shared_data import SHARED, needs_shared
 from util.box_ops import box_iou
@@ -91,20 +92,19 @@ def case(request: pytest.FixtureRequest) -> HybridCase:
     return HybridCase(request.param)
 
 
-def check_assignments(case: HybridCase, criterion: nn.Module, predictions: list) -> None:
+def check_assignments(case: HybridCase, criterion: nn.Module, predictions: dict) -> None:
     targets = case.targets
+    found = {kind: assignments(criterion, kind, predictions, targets) for kind in predictions}
     for name, recorded in case.record['matcher_indices'].items():
         kind, layer = name.split('_')
         kind = 'enc' if layer == 'enc' else kind
-        layer = int(layer[3:]) if layer.startswith('aux') else None
-        (prediction,) = (p for p in predictions if (p.kind, p.layer) == (kind, layer))
-        shown = without_classes(targets) if kind == 'enc' else targets
+        layer = int(layer[3:]) if layer.startswith('aux') else -1
         # Objects are repeated as a block, and ours are counted once.
         recorded = [
             (query, [index % len(target['labels']) for index in block])
             for (query, block), target in zip(recorded, targets, strict=True)
         ]
-        check_pairs(criterion.table[kind].matcher(prediction, shown), recorded, targets, name)
+        check_pairs(found[kind][layer], recorded, targets, name)
 
 
 @needs_shared
@@ -119,7 +119,7 @@ def test_the_command_line_builds_the_official_model(case: HybridCase) -> None:
     parameters = list(model.parameters())
     assert sum(p.numel() for p in parameters) == record['n_parameters_total']
     assert sum(p.numel() for p in parameters if p.requires_grad) == record['n_parameters_trainable']
-    assert criterion.weight_dict == record['weight_dict']
+    check_coefficients(criterion, record['weight_dict'])
     groups = optimizer_of(model, case.args).param_groups
     for ours, theirs in zip(groups, record['optimizer_groups'], strict=True):
         assert ours['lr'] == pytest.approx(theirs['lr']) and ours['weight_decay'] == theirs['weight_decay']
@@ -147,12 +147,10 @@ def test_training_equals_official(case: HybridCase) -> None:
     model, criterion, _ = case.built
     recorded, outputs = case.record['train'], case.outputs
     strides = {kind: recorded[f'{kind}_query_stride'] for kind in ('one2one', 'one2many')}
-    last = {p.kind: p for p in outputs['predictions'] if p.layer is None}
-    assert_close(
-        last['one2one'].boxes[:, :: strides['one2one']], case.arrays['train_pred_boxes'], 'boxes', **CLOSE
-    )
+    last = {kind: prediction.boxes[-1] for kind, prediction in outputs['predictions'].items()}
+    assert_close(last['one2one'][:, :: strides['one2one']], case.arrays['train_pred_boxes'], 'boxes', **CLOSE)
     if 'one2many' in last:
-        boxes = last['one2many'].boxes[:, :: strides['one2many']]
+        boxes = last['one2many'][:, :: strides['one2many']]
         assert_close(boxes, case.arrays['train_pred_boxes_one2many'], 'one-to-many boxes', **CLOSE)
     check_losses(case.first_pass.losses, criterion.weight_dict, recorded)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}

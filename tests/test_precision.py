@@ -68,10 +68,10 @@ def test_bf16_trains(flags: dict) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-    for prediction in outputs['predictions']:
+    for kind, prediction in outputs['predictions'].items():
         for name in ('logits', 'boxes', 'anchors'):
             value = getattr(prediction, name)
-            assert value is None or value.dtype == torch.float32, (prediction.kind, name)
+            assert value is None or value.dtype == torch.float32, (kind, name)
     assert outputs['pred_boxes'].dtype == outputs['pred_logits'].dtype == torch.float32
     boxes = outputs['pred_boxes']
     assert (boxes - boxes.bfloat16()).abs().max() > 1e-4, 'they have float32 numbers, not only the type'

@@ -298,7 +298,7 @@ def test_an_address(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with served(handler) as server:
         address = f'{server}/images'
         for checkpoint in (trained / 'checkpoint.pth', f'{server}/checkpoint.pth'):
-            with pytest.raises(SystemExit, match=r'http://.* is not fetched, since .*add --allow_http'):
+            with pytest.raises(SystemExit, match=r'http://.* is not downloaded, since .*add --allow_http'):
                 predicted(*words(trained, f'{address}/2.jpg', tmp_path, '--checkpoint', str(checkpoint)))
         monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'hub'))
         weights = ['--checkpoint', f'{server}/checkpoint.pth', '--allow_http']
@@ -306,7 +306,7 @@ def test_an_address(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert {row['file_name'] for row in json.loads((tmp_path / 'predictions.json').read_text())} == {
             '2.jpg'
         }
-        with pytest.raises(SystemExit, match=r'gone\.jpg could not be fetched'):
+        with pytest.raises(SystemExit, match=r'gone\.jpg could not be downloaded'):
             predicted(*words(trained, f'{address}/gone.jpg', tmp_path, '--allow_http'))
 
 

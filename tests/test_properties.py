@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from datasets.coco import CocoDetection, Reading
-from datasets.transforms import make_transforms
+from datasets.augmentations import DETRAugmentation
+from datasets.coco import CocoDetection
+from datasets.targets import Reading
 from models.structures import Prediction
-from models.training.matcher import HungarianMatcher, OneToManyMatcher, stack_predictions
-from models.training.structures import Targets
+from models.training.matcher import HungarianMatcher, OneToManyMatcher, Targets, match
 from models.weights.read import read_checkpoint
 from util.box_ops import box_cxcywh_to_xyxy, box_iou, box_xyxy_to_cxcywh, generalized_box_iou
 from util.files import save_checkpoint
@@ -65,14 +65,14 @@ def test_ious_keep_their_bounds(first: Tensor, second: Tensor) -> None:
 def test_no_assignment_is_better_than_the_matchers(num_objects: int, num_queries: int, seed: int) -> None:
     torch.manual_seed(seed)
     matcher = HungarianMatcher(2, 5, 2)
-    prediction = Prediction(torch.randn(1, num_queries, 4), torch.rand(1, num_queries, 4))
+    prediction = Prediction(torch.randn(1, 1, num_queries, 4), torch.rand(1, 1, num_queries, 4))
     target = {'labels': torch.randint(0, 3, (num_objects,)), 'boxes': torch.rand(num_objects, 4)}
-    found = matcher(prediction, [target])
+    (found,) = match(matcher, prediction, [target])
     assert sorted(found.target.tolist()) == list(range(num_objects))
     assert len(set(found.query.tolist())) == num_objects
     if not num_objects:
         return
-    cost = matcher.cost(stack_predictions([prediction]), Targets.pack([target]))[0, 0]
+    cost = matcher.cost(prediction, Targets.pack([target]))[0, 0]
     own = sum(cost[t, q].item() for q, t in zip(found.query.tolist(), found.target.tolist(), strict=True))
     best = min(
         sum(cost[t, q].item() for t, q in enumerate(chosen))
@@ -86,9 +86,9 @@ def test_no_assignment_is_better_than_the_matchers(num_objects: int, num_queries
 def test_every_object_gets_a_query_of_the_many(num_objects: int, num_queries: int, k: int, seed: int) -> None:
     """If there are enough queries: at most k each, and pairs exist only once."""
     torch.manual_seed(seed)
-    prediction = Prediction(torch.randn(1, num_queries, 4), torch.rand(1, num_queries, 4))
+    prediction = Prediction(torch.randn(1, 1, num_queries, 4), torch.rand(1, 1, num_queries, 4))
     target = {'labels': torch.randint(0, 3, (num_objects,)), 'boxes': torch.rand(num_objects, 4)}
-    found = OneToManyMatcher(k, 0.4, 0.7, 0.3)(prediction, [target])
+    (found,) = match(OneToManyMatcher(k, 0.4, 0.7, 0.3), prediction, [target])
     pairs = list(zip(found.query.tolist(), found.target.tolist(), strict=True))
     assert len(set(pairs)) == len(pairs)
     assert all(0 <= q < num_queries and 0 <= t < num_objects for q, t in pairs)
@@ -114,7 +114,7 @@ def test_transforms_keep_boxes_labels_and_masks_together(
         'orig_size': torch.tensor([height, width]), 'size': torch.tensor([height, width]),
     }  # fmt: skip
     with local_seed(seed):
-        image, seen = make_transforms(aug, img_size=64)(
+        image, seen = DETRAugmentation(64).transforms(aug)(
             torch.zeros(3, height, width, dtype=torch.uint8), target
         )
     assert image.shape[1:] == seen['masks'].shape[1:] == tuple(seen['size'].tolist())

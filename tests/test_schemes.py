@@ -19,16 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine import build_optimizer, train_one_epoch
 from main import get_args_parser
 from models import build_detector, build_model
-from models.ms_detr import SecondReading
+from models.ms_detr import BranchB
 from models.structures import Assignment, Memory, Prediction
 from models.training import atss, build_supervision, faster_rcnn
 from models.training.criterion import weighted_sum
-from models.training.matcher import OneToManyMatcher, merge, stack_predictions
-from models.training.report import epoch_statistics, statistics_text, supervision_table
-from models.training.structures import Targets
+from models.training.matcher import OneToManyMatcher, Targets, match, merge_pairs
+from models.training.report import statistics_text, supervision_table
 from models.weights.load import load_checkpoint
 from tests.models import HEADS, SMALL, TRICKS, TWO_STAGE, CountSyncs, random_targets
-from tests.parity import check_pairs, float64, optimizer_of, to_targets, without_classes
+from tests.parity import assignments, check_coefficients, check_pairs, float64, optimizer_of, to_targets
 from tests.runs import ROOT
 from tests.shared_data import SHARED, build_data, needs_shared, read_shared
 from tools.benchmarks.reference_criterion import hybrid_batch, reference_losses
@@ -114,12 +113,12 @@ def test_one_to_many_matcher_equals_official(name: str) -> None:
     case = MATCHER[name]
     with np.load(SHARED / 'parity/ms_detr/matcher_one_to_many.npz') as archive:
         arrays = {key: torch.from_numpy(value) for key, value in archive.items()}
-    prediction = Prediction(arrays[f'{name}__pred_logits'], arrays[f'{name}__pred_boxes'])
+    prediction = Prediction(arrays[f'{name}__pred_logits'][None], arrays[f'{name}__pred_boxes'][None])
     targets = to_targets(case['targets'])
     matcher = OneToManyMatcher(case['k'], case['threshold'])
-    scores = matcher.cost(stack_predictions([prediction]), Targets.pack(targets))[0]
+    scores = matcher.cost(prediction, Targets.pack(targets))[0]
     torch.manual_seed(case['torch_manual_seed'])
-    pairs = matcher(prediction, targets)
+    (pairs,) = match(matcher, prediction, targets)
     assert pairs.count == sum(len(target['labels']) for target in targets)
     for image, target in enumerate(targets):
         expected = arrays[f'{name}__cost{image}']
@@ -139,15 +138,15 @@ def test_a_query_of_two_objects_has_the_class_of_the_better_one() -> None:
         predicted[0, 3] = boxes[0]
         # Two queries count for the second object, whose ranking query 3 leads.
         predicted[0, 5] = predicted[0, 6] = torch.tensor([0.5, 0.5, 0.4, 0.2])
-        o2m = Prediction(logits, predicted, 'o2m')
-        pairs = criterion.table['o2m'].matcher(o2m, targets)
+        o2m = Prediction(logits[None], predicted[None])
+        (pairs,) = match(criterion.table['o2m'].matcher, o2m, targets)
         claims = pairs.query == 3
-        assert claims.sum() == 2 and pairs.decides_class[claims].tolist() == [False, True]
+        assert claims.sum() == 2 and pairs.is_class_target[claims].tolist() == [False, True]
         assert pairs.target[claims].tolist() == [1, 0]
-        losses = criterion({'predictions': [o2m]}, targets)
+        losses = criterion({'predictions': {'o2m': o2m}}, targets)
         asked = torch.zeros(16, 6)
         for query, target in zip(
-            pairs.query[pairs.decides_class], pairs.target[pairs.decides_class], strict=True
+            pairs.query[pairs.is_class_target], pairs.target[pairs.is_class_target], strict=True
         ):
             asked[query, targets[0]['labels'][target]] = 1
         ce = nn.functional.binary_cross_entropy_with_logits(logits[0], asked, reduction='none')
@@ -161,12 +160,12 @@ def test_merged_pairs_leave_taken_queries_alone() -> None:
     def pairs(*rows: tuple[int, int, int]) -> Assignment:
         return Assignment(*torch.tensor(rows).T, count=2.0)
 
-    many = replace(pairs((0, 4, 0), (0, 4, 1)), decides_class=torch.tensor([False, True]))
-    both = merge(many, pairs((0, 4, 0), (0, 7, 1), (1, 4, 2)))
+    many = replace(pairs((0, 4, 0), (0, 4, 1)), is_class_target=torch.tensor([False, True]))
+    both = merge_pairs(many, pairs((0, 4, 0), (0, 7, 1), (1, 4, 2)))
     assert list(zip(both.batch.tolist(), both.query.tolist(), both.target.tolist(), strict=True)) == [
         (0, 4, 0), (0, 4, 1), (0, 7, 1), (1, 4, 2),
     ]  # fmt: skip
-    assert both.decides_class.tolist() == [False, True, True, True]
+    assert both.is_class_target.tolist() == [False, True, True, True]
 
 
 def test_merging_adds_the_one_to_one_pairs() -> None:
@@ -184,11 +183,10 @@ def test_merging_adds_the_one_to_one_pairs() -> None:
         }
         criterion, _, _ = build_supervision(settle(Namespace(**SMALL | flags)))
         torch.manual_seed(1)
-        logits, boxes = torch.randn(1, 60, 6), torch.rand(1, 60, 4)
-        predictions = [Prediction(logits, boxes, kind) for kind in ('one2one', 'o2m')]
-        criterion({'predictions': predictions}, targets)
+        prediction = Prediction(torch.randn(1, 1, 60, 6), torch.rand(1, 1, 60, 4))
+        criterion({'predictions': dict.fromkeys(('one2one', 'o2m'), prediction)}, targets)
         queries = [
-            set(criterion.table[kind].matcher(predictions[0], targets).query.tolist())
+            set(match(criterion.table[kind].matcher, prediction, targets)[0].query.tolist())
             for kind in ('one2one', 'o2m')
         ]
         assert criterion.tally['o2m'] == len(queries[1] | queries[0] if merged else queries[1])
@@ -211,7 +209,7 @@ def check_training(flags: dict, names: tuple[str, ...], targets: list[dict]) -> 
     losses = criterion(outputs, targets)
     kinds = {'one2one'}.union(*(KINDS[name] for name in names))
     kinds |= {'enc'} if flags.get('two_stage') or flags.get('dino') else set()
-    assert {p.kind for p in outputs['predictions']} == kinds == set(criterion.table)
+    assert set(outputs['predictions']) == kinds == set(criterion.table)
     assert all(value.isfinite() for value in losses.values())
     assert set(losses) >= {f'loss_ce{"" if kind == "one2one" else "_" + kind}' for kind in kinds}
     weighted_sum(losses, criterion.weight_dict).backward()
@@ -256,7 +254,7 @@ def test_accumulated_batches_share_the_count_of_noised_objects() -> None:
     assert (count([3, 2]), count([1, 0]), count([0, 0]), count([30, 1])) == (3 * 5, 10 * 1, 0, 31)
     memory = Memory(torch.zeros(2, 0, 32), torch.zeros(2, 0), [])
     for sizes in ((3, 2), (1, 0), (0, 0), (30, 1)):
-        (group,), _ = sources['denoising'](memory, random_targets(*sizes))
+        (group,), _ = sources['denoising'].queries(memory, random_targets(*sizes))
         assert group.assignment.count == count(list(sizes)) == len(group.assignment.query)
 
 
@@ -350,9 +348,10 @@ def test_schemes_leave_inference_alone(
     if 'query_embed.weight' in state:
         state['query_embed.weight'] = state['query_embed.weight'][:12]
     plain.load_state_dict(state)
-    monkeypatch.setattr(SecondReading, 'second_reading', lambda *_: pytest.fail('training code at inference'))
+    monkeypatch.setattr(BranchB, 'o2m_branch', lambda *_: pytest.fail('training code at inference'))
     for source in model.query_sources.values():
-        monkeypatch.setattr(source, 'forward', lambda *_: pytest.fail('training code at inference'))
+        for name in ('queries', 'losses'):
+            monkeypatch.setattr(source, name, lambda *_: pytest.fail('training code at inference'))
     images = [torch.randn(3, 64, 64), torch.randn(3, 64, 96)]
     before = deepcopy(plain_state(model.eval()))
     with torch.no_grad():
@@ -457,7 +456,7 @@ def test_official_command_lines_of_ms_detr_build_the_official_model(name: str) -
     differing = {key for key, value in record['arguments'].items() if vars(args).get(key, value) != value}
     assert differing <= {'device', 'output_dir', 'num_workers', 'coco_path', 'dist_url'}
     model, criterion, _ = build_model(args)
-    assert criterion.weight_dict == record['weight_dict']
+    check_coefficients(criterion, record['weight_dict'])
     assert sum(p.numel() for p in model.parameters()) == record['num_params_total']
     named = {official for _, _, official in record['state_dict']}
     assert sum(1 for _ in model.parameters()) == len(record['parameter_order'])
@@ -476,9 +475,9 @@ def test_the_ledger_names_every_kind() -> None:
     assert '24 queries' in text and 'every object 3 times' in text and '3 x objects, all x 0.5' in text
     assert 'on anchors' in text and 'one2one, read twice' in text and 'from 0.4' in text
     assert text.count('3 x  ') == 4, 'decoder layers'
-    tally = Counter({'one2one': 4.0, 'o2m': 10.0, 'objects': 4})
+    criterion.tally = Counter({'one2one': 4.0, 'o2m': 10.0, 'objects': 4})
     averages = {'loss_ce': 1.0, 'loss_ce_0': 1.0, 'loss_ce_1_o2m': 3.0, 'class_error': 50.0}
-    found = epoch_statistics(criterion.table, criterion.weight_dict, tally, averages)
+    found = criterion.statistics(averages)
     assert found == {
         'positives_one2one': 1.0, 'positives_o2m': 2.5, 'share_one2one': 0.25, 'share_o2m': 0.75,
     }  # fmt: skip
@@ -549,7 +548,7 @@ def test_stacked_losses_equal_layer_by_layer_ones(num_objects: tuple[int, int]) 
     predictions, targets = hybrid_batch(num_objects, num_tokens=2000, queries=(300, 600))
     losses = criterion({'predictions': predictions}, targets)
     expected, matches = reference_losses(predictions, targets, k=6)
-    leaves = [x for p in predictions for x in (p.logits, p.boxes)]
+    leaves = [x for p in predictions.values() for x in (p.logits, p.boxes)]
     gradients = []
     for found in (losses, expected):
         total = weighted_sum(
@@ -561,16 +560,13 @@ def test_stacked_losses_equal_layer_by_layer_ones(num_objects: tuple[int, int]) 
         torch.testing.assert_close(losses[name], value, rtol=1e-5, atol=1e-6, msg=name)
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
-    for prediction in predictions:
-        layer = '' if prediction.layer is None else f'_{prediction.layer}'
-        kind = prediction.kind
-        reference = matches[layer + ('' if kind == 'one2one' else f'_{kind}')]
-        shown = without_classes(targets) if kind == 'enc' else targets
+    found = [pairs for kind in predictions for pairs in assignments(criterion, kind, predictions, targets)]
+    for pairs, reference in zip(found, matches.values(), strict=True):
         expected = [
             (query.tolist(), (target % max(number, 1)).tolist())
             for (query, target), number in zip(reference, num_objects, strict=True)
         ]
-        check_pairs(criterion.table[kind].matcher(prediction, shown), expected, targets)
+        check_pairs(pairs, expected, targets)
 
 
 def test_criterion_of_hybrid_training_is_few_calls_and_one_copy() -> None:
@@ -579,7 +575,7 @@ def test_criterion_of_hybrid_training_is_few_calls_and_one_copy() -> None:
     flags = TWO_STAGE | {'hybrid_k': 6}
     criterion, _, _ = build_supervision(settle(Namespace(**flags)))
     predictions, targets = hybrid_batch()
-    leaves = [x for p in predictions for x in (p.logits, p.boxes)]
+    leaves = [x for p in predictions.values() for x in (p.logits, p.boxes)]
     with CountCalls() as calls, CountSyncs() as syncs:
         losses = criterion({'predictions': predictions}, targets)
         total = weighted_sum(losses, criterion.weight_dict)

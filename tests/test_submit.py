@@ -1,12 +1,15 @@
 """run_with_submitit.py without a cluster: what it asks for, and what it refuses. tests/test_slurm.py runs it."""
 
 import pickle
-from argparse import Namespace
+import subprocess
+import sys
 from pathlib import Path
 
+import cloudpickle
 import pytest
 
-from run_with_submitit import Training, find_job_dir, get_submit_parser, job_parameters, submit
+import run_with_submitit
+from run_with_submitit import find_job_dir, get_submit_parser, job_parameters, submit
 from tests.runs import TINY
 from util.errors import UserError
 
@@ -39,14 +42,31 @@ def test_the_folder_of_a_job_is_its_output_folder(tmp_path: Path) -> None:
         assert find_job_dir(get_submit_parser().parse_args([flag, f'{tmp_path}/%j'])) == f'{tmp_path}/%j'
 
 
+def pickled() -> bytes:
+    """A job as submitit writes it, which pickles what is defined in the program itself by its content."""
+    args = get_submit_parser().parse_args(TINY.split())
+    cloudpickle.register_pickle_by_value(run_with_submitit)
+    try:
+        return cloudpickle.dumps(run_with_submitit.Training(args, args.given))
+    finally:
+        cloudpickle.unregister_pickle_by_value(run_with_submitit)
+
+
 def test_a_continued_job_has_the_flags_of_the_first() -> None:
     """But goes on with its checkpoint, if there is one."""
-    training = pickle.loads(pickle.dumps(Training(get_submit_parser().parse_args(TINY.split()))))
-    assert type(training.args) is Namespace, 'which is read where no module of ours is known yet'
+    training = pickle.loads(pickled())
     assert 'hidden_dim' in training.given and 'nheads' in training.given and 'dropout' not in training.given
     before = dict(vars(training.args))
     after = vars(training.checkpoint().function.args)
     assert after == before | {'resume': 'auto'}
+
+
+def test_a_task_reads_its_job_in_another_folder(tmp_path: Path) -> None:
+    """Where no module of ours is known yet."""
+    (tmp_path / 'job').write_bytes(pickled())
+    code = 'import pickle, sys; print(pickle.load(open("job", "rb")).args.hidden_dim, "util" in sys.modules)'
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ['32', 'False'], done.stderr
 
 
 TEXTS = ('job_dir', 'output_dir', 'job_name', 'partition', 'constraint', 'comment', 'qos', 'account')

@@ -15,14 +15,15 @@ from models import build_model
 from models.backbone import build_backbone
 from models.swin import (
     SWIN_SIZES,
-    SwinBlock,
+    FeedForward,
     SwinSize,
     SwinTransformer,
     WindowAttention,
     load_pretrained,
     resize_table,
 )
-from models.weights.names import to_official
+from models.vit_blocks import Block
+from models.weights.layouts import translate
 from tests import rule
 from tests.models import TWO_STAGE
 from tests.parity import assert_close, float64
@@ -134,7 +135,7 @@ def test_the_shift_stays_on_where_one_window_covers_the_map() -> None:
 
 
 def test_paths_are_dropped_for_whole_images_in_training_only() -> None:
-    block = SwinBlock(16, 1, 5, 0, drop_path=0.5)
+    block = Block(16, WindowAttention(16, 1, 5, 0), FeedForward(16), drop_path=0.5)
     nn.init.zeros_(block.mlp.fc2.weight)
     nn.init.zeros_(block.mlp.fc2.bias)
     x = torch.randn(64, 5, 5, 16)
@@ -306,7 +307,7 @@ def test_detrex_checkpoints_name_swin_without_the_joiner() -> None:
         'layers.0.downsample.norm.weight',
     )
     state = {f'backbone.{name}': torch.ones(1) for name in names}
-    layout, state = to_official(state | {'transformer.level_embeds': torch.ones(4, 256)})
+    layout, state = translate(state | {'transformer.level_embeds': torch.ones(4, 256)})
     assert layout == 'detrex' and {f'backbone.0.body.{name}' for name in names} < set(state)
 
 

@@ -30,7 +30,7 @@ from util.visualize import PANEL
 PREPARED = {'img_size': 96, 'max_size': None, 'aug': 'detr'}
 DENSE_FAMILIES = DENSE | {'pre-norm': {'pre_norm': True}, 'all, conditional': FAMILIES['all, conditional']}
 SAMPLING = {name: flags for name, flags in FAMILIES.items() if name not in DENSE_FAMILIES}
-SAMPLING['two stages, square'] = TWO_STAGE | {'aug': 'lsj', 'lsj_size': 128}
+SAMPLING['two stages, square'] = TWO_STAGE | {'aug': 'lsj', 'img_size': 128}
 NAMES = ('disc', 'ring', None, 'triangle', 'star', 'cross')
 dense = pytest.mark.parametrize('flags', DENSE_FAMILIES.values(), ids=DENSE_FAMILIES)
 sampling = pytest.mark.parametrize('flags', SAMPLING.values(), ids=SAMPLING)

@@ -16,9 +16,8 @@ from models import build_model
 from models.training.criterion import weighted_sum
 from models.training.faster_rcnn import FasterRCNN
 from models.vit import VIT_SIZES, VisionTransformer, ViTSize, feature_pyramid, load_vit
+from models.weights.layouts import to_mmdetection, translate
 from models.weights.load import load_checkpoint
-from models.weights.names import to_official
-from models.weights.write import to_mmdetection
 from tests import rule
 from tests.models import HEADS, random_targets
 from tests.parity import assert_close
@@ -161,7 +160,7 @@ def test_co_dino_with_its_own_heads_trains_and_keeps_its_names() -> None:
         'backbone.rope_win.freqs_cos': torch.ones(2),
         'backbone.blocks.0.attn.rope.freqs_sin': torch.ones(2),
     }
-    layout, state = to_official(theirs | tables)
+    layout, state = translate(theirs | tables)
     assert layout == 'mmdetection' and state.keys() == model.state_dict().keys()
     other = build_model(Namespace(**flags))[0]
     load_checkpoint(other, {'state_dict': theirs | tables, 'meta': {}})

@@ -18,8 +18,9 @@ from models import build_detector, build_model, hub
 from models.backbone import build_backbone
 from models.detector import Detector, load_detector
 from models.weights import zoo
+from models.weights.layouts import to_mmdetection, to_official_files
 from models.weights.load import load_checkpoint
-from models.weights.write import to_mmdetection, to_official_files, write_safetensors
+from models.weights.write import write_safetensors
 from models.weights.zoo import counts
 from tests import rule
 from tests.models import HEADS, SMALL, TRICKS

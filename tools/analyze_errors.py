@@ -38,12 +38,12 @@ from datasets.coco_json import (
     box_problem,
     check_files,
     decode,
-    is_finite,
     numbers_of,
     read_lists,
     shorten,
 )
 from datasets.image_io import read_image
+from datasets.segmentations import is_finite
 from util.bounds import real
 from util.errors import UserError
 from util.files import save_atomically
@@ -302,7 +302,7 @@ def analyze(found: Boxes, truth: Truth, least: float, threshold: float | None = 
         'names': [*names, 'all classes'],
         'images': len(truth.files),
         'silent': silent,  # images without detections
-        'stats': dict(zip(summary.names, summary.stats, strict=True)),  # COCO's twelve numbers
+        'stats': summary.numbers,  # COCO's twelve numbers
         'classes': summary.per_class,  # [K]
         'objects': by_size[0],  # [K, 3], small to large
         'missed': by_size[1],

@@ -11,20 +11,18 @@ OUT ending in .safetensors is written in that format.
 """
 
 import argparse
-import json
-import re
 import sys
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from models.weights.layouts import State, to_mmdetection, to_official_files, translate
 from models.weights.load import MASKS, TRAINING_ONLY
-from models.weights.names import to_official
 from models.weights.read import SAFETENSORS, extract_weights, read_checkpoint
 from models.weights.records import extract_class_map, extract_flags
-from models.weights.write import to_mmdetection, to_official_files, to_transformers, write_safetensors
+from models.weights.write import write_safetensors, write_transformers
 from util.config.recipes import find_row
 from util.config.recorded import settle_recorded
 from util.errors import UserError
@@ -46,7 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = FlagParser(
         'convert_checkpoint.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('source', metavar='FILE', help='checkpoint: a path or an address')
+    parser.add_argument('source', metavar='FILE', help='checkpoint: a path or a URL')
     parser.add_argument('output', metavar='OUT', type=Path, help='file to write; it must not exist')
     parser.add_argument('--strip', action='store_true', help='leave out entries that only training needs')
     parser.add_argument(
@@ -56,23 +54,25 @@ def get_args_parser() -> argparse.ArgumentParser:
         help='project whose names to use (default: %(default)s)',
     )
     parser.add_argument(
-        '--model', default='', metavar='NAME',
+        '--model',
+        default='',
+        metavar='NAME',
         help='hub entry or recipe whose flags the weights have, for --to transformers and a file without flags',
-    )  # fmt: skip
+    )
     add_http_flag(parser)
     return parser
 
 
-def strip(state: dict[str, Tensor], flags: dict) -> tuple[dict[str, Tensor], dict]:
+def strip(state: State, flags: dict) -> tuple[State, dict]:
     """Remove entries that only training reads, and their flags.
 
-    Queries beyond the inference group are removed if the flags of the run tell which they are.
+    Queries beyond the inference group are removed if the flags of the run reveal which they are.
     """
     masks = MASKS if flags.get('masks') or flags.get('co_masks') else ()
     state = {
         name: value
         for name, value in state.items()
-        if name.startswith(masks) or not re.match(TRAINING_ONLY, name)
+        if name.startswith(masks) or not TRAINING_ONLY.match(name)
     }
     queries = flags.get('num_queries_one2one', flags.get('num_queries'))
     if queries is not None and 'query_embed.weight' in state:
@@ -94,68 +94,56 @@ def convert(source: str, output: Path, stripped: bool, to: str, model: str = '')
     if output.exists():
         raise UserError(f'{output} exists: choose another name, or remove it')
     checkpoint = read_checkpoint(source)
-    layout, state = to_official(extract_weights(checkpoint, source=source))
+    layout, state = translate(extract_weights(checkpoint, source=source))
     if not any(name.startswith(('transformer.', 'query_embed.', 'backbone.')) for name in state):
         raise UserError(f'{source} holds no detector of this family, but {", ".join(list(state)[:3])} ...')
-    flags, found = (
-        extract_flags(checkpoint) or (vars(find_row(model).recipe.flags) if model else {}),
-        len(state),
-    )
+    flags, found = extract_flags(checkpoint), len(state)
+    if model and not flags:
+        flags = vars(find_row(model).recipe.flags)
     if stripped:
         state, flags = strip(state, flags)
+    whole_run = to == 'ours' and output.suffix != SAFETENSORS and not stripped
     if to == 'transformers':
-        size = write_folder(output, state, flags, checkpoint, source)
+        write_folder(output, state, flags, checkpoint, source)
+        size = (output / f'model{SAFETENSORS}').stat().st_size
     else:
-        if to == 'official':
+        if to == 'ours':
+            converted = our_file(checkpoint, layout, state, flags, whole_run)
+        elif to == 'official':
             converted = {'model': to_official_files(state)}
-        elif to == 'mmdet':
-            converted = {'meta': {}, 'state_dict': to_mmdetection(state)}
         else:
-            weights_only = stripped or output.suffix == SAFETENSORS
-            converted = our_file(checkpoint, layout, state, flags, weights_only)
+            key = 'model' if output.suffix == SAFETENSORS else 'state_dict'
+            converted = {'meta': {}, key: to_mmdetection(state)}
         if output.suffix == SAFETENSORS:
-            converted = {'model': converted['state_dict']} if to == 'mmdet' else converted
-            save_atomically(output, lambda path: write_safetensors(path, converted))
+            save_atomically(output, partial(write_safetensors, checkpoint=converted))
         else:
             save_checkpoint(output, converted)
         size = output.stat().st_size
-    left_out = 'optimizer' in checkpoint and not (
-        to == 'ours' and output.suffix != SAFETENSORS and not stripped
-    )
-    more = (
-        f'; the {"averaged " * ("model_ema" in checkpoint)}weights alone, without the state of the run'
-        * left_out
-    )
+    more = ''
+    if 'optimizer' in checkpoint and not whole_run:
+        average = 'averaged ' * ('model_ema' in checkpoint)
+        more = f'; the {average}weights alone, without the state of the run'
     return f'{output}: {len(state)} of {found} entries ({layout} names to {to}), {size / 1e6:.1f} MB{more}'
 
 
-def our_file(checkpoint: dict, layout: str, state: dict[str, Tensor], flags: dict, stripped: bool) -> dict:
-    """Return weights, flags and classes; of a run also its state, unless it is stripped."""
+def our_file(checkpoint: dict, layout: str, state: State, flags: dict, whole_run: bool) -> dict:
+    """Return weights, flags and classes, and of a whole run its state too."""
     converted = {'model': state} | ({'args': flags} if flags else {})
-    kept = ('class_map', 'epoch', 'metrics')
-    if not stripped and layout == 'official':
-        kept = tuple(name for name in checkpoint if name not in ('model', 'args', 'state_dict'))
+    kept: Iterable[str] = ('class_map', 'epoch', 'metrics')
+    if whole_run and layout == 'official':
+        kept = checkpoint.keys() - {'model', 'args', 'state_dict'}
         converted['model'] = extract_weights(checkpoint, averaged=False)  # the average stays beside it
     return converted | {name: checkpoint[name] for name in kept if name in checkpoint}
 
 
-def write_folder(folder: Path, state: dict[str, Tensor], flags: dict, checkpoint: dict, source: str) -> int:
-    """Write weights and configuration for transformers; return the size of the weights in bytes."""
+def write_folder(folder: Path, state: State, flags: dict, checkpoint: dict, source: str) -> None:
+    """Write weights and configuration for transformers."""
     if not flags:
         raise UserError(
-            f'{source} tells no flags of its model, which a configuration needs: name it (--model NAME)'
+            f'{source} records no flags of its model, which a configuration needs: name it (--model NAME)'
         )
-    settled = vars(settle_recorded(flags))
     names = list(extract_class_map(checkpoint, source).names)
-    converted, config = to_transformers(state, settled, names)
-
-    def save(path: Path) -> None:
-        path.mkdir()
-        write_safetensors(path / f'model{SAFETENSORS}', {'model': converted})
-        (path / 'config.json').write_text(json.dumps(config, indent=1))
-
-    save_atomically(folder, save)
-    return (folder / f'model{SAFETENSORS}').stat().st_size
+    write_transformers(folder, state, vars(settle_recorded(flags)), names)
 
 
 def main(args: argparse.Namespace) -> str:

@@ -30,13 +30,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.build import build_dataset, data_settings
-from datasets.coco_eval import CocoEvaluator
+from datasets.build import build_dataset, build_evaluator, data_settings
 from datasets.image_dataset import ImageDataset
 from datasets.shapes import ShapesDetection
-from datasets.transforms import frame_size
 from models.detector import Detector, add_detector_args, check_detector_args, load_detector
-from models.postprocess import SoftmaxPostProcess, TopKPostProcess, clamp_boxes
+from models.postprocess import SoftmaxPostProcess, TopKPostProcess, clamp_boxes, frame_size
 from models.proposals import AskedProposals
 from util.bounds import whole
 from util.box_ops import box_cxcywh_to_xyxy
@@ -102,9 +100,8 @@ class Program(nn.Module):
 
     def tell_proposals(self) -> None:
         """Let the program end in the indices of its proposals, if it has two stages."""
-        if getattr(self.model, 'two_stage', False):
-            transformer = self.model.transformer
-            self.selection = transformer.choose_proposals = transformer.choose_proposals.exportable()
+        if (first_stage := getattr(self.model, 'first_stage', None)) is not None:
+            self.selection = first_stage.choose = first_stage.choose.exportable()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         outputs = self.model(images)
@@ -320,8 +317,8 @@ def average_precision(
     detector: Detector, program: Program, runs: dict[str, Run], dataset: ImageDataset, limit: int | None
 ) -> str:
     """Return a line with AP and AP50 of each way to run a program, image by image."""
-    truth = dataset.ground_truth, detector.class_map
-    evaluators = {name: CocoEvaluator(*truth, federated=dataset.federated) for name in runs}
+    kind = 'lvis' if dataset.federated else 'coco'
+    evaluators = {name: build_evaluator(kind, dataset) for name in runs}
     count = min(limit or len(dataset), len(dataset))
     for index in range(count):
         image, target = dataset[index]
@@ -334,8 +331,8 @@ def average_precision(
                 result = {key: value[0] for key, value in found.items()}
                 result['boxes'] *= (size / torch.tensor(image.shape[-2:])).flip(0).repeat(2)
             evaluators[name].update({int(target['image_id']): result})
-    stats = {name: evaluator.summarize()['bbox'].stats for name, evaluator in evaluators.items()}
-    lines = [f'{name} AP {100 * ap:.2f}, AP50 {100 * ap50:.2f}' for name, (ap, ap50, *_) in stats.items()]
+    found = {name: evaluator.summarize().numbers for name, evaluator in evaluators.items()}
+    lines = [f'{name} AP {100 * n["AP"]:.2f}, AP50 {100 * n["AP50"]:.2f}' for name, n in found.items()]
     return f'{count} images: {"; ".join(lines)}'
 
 

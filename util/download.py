@@ -1,4 +1,4 @@
-"""Fetch weights and images: whole or not at all, never waiting without end, from https addresses unless the user allows others."""
+"""Download weights and images: whole or not at all, with a time limit, from https URLs unless the user allows others."""
 
 import hashlib
 import re
@@ -22,19 +22,19 @@ CHUNK = 2**20  # bytes
 
 
 def is_url(source: object) -> bool:
-    """Tell an address from a path.
+    """Return whether a source is a URL and not a path.
 
     Raises:
-        UserError: it begins like an address, and is none.
+        UserError: it begins like a URL and is not valid.
     """
     try:
         return str(source).startswith(('http://', 'https://')) and bool(urlparse(str(source)))
     except ValueError as error:
-        raise UserError(f'{source} is no address ({error}): check it') from error
+        raise UserError(f'{source} is not a URL ({error}): check it') from error
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follow an address only to those that may be fetched themselves."""
+    """Follow a redirection only to URLs that may be downloaded themselves."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         check_url(newurl)
@@ -42,7 +42,7 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def check_url(url: str) -> None:
-    """Refuse an address without encryption.
+    """Refuse a URL without encryption.
 
     Raises:
         UserError: it is not https, nor http with --allow_http.
@@ -50,14 +50,14 @@ def check_url(url: str) -> None:
     scheme = urlparse(url).scheme
     if scheme != 'https' and not (scheme == 'http' and HTTP_ALLOWED.get()):
         more = ', or add --allow_http' * (scheme == 'http')
-        raise UserError(f'{url} is not fetched, since anybody on the way could change it: use https{more}')
+        raise UserError(f'{url} is not downloaded, since anybody on the way could change it: use https{more}')
 
 
 def pieces(url: str, timeout: float) -> Iterator[bytes]:
-    """Yield the content of an address piece by piece.
+    """Yield the content of a URL piece by piece.
 
     Raises:
-        UserError: it may not or cannot be fetched, or ends before its length is reached.
+        UserError: it may not or cannot be downloaded, or ends before its length is reached.
     """
     try:
         check_url(url)
@@ -65,7 +65,7 @@ def pieces(url: str, timeout: float) -> Iterator[bytes]:
         with urllib.request.build_opener(Redirects).open(request, timeout=timeout) as response:
             length, received = response.headers['Content-Length'], 0
             if length is None and not response.chunked:
-                raise ConnectionError('the server does not tell its length')
+                raise ConnectionError('the server does not give its length')
             total = None if length is None else int(length)
             with torch.hub.tqdm(total=total, unit='B', unit_scale=True, disable=None) as bar:
                 while piece := response.read(CHUNK):
@@ -78,20 +78,21 @@ def pieces(url: str, timeout: float) -> Iterator[bytes]:
         raise
     except (OSError, HTTPException, ValueError) as error:
         raise UserError(
-            f'{url} could not be fetched ({error or type(error).__name__}): check the address, or fetch it by hand and pass its path'
+            f'{url} could not be downloaded ({error or type(error).__name__}): check the URL, or download it by hand and '
+            'pass its path'
         ) from error
 
 
 @interruptible()
 def fetch(url: str, path: Path, digits: str = '', timeout: float = TIMEOUT) -> None:
-    """Fetch a file; what was at `path` stays unless it has come whole. SIGTERM ends this at once.
+    """Download a file; what was at `path` stays unless the new file is complete. SIGTERM ends this at once.
 
     Args:
         digits: the first hex digits of its SHA-256; '': not known.
         timeout: seconds of silence after which the server counts as lost.
 
     Raises:
-        UserError: it cannot be fetched or written, or has another SHA-256.
+        UserError: it cannot be downloaded or written, or has another SHA-256.
     """
     checksum = hashlib.sha256()
 
@@ -102,8 +103,8 @@ def fetch(url: str, path: Path, digits: str = '', timeout: float = TIMEOUT) -> N
                 file.write(piece)
         if not checksum.hexdigest().startswith(digits):
             raise UserError(
-                f'{url} could not be fetched (its hash is {checksum.hexdigest()[: len(digits)]}, its name says {digits}): try '
-                'again, or fetch it by hand and pass its path'
+                f'{url} could not be downloaded (its hash is {checksum.hexdigest()[: len(digits)]}, its name says {digits}): try '
+                'again, or download it by hand and pass its path'
             )
 
     save_atomically(path, save)
@@ -111,7 +112,7 @@ def fetch(url: str, path: Path, digits: str = '', timeout: float = TIMEOUT) -> N
 
 @interruptible()
 def download(url: str, timeout: float = TIMEOUT) -> Path:
-    """Return the path of a file of weights in torch.hub's folder. One process fetches it, others of the machine wait for it.
+    """Return the path of a file of weights in torch.hub's folder. One process downloads it, others of the machine wait.
 
     Eight or more hex digits at the end of its name are checked against its SHA-256.
 
@@ -121,7 +122,7 @@ def download(url: str, timeout: float = TIMEOUT) -> Path:
     name = PurePosixPath(urlparse(url).path).name
     digits = re.search(r'-([0-9a-f]{8,})\.', name)
     if not digits:
-        # A name that says nothing (pytorch_model.bin) must not be taken for that of another address.
+        # A general name (pytorch_model.bin) must not be taken for that of another URL.
         name = f'{zlib.crc32(url.encode()):08x}_{name}'
     path = Path(torch.hub.get_dir()) / 'checkpoints' / name
     if path.is_file():
@@ -130,7 +131,7 @@ def download(url: str, timeout: float = TIMEOUT) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(path.parent, wait=float('inf'))
     except OSError as error:
-        raise FileError(f'{url} could not be kept ({error}): set TORCH_HOME to another folder') from error
+        raise FileError(f'{url} could not be saved ({error}): set TORCH_HOME to another folder') from error
     try:
         if not path.is_file():
             fetch(url, path, digits[1] if digits else '', timeout)

@@ -1,8 +1,8 @@
 """
 Progress on the terminal, and `metrics.csv` and `log.jsonl` on disk.
 
-Loss terms stay on the device until they are shown. Reading them synchronises, so it happens once per window, in one
-copy.
+Loss terms stay on the device until they are shown. Reading them synchronises, so it happens once per window,
+in one copy.
 """
 
 import csv
@@ -173,16 +173,18 @@ def read_records(path: Path) -> list[dict]:
         try:
             records += [json.loads(line)] if line.strip() else []
         except (ValueError, RecursionError) as error:
-            raise UserError(f'{path}, line {number} is not JSON ({error}): mend it, or remove it') from error
+            raise UserError(
+                f'{path}, line {number} is not JSON ({error}): correct it, or remove it'
+            ) from error
     return records
 
 
 class RunLog:
-    """Log with one row per epoch: `metrics.csv` (numbers only, equal for equal runs) and `log.jsonl` (all values, also
-    times). Epochs count from 1.
+    """Log with one row per epoch: `metrics.csv` (numbers only, equal for equal runs) and `log.jsonl` (all
+    values, also times). Epochs count from 1.
 
-    epochs_done: rows of later epochs are dropped, because those epochs will run again. The main process writes the
-    files.
+    epochs_done: rows of later epochs are dropped, because those epochs will run again. The main process
+    writes the files.
     """
 
     def __init__(self, folder: Path, epochs_done: int = 0) -> None:

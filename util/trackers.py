@@ -8,7 +8,7 @@ from util.errors import UserError
 
 
 class Tracker(Protocol):
-    """What the main process tells the numbers of each epoch."""
+    """A receiver of the numbers of each epoch, on the main process."""
 
     def __init__(self, folder: Path, flags: dict) -> None: ...
 
@@ -45,7 +45,9 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases in the project that the flag names; its environment variables apply (WANDB_MODE=offline)."""
+    """A run of Weights & Biases in the project that the flag names; its environment variables apply
+    (WANDB_MODE=offline).
+    """
 
     def __init__(self, folder: Path, flags: dict) -> None:
         wandb = self.load()
@@ -76,7 +78,7 @@ def check_trackers(folder: str, flags: dict) -> None:
     """Refuse trackers without an output folder, or whose package is not installed.
 
     Raises:
-        UserError: for one of these reasons.
+        UserError: it lacks one of these.
     """
     for flag, tracker in TRACKERS.items():
         if flags[flag]:

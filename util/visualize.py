@@ -1,16 +1,15 @@
 """
 Drawings for people: boxes in an image, ground truth beside predictions, curves of a run. Source: ours.
 
-Pillow and matplotlib are imported where they draw, so that training does not need them. Files appear whole or not at
-all: each is written beside its final path and then moved there.
+Pillow and matplotlib are imported where they draw, so that training does not need them. Files appear whole or
+not at all: each is written beside its final path and then moved there.
 """
 
 import colorsys
-import csv
 import math
 import os
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from util.files import save_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from PIL import Image
     from PIL.ImageDraw import ImageDraw
 
 Colour = tuple[int, int, int]
@@ -31,7 +29,7 @@ Names = Sequence[str | None] | dict[int, str]
 MIN_SIDE = 480  # images whose longer side is shorter are enlarged, so that labels can be read
 PANEL, TITLE, MARGIN = (385, 396), 20, 6  # of a contact sheet, pixels
 LOSS_TERMS_SHOWN = 10
-PRECISIONS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')
+PROMINENT = 2  # metrics drawn with a thick line
 PER_OBJECT = ('scores', 'labels', 'boxes', 'masks')
 COLOURS = (
     (235, 45, 55),  # red
@@ -66,13 +64,17 @@ def class_name(names: Names, label: int) -> str:
 
 
 def enlarged(image: Tensor) -> tuple[Tensor, int]:
-    """Repeat the pixels of an image [3, H, W] to a longer side of at least MIN_SIDE; also return the whole factor."""
+    """Repeat the pixels of an image [3, H, W] to a longer side of at least MIN_SIDE; also return the whole
+    factor.
+    """
     factor = max(1, math.ceil(MIN_SIDE / max(image.shape[-2:])))
     return image.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1), factor
 
 
 def paint_masks(image: Tensor, masks: Iterable[Tensor], labels: list[int]) -> Tensor:
-    """Blend N masks [(1,) h, w], in any resolution, > 0.5 = object, into an image [3, H, W] uint8, one after the other."""
+    """Blend N masks [(1,) h, w], in any resolution, > 0.5 = object, into an image [3, H, W] uint8, one after
+    the other.
+    """
     painted = image.float()
     for mask, label in zip(masks, labels, strict=True):
         shown = mask.reshape(1, 1, *mask.shape[-2:]).to(painted)
@@ -167,20 +169,20 @@ def contact_sheet(
 ) -> None:
     """Draw the ground truth and, right of it, the predictions of a few images, two images a line.
 
-    rows: (image [3, H, W] uint8, prediction {'scores', 'labels', 'boxes'}, target {'labels', 'boxes'}), boxes xyxy in
-    pixels of the image. `masks` [N, H, W] are drawn if present. Predictions with a score under `score_threshold` are
-    left out.
+    rows: (image [3, H, W] uint8, prediction {'scores', 'labels', 'boxes'}, target {'labels', 'boxes'}), boxes
+    xyxy in pixels of the image. `masks` [N, H, W] are drawn if present. Predictions with a score under
+    `score_threshold` are left out.
     """
     if not rows:
         raise ValueError('a contact sheet needs at least one image')
     panels = []
     for image, prediction, target in rows:
         drawn = draw_boxes(image, target['boxes'], target['labels'], names, masks=target.get('masks'))
-        panels.append(panel_of(drawn, f'truth: {len(target["boxes"])}'))
+        panels.append((f'truth: {len(target["boxes"])}', drawn))
         chosen = prediction['scores'] >= score_threshold
         kept = {name: values[chosen] for name, values in prediction.items() if name in PER_OBJECT}
         drawn = draw_boxes(image, kept['boxes'], kept['labels'], names, kept['scores'], kept.get('masks'))
-        panels.append(panel_of(drawn, f'found with score {score_threshold:g} or more: {len(kept["boxes"])}'))
+        panels.append((f'found with score {score_threshold:g} or more: {len(kept["boxes"])}', drawn))
     save_panels(path, panels)
 
 
@@ -191,45 +193,31 @@ def data_sheet(
 ) -> None:
     """Draw images and objects as they are stored and, right of it, as training sees them, two images a line.
 
-    rows: (image [3, H, W] uint8, target {'labels', 'boxes'}), twice; boxes xyxy in pixels of the image. `masks` are drawn
-    if present.
+    rows: (image [3, H, W] uint8, target {'labels', 'boxes'}), twice; boxes xyxy in pixels of the image.
+    `masks` are drawn if present.
     """
     panels = []
     for stored, objects, image, target in rows:
         for title, picture, truth in (('stored', stored, objects), ('after augmentation', image, target)):
             drawn = draw_boxes(picture, truth['boxes'], truth['labels'], names, masks=truth.get('masks'))
             height, width = picture.shape[-2:]
-            panels.append(panel_of(drawn, f'{title}: {width} x {height}, {len(truth["boxes"])} objects'))
+            panels.append((f'{title}: {width} x {height}, {len(truth["boxes"])} objects', drawn))
     save_panels(path, panels)
 
 
-def save_panels(path: str | os.PathLike, panels: list['Image.Image']) -> None:
-    """Save panels as one image, four a line."""
-    from PIL import Image
-
+def save_panels(path: str | os.PathLike, panels: list[tuple[str, Tensor]]) -> None:
+    """Save pictures [3, H, W] uint8 under their titles as one image, four a line."""
     columns = min(4, len(panels))
-    sheet = Image.new('RGB', (columns * PANEL[0], math.ceil(len(panels) / columns) * PANEL[1]), 'white')
-    for number, panel in enumerate(panels):
-        sheet.paste(panel, (number % columns * PANEL[0], number // columns * PANEL[1]))
-    save_atomically(path, sheet.save)
-
-
-def panel_of(image: Tensor, title: str) -> 'Image.Image':
-    """Return an image [3, H, W] uint8 and its title in a panel of the contact sheet."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    panel = Image.new('RGB', PANEL, 'white')
-    room = PANEL[0] - 2 * MARGIN, PANEL[1] - TITLE - 2 * MARGIN
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    scale = min(room[0] / picture.width, room[1] / picture.height)
-    picture = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
-    left = MARGIN + (room[0] - picture.width) // 2
-    panel.paste(picture, (left, MARGIN + TITLE))
-    text = ImageDraw.Draw(panel)
-    text.text(
-        (PANEL[0] / 2, MARGIN + TITLE / 2), title, fill='black', font=ImageFont.load_default(14), anchor='mm'
-    )
-    return panel
+    lines = math.ceil(len(panels) / columns)
+    figure = new_figure(columns * PANEL[0] / 100, lines * PANEL[1] / 100, layout=None)
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1 - TITLE / PANEL[1] / lines, wspace=0.02)
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.axis('off')
+    for axis, (title, picture) in zip(axes, panels, strict=False):
+        axis.imshow(picture.permute(1, 2, 0).numpy())
+        axis.set_title(title, fontsize=9)
+    save_atomically(path, lambda partial: figure.savefig(partial, dpi=100))
 
 
 def new_figure(
@@ -247,37 +235,41 @@ def new_figure(
     return figure
 
 
-def read_metrics(metrics_csv: str | os.PathLike) -> dict[str, list[float]]:
-    """Read the columns of a metrics.csv with one row per epoch; cells that are empty or no number become nan."""
-    with open(metrics_csv, newline='', encoding='utf-8') as file:
-        reader = csv.DictReader(file)
-        names, rows = reader.fieldnames or [], list(reader)
-    return {name: [to_number(row[name]) for row in rows] for name in names}
-
-
-def to_number(cell: str | None) -> float:
+def to_number(cell: Any) -> float:
+    """Return the number in a cell of metrics.csv; nan if there is none."""
     try:
-        return float(cell or 'nan')
-    except ValueError:
+        return float(cell)
+    except (TypeError, ValueError):
         return math.nan
 
 
-def plot_curves(path: str | os.PathLike, metrics_csv: str | os.PathLike) -> None:
-    """Plot loss, its terms, AP and learning rate of a run over `epoch`. Unknown columns are ignored."""
-    columns = read_metrics(metrics_csv)
+def plot_curves(
+    path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], metrics: Sequence[str] = ()
+) -> None:
+    """Plot loss, its terms, metrics and learning rate of a run over `epoch`.
+
+    rows: those of metrics.csv, numbers or text. metrics: names to draw, the first ones with thick lines; by
+    default all.
+    """
+    header = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [to_number(row.get(name)) for row in rows] for name in header}
+    tested = [f'test_{name}' for name in metrics] or [name for name in columns if name.startswith('test_')]
     terms = [name for name in columns if name.startswith('train_loss_')]
     panels = (
         ('loss', ['train_loss', 'test_loss'], 'linear'),
         ('loss terms', terms_shown(terms), 'log'),
-        ('average precision', [f'test_{name}' for name in PRECISIONS], 'linear'),
+        ('metrics', [name for name in tested if name != 'test_loss'], 'linear'),
         ('learning rate', [name for name in columns if short_name(name).split('_')[0] == 'lr'], 'linear'),
     )
     figure = new_figure(11, 7, layout=None)
     figure.subplots_adjust(left=0.06, right=0.985, bottom=0.07, top=0.95, hspace=0.3, wspace=0.2)
     for panel, (title, names, scale) in zip(figure.subplots(2, 2, sharex=True).ravel(), panels, strict=True):
         epochs = columns.get('epoch') or list(range(len(next(iter(columns.values()), []))))
-        for name in names:
-            plot_column(panel, epochs, columns.get(name, []), short_name(name))
+        for number, name in enumerate(names):
+            values, thin = columns.get(name, []), title == 'metrics' and number >= PROMINENT
+            if title == 'metrics':  # COCO's rules give -1 if there was nothing to find
+                values = [math.nan if value < 0 else value for value in values]
+            plot_column(panel, epochs, values, short_name(name), 0.9 if thin else 1.8)
         finish_panel(panel, title, scale)
     save_atomically(path, lambda partial: figure.savefig(partial, dpi=110))
 
@@ -293,17 +285,13 @@ def short_name(column: str) -> str:
     return column if column == 'test_loss' else column.removeprefix('train_').removeprefix('test_')
 
 
-def plot_column(panel: 'Axes', epochs: list[float], values: list[float], label: str) -> None:
-    """Draw a line through the epochs that have a value; AP75 and the AP by size are drawn thin.
-
-    COCO's evaluation gives an AP of -1 if there was nothing to find; it counts as no value.
-    """
-    pairs = zip(epochs, values, strict=False)
-    points = [(x, y) for x, y in pairs if math.isfinite(x + y) and not (y < 0 and label in PRECISIONS)]
+def plot_column(panel: 'Axes', epochs: list[float], values: list[float], label: str, width: float) -> None:
+    """Draw a line through the epochs that have a value."""
+    points = [(x, y) for x, y in zip(epochs, values, strict=False) if math.isfinite(x + y)]
     if not points:
         return
     x, y = zip(*points, strict=True)
-    width, marker = 0.9 if label in PRECISIONS[2:] else 1.8, 'o' if len(x) < 30 else None
+    marker = 'o' if len(x) < 30 else None
     panel.plot(x, y, label=label, linewidth=width, marker=marker, markersize=3)
 
 

@@ -18,6 +18,7 @@ from .dense_heads import (
     SMALLEST_AREA,
     Images,
     Samples,
+    Tower,
     anchor_major,
     average,
     center_and_size,
@@ -27,26 +28,13 @@ from .dense_heads import (
     owned_anchors,
 )
 from .losses import FocalLoss
-from .structures import from_host
+from .matcher import from_host
 
 ANCHOR_STRIDES = 8.0  # side of an anchor in strides
 STDS = (0.1, 0.1, 0.2, 0.2)  # standard deviations of box offsets
 PADDING = BACKGROUND - 1  # in place of an object, for cells that are not in their image
 NEAREST = 9  # number of candidates per object and level
 INSIDE = 0.01  # smallest distance in pixels of a positive's centre from the edges of its object
-
-
-class Tower(nn.Module):
-    """A convolution without bias, a group norm, a ReLU; official names `conv`, `gn`."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.gn = nn.GroupNorm(32, channels)
-        nn.init.normal_(self.conv.weight, std=0.01)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.gn(self.conv(x)))
 
 
 class Scale(nn.Module):
@@ -70,6 +58,7 @@ class ATSS(nn.Module):
     kind = 'atss'  # kind of the decoder queries made from its positives
     num_candidates = 1000
     focal = FocalLoss()
+    masks = None  # has no mask branch
 
     def __init__(self, channels: int, num_classes: int, strides: list[int]) -> None:
         super().__init__()

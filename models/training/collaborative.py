@@ -5,30 +5,27 @@ Training only. Each head adds its own losses (Sec. 3.2) and a group of queries w
 (Sec. 3.3).
 """
 
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from models.deformable_transformer import gather_rows
 from models.heads import inverse_sigmoid
 from models.refine_masks import maps_of
-from models.structures import Assignment, Memory, QueryGroup
+from models.structures import Assignment, Memory, QueryGroup, TrainingBranch
 from util.box_ops import box_xyxy_to_cxcywh
 from util.precision import without_autocast
 
 from .atss import ATSS
+from .denoising import BoxPositions, LinearNorm
 from .dense_heads import BACKGROUND, Images, Samples, shuffled
 from .faster_rcnn import FasterRCNN
-from .positions import BoxPositions
 
 HEADS = {'faster_rcnn': FasterRCNN, 'atss': ATSS}
 MIN_QUERIES = 9  # smallest number of queries of a head, even without positives
 
 
-class CollaborativeHeads(nn.Module):
-    """A query source that trains auxiliary heads, and turns their positives into queries.
+class CollaborativeHeads(TrainingBranch):
+    """Auxiliary heads, and queries made from their positives.
 
     Args:
         names: keys of `HEADS`.
@@ -57,31 +54,28 @@ class CollaborativeHeads(nn.Module):
             nn.Conv2d(hidden_dim, hidden_dim, 3, stride=2, padding=1), nn.GroupNorm(32, hidden_dim)
         )
         strides = [*strides, 2 * strides[-1]]
-        more = {'faster_rcnn': {'head': rcnn_head, 'masks': rcnn_masks}}
+        options = {'faster_rcnn': {'head': rcnn_head, 'masks': rcnn_masks}}
         self.heads = nn.ModuleDict(
-            {name: HEADS[name](hidden_dim, num_classes, strides, **more.get(name, {})) for name in names}
+            {name: HEADS[name](hidden_dim, num_classes, strides, **options.get(name, {})) for name in names}
         )
         width = hidden_dim if derived_positions else 2 * hidden_dim
         self.aux_pos_trans = nn.ModuleDict({name: BoxPositions(hidden_dim, width) for name in names})
         self.pos_feats_trans = None
         if with_features:
-            self.pos_feats_trans = nn.ModuleDict({name: FeatureContent(hidden_dim) for name in names})
+            self.pos_feats_trans = nn.ModuleDict({name: LinearNorm(hidden_dim, hidden_dim) for name in names})
             if not derived_positions:
                 self.head_pos_embed = nn.Embedding(len(HEADS), 1)  # one number per head (official code)
                 nn.init.xavier_uniform_(self.head_pos_embed.weight)
 
-    def forward(self, memory: Memory, targets: list[dict]) -> tuple[list[QueryGroup], dict[str, Tensor]]:
-        """Return a query group for each head, and the heads' unweighted losses.
-
-        targets: a dictionary of `labels` and `boxes` cxcywh in [0, 1] per image.
-        """
+    def queries(self, memory: Memory, targets: list[dict]) -> tuple[list[QueryGroup], dict[str, Tensor]]:
+        """Return a query group for each head, and the heads' unweighted losses."""
         samples, losses = {}, {}
         with without_autocast(memory.tokens):  # pixel coordinates and losses need more than 16 bits
             maps, images = self.maps(memory), Images.of(memory, targets)
             for name, head in self.heads.items():
-                more, samples[name] = head(maps, images, self.pos_feats_trans is not None)
-                losses |= more
-            groups = [self.queries(name, places, images.sizes) for name, places in samples.items()]
+                terms, samples[name] = head(maps, images, self.pos_feats_trans is not None)
+                losses |= terms
+            groups = [self.query_group(name, chosen, images.sizes) for name, chosen in samples.items()]
         return groups, losses
 
     def maps(self, memory: Memory) -> list[Tensor]:
@@ -89,7 +83,7 @@ class CollaborativeHeads(nn.Module):
         maps = maps_of(memory)
         return [*maps, self.downsample(maps[-1])]
 
-    def queries(self, name: str, samples: Samples, sizes: Tensor) -> QueryGroup:
+    def query_group(self, name: str, samples: Samples, sizes: Tensor) -> QueryGroup:
         """Turn the positives of a head into a query group. Images with fewer positives get negatives too.
 
         sizes: [B, 2] width and height of the images.
@@ -109,34 +103,18 @@ class CollaborativeHeads(nn.Module):
         return QueryGroup(self.heads[name].kind, tgt, query_pos, reference, assignment=positives)
 
     @torch.no_grad()
-    def detect(self, memory: Memory, name: str) -> dict[str, Any]:
+    def detect(self, memory: Memory, name: str) -> dict[str, list[dict[str, Tensor]]]:
         """Detect with one head alone, before NMS.
 
         Returns:
-            `candidates`: a dictionary per image of `scores` [N], `labels` [N] and `boxes` [N, 4] cxcywh in [0, 1]. With a
-                mask branch also `masks_of`, as `models.postprocess.RegionMaskPostProcess` calls it.
+            `candidates`: a dictionary per image of `scores` [N], `labels` [N] and `boxes` [N, 4] cxcywh in [0, 1].
         """
         with without_autocast(memory.tokens):
             sizes = Images.of(memory, None).sizes
-            maps, head = self.maps(memory), self.heads[name]
-            found = head.detect(maps, sizes)
+            found = self.heads[name].detect(self.maps(memory), sizes)
         for candidates, size in zip(found, sizes, strict=True):
             candidates['boxes'] = box_xyxy_to_cxcywh(candidates['boxes'] / size.repeat(2))
-        branch = getattr(head, 'masks', None)
-        return {'candidates': found} | ({'masks_of': partial(branch.detect, maps)} if branch else {})
-
-
-class FeatureContent(nn.Module):
-    """A projection of the features that a head saw, [B, M, C], to the content of queries."""
-
-    def __init__(self, hidden_dim: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(hidden_dim, hidden_dim)
-        self.norm = nn.LayerNorm(hidden_dim)
-        nn.init.xavier_uniform_(self.linear.weight)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.norm(self.linear(features))
+        return {'candidates': found}
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@ The criterion has no branch on the kind. A new scheme is a new row of the table.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,21 +14,46 @@ from torch import Tensor, nn
 
 from models.structures import Assignment, Prediction
 from util.distributed.collectives import all_gather_object, all_reduce_sum, get_world_size
-from util.precision import without_autocast
+from util.precision import full_precision, without_autocast
 
-from .losses import BOX_LOSSES, MASK_LOSSES, box_losses, cardinality_error, class_error, mask_losses
-from .matcher import merge, stack_predictions
-from .report import epoch_statistics
-from .structures import Stack, Supervision, Targets, from_host
+from .losses import (
+    BOX_LOSSES,
+    MASK_LOSSES,
+    ClassLoss,
+    MatchedPredictions,
+    box_losses,
+    cardinality_error,
+    class_error,
+    mask_losses,
+)
+from .matcher import Matcher, Targets, from_host, merge_pairs
 
 
-def loss_suffix(kind: str, layer: int | None) -> str:
-    """Return the end of an official loss name: layer, and kind except for the inference group's (`loss_ce_3_enc`)."""
-    return ('' if layer is None else f'_{layer}') + ('' if kind == 'one2one' else f'_{kind}')
+@dataclass(frozen=True)
+class Supervision:
+    """The supervision of one kind of prediction: a row of the table."""
+
+    matcher: Matcher | None  # None: the predictions have their assignment already
+    coef: dict[str, float]  # coefficient of each loss term, such as {'ce': 2, 'bbox': 5, 'giou': 2}
+    class_loss: ClassLoss
+    class_agnostic: bool = False  # treat every object as class 0
+    scale: float = 1.0  # factor of every term
+    description: str = ''  # origin of the queries in words, unless they are learned queries of their own
+    merge_pairs_from: str | None = (
+        None  # kind whose pairs are added for queries that have no pair of this kind
+    )
+    # `Assignment.count` as a function of the numbers of objects, without a matcher; None: only the model knows it.
+    count: Callable[[list[int]], float] | None = None
+
+
+def loss_suffixes(kind: str, num_layers: int) -> list[str]:
+    """Return the ends of official loss names: layer, except the last, and kind, except the inference group's (`_3_o2m`)."""
+    end = '' if kind == 'one2one' else f'_{kind}'
+    return [*(f'_{layer}{end}' for layer in range(num_layers - 1)), end]
 
 
 class SetCriterion(nn.Module):
-    """The losses of a list of predictions.
+    """The losses of the predictions of a model.
 
     Training minimises the sum of `losses[name] * weight_dict[name]`.
 
@@ -59,100 +85,92 @@ class SetCriterion(nn.Module):
             step_targets: targets of all batches of this optimizer step, this batch included. Losses are divided by the
                 average count of these batches, so that accumulated batches give the gradient of one large batch.
         """
-        predictions = outputs.get('predictions') or [
-            Prediction(outputs['pred_logits'], outputs['pred_boxes'])
-        ]
-        kinds = {
-            name: [p for p in predictions if p.kind == name]
-            for name in dict.fromkeys(p.kind for p in predictions)
+        predictions = outputs.get('predictions') or {
+            'one2one': Prediction(outputs['pred_logits'][None], outputs['pred_boxes'][None])
         }
         step_sizes = [[len(target['labels']) for target in batch] for batch in step_targets or [targets]]
-        stacks = self.assign(kinds, targets)
-        denominators = self.denominators(stacks, step_sizes)
+        matched, counts = self.match(predictions, targets)
+        divisors = self.divisors(matched, counts, step_sizes)
         losses = dict(outputs.get('losses', {}))
-        asked = [term for term in BOX_LOSSES if any(term in self.table[kind].coef for kind in stacks)]
-        boxes = box_losses(list(stacks.values()), asked)
-        for (kind, stack), box_terms, divisors in zip(stacks.items(), boxes, denominators, strict=True):
-            row = self.table[kind]
-            suffixes = [loss_suffix(kind, prediction.layer) for prediction in kinds[kind]]
-            if 'ce' in row.coef:
-                names = [f'loss_ce{suffix}' for suffix in suffixes]
-                losses |= zip(names, (row.class_loss(stack) / divisors[0]).unbind(), strict=True)
-            places = [(term, suffix) for term in asked for suffix in suffixes]
-            values = zip(places, (box_terms / divisors[1]).flatten().unbind(), strict=True)
-            losses |= {f'loss_{term}{suffix}': x for (term, suffix), x in values if term in row.coef}
-            if stack.masks is not None and any(term in row.coef for term in MASK_LOSSES):
-                terms = mask_losses(stack, [target['masks'] for target in targets])
-                losses |= {f'loss_{term}{suffixes[-1]}': value / divisors[1] for term, value in terms.items()}
-            names = [f'cardinality_error{suffix}' for suffix in suffixes]
-            losses |= zip(names, cardinality_error(stack, row.scale).unbind(), strict=True)
+        computed = [term for term in BOX_LOSSES if any(term in self.table[kind].coef for kind in matched)]
+        boxes = box_losses([*matched.values()], computed)
+        for (kind, found), box_terms, (class_divisor, box_divisor) in zip(
+            matched.items(), boxes, divisors, strict=True
+        ):
+            row, suffixes = self.table[kind], loss_suffixes(kind, len(found.logits))
+            terms = {'loss_ce': row.class_loss(found) / class_divisor} if 'ce' in row.coef else {}
+            values = zip(computed, (box_terms / box_divisor).unbind(), strict=True)
+            terms |= {f'loss_{term}': value for term, value in values if term in row.coef}
+            terms['cardinality_error'] = cardinality_error(found) * row.scale
+            for name, layers in terms.items():
+                losses |= zip([name + suffix for suffix in suffixes], layers.unbind(), strict=True)
+            mask_terms = [term for term in MASK_LOSSES if term in row.coef and found.masks is not None]
+            if mask_terms:
+                values = mask_losses(found, [target['masks'] for target in targets], mask_terms)
+                losses |= {f'loss_{term}{suffixes[-1]}': x / box_divisor for term, x in values.items()}
             if not row.class_agnostic:
-                losses['class_error' + loss_suffix(kind, None)] = class_error(stack, row.scale)
+                losses[f'class_error{suffixes[-1]}'] = class_error(found) * row.scale
         return losses
 
-    def statistics(self, averages: dict[str, float]) -> dict[str, float]:
-        """Return pairs per object and share of the loss of each kind, since the last call and over all ranks.
+    def match(
+        self, predictions: dict[str, Prediction], targets: list[dict]
+    ) -> tuple[dict[str, MatchedPredictions], dict[str, float]]:
+        """Match every kind, and return `Assignment.count` of each too.
 
-        averages: average of each loss term over that time.
+        All costs are copied to the host at once, and so are all pairs back to the device.
         """
-        tally: Counter[str] = Counter()
-        for part in all_gather_object(self.tally):
-            tally.update(part)
-        self.tally = Counter()
-        return epoch_statistics(self.table, self.weight_dict, tally, averages)
-
-    def assign(self, kinds: dict[str, list[Prediction]], targets: list[dict]) -> dict[str, Stack]:
-        """Match every kind. All costs are copied to the host at once, and so are all pairs back to the device."""
         objects = Targets.pack(targets)
         packed = {
-            kind: objects.as_one_class() if self.table[kind].class_agnostic else objects for kind in kinds
+            kind: objects.as_one_class() if self.table[kind].class_agnostic else objects
+            for kind in predictions
         }
-        stacked = {kind: stack_predictions(rows) for kind, rows in kinds.items()}
-        matched = [kind for kind, rows in kinds.items() if rows[0].assignment is None]
-        costs = [self.table[kind].matcher.cost(stacked[kind], packed[kind]) for kind in matched]
-        assignments = {
-            kind: self.table[kind].matcher.solve(cost, objects.sizes)
-            for kind, cost in zip(matched, to_host(costs), strict=True)
-        } | {kind: [p.assignment for p in rows] for kind, rows in kinds.items() if kind not in matched}
-        for kind in kinds:
-            if other := self.table[kind].merge:
-                both = zip(assignments[kind], assignments[other], strict=True)
-                assignments[kind] = [merge(*layer) for layer in both]
+        exact = {
+            kind: replace(p, logits=full_precision(p.logits), boxes=full_precision(p.boxes))
+            for kind, p in predictions.items()
+        }
+        assignments = {kind: [p.assignment] * len(p.logits) for kind, p in predictions.items()}
+        unknown = [kind for kind, prediction in predictions.items() if prediction.assignment is None]
+        costs = to_host([self.table[kind].matcher.cost(exact[kind], packed[kind]) for kind in unknown])
+        for kind, cost in zip(unknown, costs, strict=True):
+            assignments[kind] = self.table[kind].matcher.solve(cost, objects.sizes)
+        for kind in unknown:
+            if other := self.table[kind].merge_pairs_from:
+                assignments[kind] = list(map(merge_pairs, assignments[kind], assignments[other]))
         self.tally['objects'] += sum(objects.sizes)
         self.tally.update(
-            {kind: sum(len(a.query) for a in rows) / len(rows) for kind, rows in assignments.items()}
+            {kind: sum(len(a.query) for a in layers) / len(layers) for kind, layers in assignments.items()}
         )
-        on_host = {kind: pack_pairs(assignments[kind]) for kind in kinds}
-        on_device = torch.cat(list(on_host.values()), dim=1).to(objects.boxes.device, non_blocking=True)
-        parts = on_device.split([part.shape[1] for part in on_host.values()], dim=1)
-        stacks = {
-            kind: self.make_stack(stacked[kind], part, packed[kind], assignments[kind])
-            for kind, part in zip(kinds, parts, strict=True)
+        pairs = [pack_pairs(layers) for layers in assignments.values()]
+        on_device = torch.cat(pairs, dim=1).to(objects.boxes.device, non_blocking=True)
+        parts = on_device.split([part.shape[1] for part in pairs], dim=1)
+        matched = {
+            kind: self.with_pairs(kind, exact[kind], packed[kind], layers, part)
+            for (kind, layers), part in zip(assignments.items(), parts, strict=True)
         }
-        for kind, stack in stacks.items():
-            stack.masks = kinds[kind][-1].masks
-        return stacks
+        return matched, {kind: layers[0].count for kind, layers in assignments.items()}
 
-    def make_stack(
-        self, stacked: Prediction, pairs: Tensor, packed: Targets, assignments: list[Assignment]
-    ) -> Stack:
-        """Collect predictions, pairs and objects of a kind. pairs: [5, N] of `pack_pairs`."""
-        layer, batch, query, target, decides_class = pairs
-        matcher = self.table[stacked.kind].matcher
-        return Stack(
-            logits=stacked.logits,
-            boxes=stacked.boxes,
+    def with_pairs(
+        self, kind: str, prediction: Prediction, objects: Targets, layers: list[Assignment], pairs: Tensor
+    ) -> MatchedPredictions:
+        """Collect predictions, pairs and objects of a kind. pairs: [5, N] of `pack_pairs`, on the device."""
+        layer, batch, query, target, is_class_target = pairs
+        matcher, sizes = self.table[kind].matcher, objects.sizes
+        return MatchedPredictions(
+            logits=prediction.logits,
+            boxes=prediction.boxes,
             index=(layer, batch, query),
-            labels=packed.labels[target],
-            target_boxes=packed.boxes[target],
-            num_pairs=[len(a.query) for a in assignments],
-            num_objects=packed.sizes if matcher is None else [matcher.count([size]) for size in packed.sizes],
-            count=assignments[0].count,
-            decides_class=None if assignments[0].decides_class is None else decides_class,
+            labels=objects.labels[target],
+            target_boxes=objects.boxes[target],
+            num_pairs=[len(each.query) for each in layers],
+            num_objects=sizes if matcher is None else [matcher.count([size]) for size in sizes],
+            is_class_target=None if layers[0].is_class_target is None else is_class_target,
             target=target,
+            masks=prediction.masks,
         )
 
-    def denominators(self, stacks: dict[str, Stack], step_sizes: list[list[int]]) -> Tensor:
+    def divisors(
+        self, matched: dict[str, MatchedPredictions], counts: dict[str, float], step_sizes: list[list[int]]
+    ) -> Tensor:
         """Return the divisors of class and box losses of each kind, [kinds, 2], averaged over ranks and a step's batches.
 
         A total count is at least 1. The official code clamps the average instead, which differs only if there is less
@@ -160,21 +178,47 @@ class SetCriterion(nn.Module):
         model knows the assignments (positives of Co-DETR's heads), this batch's count stands for the step's other batches.
         """
         totals, smallest = [], []
-        for kind, stack in stacks.items():
-            row, num_queries = self.table[kind], stack.logits.shape[2]
-            smallest.append([row.class_loss.smallest_denominator, 1.0])
+        for kind, found in matched.items():
+            row, num_queries = self.table[kind], found.logits.shape[2]
+            smallest.append([row.class_loss.smallest_divisor, 1.0])
             if row.matcher is None:
-                counts = [stack.count if row.count is None else row.count(sizes) for sizes in step_sizes]
-                totals.append([sum(counts)] * 2)
+                known = [counts[kind] if row.count is None else row.count(sizes) for sizes in step_sizes]
+                totals.append([sum(known)] * 2)
                 continue
-            classes = [row.class_loss.denominator(row.matcher, sizes, num_queries) for sizes in step_sizes]
-            objects = sum(row.matcher.count(sizes) for sizes in step_sizes)
-            totals.append([sum(classes), objects])
-        like = next(iter(stacks.values())).logits
+            classes = [row.class_loss.divisor(row.matcher, sizes, num_queries) for sizes in step_sizes]
+            totals.append([sum(classes), sum(map(row.matcher.count, step_sizes))])
+        like = next(iter(matched.values())).logits
         totals = torch.maximum(all_reduce_sum(from_host(totals, like)), from_host(smallest, like))
         parts = get_world_size() * len(step_sizes)
-        scales = from_host([[self.table[kind].scale] for kind in stacks], like)
+        scales = from_host([[self.table[kind].scale] for kind in matched], like)
         return (totals + self.eps) / (parts * scales)
+
+    def statistics(self, averages: dict[str, float]) -> dict[str, float]:
+        """Return pairs per object, `positives_KIND`, and the share of the loss, `share_KIND`, of each kind.
+
+        They are means over layers and ranks since the last call.
+
+        averages: average of each loss term over that time.
+        """
+        tally: Counter[str] = Counter()
+        for part in all_gather_object(self.tally):
+            tally.update(part)
+        self.tally = Counter()
+        shares: Counter[str] = Counter()
+        for name, coef in self.weight_dict.items():
+            shares[self.kind_of(name)] += coef * averages.get(name, 0.0)
+        total = sum(shares.values())
+        kinds = [kind for kind in self.table if kind in tally]
+        positives = {f'positives_{kind}': tally[kind] / max(tally['objects'], 1) for kind in kinds}
+        return positives | {f'share_{kind}': shares[kind] / total if total else 0.0 for kind in kinds}
+
+    def kind_of(self, name: str) -> str:
+        """Return the kind of prediction that a loss belongs to, by its official name.
+
+        The own losses of Co-DETR's heads belong to the kind of the queries made from their positives.
+        """
+        parts = ['rcnn' if part == 'rpn' else part for part in name.split('_')]
+        return next((part for part in parts if part in self.table), 'one2one')
 
 
 def to_host(tensors: list[Tensor]) -> list[np.ndarray]:
@@ -186,16 +230,16 @@ def to_host(tensors: list[Tensor]) -> list[np.ndarray]:
     return [part.view(x.shape).numpy() for part, x in zip(parts, tensors, strict=True)]
 
 
-def pack_pairs(assignments: list[Assignment]) -> Tensor:
-    """Pack the pairs of all layers, one layer after the other, as [5, N]: layer, batch, query, target, decides_class."""
-    num_pairs = torch.tensor([len(pairs.query) for pairs in assignments])
-    layer = torch.arange(len(assignments)).repeat_interleave(num_pairs)
-    if assignments[0].decides_class is None:
-        decides_class = torch.ones_like(layer)
+def pack_pairs(layers: list[Assignment]) -> Tensor:
+    """Pack the pairs of all layers, one after the other, as [5, N]: layer, batch, query, target, is_class_target."""
+    num_pairs = torch.tensor([len(pairs.query) for pairs in layers])
+    layer = torch.arange(len(layers)).repeat_interleave(num_pairs)
+    if layers[0].is_class_target is None:
+        is_class_target = torch.ones_like(layer)
     else:
-        decides_class = torch.cat([pairs.decides_class for pairs in assignments]).long()
-    rows = [torch.cat([getattr(p, name) for p in assignments]) for name in ('batch', 'query', 'target')]
-    return torch.stack([layer, *rows, decides_class])
+        is_class_target = torch.cat([pairs.is_class_target for pairs in layers]).long()
+    rows = [torch.cat([getattr(pairs, name) for pairs in layers]) for name in ('batch', 'query', 'target')]
+    return torch.stack([layer, *rows, is_class_target])
 
 
 def weighted_sum(losses: dict[str, Tensor], weight_dict: dict[str, float]) -> Tensor:

@@ -3,25 +3,49 @@
 import torch
 from torch import Tensor, nn
 
-from models.heads import inverse_sigmoid
-from models.structures import Assignment, Memory, QueryGroup
+from models.heads import LogitBoxes
+from models.position_encoding import sine_embedding
+from models.structures import Assignment, Memory, QueryGroup, TrainingBranch
 from util.box_ops import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
 from util.precision import without_autocast
 
-from .positions import BoxPositions
+
+class LinearNorm(nn.Module):
+    """A linear layer and a norm, from features [..., C] to the content or the position of queries."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, width)
+        self.norm = nn.LayerNorm(width)
+        nn.init.xavier_uniform_(self.linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x))
 
 
-class Denoising(nn.Module):
-    """A query source of noised objects, in groups that do not see each other.
+class BoxPositions(LinearNorm):
+    """A sine embedding of boxes, a linear layer and a norm (Deformable DETR Sec. 4.2 of the appendix, for proposals)."""
+
+    def __init__(self, hidden_dim: int, width: int) -> None:
+        super().__init__(2 * hidden_dim, width)
+        self.num_feats = hidden_dim // 2
+
+    def forward(self, boxes: Tensor) -> Tensor:
+        """Encode boxes [B, Q, 4] cxcywh in [0, 1] as [B, Q, width]."""
+        return super().forward(sine_embedding(boxes, self.num_feats).to(boxes.dtype))
+
+
+class Denoising(TrainingBranch):
+    """Queries at noised objects, in groups that do not see each other.
 
     A group has a positive and a negative copy of every object. The negative copy is moved further, and its target is
     background.
 
     Args:
+        box_code: that of the decoder.
         num_queries: the number of groups is num_queries / (largest number of objects of an image).
         label_noise: half of this share of the labels is replaced by random ones.
         box_noise: largest displacement of a positive's corner, as a multiple of half the side of its box.
-        eps: that of the decoder's inverse sigmoids.
         positions: give queries positions, for decoders that do not compute them from the boxes.
     """
 
@@ -29,26 +53,23 @@ class Denoising(nn.Module):
         self,
         num_classes: int,
         hidden_dim: int,
+        box_code: LogitBoxes,
         num_queries: int = 100,
         label_noise: float = 0.5,
         box_noise: float = 1.0,
-        eps: float = 1e-3,
         positions: bool = False,
     ) -> None:
         super().__init__()
-        self.num_queries, self.eps = num_queries, eps
+        self.num_queries, self.box_code = num_queries, box_code
         self.label_noise, self.box_noise = label_noise, box_noise
         self.label_embedding = nn.Embedding(num_classes, hidden_dim)
         self.positions = BoxPositions(hidden_dim, hidden_dim) if positions else None
 
-    def forward(self, memory: Memory, targets: list[dict]) -> tuple[list[QueryGroup], dict[str, Tensor]]:
-        """Return one query group, which is empty without objects.
-
-        targets: a dictionary of `labels` and `boxes` cxcywh in [0, 1] per image.
-        """
+    def queries(self, memory: Memory, targets: list[dict]) -> tuple[list[QueryGroup], dict[str, Tensor]]:
+        """Return one query group, which is empty without objects."""
         counts = [len(target['labels']) for target in targets]
         most, total, num_groups = max(counts), sum(counts), self.num_groups(counts)
-        labels, logits = self.noised(
+        labels, codes = self.noised(
             torch.cat([target['labels'] for target in targets]),
             torch.cat([target['boxes'] for target in targets]),
             num_groups,
@@ -64,7 +85,7 @@ class Denoising(nn.Module):
         shape = len(counts), 2 * num_groups * most
         embedded = self.label_embedding(labels)
         tgt = embedded.new_zeros(*shape, embedded.shape[-1]).index_put(place, embedded)
-        reference = logits.new_zeros(*shape, 4).index_put(place, logits).sigmoid()
+        reference = self.box_code.decode(codes.new_zeros(*shape, 4).index_put(place, codes))
         positives = Assignment(
             image.repeat(num_groups),
             (copies[::2] * most + number).flatten(),
@@ -88,7 +109,7 @@ class Denoising(nn.Module):
 
     @torch.no_grad()
     def noised(self, labels: Tensor, boxes: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-        """Return labels [N] and boxes in logit space [N, 4] of all copies, one copy of all objects after the other.
+        """Return labels [N] and encoded boxes [N, 4] of all copies, one copy of all objects after the other.
 
         Random numbers come from the generator of the objects' device, in this order: labels to replace, new labels, signs
         and sizes of displacements.
@@ -104,4 +125,4 @@ class Denoising(nn.Module):
         part = part + negative[:, None]
         half = boxes[:, 2:].repeat(1, 2) / 2
         corners = box_cxcywh_to_xyxy(boxes) + sign * part * half * self.box_noise
-        return labels, inverse_sigmoid(box_xyxy_to_cxcywh(corners.clamp(0, 1)), self.eps)
+        return labels, self.box_code.encode(box_xyxy_to_cxcywh(corners.clamp(0, 1)))

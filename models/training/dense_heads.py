@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from models.deformable_transformer import valid_sizes
 from models.structures import Memory
@@ -19,12 +20,25 @@ from util.box_ops import box_cxcywh_to_xyxy, box_iou
 from util.distributed.collectives import all_reduce_sum, get_world_size
 from util.precision import full_precision
 
-from .structures import from_host
+from .matcher import from_host
 
 EPS = torch.finfo(torch.float32).eps  # added to every divisor, whatever the precision
 SMALLEST_AREA = 1e-6  # in square pixels, of unions and of enclosing boxes
 MAX_LOG_RATIO = abs(math.log(16 / 1000))  # a decoded box has at most 62.5 times the side of its anchor
 BACKGROUND = -1
+
+
+class Tower(nn.Module):
+    """A 3 x 3 convolution without bias, a group norm and a ReLU; official names `conv`, `gn`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.gn = nn.GroupNorm(32, channels)
+        nn.init.normal_(self.conv.weight, std=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.gn(self.conv(x)))
 
 
 @dataclass
@@ -181,6 +195,28 @@ def assign_by_iou(
     numbers = torch.arange(len(objects), dtype=torch.int16, device=objects.device)[:, None]
     last = torch.where(given, numbers, -1).amax(0)  # -1: no object's best box
     return torch.where(last >= 0, last, assigned)
+
+
+def sample_regions(
+    regions: Tensor, objects: Tensor, num: int, positive_fraction: float, overlap: float
+) -> tuple[Tensor, Tensor, int]:
+    """Sample regions of an image for an RoI head, positives first. The objects themselves are regions too, their own positives.
+
+    Args:
+        regions: [N, 4].
+        objects: [T, 4].
+        num, positive_fraction: as in `sample`.
+        overlap: smallest IoU of a positive.
+
+    Returns:
+        Boxes [M, 4], the object of each or BACKGROUND [M], and the number of positives.
+    """
+    assigned = assign_by_iou(regions, objects, overlap, overlap, low_quality=False)
+    own = torch.arange(len(objects), device=objects.device)
+    assigned, boxes = torch.cat([own, assigned]), torch.cat([objects, regions])
+    positives, negatives = sample(assigned, num, positive_fraction)
+    chosen = torch.cat([positives, negatives])
+    return boxes[chosen], assigned[chosen], len(positives)
 
 
 def sample(assigned: Tensor, num: int, positive_fraction: float) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ Faster R-CNN (arXiv:1506.01497) on the encoder's output, as Co-DETR (arXiv:2211.
 A region proposal network (RPN) finds boxes, which an RoI head classifies and refines from their RoI features.
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -21,6 +20,7 @@ from .dense_heads import (
     SMALLEST_AREA,
     Images,
     Samples,
+    Tower,
     anchor_major,
     assign_by_iou,
     average,
@@ -30,9 +30,10 @@ from .dense_heads import (
     level_anchors,
     owned_anchors,
     sample,
+    sample_regions,
 )
-from .mask_rcnn import MaskBranch
-from .structures import from_host
+from .masks import MaskBranch
+from .matcher import from_host
 
 SCALES = tuple(4 * 2 ** (octave / 3) for octave in range(3))
 RATIOS = (0.5, 1.0, 2.0)
@@ -109,19 +110,6 @@ class RegionProposals(nn.Module):
         return kept
 
 
-class RoIConvolution(nn.Module):
-    """A 3 x 3 convolution without bias, a group norm and a ReLU."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.gn = nn.GroupNorm(32, channels)
-        nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.gn(self.conv(x)))
-
-
 class RoIHead(nn.Module):
     """A head that predicts classes of regions, and boxes, from 7 x 7 RoI features.
 
@@ -139,7 +127,9 @@ class RoIHead(nn.Module):
         convolutional = kind == '4conv1fc'
         self.num_boxes = 1 if convolutional else num_classes
         self.stds = tuple(std / 2 for std in ROI_STDS) if convolutional else ROI_STDS
-        self.shared_convs = nn.ModuleList(RoIConvolution(channels) for _ in range(4 if convolutional else 0))
+        self.shared_convs = nn.ModuleList(Tower(channels) for _ in range(4 if convolutional else 0))
+        for layer in self.shared_convs:
+            nn.init.kaiming_normal_(layer.conv.weight, mode='fan_out', nonlinearity='relu')
         sizes = [channels * ROI_SIZE**2, *[hidden] * (1 if convolutional else 2)]
         self.shared_fcs = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
         self.fc_cls = nn.Linear(hidden, num_classes + 1)  # the last is the background
@@ -197,10 +187,9 @@ class FasterRCNN(nn.Module):
         proposed = self.rpn(maps)
         losses = self.rpn.losses(*proposed, images)
         proposals = self.rpn.proposals(*proposed, images.sizes, self.train_candidates)
-        sampled = [
-            self.choose(boxes, objects) for boxes, objects in zip(proposals, images.boxes, strict=True)
-        ]
-        regions, objects = zip(*sampled, strict=True)
+        rule = self.num_samples, self.positive_fraction, self.overlap
+        sampled = [sample_regions(*pair, *rule) for pair in zip(proposals, images.boxes, strict=True)]
+        regions, objects, num_positives = zip(*sampled, strict=True)
         features, logits, deltas = self.roi(maps, list(regions))
         target = [
             torch.where(found == BACKGROUND, found, found + offset)
@@ -208,7 +197,13 @@ class FasterRCNN(nn.Module):
         ]
         losses |= self.losses(logits, deltas, torch.cat(regions), torch.cat(target), images)
         if self.masks is not None:
-            losses['loss_rcnn_mask'] = self.mask_loss(maps, regions, objects, images)
+            positives = [found[:number] for found, number in zip(objects, num_positives, strict=True)]
+            losses['loss_rcnn_mask'] = self.masks.loss(
+                maps,
+                [boxes[:number] for boxes, number in zip(regions, num_positives, strict=True)],
+                torch.cat([labels[found] for labels, found in zip(images.labels, positives, strict=True)]),
+                [masks[found] for masks, found in zip(images.masks, positives, strict=True)],
+            )
         shortest = min(len(boxes) for boxes in regions)
         means = features.mean((2, 3)).split([len(boxes) for boxes in regions]) if with_features else None
         return losses, Samples(
@@ -217,17 +212,6 @@ class FasterRCNN(nn.Module):
                 for parts in (regions, target, means)
             )
         )
-
-    def choose(self, proposals: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample RoIs [N, 4] of an image, positives first, and return the object of each or BACKGROUND too.
-
-        The objects themselves are put in front of the proposals, as their own positives.
-        """
-        assigned = assign_by_iou(proposals, objects, self.overlap, self.overlap, low_quality=False)
-        own = torch.arange(len(objects), device=proposals.device)
-        assigned, boxes = torch.cat([own, assigned]), torch.cat([objects, proposals])
-        chosen = torch.cat(sample(assigned, self.num_samples, self.positive_fraction))
-        return boxes[chosen], assigned[chosen]
 
     def losses(
         self, logits: Tensor, deltas: Tensor, regions: Tensor, target: Tensor, images: Images
@@ -246,19 +230,6 @@ class FasterRCNN(nn.Module):
             'loss_rcnn_bbox': (1 - generalized_box_iou(decoded, boxes, SMALLEST_AREA)).sum() / divisor,
             'rcnn_accuracy': right * (100 / max(len(classes), 1)),
         }
-
-    def mask_loss(
-        self, maps: list[Tensor], regions: Sequence[Tensor], assigned: Sequence[Tensor], images: Images
-    ) -> Tensor:
-        """Return the loss of masks on the positive RoIs."""
-        positive = [(found != BACKGROUND).nonzero()[:, 0] for found in assigned]
-        objects = [found[mine] for found, mine in zip(assigned, positive, strict=True)]
-        return self.masks.loss(
-            maps,
-            [boxes[mine] for boxes, mine in zip(regions, positive, strict=True)],
-            torch.cat([labels[found] for labels, found in zip(images.labels, objects, strict=True)]),
-            [masks[found] for masks, found in zip(images.masks, objects, strict=True)],
-        )
 
     @torch.no_grad()
     def detect(self, maps: list[Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:

@@ -1,10 +1,15 @@
 """
 Loss terms of predictions, for all decoder layers of a kind at once.
 
-A `Stack` holds the predictions of one kind, and their pairs with objects. Terms are sums or statistics for every layer,
-[L], and the criterion divides them. Class losses have a method `denominator`, which computes the divisor of their sum
-from the targets alone.
+Terms are sums or statistics for every layer, [L], and the criterion divides them. The tables `CLASS_LOSSES`, `BOX_LOSSES`
+and `MASK_LOSSES` name all of them. Letters in shapes: L decoder layers, B images, Q queries, K classes, N pairs of query and
+object.
 """
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +17,51 @@ from torch import Tensor
 
 from util.box_ops import box_cxcywh_to_xyxy, box_iou, generalized_box_iou
 
-from .matcher import HungarianMatcher
-from .structures import Matcher, Stack, from_host
+from .matcher import HungarianMatcher, Matcher, from_host
+
+
+@dataclass
+class MatchedPredictions:
+    """The predictions of one kind, and their N pairs with objects, one layer after the other."""
+
+    logits: Tensor  # [L, B, Q, K]
+    boxes: Tensor  # [L, B, Q, 4]
+    index: tuple[Tensor, Tensor, Tensor]  # layer, batch, query of each pair, [N] each
+    labels: Tensor  # [N] class of the pair's object
+    target_boxes: Tensor  # [N, 4]
+    num_pairs: list[int]  # number of pairs of each layer
+    num_objects: list[int]  # number of objects of each image, times the matcher's repeats
+    is_class_target: Tensor | None = None  # [N] 1 if the pair sets its query's class, else 0; None: all do
+    target: Tensor | None = None  # [N] index of the pair's object in the whole batch
+    masks: Tensor | None = None  # [B, Q, h, w] logits of the last layer
+
+    def last_pairs(self) -> slice:
+        """Return the range of the last layer's pairs."""
+        total = sum(self.num_pairs)
+        return slice(total - self.num_pairs[-1], total)
+
+    def per_layer(self, values: Tensor) -> Tensor:
+        """Sum values of pairs over each layer, [..., N] to [..., L]."""
+        if len(set(self.num_pairs)) == 1:
+            return values.unflatten(-1, (len(self.num_pairs), -1)).sum(-1)
+        return torch.stack([part.sum(-1) for part in values.split(self.num_pairs, dim=-1)], dim=-1)
+
+
+class ClassLoss(Protocol):
+    """The interface of class losses. `smallest_divisor` bounds what the sums are divided by."""
+
+    smallest_divisor: float
+
+    def __call__(self, matched: MatchedPredictions) -> Tensor:
+        """Return the sum of each layer, [L]."""
+
+    def divisor(self, matcher: Matcher, sizes: list[int], num_queries: int) -> float:
+        """Return the divisor of a batch, from the targets alone.
+
+        Args:
+            sizes: number of objects of each image.
+            num_queries: number of queries of an image.
+        """
 
 
 class FocalLoss:
@@ -23,30 +71,29 @@ class FocalLoss:
     is needed.
     """
 
-    smallest_denominator = 1.0
+    smallest_divisor = 1.0
 
     def __init__(self, alpha: float = 0.25, gamma: float = 2.0) -> None:
         self.weights = (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)  # for positives and negatives
         self.gamma = gamma
 
-    def __call__(self, stack: Stack) -> Tensor:
-        negatives = self.unweighted(stack.logits).flatten(1).sum(1)
-        change = self.correction(stack.logits[(*stack.index, stack.labels)])
-        if stack.decides_class is not None:
-            change = change * stack.decides_class
-        return torch.add(stack.per_layer(change), negatives, alpha=self.weights[1])
+    def __call__(self, matched: MatchedPredictions) -> Tensor:
+        negatives = self.unweighted(matched.logits).flatten(1).sum(1)
+        change = self.correction(matched.logits[(*matched.index, matched.labels)], matched)
+        if matched.is_class_target is not None:
+            change = change * matched.is_class_target
+        return torch.add(matched.per_layer(change), negatives, alpha=self.weights[1])
 
     def unweighted(self, x: Tensor) -> Tensor:
         """Return the loss of a negative with logit x, or of a positive with logit -x."""
         return x.sigmoid() ** self.gamma * F.softplus(x)
 
-    def correction(self, x: Tensor) -> Tensor:
-        """Return the loss of logit x as a positive, minus its loss as a negative."""
+    def correction(self, x: Tensor, matched: MatchedPredictions | None = None) -> Tensor:
+        """Return the loss of logits x [N] of pairs as positives, minus their loss as negatives."""
         positive, negative = self.unweighted(torch.stack([-x, x]))
         return torch.sub(self.weights[0] * positive, negative, alpha=self.weights[1])
 
-    def denominator(self, matcher: Matcher, sizes: list[int], num_queries: int) -> float:
-        """Return the divisor of a batch. sizes: number of objects of each image; num_queries: queries of an image."""
+    def divisor(self, matcher: Matcher, sizes: list[int], num_queries: int) -> float:
         return matcher.count(sizes)
 
 
@@ -56,15 +103,10 @@ class QualityFocalLoss(FocalLoss):
     def __init__(self, beta: float = 2.0) -> None:
         super().__init__(alpha=-1, gamma=beta)
 
-    def __call__(self, stack: Stack) -> Tensor:
-        negatives = self.unweighted(stack.logits).flatten(1).sum(1)
-        x = stack.logits[(*stack.index, stack.labels)]
-        quality = box_quality(stack.boxes[stack.index].detach(), stack.target_boxes)
+    def correction(self, x: Tensor, matched: MatchedPredictions | None = None) -> Tensor:
+        quality = box_quality(matched.boxes[matched.index].detach(), matched.target_boxes)
         positive = F.binary_cross_entropy_with_logits(x, quality, reduction='none')
-        change = positive * (quality - x.sigmoid()).abs() ** self.gamma - self.unweighted(x)
-        if stack.decides_class is not None:
-            change = change * stack.decides_class
-        return stack.per_layer(change) + negatives
+        return positive * (quality - x.sigmoid()).abs() ** self.gamma - self.unweighted(x)
 
 
 def box_quality(boxes: Tensor, target_boxes: Tensor) -> Tensor:
@@ -78,24 +120,31 @@ class SoftmaxLoss:
     A query has at most one object. The loss is a weighted mean, divided by the sum of the weights.
     """
 
-    smallest_denominator = 1e-12  # not 0, the weight of a batch without objects if `eos_coef` is 0
+    smallest_divisor = 1e-12  # not 0, the weight of a batch without objects if `eos_coef` is 0
 
     def __init__(self, eos_coef: float = 0.1) -> None:
         self.eos_coef = eos_coef
 
-    def __call__(self, stack: Stack) -> Tensor:
-        no_object = stack.logits.shape[-1] - 1
-        classes = stack.labels.new_full(stack.logits.shape[:3], no_object)
-        classes[stack.index] = stack.labels
-        weight = stack.logits.new_ones(no_object + 1)
+    def __call__(self, matched: MatchedPredictions) -> Tensor:
+        no_object = matched.logits.shape[-1] - 1
+        classes = matched.labels.new_full(matched.logits.shape[:3], no_object)
+        classes[matched.index] = matched.labels
+        weight = matched.logits.new_ones(no_object + 1)
         weight[-1] = self.eos_coef
-        loss = F.cross_entropy(stack.logits.flatten(0, 2), classes.flatten(), weight, reduction='none')
-        return loss.view(len(stack.logits), -1).sum(1)
+        loss = F.cross_entropy(matched.logits.flatten(0, 2), classes.flatten(), weight, reduction='none')
+        return loss.view(len(classes), -1).sum(1)
 
-    def denominator(self, matcher: HungarianMatcher, sizes: list[int], num_queries: int) -> float:
-        """Return the divisor of a batch. sizes: number of objects of each image; num_queries: queries of an image."""
-        num_pairs = matcher.num_pairs(sizes, num_queries)
+    def divisor(self, matcher: HungarianMatcher, sizes: list[int], num_queries: int) -> float:
+        num_pairs = sum(min(num_queries, matcher.repeats * size) for size in sizes)
         return num_pairs + self.eos_coef * (num_queries * len(sizes) - num_pairs)
+
+
+# Class losses by name, each built from the flags.
+CLASS_LOSSES: dict[str, Callable[[Namespace], ClassLoss]] = {
+    'focal': lambda args: FocalLoss(args.focal_alpha),
+    'quality_focal': lambda args: QualityFocalLoss(),
+    'softmax': lambda args: SoftmaxLoss(args.eos_coef),
+}
 
 
 def l1_loss(boxes: Tensor, target_boxes: Tensor) -> Tensor:
@@ -112,63 +161,70 @@ def giou_loss(boxes: Tensor, target_boxes: Tensor) -> Tensor:
 BOX_LOSSES = {'bbox': l1_loss, 'giou': giou_loss}
 
 
-def box_losses(stacks: list[Stack], terms: list[str]) -> list[Tensor]:
-    """Sum some of `BOX_LOSSES` over the pairs of every layer, [terms, L] for each stack."""
+def box_losses(kinds: list[MatchedPredictions], terms: list[str]) -> list[Tensor]:
+    """Sum some of `BOX_LOSSES` over the pairs of every layer, [terms, L] for each kind."""
     if not terms:
-        return [stack.logits.new_zeros(0, len(stack.logits)) for stack in stacks]
-    boxes = torch.cat([stack.boxes[stack.index] for stack in stacks])  # [N, 4]
-    target_boxes = torch.cat([stack.target_boxes for stack in stacks])
+        return [matched.logits.new_zeros(0, len(matched.logits)) for matched in kinds]
+    boxes = torch.cat([matched.boxes[matched.index] for matched in kinds])  # [N, 4]
+    target_boxes = torch.cat([matched.target_boxes for matched in kinds])
     values = torch.stack([BOX_LOSSES[term](boxes, target_boxes) for term in terms])  # [terms, N]
-    parts = values.split([sum(stack.num_pairs) for stack in stacks], dim=1)
-    return [stack.per_layer(part) for stack, part in zip(stacks, parts, strict=True)]
+    parts = values.split([sum(matched.num_pairs) for matched in kinds], dim=1)
+    return [matched.per_layer(part) for matched, part in zip(kinds, parts, strict=True)]
 
 
 @torch.no_grad()
-def cardinality_error(stack: Stack, scale: float = 1.0) -> Tensor:
-    """Return `scale` times the cardinality error of each layer, [L], which is only logged (official code).
+def cardinality_error(matched: MatchedPredictions) -> Tensor:
+    """Return the cardinality error of each layer, [L], which is only logged (official code).
 
     It is the mean over images of |queries whose best class is not the last - objects|. With focal losses the last class
     is a real one, and the number is meaningless; it is kept for comparisons of logs.
     """
-    not_last = (stack.logits.argmax(-1) != stack.logits.shape[-1] - 1).sum(-1)  # [L, B]
-    errors = (not_last - from_host(stack.num_objects, not_last)).abs().sum(-1)
-    return errors * (scale / not_last.shape[-1])
+    not_last = (matched.logits.argmax(-1) != matched.logits.shape[-1] - 1).sum(-1)  # [L, B]
+    return (not_last - from_host(matched.num_objects, not_last)).abs().sum(-1) / not_last.shape[-1]
 
 
 @torch.no_grad()
-def class_error(stack: Stack, scale: float = 1.0) -> Tensor:
-    """Return `scale` times the percentage of the last layer's pairs whose best class is wrong; 100 without objects.
-
-    It is only logged.
-    """
-    pairs = stack.last_pairs()
-    batch, query = (x[pairs] for x in stack.index[1:])
-    right = stack.logits[-1, batch, query].argmax(-1) == stack.labels[pairs]
-    return scale * 100 - right.sum() * (scale * 100 / max(stack.num_pairs[-1], 1))
+def class_error(matched: MatchedPredictions) -> Tensor:
+    """Return the percentage of the last layer's pairs whose best class is wrong; 100 without objects. It is only logged."""
+    pairs = matched.last_pairs()
+    batch, query = (x[pairs] for x in matched.index[1:])
+    right = matched.logits[-1, batch, query].argmax(-1) == matched.labels[pairs]
+    return 100 - right.sum() * (100 / max(matched.num_pairs[-1], 1))
 
 
-MASK_LOSSES = ('mask', 'dice')
+def focal_mask_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the mean sigmoid focal loss of masks with P pixels, [N, P] to [N] (DETR Sec. 4.4)."""
+    p = logits.sigmoid()
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction='none')
+    loss = loss * (1 - (p * target + (1 - p) * (1 - target))) ** 2
+    return (loss * (0.25 * target + 0.75 * (1 - target))).mean(1)
 
 
-def mask_losses(stack: Stack, target_masks: list[Tensor]) -> dict[str, Tensor]:
-    """Sum the focal and the Dice loss of the last layer's masks over its pairs (DETR Sec. 4.4; arXiv:1606.04797).
+def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the Dice loss of masks with P pixels, [N, P] to [N] (arXiv:1606.04797)."""
+    p = logits.sigmoid()
+    return 1 - (2 * (p * target).sum(1) + 1) / (p.sum(1) + target.sum(1) + 1)
+
+
+MASK_LOSSES = {'mask': focal_mask_loss, 'dice': dice_loss}
+
+
+def mask_losses(
+    matched: MatchedPredictions, target_masks: list[Tensor], terms: list[str]
+) -> dict[str, Tensor]:
+    """Sum some of `MASK_LOSSES` over the last layer's pairs.
 
     Masks are compared at the size of the padded batch; padding counts as background.
 
     target_masks: masks [T_i, H_i, W_i] of each image.
     """
-    pairs = stack.last_pairs()
-    batch, query = (x[pairs] for x in stack.index[1:])
+    pairs = matched.last_pairs()
+    batch, query = (x[pairs] for x in matched.index[1:])
     size = [max(masks.shape[side] for masks in target_masks) for side in (1, 2)]
     padded = torch.cat(
         [F.pad(masks, (0, size[1] - masks.shape[2], 0, size[0] - masks.shape[1])) for masks in target_masks]
     )
-    x = stack.masks[batch, query]
-    x = F.interpolate(x[:, None], size=size, mode='bilinear', align_corners=False)[:, 0].flatten(1)
-    wanted = padded[stack.target[pairs]].flatten(1).to(x)
-    p = x.sigmoid()
-    focal = F.binary_cross_entropy_with_logits(x, wanted, reduction='none')
-    focal = focal * (1 - (p * wanted + (1 - p) * (1 - wanted))) ** 2
-    focal = focal * (0.25 * wanted + 0.75 * (1 - wanted))
-    dice = 1 - (2 * (p * wanted).sum(1) + 1) / (p.sum(1) + wanted.sum(1) + 1)
-    return {'mask': focal.mean(1).sum(), 'dice': dice.sum()}
+    logits = matched.masks[batch, query]
+    logits = F.interpolate(logits[:, None], size=size, mode='bilinear', align_corners=False)[:, 0].flatten(1)
+    target = padded[matched.target[pairs]].flatten(1).to(logits)
+    return {term: MASK_LOSSES[term](logits, target).sum() for term in terms}

@@ -6,39 +6,84 @@ In between, the criterion copies the costs of all kinds of predictions at once, 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import reduce
+from typing import Protocol
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from models.structures import Assignment, Prediction
 from util.box_ops import box_cxcywh_to_xyxy, box_iou, generalized_box_iou
 from util.errors import UserError
-from util.precision import full_precision
 from util.threads import in_parallel
-
-from .structures import Targets
 
 LARGEST_COST = 1e6
 # Threads save time from this size of a matrix of costs on; smaller ones are solved before the threads have woken up.
 WORTH_THREADS = 25_000
 
 
-def stack_predictions(rows: list[Prediction]) -> Prediction:
-    """Stack the layers of one kind into one prediction with a first axis [L], in float32 at least."""
-    fields = {
-        name: stack_layers([full_precision(getattr(row, name)) for row in rows])
-        for name in ('logits', 'boxes', 'anchors')
-        if getattr(rows[0], name) is not None
-    }
-    return Prediction(**fields, kind=rows[0].kind)
+def from_host(values: list, like: Tensor) -> Tensor:
+    """Copy numbers to a tensor on the device of `like`, without a synchronisation."""
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
-def stack_layers(layers: list[Tensor]) -> Tensor:
-    """Stack layers without copying a single one."""
-    return layers[0][None] if len(layers) == 1 else torch.stack(layers)
+@dataclass
+class Targets:
+    """The objects of a batch, concatenated, and padded to the largest number of an image, T_max."""
+
+    labels: Tensor  # [T]
+    boxes: Tensor  # [T, 4]
+    padded_labels: Tensor  # [B, T_max]
+    padded_boxes: Tensor  # [B, T_max, 4]
+    padded_corners: Tensor  # [B, T_max, 4], padded_boxes as xyxy
+    sizes: list[int]  # number of objects of each image
+
+    @classmethod
+    def pack(cls, targets: list[dict]) -> 'Targets':
+        """Pack targets, a dictionary of `labels` [T_i] and `boxes` [T_i, 4] per image."""
+        labels = [target['labels'] for target in targets]
+        boxes = [target['boxes'] for target in targets]
+        padded_boxes = pad_sequence(boxes, batch_first=True)
+        return cls(
+            labels=torch.cat(labels),
+            boxes=torch.cat(boxes),
+            padded_labels=pad_sequence(labels, batch_first=True),
+            padded_boxes=padded_boxes,
+            padded_corners=box_cxcywh_to_xyxy(padded_boxes),
+            sizes=[len(label) for label in labels],
+        )
+
+    def as_one_class(self) -> 'Targets':
+        """Return the same objects, all of class 0."""
+        return replace(
+            self, labels=torch.zeros_like(self.labels), padded_labels=torch.zeros_like(self.padded_labels)
+        )
+
+
+class Matcher(Protocol):
+    """The interface of matchers, which compute costs on the device and pairs on the host."""
+
+    def cost(self, prediction: Prediction, targets: Targets) -> Tensor:
+        """Return the costs of all layers, [L, B, T_max, Q]; rows beyond an image's objects are meaningless."""
+
+    def solve(self, cost: np.ndarray, sizes: list[int]) -> list[Assignment]:
+        """Return the assignment of each layer, with indices on the host. sizes: number of objects of each image."""
+
+    def count(self, sizes: list[int]) -> float:
+        """Return `Assignment.count`, the divisor of losses. sizes: number of objects of each image."""
+
+
+def match(matcher: Matcher, prediction: Prediction, targets: list[dict]) -> list[Assignment]:
+    """Match one kind of prediction alone, and return the assignment of each layer, with indices on the host.
+
+    targets: a dictionary of `labels` [T_i] and `boxes` [T_i, 4] per image.
+    """
+    packed = Targets.pack(targets)
+    return matcher.solve(matcher.cost(prediction, packed).cpu().numpy(), packed.sizes)
 
 
 def focal_cost(
@@ -79,17 +124,7 @@ def broadcast_pairs(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return planes[..., None, :, :], targets[..., None, :]
 
 
-class SingleMatch:
-    """A base of matchers that can be called for one prediction alone."""
-
-    def __call__(self, prediction: Prediction, targets: list[dict]) -> Assignment:
-        """Match one prediction with `targets` (dictionaries of `labels` and `boxes`), with indices on the host."""
-        packed = Targets.pack(targets)
-        cost = self.cost(stack_predictions([prediction]), packed)
-        return self.solve(cost.cpu().numpy(), packed.sizes)[0]
-
-
-class HungarianMatcher(SingleMatch):
+class HungarianMatcher:
     """A one-to-one matcher with the least total cost (DETR Sec. 3.1).
 
     Args:
@@ -124,32 +159,35 @@ class HungarianMatcher(SingleMatch):
         return f'Hungarian{times}{on}: {cost_class:g} class + {cost_bbox:g} L1 + {cost_giou:g} GIoU'
 
     @torch.no_grad()
-    def cost(self, stacked: Prediction, targets: Targets) -> Tensor:
-        """Return the weighted matching costs, [L, B, T_max, Q]; rows beyond an image's objects are meaningless.
-
-        stacked: logits [L, B, Q, K] and boxes [L, B, Q, 4] cxcywh of all layers.
-        """
+    def cost(self, prediction: Prediction, targets: Targets) -> Tensor:
+        """Return the weighted matching costs, [L, B, T_max, Q]."""
         cost_class, cost_bbox, cost_giou = self.weights
-        boxes = getattr(stacked, self.on).to(stacked.boxes.dtype)
+        boxes = getattr(prediction, self.on).to(prediction.boxes.dtype)
         predicted, real = broadcast_pairs(boxes, targets.padded_boxes)
         differences = zip(predicted.unbind(-1), real.unbind(-1), strict=True)
-        l1 = reduce(torch.add, ((ours - theirs).abs() for ours, theirs in differences))
+        l1 = reduce(torch.add, ((x - target).abs() for x, target in differences))
         predicted, real = broadcast_pairs(box_cxcywh_to_xyxy(boxes), targets.padded_corners)
         cost = torch.sub(cost_bbox * l1, generalized_box_iou(predicted, real), alpha=cost_giou)
         if not cost_class:
             return cost
-        return cost.add_(self.class_cost(stacked.logits, targets.padded_labels), alpha=cost_class)
+        return cost.add_(self.class_cost(prediction.logits, targets.padded_labels), alpha=cost_class)
 
     def solve(self, cost: np.ndarray, sizes: list[int]) -> list[Assignment]:
-        """Solve costs [L, B, T_max, Q] on the host, and return an assignment per layer, with indices on the host.
+        """Find the pairs of least total cost; queries are in ascending order within an image.
 
-        Threads solve layers and images side by side, unless all are small. Queries are in ascending order within an image.
+        Threads solve layers and images side by side, unless all are small.
         """
         blocks = [layer[image, :num_objects] for layer in cost for image, num_objects in enumerate(sizes)]
         largest = self.repeats * max(block.size for block in blocks)
         solved = list((in_parallel if largest >= WORTH_THREADS else map)(self.pairs, blocks))
-        layers = [solved[start : start + len(sizes)] for start in range(0, len(solved), len(sizes))]
-        return [self.assignment(pairs, sizes) for pairs in layers]
+        offsets, assignments = np.cumsum([0, *sizes[:-1]]), []
+        for start in range(0, len(solved), len(sizes)):
+            layer = solved[start : start + len(sizes)]
+            image = np.repeat(np.arange(len(sizes)), [pairs.shape[1] for pairs in layer])
+            query, target = np.concatenate(layer, axis=1)
+            rows = torch.from_numpy(np.stack([image, query, target + offsets[image]]))
+            assignments.append(Assignment(*rows, self.count(sizes)))
+        return assignments
 
     def pairs(self, cost: np.ndarray) -> np.ndarray:
         """Return queries and objects of an image, [2, N]. cost: [T, Q]."""
@@ -158,29 +196,16 @@ class HungarianMatcher(SingleMatch):
         order = query.argsort()
         return np.stack([query[order], target[order] % max(len(cost), 1)])
 
-    def assignment(self, pairs: list[np.ndarray], sizes: list[int]) -> Assignment:
-        """Return the assignment of a layer. pairs: [2, N_i] for each image."""
-        numbers = np.repeat(np.arange(len(sizes)), [part.shape[1] for part in pairs])
-        query, target = np.concatenate(pairs, axis=1)
-        offsets = np.cumsum([0, *sizes[:-1]])
-        rows = torch.from_numpy(np.stack([numbers, query, target + offsets[numbers]]))
-        return Assignment(*rows, self.count(sizes))
-
     def count(self, sizes: list[int]) -> float:
-        """Return the divisor of box losses. sizes: number of objects of each image."""
         return float(self.repeats * sum(sizes))
 
-    def num_pairs(self, sizes: list[int], num_queries: int) -> int:
-        """Return the number of pairs of an assignment. sizes: number of objects of each image."""
-        return sum(min(num_queries, self.repeats * num) for num in sizes)
 
-
-class OneToManyMatcher(SingleMatch):
+class OneToManyMatcher:
     """A one-to-many matcher by IoU and class score (MS-DETR, arXiv:2401.03989, Sec. 3, with details of the official code).
 
     A query is positive for its best object if its score there is at least `threshold`, or if it is the best query of any
     object. At most `positive_fraction` of all queries stay positive, drawn at random. An object with n positives then gets
-    the min(n, k) queries of its largest scores. A query can get several objects; the one of the largest score decides its
+    the min(n, k) queries of its largest scores. A query can get several objects; the one of the largest score sets its
     class.
 
     `cost` returns these scores, of which larger ones are better.
@@ -207,17 +232,17 @@ class OneToManyMatcher(SingleMatch):
         )
 
     @torch.no_grad()
-    def cost(self, stacked: Prediction, targets: Targets) -> Tensor:
-        """Return the scores, [L, B, T_max, Q]; rows beyond an image's objects are meaningless."""
-        iou, _ = box_iou(*broadcast_pairs(box_cxcywh_to_xyxy(stacked.boxes), targets.padded_corners))
-        probability = gather_classes(stacked.logits, targets.padded_labels).sigmoid()
+    def cost(self, prediction: Prediction, targets: Targets) -> Tensor:
+        """Return the scores, [L, B, T_max, Q]."""
+        iou, _ = box_iou(*broadcast_pairs(box_cxcywh_to_xyxy(prediction.boxes), targets.padded_corners))
+        probability = gather_classes(prediction.logits, targets.padded_labels).sigmoid()
         return self.iou_weight * iou + self.score_weight * probability
 
     def solve(self, cost: np.ndarray, sizes: list[int]) -> list[Assignment]:
-        """Solve scores [L, B, T_max, Q] on the host, and return an assignment per layer.
+        """Choose pairs by their scores; those of an image are in the order of ascending scores.
 
-        Pairs of an image are in the order of ascending scores. Random numbers come from torch's CPU generator: two
-        permutations per image, whether they are needed or not, the last layer first.
+        Random numbers come from torch's CPU generator: two permutations per image, whether they are needed or not, the last
+        layer first.
         """
         last = len(cost) - 1
         solved = {layer: self.solve_layer(layer, cost[layer], sizes) for layer in (last, *range(last))}
@@ -226,16 +251,15 @@ class OneToManyMatcher(SingleMatch):
     def solve_layer(self, layer: int, scores: np.ndarray, sizes: list[int]) -> Assignment:
         parts, offset = [np.zeros((4, 0), dtype=np.int64)], 0
         for image, num_objects in enumerate(sizes):
-            block = scores[image, :num_objects]  # [T_i, Q]
-            block = finite(block, worst=0.0)
-            query, target, decides_class = self.pairs(block)
-            parts.append(np.stack([np.full_like(query, image), query, offset + target, decides_class]))
+            block = finite(scores[image, :num_objects], worst=0.0)  # [T_i, Q]
+            query, target, is_class_target = self.pairs(block)
+            parts.append(np.stack([np.full_like(query, image), query, offset + target, is_class_target]))
             offset += num_objects
-        batch, query, target, decides_class = torch.from_numpy(np.concatenate(parts, axis=1))
-        return Assignment(batch, query, target, self.count(sizes), decides_class.bool())
+        batch, query, target, is_class_target = torch.from_numpy(np.concatenate(parts, axis=1))
+        return Assignment(batch, query, target, self.count(sizes), is_class_target.bool())
 
     def pairs(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return query, object, and whether the pair decides the query's class, for an image. scores: [T, Q]."""
+        """Return query, object, and whether the pair sets the query's class, for an image. scores: [T, Q]."""
         num_objects, num_queries = scores.shape
         positive = np.zeros(num_queries, dtype=bool)
         if num_objects:
@@ -257,33 +281,26 @@ class OneToManyMatcher(SingleMatch):
         return query, target, best_pair[query] == np.arange(len(query))
 
     def count(self, sizes: list[int]) -> float:
-        """Return the divisor of losses, the number of objects. sizes: number of objects of each image."""
         return float(sum(sizes))
 
 
-def merge(pairs: Assignment, more: Assignment) -> Assignment:
-    """Add to `pairs` those of `more` whose query has no pair yet."""
+def merge_pairs(pairs: Assignment, others: Assignment) -> Assignment:
+    """Add to `pairs` those of `others` whose query has no pair yet."""
     taken = set(zip(pairs.batch.tolist(), pairs.query.tolist(), strict=True))
-    places = zip(more.batch.tolist(), more.query.tolist(), strict=True)
+    places = zip(others.batch.tolist(), others.query.tolist(), strict=True)
     free = torch.tensor([i for i, place in enumerate(places) if place not in taken], dtype=torch.int64)
-    decides_class = [
-        torch.ones_like(x.query, dtype=torch.bool) if x.decides_class is None else x.decides_class
-        for x in (pairs, more)
-    ]
-    return Assignment(
-        *(
-            torch.cat([getattr(pairs, name), getattr(more, name)[free]])
-            for name in ('batch', 'query', 'target')
-        ),
-        pairs.count,
-        torch.cat([decides_class[0], decides_class[1][free]]),
+    own, added = (
+        torch.ones_like(x.query, dtype=torch.bool) if x.is_class_target is None else x.is_class_target
+        for x in (pairs, others)
     )
+    rows = [torch.cat([getattr(pairs, x), getattr(others, x)[free]]) for x in ('batch', 'query', 'target')]
+    return Assignment(*rows, pairs.count, torch.cat([own, added[free]]))
 
 
 def finite(block: np.ndarray, worst: float) -> np.ndarray:
-    """Replace what is not finite by a value that no pair should have: bad predictions get some pair, and their losses tell.
+    """Replace infinite numbers and NaN by a value that no pair should have.
 
-    The run leaves such a step out (`util.black_box`).
+    Invalid predictions get pairs too. Their loss is not finite, and the run leaves the step out (`util.black_box`).
     """
     if np.isfinite(block).all():
         return block

@@ -6,12 +6,13 @@ from typing import cast
 import torch
 from torch import nn
 
+from datasets.augmentations import build_augmentation
 from models.build import build_model
+from models.costs import activation_bytes, count_flops, if_known
 from models.ops.functions import describe as describe_kernels
 from models.training.criterion import SetCriterion
 from models.training.report import supervision_table
 from util.config.settle import Settled, chosen_by
-from util.costs import activation_bytes, count_flops, if_known
 from util.distributed.collectives import get_world_size
 from util.errors import UserError
 from util.optim import Schedule, build_schedule
@@ -54,7 +55,7 @@ def print_plan(
     if args.family == 'deformable':
         rows['kernels'] = describe_kernels(next(model.parameters()).device.type)
     if not args.eval:
-        if args.aug == 'lsj' and not datasets['train'].return_masks:
+        if build_augmentation(args).mix('train', False) and not datasets['train'].return_masks:
             rows['copy-paste'] = 'none, since there are objects without a segmentation'
         steps = schedule.steps_per_epoch
         rows |= {
@@ -171,21 +172,14 @@ def print_dry_run(args: Settled, num_images: int | None) -> None:
 
 def published_flops_text(args: Settled, model: nn.Module) -> str:
     """Describe the operations for the image that published tables count, at the size that is asked for."""
-    scale = args.img_size / FLOPS_SIZE[0]
-    height, width = (
-        (args.lsj_size,) * 2 if args.aug == 'lsj' else (round(side * scale) for side in FLOPS_SIZE)
-    )
+    height, width = build_augmentation(args).evaluated_size(FLOPS_SIZE)
     flops = count_flops(model, height, width) / 2e9
     return f'{flops:.4g} G multiply-adds for one image of {height} x {width} at evaluation, as published tables count them'
 
 
 def memory_text(args: Settled, model: nn.Module) -> str:
     """Describe the memory of a training step with the largest images."""
-    if args.aug == 'lsj':
-        height = width = args.lsj_size
-    else:
-        height = args.train_scales[1] if args.train_scales else args.img_size
-        width = args.train_max_size or args.max_size or round(args.img_size * 1333 / 800)
+    height, width = build_augmentation(args).largest_size()
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     moments = 1 if args.sgd else 2

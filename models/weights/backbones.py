@@ -21,7 +21,7 @@ def fetch_imagenet(name: str, url: str) -> str:
 
 def no_download(name: str, error: Exception) -> str:
     return (
-        f'the ImageNet weights of {name} could not be fetched ({error}): put the file into '
+        f'the ImageNet weights of {name} could not be downloaded ({error}): put the file into '
         f'{torch.hub.get_dir()}/checkpoints, or pass --backbone_weights FILE, or none to start from random numbers'
     )
 

@@ -1,7 +1,7 @@
 """
 Fill a model with weights of this program, of the official repositories or of other projects.
 
-The names of a file reveal its project (`names.py`). Weights must fit strictly; entries that do not fit are listed.
+The names of a file reveal its project (`layouts.py`). Weights must fit strictly; entries that do not fit are listed.
 """
 
 import re
@@ -11,17 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.weights.names import COCO_IDS, spread_coco_classes, to_official
+from models.weights.layouts import State, spread_coco_classes, translate
 from models.weights.read import extract_weights, read_checkpoint
 from models.weights.records import SharedClasses, extract_flags
 from util.errors import UserError
 
-# Parameters that a detector of boxes does not need: query sources, MS-DETR's second reading of the queries, masks.
-TRAINING_ONLY = r'query_sources\.|bbox_attention\.|mask_head\.|co_masks\.|class_embed_o2m\.|transformer\.decoder\.layers\.\d+\.(linear3|linear4|norm4)\.'
-INPUT_BIAS = r'input_proj\.\d+\.0\.bias'
-RESIZABLE = ('class_embed', 'query_embed')  # --pretrained accepts these from a model of another size
-SOURCES = ('query_sources.',)  # used only in training
 MASKS = ('bbox_attention.', 'mask_head.', 'co_masks.')  # may be missing in --pretrained
+SOURCES = ('query_sources.',)  # used only in training
+RESIZABLE = ('class_embed', 'query_embed')  # --pretrained accepts these from a model of another size
+# Entries that a detector of boxes does not need: those of training and masks, MS-DETR's second reading of the queries.
+TRAINING_ONLY = re.compile(
+    '|'.join(map(re.escape, (*MASKS, *SOURCES, 'class_embed_o2m.')))
+    + r'|transformer\.decoder\.layers\.\d+\.(linear3|linear4|norm4)\.'
+)
+INPUT_BIAS = re.compile(r'input_proj\.\d+\.0\.bias')
 DETREX_ONE2MANY = 1500  # queries of H-DETR's second group in every configuration of detrex
 
 
@@ -29,8 +32,10 @@ DETREX_ONE2MANY = 1500  # queries of H-DETR's second group in every configuratio
 class LoadReport:
     """Result of loading a checkpoint.
 
-    reinitialised: entries of another shape, left as they were or filled in part.
-    has_flags: the file tells the flags of its run, which were compared with the model's.
+    layout: project whose names the file has.
+    loaded: number of entries of the file that the model took.
+    reinitialised: entries of another shape, left as they were or filled in part, and entries that were missing.
+    has_flags: the file records the flags of its run, which were compared with the model's.
     differing: flags of another value, where that is allowed: the file's and the model's.
     kept_classes: names of the classes whose rows of the class heads were kept, if the classes are others.
     """
@@ -64,10 +69,10 @@ def load_checkpoint(
     name: str = '',
     classes: SharedClasses | None = None,
 ) -> LoadReport:
-    """Fill a model from a path, an address, a checkpoint or a state dict, under any known project's names.
+    """Fill a model from a path, a URL, a checkpoint or a state dict, under any known project's names.
 
-    Queries that only train are left out if the flags in the file, its project or its name tell which they are. Heads and
-    layers that only training reads are left out too. Averaged weights are preferred, except to resume.
+    Queries that only train are left out if the flags in the file, its project or its name reveal which they are. Heads
+    and layers that only training reads are left out too. Averaged weights are preferred, except to resume.
 
     Args:
         resize: re-initialise and list class heads and queries of another number (queries: fill as far as they go), and
@@ -92,9 +97,8 @@ def fill(
     model: nn.Module, checkpoint: dict, resize: bool, resume: bool, name: str, classes: SharedClasses | None
 ) -> LoadReport:
     """Do the work of `load_checkpoint`, whose arguments these are."""
-    found = extract_weights(checkpoint, averaged=not resume)
-    layout, state = to_official(found)
-    ours, recorded = model.state_dict(), extract_flags(checkpoint)
+    layout, state = translate(extract_weights(checkpoint, averaged=not resume))
+    recorded, own = extract_flags(checkpoint), model.state_dict()
     differing = differences(model, recorded) if recorded else {}
     if differing and not resize:
         raise UserError(
@@ -104,41 +108,60 @@ def fill(
     check_layer_order(model, layout, recorded, state)
     if not recorded:
         check_shared_heads(model, state)
-    rows = [len(entries.get('class_embed.0.bias', ())) for entries in (state, ours)]
-    if (
-        layout in ('detrex', 'mmdetection')
-        and rows[0] == len(COCO_IDS)
-        and 91 in (rows[1], classes and classes.there)
-    ):
+    num_classes = [len(own.get('class_embed.0.bias', ())), classes.num_in_file if classes else 0]
+    if layout in ('detrex', 'mmdetection') and 91 in num_classes:
         state = spread_coco_classes(state, 91)
-    if not resume and 'query_embed.weight' in state and 'query_embed.weight' in ours:
-        queries, wanted = state['query_embed.weight'], len(ours['query_embed.weight'])
-        if first_group(layout, recorded, name, len(queries), wanted) == wanted:
-            state['query_embed.weight'] = queries[:wanted]
-    state = {name: value for name, value in state.items() if not is_dropped(name, ours)}
+    if not resume:
+        cut_queries(state, own, layout, recorded, name)
+    state = {name: x for name, x in state.items() if name in own or not is_dispensable(name)}
+    if not any(map(INPUT_BIAS.fullmatch, state)):  # a bias of 0 does nothing
+        state |= {name: torch.zeros_like(x) for name, x in own.items() if INPUT_BIAS.fullmatch(name)}
     if resize:  # second class heads begin as the first
-        for name in ours:
-            first = name.replace('class_embed_o2m', 'class_embed')
-            if name not in state and first in state:
-                state[name] = state[first]
-    wrong_shape = [name for name in state if name in ours and state[name].shape != ours[name].shape]
+        firsts = {name: name.replace('class_embed_o2m', 'class_embed') for name in own if name not in state}
+        state |= {name: state[first] for name, first in firsts.items() if first in state}
+
+    wrong_shape = [name for name in state if name in own and state[name].shape != own[name].shape]
     sources_needed = resume or getattr(model, 'eval_module', None) is not None
     replaceable = (*RESIZABLE * resize, *SOURCES * (resize or not sources_needed))
-    refused = [name for name in wrong_shape if not name.startswith(replaceable)]
-    if not any(re.fullmatch(INPUT_BIAS, name) for name in state):  # a bias of 0 is as good as none
-        state |= {name: torch.zeros_like(x) for name, x in ours.items() if re.fullmatch(INPUT_BIAS, name)}
     optional = (*SOURCES * (not sources_needed), *(*MASKS, 'class_embed') * resize)
-    missing = [name for name in ours if name not in state and not name.startswith(optional)]
-    fresh = [name for name in ours if name not in state and name.startswith((*MASKS, 'class_embed'))]
-    unexpected = [name for name in state if name not in ours]
-    if missing or unexpected or refused:
-        raise UserError(mismatch_text(layout, state, ours, missing, unexpected, refused))
-    anew = fit(state, ours, wrong_shape, classes, proposal_head(model))
+    refused = [name for name in wrong_shape if not name.startswith(replaceable)]
+    missing = [name for name in own if name not in state]
+    needed = [name for name in missing if not name.startswith(optional)]
+    unexpected = [name for name in state if name not in own]
+    if needed or unexpected or refused:
+        raise UserError(mismatch_text(layout, state, own, needed, unexpected, refused))
+    fresh = [name for name in missing if name.startswith((*MASKS, 'class_embed'))]
+    anew = resize_entries(state, own, classes, proposal_head(model))
     if not resume:
         check_finite(state)
-    model.load_state_dict(ours | state)
-    kept = classes.names if classes else []
+    model.load_state_dict(own | state)
+    kept = list(classes.pairs) if classes else []
     return LoadReport(layout, len(state) - len(anew), anew + fresh, bool(recorded), differing, kept)
+
+
+# Entries that are changed to fit -------------------------------------------------------------------------------------
+
+
+def cut_queries(state: State, own: State, layout: str, recorded: dict, name: str) -> None:
+    """Keep the queries of the inference group, which come first, if their number in the file is that of the model.
+
+    The flags in the file give it, else its name (H-DETR writes the size of its second group as `_t1500_`), else the project
+    (detrex's second group has 1500).
+    """
+    rows, wanted = (len(entries.get('query_embed.weight', ())) for entries in (state, own))
+    if recorded:
+        first = recorded.get('num_queries_one2one', recorded.get('num_queries', rows))
+    elif second := re.search(r'_t(\d+)_', Path(name).name):
+        first = rows - int(second[1])
+    else:
+        first = wanted if layout == 'detrex' and rows == wanted + DETREX_ONE2MANY else rows
+    if rows and first == wanted:
+        state['query_embed.weight'] = state['query_embed.weight'][:wanted]
+
+
+def is_dispensable(name: str) -> bool:
+    """Return whether a model can do without an entry: counters of frozen norms, and what only training reads."""
+    return name.endswith('num_batches_tracked') or bool(TRAINING_ONLY.match(name))
 
 
 def proposal_head(model: nn.Module) -> str | None:
@@ -147,44 +170,37 @@ def proposal_head(model: nn.Module) -> str | None:
     return f'class_embed.{flags["dec_layers"]}.' if flags.get('two_stage') and not flags['dino'] else None
 
 
-def fit(
-    state: dict[str, Tensor],
-    ours: dict[str, Tensor],
-    wrong_shape: list[str],
-    classes: SharedClasses | None,
-    proposals: str | None,
+def resize_entries(
+    state: State, own: State, classes: SharedClasses | None, proposals: str | None
 ) -> list[str]:
-    """Give entries of another shape, and class heads of other classes, those of the model; return which start anew, in place."""
-    anew = list(wrong_shape)
-    for name in state:
+    """Give entries of another shape, and class heads of other classes, the shape of the model's, in place.
+
+    Returns the names of those that keep nothing of the file, or only the first queries.
+    """
+    anew = []
+    for name, x in state.items():
         if classes is not None and name.startswith('class_embed'):
-            if proposals is not None and name.startswith(proposals):
-                state[name] = fit_rows(state[name][:1], ours[name])
-            else:
-                state[name] = classes.rows(state[name], ours[name])
-            if name in anew:
-                anew.remove(name)
-        elif name in wrong_shape:
-            state[name] = fit_rows(state[name], ours[name]) if name.startswith('query_embed') else ours[name]
+            is_proposals = proposals is not None and name.startswith(proposals)
+            state[name] = fill_rows(own[name], x[:1]) if is_proposals else classes.fill(own[name], x)
+        elif x.shape != own[name].shape:
+            state[name] = fill_rows(own[name], x) if name.startswith('query_embed') else own[name]
+            anew.append(name)
     return anew
 
 
-def check_finite(state: dict[str, Tensor]) -> None:
-    """Require that weights are numbers.
+def fill_rows(own: Tensor, rows: Tensor) -> Tensor:
+    """Return `own` with the first rows replaced, as far as both go; `own` alone if the width differs."""
+    if rows.shape[1:] != own.shape[1:]:
+        return own
+    number = min(len(rows), len(own))
+    return torch.cat([rows[:number].to(own), own[number:]])
 
-    Raises:
-        UserError: some are NaN or infinite; the message names the first entries.
-    """
-    if bad := [name for name, x in state.items() if x.is_floating_point() and not x.float().isfinite().all()]:
-        more = ', ...' if len(bad) > 3 else ''
-        raise UserError(
-            f'{len(bad)} of {len(state)} entries are not finite ({", ".join(bad[:3])}{more}): the run that wrote them has diverged, '
-            'or the file is damaged; take an earlier checkpoint'
-        )
+
+# Checks --------------------------------------------------------------------------------------------------------------
 
 
 def differences(model: nn.Module, recorded: dict) -> dict[str, tuple]:
-    """Return flags of another value in a file (its value, the model's); {} for a model that knows no flags."""
+    """Return flags of another value in a file (its value, the model's); {} for a model without flags."""
     flags = getattr(model, 'flags', None)
     return flags.differences(recorded) if flags is not None else {}
 
@@ -201,35 +217,66 @@ def differences_text(differing: dict[str, tuple]) -> str:
     return ', '.join(parts).replace('--family', 'the family')
 
 
-def first_group(layout: str, recorded: dict, name: str, rows: int, wanted: int) -> int:
-    """Return the number of queries in the inference group of a file, which come first.
+def check_layer_order(model: nn.Module, layout: str, recorded: dict, state: State) -> None:
+    """Require that the checkpoint's decoder layers have the model's order; MS-DETR's read the memory first.
 
-    The flags tell it, else the name of the file (H-DETR writes the size of its second group as `_t1500_`), else the
-    project (detrex's second group has 1500).
+    The auxiliary block of MS-DETR reveals the order; without it the flags of the run do. Official files without flags
+    are accepted.
+
+    Raises:
+        UserError: the order is another one.
     """
-    if recorded:
-        return recorded.get('num_queries_one2one', recorded.get('num_queries', rows))
-    if second := re.search(r'_t(\d+)_', Path(name).name):
-        return rows - int(second[1])
-    return wanted if layout == 'detrex' and rows == wanted + DETREX_ONE2MANY else rows
+    if any('.linear3.' in name for name in state):
+        theirs = True
+    elif recorded or layout != 'official':
+        theirs = bool(recorded.get('use_ms_detr')) and not any('class_embed_o2m' in name for name in state)
+    else:
+        return
+    ours = any(getattr(module, 'reads_memory_first', False) for module in model.modules())
+    effect = 'moves the cross-attention of a decoder layer in front of its self-attention'
+    check_switch('use_ms_detr', theirs, ours, effect)
 
 
-def check_shared_heads(model: nn.Module, state: dict[str, Tensor]) -> None:
+def check_shared_heads(model: nn.Module, state: State) -> None:
     """Require that a file without flags shares its box heads among the decoder layers as a model of one stage does.
 
     Raises:
         UserError: with --with_box_refine each layer has its own heads, without it all layers share one.
     """
     heads = getattr(model, 'bbox_embed', None)
-    name = 'bbox_embed.{}.layers.2.bias'
-    one_stage = not getattr(model, 'two_stage', False)
-    if not isinstance(heads, nn.ModuleList) or not one_stage or name.format(1) not in state:
+    first, second = (state.get(f'bbox_embed.{layer}.layers.2.bias') for layer in (0, 1))
+    if (
+        getattr(model, 'two_stage', False)
+        or not isinstance(heads, nn.ModuleList)
+        or first is None
+        or second is None
+    ):
         return
-    ours, theirs = heads[0] is heads[1], torch.equal(state[name.format(0)], state[name.format(1)])
+    own = heads[0] is not heads[1]
+    check_switch(
+        'with_box_refine', not torch.equal(first, second), own, 'gives each decoder layer heads of its own'
+    )
+
+
+def check_switch(flag: str, theirs: bool, ours: bool, effect: str) -> None:
     if ours != theirs:
         raise UserError(
-            f'the checkpoint was trained {"without" if theirs else "with"} --with_box_refine, which gives each decoder layer '
-            f'heads of its own: {"leave it out" if theirs else "add it"}'
+            f'the checkpoint was trained {"with" if theirs else "without"} --{flag}, which {effect}: '
+            f'{"add it" if theirs else "leave it out"}'
+        )
+
+
+def check_finite(state: State) -> None:
+    """Require that weights are numbers.
+
+    Raises:
+        UserError: some are NaN or infinite; the message names the first entries.
+    """
+    if bad := [name for name, x in state.items() if x.is_floating_point() and not x.float().isfinite().all()]:
+        more = ', ...' if len(bad) > 3 else ''
+        raise UserError(
+            f'{len(bad)} of {len(state)} entries are not finite ({", ".join(bad[:3])}{more}): the run that wrote them has '
+            'diverged, or the file is damaged; take an earlier checkpoint'
         )
 
 
@@ -246,58 +293,17 @@ def check_frozen(report: LoadReport) -> None:
         )
 
 
-def is_dropped(name: str, ours: dict[str, Tensor]) -> bool:
-    """Tell whether the model needs no such entry: counters of frozen norms, and parameters used only in training."""
-    return name not in ours and (name.endswith('num_batches_tracked') or bool(re.match(TRAINING_ONLY, name)))
-
-
-def check_layer_order(model: nn.Module, layout: str, trained: dict, state: dict[str, Tensor]) -> None:
-    """Require that the checkpoint's decoder layers have the model's order; MS-DETR's read the memory first.
-
-    The auxiliary block of MS-DETR reveals the order; without it the flags of the run do. Official files without flags
-    are accepted.
-
-    Raises:
-        UserError: the order is another one.
-    """
-    ours = any(getattr(module, 'reads_memory_first', False) for module in model.modules())
-    if any('.linear3.' in name for name in state):
-        theirs = True
-    elif trained or layout != 'official':
-        theirs = bool(trained.get('use_ms_detr')) and not any('class_embed_o2m' in name for name in state)
-    else:
-        return
-    if ours != theirs:
-        raise UserError(
-            f'the checkpoint was trained {"with" if theirs else "without"} --use_ms_detr, which moves the cross-attention '
-            f'of a decoder layer in front of its self-attention: {"add it" if theirs else "leave it out"}'
-        )
-
-
-def fit_rows(theirs: Tensor, ours: Tensor) -> Tensor:
-    """Return rows of `theirs` as far as they go, then `ours`; `ours` alone if the width differs."""
-    if theirs.shape[1:] != ours.shape[1:]:
-        return ours
-    rows = min(len(theirs), len(ours))
-    return torch.cat([theirs[:rows].to(ours), ours[rows:]])
-
-
 def mismatch_text(
-    layout: str,
-    state: dict[str, Tensor],
-    ours: dict[str, Tensor],
-    missing: list[str],
-    unexpected: list[str],
-    refused: list[str],
+    layout: str, state: State, own: State, missing: list[str], unexpected: list[str], refused: list[str]
 ) -> str:
     lines = [
-        f'the checkpoint ({layout} names, {len(state)} entries) does not fit this model ({len(ours)} entries):'
+        f'the checkpoint ({layout} names, {len(state)} entries) does not fit this model ({len(own)} entries):'
     ]
     for what, names in (('missing', missing), ('left over', unexpected)):
         if names:
             lines.append(f'  {what}: {len(names)}, such as {", ".join(names[:4])}')
     lines += [
-        f'  {name}: {tuple(state[name].shape)} there, {tuple(ours[name].shape)} here' for name in refused[:4]
+        f'  {name}: {tuple(state[name].shape)} there, {tuple(own[name].shape)} here' for name in refused[:4]
     ]
     if any(name.startswith(RESIZABLE + SOURCES) for name in refused):
         lines.append(

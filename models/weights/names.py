@@ -1,332 +1,226 @@
 """
-Names of other projects for the entries of a state dict: one table per project, which a key that only it has reveals.
+Names of the entries of a state dict here and in other projects, as tables that are read in both directions.
 
-A rule is a pattern and its replacement; the first that matches a whole name wins.
+A row holds our name and that of the other project. `{layer}` and `{i}` stand for a number, `{part}` for a word, `{rest}` for
+anything. The first row that fits a whole name wins; of rows with the same name on one side, the first is written.
 """
 
 import re
-from collections.abc import Callable
+from functools import cache
 
-import torch
-from torch import Tensor
+Table = list[tuple[str, str]]
 
-State = dict[str, Tensor]
-Rules = list[tuple[str, str]]
-
-# transformers' DETR and Conditional DETR: names of saved files (all versions) and of live modules since
-# version 5. `@` stands for the layer prefix, `#` for weight or bias.
-TRANSFORMERS: Rules = [
-    (r'model\.backbone\.(?:conv_encoder\.)?model\.embedder\.embedder\.convolution\.(.*)', r'backbone.0.body.conv1.\1'),
-    (r'model\.backbone\.(?:conv_encoder\.)?model\.embedder\.embedder\.normalization\.(.*)', r'backbone.0.body.bn1.\1'),
-    (r'model\.backbone\.(?:conv_encoder\.)?model\.encoder\.stages\.(\d)\.layers\.(\d+)\.layer\.(\d)\.convolution\.(.*)',
-     r'backbone.0.body.layer<\1>.\2.conv<\3>.\4'),
-    (r'model\.backbone\.(?:conv_encoder\.)?model\.encoder\.stages\.(\d)\.layers\.(\d+)\.layer\.(\d)\.normalization\.(.*)',
-     r'backbone.0.body.layer<\1>.\2.bn<\3>.\4'),
-    (r'model\.backbone\.(?:conv_encoder\.)?model\.encoder\.stages\.(\d)\.layers\.(\d+)\.shortcut\.convolution\.(.*)',
-     r'backbone.0.body.layer<\1>.\2.downsample.0.\3'),
-    (r'model\.backbone\.(?:conv_encoder\.)?model\.encoder\.stages\.(\d)\.layers\.(\d+)\.shortcut\.normalization\.(.*)',
-     r'backbone.0.body.layer<\1>.\2.downsample.1.\3'),
-    (r'model\.backbone\.(?:conv_encoder\.)?model\.(.*)', r'backbone.0.body.\1'),
-    (r'model\.(?:backbone\.)?position_embedding\.row_embeddings\.(.*)', r'backbone.1.row_embed.\1'),
-    (r'model\.(?:backbone\.)?position_embedding\.column_embeddings\.(.*)', r'backbone.1.col_embed.\1'),
-    (r'model\.input_projection\.(.*)', r'input_proj.\1'),
-    (r'model\.query_position_embeddings\.(.*)', r'query_embed.\1'),
-    (r'class_labels_classifier\.(.*)', r'class_embed.\1'),
-    (r'bbox_predictor\.(.*)', r'bbox_embed.\1'),
-    (r'model\.encoder\.layernorm\.(.*)', r'transformer.encoder.norm.\1'),
-    (r'model\.decoder\.layernorm\.(.*)', r'transformer.decoder.norm.\1'),
-    (r'model\.decoder\.(query_scale|ref_point_head)\.(.*)', r'transformer.decoder.\1.\2'),
-    (r'model\.(@)\.(?:mlp\.)?fc([12])\.(#)', r'transformer.\1.linear\2.\3'),
-    (r'model\.(@)\.self_attn_layer_norm\.(#)', r'transformer.\1.norm1.\2'),
-    (r'model\.(encoder@)\.final_layer_norm\.(#)', r'transformer.\1.norm2.\2'),
-    (r'model\.(decoder@)\.encoder_attn_layer_norm\.(#)', r'transformer.\1.norm2.\2'),
-    (r'model\.(decoder@)\.final_layer_norm\.(#)', r'transformer.\1.norm3.\2'),
-    (r'model\.(@)\.self_attn\.([qkv])_proj\.(#)', r'transformer.\1.self_attn.\2_proj.\3'),
-    (r'model\.(@)\.self_attn\.(?:o_proj|out_proj)\.(#)', r'transformer.\1.self_attn.out_proj.\2'),
-    (r'model\.(decoder@)\.encoder_attn\.([qkv])_proj\.(#)', r'transformer.\1.multihead_attn.\2_proj.\3'),
-    (r'model\.(decoder@)\.encoder_attn\.(?:o_proj|out_proj)\.(#)', r'transformer.\1.multihead_attn.out_proj.\2'),
-]  # fmt: skip
-# Conditional DETR's decoder differs: its projections are apart already.
-TRANSFORMERS_CONDITIONAL: Rules = [
-    (r'model\.(decoder@)\.(sa_\w+|ca_\w+)\.(#)', r'transformer.\1.\2.\3'),
-    (r'model\.(decoder@)\.self_attn\.([qk])_(content|pos)_proj\.(#)', r'transformer.\1.sa_\2\3_proj.\4'),
-    (r'model\.(decoder@)\.self_attn\.v_proj\.(#)', r'transformer.\1.sa_v_proj.\2'),
-    (r'model\.(decoder@)\.encoder_attn\.([qk])_(content|pos)_proj\.(#)', r'transformer.\1.ca_\2\3_proj.\4'),
-    (r'model\.(decoder@)\.encoder_attn\.q_pos_sine_proj\.(#)', r'transformer.\1.ca_qpos_sine_proj.\2'),
-    (r'model\.(decoder@)\.encoder_attn\.v_proj\.(#)', r'transformer.\1.ca_v_proj.\2'),
-    (r'model\.(decoder@)\.encoder_attn\.(?:o_proj|out_proj)\.(#)', r'transformer.\1.cross_attn.out_proj.\2'),
-    *TRANSFORMERS,
-]
-
-# Deformable DETR: the attention modules keep their names, the decoder's norms are numbered otherwise.
-TRANSFORMERS_DEFORMABLE: Rules = [
-    (r'model\.(input_proj\.\d+\.[01])\.(#)', r'\1.\2'),
-    (r'model\.(level_embed|(?:reference_points|enc_output|enc_output_norm|pos_trans|pos_trans_norm)\..*)', r'transformer.\1'),
-    (r'model\.(decoder\.(?:class|bbox)_embed\..*)', r'transformer.\1'),
-    (r'model\.(encoder@\.self_attn\.(?:sampling_offsets|attention_weights|value_proj|output_proj))\.(#)',
-     r'transformer.\1.\2'),
-    (r'model\.(decoder@)\.encoder_attn\.(sampling_offsets|attention_weights|value_proj|output_proj)\.(#)',
-     r'transformer.\1.cross_attn.\2.\3'),
-    (r'model\.(decoder@)\.self_attn_layer_norm\.(#)', r'transformer.\1.norm2.\2'),
-    (r'model\.(decoder@)\.encoder_attn_layer_norm\.(#)', r'transformer.\1.norm1.\2'),
-    *TRANSFORMERS,
-]  # fmt: skip
-
-# detrex's Deformable family: detectron2's backbone, a neck, layers made of lists.
-DETREX: Rules = [
-    (r'backbone\.stem\.conv1\.weight', r'backbone.0.body.conv1.weight'),
-    (r'backbone\.stem\.conv1\.norm\.(.*)', r'backbone.0.body.bn1.\1'),
-    *(
-        rule
-        for stage in (1, 2, 3, 4)
-        for rule in (
-            (rf'backbone\.res{stage + 1}\.(\d+)\.conv(\d)\.weight', rf'backbone.0.body.layer{stage}.\1.conv\2.weight'),
-            (rf'backbone\.res{stage + 1}\.(\d+)\.conv(\d)\.norm\.(.*)', rf'backbone.0.body.layer{stage}.\1.bn\2.\3'),
-            (rf'backbone\.res{stage + 1}\.0\.shortcut\.weight', rf'backbone.0.body.layer{stage}.0.downsample.0.weight'),
-            (rf'backbone\.res{stage + 1}\.0\.shortcut\.norm\.(.*)', rf'backbone.0.body.layer{stage}.0.downsample.1.\1'),
-        )
-    ),
-    (r'backbone\.(.*)', r'backbone.0.body.\1'),
-    (r'neck\.convs\.(\d)\.conv\.(#)', r'input_proj.\1.0.\2'),
-    (r'neck\.convs\.(\d)\.norm\.(#)', r'input_proj.\1.1.\2'),
-    *(
-        (rf'neck\.extra_convs\.{extra}\.{part}\.(#)', rf'input_proj.{3 + extra}.{index}.\1')
-        for extra in (0, 1)
-        for index, part in enumerate(('conv', 'norm'))
-    ),
-    (r'query_embedding\.weight', r'query_embed.weight'),
-    (r'transformer\.level_embeds', r'transformer.level_embed'),
-    (r'transformer\.(encoder@)\.attentions\.0\.(.*)', r'transformer.\1.self_attn.\2'),
-    (r'transformer\.(decoder@)\.attentions\.0\.attn\.(.*)', r'transformer.\1.self_attn.\2'),
-    (r'transformer\.(decoder@)\.attentions\.1\.(.*)', r'transformer.\1.cross_attn.\2'),
-    (r'transformer\.(@)\.ffns\.0\.layers\.0\.0\.(#)', r'transformer.\1.linear1.\2'),
-    (r'transformer\.(@)\.ffns\.0\.layers\.1\.(#)', r'transformer.\1.linear2.\2'),
-    (r'transformer\.(encoder@)\.norms\.0\.(#)', r'transformer.\1.norm1.\2'),
-    (r'transformer\.(encoder@)\.norms\.1\.(#)', r'transformer.\1.norm2.\2'),
-    (r'transformer\.(decoder@)\.norms\.0\.(#)', r'transformer.\1.norm2.\2'),
-    (r'transformer\.(decoder@)\.norms\.1\.(#)', r'transformer.\1.norm1.\2'),
-    (r'transformer\.(decoder@)\.norms\.2\.(#)', r'transformer.\1.norm3.\2'),
-]  # fmt: skip
-# mmdetection's Co-DETR, our name beside theirs, for both directions. {layer} and {i} are numbers, {rest} is anything.
-# Modules that they number by auxiliary head are named by it here.
-ENCODER, DECODER = ('transformer.encoder.layers.{layer}.', 'transformer.decoder.layers.{layer}.')
-SOURCE = 'query_sources.collaborative.'
-MMDETECTION: list[tuple[str, str]] = [
-    ('backbone.0.body.{rest}', 'backbone.{rest}'),
-    ('class_embed.{i}.{rest}', 'query_head.cls_branches.{i}.{rest}'),
-    *(
-        (f'bbox_embed.{{i}}.layers.{ours}.{{rest}}', f'query_head.reg_branches.{{i}}.{theirs}.{{rest}}')
-        for ours, theirs in ((0, 0), (1, 2), (2, 4))
-    ),
-    ('query_embed.weight', 'query_head.query_embedding.weight'),
-    ('transformer.level_embed', 'query_head.transformer.level_embeds'),
-    *(
-        (f'transformer.{part}.{{rest}}', f'query_head.transformer.{part}.{{rest}}')
-        for part in ('enc_output', 'enc_output_norm', 'pos_trans', 'pos_trans_norm', 'decoder.norm')
-    ),
-    *(
-        (
-            f'transformer.decoder.ref_point_head.layers.{ours}.{{rest}}',
-            f'query_head.transformer.decoder.ref_point_head.{theirs}.{{rest}}',
-        )
-        for ours, theirs in ((0, 0), (1, 2))
-    ),
-    *(
-        (f'{layer}{ours}.{{rest}}', f'query_head.{layer}{theirs}.{{rest}}')
-        for layer, parts in (
-            (ENCODER, {'self_attn': 'attentions.0', 'norm1': 'norms.0', 'norm2': 'norms.1'}),
-            (
-                DECODER,
-                {
-                    'self_attn': 'attentions.0.attn', 'cross_attn': 'attentions.1', 'norm2': 'norms.0',
-                    'norm1': 'norms.1', 'norm3': 'norms.2',
-                },
-            ),
-        )
-        for ours, theirs in (parts | {'linear1': 'ffns.0.layers.0.0', 'linear2': 'ffns.0.layers.1'}).items()
-    ),
-    ('query_sources.denoising.label_embedding.weight', 'query_head.label_embedding.weight'),
-    (f'{SOURCE}downsample.{{rest}}', 'query_head.downsample.{rest}'),
-    (f'{SOURCE}head_pos_embed.weight', 'query_head.transformer.head_pos_embed.weight'),
-    *(
-        (f'{SOURCE}{ours}.{head}.{part}.{{rest}}', f'query_head.transformer.{theirs}.{index}.{{rest}}')
-        for index, head in enumerate(('faster_rcnn', 'atss'))
-        for ours, part, theirs in (
-            ('aux_pos_trans', 'linear', 'aux_pos_trans'),
-            ('aux_pos_trans', 'norm', 'aux_pos_trans_norm'),
-            ('pos_feats_trans', 'linear', 'pos_feats_trans'),
-            ('pos_feats_trans', 'norm', 'pos_feats_norm'),
-        )
-    ),
-    (f'{SOURCE}heads.faster_rcnn.rpn.{{rest}}', 'rpn_head.{rest}'),
-    ('co_masks.mask_head.{rest}', 'mask_head.{rest}'),
-    ('co_masks.mask_iou_head.{rest}', 'mask_iou_head.{rest}'),
-    (f'{SOURCE}heads.faster_rcnn.masks.{{rest}}', 'roi_head.0.mask_head.{rest}'),
-    (f'{SOURCE}heads.faster_rcnn.roi.{{rest}}', 'roi_head.0.bbox_head.{rest}'),
-    (f'{SOURCE}heads.atss.{{rest}}', 'bbox_head.0.{rest}'),
-]  # fmt: skip
-# Other names of the same entries: the query content of DINO, and the port to mmdetection 3.
-MMDETECTION_DINO = ('query_embed.weight', 'query_head.transformer.query_embed.weight')
-MMDETECTION_3 = (
-    'query_sources.denoising.label_embedding.weight', 'query_head.dn_generator.label_embedding.weight',
-)  # fmt: skip
-# COCO's ids of the 80 classes that some projects number without gaps.
-COCO_IDS = [
-    *range(1, 12), *range(13, 26), 27, 28, *range(31, 45), *range(46, 66), 67, 70, *range(72, 83), *range(84, 91),
-]  # fmt: skip
-NEVER = -50.0  # bias of a class that does not exist
+HOLES = {'layer': r'\d+', 'i': r'\d+', 'part': r'\w+', 'rest': '.+'}
 
 
-def rename(name: str, rules: Rules) -> str:
-    """Return the official name, or the name itself if no rule fits, so that it is reported as left over."""
-    for pattern, replacement in rules:
-        pattern = pattern.replace('coder@', r'coder\.layers\.\d+').replace('(#)', '(weight|bias)')
-        pattern = pattern.replace('(@)', r'((?:encoder|decoder)\.layers\.\d+)')
-        match = re.fullmatch(pattern, name)
-        if match:
-            # Stages and convolutions are numbered from 0 there and from 1 here.
-            return re.sub(r'<(\d)>', lambda number: str(int(number[1]) + 1), match.expand(replacement))
-    return name
-
-
-def merge_in_proj(state: State) -> State:
-    """Concatenate separate q, k and v projections to one `in_proj`, as nn.MultiheadAttention keeps them."""
-    merged = {}
-    for name, value in state.items():
-        match = re.fullmatch(r'(.*\.(?:self_attn|multihead_attn)\.)([qkv])_proj\.(weight|bias)', name)
-        if not match:
-            merged[name] = value
-        elif match[2] == 'q':
-            parts = [state[f'{match[1]}{part}_proj.{match[3]}'] for part in 'qkv']
-            merged[f'{match[1]}in_proj_{match[3]}'] = torch.cat(parts)
-    return merged
-
-
-def from_transformers(state: State) -> State:
-    conditional = any('ref_point_head' in name for name in state)
-    rules = TRANSFORMERS_CONDITIONAL if conditional else TRANSFORMERS
-    return merge_in_proj({rename(name, rules): value for name, value in state.items()})
-
-
-def from_transformers_deformable(state: State) -> State:
-    """Translate, and repeat the first heads for every layer: saved files hold shared heads once."""
-    state = merge_in_proj({rename(name, TRANSFORMERS_DEFORMABLE): value for name, value in state.items()})
-    state = drop_head_aliases(state)
-    layers = {name.split('.')[3] for name in state if name.startswith('transformer.decoder.layers.')}
-    heads = [name for name in state if re.match(r'(class|bbox)_embed\.0\.', name)]
-    repeated = {
-        re.sub(r'_embed\.0\.', f'_embed.{layer}.', name): state[name] for layer in layers for name in heads
-    }
-    return repeated | state
-
-
-def from_detrex(state: State) -> State:
-    return drop_head_aliases({rename(name, DETREX): value for name, value in state.items()})
-
-
-def mmdetection_names(num_maps: int) -> list[tuple[str, str]]:
-    """Return the table for a neck that projects `num_maps` maps of the backbone and makes the others.
-
-    Without any map it is the feature pyramid of a ViT.
-    """
-    pyramid = [
-        (f'input_proj.{level}.{{i}}.{{rest}}', f'neck.p{level + 2}.{{i}}.{{rest}}') for level in range(5)
+@cache
+def pattern(template: str) -> re.Pattern:
+    """Return the pattern of the names that a template describes."""
+    pieces = re.split(r'\{(\w+)\}', template)
+    texts = [
+        f'(?P<{piece}>{HOLES[piece]})' if index % 2 else re.escape(piece)
+        for index, piece in enumerate(pieces)
     ]
-    if num_maps == 0:  # of a ViT
-        return pyramid + MMDETECTION
-    neck = [
-        (f'input_proj.{projection}.{index}.{{rest}}', f'neck.{name}.{part}.{{rest}}')
-        for projection, name in (
-            *((level, f'convs.{level}') for level in range(num_maps)),
-            *((num_maps + level, f'extra_convs.{level}') for level in range(9)),
-        )
-        for index, part in enumerate(('conv', 'gn'))
-    ]
-    return neck + MMDETECTION
+    return re.compile(''.join(texts))
 
 
-def translate(name: str, table: list[tuple[str, str]], to_ours: bool) -> str:
-    """Return the other name by the first row that fits, or the name itself."""
+def rename(name: str, table: Table, to_ours: bool) -> str | None:
+    """Return the name on the other side of the first row that fits; None if no row fits."""
     for row in table:
-        theirs, ours = row[to_ours], row[not to_ours]
-        pattern = re.escape(theirs).replace(r'\{rest\}', '(?P<rest>.+)')
-        pattern = re.sub(r'\\{(layer|i)\\}', r'(?P<\1>\\d+)', pattern).replace(r'\{part\}', r'(?P<part>\w+)')
-        if match := re.fullmatch(pattern, name):
-            return ours.format(**match.groupdict())
-    return name
+        if match := pattern(row[to_ours]).fullmatch(name):
+            return row[not to_ours].format(**match.groupdict())
+    return None
 
 
-def from_mmdetection(state: State) -> State:
-    """Translate, leaving out averaged weights (`ema_*`): at the end of an epoch they are swapped with the others."""
-    maps = {name.split('.')[2] for name in state if name.startswith('neck.convs.')}
-    table = [*mmdetection_names(len(maps)), MMDETECTION_DINO, MMDETECTION_3]
-    return {
-        translate(name, table, to_ours=True): value
-        for name, value in state.items()
-        if not name.startswith('ema_')
-        and not re.search(r'\brope(_win|_glb)?\.freqs', name)  # tables are computed
-    }
+def rows(ours: str, theirs: str, parts: dict[str, str]) -> Table:
+    """Return a row for each part: our prefix and our name of the part, their prefix and their name, then anything."""
+    return [(f'{ours}{part}.{{rest}}', f'{theirs}{other}.{{rest}}') for part, other in parts.items()]
 
 
-def from_idea_dino(state: State) -> State:
-    """Translate IDEA-Research/DINO: the proposals' heads have names of their own there, and are the last of ours."""
-    layers = {name.split('.')[3] for name in state if name.startswith('transformer.decoder.layers.')}
-    rules = [
-        (r'transformer\.tgt_embed\.(.*)', r'query_embed.\1'),
-        (r'transformer\.enc_out_(class|bbox)_embed\.(.*)', rf'\1_embed.{len(layers)}.\2'),
-        (r'label_enc\.(.*)', r'query_sources.denoising.label_embedding.\1'),
-    ]
-    return drop_head_aliases({rename(name, rules): value for name, value in state.items()})
+def same(*parts: str) -> dict[str, str]:
+    return dict(zip(parts, parts, strict=True))
 
 
-def drop_head_aliases(state: State) -> State:
-    """Keep one name of each head; official Deformable DETR has two, other files one of them.
-
-    MS-DETR's second box heads equal the first, and are dropped.
-    """
-    alias = re.compile(r'transformer\.decoder\.((?:class|bbox)_embed\..*)')
-    aliases = {match[1]: state[name] for name in state if (match := alias.fullmatch(name))}
-    return aliases | {
-        name: value
-        for name, value in state.items()
-        if not alias.fullmatch(name) and not name.startswith('bbox_embed_o2m.')
-    }
+def layers(part: str, theirs: str, parts: dict[str, str]) -> Table:
+    """Return rows for the layers of the 'encoder' or 'decoder'; theirs: what stands in front of it there."""
+    return rows(f'transformer.{part}.layers.{{layer}}.', f'{theirs}{part}.layers.{{layer}}.', parts)
 
 
-def spread_coco_classes(state: State, num_rows: int) -> State:
-    """Expand class heads of 80 rows to `num_rows`, with one row per COCO id.
+# transformers --------------------------------------------------------------------------------------------------------
+# Other spellings of its names become those of its files: modules in memory since version 5, and its own ResNet.
+TRANSFORMERS_SPELLINGS = [
+    (r'^model\.backbone\.model\.', 'model.backbone.conv_encoder.model.'),
+    (r'^model\.position_embedding\.', 'model.backbone.position_embedding.'),
+    (r'\.embedder\.embedder\.convolution\.', '.conv1.'),
+    (r'\.embedder\.embedder\.normalization\.', '.bn1.'),
+    *((rf'\.encoder\.stages\.{stage}\.layers\.', f'.layer{stage + 1}.') for stage in range(4)),
+    *((rf'\.layer\.{index}\.convolution\.', f'.conv{index + 1}.') for index in range(3)),
+    *((rf'\.layer\.{index}\.normalization\.', f'.bn{index + 1}.') for index in range(3)),
+    (r'\.shortcut\.convolution\.', '.downsample.0.'),
+    (r'\.shortcut\.normalization\.', '.downsample.1.'),
+    (r'\.mlp\.fc', '.fc'),
+    (r'\.o_proj\.', '.out_proj.'),
+]
+# The same of Conditional DETR's decoder, whose projections are apart.
+CONDITIONAL_SPELLINGS = [
+    (r'(decoder\..*)\.self_attn\.([qk])_(content|pos)_proj\.', r'\1.sa_\2\3_proj.'),
+    (r'(decoder\..*)\.self_attn\.v_proj\.', r'\1.sa_v_proj.'),
+    (r'(decoder\..*)\.encoder_attn\.([qk])_(content|pos)_proj\.', r'\1.ca_\2\3_proj.'),
+    (r'(decoder\..*)\.encoder_attn\.q_pos_sine_proj\.', r'\1.ca_qpos_sine_proj.'),
+    (r'(decoder\..*)\.encoder_attn\.v_proj\.', r'\1.ca_v_proj.'),
+]
+PROPOSALS = same('enc_output', 'enc_output_norm', 'pos_trans', 'pos_trans_norm')
+LAYER = {'linear1': 'fc1', 'linear2': 'fc2', 'self_attn': 'self_attn'}
+ENCODER = LAYER | {'norm1': 'self_attn_layer_norm', 'norm2': 'final_layer_norm'}
+DECODER = LAYER | {
+    'norm1': 'self_attn_layer_norm',
+    'norm2': 'encoder_attn_layer_norm',
+    'norm3': 'final_layer_norm',
+}
+DEFORMABLE_DECODER = DECODER | {
+    'norm1': 'encoder_attn_layer_norm',
+    'norm2': 'self_attn_layer_norm',
+    'cross_attn': 'encoder_attn',
+}
+EVERY = [
+    ('backbone.0.body.{rest}', 'model.backbone.conv_encoder.model.{rest}'),
+    ('backbone.1.row_embed.{rest}', 'model.backbone.position_embedding.row_embeddings.{rest}'),
+    ('backbone.1.col_embed.{rest}', 'model.backbone.position_embedding.column_embeddings.{rest}'),
+    ('query_embed.{rest}', 'model.query_position_embeddings.{rest}'),
+    *layers('encoder', 'model.', ENCODER),
+]
+DETR = [
+    *EVERY,
+    *rows('', '', {'class_embed': 'class_labels_classifier', 'bbox_embed': 'bbox_predictor'}),
+    *rows('', 'model.', {'input_proj': 'input_projection'}),
+    *rows('transformer.', 'model.', {f'{part}.norm': f'{part}.layernorm' for part in ('encoder', 'decoder')}),
+]
+# By the family of the model.
+TRANSFORMERS: dict[str, Table] = {
+    'detr': [*DETR, *layers('decoder', 'model.', DECODER | {'multihead_attn': 'encoder_attn'})],
+    'conditional': [
+        *DETR,
+        *layers('decoder', 'model.', DECODER | {'cross_attn': 'encoder_attn'}),
+        *rows('transformer.decoder.', 'model.decoder.', same('query_scale', 'ref_point_head')),
+        ('transformer.decoder.layers.{layer}.sa_{rest}', 'model.decoder.layers.{layer}.sa_{rest}'),
+        ('transformer.decoder.layers.{layer}.ca_{rest}', 'model.decoder.layers.{layer}.ca_{rest}'),
+    ],
+    'deformable': [
+        *EVERY,
+        *layers('decoder', 'model.', DEFORMABLE_DECODER),
+        *rows('', '', same('class_embed.{i}', 'bbox_embed.{i}')),
+        *rows('', 'model.', same('input_proj.{i}')),
+        ('transformer.level_embed', 'model.level_embed'),
+        *rows(
+            'transformer.', 'model.', same('reference_points', 'decoder.class_embed', 'decoder.bbox_embed')
+        ),
+        *rows('transformer.', 'model.', PROPOSALS),
+    ],
+}
 
-    A head for proposals (one more than there are decoder layers) keeps its rows, the first of which stands for
-    'object'. DINO's is expanded too.
-    """
-    dino = 'transformer.decoder.ref_point_head.layers.0.weight' in state
-    layers = {name.split('.')[3] for name in state if name.startswith('transformer.decoder.layers.')}
-    spread = dict(state)
-    for name, value in state.items():
-        match = re.fullmatch(r'class_embed\.(\d+)\.(weight|bias)', name)
-        if match and len(value) == len(COCO_IDS):
-            agnostic = int(match[1]) == len(layers) and not dino
-            rows = list(range(len(COCO_IDS))) if agnostic else COCO_IDS
-            spread[name] = value.new_full((num_rows, *value.shape[1:]), NEVER if match[2] == 'bias' else 0.0)
-            spread[name][rows] = value
-    return spread
-
-
-# Layout -> a key that only it has, and its converter. The first that fits wins.
-LAYOUTS: dict[str, tuple[str, Callable[[State], State]]] = {
-    'transformers': ('model.input_projection.weight', from_transformers),
-    'transformers, Deformable': ('model.input_proj.0.0.weight', from_transformers_deformable),
-    'detrex': ('transformer.level_embeds', from_detrex),
-    'mmdetection': ('query_head.transformer.level_embeds', from_mmdetection),
-    'IDEA DINO': ('transformer.tgt_embed.weight', from_idea_dino),
+# detrex and mmdetection, whose layers are those of mmcv --------------------------------------------------------------
+FFN = {'linear1': 'ffns.0.layers.0.0', 'linear2': 'ffns.0.layers.1'}
+MMCV_ENCODER = FFN | {'self_attn': 'attentions.0', 'norm1': 'norms.0', 'norm2': 'norms.1'}
+MMCV_DECODER = FFN | {
+    'self_attn': 'attentions.0.attn',
+    'cross_attn': 'attentions.1',
+    'norm2': 'norms.0',
+    'norm1': 'norms.1',
+    'norm3': 'norms.2',
 }
 
 
-def to_official(state: State) -> tuple[str, State]:
-    """Return the layout's name, and the state dict under official names without aliases."""
-    if any(name.startswith('detr.') for name in state):  # official detectors with masks wrap the detector
-        state = {name.removeprefix('detr.'): value for name, value in state.items()}
-    for layout, (key, convert) in LAYOUTS.items():
-        if key in state:
-            return layout, convert(state)
-    return 'official', drop_head_aliases(state)
+def neck(num_maps: int, norm: str) -> Table:
+    """Return the rows of a neck that projects `num_maps` maps of the backbone and makes the others."""
+    projections = [*(f'convs.{i}' for i in range(num_maps)), *(f'extra_convs.{i}' for i in range(9))]
+    return [
+        row
+        for level, theirs in enumerate(projections)
+        for row in rows(f'input_proj.{level}.', f'neck.{theirs}.', {'0': 'conv', '1': norm})
+    ]
+
+
+DETECTRON_BLOCK = {
+    'bn{i}': 'conv{i}.norm',
+    'conv{i}': 'conv{i}',
+    'downsample.1': 'shortcut.norm',
+    'downsample.0': 'shortcut',
+}
+# The families of Deformable DETR, with detectron2's backbone; heads have our names.
+DETREX: Table = [
+    *rows('backbone.0.body.', 'backbone.stem.', {'bn1': 'conv1.norm', 'conv1': 'conv1'}),
+    *(
+        row
+        for stage in range(1, 5)
+        for row in rows(
+            f'backbone.0.body.layer{stage}.{{layer}}.', f'backbone.res{stage + 1}.{{layer}}.', DETECTRON_BLOCK
+        )
+    ),
+    ('backbone.0.body.{rest}', 'backbone.{rest}'),
+    ('query_embed.weight', 'query_embedding.weight'),
+    ('transformer.level_embed', 'transformer.level_embeds'),
+    *layers('encoder', 'transformer.', MMCV_ENCODER),
+    *layers('decoder', 'transformer.', MMCV_DECODER),
+]
+# Co-DETR of mmdetection. What it numbers by auxiliary head is named by that head here.
+BRANCH = 'query_sources.collaborative.'
+QUERY_HEAD = 'query_head.transformer.'
+PROJECTIONS = {
+    'aux_pos_trans.{head}.linear': 'aux_pos_trans.{index}',
+    'aux_pos_trans.{head}.norm': 'aux_pos_trans_norm.{index}',
+    'pos_feats_trans.{head}.linear': 'pos_feats_trans.{index}',
+    'pos_feats_trans.{head}.norm': 'pos_feats_norm.{index}',
+}
+AUXILIARY_HEADS = {
+    'faster_rcnn.rpn': 'rpn_head',
+    'faster_rcnn.masks': 'roi_head.0.mask_head',
+    'faster_rcnn.roi': 'roi_head.0.bbox_head',
+    'atss': 'bbox_head.0',
+}
+MMDETECTION: Table = [
+    *rows('input_proj.', 'neck.p', {f'{level}.{{i}}': f'{level + 2}.{{i}}' for level in range(5)}),
+    *rows('', '', {'backbone.0.body': 'backbone'}),
+    *rows('class_embed.', 'query_head.cls_branches.', same('{i}')),
+    *rows('bbox_embed.{i}.layers.', 'query_head.reg_branches.{i}.', {'0': '0', '1': '2', '2': '4'}),
+    ('transformer.level_embed', 'query_head.transformer.level_embeds'),
+    *rows('transformer.', QUERY_HEAD, PROPOSALS | same('decoder.norm')),
+    *rows(
+        'transformer.',
+        QUERY_HEAD,
+        {f'decoder.ref_point_head.layers.{i}': f'decoder.ref_point_head.{2 * i}' for i in (0, 1)},
+    ),
+    *layers('encoder', QUERY_HEAD, MMCV_ENCODER),
+    *layers('decoder', QUERY_HEAD, MMCV_DECODER),
+    *rows('query_sources.denoising.', 'query_head.', same('label_embedding')),
+    *rows('query_sources.denoising.', 'query_head.dn_generator.', same('label_embedding')),  # of version 3
+    *rows(BRANCH, QUERY_HEAD, same('head_pos_embed')),
+    *rows(BRANCH, 'query_head.', same('downsample')),
+    *(
+        (
+            f'{BRANCH}{ours}.{{rest}}'.replace('{head}', head),
+            f'{QUERY_HEAD}{theirs}.{{rest}}'.replace('{index}', index),
+        )
+        for index, head in (('0', 'faster_rcnn'), ('1', 'atss'))
+        for ours, theirs in PROJECTIONS.items()
+    ),
+    *rows(f'{BRANCH}heads.', '', AUXILIARY_HEADS),
+    *rows('co_masks.', '', same('mask_head', 'mask_iou_head')),
+]
+QUERIES: Table = [('query_embed.weight', 'query_head.query_embedding.weight')]
+DINO_QUERIES: Table = [('query_embed.weight', 'query_head.transformer.query_embed.weight')]
+
+
+def mmdetection(num_maps: int, dino: bool) -> Table:
+    """Return the table of a Co-DETR whose neck projects `num_maps` maps of the backbone; 0: the pyramid of a ViT."""
+    queries = DINO_QUERIES + QUERIES if dino else QUERIES + DINO_QUERIES
+    return queries + (neck(num_maps, 'gn') if num_maps else []) + MMDETECTION
+
+
+def idea_dino(num_layers: int) -> Table:
+    """Return the table of IDEA-Research's DINO, whose heads of proposals have names of their own; here they are the last."""
+    return [
+        *rows('', 'transformer.', {'query_embed': 'tgt_embed'}),
+        *rows('', 'transformer.', {f'class_embed.{num_layers}': 'enc_out_class_embed'}),
+        *rows('', 'transformer.', {f'bbox_embed.{num_layers}': 'enc_out_bbox_embed'}),
+        *rows('query_sources.denoising.', '', {'label_embedding': 'label_enc'}),
+    ]

@@ -2,7 +2,7 @@
 Read files of weights of any project as plain data: numbers, text, lists, dictionaries and tensors.
 
 Nothing in a file is ever executed. A pickle may name any function; here it gets the few that make plain data, and
-inert stand-ins for everything else. The entries that would have held such objects are left out, and listed.
+inert stand-ins for everything else. Entries that would have held such objects are left out, and their names are printed.
 """
 
 import argparse
@@ -26,11 +26,13 @@ from util.errors import UserError
 
 SAFETENSORS = '.safetensors'
 # Files of a folder that transformers has saved, the preferred first.
-TRANSFORMERS_FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')  # fmt: skip
+TRANSFORMERS_FILES = (
+    'model.safetensors',
+    'model.safetensors.index.json',
+    'pytorch_model.bin',
+    'pytorch_model.bin.index.json',
+)
 TORCH_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-PLAIN: Any = (
-    Tensor, str, bytes, int, float, complex, type(None), torch.dtype, dict, list, tuple, set, frozenset
-)  # fmt: skip
 AVERAGED = ('model_ema', 'ema_state', 'ema_model', 'state_dict_ema')  # where projects keep EMA weights
 FLAGS_KEY, CLASSES_KEY = 'args', 'class_map'  # beside the weights, also in a safetensors file's metadata
 
@@ -59,11 +61,26 @@ class Flags:
     """Stand-in for argparse.Namespace; a class of each reading, so that no file can change the real one."""
 
 
-PLAIN += (Flags,)
+PLAIN = (
+    Tensor
+    | torch.dtype
+    | str
+    | bytes
+    | complex
+    | float
+    | int
+    | dict
+    | list
+    | tuple
+    | set
+    | frozenset
+    | Flags
+    | None
+)
 
 
 class NumberType:
-    """Stand-in for numpy.dtype."""
+    """Stand-in for numpy.dtype, which makes Python numbers of numpy's scalars."""
 
     def __init__(self, text: str = '', *others: object) -> None:
         self.text, self.order = text, '='
@@ -116,7 +133,7 @@ def plain_functions() -> dict[str, Any]:
 def restricted_pickle(refused: set[str]) -> types.ModuleType:
     """Return what torch.load takes as `pickle_module`. Names that are not plain data are added to `refused`."""
 
-    # Python's own, not that in C: for that one a file of a hundred bytes can ask for gigabytes (a large memo index).
+    # The unpickler in Python: in the one in C a large memo index in a file of a hundred bytes allocates gigabytes.
     class Unpickler(pickle._Unpickler):  # type: ignore[misc,name-defined]  # private, but as old as Python 3
         def __init__(self, file: IO[bytes], **options: Any) -> None:
             super().__init__(file, **options)
@@ -144,20 +161,20 @@ def plain(value: Any) -> Any:
     if isinstance(value, Flags):
         return argparse.Namespace(**plain(vars(value)))
     if isinstance(value, dict):
-        pairs = {key: plain(entry) for key, entry in value.items() if is_plain(key) and is_plain(entry)}
+        pairs = {
+            key: plain(entry)
+            for key, entry in value.items()
+            if isinstance(key, PLAIN) and isinstance(entry, PLAIN)
+        }
         return Counter(pairs) if isinstance(value, Counter) else pairs
     if isinstance(value, list | tuple | set | frozenset):
         kind = list if isinstance(value, list) else tuple
-        return kind(plain(entry) for entry in value if is_plain(entry))
-    return value if is_plain(value) else None
-
-
-def is_plain(value: object) -> bool:
-    return isinstance(value, PLAIN)
+        return kind(plain(entry) for entry in value if isinstance(entry, PLAIN))
+    return value if isinstance(value, PLAIN) else None
 
 
 def read_checkpoint(source: str | Path) -> dict:
-    """Read a file or folder of weights, or the file behind an http(s) address (kept in torch.hub's folder).
+    """Read a file or folder of weights, or the file at an http(s) URL (kept in torch.hub's folder).
 
     Known are files of torch.save (also of old versions), safetensors, and folders that transformers has saved. Objects
     that are not plain data are left out and named in a printed line.
@@ -173,6 +190,13 @@ def read_checkpoint(source: str | Path) -> dict:
     refused: set[str] = set()
     try:
         checkpoint = read_safetensors(path) if is_safetensors(path) else plain(read_torch(path, refused))
+        if not isinstance(checkpoint, dict):
+            found = (
+                'an object of a program'
+                if checkpoint is None and refused
+                else f'a {type(checkpoint).__name__}'
+            )
+            raise UserError(f'{path} holds {found}, not a dictionary of weights')
     except UserError as error:
         raise UserError(f'{error}{names_text(refused)}') from error
     except RecursionError:
@@ -184,9 +208,6 @@ def read_checkpoint(source: str | Path) -> dict:
         ) from error
     if refused and is_main_process():
         print(f'{path}: objects that are not plain data were left out{names_text(refused)}', flush=True)
-    if not isinstance(checkpoint, dict):
-        found = 'n object of a program' if checkpoint is None and refused else f' {type(checkpoint).__name__}'
-        raise UserError(f'{path} holds a{found}, not a dictionary of weights{names_text(refused)}')
     return checkpoint
 
 
@@ -217,18 +238,18 @@ def extract_weights(
 
 
 def names_text(refused: set[str]) -> str:
-    """Describe what a file asks for beside plain data, '' if nothing."""
+    """List what a file names that is not plain data, '' if nothing."""
     names = sorted(refused)
     more = ', ...' if len(names) > 6 else ''
     return f' (it names {", ".join(names[:6])}{more}; nothing of that was run)' if names else ''
 
 
 def read_torch(path: Path, refused: set[str]) -> object:
-    """Read a file of torch.save with inert stand-ins for all that is not plain data."""
+    """Read a file of torch.save with inert stand-ins for objects that are not plain data."""
     with path.open('rb') as file:
         start = file.read(2)
     if not start:
-        raise UserError(f'{path} is empty: fetch or copy it again')
+        raise UserError(f'{path} is empty: download or copy it again')
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = [PurePosixPath(name).name for name in archive.namelist()]
@@ -239,7 +260,7 @@ def read_torch(path: Path, refused: set[str]) -> object:
         if 'data.pkl' not in names:
             raise UserError(f'{path} is a zip archive without weights: name the file of weights in it')
     elif start == b'PK':
-        raise UserError(f'{path} is not a readable checkpoint: it is cut off, so fetch or copy it again')
+        raise UserError(f'{path} is not a readable checkpoint: it is cut off, so download or copy it again')
     elif start[:1] != b'\x80':
         raise UserError(f'{path} is not a readable checkpoint: neither torch.save nor safetensors wrote it')
     return torch.load(path, map_location='cpu', pickle_module=restricted_pickle(refused), weights_only=False)

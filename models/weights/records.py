@@ -1,37 +1,15 @@
-"""What a file of weights records beside them: flags and classes."""
+"""What a file of weights records besides them: the flags of its model, and the names of its classes."""
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
-from models.weights.names import COCO_IDS, to_official
+from models.weights.layouts import COCO_IDS, DINO_KEY, translate
 from models.weights.read import extract_weights
 from util.errors import UserError
-
-
-@dataclass(frozen=True)
-class SharedClasses:
-    """Classes of one name in a file and in a model. pairs: index there and here. there, here: number of class indices."""
-
-    pairs: list[tuple[int, int]]
-    there: int
-    here: int
-    names: list[str]
-
-    def rows(self, theirs: Tensor, ours: Tensor) -> Tensor:
-        """Return the rows of a class head: theirs for shared classes and for 'no object', if both have it, else ours."""
-        if theirs.shape[1:] != ours.shape[1:]:
-            return ours
-        pairs = [
-            *self.pairs,
-            *[(self.there, self.here)] * (len(theirs) > self.there and len(ours) > self.here),
-        ]
-        rows = ours.clone()
-        for there, here in pairs:
-            rows[here] = theirs[there]
-        return rows
 
 
 def extract_flags(checkpoint: dict, resume: bool = False) -> dict:
@@ -40,7 +18,7 @@ def extract_flags(checkpoint: dict, resume: bool = False) -> dict:
     resume: with the learning rate drops that the schedule of an official run has.
     """
     if 'config' in checkpoint and 'args' not in checkpoint:
-        return flags_of_transformers(checkpoint['config'])
+        return read_config(checkpoint['config'])
     flags = checkpoint.get('args', {})
     flags = dict(vars(flags)) if isinstance(flags, Namespace) else flags
     if flags.get('use_ms_detr') and 'ms_variant' not in flags:  # the official programs have the same flags
@@ -52,27 +30,52 @@ def extract_flags(checkpoint: dict, resume: bool = False) -> dict:
     return flags | {'lr_drop': schedule['step_size']} if 'step_size' in schedule else flags
 
 
-# Flags in a configuration of transformers, where they have another name; it may leave out what has the usual value.
-TRANSFORMERS_FLAGS = {
-    'd_model': 'hidden_dim', 'encoder_layers': 'enc_layers', 'decoder_layers': 'dec_layers',
-    'encoder_attention_heads': 'nheads', 'encoder_ffn_dim': 'dim_feedforward', 'encoder_n_points': 'enc_n_points',
-    'decoder_n_points': 'dec_n_points', 'position_embedding_type': 'position_embedding',
-    'num_queries': 'num_queries', 'num_feature_levels': 'num_feature_levels', 'dilation': 'dilation',
-    'with_box_refine': 'with_box_refine', 'two_stage': 'two_stage',
-}  # fmt: skip
+# transformers' configuration ------------------------------------------------------------------------------------------
+# Its names of our flags. A configuration may leave out what has the usual value.
+CONFIG_NAMES = {
+    'hidden_dim': 'd_model',
+    'enc_layers': 'encoder_layers',
+    'dec_layers': 'decoder_layers',
+    'nheads': 'encoder_attention_heads',
+    'dim_feedforward': 'encoder_ffn_dim',
+    'position_embedding': 'position_embedding_type',
+    'num_queries': 'num_queries',
+    'dilation': 'dilation',
+}
+DEFORMABLE_CONFIG_NAMES = {
+    'enc_n_points': 'encoder_n_points',
+    'dec_n_points': 'decoder_n_points',
+    'num_feature_levels': 'num_feature_levels',
+    'with_box_refine': 'with_box_refine',
+    'two_stage': 'two_stage',
+}
+MODEL_TYPES = {
+    'detr': 'detr',
+    'conditional': 'conditional_detr',
+    'deformable': 'deformable_detr',
+}  # by our family
 RESNET_LAYERS = {(3, 4, 6, 3): 'resnet50', (3, 4, 23, 3): 'resnet101', (2, 2, 2, 2): 'resnet18'}
+# Flags of which transformers knows one value alone.
+FIXED = {
+    'pre_norm': False,
+    'dino': False,
+    'mixed_selection': False,
+    'pe_temperature': 10000,
+    'finest_stride': 8,
+    'backbone_stages': 4,
+}
 
 
-def flags_of_transformers(config: dict) -> dict:
+def read_config(config: Mapping) -> dict:
     """Return our flags for the `config.json` of a detector of transformers.
 
     Raises:
-        UserError: it is no DETR, Conditional DETR or Deformable DETR, or one that cannot be built here.
+        UserError: it is not a DETR, Conditional DETR or Deformable DETR, or one that cannot be built here.
     """
     kind = config.get('model_type')
-    if kind not in ('detr', 'conditional_detr', 'deformable_detr'):
+    if kind not in MODEL_TYPES.values():
         raise UserError(
-            f'the configuration beside the weights is that of {kind!r}: known are detr, conditional_detr, deformable_detr'
+            f'the configuration beside the weights is that of {kind!r}: known are {", ".join(MODEL_TYPES.values())}'
         )
     heads = config.get('encoder_attention_heads', 8), config.get('decoder_attention_heads', 8)
     if heads[0] != heads[1]:
@@ -80,57 +83,89 @@ def flags_of_transformers(config: dict) -> dict:
             f'the configuration has {heads[0]} attention heads in the encoder and {heads[1]} in the decoder: here both '
             'have --nheads'
         )
-    usual = {'hidden_dim': 256, 'nheads': 8, 'enc_layers': 6, 'dec_layers': 6}
-    flags = usual | {ours: config[theirs] for theirs, ours in TRANSFORMERS_FLAGS.items() if theirs in config}
     body = config.get('backbone_config') or {}
-    name = config.get('backbone') or body.get('backbone')
+    backbone = config.get('backbone') or body.get('backbone')
     if body.get('model_type') == 'resnet':
-        name = RESNET_LAYERS.get(tuple(body.get('depths', (3, 4, 6, 3))))
-    if name is None and body:
+        backbone = RESNET_LAYERS.get(tuple(body.get('depths', (3, 4, 6, 3))))
+    if backbone is None and body:
         raise UserError(f'the configuration has a backbone that is not known: {body.get("model_type")!r}')
-    flags['backbone'] = name or 'resnet50'
-    return flags | {'conditional': kind == 'conditional_detr', 'deformable': kind == 'deformable_detr'}
+    flags = {
+        'hidden_dim': 256,
+        'nheads': 8,
+        'enc_layers': 6,
+        'dec_layers': 6,
+        'backbone': backbone or 'resnet50',
+    }
+    names = (CONFIG_NAMES | DEFORMABLE_CONFIG_NAMES).items()
+    flags |= {name: config[theirs] for name, theirs in names if theirs in config}
+    return flags | {name: kind == MODEL_TYPES[name] for name in ('conditional', 'deformable')}
+
+
+def write_config(flags: Mapping, names: list[str | None]) -> dict:
+    """Return the configuration of the same detector in transformers.
+
+    Args:
+        flags: settled flags of the detector, with `family`.
+        names: name of each class index; None: no class.
+
+    Raises:
+        UserError: transformers has no such detector.
+    """
+    wrong = [flag for flag, value in FIXED.items() if flags.get(flag, value) not in (value, None)]
+    wrong += ['use_ms_detr'] if flags.get('use_ms_detr') and flags.get('ms_variant') == 'b' else []
+    if not str(flags['backbone']).startswith('resnet') or flags['backbone'] == 'resnet10':
+        wrong.append('backbone')
+    if wrong:
+        raise UserError(
+            f'transformers has no detector of --{wrong[0]} {flags[wrong[0]]}: only DETR, Conditional DETR and Deformable DETR '
+            'with a ResNet can be written for it'
+        )
+    kind = MODEL_TYPES[flags['family']]
+    known = CONFIG_NAMES | (DEFORMABLE_CONFIG_NAMES if kind == 'deformable_detr' else {})
+    labels = {index: name or 'N/A' for index, name in enumerate(names)}
+    return {theirs: flags[name] for name, theirs in known.items() if name in flags} | {
+        'model_type': kind,
+        'architectures': [f'{"".join(word.capitalize() for word in kind.split("_"))}ForObjectDetection'],
+        'decoder_attention_heads': flags['nheads'],
+        'decoder_ffn_dim': flags['dim_feedforward'],
+        'two_stage_num_proposals': flags['num_queries'],
+        'backbone': flags['backbone'],
+        'use_timm_backbone': True,
+        'use_pretrained_backbone': False,
+        'id2label': {str(index): name for index, name in labels.items()},
+        'label2id': {name: index for index, name in labels.items()},
+    }
+
+
+# Classes -------------------------------------------------------------------------------------------------------------
 
 
 def extract_class_map(checkpoint: dict, source: str) -> ClassMap:
-    """Return the classes that a file tells, or COCO's for heads of their number; others are called by their index."""
+    """Return the classes that a file records, else COCO's for heads of their number; others are called by their index.
+
+    Raises:
+        UserError: the file has no class head.
+    """
     if 'class_map' in checkpoint:
         return ClassMap.from_dict(checkpoint['class_map'])
-    layout, state = to_official(extract_weights(checkpoint, source=source))
-    rows = next(
-        (len(state[name]) for name in ('class_embed.0.bias', 'class_embed.bias') if name in state), None
-    )
-    if rows is None:
+    layout, state = translate(extract_weights(checkpoint, source=source))
+    heads = [state[name] for name in ('class_embed.0.bias', 'class_embed.bias') if name in state]
+    if not heads:
         raise UserError(f'{source} has no class head ({layout} names), so it is no detector of this family')
-    rows -= 'class_embed.bias' in state and 'transformer.decoder.ref_point_head.layers.0.weight' not in state
-    names = names_in(checkpoint)
+    rows = len(heads[0])
+    rows -= 'class_embed.bias' in state and DINO_KEY not in state  # 'no object'
+    names = extract_class_names(checkpoint)
     if rows == PANOPTIC_CLASSES:
         return ClassMap.coco(PANOPTIC_CLASSES)
-    if rows == 91 or (
-        rows == len(COCO_IDS) and layout in ('detrex', 'mmdetection') and len(names) in (0, 80)
-    ):
-        return ClassMap.coco()  # `load_checkpoint` gives each class of 80 the row of its id
+    without_gaps = rows == len(COCO_IDS) and layout in ('detrex', 'mmdetection') and len(names) in (0, 80)
+    if rows == 91 or without_gaps:  # `load_checkpoint` gives each class of 80 the row of its id
+        return ClassMap.coco()
     names = names if len(names) == rows else [f'class {index}' for index in range(rows)]
     return ClassMap(tuple(range(rows)), tuple(names))
 
 
-def shared_classes(checkpoint: dict, class_map: ClassMap) -> SharedClasses | None:
-    """Return the classes of a file that a data set has too, by their names; None if all are the same, or none is."""
-    try:
-        theirs = extract_class_map(checkpoint, '')
-    except UserError:  # its class heads are gone
-        return None
-    if theirs.names == class_map.names:
-        return None
-    here = {name: index for index, name in enumerate(class_map.names) if name is not None}
-    pairs = {name: (index, here[name]) for index, name in enumerate(theirs.names) if name in here}
-    if not pairs:
-        return None
-    return SharedClasses(list(pairs.values()), theirs.num_classes, class_map.num_classes, list(pairs))
-
-
-def names_in(checkpoint: dict) -> list[str]:
-    """Return the class names that mmdetection (2 and 3) or transformers keep in a file, [] if none."""
+def extract_class_names(checkpoint: dict) -> list[str]:
+    """Return the class names that mmdetection (2 and 3) or transformers keep in a file, [] if there are none."""
     meta = checkpoint.get('meta')
     meta = meta if isinstance(meta, dict) else {}
     dataset = meta.get('dataset_meta')
@@ -139,3 +174,36 @@ def names_in(checkpoint: dict) -> list[str]:
         labels = checkpoint.get('config', {}).get('id2label', {})
         names = [labels[key] for key in sorted(labels, key=int)]
     return list(names) if isinstance(names, list | tuple) else []
+
+
+@dataclass(frozen=True)
+class SharedClasses:
+    """Classes of one name in a file and in a model. pairs: index in the file and in the model, by name."""
+
+    pairs: dict[str, tuple[int, int]]
+    num_in_file: int
+    num_in_model: int
+
+    def fill(self, head: Tensor, theirs: Tensor) -> Tensor:
+        """Return rows of a class head [K, ...]: those of the file for shared classes and for 'no object', if both have it."""
+        if theirs.shape[1:] != head.shape[1:]:
+            return head
+        filled = head.clone()
+        for there, here in self.pairs.values():
+            filled[here] = theirs[there]
+        if len(theirs) > self.num_in_file and len(head) > self.num_in_model:
+            filled[self.num_in_model] = theirs[self.num_in_file]
+        return filled
+
+
+def shared_classes(checkpoint: dict, class_map: ClassMap) -> SharedClasses | None:
+    """Return the classes of a file that a dataset has too, by their names; None if all are equal, or no one is."""
+    try:
+        recorded = extract_class_map(checkpoint, '')
+    except UserError:  # its class heads were removed
+        return None
+    if recorded.names == class_map.names:
+        return None
+    indices = {name: index for index, name in enumerate(class_map.names) if name is not None}
+    pairs = {name: (index, indices[name]) for index, name in enumerate(recorded.names) if name in indices}
+    return SharedClasses(pairs, recorded.num_classes, class_map.num_classes) if pairs else None

@@ -7,15 +7,15 @@ Rows are in `util/config/recipes.py`. `hubconf.py` has an entry for each with a 
 
 import torch
 
+from models.costs import count_flops
 from models.hub import build_row
 from util.config.recipes import ZOO, Row
-from util.costs import count_flops
 
 
 def counts(row: Row, height: int = 800, width: int = 1136) -> tuple[int, float]:
     """Return parameters and multiply-adds (1e9) of a row's detector for one image, computed without memory for it."""
     if row.recipe.flags.backbone == 'vit_large_lsj':
-        height = width = row.recipe.flags.lsj_size
+        height = width = row.recipe.flags.img_size
     with torch.device('meta'):
         model, _ = build_row(row)
     return sum(p.numel() for p in model.parameters()), count_flops(model, height, width) / 2e9

@@ -11,9 +11,9 @@ from torch import Tensor
 from torchvision.io import write_jpeg
 from torchvision.transforms import functional as classic
 
+from datasets.augmentations import DETRAugmentation
 from datasets.image_io import read_image
 from datasets.shapes import ShapesDetection
-from datasets.transforms import make_transforms
 from tools.benchmarks.common import time_in_turn
 from util.errors import UserError
 from util.seeding import local_seed
@@ -73,7 +73,7 @@ def draw_images(folder: str, args: argparse.Namespace) -> list[Path]:
 
 def loader(image_set: str, seed: int) -> Callable[[Path], Tensor]:
     """Return our loader of an image file: uint8 up to the batch; the model normalizes on its device."""
-    transforms = make_transforms(image_set)
+    transforms = DETRAugmentation().transforms(image_set)
 
     def load(path: Path) -> Tensor:
         image = read_image(path)

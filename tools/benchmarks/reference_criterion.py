@@ -18,8 +18,8 @@ from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from models.structures import Prediction
-from models.training import build_supervision
-from models.training.criterion import weighted_sum
+from models.training.criterion import loss_suffixes, weighted_sum
+from models.training.supervision import build_supervision
 from tools.benchmarks import common
 from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
 from util.config.settle import settle
@@ -41,7 +41,7 @@ def benchmark_criterion(args: argparse.Namespace) -> None:
     flags = argparse.Namespace(two_stage=True, with_box_refine=True, hybrid_k=REPEATS)
     criterion, _, _ = build_supervision(settle(flags))
     predictions, targets = hybrid_batch((args.objects, args.objects), args.proposals)
-    leaves = [x for p in predictions for x in (p.logits, p.boxes)]
+    leaves = [x for p in predictions.values() for x in (p.logits, p.boxes)]
 
     def stacked() -> Tensor:
         return weighted_sum(criterion({'predictions': predictions}, targets), criterion.weight_dict)
@@ -60,11 +60,10 @@ def benchmark_criterion(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def match(prediction: Prediction, targets: list[dict]) -> Pairs:
-    """Hungarian matching: 2 class (focal) + 5 L1 - 2 GIoU, every query of the batch against every object."""
-    batch, num_queries = prediction.logits.shape[:2]
-    p = prediction.logits.flatten(0, 1).sigmoid()
-    boxes = prediction.boxes.flatten(0, 1)
+def match(logits: Tensor, boxes: Tensor, targets: list[dict]) -> Pairs:
+    """Hungarian matching of a layer: 2 class (focal) + 5 L1 - 2 GIoU, every query of the batch against every object."""
+    batch, num_queries = logits.shape[:2]
+    p, boxes = logits.flatten(0, 1).sigmoid(), boxes.flatten(0, 1)
     labels = torch.cat([target['labels'] for target in targets])
     target_boxes = torch.cat([target['boxes'] for target in targets])
     negative = 0.75 * p**2 * -(1 - p + 1e-8).log()
@@ -78,9 +77,8 @@ def match(prediction: Prediction, targets: list[dict]) -> Pairs:
 
 
 def layer_losses(
-    prediction: Prediction, targets: list[dict], pairs: Pairs, num_boxes: float
+    logits: Tensor, boxes: Tensor, targets: list[dict], pairs: Pairs, num_boxes: float
 ) -> dict[str, Tensor]:
-    logits = prediction.logits
     batch = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(pairs)])
     query = torch.cat([query for query, _ in pairs])
     labels = torch.cat([t['labels'][index] for t, (_, index) in zip(targets, pairs, strict=True)])
@@ -88,7 +86,7 @@ def layer_losses(
     classes = torch.full(logits.shape[:2], logits.shape[2], device=logits.device)
     classes[batch, query] = labels
     onehot = F.one_hot(classes, logits.shape[2] + 1)[..., :-1].to(logits.dtype)
-    boxes = prediction.boxes[batch, query]
+    boxes = boxes[batch, query]
     giou = torch.diag(
         generalized_box_iou(box_cxcywh_to_xyxy(boxes)[:, None], box_cxcywh_to_xyxy(target_boxes)[None])
     )
@@ -100,20 +98,20 @@ def layer_losses(
 
 
 def reference_losses(
-    predictions: list[Prediction], targets: list[dict], k: int
+    predictions: dict[str, Prediction], targets: list[dict], k: int
 ) -> tuple[dict[str, Tensor], dict[str, Pairs]]:
     """Losses and pairs of one-to-one, one-to-many (every object `k` times) and encoder predictions."""
     losses, matches = {}, {}
     repeated = [{key: value.repeat(k, *[1] * (value.ndim - 1)) for key, value in t.items()} for t in targets]
     agnostic = [t | {'labels': torch.zeros_like(t['labels'])} for t in targets]
-    for prediction in predictions:
-        here = {'one2one': targets, 'one2many': repeated, 'enc': agnostic}[prediction.kind]
-        suffix = '' if prediction.layer is None else f'_{prediction.layer}'
-        suffix += '' if prediction.kind == 'one2one' else f'_{prediction.kind}'
+    for kind, prediction in predictions.items():
+        here = {'one2one': targets, 'one2many': repeated, 'enc': agnostic}[kind]
         num_boxes = max(sum(len(t['boxes']) for t in here), 1)
-        matches[suffix] = match(prediction, here)
-        terms = layer_losses(prediction, here, matches[suffix], num_boxes)
-        losses |= {name + suffix: value for name, value in terms.items()}
+        suffixes = loss_suffixes(kind, len(prediction.logits))
+        for suffix, logits, boxes in zip(suffixes, prediction.logits, prediction.boxes, strict=True):
+            matches[suffix] = match(logits, boxes, here)
+            terms = layer_losses(logits, boxes, here, matches[suffix], num_boxes)
+            losses |= {name + suffix: value for name, value in terms.items()}
     return losses, matches
 
 
@@ -123,18 +121,17 @@ def hybrid_batch(
     queries: tuple[int, int] = (300, 1500),
     layers: int = 6,
     requires_grad: bool = True,
-) -> tuple[list[Prediction], list[dict]]:
+) -> tuple[dict[str, Prediction], list[dict]]:
     """Draw predictions and objects of H-DETR's training size (91 classes); the logits are low, as trained
     ones.
     """
-    batch = len(num_objects)
-    sizes = [('one2one', queries[0])] * layers + [('one2many', queries[1])] * layers + [('enc', num_tokens)]
-    predictions = []
-    for index, (kind, size) in enumerate(sizes):
-        logits = (torch.randn(batch, size, 91) - 4).requires_grad_(requires_grad)
-        boxes = torch.cat([torch.rand(batch, size, 2), 0.05 + 0.3 * torch.rand(batch, size, 2)], dim=-1)
-        layer = None if kind == 'enc' or index % layers == layers - 1 else index % layers
-        predictions.append(Prediction(logits, boxes.requires_grad_(requires_grad), kind, layer))
+    batch, predictions = len(num_objects), {}
+    sizes = {'one2one': (layers, queries[0]), 'one2many': (layers, queries[1]), 'enc': (1, num_tokens)}
+    for kind, (num_layers, size) in sizes.items():
+        shape = num_layers, batch, size
+        logits = (torch.randn(*shape, 91) - 4).requires_grad_(requires_grad)
+        boxes = torch.cat([torch.rand(*shape, 2), 0.05 + 0.3 * torch.rand(*shape, 2)], dim=-1)
+        predictions[kind] = Prediction(logits, boxes.requires_grad_(requires_grad))
     targets = [
         {
             'labels': torch.randint(1, 91, (num,)),

@@ -45,7 +45,7 @@ def implied(variant: Decoder) -> str:
     return f'{", ".join(others)} and {last}' if others else last
 
 
-# --aug -> what it does with training images; `datasets.transforms.make_transforms` makes it.
+# --aug -> what it does with training images, with classes in `datasets.augmentations.AUGMENTATIONS`.
 AUGMENTATIONS = {
     'detr': 'flip, scale and crop',
     'flip': 'flip only',
@@ -100,21 +100,21 @@ FLAGS = {flag.name: flag for flag in (
         Flag('allow_outside', SWITCH, False, 'take images whose file_name leads out of the image folder (an absolute path, or ..); refused otherwise, because an annotation file of unknown origin could name any file', launch=True),
         Flag('allow_pipe', SWITCH, False, 'run the commands that stand for tar shards in shards.json ("pipe:COMMAND"); refused otherwise, because an index of unknown origin could run anything', launch=True),
         Flag('repeat_threshold', real(0, 1), 0.0, 'repeat training images of classes that are in less than this share of the images, the rarer the more often; usual for LVIS: 0.001', unset='0, no repetition', metavar='SHARE'),
-        Flag('img_size', whole(16, 10**5), 800, 'shorter side of an image at evaluation, pixels; the scales of training shrink and grow with it'),
+        Flag('img_size', whole(16, 10**5), Usual('1024 with --aug lsj, else 800', lambda a: 1024 if a.aug == 'lsj' else 800),
+             'shorter side of an image at evaluation, pixels; the scales of training shrink and grow with it. With --aug lsj: side of its squares'),
         Flag('max_size', whole(16, 10**5), None, 'longest side of an image, pixels', unset='1333, in proportion to --img_size'),
         Flag('train_scales', whole(16, 10**5), None, f'shortest and longest short side of a training image with --aug {" or ".join(RANDOM_SCALES)}, pixels, in steps of 32', unset='480 800, in proportion to --img_size', nargs=2, metavar=('MIN', 'MAX')),
         Flag('train_max_size', whole(16, 10**5), None, f'longest side of a training image with --aug {" or ".join(RANDOM_SCALES)}, pixels', unset='--max_size'),
         Flag('aug', tuple(AUGMENTATIONS), 'detr', f'augmentation of training images. {"; ".join(map(": ".join, AUGMENTATIONS.items()))}'),
-        Flag('lsj_size', whole(16, 10**5), 1024, 'side of the squares of --aug lsj, pixels, instead of --img_size and --max_size'),
         Flag('shapes_train', whole(1, 10**9), 4000, 'number of built-in training images'),
         Flag('shapes_val', whole(1, 10**9), 200, 'number of built-in validation images'),
         Flag('shapes_size', whole(1, 10**9), 128, 'longer side of a built-in image, pixels', hidden=True),
     ),
     *topic('loading', DATA)(
         Flag('num_workers', whole(0, 10**4), 2, 'loader workers per training process', launch=True),
-        Flag('group_aspect_ratio', SWITCH, False, 'make training batches of images that are all wider than high, or all not'),
-        Flag('bucket_sizes', SWITCH, False, 'make training batches of images that have about the same size after scaling and cropping, the same on all processes: a quarter of the padding, and no process waits'),
-        Flag('cache_mode', SWITCH, False, 'keep the compressed image files in memory; each process of a machine keeps its own share', launch=True),
+        Flag('batches', ('random', 'aspect', 'size'), 'random', 'images of a training batch. aspect: all wider than high, or all not; '
+             'size: of about the same size after scaling and cropping, on all processes: a quarter of the padding, and no process waits'),
+        Flag('cache_mode', SWITCH, False, 'has no effect: the operating system keeps files that were read in free memory', launch=True, hidden=True),
         Flag('shard_buffer', whole(1), 1000, 'images among which a loader worker shuffles tar shards; it holds their files in memory', hidden=True),
     ),
     *topic('model family (plain DETR when no flag of a variant is given)', NETWORK)(
@@ -265,8 +265,9 @@ FLAGS = {flag.name: flag for flag in (
     *topic('evaluation', RUN)(
         Flag('eval', SWITCH, False, 'evaluate --resume or --pretrained, then stop', first=True, launch=True),
         Flag('eval_every', whole(0), 1, 'epochs between evaluations; the last epoch is always evaluated; 0: train without evaluating, and read no validation data'),
-        Flag('patience', whole(1), None, 'stop after N evaluations without a better AP of boxes', unset='train all epochs', metavar='N'),
-        Flag('coco_eval', ('auto', 'hotcoco', 'pycocotools'), 'auto', 'library that computes COCO metrics; auto: hotcoco if it is installed', hidden=True),
+        Flag('patience', whole(1), None, 'stop after N evaluations without a better AP of boxes (the main number of --evaluator)', unset='train all epochs', metavar='N'),
+        Flag('evaluator', ('coco', 'lvis'), Usual('lvis with --dataset_file lvis, else coco', lambda a: 'lvis' if getattr(a, 'dataset_file', '') == 'lvis' else 'coco'),
+             'rules by which metrics are computed', hidden=True),
     ),
     *topic('run', RUN)(
         Flag('output_dir', TEXT, '', 'folder of checkpoints, metrics.csv, log.jsonl and drawn images; nothing is written without it', metavar='DIR', first=True, launch=True),

@@ -179,7 +179,7 @@ class Row:
     def network(self) -> str:
         """Flags of the network and its classes, as text: equal for rows of equal networks."""
         flags = self.recipe.flags
-        others = ('masks', 'co_masks', 'lsj_size')  # they change parameters or operations too
+        others = ('masks', 'co_masks', 'img_size')  # they change parameters or operations too
         given = sorted(name for name in flags.given if FLAGS[name].kind == NETWORK or name in others)
         return repr([*((name, getattr(flags, name)) for name in given), self.classes])
 

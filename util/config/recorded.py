@@ -35,7 +35,6 @@ VIEW = (
     'img_size',
     'max_size',
     'aug',
-    'lsj_size',
     'class_ids',
     'batch_size',
 )  # how images and classes reach the model

@@ -48,6 +48,13 @@ OLD = {
     'val_shards': OldFlag(
         'give --val_ann shards.json or its folder', lambda place, _: {'val_ann': place} if place else {}
     ),
+    'lsj_size': OldFlag(
+        'give --img_size, the side of the squares of --aug lsj',
+        lambda size, record: {'img_size': size} if record.get('aug') == 'lsj' else {},
+    ),
+    'group_aspect_ratio': OldFlag('give --batches aspect', lambda on, _: {'batches': 'aspect'} if on else {}),
+    'coco_eval': OldFlag('leave it out: hotcoco computes all metrics', lambda *_: {}),
+    'bucket_sizes': OldFlag('give --batches size', lambda on, _: {'batches': 'size'} if on else {}),
     'no_validate': OldFlag('give --eval_every 0', lambda on, _: {'eval_every': 0} if on else {}),
 }
 
@@ -186,16 +193,6 @@ def deformable(a: Namespace) -> bool:
     return a.family == 'deformable'
 
 
-def other_batches(a: Namespace) -> str:
-    others = {
-        'group_aspect_ratio': a.group_aspect_ratio,
-        'cache_mode': a.cache_mode,
-        f'train_ann {a.train_ann}': is_shards(a.train_ann),
-        'aug lsj': a.aug == 'lsj',
-    }
-    return next((name for name, given in others.items() if given and a.bucket_sizes), '')
-
-
 # A rule returns what is wrong, or something false.
 RULES: dict[str, list[Callable[[Namespace], object]]] = {
     NETWORK: [
@@ -249,23 +246,18 @@ RULES: dict[str, list[Callable[[Namespace], object]]] = {
         and f'--train_scales and --train_max_size are not for --aug {a.aug}, which scales otherwise: leave them out',
         lambda a: (a.repeat_threshold and (a.dataset_file == 'shapes' or is_shards(a.train_ann)))
         and '--repeat_threshold needs image files in COCO form or LVIS: leave it out',
-        lambda a: (a.cache_mode and a.dataset_file == 'shapes')
-        and '--cache_mode keeps image files; built-in images have none: leave it out',
         lambda a: (a.dataset_file == 'shapes' and any((a.coco_path, a.train_images, a.train_ann, a.val_images, a.val_ann)))
         and '--dataset_file shapes reads no files: leave --coco_path and the other paths out',
         lambda a: (a.dataset_file in ('voc', 'yolo') and any((a.train_images, a.train_ann, a.val_images, a.val_ann)))
         and f'--dataset_file {a.dataset_file} is one folder: give --coco_path instead of images and annotations',
-        lambda a: (other := other_batches(a)) and f'--bucket_sizes makes batches in another way than --{other}: leave one out',
         lambda a: (a.dataset_file != 'coco' and any(map(is_shards, (a.train_ann, a.val_ann))))
         and f'tar shards hold data in COCO form: leave --dataset_file {a.dataset_file} out',
         lambda a: ((is_shards(a.train_ann) and a.train_images) or (is_shards(a.val_ann) and a.val_images))
         and 'tar shards hold their images: leave --train_images and --val_images out',
     ],
     RUN: [
-        lambda a: (a.cache_mode and (is_shards(a.val_ann) or (is_shards(a.train_ann) and not a.eval)))
-        and '--cache_mode keeps image files, and tar shards have none: leave it out',
-        lambda a: (a.group_aspect_ratio and is_shards(a.train_ann) and not a.eval)
-        and '--group_aspect_ratio chooses images for a batch, and tar shards are streamed: leave it out',
+        lambda a: (a.batches != 'random' and is_shards(a.train_ann) and not a.eval)
+        and f'--batches {a.batches} chooses the images of a batch, and tar shards are streamed: leave it out',
         lambda a: (a.eval and not (a.resume or a.pretrained))
         and '--eval needs weights: add --resume FILE (or --pretrained FILE, or --model NAME)',
         lambda a: (a.resume and a.pretrained and a.resume != 'auto')
@@ -280,8 +272,6 @@ RULES: dict[str, list[Callable[[Namespace], object]]] = {
         and '--patience looks into metrics.csv of --output_dir: give it',
         lambda a: (a.patience and not a.eval_every)
         and '--patience waits for a better AP, and --eval_every 0 measures none: leave one out',
-        lambda a: (a.fsdp and a.co_masks)
-        and '--fsdp with --co_masks: masks are made after the forward pass, when a process has its part of the weights alone',
         lambda a: (a.fsdp and a.amp == 'fp16')
         and '--fsdp with --amp fp16: a process would scale its part of the gradient alone; use --amp bf16',
         lambda a: (a.checkpoint_steps and not a.output_dir)
@@ -290,7 +280,7 @@ RULES: dict[str, list[Callable[[Namespace], object]]] = {
 }  # fmt: skip
 
 
-def check_processes(args: Namespace, world_size: int, local_size: int) -> int:
+def check_processes(args: Namespace, world_size: int) -> int:
     """Return the batches of an optimizer step, from --total_batch_size and what is known only when the processes run.
 
     Raises:
@@ -299,10 +289,6 @@ def check_processes(args: Namespace, world_size: int, local_size: int) -> int:
     if args.fsdp and world_size == 1:
         raise UserError(
             '--fsdp shares a model among processes, and there is one: start several, or leave it out'
-        )
-    if args.cache_mode and args.aug == 'lsj' and local_size > 1:
-        raise UserError(
-            '--aug lsj mixes any two images, but with --cache_mode a process keeps only its share: leave one out'
         )
     if args.total_batch_size is None or args.eval:
         return args.accum_steps

@@ -57,8 +57,8 @@ def shard(model: nn.Module, units: Sequence[nn.Module], result_types: Sequence[t
     """Let every rank keep a part of each weight, gradient and optimizer state (FSDP2). In place.
 
     Args:
-        units: modules that all-gather their weights for their forward and free them afterwards. Their `entry_points`
-            name further methods that do so.
+        units: modules that all-gather their weights for their forward and free them afterwards. `entry_points` of these and
+            of the model name further methods that do so.
         result_types: see `register_result_types`.
 
     Parameters without a dimension cannot be sharded: they stay whole, and their gradients are averaged one by one.
@@ -73,10 +73,11 @@ def shard(model: nn.Module, units: Sequence[nn.Module], result_types: Sequence[t
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # not in torch's stubs
     for unit in units:
         fully_shard(unit, **options)
-        for method in getattr(unit, 'entry_points', ()):
-            register_fsdp_forward_method(unit, method)
     # By default the outermost weights would stay whole until a backward pass, which does not follow an evaluation.
     fully_shard(model, reshard_after_forward=True, **options)
+    for unit in [*units, model]:
+        for method in getattr(unit, 'entry_points', ()):
+            register_fsdp_forward_method(unit, method)
     return model
 
 

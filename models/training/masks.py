@@ -1,19 +1,20 @@
-"""Targets and losses of Co-DETR's masks on detections (`models.refine_masks`); training only."""
+"""Masks of regions in training: those of detections (`models.refine_masks`), and the mask branch of Mask R-CNN."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from models.refine_masks import DetectionMasks, boundary, maps_of, resized
-from models.structures import Memory, Prediction, QueryGroup
+from models.refine_masks import ROI_SIZE, Convolution, boundary, maps_of, resized, roi_features
+from models.structures import Memory, Prediction, TrainingBranch
 from util.box_ops import box_cxcywh_to_xyxy
 from util.precision import full_precision, without_autocast
 
-from .dense_heads import EPS, Images, assign_by_iou, clip_boxes, sample
+from .dense_heads import EPS, Images, clip_boxes, sample_regions
 
 STAGE_WEIGHTS = (0.5, 0.75, 0.75, 1.0)
 BOUNDARY_WIDTH = 2
+NUM_CONVOLUTIONS = 4
 
 
 def mask_targets(masks: Tensor, rois: Tensor, sides: tuple[int, ...] = (14, 28, 56, 112)) -> list[Tensor]:
@@ -82,8 +83,8 @@ def iou_loss(predicted: Tensor, targets: Tensor) -> Tensor:
     return ((predicted - targets) ** 2 * some).sum() / some.sum().clamp(min=1)
 
 
-class MaskTraining(nn.Module):
-    """A query source that adds no queries, and trains the masks of detections after the decoder.
+class MaskTraining(TrainingBranch):
+    """The training of the masks of detections (`--co_masks`).
 
     num_candidates: best detections of an image, denoising queries included, among which positives are looked for.
     """
@@ -95,18 +96,16 @@ class MaskTraining(nn.Module):
         super().__init__()
         self.num_candidates = num_candidates
 
-    def forward(self, memory: Memory, targets: list[dict]) -> tuple[list[QueryGroup], dict[str, Tensor]]:
-        return [], {}
-
-    def after_decoding(
-        self, masks: DetectionMasks, memory: Memory, predictions: list[Prediction], targets: list[dict]
+    def losses(
+        self, detector: nn.Module, memory: Memory, predictions: dict[str, Prediction], targets: list[dict]
     ) -> dict[str, Tensor]:
         """Return the losses of masks on the positives among the detections and the objects themselves."""
+        masks = detector.co_masks
         with without_autocast(memory.tokens):
             maps, images = maps_of(memory), Images.of(memory, targets)
-            last = [p for p in predictions if p.layer is None and p.kind in self.kinds]
-            scores = full_precision(torch.cat([p.logits for p in last], dim=1)).sigmoid().detach()
-            boxes = full_precision(torch.cat([p.boxes for p in last], dim=1)).detach()
+            last = [predictions[kind] for kind in self.kinds if kind in predictions]
+            scores = full_precision(torch.cat([p.logits[-1] for p in last], dim=1)).sigmoid().detach()
+            boxes = full_precision(torch.cat([p.boxes[-1] for p in last], dim=1)).detach()
             regions, labels, wanted = [], [], []
             for index, target in enumerate(targets):
                 positives, found = self.positives(scores[index], boxes[index], images, index)
@@ -139,9 +138,50 @@ class MaskTraining(nn.Module):
         size, objects = images.sizes[index], images.boxes[index]
         best = scores.flatten().topk(min(self.num_candidates, scores.numel())).indices
         chosen = box_cxcywh_to_xyxy(boxes[best.div(scores.shape[1], rounding_mode='floor')]) * size.repeat(2)
-        chosen = clip_boxes(chosen, size)
-        assigned = assign_by_iou(chosen, objects, self.overlap, self.overlap, low_quality=False)
-        own = torch.arange(len(objects), device=objects.device)
-        assigned, chosen = torch.cat([own, assigned]), torch.cat([objects, chosen])
-        positives, _ = sample(assigned, self.num_samples, self.positive_fraction)
-        return chosen[positives], assigned[positives]
+        rule = self.num_samples, self.positive_fraction, self.overlap
+        regions, assigned, number = sample_regions(clip_boxes(chosen, size), objects, *rule)
+        return regions[:number], assigned[:number]
+
+
+class MaskBranch(nn.Module):
+    """The mask branch of Mask R-CNN (arXiv:1703.06870, Sec. 3), of Co-DETR's RoI head (`--co_rcnn_masks`).
+
+    It has four convolutions, a transposed one and a map of 28 x 28 logits for each class. strides: of the maps in pixels.
+    """
+
+    def __init__(self, channels: int, num_classes: int, strides: list[int]) -> None:
+        super().__init__()
+        self.strides = strides
+        self.convs = nn.ModuleList(Convolution(channels, 3) for _ in range(NUM_CONVOLUTIONS))
+        self.upsample = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+        self.conv_logits = nn.Conv2d(channels, num_classes, 1)
+        for layer in (*(convolution.conv for convolution in self.convs), self.upsample, self.conv_logits):
+            nn.init.kaiming_normal_(layer.weight, mode='fan_out', nonlinearity='relu')
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, maps: list[Tensor], regions: list[Tensor], labels: Tensor) -> Tensor:
+        """Return logits [N, 28, 28] of the N regions of all images for their classes.
+
+        Args:
+            maps: [B, C, H, W] of each level.
+            regions: boxes [N_i, 4] xyxy in pixels of each image.
+            labels: [N].
+        """
+        x = roi_features(maps, self.strides, regions, ROI_SIZE, 14 * self.strides[0])
+        for convolution in self.convs:
+            x = F.relu(convolution(x))
+        logits = self.conv_logits(F.relu(self.upsample(x)))
+        return logits[torch.arange(len(labels), device=labels.device), labels]
+
+    def loss(self, maps: list[Tensor], regions: list[Tensor], labels: Tensor, masks: list[Tensor]) -> Tensor:
+        """Return the mean binary cross-entropy of all pixels; masks: [N_i, H, W], that of each region's object."""
+        if not len(labels):
+            return sum(parameter.sum() for parameter in self.parameters()) * 0.0
+        logits = self(maps, regions, labels)
+        pairs = [pair for pair in zip(masks, regions, strict=True) if len(pair[1])]
+        wanted = torch.cat([mask_targets(*pair, sides=(2 * ROI_SIZE,))[0] for pair in pairs])
+        return F.binary_cross_entropy_with_logits(logits, wanted.to(logits))
+
+    def detect(self, maps: list[Tensor], boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return probabilities [N, 28, 28] for boxes xyxy in pixels of one image, and ones [N]: masks have no score."""
+        return self(maps, [boxes], labels).sigmoid(), torch.ones_like(boxes[:, 0])

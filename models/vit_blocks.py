@@ -1,12 +1,46 @@
-"""Windows of a map, for backbones that attend within them."""
+"""What Swin and ViT share: windows of a map, blocks, and initial values. Maps are [B, H, W, C]."""
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from .ops.functions import is_exporting
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward block in front of which norms stand, on a map of any size.
+
+    drop_path: probability that an image skips the branch of either while training. eps: of the norms.
+    """
+
+    def __init__(
+        self, dim: int, attention: nn.Module, mlp: nn.Module, drop_path: float, eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = attention
+        self.drop_path = StochasticDepth(drop_path, 'row')
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def initialise_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def drop_paths(rate: float, depth: int) -> list[float]:
+    """Return the probabilities with which blocks are skipped, which grow linearly from 0 to `rate`."""
+    return torch.linspace(0, rate, depth, device='cpu').tolist()
 
 
 class Windows(NamedTuple):
@@ -44,8 +78,8 @@ class Windows(NamedTuple):
 def count(side: int, size: int) -> int:
     """Return how many windows cover a side.
 
-    In an exported program this is a number without a history. Else PyTorch derives each later shape from the sides of the
-    images, which takes minutes for each block.
+    In an exported program this is an unbacked integer. Otherwise torch.export expresses each later shape through the sides of
+    the images, which takes minutes for each block.
     """
     number = (side + size - 1) // size  # ONNX rounds negative quotients to zero
     if is_exporting():
