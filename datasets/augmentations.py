@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from datasets.copy_paste import LargeScaleJitter
 from datasets.transforms import (
     Compose,
     FitSquare,
@@ -150,7 +149,9 @@ class SquareJitter(NoAugmentation):
     def val(self) -> list[Transform]:
         return [FitSquare(self.img_size)]
 
-    def mix(self, part: str, keep_masks: bool) -> LargeScaleJitter | None:
+    def mix(self, part: str, keep_masks: bool) -> Mix | None:
+        from datasets.copy_paste import LargeScaleJitter  # detection alone does not load it
+
         return LargeScaleJitter(self.img_size, keep_masks) if part == 'train' else None
 
 

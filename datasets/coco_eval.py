@@ -26,21 +26,7 @@ from util.errors import UserError
 STAT_NAMES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')
 # lvis-api's names, whose 300 is the usual number of detections of an image that count; r, c and f are rare,
 # common and frequent classes.
-LVIS_NAMES = (
-    'AP',
-    'AP50',
-    'AP75',
-    'APs',
-    'APm',
-    'APl',
-    'APr',
-    'APc',
-    'APf',
-    'AR300',
-    'ARs300',
-    'ARm300',
-    'ARl300',
-)
+LVIS_NAMES = (*STAT_NAMES[:6], 'APr', 'APc', 'APf', 'AR300', 'ARs300', 'ARm300', 'ARl300')
 PRECISIONS = STAT_NAMES[:6]
 ALL_AREAS, MOST_DETECTIONS, IOU_50, IOU_75 = 0, -1, 0, 5  # indices into the evaluators' arrays
 LVIS_DETECTIONS = 300

@@ -18,13 +18,15 @@ class DeformableDETR(BaseDETR):
     """Deformable DETR in one or two stages, and DINO with its transformer.
 
     Args:
-        heads: class heads and box heads, one of each per decoder layer. Without box refinement all entries are the
-            same module. With `two_stage` a last entry of each reads the encoder's proposals.
+        heads: class heads and box heads, one of each per decoder layer. Without box refinement all entries
+            are the same module. With `two_stage` a last entry of each reads the encoder's proposals.
         num_queries: number of queries of each group, the inference group first.
         mixed_selection: give two-stage queries learned content.
         input_bias: give the projections of the backbone's maps biases.
-        pyramid: modules that make every level from the backbone's only map, in place of projections (`models.vit`).
-        num_maps: number of the backbone's maps that levels are made from, the coarsest; None: all. Masks read all.
+        pyramid: modules that make every level from the backbone's only map, in place of projections
+            (`models.vit`).
+        num_maps: number of the backbone's maps that levels are made from, the coarsest; None: all. Masks read
+            all.
         options: further arguments of `BaseDETR`.
     """
 
@@ -67,7 +69,8 @@ class DeformableDETR(BaseDETR):
     def levels(
         self, samples: NestedTensor, features: list[NestedTensor], pos: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return projected feature maps [B, C, H, W], padding masks and encodings of every level, finest first.
+        """Return projected feature maps [B, C, H, W], padding masks and encodings of every level, finest
+        first.
 
         features, pos: output of the backbone.
         """
@@ -79,7 +82,8 @@ class DeformableDETR(BaseDETR):
         srcs = [project(x.tensors) for project, x in zip(self.input_proj, features, strict=False)]
         masks = [x.mask for x in features]
         for index in range(len(features), len(self.input_proj)):
-            # The first additional level is computed from the backbone's last map, each other from the level before.
+            # The first additional level is computed from the backbone's last map, each other from the level
+            # before.
             source = features[-1].tensors if index == len(features) else srcs[-1]
             srcs.append(self.input_proj[index](source))
             masks.append(resize_mask(samples.mask, srcs[-1].shape[-2:]))
@@ -89,7 +93,7 @@ class DeformableDETR(BaseDETR):
     def queries(
         self, memory: Memory, num_queries: dict[str, int]
     ) -> tuple[list[QueryGroup], dict[str, Prediction]]:
-        """Return learned queries, or with `two_stage` queries made from the best proposals, and the proposals (kind 'enc')."""
+        """Return learned queries, or with `two_stage` the best proposals, and all as kind 'enc'."""
         total = sum(num_queries.values())
         if self.first_stage is None:
             embeddings = self.query_embed.weight[:total]
@@ -104,7 +108,7 @@ class DeformableDETR(BaseDETR):
 def input_projections(
     num_channels: list[int], hidden_dim: int, num_levels: int, bias: bool = True
 ) -> nn.ModuleList:
-    """Build the convolutions to `hidden_dim` channels: one per backbone map, and strided ones for additional levels."""
+    """Build convolutions to `hidden_dim` channels: one per backbone map, strided ones for further levels."""
     convolutions = [nn.Conv2d(channels, hidden_dim, kernel_size=1, bias=bias) for channels in num_channels]
     channels = num_channels[-1]
     for _ in range(len(num_channels), num_levels):

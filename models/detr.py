@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from util.nested_tensor import NestedTensor, as_batch
 
 from .heads import read_layers
-from .refine_masks import maps_of
 from .segmentation import predict_masks
 from .structures import Memory, Prediction, QueryGroup, TrainingBranch, split_groups
 from .transformer import Transformer
@@ -28,7 +27,8 @@ class BaseDETR(nn.Module):
         num_queries: number of queries of each group, the inference group first.
         aux_loss: predict from every decoder layer while training.
         query_sources: what training adds; parameters have this name in checkpoints.
-        class_embed_o2m: class heads of the one-to-many branch (`models.ms_detr`); None: the usual class heads.
+        class_embed_o2m: class heads of the one-to-many branch (`models.ms_detr`); None: the usual class
+            heads.
         mask_heads: modules that predict masks (`models.segmentation.build_mask_heads`).
         co_masks: module that predicts masks of detections (`models.refine_masks`).
         eval_module: auxiliary head that detects outside training, in place of the decoder.
@@ -93,11 +93,11 @@ class BaseDETR(nn.Module):
             targets: objects of each image; only training branches read them.
 
         Returns:
-            `pred_logits` [B, Q, K] and `pred_boxes` [B, Q, 4] (cxcywh in [0, 1]) of the last layer, and `pred_masks`
-            [B, Q, h, w] (logits at stride 4) of a detector with masks; or `candidates` of `eval_module`. With `maps`
-            [B, C, H, W], `detect_masks` predicts masks of detections.
-            While training also `aux_outputs`, the same of the layers before, `predictions` of each kind, of which these are
-            views, and `losses`, the terms that training branches computed themselves.
+            `pred_logits` [B, Q, K] and `pred_boxes` [B, Q, 4] (cxcywh in [0, 1]) of the last layer, and
+            `pred_masks` [B, Q, h, w] (logits at stride 4) of a detector with masks; or `candidates` of
+            `eval_module`. With `maps` [B, C, H, W], `detect_masks` predicts masks of detections. While
+            training also `aux_outputs`, the same of the layers before, `predictions` of each kind, of which
+            these are views, and `losses`, the terms that training branches computed themselves.
         """
         samples = as_batch(samples, self.multiple)
         features, pos = self.backbone(samples)
@@ -107,13 +107,13 @@ class BaseDETR(nn.Module):
         else:
             outputs = self.query_sources['collaborative'].detect(memory, self.eval_module)
         if not self.training and self.region_masks is not None:
-            outputs['maps'] = maps_of(memory)
+            outputs['maps'] = memory.maps()
         return outputs
 
     def predict(
         self, memory: Memory, projected: Tensor, features: list[NestedTensor], targets: list[dict] | None
     ) -> dict:
-        """Run the decoder and the heads, and while training the branches; return outputs as `forward` does."""
+        """Run decoder and heads, and while training the branches; return outputs as `forward` does."""
         inference = next(iter(self.num_queries))
         num_queries = self.num_queries if self.training else {inference: self.num_queries[inference]}
         groups, predictions = self.queries(memory, num_queries)
@@ -165,7 +165,8 @@ class BaseDETR(nn.Module):
             labels: [N_i] for each image.
 
         Returns:
-            For each image probabilities [N_i, h, w] of the pixels of a box, and the quality [N_i] of each mask.
+            For each image probabilities [N_i, h, w] of the pixels of a box, and the quality [N_i] of each
+            mask.
         """
         found = []
         for index, (box, label) in enumerate(zip(boxes, labels, strict=True)):
@@ -176,7 +177,7 @@ class BaseDETR(nn.Module):
 
 
 class DETR(BaseDETR):
-    """DETR and Conditional DETR: one feature map, a dense transformer, and one pair of heads for all layers."""
+    """DETR and Conditional DETR: one feature map, a dense transformer, one pair of heads for all layers."""
 
     def __init__(
         self,

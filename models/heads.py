@@ -1,8 +1,8 @@
 """
 Class and box heads, and how the output of a box head and a reference make a box.
 
-Heads keep the precision of their parameters under autocast, at little cost. In bfloat16 the first logits of focal losses
-have steps of 1/32, which makes best scores equal, and boxes have steps of several pixels.
+Heads keep the precision of their parameters under autocast, at little cost. In bfloat16 the first logits of
+focal losses have steps of 1/32, which makes best scores equal, and boxes have steps of several pixels.
 """
 
 import math
@@ -120,14 +120,17 @@ def read_layers(
 ) -> dict[str, Prediction]:
     """Read class logits and boxes of all layers, as one prediction for each group.
 
-    A one-to-many branch of MS-DETR adds the kind 'o2m': the queries of the inference group, with the same references.
+    A one-to-many branch of MS-DETR adds the kind 'o2m': the queries of the inference group, with the same
+    references.
 
     Args:
         box_code: that of the decoder.
         class_head, box_head: heads that all layers share, or a list of one for each layer of the decoder.
-        class_head_o2m: class head of the one-to-many branch, which then has the boxes of the inference group (variant a).
+        class_head_o2m: class head of the one-to-many branch, which then has the boxes of the inference group
+            (variant a).
         first: index in the decoder of the first of the layers.
-        aux_loss: return all layers, not only the last. All heads are applied in any case, so that each has a gradient.
+        aux_loss: return all layers, not only the last. All heads are applied in any case, so that each has a
+            gradient.
     """
     returned = slice(None) if aux_loss else slice(-1, None)
     states, deltas = [layer.hs for layer in layers], [layer.delta for layer in layers]

@@ -1,6 +1,7 @@
 """Turn outputs into detections in pixels. A detection is a score, a class index and a box."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -28,13 +29,15 @@ def postprocess_batch(
     samples: NestedTensor,
     encode: Encode | None = None,
 ) -> list[dict]:
-    """Return the detections of a batch in pixels of the original images, with masks if there is a postprocessor for them.
+    """Return the detections of a batch in pixels of the original images, with masks if there is a
+    postprocessor for them.
 
     Args:
         model: the model without a wrapper that computed the outputs.
         targets: `size`, `orig_size` and `frame_size` that the preparation of the images left in them.
         samples: the batch.
-        encode: makes a list of run lengths of a few masks [n, 1, H, W]; these are `segmentation`, and there are no `masks`.
+        encode: makes a list of run lengths of a few masks [n, 1, H, W]; these are `segmentation`, and there
+            are no `masks`.
     """
     device = next(model.parameters()).device
     frames = torch.stack([frame_size(target) for target in targets]).to(device, non_blocking=True)
@@ -71,7 +74,7 @@ def to_cpu(result: dict) -> dict:
 
 
 def scale_boxes(boxes: Tensor, target_sizes: Tensor) -> Tensor:
-    """Convert boxes [B, N, 4] from cxcywh in [0, 1] to xyxy in pixels. target_sizes: [B, 2] (height, width)."""
+    """Convert boxes [B, N, 4] from cxcywh in [0, 1] to xyxy in pixels. target_sizes: [B, 2] height, width."""
     if len(boxes) != len(target_sizes):
         raise ValueError(f'{len(boxes)} images, but {len(target_sizes)} target sizes')
     scale = target_sizes.flip(-1).repeat(1, 2).to(boxes)  # [B, 4] W, H, W, H
@@ -79,7 +82,7 @@ def scale_boxes(boxes: Tensor, target_sizes: Tensor) -> Tensor:
 
 
 class SoftmaxPostProcess(nn.Module):
-    """One detection per query, in query order (DETR): the best class other than the last, which is 'no object'."""
+    """One detection per query, in query order (DETR): the best class but the last, which is 'no object'."""
 
     @torch.no_grad()
     def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> Detections:
@@ -153,114 +156,81 @@ class NMSPostProcess(nn.Module):
     @torch.no_grad()
     def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> Detections:
         """Return detections as `TopKPostProcess` does; images may have different numbers of them."""
-        return [
-            suppress(pairs, self.iou_threshold, self.num_select)
-            for pairs in self.best_pairs(outputs, target_sizes)
-        ]
+        return [self.suppress(pairs) for pairs in self.best_pairs(outputs, target_sizes)]
+
+    def suppress(self, pairs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the best `num_select` detections of an image that NMS leaves."""
+        order = batched_nms(pairs['boxes'], pairs['scores'], pairs['labels'], self.iou_threshold)
+        return {key: value[order[: self.num_select]] for key, value in pairs.items()}
 
 
-def suppress(pairs: dict[str, Tensor], iou_threshold: float, num_select: int) -> dict[str, Tensor]:
-    """Apply NMS within each class to the detections of an image, and return the best `num_select`."""
-    kept = batched_nms(pairs['boxes'], pairs['scores'], pairs['labels'], iou_threshold)
-    return {key: value[kept[:num_select]] for key, value in pairs.items()}
-
-
-class CandidatePostProcess(nn.Module):
+class CandidatePostProcess(NMSPostProcess):
     """The best `num_select` candidates of an auxiliary head (`models.training.collaborative`) after NMS."""
 
     def __init__(self, iou_threshold: float, num_select: int = 100) -> None:
-        super().__init__()
-        self.iou_threshold = iou_threshold
-        self.num_select = num_select
+        super().__init__(num_select, iou_threshold)
 
     @torch.no_grad()
     def forward(self, outputs: dict[str, list[dict[str, Tensor]]], target_sizes: Tensor) -> Detections:
         """Return detections as `TopKPostProcess` does.
 
-        outputs: `candidates`, a dictionary per image of scores [N], labels [N] and boxes [N, 4] cxcywh in [0, 1].
+        outputs: `candidates`, a dictionary per image of scores [N], labels [N] and boxes [N, 4] cxcywh in [0,
+        1].
         """
-        detections = []
-        for found, size in zip(outputs['candidates'], target_sizes, strict=True):
-            scaled = scale_boxes(found['boxes'][None], size[None])[0]
-            detections.append(suppress(found | {'boxes': scaled}, self.iou_threshold, self.num_select))
-        return detections
+        return [
+            self.suppress(candidates | {'boxes': scale_boxes(candidates['boxes'][None], size[None])[0]})
+            for candidates, size in zip(outputs['candidates'], target_sizes, strict=True)
+        ]
 
 
-class SoftNMSPostProcess(nn.Module):
-    """The best `num_select` pairs of query and class after linear soft-NMS within each class (arXiv:1704.04503; Co-DINO).
+class SoftNMSPostProcess(NMSPostProcess):
+    """The best `num_select` pairs of query and class after linear soft-NMS within each class.
 
-    Soft-NMS considers only the best `candidates` pairs of an image. Boxes are clipped to the image.
+    Source: arXiv:1704.04503; Co-DINO. Scores are lowered, and boxes are clipped to the image.
     """
 
     smallest_score = 1e-3
 
     def __init__(self, num_select: int, iou_threshold: float, candidates: int) -> None:
-        super().__init__()
-        self.num_select = num_select
-        self.iou_threshold = iou_threshold
-        self.best_pairs = TopKPostProcess(candidates, clamp=True)
-
-    @torch.no_grad()
-    def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> Detections:
-        """Return detections as `TopKPostProcess` does, with lowered scores; images may have different numbers of them."""
-        return [self.suppress(pairs) for pairs in self.best_pairs(outputs, target_sizes)]
+        super().__init__(num_select, iou_threshold, clamp=True, candidates=candidates)
 
     def suppress(self, pairs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Apply soft-NMS to the pairs of an image, on the host because each step depends on the one before."""
+        """Apply soft-NMS to the pairs of an image, on the host: each step depends on the one before."""
         labels = pairs['labels']
         scores, boxes = (x.float() if x.element_size() < 4 else x for x in (pairs['scores'], pairs['boxes']))
         overlap, _ = box_iou(boxes[:, None], boxes[None])
         factor = torch.where(overlap >= self.iou_threshold, 1 - overlap, 1)
         factor = torch.where(labels[:, None] == labels, factor, 1).cpu().numpy()
         order, scores = soft_suppression(scores.cpu().numpy(), factor, self.smallest_score)
-        order = torch.from_numpy(order[: self.num_select]).to(labels.device)
-        scores = torch.from_numpy(scores[: self.num_select]).to(labels.device)
-        rest = {key: pairs[key][order] for key in ('query',) if key in pairs}
-        return {'scores': scores, 'labels': labels[order], 'boxes': boxes[order]} | rest
+        order, scores = (torch.from_numpy(x[: self.num_select]).to(labels.device) for x in (order, scores))
+        return {key: value[order] for key, value in (pairs | {'boxes': boxes}).items()} | {'scores': scores}
 
 
 def soft_suppression(
     scores: np.ndarray, factor: np.ndarray, smallest: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Take the best detection that is left, lower the scores of the others, and repeat; return indices and scores.
+    """Take the best detection that is left, lower the scores of the others, and repeat; return indices and
+    scores.
 
     Args:
         scores: [N].
         factor: [N, N]; taking detection i multiplies the score of j by factor[i, j].
         smallest: detections with lower scores are dropped.
     """
-    left, order, kept = scores.copy(), [], []
+    left, order, lowered = scores.copy(), [], []
     for _ in range(len(scores)):
         best = int(left.argmax())
         if left[best] < smallest:
             break
         order.append(best)
-        kept.append(left[best])
+        lowered.append(left[best])
         left *= factor[best]
         left[best] = -1.0
-    return np.array(order, dtype=np.int64), np.array(kept, dtype=scores.dtype)
-
-
-def with_masks(
-    detections: dict[str, Tensor], make: Callable[[slice], Tensor], size: Sequence[int], encode: Encode | None
-) -> dict:
-    """Return detections with `masks` [N, 1, H, W] uint8, or with what `encode` makes of them, `segmentation`.
-
-    Args:
-        make: makes the masks [n, 1, H, W] uint8 of a slice of the detections. It is called for few at a time, since those
-            of a large photograph take gigabytes together.
-        size: H and W, pixels.
-        encode: turns such masks into a list of n run lengths.
-    """
-    number, some = len(detections['boxes']), max(1, PIXELS_AT_A_TIME // (size[0] * size[1]))
-    pieces = (make(slice(start, start + some)) for start in range(0, max(number, 1), some))
-    if encode is not None:
-        return detections | {'segmentation': [each for piece in pieces for each in encode(piece)]}
-    return detections | {'masks': torch.cat([*pieces])}
+    return np.array(order, dtype=np.int64), np.array(lowered, dtype=scores.dtype)
 
 
 class MaskPostProcess(nn.Module):
-    """Masks of detections in the original images (DETR). threshold: probability above which a pixel is object."""
+    """Masks of detections in the original images (DETR). threshold: smallest probability of object pixels."""
 
     def __init__(self, threshold: float = 0.5) -> None:
         super().__init__()
@@ -282,14 +252,25 @@ class MaskPostProcess(nn.Module):
             original_sizes: [B, 2] height and width of the original images.
             sizes: [B, 2] height and width of the part of the network's input that shows them.
             canvas: height and width of the network's input, the padded batch; None: the largest of `sizes`.
-            encode: makes a list of run lengths of a few masks, which then are `segmentation`, and there are no `masks`.
+            encode: makes a list of run lengths of a few masks, which then are `segmentation`, and there are
+                no `masks`.
         """
         canvas = canvas or tuple(sizes.amax(0).tolist())
-        places = zip(detections, original_sizes.tolist(), sizes.tolist(), strict=True)
-        return [
-            with_masks(*self.of_image(outputs, index, one, original, seen, canvas), original, encode)
-            for index, (one, original, seen) in enumerate(places)
-        ]
+        images = zip(detections, original_sizes.tolist(), sizes.tolist(), strict=True)
+        results = []
+        for index, (detected, original, seen) in enumerate(images):
+            fields, make = self.of_image(outputs, index, detected, original, seen, canvas)
+            # The masks of a large photograph take gigabytes together: they are made few at a time.
+            some = max(1, PIXELS_AT_A_TIME // math.prod(original))
+            starts = range(0, max(len(detected['boxes']), 1), some)
+            pieces = (make(slice(start, start + some)) for start in starts)
+            if encode is None:
+                results.append(fields | {'masks': torch.cat([*pieces])})
+            else:
+                results.append(
+                    fields | {'segmentation': [each for piece in pieces for each in encode(piece)]}
+                )
+        return results
 
     def of_image(
         self,
@@ -300,7 +281,7 @@ class MaskPostProcess(nn.Module):
         seen: list[int],
         canvas: tuple[int, int],
     ) -> tuple[dict[str, Tensor], Callable[[slice], Tensor]]:
-        """Return the detections of an image without `query`, and a function that makes the masks of a slice of them."""
+        """Return the fields of an image's detections, and a function that makes masks of a slice of them."""
         masks = outputs['pred_masks'][index][detections['query']]
 
         def pixels(part: slice) -> Tensor:
@@ -314,8 +295,9 @@ class MaskPostProcess(nn.Module):
 class RegionMaskPostProcess(MaskPostProcess):
     """Masks of detections from their RoI features, in the original images (`models.refine_masks`).
 
-    A mask has a score of its own, `mask_scores` [N]: that of the box times the predicted quality of the mask. outputs:
-    `region_masks`, what `BaseDETR.detect_masks` returned. threshold: probability from which on a pixel is object.
+    A mask has a score of its own, `mask_scores` [N]: that of the box times the predicted quality of the mask.
+    outputs: `region_masks`, what `BaseDETR.detect_masks` returned. threshold: probability from which on a
+    pixel is object.
     """
 
     def of_image(
@@ -331,7 +313,7 @@ class RegionMaskPostProcess(MaskPostProcess):
 
 
 def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
-    """Draw masks [N, h, w] of boxes [N, 4] xyxy in pixels into images, [N, height, width]; outside they are 0."""
+    """Draw masks [N, h, w] of boxes [N, 4] xyxy in pixels into images, [N, height, width], 0 outside."""
     x0, y0, x1, y1 = boxes.to(masks)[:, :, None].unbind(1)
     columns, rows = (torch.arange(side, device=masks.device) + 0.5 for side in (width, height))
     x = (columns - x0) / (x1 - x0).clamp(min=1e-6) * 2 - 1  # [N, width]

@@ -1,6 +1,7 @@
 """
-Masks of detections from their RoI features, as Co-DETR's ViT models predict them: RefineMask's head (arXiv:2104.08569) in
-four stages of growing size, and a head that predicts the IoU of a mask (Mask Scoring R-CNN, arXiv:1903.00241).
+Masks of detections from their RoI features, as Co-DETR's ViT models predict them: RefineMask's head
+(arXiv:2104.08569) in four stages of growing size, and a head that predicts the IoU of a mask (Mask Scoring
+R-CNN, arXiv:1903.00241).
 """
 
 import torch
@@ -8,9 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from util.precision import full_precision
-
-from .structures import Memory
 from .vit import ChannelNorm
 
 ROI_SIZE = 14
@@ -57,7 +55,7 @@ class DilatedFusion(nn.Module):
 
 
 class RefineStage(nn.Module):
-    """A stage that mixes instance features, semantic features and its mask into features of half the channels."""
+    """A stage that mixes instance and semantic features and its mask into features of half the channels."""
 
     def __init__(self, channels: int, semantic_channels: int, upsample: bool) -> None:
         super().__init__()
@@ -145,7 +143,7 @@ class MaskIoUHead(nn.Module):
         self.fc_mask_iou = nn.Linear(hidden, num_classes)
 
     def forward(self, features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the IoU in [0, 1] of each mask, [N], from RoI features [N, C, 14, 14] and its logits [N, 28, 28]."""
+        """Return the IoU [N] of each mask from RoI features [N, C, 14, 14] and logits [N, 28, 28]."""
         x = torch.cat([features, F.max_pool2d(logits[:, None].sigmoid(), 2)], dim=1)
         for layer in self.convs:
             x = layer(x)
@@ -171,7 +169,7 @@ def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def refined(logits: list[Tensor]) -> Tensor:
-    """Merge the stages' logits into probabilities [N, 112, 112]: a stage redraws the boundary of the one before."""
+    """Merge the stages' logits to probabilities [N, 112, 112]: a stage redraws the last one's boundary."""
     merged = logits[1]
     for finer in logits[2:]:
         size = tuple(finer.shape[-2:])
@@ -183,7 +181,8 @@ def refined(logits: list[Tensor]) -> Tensor:
 def roi_features(
     maps: list[Tensor], strides: list[int], regions: list[Tensor], size: int, finest: int
 ) -> Tensor:
-    """Return RoI features [N, C, size, size] of the N regions of all images, each from the level that fits it (FPN, Sec. 4.2).
+    """Return RoI features [N, C, size, size] of the N regions of all images, each from the level that fits it
+    (FPN, Sec. 4.2).
 
     Args:
         maps: [B, C, H, W] of each level; more maps than strides are ignored.
@@ -205,7 +204,7 @@ def roi_features(
 
 
 class DetectionMasks(nn.Module):
-    """Masks of boxes, and how good they are, from the encoder's maps. strides: strides of the maps in pixels."""
+    """Masks of boxes and their IoU, from the encoder's maps. strides: of the maps in pixels."""
 
     chunk = 150  # regions at a time in evaluation
 
@@ -218,7 +217,7 @@ class DetectionMasks(nn.Module):
     def forward(
         self, maps: list[Tensor], regions: list[Tensor], labels: Tensor
     ) -> tuple[list[Tensor], Tensor]:
-        """Return mask logits of every stage, and the IoU of the second's [N], of the N regions of all images."""
+        """Return mask logits of every stage and the IoU [N] of the second's, for the N regions of a batch."""
         features = roi_features(maps, self.strides, regions, ROI_SIZE, ROI_SIZE * self.strides[0])
         image = torch.cat([x.new_full((len(x), 1), index) for index, x in enumerate(regions)])
         rois = torch.cat([image, torch.cat(regions)], dim=1)
@@ -226,18 +225,10 @@ class DetectionMasks(nn.Module):
         return logits, self.mask_iou_head(features, logits[1], labels)
 
     def detect(self, maps: list[Tensor], boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return probabilities [N, 112, 112] and IoU [N] for boxes xyxy in pixels of one image. maps: of it alone."""
+        """Return probabilities [N, 112, 112] and IoU [N] for boxes xyxy in pixels of the image of `maps`."""
         found = [
             self(maps, [part], classes)
             for part, classes in zip(boxes.split(self.chunk), labels.split(self.chunk), strict=True)
         ]
         masks = [refined(logits) for logits, _ in found]
         return torch.cat(masks), torch.cat([quality for _, quality in found])
-
-
-def maps_of(memory: Memory) -> list[Tensor]:
-    """Turn encoder tokens into maps [B, C, H, W], finest first, in float32 at least."""
-    levels = full_precision(memory.tokens).split([height * width for height, width in memory.shapes], dim=1)
-    return [
-        level.transpose(1, 2).unflatten(2, shape) for level, shape in zip(levels, memory.shapes, strict=True)
-    ]

@@ -1,4 +1,4 @@
-"""Masks of DETR (arXiv:2005.12872, Sec. 4.4): attention of the queries on the encoder's map, and convolutions up to stride 4."""
+"""Masks of DETR (arXiv:2005.12872, Sec. 4.4): attention maps of queries, and convolutions to stride 4."""
 
 import math
 from itertools import pairwise
@@ -13,7 +13,7 @@ from .structures import Memory
 
 
 class AttentionMaps(nn.Module):
-    """Attention weights of queries on a map, for every head; the softmax runs over heads and cells together."""
+    """Attention weights of queries on a map, for every head; the softmax runs over heads and cells."""
 
     def __init__(self, hidden_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ def freeze_all_but_masks(model: nn.Module) -> None:
 
 
 def build_mask_heads(hidden_dim: int, num_heads: int, finer: list[int]) -> dict[str, nn.Module]:
-    """Build the two modules of a detector with masks, by their official names. finer: channels of the maps added."""
+    """Build the modules of a detector with masks by their official names. finer: channels of added maps."""
     return {
         'bbox_attention': AttentionMaps(hidden_dim, num_heads),
         'mask_head': MaskHead(hidden_dim, num_heads, finer),

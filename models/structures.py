@@ -1,9 +1,10 @@
 """
 Data structures that backbone, transformer, heads and criterion exchange.
 
-A detector in training returns one `Prediction` for each kind of query, of all decoder layers together. One table
-(`models.training.supervision`) says how each kind is supervised. Letters in shapes: B images, Q queries, S memory tokens,
-L decoder layers (of `Memory`: levels), C channels, K classes, M matched pairs, T objects of the batch.
+A detector in training returns one `Prediction` for each kind of query, of all decoder layers together. One
+table (`models.training.supervision`) says how each kind is supervised. Letters in shapes: B images, Q
+queries, S memory tokens, L decoder layers (of `Memory`: levels), C channels, K classes, M matched pairs, T
+objects of the batch.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from util.precision import full_precision
 
 
 @dataclass
@@ -26,6 +29,12 @@ class Memory:
     sizes: Tensor | None = None  # [L, 2] width and height of each level, the same numbers as `shapes`
     pixel_mask: Tensor | None = None  # [B, H, W] padding mask of the images, True = padding
 
+    def maps(self) -> list[Tensor]:
+        """Return the tokens as maps [B, C, H, W], finest first, in float32 at least."""
+        sizes = [height * width for height, width in self.shapes]
+        levels = zip(full_precision(self.tokens).split(sizes, dim=1), self.shapes, strict=True)
+        return [level.transpose(1, 2).unflatten(2, shape) for level, shape in levels]
+
 
 @dataclass
 class Assignment:
@@ -35,13 +44,14 @@ class Assignment:
     query: Tensor  # [M] index of the query in its image
     target: Tensor  # [M] index of the object in the whole batch
     count: float  # count of this rank; counts are averaged over ranks, and their sum is at least 1
-    # [M] bool: the pair sets the class of its query. A query with several pairs has one that does; None: all pairs do.
+    # [M] bool: the pair sets the class of its query. A query with several pairs has one that does; None: all
+    # pairs do.
     is_class_target: Tensor | None = None
 
 
 @dataclass
 class QueryGroup:
-    """Decoder queries of one origin. `name` is the kind of their predictions, 'one2one' in the inference group."""
+    """Decoder queries of one origin. `name` is the kind of their predictions, 'one2one' for inference."""
 
     name: str
     tgt: Tensor  # [B, Q, C] content
@@ -83,16 +93,18 @@ class TrainingBranch(nn.Module):
     """
 
     def queries(self, memory: Memory, targets: list[dict]) -> tuple[list[QueryGroup], dict[str, Tensor]]:
-        """Return query groups for the decoder, and the unweighted losses (by name) that were computed on the way.
+        """Return query groups for the decoder, and the unweighted losses (by name) that were computed on the
+        way.
 
-        targets: a dictionary of `labels` and `boxes` cxcywh in [0, 1] per image, and of `masks` if the data have them.
+        targets: a dictionary of `labels` and `boxes` cxcywh in [0, 1] per image, and of `masks` if the data
+        have them.
         """
         return [], {}
 
     def losses(
         self, detector: nn.Module, memory: Memory, predictions: dict[str, Prediction], targets: list[dict]
     ) -> dict[str, Tensor]:
-        """Return unweighted losses (by name) of what the decoder predicted. detector: may have modules for this."""
+        """Return unweighted losses (by name) of the predictions; they may train modules of `detector`."""
         return {}
 
 
@@ -133,11 +145,13 @@ def check_groups(
 
 
 def attention_blocks(groups: list[QueryGroup]) -> list[AttentionBlock]:
-    """Say which queries attend to which (H-DETR Sec. 3.2, DINO Sec. 3.3): one block per group that is not empty.
+    """Say which queries attend to which (H-DETR Sec. 3.2, DINO Sec. 3.3): one block per group that is not
+    empty.
 
-    A group sees the groups named in `sees` and itself, or only the query's own block if it has blocks. The inference group
-    names none, so that training queries cannot change its result. Each group attends separately: the numbers are those of
-    one masked attention over all queries, but only groups with blocks need a mask.
+    A group sees the groups named in `sees` and itself, or only the query's own block if it has blocks. The
+    inference group names none, so that training queries cannot change its result. Each group attends
+    separately: the numbers are those of one masked attention over all queries, but only groups with blocks
+    need a mask.
     """
     runs, start = {}, 0
     for group in groups:
@@ -155,7 +169,7 @@ def attention_blocks(groups: list[QueryGroup]) -> list[AttentionBlock]:
 
 
 def other_blocks(group: QueryGroup, num_seen: int) -> Tensor | None:
-    """Return a mask [Q, num_seen + Q], True where a key is in another block of the group; None without blocks."""
+    """Return a mask [Q, num_seen + Q], True where a key is in another block; None without blocks."""
     if not group.block:
         return None
     block = torch.arange(group.tgt.shape[1], device=group.tgt.device) // group.block

@@ -31,6 +31,7 @@ from util import trackers
 from util.config.recorded import adopt
 from util.config.settle import settle
 from util.distributed.parallel import load_optimizer_state
+from util.logger import RunLog
 from util.optim import Schedule, WeightAverage
 from util.precision import Precision
 
@@ -362,6 +363,15 @@ def test_a_run_in_16_bits_resumes(tmp_path: Path, amp: str) -> None:
     assert_same(whole, load(tmp_path / 'parts'))
     assert ('scaler' in whole) == (amp == 'fp16')
     assert all(value.dtype != torch.bfloat16 for value in whole['model'].values())
+
+
+def test_a_metric_of_zero_counts_before_and_after_a_restart(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    for epoch, numbers in enumerate(({'test_AP': 0.0}, {}, {'test_AP': 0.0}), start=1):
+        log.append({'epoch': epoch} | numbers, {'epoch': epoch})
+    for each in (log, RunLog(tmp_path, epochs_done=3)):
+        assert each.best('test_AP') == 0 and each.evaluations_since_best('test_AP') == 1
+    assert RunLog(tmp_path, epochs_done=2).evaluations_since_best('test_AP') == 0
 
 
 @pytest.mark.parametrize(

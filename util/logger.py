@@ -189,35 +189,30 @@ class RunLog:
 
     def __init__(self, folder: Path, epochs_done: int = 0) -> None:
         self.csv_path, self.jsonl_path = folder / 'metrics.csv', folder / 'log.jsonl'
-        self.rows = [row for row in self.read_csv() if int(row['epoch']) <= epochs_done]
-        self.records = [record for record in self.read_jsonl() if record['epoch'] <= epochs_done]
-
-    def read_csv(self) -> list[dict]:
-        if not self.csv_path.is_file():
-            return []
-        with self.csv_path.open(newline='') as file:
-            return list(csv.DictReader(file))
-
-    def read_jsonl(self) -> list[dict]:
-        if not self.jsonl_path.is_file():
-            return []
-        return read_records(self.jsonl_path)
+        rows = csv.DictReader(self.csv_path.read_text().splitlines()) if self.csv_path.is_file() else []
+        records = read_records(self.jsonl_path) if self.jsonl_path.is_file() else []
+        self.rows: list[dict] = [row for row in rows if int(row['epoch']) <= epochs_done]
+        self.records = [record for record in records if record['epoch'] <= epochs_done]
 
     def has_epoch(self, epoch: int) -> bool:
         return any(int(row['epoch']) == epoch for row in self.rows)
 
+    def values(self, column: str) -> list[float]:
+        """Return the values of a column in order; epochs without one are left out."""
+        return [float(row[column]) for row in self.rows if row.get(column, '') != '']
+
     def best(self, column: str) -> float:
         """Return the largest value of a column so far; minus infinity if there is none."""
-        return max((float(row[column]) for row in self.rows if row.get(column)), default=-math.inf)
+        return max(self.values(column), default=-math.inf)
 
     def evaluations_since_best(self, column: str) -> int:
         """Return how many values of a column came after the first of its largest."""
-        values = [float(row[column]) for row in self.rows if row.get(column)]
+        values = self.values(column)
         return len(values) - 1 - values.index(max(values)) if values else 0
 
-    def append(self, row: dict[str, float | int | None], record: dict) -> None:
-        """Add an epoch. row: numbers, None if not measured. record: JSON values. Both hold `epoch`."""
-        self.rows.append({name: '' if value is None else value for name, value in row.items()})
+    def append(self, row: dict[str, float], record: dict) -> None:
+        """Add an epoch. row: numbers. record: JSON values. Both hold `epoch`."""
+        self.rows.append(row)
         self.records.append(record)
         if not is_main_process():
             return

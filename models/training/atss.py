@@ -1,7 +1,8 @@
 """
 ATSS (arXiv:1912.02424) on the encoder's output, as Co-DETR (arXiv:2211.12860) trains it beside the decoder.
 
-Each cell has one square anchor. Positives are chosen by statistics of the IoUs, and every box has a centerness.
+Each cell has one square anchor. Positives are chosen by statistics of the IoUs, and every box has a
+centerness.
 """
 
 import math
@@ -49,7 +50,8 @@ class Scale(nn.Module):
 
 
 class ATSS(nn.Module):
-    """A dense head that predicts class, box and centerness of every cell. strides: strides of the maps in pixels.
+    """A dense head that predicts class, box and centerness of every cell. strides: strides of the maps in
+    pixels.
 
     Losses are averages over the positives of all ranks. Box losses are weighted by the target's centerness.
     """
@@ -94,7 +96,7 @@ class ATSS(nn.Module):
     def forward(
         self, maps: list[Tensor], images: Images, with_features: bool = True
     ) -> tuple[dict[str, Tensor], Samples]:
-        """Return unweighted losses, and every anchor with its object. Anchors in the padding are at the origin."""
+        """Return unweighted losses, and every anchor with its object. Anchors in the padding are 0."""
         anchors = torch.cat(self.anchors(maps))
         assigned = torch.full((len(images.boxes), len(anchors)), PADDING, device=anchors.device)
         for found, extent, objects in zip(assigned, images.extents, images.boxes, strict=True):
@@ -167,7 +169,7 @@ class ATSS(nn.Module):
 
 
 def target_centerness(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """Return the centerness [N] of anchors in boxes, both [N, 4]: 1 in the middle, 0 at the edges (FCOS Eq. 3)."""
+    """Return the centerness [N] of anchors in boxes, both [N, 4]: 1 in the middle, 0 at edges (FCOS)."""
     center, _ = center_and_size(anchors)
     near, far = center - boxes[:, :2], boxes[:, 2:] - center
     return (torch.minimum(near, far) / torch.maximum(near, far)).prod(-1).sqrt()
@@ -177,8 +179,8 @@ def target_centerness(anchors: Tensor, boxes: Tensor) -> Tensor:
 def assign_adaptively(anchors: list[Tensor], objects: Tensor) -> Tensor:
     """Return the object of each anchor or BACKGROUND, [S] (ATSS, Algorithm 1).
 
-    Candidates of an object are the nearest anchors of every level. A candidate is positive if its centre is inside, and
-    its IoU is at least the mean plus the standard deviation of all candidates' IoUs.
+    Candidates of an object are the nearest anchors of every level. A candidate is positive if its centre is
+    inside, and its IoU is at least the mean plus the standard deviation of all candidates' IoUs.
 
     Args:
         anchors: [S_l, 4] of every level.

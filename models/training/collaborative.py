@@ -1,8 +1,9 @@
 """
-Co-DETR (arXiv:2211.12860): dense detectors on the encoder's output, and their positive samples as decoder queries.
+Co-DETR (arXiv:2211.12860): dense detectors on the encoder's output, and their positive samples as decoder
+queries.
 
-Training only. Each head adds its own losses (Sec. 3.2) and a group of queries whose objects are known in advance
-(Sec. 3.3).
+Training only. Each head adds its own losses (Sec. 3.2) and a group of queries whose objects are known in
+advance (Sec. 3.3).
 """
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 
 from models.deformable_transformer import gather_rows
 from models.heads import inverse_sigmoid
-from models.refine_masks import maps_of
 from models.structures import Assignment, Memory, QueryGroup, TrainingBranch
 from util.box_ops import box_xyxy_to_cxcywh
 from util.precision import without_autocast
@@ -33,7 +33,8 @@ class CollaborativeHeads(TrainingBranch):
         max_queries: largest number of positives of an image that become queries.
         with_features: add the feature that the head saw to the content of a query.
         rcnn_head, rcnn_masks: RoI head of `FasterRCNN`, and whether it has a mask branch.
-        derived_positions: leave the position of a query to the decoder, which computes it from the box (DINO).
+        derived_positions: leave the position of a query to the decoder, which computes it from the box
+            (DINO).
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class CollaborativeHeads(TrainingBranch):
 
     def maps(self, memory: Memory) -> list[Tensor]:
         """Turn encoder tokens into maps [B, C, H, W], and add one of half the size of the last."""
-        maps = maps_of(memory)
+        maps = memory.maps()
         return [*maps, self.downsample(maps[-1])]
 
     def query_group(self, name: str, samples: Samples, sizes: Tensor) -> QueryGroup:
@@ -107,7 +108,8 @@ class CollaborativeHeads(TrainingBranch):
         """Detect with one head alone, before NMS.
 
         Returns:
-            `candidates`: a dictionary per image of `scores` [N], `labels` [N] and `boxes` [N, 4] cxcywh in [0, 1].
+            `candidates`: a dictionary per image of `scores` [N], `labels` [N] and `boxes` [N, 4] cxcywh in
+            [0, 1].
         """
         with without_autocast(memory.tokens):
             sizes = Images.of(memory, None).sizes
@@ -121,8 +123,9 @@ class CollaborativeHeads(TrainingBranch):
 def choose_samples(target: Tensor, most: int) -> Tensor:
     """Choose the samples of each image that become queries, and return their indices [B, M].
 
-    Positives come first, in their order; if there are more than M, M of them are drawn at random. Random negatives fill
-    up the rest. M is the largest number of positives, but at least MIN_QUERIES, and at most `most` and N.
+    Positives come first, in their order; if there are more than M, M of them are drawn at random. Random
+    negatives fill up the rest. M is the largest number of positives, but at least MIN_QUERIES, and at most
+    `most` and N.
 
     target: [B, N] objects, BACKGROUND for negatives.
     """

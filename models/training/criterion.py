@@ -42,12 +42,13 @@ class Supervision:
     merge_pairs_from: str | None = (
         None  # kind whose pairs are added for queries that have no pair of this kind
     )
-    # `Assignment.count` as a function of the numbers of objects, without a matcher; None: only the model knows it.
+    # `Assignment.count` as a function of the numbers of objects, without a matcher; None: only the model
+    # knows it.
     count: Callable[[list[int]], float] | None = None
 
 
 def loss_suffixes(kind: str, num_layers: int) -> list[str]:
-    """Return the ends of official loss names: layer, except the last, and kind, except the inference group's (`_3_o2m`)."""
+    """Return the ends of official loss names: layer but for the last, kind but for 'one2one' (`_3_o2m`)."""
     end = '' if kind == 'one2one' else f'_{kind}'
     return [*(f'_{layer}{end}' for layer in range(num_layers - 1)), end]
 
@@ -70,7 +71,8 @@ class SetCriterion(nn.Module):
         self.table = table
         self.eps = eps
         self.weight_dict = weight_dict
-        # Number of pairs of each kind (mean over its layers) and of objects, since the last call of `statistics`.
+        # Number of pairs of each kind (mean over its layers) and of objects, since the last call of
+        # `statistics`.
         self.tally: Counter[str] = Counter()
 
     def forward(
@@ -80,10 +82,11 @@ class SetCriterion(nn.Module):
 
         Args:
             outputs: output of the model while training, or `pred_logits` and `pred_boxes` alone.
-            targets: a dictionary of `labels` [T_i] and `boxes` [T_i, 4] cxcywh in [0, 1] per image, and for mask losses
-                `masks` [T_i, H, W].
-            step_targets: targets of all batches of this optimizer step, this batch included. Losses are divided by the
-                average count of these batches, so that accumulated batches give the gradient of one large batch.
+            targets: a dictionary of `labels` [T_i] and `boxes` [T_i, 4] cxcywh in [0, 1] per image, and for
+                mask losses `masks` [T_i, H, W].
+            step_targets: targets of all batches of this optimizer step, this batch included. Losses are
+                divided by the average count of these batches, so that accumulated batches give the gradient
+                of one large batch.
         """
         predictions = outputs.get('predictions') or {
             'one2one': Prediction(outputs['pred_logits'][None], outputs['pred_boxes'][None])
@@ -171,11 +174,13 @@ class SetCriterion(nn.Module):
     def divisors(
         self, matched: dict[str, MatchedPredictions], counts: dict[str, float], step_sizes: list[list[int]]
     ) -> Tensor:
-        """Return the divisors of class and box losses of each kind, [kinds, 2], averaged over ranks and a step's batches.
+        """Return the divisors of class and box losses of each kind, [kinds, 2], averaged over ranks and a
+        step's batches.
 
-        A total count is at least 1. The official code clamps the average instead, which differs only if there is less
-        than one object per rank; clamping the total keeps the gradient independent of the number of ranks. If only the
-        model knows the assignments (positives of Co-DETR's heads), this batch's count stands for the step's other batches.
+        A total count is at least 1. The official code clamps the average instead, which differs only if there
+        is less than one object per rank; clamping the total keeps the gradient independent of the number of
+        ranks. If only the model knows the assignments (positives of Co-DETR's heads), this batch's count
+        stands for the step's other batches.
         """
         totals, smallest = [], []
         for kind, found in matched.items():
@@ -231,7 +236,7 @@ def to_host(tensors: list[Tensor]) -> list[np.ndarray]:
 
 
 def pack_pairs(layers: list[Assignment]) -> Tensor:
-    """Pack the pairs of all layers, one after the other, as [5, N]: layer, batch, query, target, is_class_target."""
+    """Pack the pairs of all layers as [5, N]: layer, batch, query, target, is_class_target."""
     num_pairs = torch.tensor([len(pairs.query) for pairs in layers])
     layer = torch.arange(len(layers)).repeat_interleave(num_pairs)
     if layers[0].is_class_target is None:

@@ -24,7 +24,7 @@ class LinearNorm(nn.Module):
 
 
 class BoxPositions(LinearNorm):
-    """A sine embedding of boxes, a linear layer and a norm (Deformable DETR Sec. 4.2 of the appendix, for proposals)."""
+    """A sine embedding of boxes, a linear layer and a norm (Deformable DETR, appendix A.4, for proposals)."""
 
     def __init__(self, hidden_dim: int, width: int) -> None:
         super().__init__(2 * hidden_dim, width)
@@ -38,8 +38,8 @@ class BoxPositions(LinearNorm):
 class Denoising(TrainingBranch):
     """Queries at noised objects, in groups that do not see each other.
 
-    A group has a positive and a negative copy of every object. The negative copy is moved further, and its target is
-    background.
+    A group has a positive and a negative copy of every object. The negative copy is moved further, and its
+    target is background.
 
     Args:
         box_code: that of the decoder.
@@ -104,15 +104,15 @@ class Denoising(TrainingBranch):
         return max(1, self.num_queries // max(*sizes, 1))
 
     def count(self, sizes: list[int]) -> float:
-        """Return the number of positives, which losses are divided by. sizes: number of objects of each image."""
+        """Return the number of positives, the divisor of losses. sizes: number of objects of each image."""
         return float(self.num_groups(sizes) * sum(sizes))
 
     @torch.no_grad()
     def noised(self, labels: Tensor, boxes: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
         """Return labels [N] and encoded boxes [N, 4] of all copies, one copy of all objects after the other.
 
-        Random numbers come from the generator of the objects' device, in this order: labels to replace, new labels, signs
-        and sizes of displacements.
+        Random numbers come from the generator of the objects' device, in this order: labels to replace, new
+        labels, signs and sizes of displacements.
         """
         copies = 2 * num_groups
         labels, boxes = labels.repeat(copies), boxes.repeat(copies, 1)

@@ -1,8 +1,8 @@
 """
 Functions that dense detectors share: anchors, box offsets, assignment by IoU, and sampling.
 
-Boxes are xyxy in pixels of the network's input. Constants are those of mmdetection 2, on which Co-DETR was built. Random
-numbers come from torch's CPU generator.
+Boxes are xyxy in pixels of the network's input. Constants are those of mmdetection 2, on which Co-DETR was
+built. Random numbers come from torch's CPU generator.
 """
 
 import math
@@ -52,7 +52,7 @@ class Images:
 
     @classmethod
     def of(cls, memory: Memory, targets: list[dict] | None) -> 'Images':
-        """Convert targets, a dictionary of `labels` and `boxes` cxcywh in [0, 1] per image; None: no objects."""
+        """Convert targets, a dictionary of `labels` and `boxes` cxcywh in [0, 1] per image, or None."""
         sizes = valid_sizes(memory.pixel_mask).to(full_precision(memory.tokens).dtype)
         if targets is None:
             return cls(sizes, [], [], [])
@@ -77,8 +77,8 @@ class Images:
 def undo_rounding(boxes: Tensor) -> Tensor:
     """Round coordinates to a fine grid (1/4096 pixel in float32).
 
-    Boxes were divided by the image's size and multiplied by it again. Rounding restores the boxes of the annotations, so
-    that anchors at equal distances from them keep equal distances.
+    Boxes were divided by the image's size and multiplied by it again. Rounding restores the boxes of the
+    annotations, so that anchors at equal distances from them keep equal distances.
     """
     steps = 2.0**12 if boxes.dtype == torch.float32 else 2.0**30
     return (boxes * steps).round() / steps
@@ -94,7 +94,7 @@ class Samples:
 
 
 def base_anchors(stride: int, scales: Sequence[float], ratios: Sequence[float]) -> Tensor:
-    """Return anchors around the origin, [R S, 4] float32 as in the official code, ratio (height / width) by ratio."""
+    """Return anchors around the origin, [R S, 4] float32 as officially, ratio (height / width) by ratio."""
     ratio, scale = (torch.tensor(numbers, dtype=torch.float32) for numbers in (ratios, scales))
     half_height = (0.5 * (stride * ratio.sqrt()[:, None] * scale)).flatten()
     half_width = (0.5 * (stride * (1 / ratio.sqrt())[:, None] * scale)).flatten()
@@ -122,7 +122,8 @@ def level_anchors(
 def owned_anchors(
     extent: list[float], strides: list[int], maps: list[Tensor], per_cell: int = 1
 ) -> list[Tensor]:
-    """Return the anchors of each level whose cells are in an image, not in its padding, as indices among all levels' anchors.
+    """Return the anchors of each level whose cells are in an image, not in its padding, as indices among all
+    levels' anchors.
 
     Args:
         extent: width and height of the image.
@@ -140,9 +141,7 @@ def owned_anchors(
 
 
 def encode_boxes(anchors: Tensor, boxes: Tensor, stds: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
-    """Return offsets of boxes from anchors, [N, 4]: of centres in units of the sides, and logarithms of ratios of sides
-    (Faster R-CNN Sec. 3.1.2).
-    """
+    """Return offsets of boxes from anchors, [N, 4], as Faster R-CNN (Sec. 3.1.2) defines them."""
     center, size = center_and_size(anchors)
     box_center, box_size = center_and_size(boxes)
     deltas = torch.cat([(box_center - center) / size, torch.log(box_size / size)], dim=-1)
@@ -173,14 +172,14 @@ def assign_by_iou(
 ) -> Tensor:
     """Assign boxes to their best objects by IoU, and return the object of each box, [N].
 
-    Boxes whose best IoU is below `negative` are BACKGROUND. Those with an IoU between `negative` and `positive` are -2,
-    which is ignored.
+    Boxes whose best IoU is below `negative` are BACKGROUND. Those with an IoU between `negative` and
+    `positive` are -2, which is ignored.
 
     Args:
         boxes: [N, 4].
         objects: [T, 4].
-        low_quality: also give each object the boxes of its largest IoU, if that is at least `negative`. Later objects
-            override earlier ones (Faster R-CNN Sec. 3.1.2).
+        low_quality: also give each object the boxes of its largest IoU, if that is at least `negative`. Later
+            objects override earlier ones (Faster R-CNN Sec. 3.1.2).
     """
     if not len(objects):
         return torch.full((len(boxes),), BACKGROUND, device=boxes.device)
@@ -200,7 +199,8 @@ def assign_by_iou(
 def sample_regions(
     regions: Tensor, objects: Tensor, num: int, positive_fraction: float, overlap: float
 ) -> tuple[Tensor, Tensor, int]:
-    """Sample regions of an image for an RoI head, positives first. The objects themselves are regions too, their own positives.
+    """Sample regions of an image for an RoI head, positives first. The objects themselves are regions too,
+    their own positives.
 
     Args:
         regions: [N, 4].
@@ -227,12 +227,12 @@ def sample(assigned: Tensor, num: int, positive_fraction: float) -> tuple[Tensor
 
 
 def draw(index: Tensor, num: int) -> Tensor:
-    """Draw at most `num` entries of an ascending index, in order. Random numbers are used only if there are more."""
+    """Draw at most `num` entries of an ascending index, in order. Fewer need no random number."""
     return index if len(index) <= num else shuffled(index, num).sort().values
 
 
 def shuffled(index: Tensor, num: int) -> Tensor:
-    """Permute an index with torch's CPU generator, and return the first `num` entries, without a synchronisation."""
+    """Permute an index with torch's CPU generator, without a synchronisation; return the first `num`."""
     return index[torch.randperm(len(index))[:num].to(index.device, non_blocking=True)]
 
 
@@ -244,7 +244,7 @@ def anchor_major(maps: list[Tensor], width: int) -> Tensor:
 def average(counts: Tensor) -> Tensor:
     """Average the divisors of losses over ranks, with totals of at least 1.
 
-    The number of ranks then does not change the gradient. In the official code the mean is at least 1, and Faster R-CNN
-    divides by the samples of each rank.
+    The number of ranks then does not change the gradient. In the official code the mean is at least 1, and
+    Faster R-CNN divides by the samples of each rank.
     """
     return all_reduce_sum(counts.detach()).clamp(min=1) / get_world_size()

@@ -1,5 +1,6 @@
 """
-Faster R-CNN (arXiv:1506.01497) on the encoder's output, as Co-DETR (arXiv:2211.12860) trains it beside the decoder.
+Faster R-CNN (arXiv:1506.01497) on the encoder's output, as Co-DETR (arXiv:2211.12860) trains it beside the
+decoder.
 
 A region proposal network (RPN) finds boxes, which an RoI head classifies and refines from their RoI features.
 """
@@ -42,7 +43,8 @@ ROI_SIZE = 7
 
 
 class RegionProposals(nn.Module):
-    """An RPN, which predicts objectness and boxes of nine anchors per cell. strides: strides of the maps in pixels.
+    """An RPN, which predicts objectness and boxes of nine anchors per cell. strides: strides of the maps in
+    pixels.
 
     Losses are sums over 256 sampled anchors per image, divided by their number.
     """
@@ -92,7 +94,7 @@ class RegionProposals(nn.Module):
     def proposals(
         self, logits: list[Tensor], deltas: list[Tensor], sizes: Tensor, num_candidates: int
     ) -> list[Tensor]:
-        """Return up to 1,000 boxes per image, [N_i, 4], best first. num_candidates: boxes of each level before NMS."""
+        """Return up to 1,000 boxes per image, [N_i, 4], best first. num_candidates: of a level before NMS."""
         scores, boxes, levels = [], [], []
         for level, anchors in enumerate(self.anchors(logits)):
             score = anchor_major([logits[level]], 1)[..., 0].sigmoid()  # [B, H W 9]
@@ -115,9 +117,9 @@ class RoIHead(nn.Module):
 
     It has hidden layers of 4 x channels (1024 in the official code).
 
-    kind: `2fc` has two hidden layers and a box for each class. `4conv1fc` has four convolutions, one hidden layer, and
-        one box for all classes.
-    strides: strides of the maps in pixels. Regions are read from the finest map up to sides of 28 of its strides.
+    kind: `2fc` has two hidden layers and a box for each class. `4conv1fc` has four convolutions, one hidden
+        layer, and one box for all classes. strides: strides of the maps in pixels. Regions are read from the
+        finest map up to sides of 28 of its strides.
     """
 
     def __init__(self, channels: int, num_classes: int, strides: list[int], kind: str = '2fc') -> None:
@@ -142,7 +144,8 @@ class RoIHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, maps: list[Tensor], regions: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return features [N, C, 7, 7], class logits [N, K + 1] and offsets [N, K or 1, 4] of the N regions of all images.
+        """Return features [N, C, 7, 7], class logits [N, K + 1] and offsets [N, K or 1, 4] of the N regions
+        of all images.
 
         regions: [N_i, 4] of each image.
         """
@@ -162,8 +165,8 @@ class RoIHead(nn.Module):
 class FasterRCNN(nn.Module):
     """An RPN on all maps, and an RoI head on all but the coarsest.
 
-    Losses are sums over samples, divided by the mean over ranks of the number of samples. Box losses of the RoI head are
-    divided by the number of all RoIs too.
+    Losses are sums over samples, divided by the mean over ranks of the number of samples. Box losses of the
+    RoI head are divided by the number of all RoIs too.
     """
 
     num_samples, positive_fraction, overlap = 512, 0.25, 0.5
@@ -216,7 +219,7 @@ class FasterRCNN(nn.Module):
     def losses(
         self, logits: Tensor, deltas: Tensor, regions: Tensor, target: Tensor, images: Images
     ) -> dict[str, Tensor]:
-        """Compute losses and accuracy of the RoI head. target: [N] object in the batch of each RoI, or BACKGROUND."""
+        """Compute losses and accuracy of the RoI head. target: [N] object of each RoI or BACKGROUND."""
         positive = (target != BACKGROUND).nonzero()[:, 0]
         boxes = torch.cat(images.boxes)[target[positive]]
         classes = torch.full_like(target, logits.shape[1] - 1)

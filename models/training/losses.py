@@ -1,9 +1,9 @@
 """
 Loss terms of predictions, for all decoder layers of a kind at once.
 
-Terms are sums or statistics for every layer, [L], and the criterion divides them. The tables `CLASS_LOSSES`, `BOX_LOSSES`
-and `MASK_LOSSES` name all of them. Letters in shapes: L decoder layers, B images, Q queries, K classes, N pairs of query and
-object.
+Terms are sums or statistics for every layer, [L], and the criterion divides them. The tables `CLASS_LOSSES`,
+`BOX_LOSSES` and `MASK_LOSSES` name all of them. Letters in shapes: L decoder layers, B images, Q queries, K
+classes, N pairs of query and object.
 """
 
 from argparse import Namespace
@@ -67,8 +67,8 @@ class ClassLoss(Protocol):
 class FocalLoss:
     """Sigmoid focal loss over all queries and classes (RetinaNet Sec. 3), divided by the number of objects.
 
-    It sums the loss of every logit as a negative, and then corrects the few positives. No mask of the size of the logits
-    is needed.
+    It sums the loss of every logit as a negative, and then corrects the few positives. No mask of the size of
+    the logits is needed.
     """
 
     smallest_divisor = 1.0
@@ -98,7 +98,7 @@ class FocalLoss:
 
 
 class QualityFocalLoss(FocalLoss):
-    """Sigmoid focal loss in which the target of a positive is its box's IoU, not 1 (arXiv:2006.04388, Eq. 3)."""
+    """Sigmoid focal loss whose target of a positive is its box's IoU, not 1 (arXiv:2006.04388, Eq. 3)."""
 
     def __init__(self, beta: float = 2.0) -> None:
         super().__init__(alpha=-1, gamma=beta)
@@ -110,12 +110,13 @@ class QualityFocalLoss(FocalLoss):
 
 
 def box_quality(boxes: Tensor, target_boxes: Tensor) -> Tensor:
-    """Return the IoU of pairs of boxes cxcywh in [0, 1], [N, 4] to [N]. Unions are at least 1e-6 (official code)."""
+    """Return the IoU of pairs of boxes cxcywh in [0, 1], [N, 4] to [N]. Unions are at least 1e-6."""
     return box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes), eps=1e-6)[0]
 
 
 class SoftmaxLoss:
-    """Cross-entropy over all queries, in which the last class is 'no object' with weight `eos_coef` (DETR Sec. 3.1).
+    """Cross-entropy over all queries, in which the last class is 'no object' with weight `eos_coef` (DETR
+    Sec. 3.1).
 
     A query has at most one object. The loss is a weighted mean, divided by the sum of the weights.
     """
@@ -176,8 +177,8 @@ def box_losses(kinds: list[MatchedPredictions], terms: list[str]) -> list[Tensor
 def cardinality_error(matched: MatchedPredictions) -> Tensor:
     """Return the cardinality error of each layer, [L], which is only logged (official code).
 
-    It is the mean over images of |queries whose best class is not the last - objects|. With focal losses the last class
-    is a real one, and the number is meaningless; it is kept for comparisons of logs.
+    It is the mean over images of |queries whose best class is not the last - objects|. With focal losses the
+    last class is a real one, and the number is meaningless; it is kept for comparisons of logs.
     """
     not_last = (matched.logits.argmax(-1) != matched.logits.shape[-1] - 1).sum(-1)  # [L, B]
     return (not_last - from_host(matched.num_objects, not_last)).abs().sum(-1) / not_last.shape[-1]
@@ -185,7 +186,7 @@ def cardinality_error(matched: MatchedPredictions) -> Tensor:
 
 @torch.no_grad()
 def class_error(matched: MatchedPredictions) -> Tensor:
-    """Return the percentage of the last layer's pairs whose best class is wrong; 100 without objects. It is only logged."""
+    """Return the percentage of the last layer's pairs with a wrong class, 100 without any; only logged."""
     pairs = matched.last_pairs()
     batch, query = (x[pairs] for x in matched.index[1:])
     right = matched.logits[-1, batch, query].argmax(-1) == matched.labels[pairs]

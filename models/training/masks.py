@@ -1,11 +1,11 @@
-"""Masks of regions in training: those of detections (`models.refine_masks`), and the mask branch of Mask R-CNN."""
+"""Training of masks of regions: those of detections (`models.refine_masks`), and the branch of Mask R-CNN."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from models.refine_masks import ROI_SIZE, Convolution, boundary, maps_of, resized, roi_features
+from models.refine_masks import ROI_SIZE, Convolution, boundary, resized, roi_features
 from models.structures import Memory, Prediction, TrainingBranch
 from util.box_ops import box_cxcywh_to_xyxy
 from util.precision import full_precision, without_autocast
@@ -86,7 +86,8 @@ def iou_loss(predicted: Tensor, targets: Tensor) -> Tensor:
 class MaskTraining(TrainingBranch):
     """The training of the masks of detections (`--co_masks`).
 
-    num_candidates: best detections of an image, denoising queries included, among which positives are looked for.
+    num_candidates: best detections of an image, denoising queries included, among which positives are looked
+    for.
     """
 
     num_samples, positive_fraction, overlap = 512, 0.25, 0.5
@@ -102,7 +103,7 @@ class MaskTraining(TrainingBranch):
         """Return the losses of masks on the positives among the detections and the objects themselves."""
         masks = detector.co_masks
         with without_autocast(memory.tokens):
-            maps, images = maps_of(memory), Images.of(memory, targets)
+            maps, images = memory.maps(), Images.of(memory, targets)
             last = [predictions[kind] for kind in self.kinds if kind in predictions]
             scores = full_precision(torch.cat([p.logits[-1] for p in last], dim=1)).sigmoid().detach()
             boxes = full_precision(torch.cat([p.boxes[-1] for p in last], dim=1)).detach()
@@ -134,7 +135,7 @@ class MaskTraining(TrainingBranch):
             return {'loss_comask': refine_loss(logits, crops), 'loss_comask_iou': iou_loss(quality, ious)}
 
     def positives(self, scores: Tensor, boxes: Tensor, images: Images, index: int) -> tuple[Tensor, Tensor]:
-        """Return boxes [N, 4] in pixels of an image and the object of each, at most a quarter of the samples."""
+        """Return boxes [N, 4] in pixels and the object of each, at most a quarter of the samples."""
         size, objects = images.sizes[index], images.boxes[index]
         best = scores.flatten().topk(min(self.num_candidates, scores.numel())).indices
         chosen = box_cxcywh_to_xyxy(boxes[best.div(scores.shape[1], rounding_mode='floor')]) * size.repeat(2)
@@ -146,7 +147,8 @@ class MaskTraining(TrainingBranch):
 class MaskBranch(nn.Module):
     """The mask branch of Mask R-CNN (arXiv:1703.06870, Sec. 3), of Co-DETR's RoI head (`--co_rcnn_masks`).
 
-    It has four convolutions, a transposed one and a map of 28 x 28 logits for each class. strides: of the maps in pixels.
+    It has four convolutions, a transposed one and a map of 28 x 28 logits for each class. strides: of the
+    maps in pixels.
     """
 
     def __init__(self, channels: int, num_classes: int, strides: list[int]) -> None:
@@ -174,7 +176,7 @@ class MaskBranch(nn.Module):
         return logits[torch.arange(len(labels), device=labels.device), labels]
 
     def loss(self, maps: list[Tensor], regions: list[Tensor], labels: Tensor, masks: list[Tensor]) -> Tensor:
-        """Return the mean binary cross-entropy of all pixels; masks: [N_i, H, W], that of each region's object."""
+        """Return the mean binary cross-entropy of all pixels; masks: [N_i, H, W] of each region's object."""
         if not len(labels):
             return sum(parameter.sum() for parameter in self.parameters()) * 0.0
         logits = self(maps, regions, labels)
@@ -183,5 +185,5 @@ class MaskBranch(nn.Module):
         return F.binary_cross_entropy_with_logits(logits, wanted.to(logits))
 
     def detect(self, maps: list[Tensor], boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return probabilities [N, 28, 28] for boxes xyxy in pixels of one image, and ones [N]: masks have no score."""
+        """Return probabilities [N, 28, 28] for boxes xyxy in pixels of one image, and quality 1."""
         return self(maps, [boxes], labels).sigmoid(), torch.ones_like(boxes[:, 0])

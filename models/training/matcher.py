@@ -1,8 +1,9 @@
 """
 Matchers, which assign objects to queries. Training only.
 
-A matcher first computes the costs of all layers and images on the device (`cost`), then solves them on the host (`solve`).
-In between, the criterion copies the costs of all kinds of predictions at once, with one synchronisation per step.
+A matcher first computes the costs of all layers and images on the device (`cost`), then solves them on the
+host (`solve`). In between, the criterion copies the costs of all kinds of predictions at once, with one
+synchronisation per step.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from util.errors import UserError
 from util.threads import in_parallel
 
 LARGEST_COST = 1e6
-# Threads save time from this size of a matrix of costs on; smaller ones are solved before the threads have woken up.
+# Threads save time from this size of a matrix of costs on; smaller ones are solved before the threads have
+# woken up.
 WORTH_THREADS = 25_000
 
 
@@ -68,10 +70,10 @@ class Matcher(Protocol):
     """The interface of matchers, which compute costs on the device and pairs on the host."""
 
     def cost(self, prediction: Prediction, targets: Targets) -> Tensor:
-        """Return the costs of all layers, [L, B, T_max, Q]; rows beyond an image's objects are meaningless."""
+        """Return the costs [L, B, T_max, Q] of all layers; rows beyond an image's objects are meaningless."""
 
     def solve(self, cost: np.ndarray, sizes: list[int]) -> list[Assignment]:
-        """Return the assignment of each layer, with indices on the host. sizes: number of objects of each image."""
+        """Return the assignment of each layer, on the host. sizes: number of objects of each image."""
 
     def count(self, sizes: list[int]) -> float:
         """Return `Assignment.count`, the divisor of losses. sizes: number of objects of each image."""
@@ -130,8 +132,10 @@ class HungarianMatcher:
     Args:
         cost_class, cost_bbox, cost_giou: weights of the costs.
         class_cost: `focal_cost` or `softmax_cost`.
-        repeats: number of queries for each object (hybrid matching). An image has min(Q, repeats * T_i) pairs.
-        on: predicted boxes that are compared with the objects, `boxes` or `anchors` (proposals before refinement).
+        repeats: number of queries for each object (hybrid matching). An image has min(Q, repeats * T_i)
+            pairs.
+        on: predicted boxes that are compared with the objects, `boxes` or `anchors` (proposals before
+            refinement).
     """
 
     def __init__(
@@ -201,12 +205,13 @@ class HungarianMatcher:
 
 
 class OneToManyMatcher:
-    """A one-to-many matcher by IoU and class score (MS-DETR, arXiv:2401.03989, Sec. 3, with details of the official code).
+    """A one-to-many matcher by IoU and class score (MS-DETR, arXiv:2401.03989, Sec. 3, with details of the
+    official code).
 
-    A query is positive for its best object if its score there is at least `threshold`, or if it is the best query of any
-    object. At most `positive_fraction` of all queries stay positive, drawn at random. An object with n positives then gets
-    the min(n, k) queries of its largest scores. A query can get several objects; the one of the largest score sets its
-    class.
+    A query is positive for its best object if its score there is at least `threshold`, or if it is the best
+    query of any object. At most `positive_fraction` of all queries stay positive, drawn at random. An object
+    with n positives then gets the min(n, k) queries of its largest scores. A query can get several objects;
+    the one of the largest score sets its class.
 
     `cost` returns these scores, of which larger ones are better.
     """
@@ -241,8 +246,8 @@ class OneToManyMatcher:
     def solve(self, cost: np.ndarray, sizes: list[int]) -> list[Assignment]:
         """Choose pairs by their scores; those of an image are in the order of ascending scores.
 
-        Random numbers come from torch's CPU generator: two permutations per image, whether they are needed or not, the last
-        layer first.
+        Random numbers come from torch's CPU generator: two permutations per image, whether they are needed or
+        not, the last layer first.
         """
         last = len(cost) - 1
         solved = {layer: self.solve_layer(layer, cost[layer], sizes) for layer in (last, *range(last))}
@@ -300,7 +305,8 @@ def merge_pairs(pairs: Assignment, others: Assignment) -> Assignment:
 def finite(block: np.ndarray, worst: float) -> np.ndarray:
     """Replace infinite numbers and NaN by a value that no pair should have.
 
-    Invalid predictions get pairs too. Their loss is not finite, and the run leaves the step out (`util.black_box`).
+    Invalid predictions get pairs too. Their loss is not finite, and the run leaves the step out
+    (`util.black_box`).
     """
     if np.isfinite(block).all():
         return block

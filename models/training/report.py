@@ -8,7 +8,7 @@ from .criterion import Supervision, loss_suffixes
 def supervision_table(
     table: dict[str, Supervision], num_queries: dict[str, int], weight_dict: dict[str, float]
 ) -> str:
-    """Describe each kind that has coefficients in a line: its queries, layers, matcher, loss coefficients and divisor."""
+    """Describe each kind that has coefficients in a line: queries, matcher, coefficients and divisor."""
     rows = []
     for kind, row in table.items():
         (suffix,) = loss_suffixes(kind, 1)
@@ -36,7 +36,7 @@ def supervision_table(
 
 
 def statistics_text(metrics: dict[str, float]) -> str:
-    """Describe `SetCriterion.statistics` in one line, '' for a single kind. Names may have the prefix `train_`."""
+    """Describe `SetCriterion.statistics` in one line, '' for a single kind. Names may begin with `train_`."""
     found = {name.removeprefix('train_'): value for name, value in metrics.items()}
     kinds = [name.removeprefix('positives_') for name in found if name.startswith('positives_')]
     if len(kinds) < 2:

@@ -1,4 +1,4 @@
-"""The table that says how each kind of prediction is supervised, and all else that training adds, from flags."""
+"""The table that says how each kind of prediction is supervised, and all that training adds, from flags."""
 
 from argparse import Namespace
 from dataclasses import dataclass, field, replace
@@ -38,8 +38,8 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
         args: settled flags.
 
     Returns:
-        The criterion with the table, the number of learned queries of each group (the inference group first), and the
-        training branches by their names.
+        The criterion with the table, the number of learned queries of each group (the inference group first),
+        and the training branches by their names.
     """
     one2one = Supervision(
         hungarian(args),
@@ -70,8 +70,8 @@ def coefficients(args: Namespace, prefix: str = '') -> dict[str, float]:
 def loss_coefficients(plan: Plan, args: Namespace) -> dict[str, float]:
     """Return the coefficient of every loss of the table by its official name.
 
-    The official programs count proposals among the auxiliary outputs: without these the proposals have no coefficient,
-    except in MS-DETR and DINO.
+    The official programs count proposals among the auxiliary outputs: without these the proposals have no
+    coefficient, except in MS-DETR and DINO.
     """
     weight_dict = {}
     for kind, row in plan.table.items():
@@ -101,7 +101,7 @@ def add_proposals(plan: Plan, args: Namespace) -> None:
 
 
 def add_hybrid(plan: Plan, args: Namespace) -> None:
-    """Add a group of learned queries, of which every object gets several (H-DETR, arXiv:2207.13080, Sec. 3.2)."""
+    """Add a group of learned queries; every object gets several (H-DETR, arXiv:2207.13080, Sec. 3.2)."""
     if args.hybrid_queries:
         plan.num_queries['one2many'] = args.hybrid_queries
         matcher = hungarian(args, repeats=args.hybrid_k)
