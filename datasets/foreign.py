@@ -241,7 +241,9 @@ def read_yolo(file: Path, height: int, width: int, names: Collection[int], turn:
             if not all(map(math.isfinite, values)) or (len(values) == 4 and min(values[2:]) < 0):
                 raise ValueError('a size is negative or a number not finite')
         except ValueError as error:
-            found.append(unusable(f'is {line[:60]!r}, which is neither a box nor a polygon ({error}): correct it'))
+            found.append(
+                unusable(f'is {line[:60]!r}, which is neither a box nor a polygon ({error}): correct it')
+            )
         else:
             found.append({'category_id': label + 1, **shape_of(values, height, width, turn)})
         found[-1]['source'] = f'{file}, line {number}'

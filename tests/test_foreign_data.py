@@ -348,7 +348,7 @@ BAD = {
     'a month of 99': ('yolo', 'data.yaml', 'names: 2001-99-99', 'is not YAML'),
     'no names': ('yolo', 'data.yaml', 'train: images/train', 'must list the class names'),
     'no folder': ('yolo', 'data.yaml', 'train: gone\nnames: [a]', 'are in none of'),
-    'a line of words': ('yolo', 'labels/train/{first}.txt', '0 a b c d', 'is no box or polygon'),
+    'a line of words': ('yolo', 'labels/train/{first}.txt', '0 a b c d', 'is neither a box nor a polygon'),
     'three numbers': ('yolo', 'labels/train/{first}.txt', '0 0.5 0.5 0.1', 'line 1'),
     'a class that is not named': ('yolo', 'labels/train/{first}.txt', '77 0.5 0.5 0.1 0.1', r'line 1 is .* \(the classes are 0, 1, '),
 }  # fmt: skip
