@@ -47,33 +47,29 @@ def train_one_epoch(
 
     Args:
         max_norm: gradients are clipped to this total norm; 0 leaves them alone.
-        accum_steps: batches whose gradients make one optimizer step; the gradient is that of one batch of all their images.
+        accum_steps: batches of one optimizer step; the gradient is that of one batch of all their images.
         print_freq: optimizer steps between two progress lines.
         state: how far an interrupted epoch had come; the loader begins there.
         end_step: called after each step, with whether the optimizer made one.
-        black_box: what looks at steps that are left out because their gradient is not finite.
 
     Returns:
-        Averages over epoch and processes: `loss`, every unweighted term, and for each kind of prediction `positives_KIND`
-        (queries per object) and `share_KIND` (of the loss).
+        Means over epoch and processes of `loss` and every unweighted term, and `SetCriterion.statistics`.
 
     Raises:
         UserError: too many steps in a row had to be left out.
     """
     model.train()
     criterion.train()
-    device = next(model.parameters()).device
-    precision = precision or Precision('off', device)
+    precision = precision or Precision('off', next(model.parameters()).device)
     state = state or EpochState()
     progress = Progress(title, len(data_loader) // accum_steps, print_freq, state.step)
     black_box, bare = black_box or BlackBox(), getattr(model, 'module', model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    black_box.watch(model)
     for batches in grouped(data_loader, accum_steps):
         step_targets = [targets for _, targets in batches]
         counted = criterion.tally.copy()
         optimizer.zero_grad(set_to_none=True)
-        black_box.before()
+        black_box.before(model)
         found = []
         for index, (samples, targets) in enumerate(batches):
             with local_gradients(model) if index + 1 < len(batches) else nullcontext():
@@ -220,7 +216,7 @@ def grouped(batches: Iterable, size: int) -> Iterator[list]:
 
 
 def targets_to(targets: list[dict[str, Tensor]], device: torch.device) -> list[dict[str, Tensor]]:
-    """Copy labels, boxes and masks, which losses and query sources read, to the device."""
+    """Copy labels, boxes and masks, which losses and training branches read, to the device."""
     keys = ('labels', 'boxes', 'masks')
     return [
         {key: target[key].to(device, non_blocking=True) for key in keys if key in target}

@@ -54,16 +54,16 @@ from util.distributed.collectives import (
 from util.distributed.parallel import broadcast_from_main, replicate, shard
 from util.distributed.preemption import StopRequests, processes, was_restarted
 from util.errors import FileError, UserError
-from util.files import code_checksum, or_warn, save_atomically
+from util.files import or_warn, save_atomically
 from util.flags import HTTP_ALLOWED, FlagParser, given_of, run_command
 from util.logger import format_time, print_main
 from util.optim import WeightAverage, build_schedule
 from util.precision import Precision, avoid_plans_per_shape, set_tf32
-from util.run import Run, find_checkpoint, only_run_of
+from util.run import Run, check_same_start, find_checkpoint, only_run_of
 from util.run_entries import check_entries
 from util.seeding import seed_everything
 from util.trackers import check_trackers
-from util.visualize import contact_sheet, plot_curves
+from util.visualize import contact_sheet
 
 DRAWN_SCORE = 0.3  # focal losses keep scores low
 
@@ -144,7 +144,7 @@ def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
     Raises:
         UserError: flags, checkpoint or data are wrong, or the processes disagree about them.
     """
-    check_agreement(facts_of(args))
+    check_same_start(args)
     restarted = any(all_gather_object(was_restarted()))
     with fail_together():
         args, checkpoint = configure(args, restarted)
@@ -165,13 +165,6 @@ def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
     # A checkpoint holds the backbone.
     args = args.but(num_classes=num_classes, **({'backbone_weights': 'none'} if checkpoint else {}))
     return args, checkpoint, datasets
-
-
-def facts_of(args: Namespace) -> dict[str, object]:
-    """Return what all processes must agree on before they begin."""
-    own = ('device', 'num_workers')
-    facts = {f'--{flag}': value for flag, value in vars(args).items() if flag not in own}
-    return facts | {'PyTorch': torch.__version__, 'the code': code_checksum(Path(__file__).parent)}
 
 
 def build_run(
@@ -279,16 +272,7 @@ def finish_epoch(run: Run, metrics: dict, seconds: float = 0.0) -> None:
     images = run.steps_per_epoch * run.images_per_step
     record = row | result.record | {'main_metric': best, 'images': images}
     record |= {'train_seconds': round(seconds, 2), 'coefficients': coefficients(args)}
-    if run.log:
-        if due and run.saved and is_main_process() and row[best] > run.log.best(best):
-            run.keep_copy('checkpoint_best.pth')
-        with or_warn():
-            run.log.append(row, record)
-            if is_main_process() and due:
-                plot_curves(run.folder / 'curves.png', run.log.rows, result.drawn)
-    for tracker in run.trackers:
-        with or_warn():
-            tracker.add(run.epoch, row)
+    run.log_epoch(row, record, best, result.drawn)
     print_main(f'{title}: loss {row["train_loss"]:.4g}{result.line}  {format_time(seconds)}')
     if text := statistics_text(metrics):
         print_main(f'  {text}')

@@ -1,15 +1,15 @@
 """
-Backbones: torchvision's ResNet and MobileNetV2, Swin (`swin.py`), ViT (`vit.py`), and networks of timm with maps of strides
-4, 8, 16 and 32 as `timm/NAME`.
+Backbones: torchvision's ResNet and MobileNetV2, Swin (`swin.py`), ViT (`vit.py`), and networks of timm with
+maps of strides 4, 8, 16 and 32 as `timm/NAME`.
 
-Classes and attributes that stand between the detector and a network (`Joiner`, `Backbone.body`) are there because official
-state dicts have them in their names. A body turns images [B, 3, H, W] into a dictionary of maps, lists in `units()` the
-modules that `models.units` works on, and may have `multiple`, the number of pixels that the sides of a batch must be
-multiples of.
+Classes and attributes that stand between the detector and a network (`Joiner`, `Backbone.body`) are there
+because official state dicts have them in their names. A body turns images [B, 3, H, W] into a dictionary of
+maps, lists in `units()` the modules that `models.units` works on, and may have `multiple`, the number of
+pixels that the sides of a batch must be multiples of.
 
-The backbone holds the mean and standard deviation that its weights were trained with. It normalises uint8 images on
-the device, and takes floating-point images as normalised already. Parameter names under `backbone.0.body` are
-torchvision's, or the official ones of Swin and ViT.
+The backbone holds the mean and standard deviation that its weights were trained with. It normalises uint8
+images on the device, and takes floating-point images as normalised already. Parameter names under
+`backbone.0.body` are torchvision's, or the official ones of Swin and ViT.
 """
 
 import pickle
@@ -42,7 +42,8 @@ RESNETS = (
     'resnet10',
     *torchvision.models.list_models(torchvision.models, include=['resnet*', 'resnext*', 'wide_resnet*']),
 )
-# Networks of torchvision with `features`: the last module of each stage, of strides 4, 8, 16, 32 (as layer1..layer4 of a ResNet).
+# Networks of torchvision with `features`: the last module of each stage, of strides 4, 8, 16, 32 (as
+# layer1..layer4 of a ResNet).
 FEATURE_STAGES = {'mobilenet_v2': ('3', '6', '13', '18')}
 NORM_LAYERS = {'frozen': FrozenBatchNorm2d, 'batch': nn.BatchNorm2d, 'group': partial(nn.GroupNorm, 32)}
 CLASSIFIER, COUNTS = (
@@ -71,7 +72,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.body = body.to(memory_format=torch.channels_last)  # makes convolutions and pooling faster
         self.num_channels = num_channels
-        # In units of uint8 pixels. Checkpoints do not hold them, because they follow from the backbone's name.
+        # In units of uint8 pixels. Checkpoints do not hold them, because they follow from the backbone's
+        # name.
         self.register_buffer('pixel_mean', 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer('pixel_std', 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
 
@@ -163,11 +165,13 @@ def build_backbone(
     """Build a backbone, by the entry of `BACKBONES` for its name, and freeze what is not to be trained.
 
     Args:
-        weights: `imagenet`, `none`, or a file of a state dict under the names of torchvision, timm or official Swin.
+        weights: `imagenet`, `none`, or a file of a state dict under the names of torchvision, timm or
+            official Swin.
         norm: `frozen`, `batch` or `group`.
         stages: stages whose maps are returned. Stages 1 to 4 have strides 4, 8, 16 and 32 (16 with dilation).
         train: False freezes all parameters.
-        drop_path_rate, frozen_stages: arguments of `SwinTransformer`; ViT has the first too, other networks neither.
+        drop_path_rate, frozen_stages: arguments of `SwinTransformer`; ViT has the first too, other networks
+            neither.
 
     Raises:
         UserError: the name is unknown, or the network lacks one of the options.
@@ -278,8 +282,8 @@ def build_vit(name: str, weights: str, drop_path_rate: float, **_: object) -> Ba
 def build_timm(name: str, weights: str, dilation: bool, norm: str, stages: range, **_: object) -> Backbone:
     """Build a feature network of timm's registry, and refuse one whose maps a detector cannot use.
 
-    Names of its other sources, a hub or a folder, are refused wherever they come from: no program could build the detector
-    of such a checkpoint without contacting or reading what the checkpoint names.
+    Names of its other sources, a hub or a folder, are refused wherever they come from: no program could build
+    the detector of such a checkpoint without contacting or reading what the checkpoint names.
     """
     try:
         import timm
@@ -295,38 +299,41 @@ def build_timm(name: str, weights: str, dilation: bool, norm: str, stages: range
         raise UserError(
             '--backbone_norm group is for torchvision backbones; timm networks keep their own norms'
         )
-    options = {'output_stride': 16} if dilation else {}
-    if weights == 'imagenet' and is_main_process() and timm.is_model_pretrained(name):
-        published = timm.get_pretrained_cfg(name)
-        if not published.hf_hub_id:
-            weights = fetch_imagenet(f'timm/{name}', published.url)
-    if weights not in ('imagenet', 'none'):
-        read_weights(check_file(weights))  # refuses a damaged file with a clear message
-        options['pretrained_cfg_overlay'] = {'file': weights}
-    pretrained = weights != 'none' and (weights != 'imagenet' or is_main_process())
-    try:
-        with interruptible():  # timm fetches by huggingface_hub, which checks lengths and has timeouts
-            network = timm.create_model(
-                name,
-                pretrained=pretrained,
-                features_only=True,
-                out_indices=[stage - 5 for stage in stages],
-                **options,
-            )
-    except (RuntimeError, IndexError, AssertionError, TypeError, pickle.UnpicklingError) as error:
-        flag = ' --dilation' if dilation else ''
-        raise UserError(f'--backbone timm/{name} --backbone_stages {stages[-1]}{flag}: {error}') from error
-    except Exception as error:
-        # huggingface_hub lets errors of its HTTP library through, httpx or another version of it.
-        if not isinstance(error, OSError) and not type(error).__module__.startswith('httpx'):
-            raise
-        raise UserError(no_download(f'timm/{name}', error)) from error
+    network = create_timm(name, weights, stages, {'output_stride': 16} if dilation else {})
     body = TimmBody(network)
     check_timm(body, name, [16 if dilation and stage == 4 else 2 ** (stage + 1) for stage in stages])
     if norm == 'frozen':
         body = freeze_batch_norm_2d(body)
     config = network.pretrained_cfg
     return Backbone(body, network.feature_info.channels(), config['mean'], config['std'])
+
+
+def create_timm(name: str, weights: str, stages: range, options: dict) -> nn.Module:
+    """Create a feature network of timm with its weights, which only the main process downloads."""
+    import timm
+
+    if weights == 'imagenet' and is_main_process() and timm.is_model_pretrained(name):
+        published = timm.get_pretrained_cfg(name)
+        if not published.hf_hub_id:
+            weights = fetch_imagenet(f'timm/{name}', published.url)
+    if weights not in ('imagenet', 'none'):
+        read_weights(check_file(weights))  # refuses a damaged file with a clear message
+        options = options | {'pretrained_cfg_overlay': {'file': weights}}
+    pretrained = weights != 'none' and (weights != 'imagenet' or is_main_process())
+    indices = [stage - 5 for stage in stages]
+    try:
+        with interruptible():  # timm fetches by huggingface_hub, which checks lengths and has timeouts
+            return timm.create_model(
+                name, pretrained=pretrained, features_only=True, out_indices=indices, **options
+            )
+    except (RuntimeError, IndexError, AssertionError, TypeError, pickle.UnpicklingError) as error:
+        flag = ' --dilation' if 'output_stride' in options else ''
+        raise UserError(f'--backbone timm/{name} --backbone_stages {stages[-1]}{flag}: {error}') from error
+    except Exception as error:
+        # huggingface_hub lets errors of its HTTP library through, httpx or another version of it.
+        if not isinstance(error, OSError) and not type(error).__module__.startswith('httpx'):
+            raise
+        raise UserError(no_download(f'timm/{name}', error)) from error
 
 
 def check_timm(body: TimmBody, name: str, strides: list[int]) -> None:
@@ -352,6 +359,6 @@ def check_timm(body: TimmBody, name: str, strides: list[int]) -> None:
     body.train()
 
 
-# Beginning of a name -> builder, which takes the options of `build_backbone` that it needs. `util.config.networks.KINDS` has
-# what settings must know of a kind.
+# Beginning of a name -> builder, which takes the options of `build_backbone` that it needs.
+# `util.config.networks.KINDS` has what settings must know of a kind.
 BACKBONES = {'timm/': build_timm, 'swin_': build_swin, 'vit_': build_vit, '': build_torchvision}

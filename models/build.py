@@ -1,5 +1,6 @@
 """
-Build detectors, criteria and postprocessors from settled flags. No other module of `models/` reads parsed flags.
+Build detectors, criteria and postprocessors from settled flags. No other module of `models/` reads parsed
+flags.
 
 `util.config.networks.DECODERS` and `models.backbone.BACKBONES` are the tables that it builds from.
 """
@@ -69,7 +70,7 @@ def build_detector(
     Args:
         args: settled flags.
         num_queries: number of learned queries of each group, the inference group first.
-        query_sources: modules that add query groups while training.
+        query_sources: training branches by their names.
     """
     body = build_args_backbone(args, args.backbone_weights)
     encoding = build_position_encoding(
@@ -203,8 +204,8 @@ def build_deformable_transformer(args: Namespace) -> DeformableTransformer:
 def build_layer_heads(args: Namespace) -> tuple[nn.ModuleList, nn.ModuleList]:
     """Build the class and box heads of Deformable DETR.
 
-    With box refinement each decoder layer has its own heads, and two stages add a pair for the proposals. Without
-    it all layers share one pair.
+    With box refinement each decoder layer has its own heads, and two stages add a pair for the proposals.
+    Without it all layers share one pair.
     """
     class_embed = class_head(args.hidden_dim, args.num_classes, prior=0.01)
     bbox_embed = box_head(args.hidden_dim, start_at_reference=True)

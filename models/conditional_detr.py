@@ -1,8 +1,8 @@
 """
 The decoder of Conditional DETR (arXiv:2108.06152, Sec. 3.3).
 
-Each head of its cross-attention compares content with content and position with position, in separate channels. The
-rest of the detector is DETR's.
+Each head of its cross-attention compares content with content and position with position, in separate
+channels. The rest of the detector is DETR's.
 """
 
 import torch
@@ -19,8 +19,8 @@ from .units import call_unit
 class BareAttention(nn.Module):
     """Multi-head attention without input projections.
 
-    It computes softmax(q k / sqrt(d)) v and applies `out_proj`; d is the number of channels of a head in q and k, which
-    may differ from that in v.
+    It computes softmax(q k / sqrt(d)) v and applies `out_proj`; d is the number of channels of a head in q
+    and k, which may differ from that in v.
     """
 
     def __init__(self, d_model: int, nhead: int, dropout: float) -> None:
@@ -53,8 +53,8 @@ class BareAttention(nn.Module):
 class ConditionalDecoderLayer(SubLayers):
     """Self-attention, cross-attention and feed-forward, with separate projections of content and position.
 
-    Names are the official ones: sa_* belong to the self-attention, ca_* to the cross-attention. Only the first layer of
-    a decoder has `ca_qpos_proj`, which adds the learned query position to the content.
+    Names are the official ones: sa_* belong to the self-attention, ca_* to the cross-attention. Only the
+    first layer of a decoder has `ca_qpos_proj`, which adds the learned query position to the content.
     """
 
     def __init__(self, d_model: int, nhead: int, dim_feedforward: int, dropout: float) -> None:
@@ -108,8 +108,8 @@ class ConditionalDecoderLayer(SubLayers):
 class ConditionalDecoder(nn.Module):
     """Decoder layers that share one reference point per query, computed from its learned position.
 
-    From the second layer on, the sine embedding of the reference is scaled by a function of the state (official code;
-    the paper scales it in every layer). The reference never changes, and no gradient is cut.
+    From the second layer on, the sine embedding of the reference is scaled by a function of the state
+    (official code; the paper scales it in every layer). The reference never changes, and no gradient is cut.
     """
 
     box_code = LogitBoxes()

@@ -1,12 +1,12 @@
 """
-The transformer of Deformable DETR (arXiv:2010.04159, Sec. 4): tokens and queries sample a few points of several
-feature maps.
+The transformer of Deformable DETR (arXiv:2010.04159, Sec. 4): tokens and queries sample a few points of
+several feature maps.
 
-With box refinement (Sec. 4.2), each decoder layer corrects the boxes of the layer before. In two stages, the encoder's
-best proposals are the first boxes.
+With box refinement (Sec. 4.2), each decoder layer corrects the boxes of the layer before. In two stages, the
+encoder's best proposals are the first boxes.
 
-Shapes are plain integers. Reference points, valid ratios and proposals are float32 whatever the model's precision and
-under autocast, as in the official code.
+Shapes are plain integers. Reference points, valid ratios and proposals are float32 whatever the model's
+precision and under autocast, as in the official code.
 """
 
 from dataclasses import replace
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .heads import ExactLinear, LogitBoxes
-from .ops.modules import MSDeformAttn
-from .ops.modules.ms_deform_attn import level_sizes
+from .ops.modules import MSDeformAttn, level_sizes
 from .position_encoding import sine_embedding
 from .structures import LayerOutput, Memory, QueryGroup, attention_blocks, check_groups
 from .transformer import Blocks, SubLayers, clones, run_o2m_branch, self_attention
@@ -116,7 +115,8 @@ class DeformableDecoder(nn.Module):
     box_code = LogitBoxes()
     # The decoder computes the positions of queries itself, from their boxes: query groups bring none.
     positions_from_boxes = False
-    # Proposals are the tokens with the best logit of any class, and only they are supervised (`models.proposals`).
+    # Proposals are the tokens with the best logit of any class, and only they are supervised
+    # (`models.proposals`).
     proposals_by_class = False
 
     def __init__(self, layer: nn.Module, num_layers: int, look_forward_twice: bool = False) -> None:
@@ -175,8 +175,8 @@ class DeformableDecoder(nn.Module):
 class DeformableTransformer(nn.Module):
     """Encoder and decoder: `encode` turns feature maps into `Memory`, and `decode` runs query groups over it.
 
-    two_stage: create the layers that turn tokens into proposals (`models.proposals`) and these into queries, instead of the one
-        that turns learned positions into reference points.
+    two_stage: create the layers that turn tokens into proposals (`models.proposals`) and these into queries,
+        instead of the one that turns learned positions into reference points.
     """
 
     def __init__(
@@ -244,7 +244,8 @@ class DeformableTransformer(nn.Module):
 
         Args:
             boxes: [B, Q, 4].
-            content: [Q, C] learned (`--mixed_selection`, DINO Sec. 3.4); None: computed from the boxes, as the positions.
+            content: [Q, C] learned (`--mixed_selection`, DINO Sec. 3.4); None: computed from the boxes, as
+                the positions.
         """
         if self.decoder.positions_from_boxes:
             return QueryGroup('all', content.expand(boxes.shape[0], -1, -1), reference_points=boxes)

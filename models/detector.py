@@ -91,32 +91,31 @@ def half_mode(device: torch.device) -> str:
     return 'fp16' if device.type == 'cuda' else 'bf16'
 
 
-def add_detector_args(parser: ArgumentParser) -> None:
-    """Declare the flags that name a detector for a tool."""
-    parser.add_argument(
+def add_detector_args(parser: ArgumentParser, with_device: bool = True) -> None:
+    """Declare the flags that name a detector for a tool and, for `load_from_flags`, its precision and device."""
+    flag = parser.add_argument
+    flag(
         '--checkpoint',
         '--weights',
         default='',
         metavar='FILE',
         help='path or URL of weights: those of main.py or another file with its flags, or with --model any other file',
     )
-    parser.add_argument(
+    flag(
         '--model',
         default='',
         metavar='NAME',
         help='hub entry or recipe whose model to build, with its published weights if no file is named',
     )
     add_http_flag(parser)
+    if with_device:
+        flag('--half', action='store_true', help='compute in 16 bits: fp16 on NVIDIA GPUs, bf16 elsewhere')
+        flag('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
 
 
-def check_detector_args(args: Namespace) -> None:
-    """Refuse a command line that names no detector.
-
-    Raises:
-        UserError: neither --checkpoint nor --model is given.
-    """
-    if not (args.model or args.checkpoint):
-        raise UserError('give --checkpoint FILE, or --model NAME for published weights')
+def load_from_flags(args: Namespace) -> Detector:
+    """Load the detector that a tool's flags name (`add_detector_args`)."""
+    return load_detector(args.model, args.checkpoint, args.device, args.half)
 
 
 def load_detector(
@@ -136,7 +135,7 @@ def load_detector(
     row = find_row(model) if model else None
     source = str(weights) if weights or row is None else row.source()
     if not source:
-        raise UserError('name a model, or a file of weights')
+        raise UserError('give --checkpoint FILE, or --model NAME for published weights')
     checkpoint = read_checkpoint(source)
     check_entries(checkpoint, source, resume=False)
     recorded = vars(row.recipe.flags) if row else extract_flags(checkpoint)

@@ -26,7 +26,7 @@ class BaseDETR(nn.Module):
         input_proj: projections of the backbone's maps.
         num_queries: number of queries of each group, the inference group first.
         aux_loss: predict from every decoder layer while training.
-        query_sources: what training adds; parameters have this name in checkpoints.
+        query_sources: training branches by their names; checkpoints have this word in names of weights.
         class_embed_o2m: class heads of the one-to-many branch (`models.ms_detr`); None: the usual class
             heads.
         mask_heads: modules that predict masks (`models.segmentation.build_mask_heads`).

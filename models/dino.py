@@ -1,8 +1,8 @@
 """
 The decoder of DINO (arXiv:2203.03605), where it differs from Deformable DETR's.
 
-The position of a query is computed from its box in every layer, heads read normed states, and proposals are chosen by
-their best class. Contrastive denoising is part of training (`models.training.denoising`).
+The position of a query is computed from its box in every layer, heads read normed states, and proposals are
+chosen by their best class. Contrastive denoising is part of training (`models.training.denoising`).
 """
 
 import torch

@@ -1,8 +1,8 @@
 """
 Fold frozen batch norms into the convolutions in front of them, which saves a pass over the feature map.
 
-The weight is multiplied by the norm's factor in every forward, so that it trains as before. The factor itself is constant
-and kept. Parameters and buffers keep their places and names. Results differ by rounding.
+The weight is multiplied by the norm's factor in every forward, so that it trains as before. The factor itself
+is constant and kept. Parameters and buffers keep their places and names. Results differ by rounding.
 """
 
 from itertools import pairwise
@@ -65,8 +65,8 @@ class FoldedConvolution(nn.Module):
 def may_keep(buffers: list[Tensor]) -> bool:
     """Return whether what is computed from buffers may be kept until they change.
 
-    Compiled, exported and recorded programs are to read the buffers themselves. Inference mode makes tensors that no backward
-    pass can use, and whose changes are not counted.
+    Compiled, exported and recorded programs are to read the buffers themselves. Inference mode makes tensors
+    that no backward pass can use, and whose changes are not counted.
     """
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return False

@@ -6,7 +6,9 @@ focal losses have steps of 1/32, which makes best scores equal, and boxes have s
 """
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +80,7 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
+@dataclass(frozen=True)
 class LogitBoxes:
     """A box code: a box is the sigmoid of the logit of a reference plus the output of a box head.
 
@@ -87,10 +90,8 @@ class LogitBoxes:
     eps: smallest argument of the logarithms.
     """
 
-    no_box = math.inf  # code of a reference that is none
-
-    def __init__(self, eps: float = 1e-5) -> None:
-        self.eps = eps
+    eps: float = 1e-5
+    no_box: ClassVar[float] = math.inf  # code of a reference that is none
 
     def encode(self, reference: Tensor) -> Tensor:
         """Encode references [..., 2 or 4]; the shape stays."""

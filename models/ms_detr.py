@@ -1,9 +1,9 @@
 """
 MS-DETR (arXiv:2401.03989, Sec. 3): the same decoder queries are supervised twice, one-to-one and one-to-many.
 
-While training the heads read the queries a second time, in a one-to-many branch of each layer. Variant b (the main one)
-reads them after the cross-attention, which therefore comes before the self-attention, at inference too. Variant a reads
-the layer's output with class heads of its own.
+While training the heads read the queries a second time, in a one-to-many branch of each layer. Variant b (the
+main one) reads them after the cross-attention, which therefore comes before the self-attention, at inference
+too. Variant a reads the layer's output with class heads of its own.
 """
 
 import torch.nn.functional as F

@@ -75,7 +75,7 @@ def to_cpu(result: dict) -> dict:
 
 def scale_boxes(boxes: Tensor, target_sizes: Tensor) -> Tensor:
     """Convert boxes [B, N, 4] from cxcywh in [0, 1] to xyxy in pixels. target_sizes: [B, 2] height, width."""
-    if len(boxes) != len(target_sizes):
+    if boxes.shape[0] != target_sizes.shape[0]:  # len() would fix the number of images in an exported program
         raise ValueError(f'{len(boxes)} images, but {len(target_sizes)} target sizes')
     scale = target_sizes.flip(-1).repeat(1, 2).to(boxes)  # [B, 4] W, H, W, H
     return box_cxcywh_to_xyxy(boxes) * scale[:, None]
@@ -90,10 +90,14 @@ class SoftmaxPostProcess(nn.Module):
 
         target_sizes: [B, 2] height and width in pixels.
         """
+        return split_batch(outputs, *self.batched(outputs, target_sizes))
+
+    def batched(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> tuple[Tensor, ...]:
+        """Return scores, labels [B, Q], boxes [B, Q, 4] and queries [B, Q]."""
         scores, labels = outputs['pred_logits'].softmax(-1)[..., :-1].max(-1)
         boxes = scale_boxes(outputs['pred_boxes'], target_sizes)
         query = torch.arange(scores.shape[1], device=scores.device).expand_as(labels)
-        return split_batch(outputs, scores, labels, boxes, query)
+        return scores, labels, boxes, query
 
 
 def split_batch(
@@ -123,6 +127,10 @@ class TopKPostProcess(nn.Module):
 
         target_sizes: [B, 2] height and width in pixels.
         """
+        return split_batch(outputs, *self.batched(outputs, target_sizes))
+
+    def batched(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> tuple[Tensor, ...]:
+        """Return scores, labels [B, N], boxes [B, N, 4] and queries [B, N]."""
         probability = outputs['pred_logits'].sigmoid()  # [B, Q, K]
         num_classes = probability.shape[-1]
         scores, index = probability.flatten(1).topk(min(self.num_select, probability[0].numel()))  # [B, N]
@@ -131,7 +139,7 @@ class TopKPostProcess(nn.Module):
         if self.clamp:
             boxes = clamp_boxes(boxes, target_sizes[:, None])
         boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))
-        return split_batch(outputs, scores, index % num_classes, boxes, query)
+        return scores, index % num_classes, boxes, query
 
 
 def clamp_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """
-The first stage of two (Deformable DETR, arXiv:2010.04159, Sec. A.4; DINO, arXiv:2203.03605): the encoder's tokens propose boxes, at
-which the decoder's queries start.
+The first stage of two (Deformable DETR, arXiv:2010.04159, Sec. A.4; DINO, arXiv:2203.03605): the encoder's
+tokens propose boxes, at which the decoder's queries start.
 """
 
 from collections.abc import Callable
@@ -63,10 +63,11 @@ class AskedProposals:
 class FirstStage:
     """Projection, heads and choice of proposals.
 
-    It is no module: its modules belong to the transformer and to the lists of heads, which give them their official names.
+    It is no module: its modules belong to the transformer and to the lists of heads, which give them their
+    official names.
 
-    by_class: choose the tokens with the best logit of any class, and supervise these alone (DINO); else those with the best
-        logit of class 0, which means 'object' here, and supervise all.
+    by_class: choose the tokens with the best logit of any class, and supervise these alone (DINO); else those
+        with the best logit of class 0, which means 'object' here, and supervise all.
     """
 
     projection: nn.Module
@@ -91,7 +92,8 @@ class FirstStage:
         """Find proposals.
 
         Returns:
-            Boxes [B, num_proposals, 4] without gradient, and while training the prediction to supervise (kind 'enc').
+            Boxes [B, num_proposals, 4] without gradient, and while training the prediction to supervise (kind
+            'enc').
 
         Raises:
             UserError: there are fewer tokens than proposals.

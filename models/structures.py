@@ -153,37 +153,26 @@ def attention_blocks(groups: list[QueryGroup]) -> list[AttentionBlock]:
     separately: the numbers are those of one masked attention over all queries, but only groups with blocks
     need a mask.
     """
-    runs, start = {}, 0
+    runs, start, blocks = {}, 0, []
     for group in groups:
         runs[group.name] = slice(start, start + group.tgt.shape[1])
         start += group.tgt.shape[1]
-    return [
-        AttentionBlock(
-            runs[group.name],
-            [runs[name] for name in (*group.sees, group.name)],
-            other_blocks(group, sum(runs[name].stop - runs[name].start for name in group.sees)),
-        )
-        for group in groups
-        if group.tgt.shape[1]
-    ]
-
-
-def other_blocks(group: QueryGroup, num_seen: int) -> Tensor | None:
-    """Return a mask [Q, num_seen + Q], True where a key is in another block; None without blocks."""
-    if not group.block:
-        return None
-    block = torch.arange(group.tgt.shape[1], device=group.tgt.device) // group.block
-    return F.pad(block[:, None] != block, (num_seen, 0))
+    for group in groups:
+        keys, hidden = [runs[name] for name in (*group.sees, group.name)], None
+        if group.block:
+            own = torch.arange(group.tgt.shape[1], device=group.tgt.device) // group.block
+            seen = sum(run.stop - run.start for run in keys[:-1])
+            hidden = F.pad(own[:, None] != own, (seen, 0))  # [Q, seen + Q]
+        if group.tgt.shape[1]:
+            blocks.append(AttentionBlock(runs[group.name], keys, hidden))
+    return blocks
 
 
 def split_groups(every: QueryGroup, num_queries: dict[str, int]) -> list[QueryGroup]:
     """Split queries into groups of the given sizes, in the order of `num_queries`."""
-    start, groups = 0, []
-    for name, size in num_queries.items():
-        parts = (
-            None if x is None else x[:, start : start + size]
-            for x in (every.tgt, every.query_pos, every.reference_points)
-        )
-        groups.append(QueryGroup(name, *parts))
-        start += size
-    return groups
+    sizes = list(num_queries.values())
+    parts = [
+        [None] * len(sizes) if x is None else x.split(sizes, dim=1)
+        for x in (every.tgt, every.query_pos, every.reference_points)
+    ]
+    return [QueryGroup(name, *fields) for name, *fields in zip(num_queries, *parts, strict=True)]

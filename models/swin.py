@@ -1,9 +1,9 @@
 """
-Swin Transformer (arXiv:2103.14030) for detectors: any image size, a norm for each map that is returned, official
-parameter names.
+Swin Transformer (arXiv:2103.14030) for detectors: any image size, a norm for each map that is returned,
+official parameter names.
 
-It differs from the classifiers of torchvision and timm. Maps are padded before they are shifted, where timm shifts first.
-A map that fits into one window is shifted too, where torchvision does not shift it.
+It differs from the classifiers of torchvision and timm. Maps are padded before they are shifted, where timm
+shifts first. A map that fits into one window is shifted too, where torchvision does not shift it.
 """
 
 from dataclasses import dataclass
@@ -92,7 +92,8 @@ class WindowAttention(nn.Module):
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # [M, N, N]
         if self.shift:
             bias = bias + self.mask(windows, bias)[:, None]  # [windows, M, N, N]
-        # Written out: ONNX has scaled_dot_product_attention for four dimensions only, and here it is slower on a CPU.
+        # Written out: ONNX has scaled_dot_product_attention for four dimensions only, and here it is slower
+        # on a CPU.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
         attended = scores.softmax(-1) @ v
         return self.proj(attended.transpose(2, 3).flatten(3)).unflatten(2, (size, size))
@@ -160,8 +161,8 @@ class SwinTransformer(nn.Module):
     Args:
         stages: stages whose maps are returned, 1 to 4 of strides 4, 8, 16 and 32. Later stages are not built.
         drop_path_rate: probability that the last block is skipped while training; it grows linearly from 0.
-        frozen_stages: -1 freezes nothing, 0 and 1 the patch embedding, 2 also stage 1, ... 5 also stage 4 (official
-            count). Norms of maps are never frozen.
+        frozen_stages: -1 freezes nothing, 0 and 1 the patch embedding, 2 also stage 1, ... 5 also stage 4
+            (official count). Norms of maps are never frozen.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """
 The dense transformer of DETR (arXiv:2005.12872, Sec. A.3): attention over every cell of one feature map.
 
-Tensors are batch first. Parameter names are the official ones. Every layer adds the position encodings to queries and
-keys again, never to values.
+Tensors are batch first. Parameter names are the official ones. Every layer adds the position encodings to
+queries and keys again, never to values.
 """
 
 import copy

@@ -1,8 +1,9 @@
 """
-List the units of a detector that `torch.compile`, FSDP2 and the recomputation of activations work on, and freeze parameters.
+List the units of a detector that `torch.compile`, FSDP2 and the recomputation of activations work on, and
+freeze parameters.
 
-The code between the units is not compiled: it has little to fuse, and would be compiled again for every combination of
-query groups.
+The code between the units is not compiled: it has little to fuse, and would be compiled again for every
+combination of query groups.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,16 +16,16 @@ from torch.utils.checkpoint import checkpoint
 from util.config.settle import PLACES
 from util.errors import UserError
 
-# Compiled programs of one function that PyTorch may keep. There are four kinds of stages and two of layers, each in
-# training and evaluation.
+# Compiled programs of one function that PyTorch may keep. There are four kinds of stages and two of layers,
+# each in training and evaluation.
 MOST_PROGRAMS = 64
 
 
 def list_units(model: nn.Module) -> dict[str, list[nn.Module]]:
     """Return the units of a detector by place, in the order in which they run.
 
-    Units of the backbone are stages of a ResNet, blocks of Swin, ViT and MobileNetV2, or a whole network of timm. Units of
-    encoder and decoder are their layers.
+    Units of the backbone are stages of a ResNet, blocks of Swin, ViT and MobileNetV2, or a whole network of
+    timm. Units of encoder and decoder are their layers.
     """
     transformer = model.transformer
     units = (
@@ -83,7 +84,8 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
     """Freeze parameters by words between the dots of their names, such as `backbone` or `decoder.layers.0`.
 
     Raises:
-        UserError: no parameter has such a name, nothing is left to train, or a batch norm's statistics would still change.
+        UserError: no parameter has such a name, nothing is left to train, or a batch norm's statistics would
+            still change.
     """
     for name in names:
         found = [p for full, p in model.named_parameters() if f'.{name}.' in f'.{full}.']
@@ -105,7 +107,8 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
 def compile_units(model: nn.Module, **options: object) -> None:
     """Compile every unit in place; parameters, buffers and their names stay.
 
-    Units that are alike share one program. Heights and widths are dynamic, so that images of other sizes share it too.
+    Units that are alike share one program. Heights and widths are dynamic, so that images of other sizes
+    share it too.
 
     Args:
         options: arguments of `torch.compile`.

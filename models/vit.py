@@ -1,8 +1,10 @@
 """
-ViT with windows (EVA-02, arXiv:2303.11331) and a simple feature pyramid (ViTDet, arXiv:2203.16527), as Co-DETR uses them.
+ViT with windows (EVA-02, arXiv:2303.11331) and a simple feature pyramid (ViTDet, arXiv:2203.16527), as
+Co-DETR uses them.
 
-The network has one stride and no class token. Most blocks attend within windows, some over the whole map. Positions are
-learned (absolute) and rotary. Parameter names are the official ones; rotary tables are computed, not loaded.
+The network has one stride and no class token. Most blocks attend within windows, some over the whole map.
+Positions are learned (absolute) and rotary. Parameter names are the official ones; rotary tables are
+computed, not loaded.
 """
 
 import re
@@ -52,7 +54,8 @@ VIT_SIZES = {
 def rotary_table(height: int, width: int, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cosines and sines [H * W, channels] of the rotary embedding of a map's positions, in float32.
 
-    The first half of the channels belongs to the row, the second to the column; each angle comes twice in a row.
+    The first half of the channels belongs to the row, the second to the column; each angle comes twice in a
+    row.
     """
     half = channels // 2
     rates = 1 / ROTARY_BASE ** (torch.arange(0, half, 2, device=device).float() / half)
@@ -176,6 +179,12 @@ class VisionTransformer(nn.Module):
         """Return the blocks for `models.units`."""
         return list(self.blocks)
 
+    def layer_of(self, name: str) -> int:
+        """Return the number of a parameter's layer for --lr_layer_decay: 0 of embeddings, n of the n-th block, then one more."""
+        if name.startswith('blocks.'):
+            return int(name.split('.')[1]) + 1
+        return 0 if name.startswith(('pos_embed', 'patch_embed.')) else len(self.blocks) + 1
+
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Turn [B, 3, H, W], sides multiples of 16, into the map [B, C, H / 16, W / 16] of stage 3."""
         x = self.patch_embed(images)
@@ -228,9 +237,11 @@ def feature_pyramid(channels: int, hidden_dim: int) -> nn.ModuleList:
         return nn.MaxPool2d(3, stride=2, padding=1)
 
     def end(width: int) -> list[nn.Module]:
-        return [
-            *normed_convolution(width, hidden_dim, 1), nn.GELU(), *normed_convolution(hidden_dim, hidden_dim, 3),
-        ]  # fmt: skip
+        first, second = (
+            normed_convolution(width, hidden_dim, 1),
+            normed_convolution(hidden_dim, hidden_dim, 3),
+        )
+        return [*first, nn.GELU(), *second]
 
     half, quarter = channels // 2, channels // 4
     doubled = [up(), *normed_convolution(channels, half, 3), nn.GELU()]

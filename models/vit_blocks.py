@@ -78,8 +78,8 @@ class Windows(NamedTuple):
 def count(side: int, size: int) -> int:
     """Return how many windows cover a side.
 
-    In an exported program this is an unbacked integer. Otherwise torch.export expresses each later shape through the sides of
-    the images, which takes minutes for each block.
+    In an exported program this is an unbacked integer. Otherwise torch.export expresses each later shape
+    through the sides of the images, which takes minutes for each block.
     """
     number = (side + size - 1) // size  # ONNX rounds negative quotients to zero
     if is_exporting():

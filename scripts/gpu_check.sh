@@ -125,7 +125,7 @@ pack() { # images beside the summary; everything but weights in one file
 build='NVCC_APPEND_FLAGS="-Xptxas -v" python models/ops/setup.py build_ext --inplace --force 2>&1 || exit 1
 python - <<END
 import sys
-from models.ops.functions.ms_deform_attn_func import problems
+from models.ops.functions import problems
 sys.exit(problems.get("cuda"))
 END'
 report='log="$1"/build.txt; grep -E "warning|error" "$log" | sort | uniq -c

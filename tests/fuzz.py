@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-with atheris.instrument_imports(include=['datasets', 'util']):
+with atheris.instrument_imports(include=['datasets', 'models.weights', 'util']):
     from datasets.annotations import AnnotationTable
     from datasets.coco_json import read_annotations
     from models.weights.read import extract_weights, read_checkpoint

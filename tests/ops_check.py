@@ -2,10 +2,10 @@
 Compare every implementation of deformable attention that this machine has with pure PyTorch in float64:
 
     python -m tests.ops_check
-    python -m tests.ops_check --device cuda --only cuda --brief    # for compute-sanitizer: launches each kernel once
+    python -m tests.ops_check --device cuda --only cuda --brief    # for compute-sanitizer: one launch each
 
-It checks values, the three gradients, numerical gradients, torch.compile and torch.export. The exit status is 1 if
-anything disagrees, or if an implementation that was asked for by name is missing.
+It checks values, the three gradients, numerical gradients, torch.compile and torch.export. The exit status is
+1 if anything disagrees, or if an implementation that was asked for by name is missing.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 
-from models.ops.functions.ms_deform_attn_func import (
+from models.ops.functions import (
     KERNELS,
     Gradients,
     available,
@@ -49,8 +49,8 @@ SIZES = {
 def make_inputs(size: str, device: str, dtype: torch.dtype, batch: int = 2) -> tuple[Tensor, Inputs]:
     """Make a gradient of the output, and the operator's inputs.
 
-    Many points lie outside the map. None lies near the middle of a pixel, where the slope jumps and rounding decides
-    which side counts.
+    Many points lie outside the map. None lies near the middle of a pixel, where the slope jumps and rounding
+    decides which side counts.
     """
     heads, channels, queries, points, shapes = SIZES[size]
     sides = torch.tensor(shapes, dtype=torch.float64).view(-1, 2)
@@ -189,7 +189,7 @@ def exported_equals_eager(device: str) -> bool:
 
 
 def implementations(device: str = '', only: str = '') -> Iterator[tuple[str, str]]:
-    """List (device, implementation) of all that can run here, restricted to one device or one name if given."""
+    """List (device, implementation) of all that can run here, or of one device, or one name."""
     for found in ('cpu', 'cuda') if torch.cuda.is_available() else ('cpu',):
         if device in ('', found):
             yield from ((found, name) for name in available(found) if only in ('', name))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 # What a run does besides, where main.py has it from: half the time of small ones.
 EXTRAS = {
-    'plot_curves': 'util.visualize',
+    'plot_curves': 'util.run',
     'contact_sheet': 'util.visualize',
     'sample_detections': 'engine',
     'flops_text': 'models.training.summary',

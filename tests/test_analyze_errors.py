@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from datasets.class_map import ClassMap
+from datasets.results import coco_results
 from tests.shared_data import SHARED, needs_shared
 from tools import analyze_errors as tool
-from tools.predict import coco_results
 from util.errors import FileError
 from util.flags import run_command
 
@@ -290,9 +290,9 @@ def test_results_of_predict_are_understood(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ('results', 'message'),
     [
-        ({'annotations': []}, r'results\.json is no list of results, which COCO has as \[\{"image_id": 1'),
-        ([RESULTS], 'is no list of results'),
-        ([*RESULTS, result(CAT, [0, 0, 9, 9], image_id=5)], r"result 8 has image \{'image_id': 5, .* none of the 2 of"),
+        ({'annotations': []}, r'results\.json is not a list of results, which COCO has as \[\{"image_id": 1'),
+        ([RESULTS], 'is not a list of results'),
+        ([*RESULTS, result(CAT, [0, 0, 9, 9], image_id=5)], r"result 8 has image \{'image_id': 5, .* not among the 2 of"),
         ([result(4, [0, 0, 9, 9])], 'result 0 has category 4, but those of the annotations are 3, 7'),
         ([result(CAT, [0, 0, -9, 9])], r'result 0 has bbox \[0, 0, -9, 9\]: it must be four finite numbers'),
         ([{'image_id': 1, 'category_id': CAT, 'score': 1}], 'result 0 has bbox None'),

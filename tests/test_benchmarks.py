@@ -11,8 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from models.ops.functions import implementation
-from models.ops.functions.ms_deform_attn_func import backward_pytorch, forward_pytorch
+from models.ops.functions import backward_pytorch, forward_pytorch, implementation
 from tests.models import SMALL
 from tests.ops_check import module_inputs
 from tests.runs import ROOT

@@ -71,7 +71,7 @@ def test_onnx_equals_torch(
     export.halve(half)
     detector = load_detector(weights=checkpoint)
     program = export.make_program(detector, False)
-    program.tell_proposals()
+    program.output_proposals()
     export.verify(detector, program, export.load(half), half=True)
     assert capsys.readouterr().out.count('largest difference of scores') == 3
     assert 1e6 < half.stat().st_size < 0.75 * (tmp_path / 'detector.onnx').stat().st_size
@@ -81,7 +81,7 @@ def test_other_proposals_move_every_query_and_are_judged_by_their_scores(tmp_pat
     """PyTorch computes what it is asked for: in another order all queries move; others than the best are told by the scores."""
     detector = load_detector(weights=trained(tmp_path, 'hybrid'))
     program = export.make_program(detector, False)
-    program.tell_proposals()
+    program.output_proposals()
     images = export.draw_images(1, 96, 96)
     program.expected(images)
     best = program.selection.taken
@@ -110,7 +110,7 @@ def test_a_program_makes_the_choice_of_its_first_stage(family: str) -> None:
     with torch.no_grad():
         expected = model(images)
         program = export.Program(model, None).eval()
-        program.tell_proposals()
+        program.output_proposals()
         logits, boxes, taken = program(images)
     assert torch.equal(logits, expected['pred_logits']) and torch.equal(boxes, expected['pred_boxes'])
     scores = torch.rand(2, taken.max() + 1)
@@ -138,7 +138,7 @@ def test_a_program_of_torch_export_and_what_is_refused(
     written = export.load(tmp_path / 'out/detector.pt2')
     monkeypatch.setattr(export, 'export', lambda program, images, path: path.touch())
     monkeypatch.setattr(export, 'load', lambda path: lambda images: tuple(x + 0.01 for x in written(images)))
-    with pytest.raises(SystemExit, match=r'is not the detector .* so no file is kept'):
+    with pytest.raises(SystemExit, match=r'is not the detector .*: no file is kept'):
         exported(checkpoint, tmp_path / 'wrong', '--format', 'pt2', '--postprocess')
     assert not (tmp_path / 'wrong/detector.pt2').exists()
     monkeypatch.setattr(export, 'find_spec', lambda name: None)

@@ -8,10 +8,15 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
+import torch
 
 import engine
 import main
-from tests.runs import run
+from models import build_model
+from tests.models import random_targets
+from tests.runs import TINY, parse, run
+from util.config.settle import EVERYTHING, settle
+from util.nested_tensor import collate_fn
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / 'docs/extending.md').read_text()
@@ -24,6 +29,11 @@ TASKS = {
     for title, body in re.findall(r'^## (A new .*?)\n(.*?)(?=^## |\Z)', TEXT, re.DOTALL | re.MULTILINE)
 }
 LEFT_OUT = shutil.ignore_patterns('.git', '.venv', 'venv', 'output', 'exps', 'build', '.*_cache')
+STEPS = {
+    'DETR': '',
+    'H-Deformable-DETR': '--two_stage --with_box_refine --mixed_selection --num_feature_levels 3 --hidden_dim 64 '
+    '--hybrid_k 2 --hybrid_queries 12',
+}
 SIZES = re.search(r'```\n(--.*?)```', TEXT, re.DOTALL)[1].split()
 
 
@@ -53,6 +63,29 @@ def test_the_way_of_a_batch_names_every_file(tmp_path: Path, monkeypatch: pytest
     passed -= {file for file in passed if file.startswith('tests/')}
     assert named == passed
     assert f'passes through {len(passed)} files' in TEXT
+
+
+@pytest.mark.parametrize(('method', 'flags'), STEPS.items())
+def test_readme_states_the_length_of_a_training_step(method: str, flags: str) -> None:
+    """Files and functions that one step passes through, from a loaded batch to the new weights."""
+    args = settle(parse('', flags=TINY.replace('--conditional', flags)), EVERYTHING)
+    model, criterion, _ = build_model(args)
+    batch = collate_fn(list(zip(torch.randn(2, 3, 64, 64), random_targets(2, 1), strict=True)))
+    optimizer, passed = engine.build_optimizer(model, 1e-4, 1e-5, 1e-4), set()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        code = frame.f_code
+        file, named = Path(code.co_filename), not code.co_name.startswith('<')
+        if event == 'call' and named and file.is_relative_to(ROOT) and not file.is_relative_to(sys.prefix):
+            passed.add((file, code.co_qualname))
+
+    sys.setprofile(note)
+    try:
+        engine.train_one_epoch(model, criterion, [batch], optimizer)
+    finally:
+        sys.setprofile(None)
+    stated = f'{method} passes through {len({file for file, _ in passed})} files and {len(passed)} functions'
+    assert stated in ' '.join((ROOT / 'README.md').read_text().split()), stated
 
 
 def test_every_task_of_a_researcher_is_shown() -> None:

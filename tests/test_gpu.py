@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import main
 from engine import build_optimizer, train_one_epoch
 from models import build_model
-from models.ops.functions.ms_deform_attn_func import KERNELS, available
+from models.ops.functions import KERNELS, available
 from models.structures import Prediction
 from models.training.criterion import weighted_sum
 from models.units import all_units, compile_units

@@ -105,7 +105,14 @@ def test_inference_never_imports_training() -> None:
     assert not [name for name in loaded if 'models.training' in name]
     ours = {name.split('.', 1)[1] for name in loaded if re.match(r'detr_\w+\.', name)}
     assert 40 < len(ours) < 70, 'what inference does not need stays out'
-    assert not ours & {'datasets.build', 'datasets.loaders', 'datasets.coco', 'util.run', 'util.optim', 'util.black_box'}
+    assert not ours & {
+        'datasets.build',
+        'datasets.loaders',
+        'datasets.coco',
+        'util.run',
+        'util.optim',
+        'util.black_box',
+    }
     modules = product()
     needed = {found.split('.')[0] for name in ours for found in module_level_imports(modules[name])}
     assert needed - set(sys.stdlib_module_names) - {'', *FOLDERS} == set(dependencies)

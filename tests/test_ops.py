@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.ops import functions as module
 from models.ops.functions import available, ms_deform_attn, use_implementation
-from models.ops.functions import ms_deform_attn_func as module
 from models.ops.modules import MSDeformAttn
 from tests import ops_check, rule
 from tests.models import TWO_STAGE
@@ -422,7 +422,7 @@ ODD_PLACES = """
 import torch, sys
 from models.ops import test as t
 from models.ops.functions import available
-from models.ops.functions.ms_deform_attn_func import KERNELS
+from models.ops.functions import KERNELS
 torch.set_num_threads(2)
 assert 'cpp' in available('cpu')
 forward, backward = KERNELS['cpp']

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from engine import build_optimizer
-from models.ops.modules import MSDeformAttn, ms_deform_attn
+from models.ops import modules
+from models.ops.modules import MSDeformAttn
 from models.swin import SWIN_SIZES, SwinSize
 from models.training.criterion import weighted_sum
 from tests.models import FAMILIES, HEADS, TWO_STAGE, GivenFeatures, build, random_targets
@@ -84,13 +85,13 @@ def calls_of_the_operator(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> 
     gets them.
     """
     calls: list[dict] = []
-    original = ms_deform_attn.ms_deform_attn
+    original = modules.ms_deform_attn
 
     def spy(value: Tensor, shapes: object, places: Tensor, weights: Tensor) -> Tensor:
         calls[-1] |= {'places': places.detach(), 'weights': weights.detach(), 'shapes': shapes}
         return original(value, shapes, places, weights)
 
-    monkeypatch.setattr(ms_deform_attn, 'ms_deform_attn', spy)
+    monkeypatch.setattr(modules, 'ms_deform_attn', spy)
     for module in model.modules():
         if isinstance(module, MSDeformAttn):
             module.register_forward_pre_hook(

@@ -188,7 +188,7 @@ def test_thresholds_of_classes(trained: Path, tmp_path: Path, capsys: pytest.Cap
         assert f'1.png: {number} objects' in capsys.readouterr().out
     for bad, message in (
         ('dog=0.5', "no class is named 'dog'"),
-        ('disc=high', "'high' is no score"),
+        ('disc=high', "'high' is not a score"),
         ('disc=nan', 'disc=nan: a score must be a finite number'),
         ('disc=99', 'a score must be at most 1, not 99'),
     ):
@@ -342,7 +342,7 @@ def test_a_film(trained: Path, tmp_path: Path) -> None:
 def test_a_webcam_until_ctrl_c(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A generated source without an end stands for the device. All frames before the interrupt are in the film."""
     av = pytest.importorskip('av')
-    opened, drawn, frames = av.open, predict.drawn_and_listed, iter(range(5))
+    opened, drawn, frames = av.open, predict.draw, iter(range(5))
 
     def open_source(path: str, *args: str, **options: str) -> object:
         if options.get('format') != 'v4l2':
@@ -356,7 +356,7 @@ def test_a_webcam_until_ctrl_c(trained: Path, tmp_path: Path, monkeypatch: pytes
         return drawn(*args)
 
     monkeypatch.setattr(av, 'open', open_source)
-    monkeypatch.setattr(predict, 'drawn_and_listed', draw)
+    monkeypatch.setattr(predict, 'draw', draw)
     predicted(*words(trained, 'webcam:1', tmp_path))
     rows = json.loads((tmp_path / 'predictions.json').read_text())
     assert [row['frame'] for row in rows] == [frame for frame in range(5) for _ in range(TOP)]

@@ -20,6 +20,7 @@ from engine import build_optimizer, train_one_epoch
 from main import get_args_parser
 from models import build_detector, build_model
 from models.ms_detr import BranchB
+from models.proposals import FirstStage
 from models.structures import Assignment, Memory, Prediction
 from models.training import atss, build_supervision, faster_rcnn
 from models.training.criterion import weighted_sum
@@ -384,7 +385,7 @@ def plain_state(model: nn.Module) -> dict[str, object]:
         f'{where}.{name}': value
         for where, module in model.named_modules()
         for name, value in vars(module).items()
-        if not name.startswith('_') and not isinstance(value, Tensor | nn.Module)
+        if not name.startswith('_') and not isinstance(value, Tensor | nn.Module | FirstStage)
     }
     return attributes | {name: x.double().sum().item() for name, x in model.state_dict().items()}
 

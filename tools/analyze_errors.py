@@ -137,7 +137,7 @@ def read_results(file: str | Path, truth: Truth) -> Boxes:
         raise UserError(f'{file} is not JSON ({error}): write it again') from error
     if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
         form = '[{"image_id": 1, "category_id": 1, "bbox": [x, y, width, height], "score": 0.9}, ...]'
-        raise UserError(f'{file} is no list of results, which COCO has as {form}')
+        raise UserError(f'{file} is not a list of results, which COCO has as {form}')
     rows, labels = [], truth.class_map.label_of
     for number, result in enumerate(results):
         category, problem = as_id(result.get('category_id')), box_problem(result)
@@ -148,7 +148,7 @@ def read_results(file: str | Path, truth: Truth) -> Boxes:
             problem = f'has category {category!r}, but those of the annotations are {shorten(labels)}'
         if image is None:
             given = {key: result.get(key) for key in ('image_id', 'file_name')}
-            problem = f'has image {given}, which is none of the {len(truth.files)} of the annotations'
+            problem = f'has image {given}, which is not among the {len(truth.files)} of the annotations'
         if problem:
             raise UserError(f'{file}: result {number} {problem}')
         rows.append((image, label, *result['bbox'], result['score']))

@@ -132,7 +132,7 @@ def our_file(checkpoint: dict, layout: str, state: State, flags: dict, whole_run
     kept: Iterable[str] = ('class_map', 'epoch', 'metrics')
     if whole_run and layout == 'official':
         kept = checkpoint.keys() - {'model', 'args', 'state_dict'}
-        converted['model'] = extract_weights(checkpoint, averaged=False)  # the average stays beside it
+        converted['model'] = extract_weights(checkpoint, averaged=False)  # the average is kept too
     return converted | {name: checkpoint[name] for name in kept if name in checkpoint}
 
 

@@ -5,7 +5,8 @@ Show a detector in a local web page: drop an image, see boxes, where the queries
   python tools/demo.py --model detr_resnet50
 
 The page is served to this machine alone, unless --address names another interface, which asks for a password
-(DETR_DEMO_PASSWORD). Nothing is sent elsewhere; images and drawings are deleted after ten minutes, and at the end.
+(DETR_DEMO_PASSWORD). Nothing is sent elsewhere; images and drawings are deleted after ten minutes, and at the
+end.
 """
 
 import argparse
@@ -28,8 +29,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.image_io import FORMATS
-from models.detector import Detector, add_detector_args, check_detector_args, load_detector
-from tools.predict import select
+from datasets.results import select
+from models.detector import Detector, add_detector_args, load_from_flags
 from tools.visualize_attention import attention_of, panels_of, sheet_of
 from util.bounds import whole
 from util.errors import UserError
@@ -43,15 +44,16 @@ USER = 'detr'
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = FlagParser('demo.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = parser.add_argument
+    parser = FlagParser('demo.py', description=__doc__)
     add_detector_args(parser)
+    flag = parser.add_argument
     flag('--address', default='127.0.0.1', help='interface that the page is served on (default: %(default)s)')
     flag('--port', default=7860, type=whole(1, 65535), help='port of the page (default: %(default)s)')
-    flag('--password', help=f'password of the page, for the user {USER}; others on this machine can see it, unlike that of the '
-         'environment variable DETR_DEMO_PASSWORD (default: none, on this machine)')  # fmt: skip
-    flag('--half', action='store_true', help='compute in 16 bits: fp16 on NVIDIA GPUs, bf16 elsewhere')
-    flag('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
+    flag(
+        '--password',
+        help=f'password of the page, for the user {USER}; others on this machine can see it, unlike the '
+        'environment variable DETR_DEMO_PASSWORD (default: no password, on this machine)',
+    )
     return parser
 
 
@@ -67,7 +69,7 @@ def answer(
         layer: decoder layer whose attention is drawn, from 0.
 
     Returns:
-        The drawn image, a row for each object (COLUMNS), the attention of the three best queries, and a line of text.
+        The drawn image, a row for each object (COLUMNS), the attention of three queries, and a line of text.
     """
     image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
     names = detector.class_map.names
@@ -129,7 +131,8 @@ def make_page(detector: Detector, title: str) -> Any:
 
 
 class Guard:
-    """Refuses requests that the demo's own page does not send: from pages of others, to other names, or very large ones.
+    """Refuses requests that the demo's own page does not send: from other pages, to other names, or very
+    large.
 
     app: the server, as ASGI has it. hosts: names that the page is asked for by; none: any.
     """
@@ -167,7 +170,7 @@ def serve(page: Any, address: str, port: int, password: str, **options: Any) -> 
     """Serve the page until Ctrl-C or SIGTERM. options: of gradio's `launch`.
 
     Raises:
-        UserError: the address or the port is not to be had.
+        UserError: the address or the port is not available.
     """
     from starlette.middleware import Middleware
 
@@ -186,22 +189,24 @@ def serve(page: Any, address: str, port: int, password: str, **options: Any) -> 
         )
     except OSError as error:
         raise UserError(
-            f'the page cannot be served at {address}, port {port}: choose another --port if this one is in use, or another --address'
+            f'the page cannot be served at {address}, port {port}: choose another --port if this one is '
+            'in use, or another --address'
         ) from error
 
 
 def main(args: Namespace) -> None:
-    check_detector_args(args)
     if find_spec('gradio') is None:
         raise UserError('the demo needs gradio: pip install gradio')
     password = args.password or os.environ.get('DETR_DEMO_PASSWORD', '')
     if not password and not is_this_machine(args.address):
         raise UserError(
-            f'--address {args.address} lets other machines in: set DETR_DEMO_PASSWORD (or --password), or leave it out'
+            f'--address {args.address} lets other machines in: set DETR_DEMO_PASSWORD (or --password), or '
+            'leave it out'
         )
-    detector = load_detector(args.model, args.checkpoint, args.device, args.half)
+    detector = load_from_flags(args)
     number = sum(parameter.numel() for parameter in detector.model.parameters())
-    title = f'{args.model or Path(args.checkpoint).name}: {number:,} parameters, {detector.class_map.num_classes} classes'
+    name, classes = args.model or Path(args.checkpoint).name, detector.class_map.num_classes
+    title = f'{name}: {number:,} parameters, {classes} classes'
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder goes away then, too
     with tempfile.TemporaryDirectory(prefix='detr_demo_') as folder:
         os.environ |= {'GRADIO_ANALYTICS_ENABLED': 'False', 'GRADIO_TEMP_DIR': folder}

@@ -1,16 +1,16 @@
 """
-Export a trained detector as one program of any batch size, height and width, and check that it computes the same.
+Export a trained detector as one program for batches of any size, and check that it computes the same.
 
   python tools/export.py --checkpoint output/quickstart/checkpoint.pth --output detector.onnx
-  python tools/export.py --model detr_resnet50 --output exported --format pt2          exported/detector.pt2
-  python tools/export.py --checkpoint FILE --output OUT.onnx --postprocess             scores, labels, boxes in pixels
-  python tools/export.py --checkpoint FILE --output OUT.onnx --coco_path DATA          AP of both, too
-  python tools/export.py --checkpoint FILE --output OUT.onnx --half                    products in fp16, half the file
+  python tools/export.py --model detr_resnet50 --output exported --format pt2      exported/detector.pt2
+  python tools/export.py --checkpoint FILE --output OUT.onnx --postprocess         detections in pixels
+  python tools/export.py --checkpoint FILE --output OUT.onnx --coco_path DATA      AP of both too
+  python tools/export.py --checkpoint FILE --output OUT.onnx --half                products in fp16
 
-The input `images` is uint8 [B, 3, H, W], resized but not normalised; all of it is image, none is padding. The outputs are
-`pred_logits` and `pred_boxes`; with --postprocess `scores`, `labels` and `boxes` (xyxy in pixels of the input). Masks are
-left out. A file whose outputs differ from PyTorch's does not stay. A pt2 file is run by
-`torch.export.load(FILE).module(check_guards=False)`: its guards ask for no more than the parity of the example's sides.
+The input `images` is uint8 [B, 3, H, W], resized but not normalized; all of it is image, nothing is padding.
+The outputs are `pred_logits` and `pred_boxes`; with --postprocess `scores`, `labels` and `boxes` (xyxy in
+pixels of the input). Masks are left out. A file whose outputs differ from PyTorch's is removed. A pt2 file is
+run by `torch.export.load(FILE).module(check_guards=False)`: its guards fix the parity of the example's sides.
 """
 
 import argparse
@@ -33,11 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.build import build_dataset, build_evaluator, data_settings
 from datasets.image_dataset import ImageDataset
 from datasets.shapes import ShapesDetection
-from models.detector import Detector, add_detector_args, check_detector_args, load_detector
-from models.postprocess import SoftmaxPostProcess, TopKPostProcess, clamp_boxes, frame_size
+from models.detector import Detector, add_detector_args, load_detector
+from models.postprocess import SoftmaxPostProcess, TopKPostProcess, frame_size
 from models.proposals import AskedProposals
 from util.bounds import whole
-from util.box_ops import box_cxcywh_to_xyxy
 from util.errors import UserError
 from util.files import save_atomically
 from util.flags import FlagParser, run_command
@@ -54,40 +53,37 @@ OUTPUTS, DETECTIONS = ['pred_logits', 'pred_boxes'], ['scores', 'labels', 'boxes
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = FlagParser(
-        'export.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = FlagParser('export.py', description=__doc__)
+    add_detector_args(parser, with_device=False)
+    flag = parser.add_argument
+    flag(
+        '--output',
+        required=True,
+        type=Path,
+        metavar='OUT',
+        help='file to write, or a folder for detector.onnx',
     )
-    add_detector_args(parser)
-    parser.add_argument(
-        '--output', required=True, type=Path, metavar='OUT',
-        help='file to write, or a folder for detector.onnx or detector.pt2; the file must not exist',
-    )  # fmt: skip
-    parser.add_argument(
-        '--format', default='onnx', choices=('onnx', 'pt2'),
-        help='onnx, or pt2: a program of torch.export (default: %(default)s)',
-    )  # fmt: skip
-    parser.add_argument(
+    flag('--format', default='onnx', choices=('onnx', 'pt2'), help='onnx, or a program of torch.export: pt2')
+    flag(
         '--postprocess',
         action='store_true',
         help='let the program end in detections, not in logits and boxes',
     )
-    parser.add_argument(
-        '--half', action='store_true',
-        help='let convolutions and matrix products of an ONNX file compute in fp16, as --amp fp16 does; the rest stays float32',
-    )  # fmt: skip
-    group = parser.add_argument_group('AP of PyTorch and of the program, side by side')
-    group.add_argument('--coco_path', metavar='DIR', help='data in COCO form, as main.py reads it')
-    group.add_argument('--val_images', metavar='DIR', help='folder of images, instead of --coco_path')
-    group.add_argument('--val_ann', metavar='FILE', help='file of annotations, instead of --coco_path')
-    group.add_argument(
-        '--allow_outside', action='store_true', help='take file names that lead out of the image folder'
+    flag(
+        '--half', action='store_true', help='compute products of an ONNX file in fp16; the rest stays float32'
     )
-    group.add_argument('--limit', type=whole(1), metavar='N', help='only the first N images (default: all)')
+    group = parser.add_argument_group('AP of PyTorch and of the program, side by side')
+    flag = group.add_argument
+    flag('--coco_path', metavar='DIR', help='data in COCO form, as main.py reads it')
+    flag('--val_images', metavar='DIR', help='folder of images, instead of --coco_path')
+    flag('--val_ann', metavar='FILE', help='file of annotations, instead of --coco_path')
+    flag('--allow_outside', action='store_true', help='take file names that lead out of the image folder')
+    flag('--limit', type=whole(1), metavar='N', help='only the first N images (default: all)')
     return parser
 
 
 class Program(nn.Module):
-    """What is exported: images in, tensors in the order of `names` out, with a selection the proposals after them.
+    """What is exported: images in, tensors in the order of `names` out, and after them perhaps proposals.
 
     postprocess: module whose detections end the program; None: it ends in logits and boxes.
     """
@@ -98,8 +94,8 @@ class Program(nn.Module):
         self.names = OUTPUTS if postprocess is None else DETECTIONS
         self.selection: AskedProposals | None = None
 
-    def tell_proposals(self) -> None:
-        """Let the program end in the indices of its proposals, if it has two stages."""
+    def output_proposals(self) -> None:
+        """Add the indices of the proposals to the outputs, if the model has two stages."""
         if (first_stage := getattr(self.model, 'first_stage', None)) is not None:
             self.selection = first_stage.choose = first_stage.choose.exportable()
 
@@ -109,20 +105,13 @@ class Program(nn.Module):
         more = () if self.selection is None else (self.selection.taken,)
         if self.postprocess is None:
             return logits, boxes, *more
-        # As the modules of models/postprocess.py, whose list of images would fix their number; `verify` compares the two.
         size = torch.stack([boxes.new_full((), side) for side in images.shape[-2:]])
-        boxes = box_cxcywh_to_xyxy(boxes) * size.flip(0).repeat(2)
-        if isinstance(self.postprocess, SoftmaxPostProcess):
-            return *logits.softmax(-1)[..., :-1].max(-1), boxes, *more
-        scores = logits.sigmoid().flatten(1)
-        scores, index = scores.topk(min(self.postprocess.num_select, scores.shape[1]))
-        boxes = clamp_boxes(boxes, size) if self.postprocess.clamp else boxes
-        query = index.div(logits.shape[-1], rounding_mode='floor')
-        return scores, index % logits.shape[-1], boxes.gather(1, query[..., None].expand(-1, -1, 4)), *more
+        scores, labels, boxes, _ = self.postprocess.batched(outputs, size.expand(boxes.shape[0], 2))
+        return scores, labels, boxes, *more
 
     @torch.no_grad()
     def expected(self, images: Tensor, proposals: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return what `names` tells, computed by the detector's own modules, from the best proposals or from these."""
+        """Return the outputs of the detector's own modules, from the best proposals or from these."""
         if self.selection is not None:
             self.selection.asked = proposals
         outputs = self.model(images)
@@ -142,8 +131,8 @@ def make_program(detector: Detector, postprocess: bool) -> Program:
     module = detector.postprocessors['bbox']
     if postprocess and not isinstance(module, SoftmaxPostProcess | TopKPostProcess):
         raise UserError(
-            f'--postprocess: {type(module).__name__} keeps another number of detections in each image, which cannot be '
-            'exported: leave the flag out'
+            f'--postprocess: {type(module).__name__} keeps another number of detections in each image, which '
+            'cannot be exported: leave the flag out'
         )
     return Program(detector.model, module if postprocess else None).eval()
 
@@ -173,7 +162,7 @@ def export(program: Program, images: Tensor, path: Path) -> None:
 
 
 def halve(path: Path) -> None:
-    """Let HALVED operators of an ONNX file compute in fp16, with weights in fp16; inputs and outputs stay as they are."""
+    """Let HALVED operators of an ONNX file, and their weights, be fp16; all other tensors stay float32."""
     import onnx
     from onnx import helper, numpy_helper
 
@@ -244,22 +233,29 @@ def sizes(detector: Detector) -> list[tuple[int, int, int]]:
     return [(number, *(-(-edge // multiple) * multiple for edge in edges)) for number, *edges in chosen]
 
 
-def rows_of(program: Program, outputs: tuple[Tensor, ...], softmax: bool) -> Tensor:
-    """Return what is compared, [B, N, D]: the label of detections, then scores, then a box."""
+def rows_of(program: Program, outputs: tuple[Tensor, ...], size: tuple[int, int], softmax: bool) -> Tensor:
+    """Return what is compared, [B, N, D]: the label of detections, then scores, then a box in [0, 1].
+
+    size: height and width of the images.
+    """
     if program.postprocess is None:
         logits, boxes = outputs
         return torch.cat([logits.softmax(-1) if softmax else logits.sigmoid(), boxes], dim=-1)
     scores, labels, boxes = outputs
-    return torch.cat([labels[..., None], scores[..., None], boxes], dim=-1)
+    return torch.cat(
+        [labels[..., None], scores[..., None], boxes / torch.tensor(size).flip(0).repeat(2)], dim=-1
+    )
 
 
 def largest_differences(ours: Tensor, theirs: Tensor, cut: bool, tolerance: float) -> tuple[float, float]:
-    """Return the largest difference of scores (and labels), and of boxes, between each row and the nearest of the others.
+    """Return the largest difference of scores (and labels), and of boxes, between rows and their nearest
+    others.
 
     The order may differ, because rounding chooses between detections whose scores are almost equal.
 
     Args:
-        cut: rows are the best of more, by score; those better than the last by less than the tolerance may be others.
+        cut: rows are the best of more, by score; those near the last one, within the tolerance, may be
+        others.
     """
     gaps = []
     for these, others in ((ours, theirs), (theirs, ours)):
@@ -287,11 +283,8 @@ def verify(detector: Detector, program: Program, run: Run, half: bool = False) -
         images = draw_images(number, height, width)
         theirs = run(images)
         ours = program.expected(images, *theirs[len(program.names) :])
-        rows = [rows_of(program, outputs, softmax) for outputs in (ours, theirs[: len(program.names)])]
-        if program.postprocess is not None:
-            rows = [
-                torch.cat([x[..., :-4], x[..., -4:] / torch.tensor([width, height] * 2)], -1) for x in rows
-            ]
+        outputs = ours, theirs[: len(program.names)]
+        rows = [rows_of(program, each, (height, width), softmax) for each in outputs]
         scores, boxes = largest_differences(*rows, cut, tolerance)
         if program.selection is not None:
             scores = max(scores, program.selection.difference)
@@ -299,8 +292,8 @@ def verify(detector: Detector, program: Program, run: Run, half: bool = False) -
         print(f'{number} x {height} x {width}: {line}', flush=True)
         if not (scores <= tolerance and boxes <= tolerance):
             raise UserError(
-                f'the exported program is not the detector ({line}, at most {tolerance} is allowed), so no file is kept: '
-                + ('leave --half out' if half else 'try the other --format')
+                f'the exported program is not the detector ({line}; at most {tolerance} is allowed): no file '
+                'is kept: ' + ('leave --half out' if half else 'try the other --format')
             )
 
 
@@ -351,7 +344,6 @@ def output_path(output: Path, suffix: str) -> Path:
 
 
 def main(args: Namespace) -> str:
-    check_detector_args(args)
     if args.format == 'onnx':
         check_packages()
     elif args.half:
@@ -364,7 +356,7 @@ def main(args: Namespace) -> str:
     detector = load_detector(args.model, args.checkpoint)
     program = make_program(detector, args.postprocess)
     if args.format == 'onnx':
-        program.tell_proposals()
+        program.output_proposals()
     dataset = read_data(detector, args) if args.coco_path or args.val_ann else None
 
     def save(partial: Path) -> None:
@@ -375,9 +367,7 @@ def main(args: Namespace) -> str:
         if args.format == 'onnx':
             drop_proposals(partial)
 
-    logging.getLogger('onnxscript').setLevel(
-        logging.ERROR
-    )  # it tells of each operator that it leaves as it is
+    logging.getLogger('onnxscript').setLevel(logging.ERROR)  # else it names each operator that it keeps
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         save_atomically(path, save)

@@ -4,7 +4,8 @@ Run the batch of a black box again, and say where the first value that is not fi
   python tools/replay.py OUT/black_box/epoch_1_5_step_12_rank0.pth
   python tools/replay.py FILE --amp off        in float32: is the precision to blame?
 
-Training saves such a file when a step has a gradient that is not finite: batch, random states, flags and weights of a process.
+Training saves such a file when a step has a gradient that is not finite: batch, random states, flags and
+weights of a process.
 """
 
 import argparse

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.image_io import SUFFIXES, read_image
 from models.deformable_transformer import valid_ratio
-from models.detector import Detector, add_detector_args, load_detector
+from models.detector import Detector, add_detector_args, load_from_flags
 from models.ops.modules import MSDeformAttn
 from util import visualize
 from util.bounds import whole
@@ -115,7 +115,7 @@ def sampled(attention: MSDeformAttn, args: tuple, options: dict) -> tuple[Tensor
 def detections_of(detector: Detector, attention: Attention, queries: list[int], num: int) -> dict[int, dict]:
     """Return score, label and box (xyxy, pixels) of the named queries, or of the `num` best without names."""
     postprocess, names, kept = detector.postprocessors['bbox'], detector.class_map.names, {}
-    mark = {'pred_masks': None}  # with this key, which is not read, detections tell their queries
+    mark = {'pred_masks': None}  # with this key, which is not read, detections have their query
     if queries:  # each alone, and without NMS
         alone = {name: value[0, queries, None] for name, value in attention.outputs.items()}
         frames = attention.frame.expand(len(queries), -1)
@@ -132,7 +132,7 @@ def detections_of(detector: Detector, attention: Attention, queries: list[int], 
 
 
 def number_of(flag: str, text: str | int, low: int, high: int, words: str = '') -> int:
-    """Return a number of the command line, or raise a ValueError if it is none or out of its bounds."""
+    """Return a number of the command line, or raise a UserError if it is not one, or out of bounds."""
     number = int(text) if str(text).removeprefix('-').isdecimal() else low - 1
     if not low <= number <= high:
         raise UserError(f'{flag} {text}: choose {words}a number from {low} to {high} for this detector')
@@ -257,7 +257,7 @@ def main(args: Namespace) -> None:
         raise UserError(f'--output {args.output} is the source: choose another')
     if Path(args.output).suffix.lower() not in SUFFIXES:
         raise UserError(f'--output {args.output}: let it end in .png or .jpg')
-    image, detector = read_image(args.source), load_detector(args.model, args.checkpoint, args.device)
+    image, detector = read_image(args.source), load_from_flags(args)
     attention = attention_of(detector, image, args.layer)
     rows = panels_of(detector, image, attention, args)
     save_atomically(args.output, sheet_of(rows, attention).save)
@@ -265,9 +265,7 @@ def main(args: Namespace) -> None:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = FlagParser(
-        'visualize_attention.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser('visualize_attention.py', description=__doc__)
     flag = parser.add_argument
     add_detector_args(parser)
     flag('--source', required=True, metavar='IMAGE', help='an image')
@@ -276,7 +274,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag('--num', default=6, type=whole(1), help='number of the best queries (default: %(default)s)')
     flag('--layer', default=-1, type=int, help='decoder layer, from 0 or back from -1 (default: -1)')
     flag('--head', default='mean', help='mean (default; points: of all), all (a panel each) or a number')
-    flag('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
     return parser
 
 

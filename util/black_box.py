@@ -153,13 +153,13 @@ class BlackBox:
     def __init__(self, folder: Path | None = None, limit: int = 3, flags: dict | None = None) -> None:
         self.folder, self.limit, self.flags = folder, limit, flags
         self.in_a_row = self.saved = 0
+        self.model: nn.Module | None = None
 
-    def watch(self, model: nn.Module) -> None:
-        """Note the batch norms of a model, before its first step."""
-        self.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
-    def before(self) -> None:
+    def before(self, model: nn.Module) -> None:
         """Remember random states, and statistics of batch norms, before a step."""
+        if self.model is not model:  # a walk through all modules takes long
+            self.model = model
+            self.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.rng = get_rng_state()
         norms = [norm for norm in self.norms if norm.training]
         self.statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]

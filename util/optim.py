@@ -4,7 +4,6 @@ average of the weights (EMA).
 
 import copy
 import math
-import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -85,19 +84,18 @@ def layer_decay_groups(model: nn.Module, lr: float, weight_decay: float, factor:
     All that is no block and no embedding learns at `lr`. Biases, norms and other vectors are not decayed. The first group
     is the rest of the model, the second the backbone's last block.
     """
-    depth = len(cast(Any, model).backbone[0].body.blocks)
+    body, prefix = cast(Any, model).backbone[0].body, 'backbone.0.body.'
+    last = len(body.units()) + 1
     groups: dict[tuple[bool, int], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        block = re.match(r'backbone\.0\.body\.blocks\.(\d+)\.', name)
-        embeds = name.startswith(('backbone.0.body.pos_embed', 'backbone.0.body.patch_embed.'))
-        layer = int(block[1]) + 1 if block else 0 if embeds else depth + 1
+        layer = body.layer_of(name.removeprefix(prefix)) if name.startswith(prefix) else last
         groups.setdefault((parameter.ndim == 1 or name.endswith('.bias'), -layer), []).append(parameter)
     return [
         {
             'params': groups[key],
-            'lr': lr * factor ** (depth + 1 + key[1]),
+            'lr': lr * factor ** (last + key[1]),
             'weight_decay': 0.0 if key[0] else weight_decay,
         }
         for key in sorted(groups)

@@ -2,13 +2,15 @@
 
 import re
 import shutil
+from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -18,6 +20,7 @@ from util.config.recorded import as_json
 from util.config.settle import Settled
 from util.distributed.collectives import (
     all_gather_object,
+    check_agreement,
     fail_together,
     get_rank,
     get_world_size,
@@ -27,6 +30,7 @@ from util.distributed.parallel import gather, load_model_state, load_optimizer_s
 from util.distributed.preemption import Interrupted, StopRequests
 from util.errors import UserError
 from util.files import (
+    code_checksum,
     lock_folder,
     make_folder,
     or_warn,
@@ -41,6 +45,7 @@ from util.precision import Precision
 from util.run_entries import damage_named
 from util.seeding import get_rng_state, seed_everything, set_rng_state
 from util.trackers import Tracker, build_trackers
+from util.visualize import plot_curves
 
 
 class ImageData(Protocol):
@@ -169,6 +174,26 @@ class Run:
         self.saved = self.folder is None or self.save(metrics)
         if self.folder and self.saved:
             self.keep_numbered()
+
+    def log_epoch(self, row: dict[str, float], record: dict, best: str, drawn: Sequence[str]) -> None:
+        """Log the last epoch, draw the curves, and keep its checkpoint if it is the best.
+
+        Args:
+            row: numbers of the epoch. record: JSON values.
+            best: name of the number that is best where it is largest; missing: the epoch was not evaluated.
+            drawn: names of the numbers that curves show.
+        """
+        if self.log:
+            evaluated = is_main_process() and best in row
+            if evaluated and self.saved and row[best] > self.log.best(best):
+                self.keep_copy('checkpoint_best.pth')
+            with or_warn():
+                self.log.append(row, record)
+                if evaluated:
+                    plot_curves(self.checkpoint_path.with_name('curves.png'), self.log.rows, drawn)
+        for tracker in self.trackers:
+            with or_warn():
+                tracker.add(self.epoch, row)
 
     def save(self, metrics: dict | None = None) -> bool:
         """Write `checkpoint.pth`, after an epoch or in the middle of one. All ranks must call it.
@@ -312,6 +337,18 @@ class Run:
             meter.load_state_dict(saved['meters'][rank], device)
             self.state.meter = meter if rank == get_rank() else self.state.meter.joined(meter)
             self.criterion.tally.update(saved['tallies'][rank])
+
+
+def check_same_start(flags: Namespace) -> None:
+    """Require that all processes were started with the same flags and code.
+
+    Raises:
+        UserError: they were not.
+    """
+    own = ('device', 'num_workers')
+    facts = {f'--{name}': value for name, value in vars(flags).items() if name not in own}
+    code = code_checksum(Path(__file__).parents[1])
+    check_agreement(facts | {'PyTorch': torch.__version__, 'the code': code})
 
 
 def find_checkpoint(output_dir: str, resume: str, evaluate: bool, restarted: bool) -> str:

@@ -1,4 +1,4 @@
-"""What the entries of a run's checkpoint are, so that a damaged file is named before anything reads it."""
+"""Types and ranges of the entries of a run's checkpoint, so that a damaged file is refused before anything reads it."""
 
 import math
 from argparse import Namespace
@@ -24,8 +24,8 @@ class Number:
 
 
 COUNT, NOT_NEGATIVE, FINITE = Number(0, whole=True), Number(0), Number()
-# A dictionary names the entries that must be there, with `?` those that may be; `...` stands for all others. A list holds what
-# each element of one is; a type or a tuple of types is what a value must be an instance of.
+# In a dictionary, names with `?` may be missing, and `...` stands for all other names. A list has what every element must be. A
+# value must be an instance of a type or of one in a tuple.
 WEIGHTS = {
     'args?': (dict, Namespace),
     'class_map?': {'category_ids': [COUNT], 'names': [(str, type(None))]},
@@ -60,7 +60,7 @@ TWINS = {'class_map': ('category_ids', 'names'), 'within_epoch': ('meters', 'tal
 
 
 def faults(value: Any, expected: Any, name: str = '') -> Iterator[str]:
-    """Yield which entries of a value are not as expected, and why. name: what the value is called."""
+    """Yield the entries of a value that are not as expected, and why. name: name of the value in messages."""
     if isinstance(expected, Number):
         yield from number_faults(value, expected, name)
     elif isinstance(expected, dict) and isinstance(value, Mapping):
@@ -89,12 +89,12 @@ def number_faults(value: Any, expected: Number, name: str) -> Iterator[str]:
 
 
 def check_entries(checkpoint: Mapping, source: str, resume: bool) -> None:
-    """Require that what is read of a checkpoint beside its weights is of the right type, and finite.
+    """Require that the entries of a checkpoint other than its weights have the right type, and are finite.
 
-    resume: a run goes on, so the state of the optimizer and its place are read too, unless the file holds weights alone.
+    resume: check also the state of a run that is resumed, unless the file holds weights alone.
 
     Raises:
-        UserError: it is damaged; the message names the file and the entry.
+        UserError: the checkpoint is damaged; the message names the file and the entry.
     """
     expected = WEIGHTS | (
         STATE if resume and {'epoch', 'optimizer', 'lr_scheduler'} & checkpoint.keys() else {}
@@ -119,7 +119,7 @@ def damaged(source: str, problem: str, resume: bool) -> UserError:
 
 @contextmanager
 def damage_named(source: str, entry: str) -> Iterator[None]:
-    """Name file and entry if what is restored in the block does not fit this run, in a way that `check_entries` cannot tell."""
+    """Name file and entry if a state that is restored in the block does not fit this run, which `check_entries` cannot see."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):

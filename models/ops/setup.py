@@ -3,9 +3,9 @@ Build the kernels of deformable attention that this machine can build, into mode
 
     cd models/ops && python setup.py build_ext --inplace
 
-CUDA kernels are built if there is nvcc, for the visible GPUs or for TORCH_CUDA_ARCH_LIST (such as "8.0 9.0"). If there
-is none, or they do not compile, only the CPU kernels are built. All of them are optional: without them the operator runs
-on Triton (CUDA) or plain PyTorch.
+CUDA kernels are built if there is nvcc, for the visible GPUs or for TORCH_CUDA_ARCH_LIST (such as "8.0 9.0").
+If there is none, or they do not compile, only the CPU kernels are built. All of them are optional: without
+them the operator runs on Triton (CUDA) or plain PyTorch.
 """
 
 import os

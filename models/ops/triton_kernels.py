@@ -1,9 +1,11 @@
 """
-Triton kernels of multi-scale deformable attention (arXiv:2010.04159, Eq. 3), for CUDA machines without compiled kernels.
+Triton kernels of multi-scale deformable attention (arXiv:2010.04159, Eq. 3), for CUDA machines without
+compiled kernels.
 
-One program handles a block of consecutive queries of one head of one image. A row of the block is one query, and its
-columns are the head's channels. Sums are float32 (float64 for float64 values), whatever the type of the values. Level
-sizes reach the kernels in memory, so that a new image size compiles nothing. Nothing here needs a synchronisation.
+One program handles a block of consecutive queries of one head of one image. A row of the block is one query,
+and its columns are the head's channels. Sums are float32 (float64 for float64 values), whatever the type of
+the values. Level sizes reach the kernels in memory, so that a new image size compiles nothing. Nothing here
+needs a synchronisation.
 
 Letters: N images, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
 """
@@ -16,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements of a program's block: 16 queries of 32 channels forward, 4 queries backward. One warp then does a backward
-# block, sums over channels by shuffles, and waits for no other warp.
+# Elements of a program's block: 16 queries of 32 channels forward, 4 queries backward. One warp then does a
+# backward block, sums over channels by shuffles, and waits for no other warp.
 FORWARD_BLOCK = 512
 BACKWARD_BLOCK = 128
 MAX_BLOCK_QUERIES = 128
@@ -69,9 +71,20 @@ def add_share(sums, share, grad, scale, mask):
 
 @triton.jit(do_not_specialize=['num_tokens', 'num_queries'])
 def forward_kernel(
-    value, levels, locations, weights, output, num_tokens, num_queries,
-    M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    value,
+    levels,
+    locations,
+    weights,
+    output,
+    num_tokens,
+    num_queries,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     image, head, rows, exists = place_block(num_queries, M, BLOCK_Q)
     value += image * num_tokens * (M * D) + head * D
     channels = tl.arange(0, BLOCK_D)
@@ -97,10 +110,24 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=['num_tokens', 'num_queries'])
 def backward_kernel(
-    value, levels, locations, weights, grad_output, grad_value, grad_locations, grad_weights, scale,
-    num_tokens, num_queries,
-    M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    value,
+    levels,
+    locations,
+    weights,
+    grad_output,
+    grad_value,
+    grad_locations,
+    grad_weights,
+    scale,
+    num_tokens,
+    num_queries,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     image, head, rows, exists = place_block(num_queries, M, BLOCK_Q)
     first = image * num_tokens * (M * D) + head * D
     channels = tl.arange(0, BLOCK_D)
@@ -158,8 +185,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of value, locations and weights.
 
-    If PyTorch is to be deterministic, the gradient of value is summed in fixed point, where the order does not matter.
-    It is then NaN everywhere if grad_output or the weights contain a number that is not finite.
+    If PyTorch is to be deterministic, the gradient of value is summed in fixed point, where the order does
+    not matter. It is then NaN everywhere if grad_output or the weights contain a number that is not finite.
     """
     inputs = value, sampling_locations, attention_weights
     check(spatial_shapes, *inputs)

@@ -15,7 +15,7 @@ State = dict[str, Tensor]
 
 COCO_IDS = sorted(class_map.COCO_IDS)  # of the 80 classes that some projects number without gaps
 NEVER = -50.0  # bias of a class that does not exist
-DINO_KEY = 'transformer.decoder.ref_point_head.layers.0.weight'  # only DINO has it beside numbered heads
+DINO_KEY = 'transformer.decoder.ref_point_head.layers.0.weight'  # of DINO, if heads are numbered too
 
 
 def read_names(state: State, table: Table) -> State:

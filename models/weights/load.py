@@ -7,6 +7,7 @@ The names of a file reveal its project (`layouts.py`). Weights must fit strictly
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -131,12 +132,12 @@ def fill(
     if needed or unexpected or refused:
         raise UserError(mismatch_text(layout, state, own, needed, unexpected, refused))
     fresh = [name for name in missing if name.startswith((*MASKS, 'class_embed'))]
-    anew = resize_entries(state, own, classes, proposal_head(model))
+    resized = resize_entries(state, own, classes, proposal_head(model))
     if not resume:
         check_finite(state)
     model.load_state_dict(own | state)
     kept = list(classes.pairs) if classes else []
-    return LoadReport(layout, len(state) - len(anew), anew + fresh, bool(recorded), differing, kept)
+    return LoadReport(layout, len(state) - len(resized), resized + fresh, bool(recorded), differing, kept)
 
 
 # Entries that are changed to fit -------------------------------------------------------------------------------------
@@ -165,9 +166,10 @@ def is_dispensable(name: str) -> bool:
 
 
 def proposal_head(model: nn.Module) -> str | None:
-    """Return the prefix of the class head of Deformable DETR's proposals, whose row 0 means 'object', whatever the classes are."""
-    flags = getattr(model, 'flags', None) or {}
-    return f'class_embed.{flags["dec_layers"]}.' if flags.get('two_stage') and not flags['dino'] else None
+    """Return the prefix of the class head of Deformable DETR's proposals, whose row 0 means 'object' for all classes."""
+    first_stage = getattr(model, 'first_stage', None)
+    agnostic = first_stage is not None and not first_stage.by_class
+    return f'class_embed.{len(cast(nn.ModuleList, model.class_embed)) - 1}.' if agnostic else None
 
 
 def resize_entries(
@@ -177,15 +179,15 @@ def resize_entries(
 
     Returns the names of those that keep nothing of the file, or only the first queries.
     """
-    anew = []
+    resized = []
     for name, x in state.items():
         if classes is not None and name.startswith('class_embed'):
             is_proposals = proposals is not None and name.startswith(proposals)
             state[name] = fill_rows(own[name], x[:1]) if is_proposals else classes.fill(own[name], x)
         elif x.shape != own[name].shape:
             state[name] = fill_rows(own[name], x) if name.startswith('query_embed') else own[name]
-            anew.append(name)
-    return anew
+            resized.append(name)
+    return resized
 
 
 def fill_rows(own: Tensor, rows: Tensor) -> Tensor:
@@ -212,7 +214,8 @@ def differences_text(differing: dict[str, tuple]) -> str:
         return ('on' if value else 'off') if isinstance(value, bool) else value
 
     parts = [
-        f'--{flag} {word(theirs)} there, {word(ours)} here' for flag, (theirs, ours) in differing.items()
+        f'--{flag} {word(in_file)} there, {word(in_model)} here'
+        for flag, (in_file, in_model) in differing.items()
     ]
     return ', '.join(parts).replace('--family', 'the family')
 
@@ -227,14 +230,14 @@ def check_layer_order(model: nn.Module, layout: str, recorded: dict, state: Stat
         UserError: the order is another one.
     """
     if any('.linear3.' in name for name in state):
-        theirs = True
+        in_file = True
     elif recorded or layout != 'official':
-        theirs = bool(recorded.get('use_ms_detr')) and not any('class_embed_o2m' in name for name in state)
+        in_file = bool(recorded.get('use_ms_detr')) and not any('class_embed_o2m' in name for name in state)
     else:
         return
-    ours = any(getattr(module, 'reads_memory_first', False) for module in model.modules())
+    in_model = any(getattr(module, 'reads_memory_first', False) for module in model.modules())
     effect = 'moves the cross-attention of a decoder layer in front of its self-attention'
-    check_switch('use_ms_detr', theirs, ours, effect)
+    check_switch('use_ms_detr', in_file, in_model, effect)
 
 
 def check_shared_heads(model: nn.Module, state: State) -> None:
@@ -245,24 +248,18 @@ def check_shared_heads(model: nn.Module, state: State) -> None:
     """
     heads = getattr(model, 'bbox_embed', None)
     first, second = (state.get(f'bbox_embed.{layer}.layers.2.bias') for layer in (0, 1))
-    if (
-        getattr(model, 'two_stage', False)
-        or not isinstance(heads, nn.ModuleList)
-        or first is None
-        or second is None
-    ):
+    one_stage = getattr(model, 'first_stage', None) is None
+    if not (one_stage and isinstance(heads, nn.ModuleList)) or first is None or second is None:
         return
-    own = heads[0] is not heads[1]
-    check_switch(
-        'with_box_refine', not torch.equal(first, second), own, 'gives each decoder layer heads of its own'
-    )
+    in_file, in_model = not torch.equal(first, second), heads[0] is not heads[1]
+    check_switch('with_box_refine', in_file, in_model, 'gives each decoder layer heads of its own')
 
 
-def check_switch(flag: str, theirs: bool, ours: bool, effect: str) -> None:
-    if ours != theirs:
+def check_switch(flag: str, in_file: bool, in_model: bool, effect: str) -> None:
+    if in_file != in_model:
         raise UserError(
-            f'the checkpoint was trained {"with" if theirs else "without"} --{flag}, which {effect}: '
-            f'{"add it" if theirs else "leave it out"}'
+            f'the checkpoint was trained {"with" if in_file else "without"} --{flag}, which {effect}: '
+            f'{"add it" if in_file else "leave it out"}'
         )
 
 
@@ -281,14 +278,14 @@ def check_finite(state: State) -> None:
 
 
 def check_frozen(report: LoadReport) -> None:
-    """Require that only masks start anew, as --frozen_weights demands.
+    """Require that only masks start from random values, as --frozen_weights demands.
 
     Raises:
         UserError: another part of the model is not in the file.
     """
     if others := [name for name in report.reinitialised if not name.startswith(MASKS)]:
         raise UserError(
-            f'--frozen_weights must hold the whole detector of boxes, but {", ".join(others[:4])} would start anew: give the '
+            f'--frozen_weights must hold the whole detector of boxes, but {", ".join(others[:4])} would start from random values: give the '
             '--num_queries and classes of its run'
         )
 

@@ -42,7 +42,7 @@ def same(*parts: str) -> dict[str, str]:
 
 
 def layers(part: str, theirs: str, parts: dict[str, str]) -> Table:
-    """Return rows for the layers of the 'encoder' or 'decoder'; theirs: what stands in front of it there."""
+    """Return rows for the layers of the 'encoder' or 'decoder'; theirs: the prefix there."""
     return rows(f'transformer.{part}.layers.{{layer}}.', f'{theirs}{part}.layers.{{layer}}.', parts)
 
 

@@ -34,7 +34,7 @@ TRANSFORMERS_FILES = (
 )
 TORCH_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 AVERAGED = ('model_ema', 'ema_state', 'ema_model', 'state_dict_ema')  # where projects keep EMA weights
-FLAGS_KEY, CLASSES_KEY = 'args', 'class_map'  # beside the weights, also in a safetensors file's metadata
+FLAGS_KEY, CLASSES_KEY = 'args', 'class_map'  # in a checkpoint, and in a safetensors file's metadata
 
 
 class Inert:
@@ -221,7 +221,7 @@ def extract_weights(
         source: name of the file, for messages.
 
     Raises:
-        UserError: there are none.
+        UserError: the checkpoint has no weights.
     """
     names = (*AVERAGED * averaged, 'model', 'state_dict')
     state = next((checkpoint[name] for name in names if name in checkpoint), checkpoint)

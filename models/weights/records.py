@@ -74,9 +74,7 @@ def read_config(config: Mapping) -> dict:
     """
     kind = config.get('model_type')
     if kind not in MODEL_TYPES.values():
-        raise UserError(
-            f'the configuration beside the weights is that of {kind!r}: known are {", ".join(MODEL_TYPES.values())}'
-        )
+        raise UserError(f'the configuration is that of {kind!r}: known are {", ".join(MODEL_TYPES.values())}')
     heads = config.get('encoder_attention_heads', 8), config.get('decoder_attention_heads', 8)
     if heads[0] != heads[1]:
         raise UserError(
@@ -97,7 +95,7 @@ def read_config(config: Mapping) -> dict:
         'backbone': backbone or 'resnet50',
     }
     names = (CONFIG_NAMES | DEFORMABLE_CONFIG_NAMES).items()
-    flags |= {name: config[theirs] for name, theirs in names if theirs in config}
+    flags |= {name: config[key] for name, key in names if key in config}
     return flags | {name: kind == MODEL_TYPES[name] for name in ('conditional', 'deformable')}
 
 
@@ -123,7 +121,7 @@ def write_config(flags: Mapping, names: list[str | None]) -> dict:
     kind = MODEL_TYPES[flags['family']]
     known = CONFIG_NAMES | (DEFORMABLE_CONFIG_NAMES if kind == 'deformable_detr' else {})
     labels = {index: name or 'N/A' for index, name in enumerate(names)}
-    return {theirs: flags[name] for name, theirs in known.items() if name in flags} | {
+    return {key: flags[name] for name, key in known.items() if name in flags} | {
         'model_type': kind,
         'architectures': [f'{"".join(word.capitalize() for word in kind.split("_"))}ForObjectDetection'],
         'decoder_attention_heads': flags['nheads'],
@@ -151,7 +149,9 @@ def extract_class_map(checkpoint: dict, source: str) -> ClassMap:
     layout, state = translate(extract_weights(checkpoint, source=source))
     heads = [state[name] for name in ('class_embed.0.bias', 'class_embed.bias') if name in state]
     if not heads:
-        raise UserError(f'{source} has no class head ({layout} names), so it is no detector of this family')
+        raise UserError(
+            f'{source} has no class head ({layout} names), so it is not a detector of this family'
+        )
     rows = len(heads[0])
     rows -= 'class_embed.bias' in state and DINO_KEY not in state  # 'no object'
     names = extract_class_names(checkpoint)
@@ -184,15 +184,15 @@ class SharedClasses:
     num_in_file: int
     num_in_model: int
 
-    def fill(self, head: Tensor, theirs: Tensor) -> Tensor:
-        """Return rows of a class head [K, ...]: those of the file for shared classes and for 'no object', if both have it."""
-        if theirs.shape[1:] != head.shape[1:]:
+    def fill(self, head: Tensor, rows: Tensor) -> Tensor:
+        """Return a class head [K, ...] with the rows of a file for shared classes and for 'no object', if both have it."""
+        if rows.shape[1:] != head.shape[1:]:
             return head
         filled = head.clone()
         for there, here in self.pairs.values():
-            filled[here] = theirs[there]
-        if len(theirs) > self.num_in_file and len(head) > self.num_in_model:
-            filled[self.num_in_model] = theirs[self.num_in_file]
+            filled[here] = rows[there]
+        if len(rows) > self.num_in_file and len(head) > self.num_in_model:
+            filled[self.num_in_model] = rows[self.num_in_file]
         return filled
 
 

@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.ops.functions import ms_deform_attn_core_pytorch
-from models.ops.functions.ms_deform_attn_func import KERNELS, available, pairs
+from models.ops.functions import KERNELS, available, ms_deform_attn_core_pytorch, pairs
 from tools.benchmarks import common
 from tools.benchmarks.official import add_official, load_official
 

@@ -177,7 +177,7 @@ def make_contenders(flags: Settled, precisions: list[str], batch: Batch) -> dict
 def make_official(
     flags: Settled, precisions: list[str], batch: Batch, ours: nn.Module, extension: ModuleType | None
 ) -> dict[str, Contender]:
-    """Build our model on the path of the official code, which knows no 16 bits."""
+    """Build our model on the path of the official code, which has no 16 bits."""
     model = official_model(flags, ours.state_dict()).to(batch[0].device).train()
     turn_off_dropout(model)
     coefficients = build_supervision(flags)[0].weight_dict

@@ -1,9 +1,9 @@
 """
 What settings need to know of decoders and backbones before they are built, and defaults that depend on them.
 
-`DECODERS` has one record for each decoder: a new variant of Deformable DETR's is a record here and the module that it names.
-`KINDS` has one record for all backbones whose names start alike; `models.backbone.BACKBONES` builds them, and a test compares
-the networks with it. Nothing here imports PyTorch.
+`DECODERS` has one record for each decoder: a new variant of Deformable DETR's is a record here and the module
+that it names. `KINDS` has one record for all backbones whose names start alike; `models.backbone.BACKBONES`
+builds them, and a test compares the networks with it. Nothing here imports PyTorch.
 """
 
 from argparse import Namespace
@@ -31,7 +31,8 @@ class Decoder:
     help: what its switch does; '' if the family alone chooses it. implies: switches that it turns on.
     defaults: flag to default, where that is not the default of the family.
     encoding_offset: number added to positions in cells before they are encoded.
-    as_mmdetection: classes are matched, and losses averaged, with the small numbers of mmdetection instead of DETR's.
+    as_mmdetection: classes are matched, and losses averaged, with the small numbers of mmdetection instead of
+    DETR's.
     """
 
     name: str
@@ -98,9 +99,10 @@ def follows_mmdetection(args: Namespace) -> bool:
 class BackboneKind:
     """Facts about all backbones whose names start alike.
 
-    supports: flags that are for some backbones only, and for these; `use_checkpoint` stands for its part `backbone`.
-    stages: stages that have a map; stage s has stride 2^(s + 1), less by half in the last one with --dilation.
-    pyramid: strides of the levels that Deformable DETR makes from the only map; () if levels are made from several.
+    supports: flags that are for some backbones only, and for these; `use_checkpoint` stands for its part
+    `backbone`. stages: stages that have a map; stage s has stride 2^(s + 1), less by half in the last one
+    with --dilation. pyramid: strides of the levels that Deformable DETR makes from the only map; () if levels
+    are made from several.
     """
 
     supports: tuple[str, ...]

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from util.distributed.collectives import get_world_size, init_distributed, is_main_process, leave_distributed
 from util.distributed.launch import is_preempted
-from util.logger import print_main
 
 # SIGTERM: torchrun, Slurm and Kubernetes send it before they kill. SIGUSR1, SIGUSR2: time is nearly up (`sbatch
 # --signal`, submitit). SIGINT: Ctrl-C. Where they do not exist (Windows), nothing listens.
@@ -78,7 +77,8 @@ class StopRequests:
         if signum == signal.SIGINT:
             if self.signum:
                 raise KeyboardInterrupt
-            print_main('asked to stop: the run ends after this step; Ctrl-C again ends it at once')
+            if is_main_process():
+                print('asked to stop: the run ends after this step; Ctrl-C again ends it at once', flush=True)
         if self.signum not in NEARLY_OVER:  # SIGTERM may come before and after, and says less
             self.signum = signum
 

@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.ops.functions.ms_deform_attn_func import Shapes, ms_deform_attn
 from util.precision import full_precision
+
+from .functions import Shapes, ms_deform_attn
 
 
 def level_sizes(spatial_shapes: Shapes, like: Tensor) -> Tensor:
     """Return width and height of each level, [L, 2], on the device of `like`.
 
-    They are filled in, not copied from the host: this needs no synchronisation, and exported programs keep the sizes
-    variable.
+    They are filled in, not copied from the host: this needs no synchronisation, and exported programs keep
+    the sizes variable.
     """
     sides = [like.new_full((), side) for height, width in spatial_shapes for side in (width, height)]
     return torch.stack(sides).view(-1, 2)

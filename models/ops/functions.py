@@ -1,10 +1,10 @@
 """
 Multi-scale deformable attention (arXiv:2010.04159, Eq. 3) as one registered operator, `detr::ms_deform_attn`.
 
-The operator has several implementations: `cpp` (CPU) and `cuda`, built by `models/ops/setup.py`, and `triton` (CUDA,
-nothing to build). A device uses the first that runs on it and agrees with pure PyTorch on a small case. If there is none,
-and whenever a model is exported, `pytorch` runs: grid_sample, on any device, without the operator. The choice is made at
-import for the CPU, and at the first use of other devices.
+The operator has several implementations: `cpp` (CPU) and `cuda`, built by `models/ops/setup.py`, and `triton`
+(CUDA, nothing to build). A device uses the first that runs on it and agrees with pure PyTorch on a small
+case. If there is none, and whenever a model is exported, `pytorch` runs: grid_sample, on any device, without
+the operator. The choice is made at import for the CPU, and at the first use of other devices.
 
 Letters: N images, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
 """
@@ -24,7 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 Shapes = Sequence[tuple[int, int]]  # (height, width) of each level
 Gradients = tuple[Tensor, Tensor, Tensor]
 
-LIBRARY_FILE = Path(__file__).resolve().parents[1] / (
+LIBRARY_FILE = Path(__file__).resolve().parent / (
     f'_C_torch{torch.__version__}'.replace('.', '_').replace('+', '_')
     + ('.pyd' if sysconfig.get_platform().startswith('win') else '.so')
 )
@@ -53,7 +53,7 @@ def ms_deform_attn_core_pytorch(
     return output.view(batch, heads * channels, queries).transpose(1, 2)
 
 
-def pairs(flat_shapes: Sequence[int]) -> list[tuple[int, int]]:
+def pairs(flat_shapes: Sequence[int]) -> Shapes:
     """Turn [H0, W0, H1, W1 ...] into [(H0, W0), (H1, W1) ...]."""
     return list(zip(flat_shapes[::2], flat_shapes[1::2], strict=True))
 
@@ -155,7 +155,8 @@ def ms_deform_attn(
     Args:
         value: [N, S, M, D], levels one after the other, row by row.
         spatial_shapes: (H, W) of each level, plain integers.
-        sampling_locations: [N, Q, M, L, P, 2] x, y in units of the level, whose edges are 0 and 1. Pixels outside are 0.
+        sampling_locations: [N, Q, M, L, P, 2] x, y in units of the level, whose edges are 0 and 1. Pixels
+            outside are 0.
         attention_weights: [N, Q, M, L, P], used as they are.
 
     Raises:
@@ -176,8 +177,8 @@ def exporting() -> bool:
 def is_exporting() -> bool:
     """Return whether torch.export runs, from PyTorch 2.7 on.
 
-    `torch.compiler.is_exporting` would do, but up to PyTorch 2.13 torch.compile takes it for True, too. Some versions do not
-    set the flag while they export with strict=True.
+    `torch.compiler.is_exporting` would do, but up to PyTorch 2.13 torch.compile takes it for True, too. Some
+    versions do not set the flag while they export with strict=True.
     """
     return getattr(torch.compiler, '_is_exporting_flag', False)
 
@@ -237,9 +238,8 @@ def describe(device_type: str) -> str:
     """Say in one line which implementation is in use, and why no better one is."""
     name = implementation(device_type)
     better = CANDIDATES.get(device_type, ())
-    skipped = [
-        f'{other}: {problems[other]}' for other in better[: better.index(name) if name in better else None]
-    ]
+    better = better[: better.index(name)] if name in better else better
+    skipped = [f'{other}: {problems[other]}' for other in better]
     reason = f' ({"; ".join(skipped)})' if skipped else ''
     return f'{name} kernels of deformable attention on {device_type}{reason}'
 
@@ -254,42 +254,34 @@ def use_implementation(name: str) -> Iterator[None]:
         forced.pop()
 
 
+@torch.inference_mode(False)  # whatever the mode of a model whose first call asks for this
 def disagreement(name: str, device_type: str) -> str | None:
-    """Compare with pure PyTorch on a small case with points inside, at the edge and outside.
+    """Compare output and gradients with pure PyTorch on small cases, with points inside, at the edge and outside.
 
     Return None if they agree, else the problem.
     """
-    # The first call of a model may be under inference mode or autocast.
-    with torch.inference_mode(False), torch.autocast(device_type, enabled=False):
-        return compare_with_pytorch(name, device_type)
-
-
-def compare_with_pytorch(name: str, device_type: str) -> str | None:
-    """Compare output and gradients with pure PyTorch; return None or the problem."""
     generator = torch.Generator().manual_seed(0)
     forward, backward = KERNELS[name]
-    # A decoder of 8 channels, and an encoder (as many queries as tokens) of 32, for which there are special kernels.
+    # A decoder of 8 channels, and an encoder (as many queries as tokens) of 32, for which there are special
+    # kernels.
     for queries, channels in ((5, 8), (23, 32)):
-        shapes = (
-            (1, 23, 2, channels),
-            (1, queries, 2, 2, 3, 2),
-            (1, queries, 2, 2, 3),
-            (1, queries, 2 * channels),
-        )
+        points = 1, queries, 2, 2, 3
+        shapes = (1, 23, 2, channels), (*points, 2), points, (1, queries, 2 * channels)
         value, locations, weights, grad = (
             torch.rand(shape, generator=generator, dtype=torch.float32) for shape in shapes
         )
         exact = value, (5, 4, 1, 3), 1.4 * locations - 0.2, weights
-        expected = [forward_pytorch(*exact), *backward_pytorch(grad, *exact)]
         arguments = [x.to(device_type) if isinstance(x, Tensor) else x for x in exact]
-        try:
-            ours = [forward(*arguments), *backward(grad.to(device_type), *arguments)]
-            pairs_of = zip(ours, expected, strict=True)
-            worst = (
-                torch.stack([(a.cpu() - b).abs().max() / b.abs().max() for a, b in pairs_of]).amax().item()
-            )
-        except Exception as error:  # whatever a driver or compiler raises, another implementation can run
-            return f'failed ({str(error).splitlines()[0] if str(error) else type(error).__name__})'
+        with torch.autocast(device_type, enabled=False):
+            expected = [forward_pytorch(*exact), *backward_pytorch(grad, *exact)]
+            try:
+                ours = [forward(*arguments), *backward(grad.to(device_type), *arguments)]
+                errors = [
+                    (a.cpu() - b).abs().max() / b.abs().max() for a, b in zip(ours, expected, strict=True)
+                ]
+            except Exception as error:  # whatever a driver or compiler raises, another implementation can run
+                return f'failed ({str(error).splitlines()[0] if str(error) else type(error).__name__})'
+        worst = torch.stack(errors).amax().item()
         if not worst < 1e-4:  # also true for NaN
             return f'differs from PyTorch by {worst:.1e}'
     return None

@@ -1,3 +1,0 @@
-from .ms_deform_attn import MSDeformAttn
-
-__all__ = ['MSDeformAttn']
