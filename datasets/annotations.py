@@ -71,7 +71,8 @@ COLUMNS = np.dtype(
         ('segmented', np.bool_),
         ('starts', np.int64),
         ('stops', np.int64),
-    ]
+    ],
+    align=True,  # PyTorch takes no unaligned columns
 )
 
 
