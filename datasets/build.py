@@ -1,4 +1,4 @@
-"""Build a data set by the name of its format, from the settled flags of data."""
+"""Build a dataset by the name of its format, from the settled flags of data."""
 
 from argparse import Namespace
 from dataclasses import dataclass, fields
@@ -16,7 +16,7 @@ from util.config.networks import level_strides
 from util.config.rules import is_shards
 from util.config.settle import settle
 
-# Value of --dataset_file -> module whose `build(part, settings, class_map)` builds the data set; part is 'train' or 'val'.
+# Value of --dataset_file -> module whose `build(part, settings, class_map)` builds the dataset; part is 'train' or 'val'.
 DATASETS = {
     'coco': 'datasets.coco',
     'lvis': 'datasets.lvis',
@@ -31,7 +31,7 @@ MASK_FLAGS = ('masks', 'co_masks', 'co_rcnn_masks')  # a model with one of these
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What the builders of data sets read: flags of the same names (`util.config.flags`), and `masks`.
+    """What the builders of datasets read: flags of the same names (`util.config.flags`), and `masks`.
 
     masks: targets need masks.
     """
@@ -100,7 +100,7 @@ def build_dataset(part: str, settings: DataSettings, class_map: ClassMap | None 
 
     Raises:
         UserError: the data are invalid.
-        TypeError: the data set does not keep the contract of `datasets.image_dataset.ImageDataset`.
+        TypeError: the dataset does not keep the contract of `datasets.image_dataset.ImageDataset`.
     """
     shards = is_shards(settings.annotations(part))
     module = 'datasets.streaming.shards' if shards else DATASETS[settings.dataset_file]

@@ -1,5 +1,5 @@
 """
-Any data set in COCO form, read as DETR does (arXiv:2005.12872): crowd regions are dropped, boxes are clamped to the
+Any dataset in COCO form, read as DETR does (arXiv:2005.12872): crowd regions are dropped, boxes are clamped to the
 image.
 
 Keypoints are not read, because no model here uses them. Annotations are kept in a few arrays that loader workers
@@ -7,48 +7,24 @@ share. Millions of Python objects would be copied by every worker.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from datasets.annotations import AnnotationTable, Columns, Inventory, PackedList
+from datasets.annotations import AnnotationTable, Inventory
 from datasets.augmentations import build_augmentation
 from datasets.build import DataSettings, image_options
 from datasets.class_map import ClassMap
-from datasets.coco_json import (
-    EXAMPLES,
-    Annotations,
-    File,
-    Findings,
-    check_files,
-    polygons_of,
-    read_annotations,
-    run_lengths,
-)
+from datasets.coco_json import Annotations, File, Issues, Lists, check_files, read_annotations, read_lists
 from datasets.image_dataset import ImageDataset, Mix
 from datasets.image_io import read_image, stored_size
-from datasets.json_stream import list_blocks
+from datasets.inventory import find_unusual_boxes
+from datasets.targets import AS_DETR, Objects, Reading, check_size, kept_by, make_target
 from datasets.transforms import Target, Transform
 from util.errors import FileError, UserError
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Rules for reading an annotation file; the defaults are DETR's.
-
-    class_ids: class indices of the categories, see `ClassMap.numbered`. drop_tiny: leave out objects narrower or lower
-    than a pixel, and those without area. min_image_side: leave out images with a smaller side.
-    """
-
-    class_ids: str = 'auto'
-    drop_tiny: bool = False
-    min_image_side: int = 0
 
 
 class CocoDetection(ImageDataset):
@@ -66,9 +42,9 @@ class CocoDetection(ImageDataset):
     """
 
     @classmethod
-    def blocks(cls, annotation_file: File) -> Iterator[tuple[str, list]]:
-        """Yield the lists of the annotation file in COCO form; other formats have their own way."""
-        return list_blocks(annotation_file)
+    def read_lists(cls, annotation_file: File) -> Lists:
+        """Return the lists of the annotation file in COCO form; other formats have their own way."""
+        return read_lists(annotation_file)
 
     def __init__(
         self,
@@ -78,15 +54,17 @@ class CocoDetection(ImageDataset):
         class_map: ClassMap | None = None,
         return_masks: bool | None = False,
         seed: int = 0,
-        reading: Reading = Reading(),
+        reading: Reading = AS_DETR,
         mix: Mix | None = None,
         repeat_threshold: float = 0.0,
         allow_outside: bool = False,
-        problems: Findings | None = None,
+        problems: Issues | None = None,
     ) -> None:
         super().__init__(transforms, mix, seed)
         self.image_dir, self.annotation_file = Path(image_dir), Path(annotation_file)
-        table = AnnotationTable(annotation_file, class_map, return_masks is not False, self.blocks, problems)
+        table = AnnotationTable(
+            annotation_file, class_map, return_masks is not False, self.read_lists, problems
+        )
         check_files(table.file_names, image_dir, annotation_file, allow_outside, problems)
         self.class_map = class_map or ClassMap.numbered(table.categories, reading.class_ids)
         kept = self._large_images(table, reading.min_image_side)
@@ -94,29 +72,29 @@ class CocoDetection(ImageDataset):
         self._file_names = table.file_names.chosen(kept)
         self._json_sizes = table.sizes[kept]
         rows, self._starts = objects_of(table, kept, reading)
-        self.findings = table.findings
+        self.issues = table.issues
         self.problems = problems
-        find_odd_boxes(self.findings, table, rows)
+        find_unusual_boxes(self.issues, table, rows)
         self.most_objects = int(np.diff(self._starts).max(initial=0))
         if return_masks:
             table.check_segmentations(rows)
         elif return_masks is None:
             return_masks = bool(table.objects.segmented[rows].all())
         self.return_masks = return_masks
-        self._objects = Objects.of(table.objects[rows], self.class_map, return_masks)
+        segmentations = table.segmentations if return_masks else None
+        self._objects = Objects.of(table.objects[rows], self.class_map, segmentations)
         # Row of the image behind each index; images of rare classes have several indices.
         self._rows = np.arange(len(self.ids))
         if repeat_threshold:
             repeats = repeats_of(self._objects.labels.numpy(), self._starts, repeat_threshold)
             self._rows = np.repeat(self._rows, repeats)
             self.ids = [self.ids[row] for row in self._rows]
-        self._ground_truth: Annotations | None = None
 
     def _large_images(self, table: AnnotationTable, min_side: int) -> np.ndarray:
         """Return the table's rows of images whose sides all have min_side pixels; headers are read where it has no size.
 
         Raises:
-            UserError: there is none.
+            UserError: all are smaller.
         """
         sizes = table.sizes.copy()
         if min_side:
@@ -140,23 +118,18 @@ class CocoDetection(ImageDataset):
             self._json_sizes,
             self.image_dir,
             [self._file_names[row] for row in rows.tolist()],
-            self.findings,
+            self.issues,
             self.problems,
         )
 
-    @property
+    @cached_property
     def ground_truth(self) -> Annotations:
-        """Return the annotation file's content, which is read at the first call; training never calls this."""
-        if self._ground_truth is None:
-            self._ground_truth = read_annotations(self.annotation_file, self.blocks)
-            for image in self._ground_truth['images'] if self.return_masks else []:
-                if not (image.get('height') and image.get('width')):  # masks need them
-                    image['height'], image['width'] = stored_size(self.image_dir / image['file_name'])
-        return self._ground_truth
-
-    def __getstate__(self) -> dict:
-        """Leave out the ground truth: spawned workers do not need it."""
-        return {**self.__dict__, '_ground_truth': None}
+        """Return the annotation file's content; training never reads it."""
+        content = read_annotations(self.annotation_file, self.read_lists)
+        for image in content['images'] if self.return_masks else []:
+            if not (image.get('height') and image.get('width')):  # masks need them
+                image['height'], image['width'] = stored_size(self.image_dir / image['file_name'])
+        return content
 
     def untransformed(self, idx: int) -> tuple[Tensor, Target]:
         """Return the image as it is stored, and its objects."""
@@ -183,76 +156,6 @@ class CocoDetection(ImageDataset):
         return sizes[self._rows]
 
 
-@dataclass(frozen=True)
-class Objects:
-    """T objects as the annotations have them.
-
-    boxes_xywh: [T, 4] float32 in pixels. labels: [T] int64. areas: [T] float32. segmentations: polygons or run
-    lengths; None if masks are not asked for.
-    """
-
-    boxes_xywh: Tensor
-    labels: Tensor
-    areas: Tensor
-    segmentations: PackedList | list | None
-
-    @classmethod
-    def of(cls, columns: Columns, class_map: ClassMap, with_masks: bool) -> 'Objects':
-        return cls(
-            torch.from_numpy(columns.boxes_xywh).float(),
-            torch.from_numpy(columns.labels(class_map)),
-            torch.from_numpy(columns.areas).float(),
-            columns.segmentations if with_masks else None,
-        )
-
-    def __getitem__(self, some: slice) -> 'Objects':
-        """Return the objects of a slice."""
-        rows = range(*some.indices(len(self.labels)))
-        segmentations = None if self.segmentations is None else [self.segmentations[row] for row in rows]
-        return Objects(self.boxes_xywh[some], self.labels[some], self.areas[some], segmentations)
-
-
-def make_target(objects: Objects, image_id: int, height: int, width: int) -> Target:
-    """Make the target (see `CocoDetection`) of the objects that have a box of positive size inside the image."""
-    boxes_xyxy = objects.boxes_xywh.clone()
-    boxes_xyxy[:, 2:] += boxes_xyxy[:, :2]
-    boxes_xyxy[:, 0::2].clamp_(0, width)
-    boxes_xyxy[:, 1::2].clamp_(0, height)
-    keep = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(dim=1)
-    target = {'boxes': boxes_xyxy[keep], 'labels': objects.labels[keep]}
-    if objects.segmentations is not None:
-        masks = torch.zeros(len(keep), height, width, dtype=torch.uint8)
-        for mask, segmentation in zip(masks, objects.segmentations, strict=True):
-            mask |= rasterize(segmentation, height, width)
-        target['masks'] = masks[keep]
-    target['image_id'] = torch.tensor([image_id])
-    target['area'] = objects.areas[keep]
-    # The official code has an empty float tensor here for an image without annotations.
-    target['iscrowd'] = torch.zeros(len(target['boxes']), dtype=torch.int64 if len(keep) else torch.float32)
-    target['orig_size'] = torch.tensor([height, width])
-    target['size'] = torch.tensor([height, width])
-    return target
-
-
-def check_size(path: object, found: Sequence[int], annotated: Sequence[int], source: object) -> None:
-    """Compare an image's (height, width) with that of its annotations, where 0 means unknown.
-
-    Raises:
-        UserError: the two differ.
-    """
-    (height, width), (expected_height, expected_width) = found, annotated
-    if expected_height > 0 and expected_width > 0 and (height, width) != (expected_height, expected_width):
-        raise UserError(
-            f'{path} is {width} x {height} (width x height), but {source} says {expected_width} x {expected_height}: '
-            'the boxes would be wrong; fetch the right image, or store it without EXIF rotation'
-        )
-
-
-def kept_by(reading: Reading, objects: Columns) -> np.ndarray:
-    """Leave out crowd regions and, if the reading says so, tiny objects; [A] bool."""
-    return ~objects.crowd & ~(objects.tiny() & reading.drop_tiny)
-
-
 def objects_of(table: AnnotationTable, images: np.ndarray, reading: Reading) -> tuple[np.ndarray, np.ndarray]:
     """Return the table's rows of the objects in some images, in order, and bounds [len(images) + 1]: image i has the
     objects bounds[i] to bounds[i + 1].
@@ -263,35 +166,6 @@ def objects_of(table: AnnotationTable, images: np.ndarray, reading: Reading) -> 
     position = np.repeat(position, counts)  # of each object's image
     kept = (position >= 0) & kept_by(reading, table.objects)
     return np.flatnonzero(kept), np.searchsorted(position[kept], np.arange(len(images) + 1))
-
-
-def find_odd_boxes(findings: Findings, table: AnnotationTable, rows: np.ndarray) -> None:
-    """Count objects that training leaves out or changes."""
-    objects = table.objects[rows]
-    crowd = table.objects.image_ids[table.objects.crowd]
-    count_all(
-        findings, 'crowd regions, which training leaves out', np.searchsorted(table.image_ids, crowd), table
-    )
-    images = np.searchsorted(table.image_ids, objects.image_ids)
-    height, width = table.sizes[images].T
-    x, y, w, h = objects.boxes_xywh.T
-    known, sized = (height > 0) & (width > 0), (w > 0) & (h > 0)
-    outside = known & sized & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
-    over = known & sized & ~outside & ((x < -1) | (y < -1) | (x + w > width + 1) | (y + h > height + 1))
-    for which, kind in (
-        (~sized, 'boxes of no size, which training leaves out'),
-        (outside, 'boxes wholly outside their image, which training leaves out'),
-        (over, 'boxes that leave their image, which are cut off at its border'),
-    ):
-        count_all(findings, kind, images[which], table)
-
-
-def count_all(findings: Findings, kind: str, images: np.ndarray, table: AnnotationTable) -> None:
-    """Count objects of a kind by the table's rows of their images, the first of which are named."""
-    for row in images[:EXAMPLES].tolist():
-        findings.add(kind, f'in {table.file_names[row]}')
-    if len(images) > EXAMPLES:
-        findings.counts[kind] += len(images) - EXAMPLES
 
 
 def repeats_of(labels: np.ndarray, starts: np.ndarray, threshold: float) -> np.ndarray:
@@ -315,33 +189,6 @@ def repeats_of(labels: np.ndarray, starts: np.ndarray, threshold: float) -> np.n
     return np.ceil(repeats).astype(np.int64)
 
 
-def rasterize(segmentation: list | dict, height: int, width: int) -> Tensor:
-    """Draw the union of polygons, or a run-length mask (compressed or not), as uint8 [height, width].
-
-    Raises:
-        UserError: it is neither, or of another size.
-    """
-    try:
-        return drawn(segmentation, height, width)
-    except Exception as error:  # pycocotools has its own for each kind of nonsense
-        text = str(segmentation)[:60]
-        raise UserError(
-            f'has the segmentation {text}, which is no mask of {height} x {width} ({error})'
-        ) from error
-
-
-def drawn(segmentation: list | dict, height: int, width: int) -> Tensor:
-    if isinstance(segmentation, dict):
-        if list(segmentation['size']) != [height, width]:
-            raise ValueError(f'it is a mask of {segmentation["size"]}')
-        return torch.from_numpy(coco_mask.decode(run_lengths(segmentation)))
-    polygons = polygons_of(segmentation)
-    if not polygons:
-        return torch.zeros(height, width, dtype=torch.uint8)
-    parts = coco_mask.decode(coco_mask.frPyObjects(polygons, height, width))  # [height, width, parts]
-    return torch.from_numpy(parts.max(axis=2))
-
-
 def build_reading(part: str, settings: DataSettings) -> Reading:
     """Return the rules of reading that --aug and --class_ids ask for."""
     augmentation = build_augmentation(settings)
@@ -361,7 +208,7 @@ def coco_options(part: str, settings: DataSettings, class_map: ClassMap | None) 
         'class_map': class_map,
         'return_masks': needs_masks(part, settings),
         'reading': build_reading(part, settings),
-        'problems': Findings() if settings.check_data else None,
+        'problems': Issues() if settings.check_data else None,
         'allow_outside': settings.allow_outside,
         'repeat_threshold': settings.repeat_threshold if part == 'train' else 0.0,
     }

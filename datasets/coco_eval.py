@@ -17,9 +17,10 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from datasets.class_map import ClassMap
-from datasets.coco_json import as_id, polygons_of, run_lengths
+from datasets.coco_json import as_id
 from datasets.evaluation import Evaluation, Evaluator
 from datasets.image_dataset import ImageDataset
+from datasets.segmentations import polygons_of, run_lengths
 from util.errors import UserError
 
 STAT_NAMES = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl')

@@ -1,35 +1,38 @@
 """
-Annotation files in COCO form: what is mended, and what is refused with a clear error at the start of a run.
+Annotation files in COCO form: reading, what is repaired, and what is refused with a clear error at the start of a run.
 
 Legal, as in the official pipeline: boxes of no size, boxes that leave the image, images without objects. docs/data.md
 has the whole policy.
 """
 
+import json
+import mmap
 import os
-import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from pycocotools import mask as coco_mask
+import msgspec
+from msgspec import Raw
 
 from datasets.class_map import ClassMap
-from datasets.json_stream import has_lists, list_blocks
+from datasets.segmentations import LARGEST, box_around, is_finite
 from util.errors import FileError, UserError
 
 Annotations = dict[str, list[dict]]
 File = str | os.PathLike[str]
-# What reads an annotation file, as lists of entries in COCO form with their names, in blocks.
-Blocks = Callable[[File], Iterator[tuple[str, list]]]
+# The three lists of a file; an entry is a JSON text, so that memory never holds all of them as Python objects.
+Lists = dict[str, Sequence[Raw]]
+Read = Callable[[File], Lists]
 LISTS = ('images', 'annotations', 'categories')
-LARGEST = 1e6  # pixels; no image is larger, and float32 has no exact pixels beyond
 EXAMPLES = 3
 
 
-class Findings:
-    """Odd things that are kept, mended or dropped: how many of each kind, and the first of them."""
+class Issues:
+    """What is unusual in the data and kept, repaired or left out: how many of each kind, and the first of them."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -50,21 +53,96 @@ class Findings:
         ]
 
 
-def read_annotations(file: File, blocks: Blocks = list_blocks) -> Annotations:
-    """Return the file's lists, mended (`mend`), as evaluation needs them. Training reads `datasets.annotations`.
+@contextmanager
+def errors_in(file: File) -> Iterator[None]:
+    """Begin the message of a `UserError` with the name of a file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f'{file}: {error}') from error
 
-    blocks: what reads the file, in the format's own way.
+
+class CocoFile(msgspec.Struct):
+    """The lists of a file; other fields are skipped."""
+
+    images: list[Raw] | None = None
+    annotations: list[Raw] | None = None
+    categories: list[Raw] | None = None
+
+
+def read_lists(file: File) -> Lists:
+    """Return the lists of a file in COCO form.
+
+    Raises:
+        FileError: the file does not exist, or is a folder.
+        UserError: it is not JSON, or one of the lists is missing.
+    """
+    file = Path(file)
+    if not file.exists():
+        raise FileError(f'annotation file {file} does not exist: check the path')
+    if not file.is_file():
+        raise FileError(f'annotation file {file} is not a file: give the JSON file itself')
+    try:
+        lists = split(file)
+    except RecursionError:
+        raise UserError(f'{file} is nested too deep for annotations: write it again') from None
+    except ValueError as error:
+        raise UserError(f'{file} is not JSON ({error}): write it again, or fetch it again') from error
+    for name in LISTS:
+        if name not in lists:
+            raise UserError(f'{file} has no list "{name}": COCO-form annotations need {", ".join(LISTS)}')
+    return lists
+
+
+def split(file: Path) -> Lists:
+    """Split a file into the entries of its lists, which are parts of the file's pages and not copied."""
+    if not file.stat().st_size:
+        raise ValueError('it is empty')
+    with file.open('rb') as stream:
+        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        lists = msgspec.structs.asdict(msgspec.json.decode(data, type=CocoFile))
+        return {name: entries for name, entries in lists.items() if entries is not None}
+    except msgspec.MsgspecError:  # Python reads more: NaN, other encodings, lists that are something else
+        text = data[:].decode(json.detect_encoding(data[:4]))
+    content = json.loads(text)
+    lists = {name: content.get(name) for name in LISTS} if isinstance(content, dict) else {}
+    return {name: encode(entries) for name, entries in lists.items() if isinstance(entries, list)}
+
+
+def encode(entries: Iterable[object]) -> list[Raw]:
+    return [Raw(json.dumps(entry).encode()) for entry in entries]
+
+
+def decode(raw: Raw) -> Any:
+    """Decode a JSON text as Python does, which knows NaN and integers of any size.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    try:
+        return msgspec.json.decode(raw)
+    except ValueError:
+        pass
+    try:
+        return json.loads(bytes(raw))
+    except ValueError as error:
+        raise UserError(f'{bytes(raw)[:60]!r} is not JSON ({error}): write the file again') from error
+
+
+def read_annotations(file: File, read: Read = read_lists) -> Annotations:
+    """Return the file's lists, repaired (`repair`), as evaluation needs them. Training reads `datasets.annotations`.
+
+    Args:
+        read: reads the format.
 
     Raises:
         FileError: the file does not exist.
         UserError: it is not JSON, or lacks one of the lists.
     """
-    data: Annotations = {}
-    for name, block in blocks(file):
-        if name in LISTS:
-            mend(name, block, file, Findings())
-            data.setdefault(name, []).extend(block)
-    has_lists(file, data, LISTS)
+    lists = read(file)
+    with errors_in(file):
+        data = {name: [repair(name, decode(raw), Issues()) for raw in lists[name]] for name in LISTS}
     numbers = numbers_of([image['id'] for image in data['images']])
     if numbers:
         for image in data['images']:
@@ -74,39 +152,45 @@ def read_annotations(file: File, blocks: Blocks = list_blocks) -> Annotations:
     return data
 
 
-def mend(name: str, block: list[dict], file: File, findings: Findings) -> None:
-    """Mend entries of a list in place: numbers written as text or as 1.0, names and boxes that other fields give.
+def repair(name: str, entry: Any, issues: Issues) -> dict:
+    """Repair an entry of a list in place: numbers written as text or as 1.0, names and boxes that follow from other fields.
 
     Raises:
-        UserError: an entry is no JSON object, or a segmentation or an iscrowd is none.
+        UserError: it is not a JSON object, or has an invalid segmentation or iscrowd.
     """
-    keys = ('image_id', 'category_id') if name == 'annotations' else ('id',)
-    for entry in block:
-        if not isinstance(entry, dict):
-            raise UserError(f'{file}: "{name}" has {str(entry)[:40]!r}, which is no object in braces')
-        for key in keys:
-            if type(entry.get(key)) is not int and (number := as_id(entry.get(key))) is not None:
-                findings.add(f'{key} of {name} not written as integers', repr(entry[key]))
-                entry[key] = number
-        if name == 'images' and not entry.get('file_name') and isinstance(entry.get('coco_url'), str):  # LVIS
-            entry['file_name'] = '/'.join(urlparse(entry['coco_url']).path.split('/')[-2:])
-        if name == 'annotations' and not entry.get('bbox') and entry.get('segmentation'):
-            try:
-                entry['bbox'] = box_around(entry['segmentation'])
-            except (ValueError, TypeError, KeyError, IndexError) as error:
-                raise UserError(
-                    f'{file}: {title_of(entry)} has no bbox, and its segmentation gives none ({error}): correct one of them'
-                ) from None
-            findings.add('annotations without bbox, which was made from the segmentation', title_of(entry))
-        if name == 'annotations' and entry.get('iscrowd') is not None:
-            crowd = entry['iscrowd']
-            if type(crowd) is not int:
-                findings.add('iscrowd of annotations not written as integers', repr(crowd))
-                entry['iscrowd'] = int(crowd) if isinstance(crowd, bool) else as_id(crowd)
-            if entry['iscrowd'] not in (0, 1):
-                raise UserError(
-                    f'{file}: {title_of(entry)} has iscrowd {str(crowd)[:40]!r}: it must be 0 or 1'
-                )
+    if not isinstance(entry, dict):
+        raise UserError(f'"{name}" has {str(entry)[:40]!r}, which is not an object in braces')
+    for key in ('image_id', 'category_id') if name == 'annotations' else ('id',):
+        if type(entry.get(key)) is not int and (number := as_id(entry.get(key))) is not None:
+            issues.add(f'{key} of {name} not written as integers', repr(entry[key]))
+            entry[key] = number
+    if name == 'images' and not entry.get('file_name') and isinstance(entry.get('coco_url'), str):  # LVIS
+        entry['file_name'] = '/'.join(urlparse(entry['coco_url']).path.split('/')[-2:])
+    if name == 'annotations':
+        if not entry.get('bbox') and entry.get('segmentation'):
+            repair_box(entry, issues)
+        if entry.get('iscrowd') is not None:
+            repair_crowd(entry, issues)
+    return entry
+
+
+def repair_box(annotation: dict, issues: Issues) -> None:
+    try:
+        annotation['bbox'] = box_around(annotation['segmentation'])
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise UserError(
+            f'{title_of(annotation)} has no bbox, and its segmentation gives none ({error}): correct one of them'
+        ) from None
+    issues.add('annotations without bbox, which was made from the segmentation', title_of(annotation))
+
+
+def repair_crowd(annotation: dict, issues: Issues) -> None:
+    crowd = annotation['iscrowd']
+    if type(crowd) is not int:
+        issues.add('iscrowd of annotations not written as integers', repr(crowd))
+        annotation['iscrowd'] = int(crowd) if isinstance(crowd, bool) else as_id(crowd)
+    if annotation['iscrowd'] not in (0, 1):
+        raise UserError(f'{title_of(annotation)} has iscrowd {str(crowd)[:40]!r}: it must be 0 or 1')
 
 
 def as_id(value: Any) -> int | str | None:
@@ -124,70 +208,6 @@ def numbers_of(ids: list) -> dict | None:
     if all(isinstance(value, int) and value >= 0 for value in ids):
         return None
     return {value: number for number, value in enumerate(ids, start=1)}
-
-
-def run_lengths(segmentation: dict) -> dict:
-    """Return a run-length mask in compressed form; pycocotools would crash on one that does not cover its image exactly.
-
-    Raises:
-        ValueError, TypeError, KeyError: it is none.
-    """
-    height, width = segmentation['size']
-    counts = segmentation['counts']
-    whole = isinstance(height, int) and isinstance(width, int) and min(height, width) > 0
-    if (
-        not whole or max(height, width) > LARGEST or height * width >= 1 << 32
-    ):  # the evaluators count in 32 bits
-        raise ValueError(f'its size is {segmentation["size"]}')
-    numbers = decompressed(counts) if isinstance(counts, str | bytes) else counts
-    if not all(type(number) is int and number >= 0 for number in numbers) or sum(numbers) != height * width:
-        raise ValueError(f'its run lengths do not cover {height} x {width} pixels')
-    if numbers is counts:
-        return coco_mask.frPyObjects(segmentation, height, width)
-    return segmentation
-
-
-def decompressed(counts: str | bytes) -> list[int]:
-    """Decode COCO's text of run lengths: numbers of 5 bits a character, from the third on relative to the last but one."""
-    data = counts.encode('ascii') if isinstance(counts, str) else counts
-    numbers: list[int] = []
-    value = shift = 0
-    for character in data:
-        bits = character - 48
-        if not 0 <= bits < 64 or shift > 30:
-            raise ValueError('its text is not compressed run lengths')
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            value -= (1 << shift) if bits & 16 else 0
-            numbers.append(value + (numbers[-2] if len(numbers) > 2 else 0))
-            value = shift = 0
-    if shift:
-        raise ValueError('its text ends within a number')
-    return numbers
-
-
-def polygons_of(segmentation: list) -> list[list[float]]:
-    """Return the polygons that cover something; those of fewer than three corners do not.
-
-    Raises:
-        ValueError, TypeError: they are no lists of numbers.
-    """
-    if not isinstance(segmentation, list) or not all(isinstance(polygon, list) for polygon in segmentation):
-        raise TypeError('polygons are lists of numbers')
-    for polygon in segmentation:
-        if not all(map(is_finite, polygon)) or max(map(abs, polygon), default=0) > LARGEST:
-            raise ValueError('its corners are not all pixels')
-    return [polygon[: len(polygon) // 2 * 2] for polygon in segmentation if len(polygon) >= 6]
-
-
-def box_around(segmentation: list | dict) -> list[float]:
-    """Return x, y, width and height of polygons, or of a run-length mask."""
-    if isinstance(segmentation, dict):
-        return coco_mask.toBbox(run_lengths(segmentation)).tolist()
-    xs = [float(x) for polygon in segmentation for x in polygon[0::2]]
-    ys = [float(y) for polygon in segmentation for y in polygon[1::2]]
-    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
 
 def title_of(annotation: dict) -> str:
@@ -254,10 +274,6 @@ def object_area(annotation: dict) -> float:
     return annotation.get('area', width * height)
 
 
-def is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # an integer may be beyond
-
-
 def shorten(ids: Iterable[int], most: int = 10) -> str:
     ids = sorted(ids)
     return ', '.join(map(str, ids[:most])) + (', ...' if len(ids) > most else '')
@@ -268,7 +284,7 @@ def check_files(
     image_dir: File,
     file: File,
     allow_outside: bool = False,
-    problems: Findings | None = None,
+    problems: Issues | None = None,
 ) -> None:
     """Check that the image files are in the folder, each of whose folders is listed once.
 

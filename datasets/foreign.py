@@ -1,5 +1,5 @@
 """
-Data sets in the formats of other tools, Pascal VOC and YOLO, read as COCO form: the same checks, targets and metrics.
+Datasets in the formats of other tools, Pascal VOC and YOLO, read as COCO form: the same checks, targets and metrics.
 
 Categories get the ids 1 to K. Of VOC they are the names in the training part in alphabetical order, of YOLO those of
 data.yaml.
@@ -7,15 +7,17 @@ data.yaml.
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from msgspec import Raw
+
 from datasets.build import DataSettings
 from datasets.class_map import ClassMap
 from datasets.coco import CocoDetection, coco_options
-from datasets.coco_json import File, box_problem, shorten
+from datasets.coco_json import File, Lists, box_problem, encode, shorten
 from datasets.image_io import SUFFIXES, orientation, stored_size
 from util.errors import FileError, UserError
 
@@ -28,8 +30,8 @@ class VocDetection(CocoDetection):
     """
 
     @classmethod
-    def blocks(cls, annotation_file: File) -> Iterator[tuple[str, list]]:
-        """Yield images, annotations and categories of a list in ImageSets/Main."""
+    def read_lists(cls, annotation_file: File) -> Lists:
+        """Return images, annotations and categories of a list in ImageSets/Main."""
         file = Path(annotation_file)
         folder = file.parents[2] / 'Annotations'
         files = voc_files(file, folder)
@@ -39,8 +41,6 @@ class VocDetection(CocoDetection):
         trained = [read_voc(each) for each in more]
         classes = sorted({each['class'] for _, objects in (trained or found) for each in objects})
         ids = {name: number for number, name in enumerate(classes, start=1)}
-        yield 'categories', [{'id': number, 'name': name} for name, number in ids.items()]
-        yield 'images', [image | {'id': number} for number, (image, _) in enumerate(found, start=1)]
         annotations: list[dict] = []
         for number, (path, (_, objects)) in enumerate(zip(files, found, strict=True), start=1):
             for each in objects:
@@ -51,7 +51,11 @@ class VocDetection(CocoDetection):
                     )
                 own = {'id': len(annotations) + 1, 'image_id': number, 'source': str(path)}
                 annotations.append(each | own | {'category_id': ids.get(label)})
-        yield 'annotations', annotations
+        return {
+            'images': encode(image | {'id': number} for number, (image, _) in enumerate(found, start=1)),
+            'annotations': encode(annotations),
+            'categories': encode({'id': number, 'name': name} for name, number in ids.items()),
+        }
 
 
 def unusable(problem: str) -> dict:
@@ -81,7 +85,7 @@ def read_voc(file: Path) -> tuple[dict, list[dict]]:
     """Return an image, and its objects with class, bbox and iscrowd.
 
     Raises:
-        UserError: the file is no annotation of VOC; the message names it.
+        UserError: the file is not an annotation of VOC; the message names it.
     """
     if not file.is_file():
         raise FileError(f'{file} does not exist: write it, or take its name out of the list')
@@ -111,7 +115,7 @@ def read_voc(file: Path) -> tuple[dict, list[dict]]:
                 found |= unusable(f'has an object of the corners {corners}: correct them')
             objects.append(found)
     except (ValueError, OverflowError) as error:
-        raise UserError(f'{file} is no annotation of VOC ({error}): correct it') from error
+        raise UserError(f'{file} is not an annotation of VOC ({error}): correct it') from error
     return image, objects
 
 
@@ -124,12 +128,11 @@ class YoloDetection(CocoDetection):
     """
 
     @classmethod
-    def blocks(cls, annotation_file: File) -> Iterator[tuple[str, list]]:
-        """Yield images, annotations and categories of one part; the part is named behind a '#'."""
+    def read_lists(cls, annotation_file: File) -> Lists:
+        """Return images, annotations and categories of one part; the part is named behind a '#'."""
         place, _, split = str(annotation_file).rpartition('#')
         settings = read_yaml(Path(place))
         names = names_of(settings, Path(place))
-        yield 'categories', [{'id': number + 1, 'name': name} for number, name in names.items()]
         folder = yolo_images(settings, Path(place), split)
         files = sorted(file for file in folder.rglob('*') if file.suffix.lower() in SUFFIXES)
         labels = [labels_of(file, folder) for file in files]
@@ -137,36 +140,23 @@ class YoloDetection(CocoDetection):
             raise FileError(
                 f'{place}: none of the {len(files)} training images has a label file; that of {files[0]} would be {labels[0]}'
             )
-        count = 0
+        images: list[Raw] = []
+        annotations: list[Raw] = []
         for number, (file, label) in enumerate(zip(files, labels, strict=True), start=1):
             (height, width), turn = stored_size(file), orientation(file)
-            yield (
-                'images',
-                [
-                    {
-                        'id': number,
-                        'file_name': file.relative_to(folder).as_posix(),
-                        'height': height,
-                        'width': width,
-                    }
-                ],
-            )
-            annotations = [
-                {'id': count + row, 'image_id': number, **each}
-                for row, each in enumerate(read_yolo(label, height, width, names, turn), start=1)
-            ]
-            count += len(annotations)
-            yield 'annotations', annotations
-        if not files:
-            yield 'images', []
-            yield 'annotations', []
+            image = {'id': number, 'file_name': file.relative_to(folder).as_posix()}
+            images += encode([image | {'height': height, 'width': width}])
+            objects = enumerate(read_yolo(label, height, width, names, turn), start=len(annotations) + 1)
+            annotations += encode({'id': row, 'image_id': number, **each} for row, each in objects)
+        categories = encode({'id': number + 1, 'name': name} for number, name in names.items())
+        return {'images': images, 'annotations': annotations, 'categories': categories}
 
 
 def read_yaml(file: Path) -> dict:
     """Read data.yaml.
 
     Raises:
-        UserError: it is none, or PyYAML is not installed.
+        UserError: it is invalid, or PyYAML is not installed.
     """
     try:
         import yaml
@@ -233,7 +223,7 @@ def read_yolo(file: Path, height: int, width: int, names: Collection[int], turn:
         names: the class numbers that there are.
         turn: orientation of the image.
 
-    A line that is none of these has its `problem`.
+    An invalid line has its `problem`.
     """
     if not file.is_file():
         return []
@@ -251,7 +241,9 @@ def read_yolo(file: Path, height: int, width: int, names: Collection[int], turn:
             if not all(map(math.isfinite, values)) or (len(values) == 4 and min(values[2:]) < 0):
                 raise ValueError('a size is negative or a number not finite')
         except ValueError as error:
-            found.append(unusable(f'is {line[:60]!r}, which is no box or polygon ({error}): correct it'))
+            found.append(
+                unusable(f'is {line[:60]!r}, which is neither a box nor a polygon ({error}): correct it')
+            )
         else:
             found.append({'category_id': label + 1, **shape_of(values, height, width, turn)})
         found[-1]['source'] = f'{file}, line {number}'

@@ -78,6 +78,10 @@ class ImageDataset(Dataset[Sample], ABC):
     def ground_truth(self) -> Annotations:
         """Return the annotations in COCO form that evaluation compares with."""
 
+    def __getstate__(self) -> dict:
+        """Leave out a cached ground truth: spawned workers do not need it."""
+        return {name: value for name, value in self.__dict__.items() if name != 'ground_truth'}
+
     def __len__(self) -> int:
         return len(self.ids)
 

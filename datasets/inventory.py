@@ -1,4 +1,4 @@
-"""What a data set holds and what is odd in it: a few lines at the start of every run, and --check_data."""
+"""What a dataset holds and what is unusual in it: a few lines at the start of every run, and --check_data."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from datasets.annotations import Inventory
-from datasets.coco_json import Findings
+from datasets.annotations import AnnotationTable, Inventory
+from datasets.coco_json import EXAMPLES, Issues
 from datasets.image_dataset import ImageDataset
 from util.errors import UserError
 
@@ -28,7 +28,7 @@ def print_inventory(datasets: Mapping[str, ImageDataset], **limits: Any) -> None
 
 
 def describe(split: str, dataset: ImageDataset) -> list[str]:
-    """Return lines about one part: images, objects, classes, odd things."""
+    """Return lines about one part: images, objects, classes, unusual things."""
     found = dataset.inventory()
     if found is None:
         return []
@@ -43,7 +43,7 @@ def describe(split: str, dataset: ImageDataset) -> list[str]:
         f'{len(found.counts):,} images, {empty:,} of them without objects; {total:,} objects, {total / len(found.counts):.1f} an '
         f'image, at most {found.counts.max():,}',
         f'objects by class: {", ".join(shown)}',
-        *found.findings.lines(),
+        *found.issues.lines(),
     ]
     return [f'{split} {line}' for line in lines]
 
@@ -111,7 +111,7 @@ def small_share(found: Inventory, stride: int, img_size: int, max_size: int) -> 
 
 
 class Examined(Dataset):
-    """The checksum of each image of a data set, or why it cannot be used."""
+    """The checksum of each image of a dataset, or why it cannot be used."""
 
     def __init__(self, dataset: ImageDataset) -> None:
         self.dataset = dataset
@@ -127,7 +127,7 @@ class Examined(Dataset):
         return hashlib.sha1(image.contiguous().numpy().tobytes(), usedforsecurity=False).hexdigest(), ''
 
 
-def examine(datasets: Mapping[str, ImageDataset], num_workers: int) -> tuple[Findings, Findings]:
+def examine(datasets: Mapping[str, ImageDataset], num_workers: int) -> tuple[Issues, Issues]:
     """Decode every image and mask.
 
     Returns:
@@ -135,7 +135,7 @@ def examine(datasets: Mapping[str, ImageDataset], num_workers: int) -> tuple[Fin
     """
     from tqdm import tqdm
 
-    problems, twins = Findings(), Findings()
+    problems, twins = Issues(), Issues()
     seen: dict[str, tuple[str, int]] = {}
     for split, dataset in datasets.items():
         loader = DataLoader(Examined(dataset), batch_size=None, num_workers=num_workers)
@@ -152,7 +152,7 @@ def examine(datasets: Mapping[str, ImageDataset], num_workers: int) -> tuple[Fin
 
 
 def sample_rows(dataset: ImageDataset, count: int = 12) -> list[tuple]:
-    """Return images and objects from all over a data set, as `util.visualize.contact_sheet` takes them: as they are stored,
+    """Return images and objects from all over a dataset, as `util.visualize.contact_sheet` takes them: as they are stored,
     and as training sees them.
     """
     from util.box_ops import box_cxcywh_to_xyxy
@@ -170,7 +170,7 @@ def sample_rows(dataset: ImageDataset, count: int = 12) -> list[tuple]:
 def check_data(
     datasets: Mapping[str, ImageDataset], num_workers: int, folder: str | None, **limits: Any
 ) -> int:
-    """Read and decode all data of a run, print what is odd, and draw some images (--check_data).
+    """Read and decode all data of a run, print what is unusual, and draw some images (--check_data).
 
     Args:
         datasets: built with `check_data`, so that they count what is invalid.
@@ -202,3 +202,32 @@ def check_data(
             print(f'{path}: images as they are stored, and as the {split} part of a run sees them')
     print('all images, boxes and masks can be read')
     return len(datasets['train'])
+
+
+def find_unusual_boxes(issues: Issues, table: AnnotationTable, rows: np.ndarray) -> None:
+    """Count objects that training leaves out or changes."""
+    objects = table.objects[rows]
+    crowd = table.objects.image_ids[table.objects.crowd]
+    count_all(
+        issues, 'crowd regions, which training leaves out', np.searchsorted(table.image_ids, crowd), table
+    )
+    images = np.searchsorted(table.image_ids, objects.image_ids)
+    height, width = table.sizes[images].T
+    x, y, w, h = objects.boxes_xywh.T
+    known, sized = (height > 0) & (width > 0), (w > 0) & (h > 0)
+    outside = known & sized & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
+    over = known & sized & ~outside & ((x < -1) | (y < -1) | (x + w > width + 1) | (y + h > height + 1))
+    for which, kind in (
+        (~sized, 'boxes of no size, which training leaves out'),
+        (outside, 'boxes wholly outside their image, which training leaves out'),
+        (over, 'boxes that leave their image, which are cut off at its border'),
+    ):
+        count_all(issues, kind, images[which], table)
+
+
+def count_all(issues: Issues, kind: str, images: np.ndarray, table: AnnotationTable) -> None:
+    """Count objects of a kind by the table's rows of their images, the first of which are named."""
+    for row in images[:EXAMPLES].tolist():
+        issues.add(kind, f'in {table.file_names[row]}')
+    if len(images) > EXAMPLES:
+        issues.counts[kind] += len(images) - EXAMPLES

@@ -1,13 +1,10 @@
 """LVIS v1 (arXiv:1908.03195): COCO's images with 1203 classes, whose annotations are federated."""
 
-from collections.abc import Iterator
-
 from datasets.build import DataSettings
 from datasets.class_map import ClassMap
 from datasets.coco import CocoDetection, coco_options, find_path
 from datasets.coco_eval import FEDERATED, LVIS_DETECTIONS
-from datasets.coco_json import File
-from datasets.json_stream import list_blocks
+from datasets.coco_json import File, Lists, decode, errors_in, read_lists
 from util.errors import UserError
 
 
@@ -21,32 +18,40 @@ class LvisDetection(CocoDetection):
     federated = LVIS_DETECTIONS
 
     @classmethod
-    def blocks(cls, annotation_file: File) -> Iterator[tuple[str, list]]:
-        """Yield the lists of the file, prepared."""
-        for name, block in list_blocks(annotation_file):
-            cls.prepare(name, [entry for entry in block if isinstance(entry, dict)], annotation_file)
-            yield name, block
-
-    @staticmethod
-    def prepare(name: str, block: list[dict], file: File) -> None:
-        """Check what LVIS has besides.
+    def read_lists(cls, annotation_file: File) -> Lists:
+        """Return the lists of the file.
 
         Raises:
-            UserError: the fields that federated evaluation reads are missing.
+            UserError: fields that federated evaluation reads are missing.
         """
-        for image in block if name == 'images' else []:
-            for key in FEDERATED:
-                if not isinstance(image.get(key), list):
-                    raise UserError(
-                        f'{file}: image {image.get("id")} has no list {key}: LVIS needs it; read data in COCO form with '
-                        '--dataset_file coco'
-                    )
-        for category in block if name == 'categories' else []:
-            if category.get('frequency') not in ('r', 'c', 'f'):
-                raise UserError(
-                    f'{file}: category {category.get("id")} has frequency {category.get("frequency")!r}: LVIS needs r, c or '
-                    'f (rare, common, frequent)'
-                )
+        lists = read_lists(annotation_file)
+        with errors_in(annotation_file):
+            for name, find_problem in (('images', image_problem), ('categories', category_problem)):
+                for entry in map(decode, lists[name]):
+                    if isinstance(entry, dict) and (problem := find_problem(entry)):
+                        raise UserError(problem)
+        return lists
+
+
+def image_problem(image: dict) -> str | None:
+    """Return what an image lacks of LVIS, or None."""
+    missing = [key for key in FEDERATED if not isinstance(image.get(key), list)]
+    if not missing:
+        return None
+    return (
+        f'image {image.get("id")} has no list {missing[0]}: LVIS needs it; read data in COCO form with '
+        '--dataset_file coco'
+    )
+
+
+def category_problem(category: dict) -> str | None:
+    """Return what a category lacks of LVIS, or None."""
+    if category.get('frequency') in ('r', 'c', 'f'):
+        return None
+    return (
+        f'category {category.get("id")} has frequency {category.get("frequency")!r}: LVIS needs r, c or '
+        'f (rare, common, frequent)'
+    )
 
 
 def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> LvisDetection:

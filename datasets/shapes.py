@@ -1,5 +1,5 @@
 """
-A detection data set without files: textured shapes, drawn when asked for (datasets/shape_scenes.py).
+A detection dataset without files: textured shapes, drawn when asked for (datasets/shape_scenes.py).
 
 Every run on every machine sees the same images. Each split has its own random stream, and image n does not depend on
 the number of images. There are six classes, and none to twenty objects per image; boxes and masks cover the visible
@@ -59,9 +59,8 @@ class ShapesDetection(ImageDataset):
         self._bytes_in_all = num_images * 3 * image_size**2
 
     def __getstate__(self) -> dict:
-        """Leave out the ground truth, which spawned workers do not need, and the images, which each draws itself."""
-        state = {name: value for name, value in self.__dict__.items() if name != 'ground_truth'}
-        return state | {'_kept': {}}
+        """Leave out the images too: each worker draws its own."""
+        return super().__getstate__() | {'_kept': {}}
 
     def untransformed(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return image and target; each process draws an image once, if all images fit into KEPT_BYTES."""

@@ -1,4 +1,4 @@
-"""Annotation files read in blocks: the same as reading them whole, for any JSON, and errors that name the place."""
+"""Annotation files: the same as Python reads them, for any JSON, and errors that name the place."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datasets import json_stream
-from datasets.annotations import AnnotationTable, PackedList
-from datasets.coco_json import read_annotations
-from datasets.json_stream import list_blocks
+from datasets.annotations import AnnotationTable, PackedList, is_tiny
+from datasets.coco_json import LISTS, decode, read_annotations, read_lists
+from util.errors import UserError
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12)
 VALUES = st.recursive(
@@ -19,46 +18,31 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
 )
 ENTRIES = st.lists(st.dictionaries(st.text(max_size=5), VALUES, max_size=4) | VALUES, max_size=9)
-FILES = st.dictionaries(st.text(max_size=6), ENTRIES | VALUES, max_size=4)
+FILES = st.fixed_dictionaries(dict.fromkeys(LISTS, ENTRIES), optional={'info': VALUES})
 FAST = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 
 
-def read_lists(file: Path) -> dict[str, list]:
-    lists: dict[str, list] = {}
-    for name, block in list_blocks(file):
-        lists.setdefault(name, []).extend(block)
-    return lists
+def content(file: Path) -> dict[str, list]:
+    lists = read_lists(file)
+    return {name: [decode(raw) for raw in lists[name]] for name in LISTS}
 
 
 @pytest.mark.slow
 @FAST
-@given(data=FILES, indent=st.sampled_from([None, 1]), chunk=st.integers(1, 60), ascii=st.booleans())
-def test_blocks_hold_what_the_whole_file_holds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict, indent: int | None, chunk: int, ascii: bool
-) -> None:
-    """Also where a chunk of text ends within a number, a string or an escape."""
+@given(data=FILES, indent=st.sampled_from([None, 1]), ascii=st.booleans())
+def test_lists_hold_what_the_whole_file_holds(tmp_path: Path, data: dict, indent: int | None, ascii: bool) -> None:
     file = tmp_path / 'data.json'
     try:
         file.write_text(json.dumps(data, indent=indent, ensure_ascii=ascii), encoding='utf-8')
     except UnicodeEncodeError:  # half a surrogate pair
         file.write_text(json.dumps(data, indent=indent))
-    with monkeypatch.context() as patch:
-        patch.setattr(json_stream, 'CHUNK', chunk)
-        lists = {name: value for name, value in data.items() if isinstance(value, list)}
-        assert read_lists(file) == lists
+    assert content(file) == {name: data[name] for name in LISTS}
 
 
 @pytest.mark.slow
 @FAST
-@given(
-    data=FILES,
-    cut=st.floats(0, 1),
-    chunk=st.sampled_from([1, 7, 1 << 22]),
-    junk=st.sampled_from(['', ']', '}', ',', '"', 'x']),
-)
-def test_a_damaged_file_is_refused_or_json(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict, cut: float, chunk: int, junk: str
-) -> None:
+@given(data=FILES, cut=st.floats(0, 1), junk=st.sampled_from(['', ']', '}', ',', '"', 'x', 'NaN']))
+def test_a_damaged_file_is_refused_or_json(tmp_path: Path, data: dict, cut: float, junk: str) -> None:
     text = json.dumps(data)
     place = round(cut * len(text))
     text = text[:place] + junk + (text[place:] if junk else '')
@@ -67,41 +51,40 @@ def test_a_damaged_file_is_refused_or_json(
         expected = json.loads(text)
     except ValueError:
         expected = None
-    with monkeypatch.context() as patch:
-        patch.setattr(json_stream, 'CHUNK', chunk)
-        if isinstance(expected, dict):
-            assert read_lists(tmp_path / 'data.json') == {
-                name: value for name, value in expected.items() if isinstance(value, list)
-            }
-        else:
-            with pytest.raises(ValueError, match=r'data\.json is not JSON'):
-                read_lists(tmp_path / 'data.json')
+    if isinstance(expected, dict) and all(isinstance(expected.get(name), list) for name in LISTS):
+        found = content(tmp_path / 'data.json')
+        assert repr(found) == repr({name: expected[name] for name in LISTS})  # NaN is not equal to itself
+    else:
+        with pytest.raises(UserError, match=r'data\.json (is not JSON|has no list)'):
+            content(tmp_path / 'data.json')
 
 
 @pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16'])
 def test_encodings_of_json(tmp_path: Path, encoding: str) -> None:
-    (tmp_path / 'data.json').write_text('{"a": [{"name": "Käfer"}]}', encoding=encoding)
-    assert read_lists(tmp_path / 'data.json') == {'a': [{'name': 'Käfer'}]}
+    text = '{"images": [{"name": "Käfer"}], "annotations": [], "categories": []}'
+    (tmp_path / 'data.json').write_text(text, encoding=encoding)
+    assert content(tmp_path / 'data.json')['images'] == [{'name': 'Käfer'}]
 
 
 @pytest.mark.parametrize(
     ('text', 'message'),
     [
-        (b'', 'its end at character 0'),
-        (b'{"a": [1, 2', 'character 11'),
-        (b'{"a": [{"b": 1}, {"b": }]}', 'Expecting value at character 23'),
-        (b'{"a": [1]} x', 'more text after its end'),
-        (b'{"a": [1], "a": [2]}', 'its list "a" occurs twice'),
-        (b'{"a": ' + b'[' * 100_000, 'nested too deep'),
-        (b'\xff\xff\xff\xff', "can't decode byte"),
-        (b'{"a": ["\xff\xff"]}', "can't decode byte"),
+        (b'', 'is not JSON .it is empty'),
+        (b'{"images": [1, 2', r'is not JSON .*\(char 16\)'),
+        (b'{"images": [{"b": 1}, {"b": }]}', r'is not JSON .*Expecting value.*\(char 28\)'),
+        (b'{"images": [1]} x', 'is not JSON .*Extra data'),
+        (b'[1, 2]', 'has no list "images"'),
+        (b'{"images": 3}', 'has no list "images"'),
+        (b'{"a": ' + b'[' * 100_000, 'is nested too deep'),
+        (b'\xff\xff\xff\xff', "is not JSON .*can't decode byte"),
+        (b'{"images": [], "annotations": [], "categories": ["\xff\xff"]}', "can't decode byte"),
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_what_is_no_json_is_named(tmp_path: Path, text: bytes, message: str) -> None:
+def test_what_is_not_json_is_named(tmp_path: Path, text: bytes, message: str) -> None:
     (tmp_path / 'data.json').write_bytes(text)
-    with pytest.raises(ValueError, match=rf'data\.json is .*{message}'):
-        read_lists(tmp_path / 'data.json')
+    with pytest.raises(UserError, match=rf'data\.json.*{message}'):
+        AnnotationTable(tmp_path / 'data.json')
 
 
 def write(folder: Path, **changes: list) -> Path:
@@ -140,12 +123,12 @@ def test_columns_are_sorted_by_image_and_keep_everything(tmp_path: Path) -> None
     assert objects.areas.tolist() == [7, 12, 0]
     assert objects.crowd.tolist() == [False, False, True]
     assert objects.segmented.tolist() == [False, True, False]
-    assert objects.tiny().tolist() == [False, False, True]
-    assert list(objects.segmentations or []) == [None, [[1, 2, 4, 2, 4, 6]], None]
-    assert not table.findings.counts
+    assert is_tiny(objects).tolist() == [False, False, True]
+    assert list(PackedList(table.segmentations, objects.starts, objects.stops)) == [None, [[1, 2, 4, 2, 4, 6]], None]
+    assert not table.issues.counts
 
 
-def test_ids_that_other_tools_write_are_mended(tmp_path: Path) -> None:
+def test_ids_that_other_tools_write_are_repaired(tmp_path: Path) -> None:
     """Text of digits and whole floats are integers; other image ids are numbered. Evaluation sees the same."""
     annotations = [
         {'id': 1, 'image_id': 'b', 'category_id': '3', 'bbox': [1, 2, 3, 4]},
@@ -158,13 +141,13 @@ def test_ids_that_other_tools_write_are_mended(tmp_path: Path) -> None:
     assert table.image_ids.tolist() == [1, 2]
     assert table.objects.image_ids.tolist() == [1, 2]
     assert table.objects.category_ids.tolist() == [2, 3]
-    assert table.findings.counts['image ids that are text or negative, numbered from 1'] == 2
+    assert table.issues.counts['image ids that are text or negative, numbered from 1'] == 2
     data = read_annotations(file)
     assert [image['id'] for image in data['images']] == [1, 2]
     assert [(a['image_id'], a['category_id']) for a in data['annotations']] == [(2, 3), (1, 2)]
 
 
-def test_crowd_regions_written_as_text_are_mended(tmp_path: Path) -> None:
+def test_crowd_regions_written_as_text_are_repaired(tmp_path: Path) -> None:
     annotations = [
         {'id': number, 'image_id': 1, 'category_id': 2, 'bbox': [1, 2, 3, 4], 'iscrowd': value}
         for number, value in enumerate(['0', '1', None, 0, 1, True, 1.0])
@@ -173,7 +156,7 @@ def test_crowd_regions_written_as_text_are_mended(tmp_path: Path) -> None:
     file = write(tmp_path, annotations=annotations, images=images, categories=categories)
     assert AnnotationTable(file).objects.crowd.tolist() == [False, True, False, False, True, True, True]
     assert [a['iscrowd'] for a in read_annotations(file)['annotations']] == [0, 1, None, 0, 1, 1, 1]
-    assert AnnotationTable(file).findings.counts == {'iscrowd of annotations not written as integers': 4}
+    assert AnnotationTable(file).issues.counts == {'iscrowd of annotations not written as integers': 4}
     for bad in ('yes', 2, [0]):
         annotations[3]['iscrowd'] = bad
         file = write(tmp_path, annotations=annotations, images=images, categories=categories)
@@ -209,15 +192,15 @@ def test_boxes_follow_from_segmentations(tmp_path: Path, segmentation: list | di
     file = write(tmp_path, annotations=[annotation])
     table = AnnotationTable(file)
     assert table.objects.boxes_xywh.tolist() == [[10, 5, 30, 55]]
-    assert 'annotations without bbox' in table.findings.lines()[0]
+    assert 'annotations without bbox' in table.issues.lines()[0]
     assert read_annotations(file)['annotations'][0]['bbox'] == [10, 5, 30, 55]
 
 
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'annotations': [3]}, r'"annotations" has .3., which is no object'),
-        ({'images': ['a.jpg']}, r'"images" has .a\.jpg., which is no object'),
+        ({'annotations': [3]}, r'"annotations" has .3., which is not an object'),
+        ({'images': ['a.jpg']}, r'"images" has .a\.jpg., which is not an object'),
         ({'images': [{'id': None, 'file_name': 'a'}]}, 'needs an id'),
         ({'images': [{'id': 2**70, 'file_name': 'a'}]}, 'needs an id'),
         ({'images': [{'id': 1, 'file_name': 'a', 'height': -2}]}, 'image 1 has height -2'),
@@ -259,10 +242,8 @@ def test_the_first_bad_annotation_of_many_is_named(tmp_path: Path, change: dict,
 
 
 @FAST
-@given(values=st.lists(VALUES, max_size=6), more=st.lists(VALUES, max_size=6))
-def test_packed_lists_give_back_what_they_got(values: list, more: list) -> None:
-    data = bytearray()
-    packed = PackedList.joined([PackedList(values, data), PackedList(more, data)])
-    assert list(packed) == values + more
-    rows = np.arange(len(packed))[::-2]
-    assert list(packed.chosen(rows)) == (values + more)[::-2]
+@given(values=st.lists(VALUES, max_size=6))
+def test_packed_lists_give_back_what_they_got(values: list) -> None:
+    packed = PackedList.of(values)
+    assert list(packed) == values
+    assert list(packed.chosen(np.arange(len(packed))[::-2])) == values[::-2]

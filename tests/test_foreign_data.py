@@ -18,7 +18,7 @@ import main
 from datasets import foreign
 from datasets.annotations import AnnotationTable
 from datasets.coco_eval import CocoEvaluator
-from datasets.coco_json import Findings
+from datasets.coco_json import Issues
 from datasets.image_io import orientation, read_image, stored_size
 from datasets.shapes import ShapesDetection, export
 from tests.runs import TINY, load
@@ -284,8 +284,8 @@ def test_lists_of_voc(copies: dict[str, Path], tmp_path: Path) -> None:
     assert len(build_data('train', arguments('voc', tmp_path))) == 2
     last = tmp_path / f'Annotations/{(tmp_path / "ImageSets/Main/val.txt").read_text().split()[-1]}.xml'
     last.write_text(re.sub('<name>[a-z]+</name>', '<name>cow</name>', last.read_text()))
-    problems, counted = Findings(), last.read_text().count('<name>cow')
-    AnnotationTable(file.with_name('val.txt'), blocks=foreign.VocDetection.blocks, problems=problems)
+    problems, counted = Issues(), last.read_text().count('<name>cow')
+    AnnotationTable(file.with_name('val.txt'), read=foreign.VocDetection.read_lists, problems=problems)
     assert problems.counts == {'annotations that cannot be used': counted}
     with pytest.raises(
         ValueError, match=f"{last.name} has the class 'cow', which no image of .*train.txt has"
@@ -328,19 +328,19 @@ BAD = {
     'a box of words': (
         'voc', 'Annotations/train_{first}.xml',
         '<annotation><filename>a.jpg</filename><object><name>disc</name><bndbox><xmin>left</xmin></bndbox></object></annotation>',
-        'is no annotation of VOC',
+        'is not an annotation of VOC',
     ),
     'an infinite side': (
         'voc', 'Annotations/train_{first}.xml',
         '<annotation><filename>a.jpg</filename><size><height>inf</height></size></annotation>',
-        'is no annotation of VOC',
+        'is not an annotation of VOC',
     ),
     'a box without a side': (
         'voc', 'Annotations/train_{first}.xml',
         '<annotation><filename>a.jpg</filename><object><name>disc</name><bndbox><ymin>1</ymin></bndbox></object></annotation>',
         r'train_.*xml has an object of the corners \[nan, 1.0',
     ),
-    'a negative number': ('yolo', 'labels/train/{first}.txt', '0 0.5 0.5 0.1 -0.1', '-0.1., which is no box or polygon .a size is negative'),
+    'a negative number': ('yolo', 'labels/train/{first}.txt', '0 0.5 0.5 0.1 -0.1', '-0.1., which is neither a box nor a polygon .a size is negative'),
     'no number': ('yolo', 'labels/train/{first}.txt', '0 0.5 nan 0.1 0.1', 'line 1 is .* number not finite'),
     'no data.yaml': ('yolo', 'data.yaml', None, 'must be the folder of data.yaml'),
     'no YAML': ('yolo', 'data.yaml', 'a: [', 'is not YAML'),
@@ -348,7 +348,7 @@ BAD = {
     'a month of 99': ('yolo', 'data.yaml', 'names: 2001-99-99', 'is not YAML'),
     'no names': ('yolo', 'data.yaml', 'train: images/train', 'must list the class names'),
     'no folder': ('yolo', 'data.yaml', 'train: gone\nnames: [a]', 'are in none of'),
-    'a line of words': ('yolo', 'labels/train/{first}.txt', '0 a b c d', 'is no box or polygon'),
+    'a line of words': ('yolo', 'labels/train/{first}.txt', '0 a b c d', 'is neither a box nor a polygon'),
     'three numbers': ('yolo', 'labels/train/{first}.txt', '0 0.5 0.5 0.1', 'line 1'),
     'a class that is not named': ('yolo', 'labels/train/{first}.txt', '77 0.5 0.5 0.1 0.1', r'line 1 is .* \(the classes are 0, 1, '),
 }  # fmt: skip

@@ -14,7 +14,8 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from datasets.augmentations import DETRAugmentation
-from datasets.coco import CocoDetection, Reading
+from datasets.coco import CocoDetection
+from datasets.targets import Reading
 from models.structures import Prediction
 from models.training.matcher import HungarianMatcher, OneToManyMatcher, Targets, match
 from models.weights.read import read_checkpoint

@@ -20,11 +20,12 @@ from torch.utils.data import DataLoader
 import main
 from datasets.augmentations import MMDETECTION_MIN_SIDE, CoDETRAugmentation, DETRAugmentation
 from datasets.class_map import ClassMap
-from datasets.coco import CocoDetection, Reading
+from datasets.coco import CocoDetection
 from datasets.coco_eval import CocoEvaluator
 from datasets.copy_paste import LargeScaleJitter
 from datasets.streaming.index import read_index
 from datasets.streaming.shards import ShardedCoco, ShardStream, ShufflePool, build_shard_loader
+from datasets.targets import Reading
 from tests.runs import TINY, assert_same
 from tests.shared_data import build_data
 from tools import make_shards
@@ -334,7 +335,7 @@ def test_shards_may_be_commands(shards: Path, write: Write) -> None:
 def test_workers_get_no_ground_truth(shards: Path) -> None:
     data = small_data(shards)
     assert len(data.ground_truth['images']) == IMAGES
-    assert pickle.loads(pickle.dumps(data))._ground_truth is None
+    assert 'ground_truth' not in vars(pickle.loads(pickle.dumps(data)))
 
 
 @pytest.mark.slow
@@ -420,9 +421,9 @@ def test_an_index_that_contradicts_itself_or_the_folder_is_refused(write: Write,
     index = json.loads((place / 'shards.json').read_text())
     for change, message in (
         ({'images': 24}, 'shards have 23 images, the total is 24'),
-        ({'version': 9}, 'version 9'),
+        ({'version': 9}, r'9.*version'),
         ({'image_ids': [3] * IMAGES}, 'id twice'),
-        ({'shards': None}, 'is no index'),
+        ({'shards': None}, 'is not an index'),
         ({'categories': []}, 'no categories'),
     ):
         (place / 'other.json').write_text(json.dumps(index | change))

@@ -202,7 +202,7 @@ def test_indices_of_wrong_types_get_the_usual_message(name: str, shards: Path) -
     data = json.loads(place.read_text())
     returned = INDICES[name](data)
     place.write_text('[' * 100_000 if returned == 'deep' else json.dumps(data if returned != [] else []))
-    with pytest.raises(UserError, match=r'shards.json is no index of shards .*make_shards'):
+    with pytest.raises(UserError, match=r'shards.json is not an index of shards .*make_shards'):
         read_index(shards)
 
 

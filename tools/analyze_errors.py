@@ -29,19 +29,21 @@ from torchvision.ops import box_convert, box_iou
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.annotations import AnnotationTable
+
+from datasets.annotations import AnnotationTable, labels_of
 from datasets.class_map import ClassMap
 from datasets.coco_eval import Summary, summarize_arrays
 from datasets.coco_json import (
     as_id,
     box_problem,
     check_files,
-    is_finite,
+    decode,
     numbers_of,
+    read_lists,
     shorten,
 )
 from datasets.image_io import read_image
-from datasets.json_stream import list_blocks
+from datasets.segmentations import is_finite
 from util.bounds import real
 from util.errors import UserError
 from util.files import save_atomically
@@ -107,7 +109,7 @@ class Truth:
 def read_truth(file: str | Path) -> Truth:
     """Read annotations in COCO form; ids of images may be text."""
     table = AnnotationTable(file)
-    ids = [as_id(image['id']) for name, block in list_blocks(file) if name == 'images' for image in block]
+    ids = [as_id(decode(raw)['id']) for raw in read_lists(file)['images']]
     ids = ids if numbers_of(ids) else sorted(ids)
     files, class_map, columns = list(table.file_names), ClassMap.contiguous(table.categories), table.objects
     bases = [name.rpartition('/')[2] for name in files]
@@ -115,7 +117,7 @@ def read_truth(file: str | Path) -> Truth:
     rows = {base: row for row, base in enumerate(bases) if often[base] == 1}
     rows |= {key: row for keys in (files, ids) for row, key in enumerate(keys)}
     images = np.repeat(np.arange(len(files)), np.diff(table.starts))
-    labels, scores = columns.labels(class_map), np.full(len(images), -1.0)
+    labels, scores = labels_of(columns, class_map), np.full(len(images), -1.0)
     kinds = np.where(columns.crowd, IGNORED, MISSED)
     return Truth(
         files, rows, class_map, Boxes(images, labels, columns.boxes_xywh, columns.areas, scores, kinds)

@@ -1,5 +1,5 @@
 """
-Write a part of a data set in Pascal VOC's or YOLO's format as an annotation file in COCO form.
+Write a part of a dataset in Pascal VOC's or YOLO's format as an annotation file in COCO form.
 
   python tools/convert_dataset.py --dataset_file voc --coco_path VOCdevkit/VOC2012 --image_set train --output train.json
   python tools/convert_dataset.py --dataset_file yolo --coco_path data.yaml --image_set val --output val.json
@@ -31,7 +31,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         '--coco_path',
         required=True,
         metavar='DIR',
-        help='folder of the data set; for yolo also its data.yaml',
+        help='folder of the dataset; for yolo also its data.yaml',
     )
     parser.add_argument(
         '--image_set', default='train', choices=('train', 'val'), help='part to write (default: %(default)s)'
@@ -49,8 +49,8 @@ def convert(args: argparse.Namespace) -> str:
     if args.output.exists():
         raise UserError(f'{args.output} exists: choose another --output, or remove it')
     kind, image_dir, file = places_of(args.image_set, args.dataset_file, args.coco_path)
-    check_files(AnnotationTable(file, blocks=kind.blocks).file_names, image_dir, file)
-    data = read_annotations(file, kind.blocks)
+    check_files(AnnotationTable(file, read=kind.read_lists).file_names, image_dir, file)
+    data = read_annotations(file, kind.read_lists)
     for annotation in data['annotations']:
         annotation.pop('source')
         annotation |= {'iscrowd': annotation.get('iscrowd', 0), 'area': object_area(annotation)}

@@ -1,5 +1,5 @@
 """
-Write tar shards of a data set in COCO form, for --train_ann and --val_ann of main.py.
+Write tar shards of a dataset in COCO form, for --train_ann and --val_ann of main.py.
 
   python tools/make_shards.py --coco_path DATA --image_set train --output shards/train
   python tools/make_shards.py --images my/train --ann my/train.json --output shards/train --shard_size 500MB
@@ -21,11 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.annotations import AnnotationTable, Columns
-from datasets.coco import Reading, check_size, find_files, kept_by
-from datasets.coco_json import Annotations, check_files, read_annotations
+from datasets.annotations import AnnotationTable, read_columns
+from datasets.coco import find_files
+from datasets.coco_json import Annotations, Issues, check_files, encode, read_annotations
 from datasets.image_io import stored_size
 from datasets.streaming.index import ANNOTATIONS, INDEX, VERSION, check_address, import_webdataset
+from datasets.targets import Reading, check_size, kept_by
 from util.errors import UserError
 from util.files import save_atomically
 from util.flags import FlagParser, run_command
@@ -38,7 +39,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         'make_shards.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        '--coco_path', metavar='DIR', help='folder of a data set in a usual layout, as in main.py'
+        '--coco_path', metavar='DIR', help='folder of a dataset in a usual layout, as in main.py'
     )
     parser.add_argument(
         '--image_set',
@@ -115,7 +116,7 @@ def write_shards(
             counts[Path(writer.fname).name] += 1
             image_ids.append(record['image_id'])
             sizes.append([record['height'], record['width']])
-            objects = Columns.of(record['annotations'])
+            objects = read_columns(encode(record['annotations']), Issues())
             if not objects.segmented[kept_by(Reading(drop_tiny=True), objects)].all():
                 unsegmented.append(record['image_id'])
     shards = [

@@ -1,12 +1,11 @@
 """
-Index of a data set in tar shards, and reading one shard with the WebDataset library.
+Index of a dataset in tar shards, and reading one shard with the WebDataset library.
 
 The index, shards.json, holds what must be known before a tar is opened: categories, the shards' addresses and numbers
 of images, and the id and size of each image in the order of the shards. Each image's annotations are stored beside it
 in its shard. The whole annotation file is also stored beside the index, for evaluation.
 """
 
-import json
 import os
 import re
 import tarfile
@@ -15,8 +14,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 
 from datasets.class_map import names_by_id
@@ -26,8 +26,6 @@ INDEX, ANNOTATIONS = 'shards.json', 'annotations.json'
 VERSION = 2
 WRITE_AGAIN = 'fetch it again, or write the shards again with tools/make_shards.py'
 LARGEST_MEMBER = 1 << 30  # bytes of a member of a shard
-# What reading JSON of the wrong types, or nested too deep, ends in.
-ODD_JSON = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,29 @@ class ShardIndex:
         return int(np.searchsorted(self.bounds, row, side='right')) - 1
 
 
+Whole = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+
+class ShardFile(msgspec.Struct):
+    """A shard, as shards.json has it."""
+
+    url: str
+    images: Annotated[int, msgspec.Meta(ge=1)]
+    bytes: int
+
+
+class IndexFile(msgspec.Struct):
+    """The content of shards.json."""
+
+    version: Literal[2]
+    categories: list[dict]
+    shards: Annotated[list[ShardFile], msgspec.Meta(min_length=1)]
+    images: int
+    image_ids: list[Whole]
+    sizes: list[tuple[Whole, Whole]]
+    unsegmented: list[Whole]
+
+
 def read_index(place: str | os.PathLike[str], allow_pipe: bool = False) -> ShardIndex:
     """Read the index at a path, or in a folder. Local shards must exist with the sizes in it.
 
@@ -65,47 +86,32 @@ def read_index(place: str | os.PathLike[str], allow_pipe: bool = False) -> Shard
     if not path.is_file():
         raise FileError(f'there is no index {path}: write shards with tools/make_shards.py')
     try:
-        data = json.loads(path.read_bytes())
-        index = parse_index(path, data)
-        sizes = integers([shard['bytes'] for shard in data['shards']])
-        names_by_id(index.categories)
-    except ODD_JSON as error:
-        raise UserError(f'{path} is no index of shards ({error!r}): {WRITE_AGAIN}') from error
-    if len(set(index.image_ids.tolist())) != len(index.image_ids):
+        file = msgspec.json.decode(path.read_bytes(), type=IndexFile)
+        names_by_id(file.categories)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{path} is not an index of shards ({error}): {WRITE_AGAIN}') from error
+    counts = [shard.images for shard in file.shards]
+    if not sum(counts) == file.images == len(file.image_ids) == len(file.sizes):
+        raise UserError(
+            f'{path}: shards have {sum(counts)} images, the total is {file.images}, ids are {len(file.image_ids)}: '
+            + WRITE_AGAIN
+        )
+    if len(set(file.image_ids)) != len(file.image_ids):
         raise UserError(f'{path} has an image id twice: {WRITE_AGAIN}')
-    for url, size in zip(index.urls, sizes.tolist(), strict=True):
+    urls = [shard_url(shard.url, path.parent) for shard in file.shards]
+    for url, shard in zip(urls, file.shards, strict=True):
         check_address(url, path, allow_pipe)
         if is_local(url):
-            check_file(Path(url), size, path)
-    return index
-
-
-def parse_index(path: Path, data: dict) -> ShardIndex:
-    if data['version'] != VERSION:
-        raise ValueError(f'it is of version {data["version"]}, this code reads {VERSION}')
-    counts = integers([shard['images'] for shard in data['shards']]).tolist()
-    image_ids, sizes = integers(data['image_ids']), integers(data['sizes']).reshape(-1, 2)
-    if not sum(counts) == data['images'] == len(image_ids) == len(sizes) > 0 or min(counts) < 1:
-        raise ValueError(
-            f'shards have {sum(counts)} images, the total is {data["images"]}, ids are {len(image_ids)}'
-        )
+            check_file(Path(url), shard.bytes, path)
     return ShardIndex(
         path,
-        data['categories'],
-        [shard_url(shard['url'], path.parent) for shard in data['shards']],
+        file.categories,
+        urls,
         np.cumsum([0, *counts]),
-        image_ids,
-        sizes,
-        frozenset(data['unsegmented']),
+        np.array(file.image_ids, dtype=np.int64),
+        np.array(file.sizes, dtype=np.int64),
+        frozenset(file.unsegmented),
     )
-
-
-def integers(values: Any) -> np.ndarray:
-    """Return JSON's integers as int64. Raises: TypeError, ValueError: they are none."""
-    array = np.array(values)
-    if array.dtype != np.int64:
-        raise TypeError(f'{str(values)[:40]} are no integers')
-    return array
 
 
 def is_local(url: str) -> bool:
@@ -114,10 +120,10 @@ def is_local(url: str) -> bool:
 
 
 def check_address(url: str, source: object, allow_pipe: bool) -> None:
-    """Refuse a shard that is no file, no https address, and no command that was allowed.
+    """Refuse a shard that is neither a file, nor an https address, nor an allowed command.
 
     Raises:
-        UserError: so it is; the message names the source.
+        UserError: the shard is refused; the message names the source.
     """
     if is_local(url) or url.startswith('https://') or (allow_pipe and url.startswith('pipe:')):
         return

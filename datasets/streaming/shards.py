@@ -11,48 +11,48 @@ differs from the one that files would give, and depends on the numbers of ranks 
 has the same one.
 """
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import count, groupby
 
+import msgspec
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from datasets.annotations import Columns
+from datasets.annotations import read_columns
 from datasets.build import DataSettings, image_options
 from datasets.class_map import ClassMap, names_by_id
-from datasets.coco import (
-    Objects,
-    Reading,
-    build_reading,
-    check_size,
-    kept_by,
-    make_target,
-    needs_masks,
-)
-from datasets.coco_json import Annotations, check_categories, read_annotations
+from datasets.coco import build_reading, needs_masks
+from datasets.coco_json import Annotations, Issues, check_categories, errors_in, read_annotations
 from datasets.image_dataset import ImageDataset, Mix, loader_options
 from datasets.image_io import decode_file
 from datasets.samplers import EvalBatches
 from datasets.streaming.index import (
     ANNOTATIONS,
-    ODD_JSON,
     WRITE_AGAIN,
-    ShardIndex,
     import_webdataset,
     read_index,
     read_samples,
 )
+from datasets.targets import Objects, Reading, check_size, kept_by, make_target
 from datasets.transforms import Sample, Transform
 from util.distributed.collectives import get_rank, get_world_size
 from util.errors import UserError
 from util.seeding import mixed
 
 SHUFFLE_BUFFER = 1000  # images; about 160 MB of COCO's files a worker
+
+
+class Record(msgspec.Struct):
+    """What the JSON of an image must hold."""
+
+    annotations: list[msgspec.Raw]
+
+
+RECORD = msgspec.json.Decoder(Record)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,10 @@ class ShardedCoco(ImageDataset):
         super().__init__(transforms, mix, seed)
         import_webdataset()
         self.index, self.reading, self.buffer = read_index(place, allow_pipe), reading or Reading(), buffer
-        self.class_map = classes_of(self.index, class_map, self.reading.class_ids)
+        if class_map is not None:
+            with errors_in(self.index.path):
+                check_categories(names_by_id(self.index.categories), class_map)
+        self.class_map = class_map or ClassMap.numbered(self.index.categories, self.reading.class_ids)
         self._kept = self.index.sizes.min(axis=1) >= self.reading.min_image_side  # [rows]
         rows = np.flatnonzero(self._kept)
         if not len(rows):
@@ -102,18 +105,11 @@ class ShardedCoco(ImageDataset):
             raise UserError(f'{self.index.path}: image {min(without)} has an object without segmentation')
         self.return_masks = not without if return_masks is None else return_masks
         self._start = torch.zeros((), dtype=torch.int64).share_memory_()  # as the epoch
-        self._ground_truth: Annotations | None = None
 
-    @property
+    @cached_property
     def ground_truth(self) -> Annotations:
-        """Return the annotation file beside the index, which is read at the first call."""
-        if self._ground_truth is None:
-            self._ground_truth = read_annotations(self.index.path.with_name(ANNOTATIONS))
-        return self._ground_truth
-
-    def __getstate__(self) -> dict:
-        """Leave out the ground truth: spawned workers do not need it."""
-        return {**self.__dict__, '_ground_truth': None}
+        """Return the annotation file beside the index."""
+        return read_annotations(self.index.path.with_name(ANNOTATIONS))
 
     @property
     def position(self) -> tuple[int, int]:
@@ -198,11 +194,11 @@ class ShardedCoco(ImageDataset):
         check_size(stored.name, (height, width), self.index.sizes[stored.row], self.index.path)
         try:
             segmentations = bytearray() if self.return_masks else None
-            columns = Columns.of(json.loads(stored.record)['annotations'], segmentations)
-            kept = columns[np.flatnonzero(kept_by(self.reading, columns))]
-            objects = Objects.of(kept, self.class_map, self.return_masks)
-        except ODD_JSON as error:
-            raise UserError(f'{stored.name} has bad annotations ({error!r}): {WRITE_AGAIN}') from error
+            annotations = RECORD.decode(stored.record).annotations
+            columns = read_columns(annotations, Issues(), segmentations)
+            objects = Objects.of(columns[kept_by(self.reading, columns)], self.class_map, segmentations)
+        except (ValueError, LookupError, RecursionError) as error:
+            raise UserError(f'{stored.name} has bad annotations ({error}): {WRITE_AGAIN}') from error
         try:
             return image, make_target(objects, int(self.index.image_ids[stored.row]), height, width)
         except UserError as error:
@@ -215,21 +211,6 @@ class ShardedCoco(ImageDataset):
             partial(self.decoded, stored),
             lambda: self.decoded(random.choice(others)),
         )
-
-
-def classes_of(index: ShardIndex, class_map: ClassMap | None, class_ids: str) -> ClassMap:
-    """Return the given class map, or number the index's categories.
-
-    Raises:
-        UserError: the index has other classes than the class map.
-    """
-    if class_map is None:
-        return ClassMap.numbered(index.categories, class_ids)
-    try:
-        check_categories(names_by_id(index.categories), class_map)
-    except UserError as error:
-        raise UserError(f'{index.path}: {error}') from error
-    return class_map
 
 
 class ShufflePool:
