@@ -30,7 +30,9 @@ def content(file: Path) -> dict[str, list]:
 @pytest.mark.slow
 @FAST
 @given(data=FILES, indent=st.sampled_from([None, 1]), ascii=st.booleans())
-def test_lists_hold_what_the_whole_file_holds(tmp_path: Path, data: dict, indent: int | None, ascii: bool) -> None:
+def test_lists_hold_what_the_whole_file_holds(
+    tmp_path: Path, data: dict, indent: int | None, ascii: bool
+) -> None:
     file = tmp_path / 'data.json'
     try:
         file.write_text(json.dumps(data, indent=indent, ensure_ascii=ascii), encoding='utf-8')
@@ -124,7 +126,11 @@ def test_columns_are_sorted_by_image_and_keep_everything(tmp_path: Path) -> None
     assert objects.crowd.tolist() == [False, False, True]
     assert objects.segmented.tolist() == [False, True, False]
     assert is_tiny(objects).tolist() == [False, False, True]
-    assert list(PackedList(table.segmentations, objects.starts, objects.stops)) == [None, [[1, 2, 4, 2, 4, 6]], None]
+    assert list(PackedList(table.segmentations, objects.starts, objects.stops)) == [
+        None,
+        [[1, 2, 4, 2, 4, 6]],
+        None,
+    ]
     assert not table.issues.counts
 
 
