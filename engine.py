@@ -67,7 +67,7 @@ def train_one_epoch(
     trained = [p for p in model.parameters() if p.requires_grad]
     for batches in grouped(data_loader, accum_steps):
         step_targets = [targets for _, targets in batches]
-        counted = criterion.tally.copy()
+        counted = criterion.pair_counts.copy()
         optimizer.zero_grad(set_to_none=True)
         black_box.before(model)
         found = []
@@ -80,7 +80,7 @@ def train_one_epoch(
         again = partial(losses_of, bare, criterion, precision, step_targets)
         black_box.after(finite, bare, batches, again, f'{title} step {state.step + 1}')
         if not finite:
-            criterion.tally = counted
+            criterion.pair_counts = counted
         for each in found if finite else []:
             state.meter.update(each)
         state.step += 1
@@ -154,7 +154,7 @@ def try_largest_batch(
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
     model.zero_grad(set_to_none=True)
-    criterion.tally.clear()
+    criterion.pair_counts.clear()
 
 
 @torch.no_grad()

@@ -136,7 +136,7 @@ def configure(args: Namespace, restarted: bool = False) -> tuple[Settled, dict]:
 
 
 def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
-    """Return settled flags, the checkpoint in use ({} if there is none) and the data sets.
+    """Return settled flags, the checkpoint in use ({} if there is none) and the datasets.
 
     Raises:
         UserError: flags, checkpoint or data are wrong, or the processes disagree about them.

@@ -12,7 +12,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from util.bounds import check_bounds, real, whole
+from util.bounds import check_bounds, float_range, int_range
 from util.config.parser import make_parser
 from util.config.recipes import with_named_flags
 from util.config.settle import EVERYTHING, settle
@@ -28,15 +28,15 @@ CLUSTER_FLAGS = {  # of sbatch, where the cluster has defaults
     'account': 'account that is charged',
 }
 JOB_FLAGS = (  # name, type, default, help
-    ('ngpus', whole(0), 8, 'GPUs per node; 0: none'),
-    ('nodes', whole(1), 4, 'number of nodes'),
-    ('tasks_per_node', whole(1), None, 'processes per node (default: --ngpus, at least 1)'),
-    ('timeout', whole(1), 60, f'minutes of a part of the job, which has up to {MAX_TIMEOUTS + 1} parts'),
-    ('signal_delay', whole(0), 120, 'seconds for the last step and for saving before --timeout'),
+    ('ngpus', int_range(0), 8, 'GPUs per node; 0: none'),
+    ('nodes', int_range(1), 4, 'number of nodes'),
+    ('tasks_per_node', int_range(1), None, 'processes per node (default: --ngpus, at least 1)'),
+    ('timeout', int_range(1), 60, f'minutes of a part of the job, which has up to {MAX_TIMEOUTS + 1} parts'),
+    ('signal_delay', int_range(0), 120, 'seconds for the last step and for saving before --timeout'),
     ('job_dir', str, '', 'shared folder of logs and output; %%j: number of the job (default: --output_dir)'),
     ('job_name', str, 'detr', 'name of the job'),
-    ('cpus_per_task', whole(1), 10, 'CPU cores per process'),
-    ('mem_gb', real(), None, "memory per node, GB (default: 40 per GPU; without GPUs the cluster's)"),
+    ('cpus_per_task', int_range(1), 10, 'CPU cores per process'),
+    ('mem_gb', float_range(), None, "memory per node, GB (default: 40 per GPU; without GPUs the cluster's)"),
     *((name, str, None, f"{text} (default: the cluster's)") for name, text in CLUSTER_FLAGS.items()),
 )
 

@@ -1,1 +1,1 @@
-"""Data sets, their annotations, transforms, loading and metrics; datasets/build.py builds a data set by its format."""
+"""Datasets, their annotations, transforms, loading and metrics; datasets/build.py builds a dataset by its format."""

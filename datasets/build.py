@@ -118,7 +118,7 @@ def build_evaluator(name: str, dataset: ImageDataset, kinds: tuple[str, ...] = (
 
 
 def main_column(name: str) -> str:
-    """Return the name in log files of the number that tells which epoch is the best."""
+    """Return the name in log files of the number by which the best epoch is chosen."""
     return f'test_{EVALUATORS[name].main}'
 
 

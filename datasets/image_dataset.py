@@ -41,7 +41,7 @@ class ImageDataset(Dataset[Sample], ABC):
 
     ids: list[int]  # of the images, unique
     class_map: ClassMap  # class index of the model for each category of the annotations
-    most_objects = 100  # in one image; for the rehearsal of the largest batch
+    most_objects = 100  # in one image; for the trial of the largest batch
     return_masks = False  # targets have masks
     # If not 0, only some classes of an image are annotated, and this many detections count (`LvisEvaluator`).
     federated = 0

@@ -24,7 +24,7 @@ from datasets.class_map import ClassMap
 from datasets.image_dataset import ImageDataset, Mix
 from datasets.shape_scenes import KINDS, SPLITS, Scene, draw_scene, scene_size
 from datasets.transforms import Transform
-from util.bounds import whole
+from util.bounds import int_range
 from util.flags import FlagParser, run_command
 
 IMAGE_SEED = 17  # a constant: all runs share the data, whatever their --seed
@@ -168,9 +168,9 @@ def export(folder: Path, dataset: ShapesDetection) -> None:
 def get_args_parser() -> FlagParser:
     parser = FlagParser('datasets.shapes', description='Write the built-in images as files.')
     parser.add_argument('--out', type=Path, required=True, help='output folder, created if missing')
-    parser.add_argument('--count', type=whole(1), default=50, help='number of images')
+    parser.add_argument('--count', type=int_range(1), default=50, help='number of images')
     parser.add_argument('--split', choices=list(SPLITS), default='val', help='split to write')
-    parser.add_argument('--size', type=whole(1), default=128, help='longer side of an image in pixels')
+    parser.add_argument('--size', type=int_range(1), default=128, help='longer side of an image in pixels')
     return parser
 
 

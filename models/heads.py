@@ -91,7 +91,7 @@ class LogitBoxes:
     """
 
     eps: float = 1e-5
-    no_box: ClassVar[float] = math.inf  # code of a reference that is none
+    no_box: ClassVar[float] = math.inf  # code of a reference without a box
 
     def encode(self, reference: Tensor) -> Tensor:
         """Encode references [..., 2 or 4]; the shape stays."""

@@ -184,7 +184,7 @@ def test_a_step_that_is_left_out_changes_nothing(capsys: pytest.CaptureFixture[s
             optimizer,
             max_norm=0.1,
             end_step=lambda made, criterion=criterion, counts=counts: counts.append(
-                criterion.tally['objects']
+                criterion.pair_counts['objects']
             ),
         )
         assert counts[-1] == 9

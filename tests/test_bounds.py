@@ -5,25 +5,25 @@ from argparse import Namespace
 import pytest
 
 from main import get_args_parser
-from util.bounds import Bounded, real, whole
+from util.bounds import Bounded, float_range, int_range
 from util.config.settle import EVERYTHING, settle
 
 
 @pytest.mark.parametrize(
     ('kind', 'value', 'problem'),
     [
-        (whole(1, 5), 0, 'must be at least 1, not 0'),
-        (whole(1, 5), 6, 'must be at most 5, not 6'),
-        (whole(1, 5), 2.5, 'must be a whole number, not 2.5'),
-        (whole(1, 5), True, 'must be a whole number, not True'),
-        (whole(1, 5), '3', "must be a whole number, not '3'"),
-        (real(0, 1, below=True), 1, 'must be less than 1, not 1'),
-        (real(), float('nan'), 'must be a finite number, not nan'),
-        (real(), float('inf'), 'must be a finite number, not inf'),
-        (real(), -1e-9, 'must be at least 0, not -1e-09'),
-        (whole(1, 5), 5, None),
-        (whole(1, 5), 5.0, None),
-        (real(0, 1), 1, None),
+        (int_range(1, 5), 0, 'must be at least 1, not 0'),
+        (int_range(1, 5), 6, 'must be at most 5, not 6'),
+        (int_range(1, 5), 2.5, 'must be a whole number, not 2.5'),
+        (int_range(1, 5), True, 'must be a whole number, not True'),
+        (int_range(1, 5), '3', "must be a whole number, not '3'"),
+        (float_range(0, 1, below=True), 1, 'must be less than 1, not 1'),
+        (float_range(), float('nan'), 'must be a finite number, not nan'),
+        (float_range(), float('inf'), 'must be a finite number, not inf'),
+        (float_range(), -1e-9, 'must be at least 0, not -1e-09'),
+        (int_range(1, 5), 5, None),
+        (int_range(1, 5), 5.0, None),
+        (float_range(0, 1), 1, None),
     ],
 )
 def test_bounds(kind: Bounded, value: object, problem: str | None) -> None:

@@ -93,7 +93,7 @@ def test_every_task_of_a_researcher_is_shown() -> None:
         'loss',
         'backbone',
         'decoder',
-        'data',
+        'dataset',
         'augmentation',
         'metric',
         'scheme',

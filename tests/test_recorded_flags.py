@@ -13,7 +13,7 @@ from models.weights.load import load_checkpoint
 from models.weights.records import extract_flags
 from tests.models import SMALL, TRICKS
 from tests.runs import load, run
-from util.bounds import real
+from util.bounds import float_range
 from util.config.declare import DETECTION, NETWORK, Flag
 from util.config.flags import FLAGS
 from util.config.recorded import NetworkFlags, adopt, settle_recorded
@@ -173,8 +173,8 @@ def test_a_flag_that_is_newer_than_the_file(monkeypatch: pytest.MonkeyPatch) -> 
     """One of detections contradicts no weights; one of the network is compared with its default, and the message says so."""
     old = vars(settle_recorded(SMALL))
     for flag in (
-        Flag('score_power', real(), None, 'new', kind=DETECTION),
-        Flag('sharpness', real(), 1.0, 'new', kind=NETWORK),
+        Flag('score_power', float_range(), None, 'new', kind=DETECTION),
+        Flag('sharpness', float_range(), 1.0, 'new', kind=NETWORK),
     ):
         monkeypatch.setitem(FLAGS, flag.name, flag)
     args = Namespace(**old, score_power=2.0, sharpness=1.0)

@@ -190,7 +190,7 @@ def test_merging_adds_the_one_to_one_pairs() -> None:
             set(match(criterion.table[kind].matcher, prediction, targets)[0].query.tolist())
             for kind in ('one2one', 'o2m')
         ]
-        assert criterion.tally['o2m'] == len(queries[1] | queries[0] if merged else queries[1])
+        assert criterion.pair_counts['o2m'] == len(queries[1] | queries[0] if merged else queries[1])
 
 
 @pytest.mark.parametrize('num_objects', [(3, 2), (0, 0)], ids=['objects', 'no objects'])
@@ -476,7 +476,7 @@ def test_the_ledger_names_every_kind() -> None:
     assert '24 queries' in text and 'every object 3 times' in text and '3 x objects, all x 0.5' in text
     assert 'on anchors' in text and 'one2one, read twice' in text and 'from 0.4' in text
     assert text.count('3 x  ') == 4, 'decoder layers'
-    criterion.tally = Counter({'one2one': 4.0, 'o2m': 10.0, 'objects': 4})
+    criterion.pair_counts = Counter({'one2one': 4.0, 'o2m': 10.0, 'objects': 4})
     averages = {'loss_ce': 1.0, 'loss_ce_0': 1.0, 'loss_ce_1_o2m': 3.0, 'class_error': 50.0}
     found = criterion.statistics(averages)
     assert found == {

@@ -44,7 +44,7 @@ from datasets.coco_json import (
 )
 from datasets.image_io import read_image
 from datasets.segmentations import is_finite
-from util.bounds import real
+from util.bounds import float_range
 from util.errors import UserError
 from util.files import save_atomically
 from util.flags import FlagParser, run_command
@@ -336,8 +336,15 @@ def get_args_parser() -> FlagParser:
     flag('--ann', required=True, metavar='FILE', help='annotations in COCO form')
     flag('--images', required=True, metavar='DIR', help='folder of the images')
     flag('--output', default='report.html', metavar='FILE', help='page (default: %(default)s)')
-    flag('--iou', default=0.5, type=real(NEAR, 1.0), help='IoU of a detection and its object (default: 0.5)')
-    flag('--score_thr', type=real(0, 1), help='lowest score that counts (default: that of the best F1)')
+    flag(
+        '--iou',
+        default=0.5,
+        type=float_range(NEAR, 1.0),
+        help='IoU of a detection and its object (default: 0.5)',
+    )
+    flag(
+        '--score_thr', type=float_range(0, 1), help='lowest score that counts (default: that of the best F1)'
+    )
     return parser
 
 

@@ -158,7 +158,7 @@ def read_checkpoints(folder: Path, epochs: list[Epoch], device: torch.device, tr
 def examine(
     model: nn.Module, postprocess: nn.Module, data: Dataset, matcher: Matcher
 ) -> tuple[Tensor, float]:
-    """Return the query matched to each object of a data set (-1: none), and duplicate detections per object."""
+    """Return the query matched to each object of a dataset (-1: none), and duplicate detections per object."""
     device = next(model.parameters()).device
     queries, surplus, num_objects = [], 0, 0
     for samples, targets in DataLoader(data, batch_size=8, collate_fn=collate_fn):

@@ -32,7 +32,7 @@ from datasets.image_io import FORMATS
 from datasets.results import select
 from models.detector import Detector, add_detector_args, load_from_flags
 from tools.visualize_attention import attention_of, panels_of, sheet_of
-from util.bounds import whole
+from util.bounds import int_range
 from util.errors import UserError
 from util.flags import FlagParser, run_command
 from util.visualize import class_name, draw_boxes
@@ -48,7 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_detector_args(parser)
     flag = parser.add_argument
     flag('--address', default='127.0.0.1', help='interface that the page is served on (default: %(default)s)')
-    flag('--port', default=7860, type=whole(1, 65535), help='port of the page (default: %(default)s)')
+    flag('--port', default=7860, type=int_range(1, 65535), help='port of the page (default: %(default)s)')
     flag(
         '--password',
         help=f'password of the page, for the user {USER}; others on this machine can see it, unlike the '
@@ -159,7 +159,7 @@ class Guard:
 
 
 def is_this_machine(address: str) -> bool:
-    """Tell whether only programs of this machine reach an address."""
+    """Return whether only programs of this machine reach an address."""
     try:
         return address == 'localhost' or ip_address(address).is_loopback
     except ValueError:

@@ -36,7 +36,7 @@ from datasets.shapes import ShapesDetection
 from models.deformable_detr import AskedProposals
 from models.detector import Detector, add_detector_args, load_detector
 from models.postprocess import SoftmaxPostProcess, TopKPostProcess, frame_size
-from util.bounds import whole
+from util.bounds import int_range
 from util.errors import UserError
 from util.files import save_atomically
 from util.flags import FlagParser, run_command
@@ -78,7 +78,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag('--val_images', metavar='DIR', help='folder of images, instead of --coco_path')
     flag('--val_ann', metavar='FILE', help='file of annotations, instead of --coco_path')
     flag('--allow_outside', action='store_true', help='take file names that lead out of the image folder')
-    flag('--limit', type=whole(1), metavar='N', help='only the first N images (default: all)')
+    flag('--limit', type=int_range(1), metavar='N', help='only the first N images (default: all)')
     return parser
 
 

@@ -35,7 +35,7 @@ from datasets.coco_eval import decode_masks, encode_masks
 from datasets.image_io import SUFFIXES, check_pixels, naming, read_image
 from datasets.results import ResultFiles, coco_results, select
 from models.detector import Detector, add_detector_args, load_from_flags
-from util.bounds import real, whole
+from util.bounds import float_range, int_range
 from util.download import fetch, is_url
 from util.errors import UserError
 from util.files import make_folder, save_atomically
@@ -61,8 +61,13 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar='DIR',
         help='output folder (default: %(default)s)',
     )
-    flag('--score_thr', default=0.3, type=real(0, 1), help='lowest score drawn (default: %(default)s)')
-    flag('--json_score_thr', default=0.0, type=real(0, 1), help='lowest score written (default: %(default)s)')
+    flag('--score_thr', default=0.3, type=float_range(0, 1), help='lowest score drawn (default: %(default)s)')
+    flag(
+        '--json_score_thr',
+        default=0.0,
+        type=float_range(0, 1),
+        help='lowest score written (default: %(default)s)',
+    )
     flag(
         '--class_thresholds',
         nargs='+',
@@ -81,7 +86,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag(
         '--batch_size',
         default=1,
-        type=whole(1, 10**5),
+        type=int_range(1, 10**5),
         metavar='N',
         help='images, or frames of a film, computed at once (default: 1); padding moves results a little',
     )
@@ -165,7 +170,7 @@ def thresholds_of(class_map: ClassMap, usual: float, single: list[str]) -> Tenso
             threshold = float(score)
         except ValueError:
             raise UserError(f'--class_thresholds {text}: {score!r} is not a score') from None
-        if problem := real(0, 1).problem(threshold):
+        if problem := float_range(0, 1).problem(threshold):
             raise UserError(f'--class_thresholds {text}: a score {problem}')
         thresholds[class_map.names.index(name)] = threshold
     return thresholds

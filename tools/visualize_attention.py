@@ -28,7 +28,7 @@ from models.deformable_transformer import valid_ratio
 from models.detector import Detector, add_detector_args, load_from_flags
 from models.ops.modules import MSDeformAttn
 from util import visualize
-from util.bounds import whole
+from util.bounds import int_range
 from util.errors import UserError
 from util.files import save_atomically
 from util.flags import FlagParser, run_command
@@ -278,7 +278,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag('--source', required=True, metavar='IMAGE', help='an image')
     flag('--output', required=True, metavar='FILE', help='image to write, for example attention.png')
     flag('--queries', nargs='+', default=['best'], help='numbers, or best: with the best scores (default)')
-    flag('--num', default=6, type=whole(1), help='number of the best queries (default: %(default)s)')
+    flag('--num', default=6, type=int_range(1), help='number of the best queries (default: %(default)s)')
     flag('--layer', default=-1, type=int, help='decoder layer, from 0 or back from -1 (default: -1)')
     flag('--head', default='mean', help='mean (default; points: of all), all (a panel each) or a number')
     return parser

@@ -39,12 +39,12 @@ class Bounded:
         return None
 
 
-def whole(low: int, high: int = MOST) -> Bounded:
+def int_range(low: int, high: int = MOST) -> Bounded:
     """Return the type of a whole number between two bounds, which belong to it."""
     return Bounded(low, high, whole=True)
 
 
-def real(low: float = 0.0, high: float = MOST, below: bool = False) -> Bounded:
+def float_range(low: float = 0.0, high: float = MOST, below: bool = False) -> Bounded:
     """Return the type of a number between two bounds, which belong to it; below: but not the upper one."""
     return Bounded(low, high, whole=False, below=below)
 

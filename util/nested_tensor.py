@@ -70,6 +70,6 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def collate_fn(batch: list[tuple[Tensor, dict]]) -> tuple[NestedTensor, list[dict]]:
-    """Collate items of a data set to a padded batch and its targets."""
+    """Collate items of a dataset to a padded batch and its targets."""
     images, targets = zip(*batch, strict=True)
     return nested_tensor_from_tensor_list(images), list(targets)

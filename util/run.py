@@ -64,7 +64,7 @@ class ImageData(Protocol):
 class Criterion(Protocol):
     """Losses by name, and counts that a checkpoint keeps."""
 
-    tally: Counter[str]
+    pair_counts: Counter[str]
 
     def __call__(self, outputs: dict, targets: list[dict]) -> dict[str, Tensor]: ...
 
@@ -210,7 +210,7 @@ class Run:
         within = self.state if self.state.step else None
         own = {'rng': get_rng_state()}
         if within:
-            own |= {'meter': within.meter.state_dict(), 'tally': dict(self.criterion.tally)}
+            own |= {'meter': within.meter.state_dict(), 'tally': dict(self.criterion.pair_counts)}
         ranks = all_gather_object(own)
         pending = [rank['meter']['pending'] for rank in ranks if within]
         if any(values is not None and not values.isfinite().all() for values in pending):
@@ -336,7 +336,7 @@ class Run:
             meter = Meter()
             meter.load_state_dict(saved['meters'][rank], device)
             self.state.meter = meter if rank == get_rank() else self.state.meter.joined(meter)
-            self.criterion.tally.update(saved['tallies'][rank])
+            self.criterion.pair_counts.update(saved['tallies'][rank])
 
 
 def check_same_start(flags: Namespace) -> None:

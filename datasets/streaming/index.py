@@ -115,7 +115,7 @@ def read_index(place: str | os.PathLike[str], allow_pipe: bool = False) -> Shard
 
 
 def is_local(url: str) -> bool:
-    """Tell whether a URL is a path, and neither a command (pipe:) nor an address."""
+    """Return whether a name is a path, and neither a command (pipe:) nor a URL."""
     return re.match(r'[a-z][a-z0-9+.-]*:', url, re.IGNORECASE) is None
 
 

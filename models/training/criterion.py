@@ -73,7 +73,7 @@ class SetCriterion(nn.Module):
         self.weight_dict = weight_dict
         # Number of pairs of each kind (mean over its layers) and of objects, since the last call of
         # `statistics`.
-        self.tally: Counter[str] = Counter()
+        self.pair_counts: Counter[str] = Counter()
 
     def forward(
         self, outputs: dict, targets: list[dict], step_targets: Sequence[list[dict]] | None = None
@@ -139,8 +139,8 @@ class SetCriterion(nn.Module):
         for kind in unknown:
             if other := self.table[kind].merge_pairs_from:
                 assignments[kind] = list(map(merge_pairs, assignments[kind], assignments[other]))
-        self.tally['objects'] += sum(objects.sizes)
-        self.tally.update(
+        self.pair_counts['objects'] += sum(objects.sizes)
+        self.pair_counts.update(
             {kind: sum(len(a.query) for a in layers) / len(layers) for kind, layers in assignments.items()}
         )
         pairs = [pack_pairs(layers) for layers in assignments.values()]
@@ -206,9 +206,9 @@ class SetCriterion(nn.Module):
         averages: average of each loss term over that time.
         """
         tally: Counter[str] = Counter()
-        for part in all_gather_object(self.tally):
+        for part in all_gather_object(self.pair_counts):
             tally.update(part)
-        self.tally = Counter()
+        self.pair_counts = Counter()
         shares: Counter[str] = Counter()
         for name, coef in self.weight_dict.items():
             shares[self.kind_of(name)] += coef * averages.get(name, 0.0)

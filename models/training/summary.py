@@ -109,7 +109,7 @@ def training_images(args: Settled) -> int:
 
 
 def flops_text(model: nn.Module, dataset: ImageData) -> str:
-    """Describe the operations for the first image of a data set."""
+    """Describe the operations for the first image of a dataset."""
     height, width = dataset[0][0].shape[-2:]
     if getattr(model, 'eval_module', None) is not None:
         return 'not counted: those of an auxiliary head depend on what it finds'

@@ -40,11 +40,11 @@ class Flag:
 
     type: SWITCH, YES_NO, TEXT, a `Bounded`, or a tuple of choices.
     default: a value, `ByFamily` or `Usual`; records of `networks.DECODERS` may have another one. unset: words for a default that
-    the value does not tell.
+    the value does not show.
     families: those that it is for; () is all. some_backbones: it is for those alone whose record in `networks.KINDS` names it.
     needs: a flag without which it says nothing. chooses: giving it makes a Deformable DETR.
     aliases: names in official programs, on their command lines and in their checkpoints. same: two names of one value.
-    compared: a checkpoint must have been trained with the same value; BY_NAMES: names of its weights tell.
+    compared: a checkpoint must have been trained with the same value; BY_NAMES: names of its weights show it.
     adopted: --eval and --pretrained take it from the checkpoint, if it is a name beside that flag alone; else only --resume does. launch: it belongs to one start of the program,
     and nothing takes it from a checkpoint.
     command: it is an option of main.py; else only a namespace or a checkpoint sets it. hidden: --help shows it under `hidden` alone.

@@ -32,7 +32,7 @@ HEAD = re.compile(
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe: its flags as words, and from its head what it trains and the published AP (None: not published), if it tells."""
+    """A recipe: its flags as words, and from its head what it trains and the published AP (None: not published), where it says so."""
 
     name: str
     words: tuple[str, ...]
@@ -43,7 +43,7 @@ class Recipe:
 
     @property
     def flags(self) -> ParsedFlags:
-        """Its flags, those of main.py's defaults beside them; `given` tells which are its own."""
+        """Its flags, those of main.py's defaults beside them; `given` names its own."""
         return make_parser(None).parse_args(self.words)
 
 
@@ -98,7 +98,7 @@ def with_config(args: Namespace, file: str | Path) -> ParsedFlags:
     file: OUT/flags.json of a run, or an object of flags and values.
 
     Raises:
-        UserError: it cannot be read, or has a flag that is none.
+        UserError: it cannot be read, or has an unknown flag.
     """
     try:
         found = json.loads(Path(file).read_text(encoding='utf-8'))
@@ -148,9 +148,9 @@ HYBRID_900_NAME = f'hybrid_branch_lambda1_group6_t1500_n900_{TRICKS_NAME}'
 class Row:
     """Published weights.
 
-    name: hub entry; '' where nobody publishes weights and another row has the same network. script: recipe in scripts/. weights: address; '' if there is none. linked: where weights without an address,
+    name: hub entry; '' where nobody publishes weights and another row has the same network. script: recipe in scripts/. weights: URL; '' if there is none. linked: where weights without an address,
     or the authors' own, are linked from. size: published millions of parameters and 1e9 multiply-adds. The rest is for weights
-    without a recipe (own: their flags), or of another result than it tells.
+    without a recipe (own: their flags), or of another result than it states.
     """
 
     name: str
@@ -172,7 +172,7 @@ class Row:
 
     @property
     def classes(self) -> int:
-        """Class indices of the weights: COCO's ids, or those of another data set."""
+        """Class indices of the weights: COCO's ids, or those of another dataset."""
         return self.num_classes or (1203 if self.recipe.flags.dataset_file == 'lvis' else 91)
 
     @property

@@ -2,7 +2,7 @@
 Compare the flags that a checkpoint records with those of a model, and take them from it.
 
 A file trained with --dilation or another --nheads has the shapes of one trained without, and gives other boxes. Only its
-flags tell.
+flags show it.
 """
 
 import json
@@ -42,7 +42,7 @@ VIEW = (
 
 
 class NetworkFlags(dict):
-    """Settled flags that decide what a network computes, without those that names of its weights tell."""
+    """Settled flags that decide what a network computes, without those that names of its weights show."""
 
     @classmethod
     def of(cls, args: Namespace) -> 'NetworkFlags':
@@ -77,7 +77,7 @@ def one_name(name: str, value: object) -> object:
 
 
 def is_whole(recorded: Mapping) -> bool:
-    """Tell whether these are all flags of a run, so that what is missing has its default."""
+    """Return whether these are all flags of a run, so that what is missing has its default."""
     return all(flag in recorded for flag in WHOLE)
 
 
@@ -164,7 +164,7 @@ def check_given(name: str, value: Any, theirs: Namespace, recorded: Mapping) -> 
     flag, trained = FLAGS[name], getattr(theirs, name)
     if name in CHOOSE_FAMILY:
         same, text = theirs.family == name, f'the family {theirs.family}'
-    else:  # of those that are not compared, shapes and names tell, or this run is free to choose
+    else:  # of those that are not compared, shapes and names decide, or this run is free to choose
         same = not flag.compared or flag.kind == DETECTION or one_name(name, value) == one_name(name, trained)
         text = 'it off' if trained is False else f'{trained}'
     if not same:

@@ -1,4 +1,4 @@
-"""Settle flags: name the family, fill in defaults, refuse what cannot be, and tell what follows from flags."""
+"""Settle flags: name the family, fill in defaults, and refuse flags that contradict each other."""
 
 from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping

@@ -65,7 +65,7 @@ def first_host(nodes: str) -> str:
 
 
 def is_preempted() -> bool:
-    """Tell whether Slurm has told this job to make room for another one, and still waits for it to do so.
+    """Return whether Slurm has told this job to make room for another one, and still waits for it to do so.
 
     A job that ends by itself while Slurm waits counts as done and is not started again, so it must be requeued. A
     cancelled job gets the same SIGTERM, but is in another state.

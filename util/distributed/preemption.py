@@ -178,7 +178,7 @@ def requeue() -> None:
 
 
 def was_restarted() -> bool:
-    """Tell whether a launcher has started this job again: torchrun after a failure, Slurm after a requeue."""
+    """Return whether a launcher has started this job again: torchrun after a failure, Slurm after a requeue."""
     return any(
         int(os.environ.get(name) or 0) > 0 for name in ('TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT')
     )
