@@ -376,7 +376,7 @@ def test_masks_of_a_photograph_do_not_fill_the_memory(
     detector = Detector(model, postprocessors, class_map, args)
     masks = detector.detect(image)['masks']
     assert encode_masks(masks) == seen[0][7]['segmentation'] and len(masks) == 20
-    monkeypatch.setattr(predict, 'load_detector', lambda *rest: detector)
+    monkeypatch.setattr(predict, 'load_from_flags', lambda args: detector)
     predict.write_png(image, tmp_path / '7.png')
     words = [
         '--model',

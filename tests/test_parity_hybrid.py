@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import models.deformable_transformer
+import models.heads
 import models.training.losses
 import models.training.matcher
 from main import get_args_parser
@@ -207,7 +208,8 @@ def test_detrex_port_loads_by_its_own_names_and_gives_its_numbers(monkeypatch: p
         hull = (high - low).prod(-1)
         return overlap - (hull - union) / (hull + 1e-6)
 
-    monkeypatch.setattr(models.deformable_transformer.DeformableDecoder, 'eps', 1e-3)
+    code = models.heads.LogitBoxes(eps=1e-3)
+    monkeypatch.setattr(models.deformable_transformer.DeformableDecoder, 'box_code', code)
     for module in (models.training.matcher, models.training.losses):
         monkeypatch.setattr(module, 'generalized_box_iou', giou)
     case = HybridCase(DETREX)

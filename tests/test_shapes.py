@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader
 from datasets import shapes
 from datasets.shape_scenes import KINDS, MAX_OBJECTS, Dice, draw_scene
 from datasets.shapes import IMAGE_SEED, ShapesDetection
+from tests.shared_data import build_data
+from util.config.declare import DATA
+from util.config.settle import settle
 from util.flags import run_command
 
 RECORDED = {  # (split, number, size): crc32 of image, labels, boxes and areas
@@ -203,8 +206,9 @@ def test_build_reads_the_flags(image_set, count):
         img_size=128,
         max_size=192,
         aug='detr',
+        dataset_file='shapes',
     )
-    dataset = shapes.build(image_set, args)
+    dataset = build_data(image_set, settle(args, (DATA,)))
     image, target = dataset[1]
     assert len(dataset) == count and dataset.split == image_set
     assert min(image.shape[1:]) > 60
