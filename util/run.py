@@ -140,9 +140,8 @@ class Run:
                 save_atomically(self.folder / 'flags.json', lambda path: path.write_text(as_json(self.args)))
         if self.epoch == 0 or self.metrics is None or self.log.has_epoch(self.epoch):
             return False
-        if (
-            Path(self.args.resume).resolve() != self.checkpoint_path.resolve()
-        ):  # the run goes on in another folder
+        other_folder = Path(self.args.resume).resolve() != self.checkpoint_path.resolve()
+        if other_folder:
             self.save(self.metrics)
         self.keep_numbered()
         return True
