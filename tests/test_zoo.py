@@ -151,7 +151,7 @@ def small_row_of(flags: dict) -> Row:
                 f'--{name}',
                 *map(str, () if value is True else value if isinstance(value, list) else [value]),
             ]
-    return Row('small', '', title='small', own=' '.join(words), epochs=1)
+    return Row('small', '', title='small', flags=' '.join(words), epochs=1)
 
 
 @pytest.fixture

@@ -26,10 +26,7 @@ class Number:
 COUNT, NOT_NEGATIVE, FINITE = Number(0, whole=True), Number(0), Number()
 # In a dictionary, names with `?` may be missing, and `...` stands for all other names. A list has what every element must be. A
 # value must be an instance of a type or of one in a tuple.
-WEIGHTS = {
-    'args?': (dict, Namespace),
-    'class_map?': {'category_ids': [COUNT], 'names': [(str, type(None))]},
-}
+WEIGHTS = {'args?': (dict, Namespace), 'class_map?': {'category_ids': [COUNT], 'names': [(str, type(None))]}}
 METER = {
     'names': [str],
     'totals?': {...: FINITE},

@@ -1,9 +1,10 @@
 """What a flag is: one record with every fact about it. Nothing here or in its neighbours imports PyTorch."""
 
+import re
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from util.bounds import Bounded
@@ -15,6 +16,7 @@ NETWORK, DETECTION, TRAINING, DATA, RUN = 'network', 'detection', 'training', 'd
 SWITCH, YES_NO, TEXT = 'switch', 'yes or no', 'text'  # types that are no number and no choice
 ALWAYS, UNLESS_CONDITIONAL = 'always', 'unless conditional'
 BY_NAMES = 'by names'
+TEXTS = Path(__file__).with_name('help.txt')
 
 
 class ByFamily(dict):
@@ -54,7 +56,7 @@ class Flag:
     name: str
     type: Any
     default: Any
-    help: str
+    help: str = ''
     kind: str = ''
     topic: str = ''
     families: tuple[str, ...] = ()
@@ -176,19 +178,45 @@ class Flag:
         group.add_argument(*(f'--{name}' for name in (self.option or self.name, *self.aliases)), **facts)
 
 
-def topic(title: str, kind: str, families: tuple[str, ...] = ()) -> Callable[..., list[Flag]]:
-    """Return what gives its arguments, flags, a topic, and a kind and families where they have none of their own."""
+def group(kind: str, families: tuple[str, ...] = ()) -> Callable[..., list[Flag]]:
+    """Return a function that gives flags a kind and families where they have none of their own."""
 
     def place(*flags: Flag) -> list[Flag]:
         return [
             replace(
-                flag,
-                topic=title,
-                kind=flag.kind or kind,
-                families=flag.families or families,
-                special=bool(flag.families),
+                flag, kind=flag.kind or kind, families=flag.families or families, special=bool(flag.families)
             )
             for flag in flags
         ]
 
     return place
+
+
+def table(*flags: Flag) -> dict[str, Flag]:
+    """Return flags by name, with their texts and topics from `help.txt`.
+
+    A flag that has `help` of its own is not in the file. Its topic is then that of the flag before it, unless it has
+    a topic of its own too.
+    """
+    texts = read_texts()
+    named, topic = {}, ''
+    for flag in flags:
+        if not flag.help:
+            topic, text, unset = texts[flag.name]
+            flag = replace(flag, topic=topic, help=text, unset=unset)
+        named[flag.name] = replace(flag, topic=flag.topic or topic)
+    return named
+
+
+def read_texts() -> dict[str, tuple[str, str, str]]:
+    """Read `help.txt`: topic, text, and words for the default ('' if the value shows it) of each flag."""
+    texts, topic = {}, ''
+    for paragraph in re.split(r'\n+(?=\S)', TEXTS.read_text(encoding='utf-8')):
+        words = ' '.join(paragraph.split())
+        if words.startswith('# '):
+            topic = words[2:]
+        elif words:
+            name, _, text = words.partition(': ')
+            text, _, unset = text.partition(' (default: ')
+            texts[name] = topic, text, unset.removesuffix(')')
+    return texts

@@ -5,14 +5,16 @@ A recipe is one call, `recipe FLAGS "$@"` (scripts/recipe.sh), under a head whos
 a recipe too: `main.py --recipe mine` trains as `bash scripts/mine.sh` does.
 """
 
+import csv
 import json
 import re
 import shlex
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from util.errors import UserError
 from util.flags import ParsedFlags, did_you_mean, given_of
@@ -130,37 +132,24 @@ def with_named_flags(args: Namespace) -> Namespace:
     return args
 
 
-# Published weights ---------------------------------------------------------------------------------------------------
-
-DETR_FILES = 'https://dl.fbaipublicfiles.com/detr/detr-'
-# The authors' weights under the names of transformers; models/weights/names.py knows them.
-CONDITIONAL_R50 = 'https://huggingface.co/microsoft/conditional-detr-resnet-50/resolve/main/pytorch_model.bin'
-DEFORMABLE_FILES = 'https://huggingface.co/SenseTime/deformable-detr{}/resolve/main/pytorch_model.bin'
-HYBRID_FILES = 'https://github.com/HDETR/H-Deformable-DETR/releases/download/v0.1/'
-MMDET_FILES = 'https://download.openmmlab.com/mmdetection/v3.0/codetr/co_dino_5scale_'
-TWO_STAGE_NAME = 'deformable_detr_plus_iterative_bbox_refinement_plus_plus_two_stage'
-TRICKS_NAME = f'dp0_mqs_lft_{TWO_STAGE_NAME}'
-HYBRID_NAME = f'hybrid_branch_lambda1_group6_t1500_{TRICKS_NAME}'
-HYBRID_900_NAME = f'hybrid_branch_lambda1_group6_t1500_n900_{TRICKS_NAME}'
-
-
 @dataclass(frozen=True)
 class Row:
-    """Published weights.
+    """Published weights, a line of `zoo.csv`.
 
-    name: hub entry; '' where nobody publishes weights and another row has the same network. script: recipe in scripts/. weights: URL; '' if there is none. linked: where weights without an address,
-    or the authors' own, are linked from. size: published millions of parameters and 1e9 multiply-adds. The rest is for weights
-    without a recipe (own: their flags), or of another result than it states.
+    name: entry of torch.hub; '' where nobody publishes weights and another row has the same network. script: recipe in
+    scripts/. weights: URL; '' if there is none. linked: where weights without a URL, or the authors' own, are linked
+    from. size: published parameters (millions) and multiply-adds (1e9). The other fields are for weights without a
+    recipe (flags: those of their network), or with another result than the recipe states.
     """
 
-    name: str
-    script: str
+    name: str = ''
+    script: str = ''
     weights: str = ''
     linked: str = ''
-    size: tuple[int, int] | None = None
+    size: tuple[int, ...] = ()
     ap: float | None = None
     title: str = ''
-    own: str = ''
+    flags: str = ''
     epochs: int | None = None
     num_classes: int | None = None
 
@@ -168,7 +157,7 @@ class Row:
     def recipe(self) -> Recipe:
         if self.script:
             return find_recipe(self.script)
-        return Recipe(self.name, tuple(self.own.split()), self.title, self.ap, 'COCO val2017', self.epochs)
+        return Recipe(self.name, tuple(self.flags.split()), self.title, self.ap, 'COCO val2017', self.epochs)
 
     @property
     def classes(self) -> int:
@@ -198,111 +187,20 @@ class Row:
         )
 
 
-CONDITIONAL_SHARE = 'the share linked from github.com/Atten4Vis/ConditionalDETR ({})'
-MS_SHARE = 'the drive linked from github.com/Atten4Vis/MS-DETR ({})'
-CO_SHARE = 'the drive linked from github.com/Sense-X/Co-DETR ({})'
+def read_rows() -> list[Row]:
+    """Read `zoo.csv`; an empty cell means the default of its field."""
+    types: dict[str, Callable[[str], Any]] = {
+        'size': lambda cell: tuple(map(int, cell.split())),
+        'ap': float,
+        'epochs': int,
+        'num_classes': int,
+    }
+    with Path(__file__).with_name('zoo.csv').open(newline='', encoding='utf-8') as file:
+        rows = [{name: cell for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+    return [Row(**{name: types.get(name, str)(cell) for name, cell in row.items()}) for row in rows]
 
 
-def hub_file(name: str) -> str:
-    return f'huggingface.co/zongzhuofan ({name})'
-
-
-def hybrid_files(prefix: str, name: str, epochs: int, suffix: str = '') -> str:
-    return f'{HYBRID_FILES}{prefix}{name}_{epochs}eps{suffix}.pth'
-
-
-def co_file(name: str) -> str:
-    return CO_SHARE.format(f'{name}.pth')
-
-
-# fmt: off
-ZOO = [
-    Row('detr_resnet50', 'detr_r50_500ep', f'{DETR_FILES}r50-e632da11.pth', size=(41, 86)),
-    Row('', 'detr_r50_50ep', size=(41, 86)),
-    Row('detr_resnet50_dc5', 'detr_r50dc5_500ep', f'{DETR_FILES}r50-dc5-f0fb7ef5.pth', size=(41, 187)),
-    Row('', 'detr_r50dc5_50ep', size=(41, 187)),
-    Row('detr_resnet101', 'detr_r101_500ep', f'{DETR_FILES}r101-2c7b67e5.pth', size=(60, 152)),
-    Row('', 'detr_r101_50ep', size=(60, 152)),
-    Row('detr_resnet101_dc5', 'detr_r101dc5_500ep', f'{DETR_FILES}r101-dc5-a2e86def.pth', size=(60, 253)),
-    Row('', 'detr_r101dc5_50ep', size=(60, 253)),
-    Row('conditional_detr_resnet50', 'conddetr_r50_epoch50', CONDITIONAL_R50, linked=CONDITIONAL_SHARE.format('ConditionalDETR_r50_epoch50.pth'), size=(44, 90)),
-    Row('conditional_detr_resnet50_dc5', 'conddetr_r50dc5_epoch50', linked=CONDITIONAL_SHARE.format('ConditionalDETR_r50dc5_epoch50.pth'), size=(44, 195)),
-    Row('conditional_detr_resnet101', 'conddetr_r101_epoch50', linked=CONDITIONAL_SHARE.format('ConditionalDETR_r101_epoch50.pth'), size=(63, 156)),
-    Row('conditional_detr_resnet101_dc5', 'conddetr_r101dc5_epoch50', linked=CONDITIONAL_SHARE.format('ConditionalDETR_r101dc5_epoch50.pth'), size=(63, 262)),
-    Row('deformable_detr_resnet50_single_scale', 'r50_deformable_detr_single_scale', DEFORMABLE_FILES.format('-single-scale'), size=(34, 78)),
-    Row('deformable_detr_resnet50_single_scale_dc5', 'r50_deformable_detr_single_scale_dc5', DEFORMABLE_FILES.format('-single-scale-dc5'), size=(34, 128)),
-    Row('deformable_detr_resnet50', 'r50_deformable_detr', DEFORMABLE_FILES.format(''), size=(40, 173)),
-    Row('deformable_detr_resnet50_box_refine', 'r50_deformable_detr_plus_iterative_bbox_refinement', DEFORMABLE_FILES.format('-with-box-refine'), size=(41, 173)),
-    Row('deformable_detr_resnet50_two_stage', 'r50_deformable_detr_plus_iterative_bbox_refinement_plus_plus_two_stage', DEFORMABLE_FILES.format('-with-box-refine-two-stage'), size=(41, 173)),
-    Row('two_stage_deformable_detr_resnet50', 'r50_two_stage_deformable_detr_12ep', hybrid_files('r50_', TWO_STAGE_NAME, 12)),
-    Row('two_stage_deformable_detr_resnet50_36ep', 'r50_two_stage_deformable_detr_36ep', hybrid_files('r50_', TWO_STAGE_NAME, 36)),
-    Row('two_stage_deformable_detr_swin_tiny', 'swin_tiny_two_stage_deformable_detr_12ep', hybrid_files('swin_tiny_', TWO_STAGE_NAME, 12)),
-    Row('two_stage_deformable_detr_swin_tiny_second_run', 'swin_tiny_two_stage_deformable_detr_12ep', hybrid_files('swin_tiny_', TWO_STAGE_NAME, 12, '_2'), ap=46.0),
-    Row('two_stage_deformable_detr_swin_tiny_36ep', 'swin_tiny_two_stage_deformable_detr_36ep', hybrid_files('swin_tiny_', TWO_STAGE_NAME, 36)),
-    Row('two_stage_deformable_detr_swin_tiny_36ep_second_run', 'swin_tiny_two_stage_deformable_detr_36ep', hybrid_files('swin_tiny_', TWO_STAGE_NAME, 36, '_2'), ap=49.6),
-    Row('two_stage_deformable_detr_swin_large', 'swin_large_two_stage_deformable_detr_12ep', hybrid_files('swin_large_', TWO_STAGE_NAME, 12)),
-    Row('two_stage_deformable_detr_swin_large_36ep', 'swin_large_two_stage_deformable_detr_36ep', hybrid_files('drop_path0.5_swin_large_', TWO_STAGE_NAME, 36)),
-    Row('deformable_detr_plus_plus_resnet50', 'r50_two_stage_deformable_detr_tricks_12ep', hybrid_files('r50_', TRICKS_NAME, 12)),
-    Row('deformable_detr_plus_plus_resnet50_36ep', 'r50_two_stage_deformable_detr_tricks_36ep', hybrid_files('r50_', TRICKS_NAME, 36)),
-    Row('deformable_detr_plus_plus_swin_tiny', 'swin_tiny_two_stage_deformable_detr_tricks_12ep', hybrid_files('swin_tiny_', TRICKS_NAME, 12)),
-    Row('deformable_detr_plus_plus_swin_tiny_36ep', 'swin_tiny_two_stage_deformable_detr_tricks_36ep', hybrid_files('swin_tiny_', TRICKS_NAME, 36)),
-    Row('deformable_detr_plus_plus_swin_large', 'swin_large_two_stage_deformable_detr_tricks_12ep', hybrid_files('swin_large_', TRICKS_NAME, 12)),
-    Row('deformable_detr_plus_plus_swin_large_36ep', 'swin_large_two_stage_deformable_detr_tricks_36ep', hybrid_files('drop_path0.5_swin_large_', TRICKS_NAME, 36)),
-    Row('h_deformable_detr_resnet50', 'r50_h_deformable_detr_12ep', hybrid_files('r50_', HYBRID_NAME, 12)),
-    Row('h_deformable_detr_resnet50_36ep', 'r50_h_deformable_detr_36ep', hybrid_files('r50_', HYBRID_NAME, 36)),
-    Row('', 'r101_h_deformable_detr_12ep'),
-    Row('', 'r101_h_deformable_detr_36ep'),
-    Row('h_deformable_detr_swin_tiny', 'swin_tiny_h_deformable_detr_12ep', hybrid_files('swin_tiny_', HYBRID_NAME, 12)),
-    Row('h_deformable_detr_swin_tiny_36ep', 'swin_tiny_h_deformable_detr_36ep', hybrid_files('swin_tiny_', HYBRID_NAME, 36)),
-    Row('h_deformable_detr_swin_tiny_decay', 'swin_tiny_h_deformable_detr_decay0.05_12ep', hybrid_files('decay0.05_swin_tiny_', HYBRID_NAME, 12)),
-    Row('h_deformable_detr_swin_tiny_decay_36ep', 'swin_tiny_h_deformable_detr_decay0.05_36ep', hybrid_files('decay0.05_swin_tiny_', HYBRID_NAME, 36)),
-    Row('', 'swin_small_h_deformable_detr_12ep'),
-    Row('', 'swin_small_h_deformable_detr_36ep'),
-    Row('h_deformable_detr_swin_large', 'swin_large_h_deformable_detr_12ep', hybrid_files('swin_large_', HYBRID_NAME, 12)),
-    Row('h_deformable_detr_swin_large_36ep', 'swin_large_h_deformable_detr_36ep', hybrid_files('drop_path0.5_swin_large_', HYBRID_NAME, 36)),
-    Row('h_deformable_detr_swin_large_900', 'swin_large_h_deformable_detr_900_12ep', hybrid_files('swin_large_', HYBRID_900_NAME, 12)),
-    Row('h_deformable_detr_swin_large_900_36ep', 'swin_large_h_deformable_detr_900_36ep', hybrid_files('drop_path0.5_swin_large_', HYBRID_900_NAME, 36)),
-    Row('h_deformable_detr_swin_large_900_decay_36ep', 'swin_large_h_deformable_detr_900_decay0.05_36ep', hybrid_files('decay0.05_drop_path0.5_swin_large_', HYBRID_900_NAME, 36)),
-    Row('ms_detr_resnet50_deformable', 'r50_ms_detr_300', linked=MS_SHARE.format('ms_detr_300')),
-    Row('ms_detr_resnet50', 'r50_ms_detr_pp_300', linked=MS_SHARE.format('ms_detr_pp_300')),
-    Row('ms_detr_resnet50_900', 'r50_ms_detr_pp_900', linked=MS_SHARE.format('ms_detr_pp_900')),
-    Row('ms_detr_a_resnet50', 'r50_ms_detr_a_300'),
-    Row('co_deformable_detr_resnet50', 'r50_co_deformable_detr_12ep', linked=co_file('co_deformable_detr_r50_1x_coco')),
-    Row('', 'r50_co_deformable_detr_mask_12ep'),
-    Row('co_deformable_detr_swin_tiny', 'swin_tiny_co_deformable_detr_12ep', linked=co_file('co_deformable_detr_swin_tiny_1x_coco')),
-    Row('co_deformable_detr_swin_tiny_36ep', 'swin_tiny_co_deformable_detr_36ep', linked=co_file('co_deformable_detr_swin_tiny_3x_coco')),
-    Row('co_deformable_detr_swin_small', 'swin_small_co_deformable_detr_12ep', linked=co_file('co_deformable_detr_swin_small_1x_coco')),
-    Row('co_deformable_detr_swin_small_36ep', 'swin_small_co_deformable_detr_36ep', linked=co_file('co_deformable_detr_swin_small_3x_coco')),
-    Row('co_deformable_detr_swin_base', 'swin_base_co_deformable_detr_12ep', linked=co_file('co_deformable_detr_swin_base_1x_coco')),
-    Row('co_deformable_detr_swin_base_36ep', 'swin_base_co_deformable_detr_36ep', linked=co_file('co_deformable_detr_swin_base_3x_coco')),
-    Row('co_deformable_detr_swin_large', 'swin_large_co_deformable_detr_12ep', linked=co_file('co_deformable_detr_swin_large_1x_coco')),
-    Row('co_deformable_detr_swin_large_900_36ep', 'swin_large_co_deformable_detr_36ep', linked=co_file('co_deformable_detr_swin_large_900q_3x_coco')),
-    Row('co_dino_resnet50', 'r50_co_dino_5scale_12ep', f'{MMDET_FILES}r50_1x_coco-7481f903.pth', linked=co_file('co_dino_5scale_r50_1x_coco')),
-    Row('co_dino_resnet50_lsj', 'r50_co_dino_5scale_lsj_12ep', f'{MMDET_FILES}r50_lsj_8xb2_1x_coco/co_dino_5scale_r50_lsj_8xb2_1x_coco-69a72d67.pth', linked=co_file('co_dino_5scale_lsj_r50_1x_coco'), ap=52.0),
-    Row('co_dino_resnet50_lsj_36ep', 'r50_co_dino_5scale_lsj_36ep', f'{MMDET_FILES}lsj_r50_3x_coco-fe5a6829.pth', linked=co_file('co_dino_5scale_lsj_r50_3x_coco')),
-    Row('co_dino_resnet50_9encoder_lsj', 'r50_co_dino_5scale_9encoder_lsj_12ep', linked=co_file('co_dino_5scale_9encoder_lsj_r50_1x_coco')),
-    Row('co_dino_resnet50_9encoder_lsj_36ep', 'r50_co_dino_5scale_9encoder_lsj_36ep', linked=co_file('co_dino_5scale_9encoder_lsj_r50_3x_coco')),
-    Row('co_dino_swin_large', 'swin_large_co_dino_5scale_12ep', f'{MMDET_FILES}swin_large_1x_coco-27c13da4.pth', linked=co_file('co_dino_5scale_swin_large_1x_coco')),
-    Row('co_dino_swin_large_24ep', 'swin_large_co_dino_5scale_24ep', linked=co_file('co_dino_5scale_swin_large_2x_coco')),
-    Row('co_dino_swin_large_36ep', 'swin_large_co_dino_5scale_36ep', f'{MMDET_FILES}swin_large_3x_coco-d7a6d8af.pth', linked=co_file('co_dino_5scale_swin_large_3x_coco')),
-    Row('co_dino_swin_large_lsj', 'swin_large_co_dino_5scale_lsj_12ep', f'{MMDET_FILES}lsj_swin_large_1x_coco-3af73af2.pth', linked=co_file('co_dino_5scale_lsj_swin_large_1x_coco')),
-    Row('co_dino_swin_large_lsj_24ep', 'swin_large_co_dino_5scale_lsj_24ep', linked=co_file('co_dino_5scale_lsj_swin_large_2x_coco')),
-    Row('co_dino_swin_large_lsj_36ep', 'swin_large_co_dino_5scale_lsj_36ep', linked=co_file('co_dino_5scale_lsj_swin_large_3x_coco')),
-    Row('co_dino_swin_large_o365', 'swin_large_co_dino_5scale_o365_16ep', f'{MMDET_FILES}swin_large_16e_o365tococo-614254c9.pth', linked=co_file('co_dino_5scale_swin_large_16e_o365tococo')),
-    Row('co_dino_vit_large_o365', 'vit_large_co_dino_5scale_o365_12ep', linked=hub_file('co-detr-vit-large-coco')),
-    Row('co_dino_vit_large_o365_instance', 'vit_large_co_dino_5scale_o365_instance_12ep', linked=hub_file('co-detr-vit-large-coco-instance')),
-    Row('co_dino_resnet50_lvis', 'r50_co_dino_5scale_lvis_12ep'),
-    Row('co_dino_resnet50_lsj_lvis', 'r50_co_dino_5scale_lsj_lvis_12ep'),
-    Row('co_dino_swin_large_lsj_lvis', 'swin_large_co_dino_5scale_lsj_lvis_36ep', linked=co_file('co_dino_5scale_lsj_swin_large_3x_lvis')),
-    Row('co_dino_swin_large_lsj_o365_lvis', 'swin_large_co_dino_5scale_lsj_o365_lvis_16ep', linked=co_file('co_dino_5scale_lsj_swin_large_16e_o365tolvis')),
-    Row('co_dino_vit_large_lsj_o365_lvis', 'vit_large_co_dino_5scale_lsj_o365_lvis_16ep', linked=hub_file('co-detr-vit-large-lvis')),
-    Row('co_dino_vit_large_lsj_o365_lvis_instance', 'vit_large_co_dino_5scale_lsj_o365_lvis_instance_16ep', linked=hub_file('co-detr-vit-large-lvis-instance')),
-    Row('', 'detr_r50_masks'),
-    Row('detr_resnet50_panoptic', '', f'{DETR_FILES}r50-panoptic-00ce5173.pth', title='DETR R50, panoptic: boxes and masks', own='--masks', ap=38.8, epochs=500, num_classes=250),
-    Row('detr_resnet50_dc5_panoptic', '', f'{DETR_FILES}r50-dc5-panoptic-da08f1b1.pth', title='DETR-DC5 R50, panoptic: boxes and masks', own='--masks --dilation', ap=40.2, epochs=500, num_classes=250),
-    Row('detr_resnet101_panoptic', '', f'{DETR_FILES}r101-panoptic-40021d53.pth', title='DETR R101, panoptic: boxes and masks', own='--masks --backbone resnet101', ap=40.1, epochs=500, num_classes=250),
-]
-# fmt: on
+ZOO = read_rows()
 
 
 def find_row(name: str) -> Row:

@@ -32,13 +32,7 @@ PLACES_OF_DATA = {
     'coco_path',
     *(f'{part}_{what}' for part in ('train', 'val') for what in ('images', 'ann')),
 }
-VIEW = (
-    'img_size',
-    'max_size',
-    'aug',
-    'class_ids',
-    'batch_size',
-)  # how images and classes reach the model
+VIEW = ('img_size', 'max_size', 'aug', 'class_ids', 'batch_size')  # how images and classes reach the model
 
 
 class NetworkFlags(dict):
@@ -177,10 +171,7 @@ def check_given(name: str, value: Any, theirs: Namespace, recorded: Mapping) -> 
 
 
 # A given flag of another value leaves no place for the second one of a checkpoint.
-CROWDED_OUT = {
-    'lr_drop_epochs': ('lr_drop', 'lr_schedule'),
-    'lr_schedule': ('lr_drop_epochs',),
-}
+CROWDED_OUT = {'lr_drop_epochs': ('lr_drop', 'lr_schedule'), 'lr_schedule': ('lr_drop_epochs',)}
 
 
 def crowded_out(name: str, args: Namespace, given: Collection[str], recorded: Mapping) -> bool:

@@ -7,16 +7,7 @@ from typing import Any, NoReturn
 
 from util.errors import UserError
 
-from .declare import (
-    ALWAYS,
-    DATA,
-    DETECTION,
-    NETWORK,
-    RUN,
-    TRAINING,
-    UNLESS_CONDITIONAL,
-    Flag,
-)
+from .declare import ALWAYS, DATA, DETECTION, NETWORK, RUN, TRAINING, UNLESS_CONDITIONAL, Flag
 from .flags import FLAGS
 from .networks import TITLES, VARIANTS, Usual, decoder_of, kind_of
 from .rules import PROBLEMS
