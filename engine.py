@@ -18,11 +18,11 @@ from datasets.coco_eval import encode_masks
 from datasets.evaluation import Evaluation, Evaluator
 from models.postprocess import postprocess_batch, to_cpu
 from models.training.criterion import weighted_sum
-from util.black_box import BlackBox
 from util.box_ops import box_cxcywh_to_xyxy
 from util.distributed.parallel import local_gradients
 from util.errors import UserError
 from util.logger import Progress
+from util.nan_guard import NonFiniteGuard
 from util.nested_tensor import NestedTensor, collate_fn
 from util.optim import build_optimizer as build_optimizer
 from util.precision import Precision
@@ -41,7 +41,7 @@ def train_one_epoch(
     precision: Precision | None = None,
     state: EpochState | None = None,
     end_step: Callable[[bool], None] = lambda made: None,
-    black_box: BlackBox | None = None,
+    guard: NonFiniteGuard | None = None,
 ) -> dict[str, float]:
     """Train on every batch once.
 
@@ -63,13 +63,13 @@ def train_one_epoch(
     precision = precision or Precision('off', next(model.parameters()).device)
     state = state or EpochState()
     progress = Progress(title, len(data_loader) // accum_steps, print_freq, state.step)
-    black_box, bare = black_box or BlackBox(), getattr(model, 'module', model)
+    guard, bare = guard or NonFiniteGuard(), getattr(model, 'module', model)
     trained = [p for p in model.parameters() if p.requires_grad]
     for batches in grouped(data_loader, accum_steps):
         step_targets = [targets for _, targets in batches]
         counted = criterion.pair_counts.copy()
         optimizer.zero_grad(set_to_none=True)
-        black_box.before(model)
+        guard.before_step(model)
         found = []
         for index, (samples, targets) in enumerate(batches):
             with local_gradients(model) if index + 1 < len(batches) else nullcontext():
@@ -78,7 +78,7 @@ def train_one_epoch(
             found.append({'loss': loss.detach()} | {name: value.detach() for name, value in losses.items()})
         made, finite = precision.step(optimizer, trained, max_norm, [each['loss'] for each in found])
         again = partial(losses_of, bare, criterion, precision, step_targets)
-        black_box.after(finite, bare, batches, again, f'{title} step {state.step + 1}')
+        guard.after_step(finite, bare, batches, again, f'{title} step {state.step + 1}')
         if not finite:
             criterion.pair_counts = counted
         for each in found if finite else []:

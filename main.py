@@ -247,7 +247,7 @@ def train(run: Run) -> None:
             precision=run.precision,
             state=run.state,
             end_step=run.end_step,
-            black_box=run.black_box,
+            guard=run.guard,
         )
         metrics = {'epoch': run.epoch + 1, 'lr': lr, 'lr_backbone': lr_backbone}
         metrics |= {f'train_{name}': value for name, value in averages.items()}

@@ -12,12 +12,11 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from util.bounds import check_bounds, float_range, int_range
 from util.config.parser import make_parser
 from util.config.recipes import with_named_flags
 from util.config.settle import EVERYTHING, settle
 from util.errors import UserError
-from util.flags import given_of, run_command
+from util.flags import check_bounds, float_range, given_of, int_range, run_command
 
 MAX_TIMEOUTS = 30  # times that a job is continued after its time was over; preemptions do not count
 CLUSTER_FLAGS = {  # of sbatch, where the cluster has defaults

@@ -5,8 +5,8 @@ from argparse import Namespace
 import pytest
 
 from main import get_args_parser
-from util.bounds import Bounded, float_range, int_range
 from util.config.settle import EVERYTHING, settle
+from util.flags import Bounded, float_range, int_range
 
 
 @pytest.mark.parametrize(

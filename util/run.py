@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from util.black_box import BlackBox
 from util.config.recorded import as_json
 from util.config.settle import Settled
 from util.distributed.collectives import (
@@ -40,6 +39,7 @@ from util.files import (
     unlock,
 )
 from util.logger import Meter, RunLog, print_main
+from util.nan_guard import NonFiniteGuard
 from util.optim import Schedule, WeightAverage
 from util.precision import Precision
 from util.run_entries import damage_named
@@ -101,7 +101,7 @@ class Run:
     def __post_init__(self) -> None:
         args = self.args
         self.folder = Path(args.output_dir) if args.output_dir else None
-        self.black_box = BlackBox(None if args.fsdp else self.folder, args.bad_steps, vars(args))
+        self.guard = NonFiniteGuard(None if args.fsdp else self.folder, args.bad_steps, vars(args))
 
     @property
     def optimizer(self) -> Optimizer:

@@ -306,7 +306,7 @@ def finite(block: np.ndarray, worst: float) -> np.ndarray:
     """Replace infinite numbers and NaN by a value that no pair should have.
 
     Invalid predictions get pairs too. Their loss is not finite, and the run leaves the step out
-    (`util.black_box`).
+    (`util.nan_guard`).
     """
     if np.isfinite(block).all():
         return block

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from util.bounds import Bounded
+from util.flags import Bounded
 
 from .networks import TITLES, VARIANTS, Usual, decoder_of, kind_of
 

@@ -8,7 +8,7 @@ from this table (`util/config/declare.py` says what each fact means). Rules betw
 import math
 from argparse import Namespace
 
-from util.bounds import float_range, int_range
+from util.flags import float_range, int_range
 
 from .declare import (
     ALWAYS,
