@@ -1,8 +1,8 @@
 """
 Run one epoch of training, or one evaluation: plain loops that know no scheme by name.
 
-A training step synchronises with the device twice: when the criterion copies the matching costs, and when the norm of the gradient
-decides whether the step is made. Co-DETR's heads and denoising add some.
+A training step synchronises with the device twice: when the criterion copies the matching costs, and when the
+norm of the gradient decides whether the step is made. Co-DETR's heads and denoising add some.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -147,9 +147,9 @@ def try_largest_batch(
     except torch.OutOfMemoryError as error:
         height, width = size
         raise UserError(
-            f'{batch_size} images of {height} x {width} pixels with {num_objects} objects each, the worst batch that can '
-            'come, do not fit into the memory of the GPU: lower --batch_size (and keep --total_batch_size), or add --amp '
-            'bf16, --batches size, --use_checkpoint, --fsdp'
+            f'{batch_size} images of {height} x {width} pixels with {num_objects} objects each, the worst '
+            'batch that can come, do not fit into the memory of the GPU: lower --batch_size (and keep '
+            '--total_batch_size), or add --amp bf16, --batches size, --use_checkpoint, --fsdp'
         ) from error
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])

@@ -100,7 +100,8 @@ def look(args: Settled) -> None:
 
 
 def configure(args: Namespace, restarted: bool = False) -> tuple[Settled, dict]:
-    """Settle all flags, those of the checkpoint in use included; return them and the checkpoint ({} if there is none).
+    """Settle all flags, those of the checkpoint in use included; return them and the checkpoint ({} if there
+    is none).
 
     restarted: this process takes the place of one that was preempted.
 
@@ -255,7 +256,8 @@ def train(run: Run) -> None:
         finish_epoch(run, metrics, time.perf_counter() - start)
     if not run.saved:
         raise FileError(
-            f'{run.checkpoint_path} is not that of the last epoch: free some space, and go on with --resume auto'
+            f'{run.checkpoint_path} is not that of the last epoch: free some space, and go on with --resume '
+            'auto'
         )
 
 

@@ -1,6 +1,6 @@
 """
-Train in a Slurm cluster: main.py with all its flags as a job of submitit, which is continued after time-outs and
-preemptions where it stopped.
+Train in a Slurm cluster: main.py with all its flags as a job of submitit, which is continued after time-outs
+and preemptions where it stopped.
 
   python run_with_submitit.py --nodes 1 --timeout 3000 --coco_path DATA --job_dir SHARED/%j
   python run_with_submitit.py --nodes 1 --ngpus 0 --tasks_per_node 2 ...      without GPUs
@@ -74,8 +74,8 @@ class Training:
     def checkpoint(self) -> object:
         """Return what the job runs when Slurm starts it again: the same run, from its checkpoint.
 
-        submitit calls this in the first task when time is over or another job preempts this one. `main` has saved the
-        state by then, or has nothing to save yet.
+        submitit calls this in the first task when time is over or another job preempts this one. `main` has
+        saved the state by then, or has nothing to save yet.
         """
         import submitit
 

@@ -1,4 +1,6 @@
-"""Download weights and images: whole or not at all, with a time limit, from https URLs unless the user allows others."""
+"""Download weights and images: whole or not at all, with a time limit, from https URLs unless the user allows
+others.
+"""
 
 import hashlib
 import re
@@ -78,8 +80,8 @@ def pieces(url: str, timeout: float) -> Iterator[bytes]:
         raise
     except (OSError, HTTPException, ValueError) as error:
         raise UserError(
-            f'{url} could not be downloaded ({error or type(error).__name__}): check the URL, or download it by hand and '
-            'pass its path'
+            f'{url} could not be downloaded ({error or type(error).__name__}): check the URL, or download it '
+            'by hand and pass its path'
         ) from error
 
 
@@ -103,8 +105,8 @@ def fetch(url: str, path: Path, digits: str = '', timeout: float = TIMEOUT) -> N
                 file.write(piece)
         if not checksum.hexdigest().startswith(digits):
             raise UserError(
-                f'{url} could not be downloaded (its hash is {checksum.hexdigest()[: len(digits)]}, its name says {digits}): try '
-                'again, or download it by hand and pass its path'
+                f'{url} could not be downloaded (its hash is {checksum.hexdigest()[: len(digits)]}, its name '
+                f'says {digits}): try again, or download it by hand and pass its path'
             )
 
     save_atomically(path, save)
@@ -112,7 +114,8 @@ def fetch(url: str, path: Path, digits: str = '', timeout: float = TIMEOUT) -> N
 
 @interruptible()
 def download(url: str, timeout: float = TIMEOUT) -> Path:
-    """Return the path of a file of weights in torch.hub's folder. One process downloads it, others of the machine wait.
+    """Return the path of a file of weights in torch.hub's folder. One process downloads it, others of the
+    machine wait.
 
     Eight or more hex digits at the end of its name are checked against its SHA-256.
 

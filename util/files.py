@@ -59,15 +59,17 @@ def save_atomically(path: str | os.PathLike, save: Callable[[Path], object]) -> 
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint of plain tensors and dictionaries atomically; `torch.load(weights_only=True)` reads it."""
+    """Write a checkpoint of plain tensors and dictionaries atomically; `torch.load(weights_only=True)` reads
+    it.
+    """
     save_atomically(path, partial(torch.save, checkpoint))
 
 
 class GrowingFile:
     """A text file that is written piece by piece, and whole after each: who ends in between loses nothing.
 
-    It is called NAME.unfinished.EXT (or NAME.unfinished2.EXT and so on, beside what other programs have left) until
-    `finish`. Nothing is made before the first `add`.
+    It is called NAME.unfinished.EXT (or NAME.unfinished2.EXT and so on, beside what other programs have left)
+    until `finish`. Nothing is made before the first `add`.
 
     start, between, end: what stands before, between and behind the pieces.
     """
@@ -139,7 +141,9 @@ def make_folder(path: str | os.PathLike) -> Path:
 
 @contextlib.contextmanager
 def or_warn() -> Iterator[None]:
-    """Turn an OSError inside into a printed warning: a training of days does not end because a drawing cannot be written."""
+    """Turn an OSError inside into a printed warning: a training of days does not end because a drawing cannot
+    be written.
+    """
     try:
         yield
     except OSError as error:
@@ -147,7 +151,9 @@ def or_warn() -> Iterator[None]:
 
 
 def remove_partial_files(folder: str | os.PathLike) -> None:
-    """Remove temporary files of processes that were killed while saving; no other process may be saving there."""
+    """Remove temporary files of processes that were killed while saving; no other process may be saving
+    there.
+    """
     for path in Path(folder).iterdir():
         if re.fullmatch(r'\.\w+\.\d+\.\w+', path.name) and path.is_file():
             path.unlink()
@@ -156,8 +162,8 @@ def remove_partial_files(folder: str | os.PathLike) -> None:
 def lock_folder(folder: str | os.PathLike, wait: float = 20.0) -> TextIO | None:
     """Lock a folder for this process until `unlock` gets the returned file, or the process ends in any way.
 
-    Returns None if the file system knows no locks. wait: seconds to wait for another holder, perhaps a process that is
-    just ending.
+    Returns None if the file system knows no locks. wait: seconds to wait for another holder, perhaps a
+    process that is just ending.
 
     Raises:
         UserError: another process holds the lock; the message names it.

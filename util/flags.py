@@ -1,4 +1,6 @@
-"""Parse command lines, and run a program on one: errors of users end in one message, faults of the code in a traceback."""
+"""Parse command lines, and run a program on one: errors of users end in one message, faults of the code in a
+traceback.
+"""
 
 import argparse
 import difflib
@@ -21,7 +23,9 @@ MOST = 10**12  # of numbers without another limit
 
 @dataclass(frozen=True)
 class Bounded:
-    """Type of a flag: a finite number from `low` to `high`. whole: it is an integer. below: `high` itself is too large."""
+    """Type of a flag: a finite number from `low` to `high`. whole: it is an integer. below: `high` itself is
+    too large.
+    """
 
     low: float
     high: float
@@ -58,7 +62,8 @@ def float_range(low: float = 0.0, high: float = MOST, below: bool = False) -> Bo
 
 
 def check_bounds(args: Namespace, parser: ArgumentParser) -> None:
-    """Check the numbers among a parser's flags, which may not come from a command line; None is left to its default.
+    """Check the numbers among a parser's flags, which may not come from a command line; None is left to its
+    default.
 
     Raises:
         UserError: a number is out of its bounds.
@@ -84,7 +89,9 @@ def given_of(args: Namespace) -> frozenset[str]:
 
 
 class FlagParser(ArgumentParser):
-    """Parser whose result is a `ParsedFlags`. It knows no abbreviations, and answers a mistyped flag with those nearest to it."""
+    """Parser whose result is a `ParsedFlags`. It knows no abbreviations, and answers a mistyped flag with
+    those nearest to it.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{'formatter_class': argparse.RawDescriptionHelpFormatter} | options)
@@ -101,7 +108,9 @@ class FlagParser(ArgumentParser):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a text that names the known names that begin like this one or are spelled alike; '' if there are none."""
+    """Return a text that names the known names that begin like this one or are spelled alike; '' if there are
+    none.
+    """
     known = list(known)
     alike = [other for other in known if other.startswith(name)] + difflib.get_close_matches(name, known, 3)
     near = list(dict.fromkeys(alike))[:3]
@@ -133,8 +142,8 @@ def run_command(
 ) -> None:
     """Run a program on its command line, and print what it returns.
 
-    A `UserError`, or an `OSError` that the user must settle (`is_of_user`), ends it with the message alone and status 1. Every other
-    exception is a fault of the code and keeps its traceback.
+    A `UserError`, or an `OSError` that the user must settle (`is_of_user`), ends it with the message alone
+    and status 1. Every other exception is a fault of the code and keeps its traceback.
     """
     args = parser.parse_args(argv)
     HTTP_ALLOWED.set(getattr(args, 'allow_http', False))
@@ -155,14 +164,17 @@ def run_command(
         if not str(error).startswith('DataLoader worker'):
             raise
         sys.exit(
-            f'error: {error} A worker was killed, perhaps for lack of memory: lower --num_workers, and --resume auto'
+            f'error: {error} A worker was killed, perhaps for lack of memory: lower --num_workers, and '
+            '--resume auto'
         )
     if found is not None:
         print(found)
 
 
 def is_of_user(error: OSError, args: Namespace) -> bool:
-    """Return whether the disk is full, or the error is about a path that a flag names, or one below or above it."""
+    """Return whether the disk is full, or the error is about a path that a flag names, or one below or above
+    it.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     values = [

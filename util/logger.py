@@ -83,8 +83,8 @@ class Meter:
         broken = [name for name, value in window.items() if not math.isfinite(value)]
         if broken:
             raise UserError(
-                f'loss is not finite, stopping training: {", ".join(broken)}. The last checkpoint is untouched; a lower '
-                '--lr or --clip_max_norm 0.1 usually helps'
+                f'loss is not finite, stopping training: {", ".join(broken)}. The last checkpoint is '
+                'untouched; a lower --lr or --clip_max_norm 0.1 usually helps'
             )
         return window
 

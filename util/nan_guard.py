@@ -1,6 +1,6 @@
 """
-A guard against steps whose loss or gradient is not finite. Such a step is skipped, the first value that is not finite
-is reported, and the batch is saved, so that `tools/replay.py` can run it again.
+A guard against steps whose loss or gradient is not finite. Such a step is skipped, the first value that is
+not finite is reported, and the batch is saved, so that `tools/replay.py` can run it again.
 """
 
 import re
@@ -30,8 +30,8 @@ LossOf = Callable[[NestedTensor, list[dict[str, Tensor]]], tuple[Any, dict[str, 
 class Diagnosis:
     """Where the first value that is not finite appears, and in which images.
 
-    place: weight, image, output, loss or gradient, with its name. images: ids of the images with such values; of all
-    images of the batch if these are not known.
+    place: weight, image, output, loss or gradient, with its name. images: ids of the images with such values;
+    of all images of the batch if these are not known.
     """
 
     place: str = NOT_FOUND
@@ -63,8 +63,8 @@ def count_bad(tensor: Tensor) -> int:
 def watch(model: nn.Module, outputs: list[str], gradients: list[str]) -> Iterator[None]:
     """Append descriptions of values that are not finite to two lists.
 
-    outputs: of modules, in the order of the forward pass. gradients: at finite outputs, in the order of the backward
-    pass.
+    outputs: of modules, in the order of the forward pass. gradients: at finite outputs, in the order of the
+    backward pass.
     """
 
     def check_gradient(name: str, gradient: Tensor) -> None:
@@ -103,7 +103,8 @@ def bad_images(outputs: Any, images: list[int]) -> list[int]:
 
 
 def diagnose(model: nn.Module, batches: list[Batch], loss_of: LossOf) -> Diagnosis:
-    """Run batches forward and backward again, and find the first value that is not finite. All ranks must call it.
+    """Run batches forward and backward again, and find the first value that is not finite. All ranks must
+    call it.
 
     The gradients of the model are lost.
     """
@@ -141,8 +142,8 @@ def diagnose(model: nn.Module, batches: list[Batch], loss_of: LossOf) -> Diagnos
 class NonFiniteGuard:
     """Guard of the steps of a run.
 
-    folder: where batches are saved; None saves nothing. limit: number of steps in a row that may be skipped. flags:
-    settled flags of the run, which are saved with a batch.
+    folder: where batches are saved; None saves nothing. limit: number of steps in a row that may be skipped.
+    flags: settled flags of the run, which are saved with a batch.
     """
 
     def __init__(self, folder: Path | None = None, limit: int = 3, flags: dict | None = None) -> None:
@@ -162,7 +163,8 @@ class NonFiniteGuard:
     def after_step(
         self, finite: bool, model: nn.Module, batches: list[Batch], loss_of: LossOf, title: str
     ) -> None:
-        """Report a step that was skipped, because its gradient or loss is not finite. All ranks must call this.
+        """Report a step that was skipped, because its gradient or loss is not finite. All ranks must call
+        this.
 
         Raises:
             UserError: too many steps in a row were skipped.
@@ -185,8 +187,9 @@ class NonFiniteGuard:
             print(f'warning: {title} is left out, it is not finite: {text}{remedy}', flush=True)
         if self.skipped >= self.limit:
             raise UserError(
-                f'{self.skipped} steps in a row are not finite ({text}), stopping training; the last checkpoint is '
-                'untouched. A lower --lr or --clip_max_norm usually helps, or --amp bf16 in place of fp16'
+                f'{self.skipped} steps in a row are not finite ({text}), stopping training; the last '
+                'checkpoint is untouched. A lower --lr or --clip_max_norm usually helps, or --amp bf16 in '
+                'place of fp16'
             )
 
     @torch.no_grad()
@@ -197,7 +200,9 @@ class NonFiniteGuard:
             buffer.copy_(value)
 
     def save(self, model: nn.Module, batches: list[Batch], title: str) -> Path | None:
-        """Save batch, random states, flags and weights of this rank; return the file, None if there is no file."""
+        """Save batch, random states, flags and weights of this rank; return the file, None if there is no
+        file.
+        """
         if self.folder is None or self.flags is None or self.num_files >= MAX_FILES:
             return None
         self.num_files += 1

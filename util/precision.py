@@ -22,8 +22,8 @@ DTYPES = {'off': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 class Precision:
     """Precision of forward, backward and optimizer step on a device.
 
-    mode: `off`, `bf16` or `fp16`. The gradients of fp16 are scaled so that small ones do not vanish; if they overflow,
-    the step is left out and the scale halved.
+    mode: `off`, `bf16` or `fp16`. The gradients of fp16 are scaled so that small ones do not vanish; if they
+    overflow, the step is left out and the scale halved.
 
     Raises:
         UserError: the device does not support the mode.
@@ -48,7 +48,8 @@ class Precision:
         max_norm: float = 0.0,
         losses: Sequence[Tensor] = (),
     ) -> tuple[bool, bool]:
-        """Unscale and clip gradients, then step the optimizer, unless gradient or losses are not finite on any rank.
+        """Unscale and clip gradients, then step the optimizer, unless gradient or losses are not finite on
+        any rank.
 
         Args:
             trained: the model or its parameters.
@@ -56,8 +57,8 @@ class Precision:
             losses: losses of the step, scalars.
 
         Returns:
-            Whether the optimizer made a step, and whether all is finite; both the same on all ranks. The device is waited for.
-            Gradients that only the scale of fp16 makes too large count as finite.
+            Whether the optimizer made a step, and whether all is finite; both the same on all ranks. The
+            device is waited for. Gradients that only the scale of fp16 makes too large count as finite.
         """
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
@@ -117,7 +118,8 @@ def set_tf32(allowed: bool | None) -> None:
     if allowed is None:
         return
     with warnings.catch_warnings():
-        # PyTorch 2.9 and 2.10 announce another interface here; its compiler still reads this one, and not both at once.
+        # PyTorch 2.9 and 2.10 announce another interface here; its compiler still reads this one, and not
+        # both at once.
         warnings.filterwarnings('ignore', message='.*TF32')
         torch.set_float32_matmul_precision('high' if allowed else 'highest')
         torch.backends.cudnn.allow_tf32 = allowed

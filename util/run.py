@@ -79,7 +79,9 @@ class EpochState:
 
 @dataclass
 class Run:
-    """A training or evaluation: its parts, and how far it has come. `checkpoint.pth` in its folder holds both."""
+    """A training or evaluation: its parts, and how far it has come. `checkpoint.pth` in its folder holds
+    both.
+    """
 
     args: Settled
     model: nn.Module  # wrapped, if there are several processes
@@ -130,7 +132,9 @@ class Run:
         return self.folder / 'checkpoint.pth'
 
     def open_logs(self) -> bool:
-        """Open log files and trackers; return whether the last epoch is missing there, since the run ended before it was logged."""
+        """Open log files and trackers; return whether the last epoch is missing there, since the run ended
+        before it was logged.
+        """
         if self.folder is None:
             return False
         self.log = RunLog(self.folder, self.epoch)
@@ -147,9 +151,11 @@ class Run:
         return True
 
     def end_step(self, made: bool) -> None:
-        """Move the schedule, update the EMA, save every --checkpoint_steps, and stop if a signal asked for it.
+        """Move the schedule, update the EMA, save every --checkpoint_steps, and stop if a signal asked for
+        it.
 
-        made: the optimizer made this step; EMA and warm-up do not count others, while epochs count their images.
+        made: the optimizer made this step; EMA and warm-up do not count others, while epochs count their
+        images.
         """
         args, steps_done = self.args, self.epoch * self.steps_per_epoch + self.state.step
         if not made:
@@ -201,7 +207,8 @@ class Run:
             metrics: results of the last epoch.
 
         Returns:
-            False if it could not be written, for instance since the disk is full: a warning says so, and the former one stays.
+            False if it could not be written, for instance since the disk is full: a warning says so, and the
+            former one stays.
 
         Raises:
             UserError: losses since the last reading are not finite; the former checkpoint stays.
@@ -273,9 +280,9 @@ class Run:
     def restore(self, checkpoint: dict) -> None:
         """Restore everything but the model's own weights, which are loaded already.
 
-        Files that hold weights only (official ones) start at epoch 0. The number of ranks may change: images that were
-        seen are not seen again, if a step has as many as before. This does not hold for streams and --batches aspect,
-        whose order depends on the ranks.
+        Files that hold weights only (official ones) start at epoch 0. The number of ranks may change: images
+        that were seen are not seen again, if a step has as many as before. This does not hold for streams and
+        --batches aspect, whose order depends on the ranks.
 
         Raises:
             UserError: the checkpoint has an average or an optimizer that this run has not, or other images.
@@ -320,13 +327,15 @@ class Run:
         text = f'{self.args.resume} was trained on {recorded}, and here are {summary}'
         if 'within_epoch' in checkpoint:
             raise UserError(
-                f'{text}: the epoch cannot go on with other images; give those of its run, or start from its weights with '
-                '--pretrained'
+                f'{text}: the epoch cannot go on with other images; give those of its run, or start from its '
+                'weights with --pretrained'
             )
         print_main(f'warning: {text}')
 
     def restore_epoch(self, saved: dict) -> None:
-        """Restore the progress within an epoch. A rank takes over the sums of its number, and of ranks that no longer exist."""
+        """Restore the progress within an epoch. A rank takes over the sums of its number, and of ranks that
+        no longer exist.
+        """
         self.state = EpochState(saved['images'] // self.images_per_step)
         device = next(self.model.parameters()).device
         names = saved['meters'][0]['names']
@@ -371,8 +380,8 @@ def find_checkpoint(output_dir: str, resume: str, evaluate: bool, restarted: boo
         existing.is_file() and not evaluate and not (resume and Path(resume).resolve() == existing.resolve())
     ):
         raise UserError(
-            f'{output_dir} holds the checkpoint of a run: add --resume auto to go on with it, or choose another '
-            '--output_dir'
+            f'{output_dir} holds the checkpoint of a run: add --resume auto to go on with it, or choose '
+            'another --output_dir'
         )
     make_folder(output_dir)
     return resume

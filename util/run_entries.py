@@ -1,4 +1,6 @@
-"""Types and ranges of the entries of a run's checkpoint, so that a damaged file is refused before anything reads it."""
+"""Types and ranges of the entries of a run's checkpoint, so that a damaged file is refused before anything
+reads it.
+"""
 
 import math
 from argparse import Namespace
@@ -24,8 +26,8 @@ class Number:
 
 
 COUNT, NOT_NEGATIVE, FINITE = Number(0, whole=True), Number(0), Number()
-# In a dictionary, names with `?` may be missing, and `...` stands for all other names. A list has what every element must be. A
-# value must be an instance of a type or of one in a tuple.
+# In a dictionary, names with `?` may be missing, and `...` stands for all other names. A list has what every
+# element must be. A value must be an instance of a type or of one in a tuple.
 WEIGHTS = {'args?': (dict, Namespace), 'class_map?': {'category_ids': [COUNT], 'names': [(str, type(None))]}}
 METER = {
     'names': [str],
@@ -116,7 +118,9 @@ def damaged(source: str, problem: str, resume: bool) -> UserError:
 
 @contextmanager
 def damage_named(source: str, entry: str) -> Iterator[None]:
-    """Name file and entry if a state that is restored in the block does not fit this run, which `check_entries` cannot see."""
+    """Name file and entry if a state that is restored in the block does not fit this run, which
+    `check_entries` cannot see.
+    """
     try:
         yield
     except (UserError, torch.OutOfMemoryError):

@@ -14,7 +14,9 @@ Result = TypeVar('Result')
 
 
 def num_threads() -> int:
-    """Return how many of the cores that this process may use are its own; the processes of a machine share them."""
+    """Return how many of the cores that this process may use are its own; the processes of a machine share
+    them.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return max(cores // get_local_size(), 1)
 
@@ -30,10 +32,11 @@ if hasattr(os, 'register_at_fork'):
 
 
 def in_parallel(function: Callable[[np.ndarray], Result], arrays: Sequence[np.ndarray]) -> list[Result]:
-    """Return the results of a function for arrays, in their order. Whichever thread is free takes the largest that is left.
+    """Return the results of a function for arrays, in their order. Whichever thread is free takes the largest
+    that is left.
 
-    The calling thread takes part, so that it does not wait for others to wake up. An exception of a call is raised when all
-    threads are done.
+    The calling thread takes part, so that it does not wait for others to wake up. An exception of a call is
+    raised when all threads are done.
     """
     results: dict[int, Result] = {}
     order = iter(sorted(range(len(arrays)), key=lambda index: -arrays[index].size))

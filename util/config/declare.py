@@ -11,7 +11,8 @@ from util.flags import Bounded
 
 from .networks import TITLES, VARIANTS, Usual, decoder_of, kind_of
 
-# Kinds, by who receives a flag: build_detector; the postprocessors; build_supervision and the optimizer; the data; main and engine.
+# Kinds, by who receives a flag: build_detector; the postprocessors; build_supervision and the optimizer; the
+# data; main and engine.
 NETWORK, DETECTION, TRAINING, DATA, RUN = 'network', 'detection', 'training', 'data', 'run'
 SWITCH, YES_NO, TEXT = 'switch', 'yes or no', 'text'  # types that are no number and no choice
 ALWAYS, UNLESS_CONDITIONAL = 'always', 'unless conditional'
@@ -40,17 +41,17 @@ def in_words(value: Any) -> str:
 class Flag:
     """All facts about a flag.
 
-    type: SWITCH, YES_NO, TEXT, a `Bounded`, or a tuple of choices.
-    default: a value, `ByFamily` or `Usual`; records of `networks.DECODERS` may have another one. unset: words for a default that
-    the value does not show.
-    families: those that it is for; () is all. some_backbones: it is for those alone whose record in `networks.KINDS` names it.
-    needs: a flag without which it says nothing. chooses: giving it makes a Deformable DETR.
-    aliases: names in official programs, on their command lines and in their checkpoints. same: two names of one value.
-    compared: a checkpoint must have been trained with the same value; BY_NAMES: names of its weights show it.
-    adopted: --eval and --pretrained take it from the checkpoint, if it is a name beside that flag alone; else only --resume does. launch: it belongs to one start of the program,
-    and nothing takes it from a checkpoint.
-    command: it is an option of main.py; else only a namespace or a checkpoint sets it. hidden: --help shows it under `hidden` alone.
-    first: --help alone shows it. special: its families are not those of its topic.
+    type: SWITCH, YES_NO, TEXT, a `Bounded`, or a tuple of choices. default: a value, `ByFamily` or `Usual`;
+    records of `networks.DECODERS` may have another one. unset: words for a default that the value does not
+    show. families: those that it is for; () is all. some_backbones: it is for those alone whose record in
+    `networks.KINDS` names it. needs: a flag without which it says nothing. chooses: giving it makes a
+    Deformable DETR. aliases: names in official programs, on their command lines and in their checkpoints.
+    same: two names of one value. compared: a checkpoint must have been trained with the same value; BY_NAMES:
+    names of its weights show it. adopted: --eval and --pretrained take it from the checkpoint, if it is a
+    name beside that flag alone; else only --resume does. launch: it belongs to one start of the program, and
+    nothing takes it from a checkpoint. command: it is an option of main.py; else only a namespace or a
+    checkpoint sets it. hidden: --help shows it under `hidden` alone. first: --help alone shows it. special:
+    its families are not those of its topic.
     """
 
     name: str
@@ -103,7 +104,9 @@ class Flag:
         return not self.some_backbones or self.name in kind_of(args.backbone).supports
 
     def problem(self, value: Any) -> str | None:
-        """Return what is wrong with a value, wherever it comes from, or None; a value of None is left to the default."""
+        """Return what is wrong with a value, wherever it comes from, or None; a value of None is left to the
+        default.
+        """
         if value is None:
             return None
         several = isinstance(value, list | tuple)
@@ -195,8 +198,8 @@ def group(kind: str, families: tuple[str, ...] = ()) -> Callable[..., list[Flag]
 def table(*flags: Flag) -> dict[str, Flag]:
     """Return flags by name, with their texts and topics from `help.txt`.
 
-    A flag that has `help` of its own is not in the file. Its topic is then that of the flag before it, unless it has
-    a topic of its own too.
+    A flag that has `help` of its own is not in the file. Its topic is then that of the flag before it, unless
+    it has a topic of its own too.
     """
     texts = read_texts()
     named, topic = {}, ''

@@ -1,8 +1,10 @@
 """
-Every flag, once, with all its facts: type, default, help, topic, kind, families, and how checkpoints and recipes treat it.
+Every flag, once, with all its facts: type, default, help, topic, kind, families, and how checkpoints and
+recipes treat it.
 
-The parser, --help, the checks of values and families, the settled defaults, the comparison with a checkpoint and OUT/flags.json come
-from this table (`util/config/declare.py` says what each fact means). Rules between several flags are in `util/config/rules.py`.
+The parser, --help, the checks of values and families, the settled defaults, the comparison with a checkpoint
+and OUT/flags.json come from this table (`util/config/declare.py` says what each fact means). Rules between
+several flags are in `util/config/rules.py`.
 """
 
 import math
@@ -49,7 +51,8 @@ AUGMENTATIONS = {
     'co_detr': "as detr by mmdetection's rules of resizing and its choice of objects, at evaluation too",
     'lsj': 'large-scale jitter in a square and, where objects have masks, copy-paste',
 }
-# Losses of boxes, functions of `models.training.losses.BOX_LOSSES`: their coefficients, and what they measure.
+# Losses of boxes, functions of `models.training.losses.BOX_LOSSES`: their coefficients, and what they
+# measure.
 BOX_TERMS = {'bbox': (5, 'the L1 distance of boxes'), 'giou': (2, 'the generalized IoU of boxes')}
 RANDOM_SCALES = ('detr', 'co_detr')  # those that read --train_scales and --train_max_size
 
@@ -403,7 +406,8 @@ FLAGS = table(
 # Flags that trust a file more than usual: only a command line sets them, never a checkpoint.
 TRUST = ('allow_outside', 'allow_pipe', 'allow_http')
 
-# Names that a command line may hold and that are no options: arguments of a class alone, and merged or dropped flags of ours.
+# Names that a command line may hold and that are no options: arguments of a class alone, and merged or
+# dropped flags of ours.
 NO_OPTIONS = {
     name: f'{flag.help} (an argument of its class; only a checkpoint or a namespace sets it)'
     for name, flag in FLAGS.items()

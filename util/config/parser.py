@@ -15,7 +15,9 @@ REFUSED = NO_OPTIONS | {name: old.instead for name, old in OLD.items()}
 
 
 class NoOption(argparse.Action):
-    """Action of a flag that was an option once, or is one of a class alone: refuse it, and say what to do instead."""
+    """Action of a flag that was an option once, or is one of a class alone: refuse it, and say what to do
+    instead.
+    """
 
     def __call__(
         self, parser: ArgumentParser, namespace: object, values: object, option: str | None = None
@@ -24,7 +26,9 @@ class NoOption(argparse.Action):
 
 
 class HelpByTopic(argparse.Action):
-    """Action of `--help` (flags of a first run), `--help all`, `--help hidden`, and `--help WORD` (topics with that word)."""
+    """Action of `--help` (flags of a first run), `--help all`, `--help hidden`, and `--help WORD` (topics
+    with that word).
+    """
 
     def __init__(self, option_strings: Sequence[str], dest: str, **options: object) -> None:
         options |= {'nargs': '?', 'const': '', 'default': argparse.SUPPRESS, 'metavar': 'TOPIC'}

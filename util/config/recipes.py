@@ -1,8 +1,8 @@
 """
 Recipes, whose only source are the shell scripts in scripts/, and where published weights are.
 
-A recipe is one call, `recipe FLAGS "$@"` (scripts/recipe.sh), under a head whose first line is its result. A copy of a script is
-a recipe too: `main.py --recipe mine` trains as `bash scripts/mine.sh` does.
+A recipe is one call, `recipe FLAGS "$@"` (scripts/recipe.sh), under a head whose first line is its result. A
+copy of a script is a recipe too: `main.py --recipe mine` trains as `bash scripts/mine.sh` does.
 """
 
 import csv
@@ -34,7 +34,9 @@ HEAD = re.compile(
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe: its flags as words, and from its head what it trains and the published AP (None: not published), where it says so."""
+    """A recipe: its flags as words, and from its head what it trains and the published AP (None: not
+    published), where it says so.
+    """
 
     name: str
     words: tuple[str, ...]
@@ -89,7 +91,9 @@ def merged(args: Namespace, values: Mapping[str, object]) -> ParsedFlags:
 
 
 def with_recipe(args: Namespace, recipe: Recipe, own_data: bool = False) -> ParsedFlags:
-    """Return a copy of flags with those of a recipe where none was given. own_data: but not the data that the recipe names."""
+    """Return a copy of flags with those of a recipe where none was given. own_data: but not the data that the
+    recipe names.
+    """
     theirs, left_out = recipe.flags, SOURCES if own_data else ()
     return merged(args, {name: getattr(theirs, name) for name in theirs.given if name not in left_out})
 
@@ -136,10 +140,11 @@ def with_named_flags(args: Namespace) -> Namespace:
 class Row:
     """Published weights, a line of `zoo.csv`.
 
-    name: entry of torch.hub; '' where nobody publishes weights and another row has the same network. script: recipe in
-    scripts/. weights: URL; '' if there is none. linked: where weights without a URL, or the authors' own, are linked
-    from. size: published parameters (millions) and multiply-adds (1e9). The other fields are for weights without a
-    recipe (flags: those of their network), or with another result than the recipe states.
+    name: entry of torch.hub; '' where nobody publishes weights and another row has the same network. script:
+    recipe in scripts/. weights: URL; '' if there is none. linked: where weights without a URL, or the
+    authors' own, are linked from. size: published parameters (millions) and multiply-adds (1e9). The other
+    fields are for weights without a recipe (flags: those of their network), or with another result than the
+    recipe states.
     """
 
     name: str = ''
@@ -182,8 +187,8 @@ class Row:
             return self.weights
         where = self.linked or 'no place: their authors have not published them'
         raise UserError(
-            f'the weights of {self.name} ({self.recipe.title}) have no direct address: fetch them by hand from {where}, and pass '
-            'their path (weights=PATH, --weights PATH, or --resume PATH)'
+            f'the weights of {self.name} ({self.recipe.title}) have no direct address: fetch them by hand '
+            f'from {where}, and pass their path (weights=PATH, --weights PATH, or --resume PATH)'
         )
 
 
@@ -219,10 +224,12 @@ def find_row(name: str) -> Row:
 
 
 def with_row(args: Namespace) -> ParsedFlags:
-    """Return a copy of the flags of main.py with those of the recipe behind --model, and its weights as --pretrained.
+    """Return a copy of the flags of main.py with those of the recipe behind --model, and its weights as
+    --pretrained.
 
     Raises:
-        UserError: there is no such row, a given flag contradicts its network, or weights are needed and have no direct address.
+        UserError: there is no such row, a given flag contradicts its network, or weights are needed and have
+            no direct address.
     """
     row = find_row(args.model)
     adopt(args, given_of(args), vars(row.recipe.flags))  # refuses flags that contradict the weights

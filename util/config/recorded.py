@@ -1,8 +1,8 @@
 """
 Compare the flags that a checkpoint records with those of a model, and take them from it.
 
-A file trained with --dilation or another --nheads has the shapes of one trained without, and gives other boxes. Only its
-flags show it.
+A file trained with --dilation or another --nheads has the shapes of one trained without, and gives other
+boxes. Only its flags show it.
 """
 
 import json
@@ -50,7 +50,8 @@ class NetworkFlags(dict):
     def differences(self, recorded: Mapping) -> dict[str, tuple]:
         """Return the flags in a file that differ: its value, and that of this model.
 
-        A flag that is missing has its default if the file has the flags of a whole run, and is not known otherwise.
+        A flag that is missing has its default if the file has the flags of a whole run, and is not known
+        otherwise.
         """
         if not is_whole(recorded):
             theirs = {name: one_name(name, value) for name, value in recorded.items()}
@@ -76,7 +77,8 @@ def is_whole(recorded: Mapping) -> bool:
 
 
 def settle_recorded(recorded: Mapping) -> Settled:
-    """Return the detector's flags in a file of this or an official repository, with defaults for those it lacks.
+    """Return the detector's flags in a file of this or an official repository, with defaults for those it
+    lacks.
 
     Raises:
         UserError: they contradict each other.
@@ -96,7 +98,8 @@ def adopt(
 ) -> Namespace:
     """Return a copy of flags in which those that were not given are the recorded ones.
 
-    These are flags of the detector (`Flag.adopted`), and to resume a run all that do not belong to one start of the program.
+    These are flags of the detector (`Flag.adopted`), and to resume a run all that do not belong to one start
+    of the program.
 
     Args:
         given: names of the flags that win: those on the command line, and those of a recipe.
@@ -104,7 +107,8 @@ def adopt(
         strict: refuse given flags that contradict the weights; else only another family.
 
     Raises:
-        UserError: a recorded value makes no sense, or a given flag contradicts the weights; the message has both values.
+        UserError: a recorded value makes no sense, or a given flag contradicts the weights; the message has
+            both values.
     """
     recorded = in_our_names(recorded)
     recorded = {name: value for name, value in recorded.items() if is_sound(name, value) or name not in given}
@@ -165,8 +169,8 @@ def check_given(name: str, value: Any, theirs: Namespace, recorded: Mapping) -> 
         if name not in recorded and name not in CHOOSE_FAMILY:
             text += ', the default, since their file does not know this flag'
         raise UserError(
-            f'--{name}{"" if value is True else f" {value}"} contradicts the weights, which were trained with {text}: leave it '
-            'out, or name other weights'
+            f'--{name}{"" if value is True else f" {value}"} contradicts the weights, which were trained '
+            f'with {text}: leave it out, or name other weights'
         )
 
 
@@ -193,7 +197,9 @@ def changes_text(args: Namespace, recorded: Mapping) -> str:
 
 
 def data_of(args: Namespace, given: Collection[str], recorded: Mapping) -> dict:
-    """Return the flags of a run that an evaluation of it needs and that were not given: sizes, and the data if none is named."""
+    """Return the flags of a run that an evaluation of it needs and that were not given: sizes, and the data
+    if none is named.
+    """
     recorded = in_our_names(recorded)
     names: tuple[str, ...] = (*SOURCES, *VIEW)
     kind, shapes = recorded.get('dataset_file'), {'shapes_val', 'shapes_size'}

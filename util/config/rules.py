@@ -1,4 +1,6 @@
-"""Rules between several settled flags. Each function yields what is wrong: a sentence that names flags, values and the remedy."""
+"""Rules between several settled flags. Each function yields what is wrong: a sentence that names flags,
+values and the remedy.
+"""
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -33,14 +35,15 @@ def network_problems(a: Namespace) -> Iterator[str]:
             yield '--finest_stride 4 is for several feature maps, but --num_feature_levels is 1: leave one of them out'
         if levels and given not in (1, levels):
             yield (
-                f'--num_feature_levels {given} must be {levels}, the levels of the feature pyramid of {a.backbone}, '
-                'or 1'
+                f'--num_feature_levels {given} must be {levels}, the levels of the feature pyramid of '
+                f'{a.backbone}, or 1'
             )
     if a.dilation and a.backbone_stages != 4:
         yield f'--dilation changes stage 4, but --backbone_stages is {a.backbone_stages}: give one of them'
     if 'backbone' in (a.use_checkpoint or ()) and 'use_checkpoint' not in backbone.supports:
         yield (
-            f'--use_checkpoint backbone is not for --backbone {a.backbone}: leave it out, or name encoder and decoder'
+            f'--use_checkpoint backbone is not for --backbone {a.backbone}: leave it out, or name encoder '
+            'and decoder'
         )
     if a.use_aux_ffn and a.ms_variant == 'a':
         yield '--use_aux_ffn is for --ms_variant b: leave it out, or leave --ms_variant a out'
@@ -72,12 +75,13 @@ def training_problems(a: Namespace) -> Iterator[str]:
         yield '--lr_drop_epochs is for --lr_schedule step, and cosine has no drops: leave one of them out'
     if a.hybrid_queries and not a.hybrid_k:
         yield (
-            f'--hybrid_queries {a.hybrid_queries} would be trained by nothing with --hybrid_k 0: raise --hybrid_k, or '
-            'give 0 for both'
+            f'--hybrid_queries {a.hybrid_queries} would be trained by nothing with --hybrid_k 0: raise '
+            '--hybrid_k, or give 0 for both'
         )
     if a.hybrid_k and not a.hybrid_queries:
         yield (
-            f'--hybrid_k {a.hybrid_k} would train no queries with --hybrid_queries 0: raise it, or give 0 for both'
+            f'--hybrid_k {a.hybrid_k} would train no queries with --hybrid_queries 0: raise it, or give 0 '
+            'for both'
         )
     if a.co_rcnn_masks and 'faster_rcnn' not in a.co_aux_heads:
         yield '--co_rcnn_masks is a part of faster_rcnn: add it to --co_aux_heads, or leave the flag out'

@@ -23,8 +23,8 @@ PLACES = ('backbone', 'encoder', 'decoder')  # parts of a network that --use_che
 class OldFlag:
     """A flag that only older records hold.
 
-    instead: what the command line answers to a user who gives it. today: the flags that have its meaning today, from its
-    value and the whole record; they replace those of the record.
+    instead: what the command line answers to a user who gives it. today: the flags that have its meaning
+    today, from its value and the whole record; they replace those of the record.
     """
 
     instead: str
@@ -60,7 +60,9 @@ def freeze_stages(number: int) -> dict:
 
 
 def in_our_names(record: Mapping) -> dict:
-    """Return the flags of a namespace or a record under today's names, instead of official names and those in `OLD`."""
+    """Return the flags of a namespace or a record under today's names, instead of official names and those in
+    `OLD`.
+    """
     named = {OFFICIAL_NAMES.get(name, name): value for name, value in record.items()}
     flags = {name: value for name, value in named.items() if name not in OLD}
     for name, old in OLD.items():
@@ -83,7 +85,8 @@ class Settled(Namespace):
 
 
 def settle(args: Namespace, kinds: Collection[str] = MODEL) -> Settled:
-    """Return a copy of flags, or of some of them, with every flag of these kinds settled, and `family`. Others stay as they are.
+    """Return a copy of flags, or of some of them, with every flag of these kinds settled, and `family`.
+    Others stay as they are.
 
     Raises:
         UserError: a value makes no sense, or flags contradict each other.
@@ -105,7 +108,9 @@ def settle(args: Namespace, kinds: Collection[str] = MODEL) -> Settled:
 
 
 def settle_checkpointing(given: dict) -> None:
-    """Make a list of parts, or nothing, of `use_checkpoint`. Official namespaces, and older ones of ours, hold a bool."""
+    """Make a list of parts, or nothing, of `use_checkpoint`. Official namespaces, and older ones of ours,
+    hold a bool.
+    """
     value = given.get('use_checkpoint')
     if value is False:
         del given['use_checkpoint']
@@ -162,7 +167,9 @@ def check_values(values: Mapping, flags: Collection[Flag]) -> None:
 
 
 def check(args: Namespace, flags: Collection[Flag]) -> None:
-    """Refuse flags of other families and backbones, or without what they need, and what `rules.PROBLEMS` names."""
+    """Refuse flags of other families and backbones, or without what they need, and what `rules.PROBLEMS`
+    names.
+    """
     for flag in flags:
         value = getattr(args, flag.name)
         if value == flag.default_of(args):
@@ -184,7 +191,8 @@ def check(args: Namespace, flags: Collection[Flag]) -> None:
 
 
 def check_processes(args: Namespace, world_size: int) -> int:
-    """Return the batches of an optimizer step, from --total_batch_size and what is known only when the processes run.
+    """Return the batches of an optimizer step, from --total_batch_size and what is known only when the
+    processes run.
 
     Raises:
         UserError: so many processes do not fit the flags.
@@ -198,6 +206,7 @@ def check_processes(args: Namespace, world_size: int) -> int:
     at_a_time = args.batch_size * world_size
     if args.total_batch_size % at_a_time:
         raise UserError(
-            f'--total_batch_size {args.total_batch_size} is not a multiple of --batch_size {args.batch_size} x {world_size} processes'
+            f'--total_batch_size {args.total_batch_size} is not a multiple of --batch_size {args.batch_size} '
+            f'x {world_size} processes'
         )
     return args.total_batch_size // at_a_time

@@ -14,8 +14,8 @@ from torch import Tensor
 from util.distributed.launch import export_launcher_environment
 from util.errors import UserError
 
-# In a collective, for instance of those that do not compute metrics for the one that does. A launcher ends the others at once
-# when a process dies; this is for one that hangs.
+# In a collective, for instance of those that do not compute metrics for the one that does. A launcher ends
+# the others at once when a process dies; this is for one that hangs.
 LONGEST_WAIT = timedelta(hours=1)
 
 
@@ -48,7 +48,8 @@ def is_main_process() -> bool:
 
 
 def choose_device(name: str) -> torch.device:
-    """Choose a device. `auto` takes the first of cuda, mps, cpu; each of several ranks on a machine takes its own GPU.
+    """Choose a device. `auto` takes the first of cuda, mps, cpu; each of several ranks on a machine takes its
+    own GPU.
 
     Raises:
         UserError: there is no such device.
@@ -72,7 +73,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def init_distributed(device: torch.device, dist_url: str = 'env://') -> None:
-    """Join the process group of the launcher (RANK, WORLD_SIZE), if there is one: NCCL between GPUs, else gloo."""
+    """Join the process group of the launcher (RANK, WORLD_SIZE), if there is one: NCCL between GPUs, else
+    gloo.
+    """
     if 'RANK' not in os.environ or 'WORLD_SIZE' not in os.environ or is_distributed():
         return
     backend = 'nccl' if device.type == 'cuda' else 'gloo'
@@ -91,10 +94,12 @@ def init_distributed(device: torch.device, dist_url: str = 'env://') -> None:
 
 
 def leave_distributed() -> None:
-    """Leave the process group together with all other ranks. No variable may hold a model of DistributedDataParallel any more.
+    """Leave the process group together with all other ranks. No variable may hold a model of
+    DistributedDataParallel any more.
 
-    Such a model would be the last to hold the group. Its end would then wait for the group's threads with Python's lock, and one
-    of them may wait for that lock, to free a tensor. `destroy_process_group` waits without the lock.
+    Such a model would be the last to hold the group. Its end would then wait for the group's threads with
+    Python's lock, and one of them may wait for that lock, to free a tensor. `destroy_process_group` waits
+    without the lock.
     """
     if is_distributed():
         dist.barrier()
@@ -165,6 +170,7 @@ def check_agreement(facts: dict[str, object]) -> None:
         for name in [*first, *(name for name in theirs if name not in first)]:
             if first.get(name) != theirs.get(name):
                 raise UserError(
-                    f'the processes disagree: {name} is {first.get(name)} in process 0 and {theirs.get(name)} in process {rank}. '
-                    'Start all of them with the same command, data and versions'
+                    f'the processes disagree: {name} is {first.get(name)} in process 0 and '
+                    f'{theirs.get(name)} in process {rank}. Start all of them with the same command, data '
+                    'and versions'
                 )

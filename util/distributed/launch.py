@@ -1,6 +1,7 @@
 """
-Slurm as a launcher: torchrun's environment variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
-MASTER_PORT) in the tasks of srun, which submitit's tasks are too, and whether a job is preempted.
+Slurm as a launcher: torchrun's environment variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+MASTER_ADDR, MASTER_PORT) in the tasks of srun, which submitit's tasks are too, and whether a job is
+preempted.
 """
 
 import os
@@ -37,9 +38,9 @@ def export_launcher_environment() -> None:
 def slurm_task(environment: Mapping[str, str]) -> dict[str, str]:
     """Return torchrun's variables for one of several tasks of a srun, {} for anything else.
 
-    A batch script and the shell of salloc have SLURM_NTASKS too, the former even SLURM_PROCID=0, but they run once.
-    Only tasks of a step have SLURM_STEP_NUM_TASKS. Batch scripts submitted from such a task inherit it, but there the
-    two numbers differ.
+    A batch script and the shell of salloc have SLURM_NTASKS too, the former even SLURM_PROCID=0, but they run
+    once. Only tasks of a step have SLURM_STEP_NUM_TASKS. Batch scripts submitted from such a task inherit it,
+    but there the two numbers differ.
     """
     tasks = environment.get('SLURM_STEP_NUM_TASKS', '1')
     if tasks == '1' or tasks != environment.get('SLURM_NTASKS') or 'SLURM_PROCID' not in environment:
@@ -67,8 +68,8 @@ def first_host(nodes: str) -> str:
 def is_preempted() -> bool:
     """Return whether Slurm has told this job to make room for another one, and still waits for it to do so.
 
-    A job that ends by itself while Slurm waits counts as done and is not started again, so it must be requeued. A
-    cancelled job gets the same SIGTERM, but is in another state.
+    A job that ends by itself while Slurm waits counts as done and is not started again, so it must be
+    requeued. A cancelled job gets the same SIGTERM, but is in another state.
     """
     if 'SLURM_JOB_ID' not in os.environ:
         return False

@@ -20,8 +20,8 @@ REGISTERED: set[type] = set()
 def broadcast_from_main(tensors: Iterable[Tensor]) -> None:
     """Broadcast tensors from the main process to all ranks.
 
-    It alone has read the weights of the backbone. Before an evaluation the buffers of batch norms are broadcast,
-    because each rank has its own statistics.
+    It alone has read the weights of the backbone. Before an evaluation the buffers of batch norms are
+    broadcast, because each rank has its own statistics.
     """
     if get_world_size() > 1:
         for tensor in tensors:
@@ -43,8 +43,9 @@ def register_result_types(types: Sequence[type]) -> None:
 def replicate(model: nn.Module, result_types: Sequence[type] = (), accum_steps: int = 1) -> nn.Module:
     """Wrap a model in DistributedDataParallel: gradients are averaged over ranks during the backward pass.
 
-    static_graph detects unused parameters once; it cannot be combined with no_sync (several batches per step). Buffers
-    are constants that each rank has, unless batch norms train. result_types: see `register_result_types`.
+    static_graph detects unused parameters once; it cannot be combined with no_sync (several batches per
+    step). Buffers are constants that each rank has, unless batch norms train. result_types: see
+    `register_result_types`.
     """
     register_result_types(result_types)
     trains_norms = any(isinstance(module, _BatchNorm) for module in model.modules())
@@ -57,11 +58,12 @@ def shard(model: nn.Module, units: Sequence[nn.Module], result_types: Sequence[t
     """Let every rank keep a part of each weight, gradient and optimizer state (FSDP2). In place.
 
     Args:
-        units: modules that all-gather their weights for their forward and free them afterwards. `entry_points` of these and
-            of the model name further methods that do so.
+        units: modules that all-gather their weights for their forward and free them afterwards.
+            `entry_points` of these and of the model name further methods that do so.
         result_types: see `register_result_types`.
 
-    Parameters without a dimension cannot be sharded: they stay whole, and their gradients are averaged one by one.
+    Parameters without a dimension cannot be sharded: they stay whole, and their gradients are averaged one by
+    one.
     """
     register_result_types(result_types)
     whole = {parameter for parameter in model.parameters() if parameter.ndim == 0}
@@ -73,7 +75,8 @@ def shard(model: nn.Module, units: Sequence[nn.Module], result_types: Sequence[t
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # not in torch's stubs
     for unit in units:
         fully_shard(unit, **options)
-    # By default the outermost weights would stay whole until a backward pass, which does not follow an evaluation.
+    # By default the outermost weights would stay whole until a backward pass, which does not follow an
+    # evaluation.
     fully_shard(model, reshard_after_forward=True, **options)
     for unit in [*units, model]:
         for method in getattr(unit, 'entry_points', ()):
@@ -104,7 +107,8 @@ def without_exchange(model: FSDPModule) -> Iterator[None]:
 
 
 def gather(state: object) -> object:
-    """Replace shards by whole tensors in a state (of a model, an optimizer): on the CPU of the main process, by None on others.
+    """Replace shards by whole tensors in a state (of a model, an optimizer): on the CPU of the main process,
+    by None on others.
 
     All ranks must call it. They hold one whole tensor at a time.
     """
@@ -121,8 +125,8 @@ def gather(state: object) -> object:
 def split_like(whole: Tensor, part: Tensor) -> Tensor:
     """Return this rank's shard of a whole tensor, sharded as `part` is.
 
-    If `part` is not sharded, return the tensor in the memory layout of `part`: fused optimizers read states and
-    weights side by side.
+    If `part` is not sharded, return the tensor in the memory layout of `part`: fused optimizers read states
+    and weights side by side.
 
     Raises:
         ValueError: the two are of other shapes.
@@ -141,7 +145,8 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load whole tensors into the optimizer of a model, sharded or not. Rates, weight decay and the like stay those of this run.
+    """Load whole tensors into the optimizer of a model, sharded or not. Rates, weight decay and the like stay
+    those of this run.
 
     Raises:
         UserError: it is the state of another optimizer, or of other parameters.
@@ -152,8 +157,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     )
     if theirs != ours:
         raise UserError(
-            f'the checkpoint trains groups of {theirs} parameters, this run of {ours}: give the --freeze, --lr_backbone and '
-            '--lr_..._names of its run, or start from its weights with --pretrained'
+            f'the checkpoint trains groups of {theirs} parameters, this run of {ours}: give the --freeze, '
+            '--lr_backbone and --lr_..._names of its run, or start from its weights with --pretrained'
         )
     saved, here = state['param_groups'][0], optimizer.param_groups[0]
     if ('momentum' in saved) != ('momentum' in here):

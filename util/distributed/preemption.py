@@ -1,6 +1,6 @@
 """
-Signals that ask a run to stop. All ranks agree on the step, the state is saved, and the job is requeued or started
-again by its launcher.
+Signals that ask a run to stop. All ranks agree on the step, the state is saved, and the job is requeued or
+started again by its launcher.
 """
 
 import os
@@ -20,8 +20,8 @@ from torch import Tensor
 from util.distributed.collectives import get_world_size, init_distributed, is_main_process, leave_distributed
 from util.distributed.launch import is_preempted
 
-# SIGTERM: torchrun, Slurm and Kubernetes send it before they kill. SIGUSR1, SIGUSR2: time is nearly up (`sbatch
-# --signal`, submitit). SIGINT: Ctrl-C. Where they do not exist (Windows), nothing listens.
+# SIGTERM: torchrun, Slurm and Kubernetes send it before they kill. SIGUSR1, SIGUSR2: time is nearly up
+# (`sbatch --signal`, submitit). SIGINT: Ctrl-C. Where they do not exist (Windows), nothing listens.
 NAMES = ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGUSR2')
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 # Who sends one of these does not requeue the job.
@@ -30,7 +30,9 @@ UNFINISHED = 75  # exit status of a run that was stopped and can go on (EX_TEMPF
 
 
 class Interrupted(SystemExit):
-    """All ranks have agreed to stop at this step, or this one stops while nothing is to be saved. Elsewhere it ends the program."""
+    """All ranks have agreed to stop at this step, or this one stops while nothing is to be saved. Elsewhere
+    it ends the program.
+    """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -39,7 +41,9 @@ class Interrupted(SystemExit):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let SIGTERM raise Interrupted at once in a block that waits for a network, after its former handler has heard it."""
+    """Let SIGTERM raise Interrupted at once in a block that waits for a network, after its former handler has
+    heard it.
+    """
 
     def end(signum: int, frame: FrameType | None) -> None:
         if callable(before):
@@ -84,8 +88,8 @@ class StopRequests:
             self.signum = signum
 
     def check(self) -> None:
-        """Raise Interrupted on all ranks at the same step, if any of them has received a signal. Call it once a step
-        on every rank.
+        """Raise Interrupted on all ranks at the same step, if any of them has received a signal. Call it once
+        a step on every rank.
 
         The exchange that one call starts is read by the next one, so that no rank waits.
         """
@@ -121,8 +125,8 @@ class StopRequests:
         return (0, *SIGNALS)[int(received)]
 
     def close(self) -> None:
-        """Restore the former signal handlers. An exchange in flight is not waited for, because another rank may have
-        failed.
+        """Restore the former signal handlers. An exchange in flight is not waited for, because another rank
+        may have failed.
         """
         self.exchange = None
         for number, handler in self.previous.items():
@@ -132,7 +136,8 @@ class StopRequests:
     def leave(self, signum: int) -> None:
         """Pass the signal on and exit with the status UNFINISHED. Call it after the state is saved.
 
-        The former handler gets the signal (submitit requeues its job). Slurm is asked to requeue if nobody else will.
+        The former handler gets the signal (submitit requeues its job). Slurm is asked to requeue if nobody
+        else will.
         """
         if self.signum in NEARLY_OVER:  # heard while the state was saved
             signum = self.signum
@@ -152,7 +157,8 @@ class StopRequests:
 
 @contextmanager
 def processes(device: torch.device, url: str) -> Iterator[StopRequests]:
-    """Join the processes of a run, and leave them at the end; a signal ends the block after its state is saved.
+    """Join the processes of a run, and leave them at the end; a signal ends the block after its state is
+    saved.
 
     url: where they meet, as `torch.distributed` has it.
     """
