@@ -7,11 +7,11 @@ Train and evaluate detectors.
   python main.py --coco_path DATA --eval --model detr_resnet50       evaluate published weights
 """
 
-from util.config.parser import make_parser
+from util.config.parser import build_parser
 
 # PyTorch takes seconds to import: --help and mistyped flags are answered before.
 if __name__ == '__main__':
-    make_parser(__doc__).parse_args()
+    build_parser(__doc__).parse_args()
 
 import json
 import time
@@ -70,7 +70,7 @@ DRAWN_SCORE = 0.3  # focal losses keep scores low
 
 def get_args_parser() -> FlagParser:
     """Return the parser of all flags; `--help TOPIC` shows them by topic."""
-    return make_parser(__doc__)
+    return build_parser(__doc__)
 
 
 def main(args: Namespace) -> None:

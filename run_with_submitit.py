@@ -12,7 +12,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from util.config.parser import make_parser
+from util.config.parser import build_parser
 from util.config.recipes import with_named_flags
 from util.config.settle import EVERYTHING, settle
 from util.errors import UserError
@@ -42,7 +42,7 @@ JOB_FLAGS = (  # name, type, default, help
 
 def get_submit_parser() -> argparse.ArgumentParser:
     """Return the parser of all flags of main.py and of the job."""
-    parser = make_parser(__doc__)
+    parser = build_parser(__doc__)
     parser.usage = 'python run_with_submitit.py [flags]'
     job = parser.add_argument_group('Slurm')
     for name, kind, default, text in JOB_FLAGS:

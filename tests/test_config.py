@@ -18,10 +18,10 @@ from models.training.losses import BOX_LOSSES
 from tests.runs import ROOT, TINY, run
 from util.config.declare import DATA
 from util.config.flags import BOX_TERMS, FLAGS, NO_OPTIONS, TRUST
-from util.config.parser import make_parser
+from util.config.parser import build_parser
 from util.config.recipes import ZOO, find_recipe, recipe_names, with_named_flags
-from util.config.recorded import SOURCES, adopt, changes_text
-from util.config.settle import EVERYTHING, OLD, Settled, chosen_by, in_our_names, settle
+from util.config.recorded import VAL_DATA, adopt, changes_text
+from util.config.settle import EVERYTHING, OLD, Settled, chosen_by, settle, use_current_names
 
 RECORDED = Path(__file__).parent / 'recorded'
 # Of a recipe that was another reading of its config.
@@ -48,7 +48,7 @@ def parse(line: str) -> Namespace:
 @pytest.mark.parametrize('name', recipe_names())
 def test_a_recipe_settles_as_recorded(name: str) -> None:
     """The flags in force before there was a table, but for the batch."""
-    recorded = in_our_names(USUAL_THEN | json.loads((RECORDED / 'recipes.json').read_text())[name])
+    recorded = use_current_names(USUAL_THEN | json.loads((RECORDED / 'recipes.json').read_text())[name])
     settled = json.loads(json.dumps(vars(settle(with_named_flags(parse(f'--recipe {name}')), EVERYTHING))))
     usual = json.loads(json.dumps(vars(settle(Namespace(), EVERYTHING))))
     added = {flag: settled[flag] for flag in (*BATCH, 'evaluator')}
@@ -65,7 +65,7 @@ def test_a_model_is_its_recipe(name: str) -> None:
     row = next(row for row in ZOO if row.name == name)
     recipe = row.recipe.flags
     settled = settle(with_named_flags(parse(f'--model {name} --pretrained FILE --lr 7e-5')), EVERYTHING)
-    for flag in recipe.given - set(SOURCES) - {'lr'}:
+    for flag in recipe.given - set(VAL_DATA) - {'lr'}:
         assert getattr(settled, flag) == getattr(recipe, flag), flag
     assert settled.lr == 7e-5 and settled.dataset_file == 'coco' and settled.pretrained == 'FILE'
 
@@ -261,5 +261,5 @@ def test_old_names_in_records_are_read_and_on_a_command_line_refused(capsys: pyt
     assert not any(hasattr(settled, name) for name in OLD)
     for name in OLD:
         with pytest.raises(SystemExit):
-            make_parser('').parse_args([f'--{name}', 'x'])
+            build_parser('').parse_args([f'--{name}', 'x'])
         assert OLD[name].instead in capsys.readouterr().err

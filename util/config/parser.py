@@ -78,7 +78,7 @@ def is_hidden(name: str) -> bool:
     return name in FLAGS and FLAGS[name].hidden
 
 
-def make_parser(description: str | None) -> FlagParser:
+def build_parser(description: str | None) -> FlagParser:
     """Make the parser of main.py, whose help goes by topics."""
     parser = FlagParser(usage='python main.py [flags]', description=description, add_help=False)
     parser.add_argument(

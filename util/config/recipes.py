@@ -1,8 +1,8 @@
 """
-Recipes, whose only source are the shell scripts in scripts/, and where published weights are.
+Recipes, which are defined by the shell scripts in scripts/, and published weights.
 
-A recipe is one call, `recipe FLAGS "$@"` (scripts/recipe.sh), under a head whose first line is its result. A
-copy of a script is a recipe too: `main.py --recipe mine` trains as `bash scripts/mine.sh` does.
+A recipe is one call, `recipe FLAGS "$@"` (scripts/recipe.sh). The first line of its head states its result. A
+copied script is a recipe too: `main.py --recipe mine` trains as `bash scripts/mine.sh` does.
 """
 
 import csv
@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,21 +21,24 @@ from util.flags import ParsedFlags, did_you_mean, given_of
 
 from .declare import NETWORK
 from .flags import FLAGS
-from .parser import make_parser
-from .recorded import SOURCES, adopt
-from .settle import in_our_names
+from .parser import build_parser
+from .recorded import VAL_DATA, adopt
+from .settle import use_current_names
 
 SCRIPTS = Path(__file__).resolve().parents[2] / 'scripts'
 CALL = 'recipe '
 HEAD = re.compile(
-    r'# (?P<title>.*?): (?:(?P<ap>[\d.]+) )?AP on (?P<data>COCO val2017|LVIS v1 val).*?(?:after|;) (?P<epochs>\d+) epochs'
+    r'# (?P<title>.*?): (?:(?P<ap>[\d.]+) )?AP on (?P<data>COCO val2017|LVIS v1 val)'
+    r'.*?(?:after|;) (?P<epochs>\d+) epochs'
 )
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe: its flags as words, and from its head what it trains and the published AP (None: not
-    published), where it says so.
+    """A recipe.
+
+    words: its flags, as a shell reads them. title, ap, data, epochs: what it trains and its published AP
+    (None: not published), as far as its head states them.
     """
 
     name: str
@@ -47,8 +50,8 @@ class Recipe:
 
     @property
     def flags(self) -> ParsedFlags:
-        """Its flags, those of main.py's defaults beside them; `given` names its own."""
-        return make_parser(None).parse_args(self.words)
+        """Return the flags of main.py with those of the recipe, which `given` names."""
+        return build_parser(None).parse_args(self.words)
 
 
 def recipe_names() -> list[str]:
@@ -60,7 +63,8 @@ def find_recipe(name: str) -> Recipe:
     """Read a recipe.
 
     Raises:
-        UserError: there is none of this name (the message names similar ones), or it is no single call.
+        UserError: no recipe has this name (the message names similar ones), or the script is not a single
+            call.
     """
     path = SCRIPTS / f'{name}.sh'
     if Path(name).name != name or not path.is_file():
@@ -71,35 +75,34 @@ def find_recipe(name: str) -> Recipe:
     if len(calls) != 1 or not calls[0].endswith(' "$@"'):
         raise UserError(f'scripts/{name}.sh is no recipe: it must call `recipe FLAGS "$@"` once')
     words = tuple(shlex.split(calls[0])[1:-1])
-    if odd := [word for word in words if set(word) & set('$`*?')]:
+    if shell_words := [word for word in words if set(word) & set('$`*?')]:
         raise UserError(
-            f'scripts/{name}.sh is no recipe: {odd[0]} means something to the shell alone; write its value'
+            f'scripts/{name}.sh is no recipe: {shell_words[0]} means something to the shell alone; write its '
+            'value'
         )
-    if head is None:  # of one's own
+    if head is None:  # a user's recipe
         return Recipe(name, words, name)
     ap = float(head['ap']) if head['ap'] else None
     return Recipe(name, words, head['title'], ap, head['data'], int(head['epochs']))
 
 
-def merged(args: Namespace, values: Mapping[str, object]) -> ParsedFlags:
+def merge(args: Namespace, values: Mapping[str, object]) -> ParsedFlags:
     """Return a copy of flags with other values for those that were not given, which then count as given."""
     given = given_of(args)
     new = {name: value for name, value in values.items() if name not in given}
-    found = ParsedFlags(**vars(args) | new)
-    found.given = given | new.keys()
-    return found
+    flags = ParsedFlags(**vars(args) | new)
+    flags.given = given | new.keys()
+    return flags
 
 
-def with_recipe(args: Namespace, recipe: Recipe, own_data: bool = False) -> ParsedFlags:
-    """Return a copy of flags with those of a recipe where none was given. own_data: but not the data that the
-    recipe names.
-    """
-    theirs, left_out = recipe.flags, SOURCES if own_data else ()
-    return merged(args, {name: getattr(theirs, name) for name in theirs.given if name not in left_out})
+def with_recipe(args: Namespace, recipe: Recipe, excluded: Collection[str] = ()) -> ParsedFlags:
+    """Return a copy of flags in which those that were not given come from a recipe, unless they are excluded."""
+    flags = recipe.flags
+    return merge(args, {name: getattr(flags, name) for name in flags.given if name not in excluded})
 
 
 def with_config(args: Namespace, file: str | Path) -> ParsedFlags:
-    """Return a copy of flags with those of a JSON file where none was given.
+    """Return a copy of flags in which those that were not given come from a JSON file.
 
     file: OUT/flags.json of a run, or an object of flags and values.
 
@@ -107,14 +110,17 @@ def with_config(args: Namespace, file: str | Path) -> ParsedFlags:
         UserError: it cannot be read, or has an unknown flag.
     """
     try:
-        found = json.loads(Path(file).read_text(encoding='utf-8'))
-        kinds = found.get('settled')
-        values = {name: value for kind in kinds.values() for name, value in kind.items()} if kinds else found
-        values = in_our_names(values)
-        if kinds:  # of another start of the program: its folders and devices are not taken
+        content = json.loads(Path(file).read_text(encoding='utf-8'))
+        kinds = content.get('settled')
+        if kinds:  # of another start of the program, whose folders and devices are not taken
+            values = use_current_names(
+                {name: value for kind in kinds.values() for name, value in kind.items()}
+            )
             values = {
                 name: value for name, value in values.items() if name in FLAGS and not FLAGS[name].launch
             }
+        else:
+            values = use_current_names(content)
         unknown = [name for name in values if name not in FLAGS]
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
@@ -122,17 +128,19 @@ def with_config(args: Namespace, file: str | Path) -> ParsedFlags:
         ) from error
     if unknown:
         raise UserError(f'--config {file}: {unknown[0]!r} is no flag{did_you_mean(unknown[0], FLAGS)}')
-    return merged(args, {name: value for name, value in values.items() if value is not None})
+    return merge(args, {name: value for name, value in values.items() if value is not None})
 
 
 def with_named_flags(args: Namespace) -> Namespace:
-    """Return a copy of flags with those of the file, model or recipe that they name, where none were given."""
+    """Return a copy of flags in which those that were not given come from --config, and from --model or
+    --recipe.
+    """
     if args.config:
         args = with_config(args, args.config)
     if args.model:
         return with_row(args)
     if args.recipe:
-        return merged(with_recipe(args, find_recipe(args.recipe)), {'output_dir': f'exps/{args.recipe}'})
+        return merge(with_recipe(args, find_recipe(args.recipe)), {'output_dir': f'exps/{args.recipe}'})
     return args
 
 
@@ -178,17 +186,17 @@ class Row:
         return repr([*((name, getattr(flags, name)) for name in given), self.classes])
 
     def source(self) -> str:
-        """Return the address of the weights.
+        """Return the URL of the weights.
 
         Raises:
-            UserError: there is none; the message says where they are linked from.
+            UserError: they have no URL; the message says where they are linked from.
         """
         if self.weights:
             return self.weights
-        where = self.linked or 'no place: their authors have not published them'
+        page = self.linked or 'no place: their authors have not published them'
         raise UserError(
             f'the weights of {self.name} ({self.recipe.title}) have no direct address: fetch them by hand '
-            f'from {where}, and pass their path (weights=PATH, --weights PATH, or --resume PATH)'
+            f'from {page}, and pass their path (weights=PATH, --weights PATH, or --resume PATH)'
         )
 
 
@@ -212,7 +220,7 @@ def find_row(name: str) -> Row:
     """Return the row of a hub entry, or of a recipe in scripts/ (which need not have weights).
 
     Raises:
-        UserError: there is none; the message names similar ones.
+        UserError: there is no such row; the message names similar ones.
     """
     for row in ZOO:
         if name and name in (row.name, row.script):
@@ -224,16 +232,16 @@ def find_row(name: str) -> Row:
 
 
 def with_row(args: Namespace) -> ParsedFlags:
-    """Return a copy of the flags of main.py with those of the recipe behind --model, and its weights as
+    """Return a copy of the flags of main.py with those of the recipe of --model, and its weights as
     --pretrained.
 
     Raises:
-        UserError: there is no such row, a given flag contradicts its network, or weights are needed and have
-            no direct address.
+        UserError: there is no such row, a given flag contradicts its network, or its weights are needed and
+            have no URL.
     """
     row = find_row(args.model)
     adopt(args, given_of(args), vars(row.recipe.flags))  # refuses flags that contradict the weights
-    own_data = not args.dry_run or bool(given_of(args) & set(SOURCES))  # a dry run counts those of the recipe
-    args = with_recipe(args, row.recipe, own_data)
-    weights = args.resume not in ('', 'auto') or args.pretrained or args.frozen_weights
-    return args if weights else merged(args, {'pretrained': row.source()})
+    counts_recipe_data = args.dry_run and not given_of(args) & set(VAL_DATA)
+    args = with_recipe(args, row.recipe, () if counts_recipe_data else VAL_DATA)
+    has_weights = args.resume not in ('', 'auto') or args.pretrained or args.frozen_weights
+    return args if has_weights else merge(args, {'pretrained': row.source()})
