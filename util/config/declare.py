@@ -92,7 +92,7 @@ class Flag:
         return any(isinstance(default, Usual) for default in defaults)
 
     def default_of(self, args: Namespace) -> Any:
-        """Return the default with these flags, of which `family` and the flags before this one are settled."""
+        """Return the default with these flags; `family` and the flags before this one must be settled."""
         default = decoder_of(args).defaults.get(self.name, self.default)
         if isinstance(default, ByFamily):
             default = default[args.family]
@@ -138,9 +138,7 @@ class Flag:
         return text.replace('%', '%%')
 
     def default_text(self) -> str:
-        """Describe the default, and those of families or variants with their names; '' if there is nothing to
-        say.
-        """
+        """Describe the default, and those of families or variants with their names; '' if none is shown."""
         if isinstance(self.default, ByFamily):
             names: dict[str, list[str]] = {}
             for name, value in (self.default | self.variant_defaults).items():
@@ -213,7 +211,7 @@ def table(*flags: Flag) -> dict[str, Flag]:
 
 
 def read_texts() -> dict[str, tuple[str, str, str]]:
-    """Read `help.txt`: for each flag its topic, its text, and words for its default ('': the value shows it)."""
+    """Read `help.txt`: topic, text, and words for the default ('': the value shows it) of each flag."""
     texts, topic = {}, ''
     for paragraph in re.split(r'\n+(?=\S)', TEXTS.read_text(encoding='utf-8')):
         words = ' '.join(paragraph.split())

@@ -1,10 +1,9 @@
 """
-Every flag, once, with all its facts: type, default, help, topic, kind, families, and how checkpoints and
-recipes treat it.
+The table of all flags, with all facts about each. Their texts and topics are in `help.txt`.
 
-The parser, --help, the checks of values and families, the settled defaults, the comparison with a checkpoint
-and OUT/flags.json come from this table (`util/config/declare.py` says what each fact means). Rules between
-several flags are in `util/config/rules.py`.
+The parser, --help, the checks of values and families, the defaults, the comparison with a checkpoint and
+OUT/flags.json come from this table. `declare.py` explains the facts. Rules between several flags are in
+`rules.py`.
 """
 
 import math
@@ -43,7 +42,7 @@ def implied(variant: Decoder) -> str:
     return f'{", ".join(others)} and {last}' if others else last
 
 
-# --aug -> what it does with training images, with classes in `datasets.augmentations.AUGMENTATIONS`.
+# Value of --aug -> its effect on training images. Its class is in `datasets.augmentations.AUGMENTATIONS`.
 AUGMENTATIONS = {
     'detr': 'flip, scale and crop',
     'flip': 'flip only',
@@ -51,31 +50,30 @@ AUGMENTATIONS = {
     'co_detr': "as detr by mmdetection's rules of resizing and its choice of objects, at evaluation too",
     'lsj': 'large-scale jitter in a square and, where objects have masks, copy-paste',
 }
-# Losses of boxes, functions of `models.training.losses.BOX_LOSSES`: their coefficients, and what they
-# measure.
+# Losses of boxes (functions in `models.training.losses.BOX_LOSSES`): coefficient, and what they measure.
 BOX_TERMS = {'bbox': (5, 'the L1 distance of boxes'), 'giou': (2, 'the generalized IoU of boxes')}
-RANDOM_SCALES = ('detr', 'co_detr')  # those that read --train_scales and --train_max_size
+RANDOM_SCALES = ('detr', 'co_detr')  # values of --aug that use --train_scales and --train_max_size
 
 # Of the second predictions of MS-DETR and of its proposals.
 MIXED_COEFFICIENTS = {'cls': 2.0, 'bbox': 5.0, 'giou': 2.0}
 
 
 def coefficients_of(term: str) -> tuple[Flag, Flag]:
-    """Return the flags of a loss for MS-DETR's second predictions and for the proposals of two stages."""
-    mixed, own = MIXED_COEFFICIENTS.get(term, 0.0), f'{term}_loss_coef'
+    """Return the flags of a loss for MS-DETR's second predictions and for two-stage proposals."""
+    mixed, name = MIXED_COEFFICIENTS.get(term, 0.0), f'{term}_loss_coef'
     usual = Usual(
-        f'{mixed:g} with --use_ms_detr, else --{own}', lambda a: mixed if a.use_ms_detr else getattr(a, own)
+        f'{mixed:g} with --use_ms_detr, else --{name}', lambda a: mixed if a.use_ms_detr else getattr(a, name)
     )
     return (
         Flag(
-            f'o2m_{own}',
+            f'o2m_{name}',
             float_range(),
             mixed,
-            f'--{own} for the second predictions of --use_ms_detr',
+            f'--{name} for the second predictions of --use_ms_detr',
             needs='use_ms_detr',
             hidden=True,
         ),
-        Flag(f'enc_{own}', float_range(), usual, f'--{own} for the proposals of --two_stage', hidden=True),
+        Flag(f'enc_{name}', float_range(), usual, f'--{name} for the proposals of --two_stage', hidden=True),
     )
 
 
@@ -403,11 +401,10 @@ FLAGS = table(
     ),
 )
 
-# Flags that trust a file more than usual: only a command line sets them, never a checkpoint.
+# Flags that allow risky content of files: only a command line sets them, never a checkpoint.
 TRUST = ('allow_outside', 'allow_pipe', 'allow_http')
 
-# Names that a command line may hold and that are no options: arguments of a class alone, and merged or
-# dropped flags of ours.
+# Names that a command line may have although they are not options: arguments of classes, and a former flag.
 NO_OPTIONS = {
     name: f'{flag.help} (an argument of its class; only a checkpoint or a namespace sets it)'
     for name, flag in FLAGS.items()

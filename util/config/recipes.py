@@ -96,13 +96,13 @@ def merge(args: Namespace, values: Mapping[str, object]) -> ParsedFlags:
 
 
 def with_recipe(args: Namespace, recipe: Recipe, excluded: Collection[str] = ()) -> ParsedFlags:
-    """Return a copy of flags in which those that were not given come from a recipe, unless they are excluded."""
+    """Return a copy of flags in which those not given come from a recipe, unless they are excluded."""
     flags = recipe.flags
     return merge(args, {name: getattr(flags, name) for name in flags.given if name not in excluded})
 
 
 def with_config(args: Namespace, file: str | Path) -> ParsedFlags:
-    """Return a copy of flags in which those that were not given come from a JSON file.
+    """Return a copy of flags in which those not given come from a JSON file.
 
     file: OUT/flags.json of a run, or an object of flags and values.
 
@@ -132,9 +132,7 @@ def with_config(args: Namespace, file: str | Path) -> ParsedFlags:
 
 
 def with_named_flags(args: Namespace) -> Namespace:
-    """Return a copy of flags in which those that were not given come from --config, and from --model or
-    --recipe.
-    """
+    """Return a copy of flags in which those not given come from --config, and --model or --recipe."""
     if args.config:
         args = with_config(args, args.config)
     if args.model:
@@ -232,12 +230,10 @@ def find_row(name: str) -> Row:
 
 
 def with_row(args: Namespace) -> ParsedFlags:
-    """Return a copy of the flags of main.py with those of the recipe of --model, and its weights as
-    --pretrained.
+    """Return a copy of flags in which those not given come from --model: its recipe, and --pretrained.
 
     Raises:
-        UserError: there is no such row, a given flag contradicts its network, or its weights are needed and
-            have no URL.
+        UserError: there is no such row, a given flag contradicts its network, or its weights have no URL.
     """
     row = find_row(args.model)
     adopt(args, given_of(args), vars(row.recipe.flags))  # refuses flags that contradict the weights

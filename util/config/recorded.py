@@ -175,7 +175,7 @@ def changes_text(args: Namespace, recorded: Mapping) -> str:
 
 
 def data_of(args: Namespace, given: Collection[str], recorded: Mapping) -> dict:
-    """Return the flags of a run that its evaluation adopts: sizes, and the data unless other data are given."""
+    """Return the flags of a run that its evaluation adopts: sizes, and the data unless others are given."""
     recorded = use_current_names(recorded)
     names: tuple[str, ...] = (*VAL_DATA, *VIEW)
     dataset, shapes = recorded.get('dataset_file'), {'shapes_val', 'shapes_size'}
@@ -186,7 +186,7 @@ def data_of(args: Namespace, given: Collection[str], recorded: Mapping) -> dict:
 
 
 def as_json(args: Settled) -> str:
-    """Return the content of OUT/flags.json, which --config reads: the family, and every settled flag by kind."""
+    """Return the content of OUT/flags.json, which --config reads: the family, and all flags by kind."""
     kinds: dict[str, dict] = {}
     for flag in FLAGS.values():
         kinds.setdefault(flag.kind, {})[flag.name] = getattr(args, flag.name)

@@ -112,7 +112,7 @@ def settle(args: Namespace, kinds: Collection[str] = MODEL) -> Settled:
 
 
 def settle_checkpointing(given: dict) -> None:
-    """Make `use_checkpoint` a list of parts, or remove it. Official namespaces and older records have a bool."""
+    """Make `use_checkpoint` a list, or remove it. Official namespaces and older records have a bool."""
     value = given.get('use_checkpoint')
     if value is False:
         del given['use_checkpoint']
