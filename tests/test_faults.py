@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, restarted, or started twice: nothing is lost, and everybody is told why."""
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -18,7 +19,7 @@ from tests.processes import end_group, group_environment, run_main, start, start
 from tests.runs import ROOT, TINY, assert_same, fill_disk, load
 from util.distributed.preemption import UNFINISHED
 from util.errors import FileError, UserError
-from util.files import lock_folder, unlock
+from util.files import lock_folder
 from util.run import Run
 
 # Twelve steps an epoch for one process, six for two.
@@ -219,23 +220,27 @@ def test_the_process_that_fails_is_the_first_to_say_why(tmp_path: Path) -> None:
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
-    first = lock_folder(tmp_path)
-    with pytest.raises(
-        ValueError, match=f'is in use by process {os.getpid()} on .*choose another --output_dir'
-    ):
-        lock_folder(tmp_path, wait=0.1)
-    with subprocess.Popen(['sleep', '30'], pass_fds=[first.fileno()]) as child:  # as a loader's worker
-        unlock(first)
-        unlock(lock_folder(tmp_path, wait=0.1))
+    with lock_folder(tmp_path):
+        with (
+            pytest.raises(
+                ValueError, match=f'is in use by process {os.getpid()} on .*choose another --output_dir'
+            ),
+            lock_folder(tmp_path, wait=0.1),
+        ):
+            pass
+        child = multiprocessing.get_context('fork').Process(
+            target=time.sleep, args=(30,)
+        )  # as a loader worker
+        child.start()
+    with lock_folder(tmp_path, wait=0.1):
         child.kill()
+    child.join()
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    holder = lock_folder(tmp_path)
     monkeypatch.setattr('util.run.lock_folder', lambda folder: lock_folder(folder, wait=0.1))
-    with pytest.raises(ValueError, match='is in use by process'):
+    with lock_folder(tmp_path), pytest.raises(ValueError, match='is in use by process'):
         main.main(main.get_args_parser().parse_args([*LONG, '--output_dir', str(tmp_path)]))
-    unlock(holder)
     assert {path.name for path in tmp_path.iterdir()} == {'run.lock'}
 
 

@@ -1,5 +1,5 @@
-"""Download weights and images: whole or not at all, with a time limit, from https URLs unless the user allows
-others.
+"""Download weights and images: completely or not at all, with a time limit, and by https unless the user
+allows http.
 """
 
 import hashlib
@@ -7,6 +7,7 @@ import re
 import urllib.request
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from util.distributed.preemption import interruptible
 from util.errors import FileError, UserError
-from util.files import lock_folder, save_atomically, unlock
+from util.files import lock_folder, save_atomically
 from util.flags import HTTP_ALLOWED
 
 TIMEOUT = 30.0  # seconds of silence after which a server counts as lost
@@ -27,7 +28,7 @@ def is_url(source: object) -> bool:
     """Return whether a source is a URL and not a path.
 
     Raises:
-        UserError: it begins like a URL and is not valid.
+        UserError: it begins like a URL but is not valid.
     """
     try:
         return str(source).startswith(('http://', 'https://')) and bool(urlparse(str(source)))
@@ -36,7 +37,7 @@ def is_url(source: object) -> bool:
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follow a redirection only to URLs that may be downloaded themselves."""
+    """Follow redirections to URLs that `check_url` allows."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         check_url(newurl)
@@ -47,16 +48,18 @@ def check_url(url: str) -> None:
     """Refuse a URL without encryption.
 
     Raises:
-        UserError: it is not https, nor http with --allow_http.
+        UserError: it is neither https nor http with --allow_http.
     """
     scheme = urlparse(url).scheme
     if scheme != 'https' and not (scheme == 'http' and HTTP_ALLOWED.get()):
-        more = ', or add --allow_http' * (scheme == 'http')
-        raise UserError(f'{url} is not downloaded, since anybody on the way could change it: use https{more}')
+        remedy = ', or add --allow_http' * (scheme == 'http')
+        raise UserError(
+            f'{url} is not downloaded, since anybody on the way could change it: use https{remedy}'
+        )
 
 
 def pieces(url: str, timeout: float) -> Iterator[bytes]:
-    """Yield the content of a URL piece by piece.
+    """Yield the content of a URL in pieces.
 
     Raises:
         UserError: it may not or cannot be downloaded, or ends before its length is reached.
@@ -130,14 +133,14 @@ def download(url: str, timeout: float = TIMEOUT) -> Path:
     path = Path(torch.hub.get_dir()) / 'checkpoints' / name
     if path.is_file():
         return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(path.parent, wait=float('inf'))
-    except OSError as error:
-        raise FileError(f'{url} could not be saved ({error}): set TORCH_HOME to another folder') from error
-    try:
-        if not path.is_file():
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_folder(path.parent, wait=float('inf')))
+        except OSError as error:
+            raise FileError(
+                f'{url} could not be saved ({error}): set TORCH_HOME to another folder'
+            ) from error
+        if not path.is_file():  # another process may have downloaded it
             fetch(url, path, digits[1] if digits else '', timeout)
-    finally:
-        unlock(lock)
     return path
