@@ -250,7 +250,7 @@ def waits_of_a_step(flags: dict, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         losses = criterion(model.train()([torch.randn(3, 64, 64), torch.randn(3, 64, 96)], targets), targets)
         total = weighted_sum(losses, criterion.weight_dict)
         precision.backward(total)
-        precision.step(optimizer, model, 0.1, [total])
+        precision.step(optimizer, model.parameters(), 0.1, [total])
     return syncs.found
 
 

@@ -1,4 +1,4 @@
-"""Conversions and overlaps of boxes as tensors. House format: cxcywh in [0, 1]; xyxy where the name says so."""
+"""Conversions and overlaps of boxes. The format is cxcywh in [0, 1], or xyxy where a name says so."""
 
 import torch
 from torch import Tensor

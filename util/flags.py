@@ -135,8 +135,8 @@ def suggestions(parser: ArgumentParser, unknown: Sequence[str]) -> str:
 
 def add_http_flag(parser: Any) -> None:
     """Declare --allow_http in a parser or a group; `run_command` sets HTTP_ALLOWED to its value."""
-    text = 'fetch from http:// URLs too, though anyone on the network could change the files (default: only https)'
-    parser.add_argument('--allow_http', action='store_true', help=text)
+    text = 'fetch from http:// URLs too, though anyone on the network could change the files'
+    parser.add_argument('--allow_http', action='store_true', help=f'{text} (default: only https)')
 
 
 def run_command(

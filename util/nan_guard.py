@@ -38,7 +38,8 @@ class Diagnosis:
     images: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return f'{self.place}; images {", ".join(map(str, self.images[:8]))}{", ..." if len(self.images) > 8 else ""}'
+        images = [*map(str, self.images[:8]), *(['...'] if len(self.images) > 8 else [])]
+        return f'{self.place}; images {", ".join(images)}'
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -31,11 +31,6 @@ def get_rank() -> int:
     return dist.get_rank() if is_distributed() else 0
 
 
-def get_local_rank() -> int:
-    """Return the rank of this process on its machine, as the launcher set it."""
-    return int(os.environ.get('LOCAL_RANK', 0)) if is_distributed() else 0
-
-
 def get_local_size() -> int:
     """Return the number of processes on this machine (LOCAL_WORLD_SIZE of torchrun, LOCAL_SIZE of others)."""
     if not is_distributed():
