@@ -85,7 +85,7 @@ class Precision:
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Load the state of the scaler. An empty one, of a run in another precision, keeps the initial scale."""
+        """Load the state of the scaler. {}, of a run in another precision, keeps the initial scale."""
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)
 
