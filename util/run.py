@@ -27,7 +27,7 @@ from util.distributed.collectives import (
 )
 from util.distributed.parallel import gather, load_model_state, load_optimizer_state
 from util.distributed.preemption import Interrupted, StopRequests
-from util.errors import UserError
+from util.errors import FileError, UserError
 from util.files import (
     code_checksum,
     lock_folder,
@@ -174,6 +174,23 @@ class Run:
         self.saved = self.folder is None or self.save(metrics)
         if self.folder and self.saved:
             self.keep_numbered()
+
+    def out_of_patience(self, best: str) -> bool:
+        """Return whether --patience evaluations have not improved the main metric of this name."""
+        patience = self.args.patience
+        if not patience or not self.log or self.log.evaluations_since_best(best) < patience:
+            return False
+        name = best.removeprefix('test_')
+        print_main(f'no better {name} in {patience} evaluations: stopping after {self.epoch} epochs')
+        return True
+
+    def check_saved(self) -> None:
+        """Raise a FileError if the checkpoint is not that of the last epoch."""
+        if not self.saved:
+            raise FileError(
+                f'{self.checkpoint_path} is not that of the last epoch: free some space, and go on with '
+                '--resume auto'
+            )
 
     def log_epoch(self, row: dict[str, float], record: dict, best: str, curves: Sequence[str]) -> None:
         """Log the last epoch, draw the curves, and keep its checkpoint if it is the best.
