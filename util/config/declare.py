@@ -41,9 +41,9 @@ class Flag:
 
     Command line:
         command: it is an option of main.py; otherwise only a namespace or a checkpoint sets it.
-        option: name of the option, if it is not the flag's. nargs, metavar: as in argparse.
+        option: name of the option, if it is not the flag's. nargs: as in argparse.
         aliases: names in official programs, on their command lines and in their checkpoints.
-        help, topic: from `help.txt` if empty. unset: words for a default that the value does not show.
+        help, topic, metavar, unset: from `help.txt`. unset: words for a default that the value does not show.
         first: plain --help shows it. hidden: only `--help hidden` shows it.
         show_families: the help names its families, which are not those of its topic.
 
@@ -53,7 +53,8 @@ class Flag:
         same: values that mean the same as another one.
         adopted: --eval and --pretrained take it from the checkpoint; a name: only if that flag is given.
             --resume takes it in any case.
-        launch: it belongs to one start of the program, and is never taken from a checkpoint.
+        launch: it belongs to one start of the program, and is neither compared with a checkpoint nor taken
+            from it.
     """
 
     name: str
@@ -79,6 +80,10 @@ class Flag:
     hidden: bool = False
     first: bool = False
     show_families: bool = False
+
+    @property
+    def is_compared(self) -> bool:
+        return self.compared is True and not self.launch
 
     @property
     def variant_defaults(self) -> dict[str, Any]:
@@ -196,7 +201,7 @@ def group(kind: str, families: tuple[str, ...] = ()) -> Callable[..., list[Flag]
 
 
 def table(*flags: Flag) -> dict[str, Flag]:
-    """Return flags by name, with their texts and topics from `help.txt`.
+    """Return flags by name, with topic, metavar, help and unset from `help.txt`.
 
     A flag with `help` is not in the file. Unless it has a topic, it gets that of the flag before it.
     """
@@ -204,21 +209,27 @@ def table(*flags: Flag) -> dict[str, Flag]:
     flags_by_name, topic = {}, ''
     for flag in flags:
         if not flag.help:
-            topic, text, unset = texts[flag.name]
-            flag = replace(flag, topic=topic, help=text, unset=unset)
-        flags_by_name[flag.name] = replace(flag, topic=flag.topic or topic)
+            flag = replace(flag, **texts[flag.name])
+        topic = flag.topic or topic
+        flags_by_name[flag.name] = replace(flag, topic=topic)
     return flags_by_name
 
 
-def read_texts() -> dict[str, tuple[str, str, str]]:
-    """Read `help.txt`: topic, text, and words for the default ('': the value shows it) of each flag."""
+def read_texts() -> dict[str, dict[str, Any]]:
+    """Read `help.txt`: for each flag the fields of `Flag` that it has.
+
+    A paragraph is `# TOPIC`, or `NAME METAVAR: HELP (default: UNSET)`, where METAVAR and the last part may be
+    missing.
+    """
     texts, topic = {}, ''
     for paragraph in re.split(r'\n+(?=\S)', TEXTS.read_text(encoding='utf-8')):
         words = ' '.join(paragraph.split())
         if words.startswith('# '):
             topic = words[2:]
         elif words:
-            name, _, text = words.partition(': ')
+            head, _, text = words.partition(': ')
+            name, *metavars = head.split()
+            metavar = tuple(metavars) if len(metavars) > 1 else ''.join(metavars) or None
             text, _, unset = text.partition(' (default: ')
-            texts[name] = topic, text, unset.removesuffix(')')
+            texts[name] = {'topic': topic, 'metavar': metavar, 'help': text, 'unset': unset.removesuffix(')')}
     return texts

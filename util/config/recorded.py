@@ -34,7 +34,7 @@ class NetworkFlags(dict):
     @classmethod
     def of(cls, args: Namespace) -> 'NetworkFlags':
         """Select them from settled flags."""
-        flags = [f for f in FLAGS.values() if f.kind == NETWORK and f.compared is True and f.fits(args)]
+        flags = [f for f in FLAGS.values() if f.kind == NETWORK and f.is_compared and f.fits(args)]
         values = {flag.name: canonical(flag.name, getattr(args, flag.name)) for flag in flags}
         return cls({'family': args.family} | values)
 
