@@ -119,8 +119,7 @@ def try_largest_batch(
     size: tuple[int, int],
     num_objects: int,
 ) -> None:
-    """Run a forward and a backward pass on the largest possible batch, with memory for the two moments of
-    AdamW.
+    """Run forward and backward on the largest possible batch, with memory for the moments of AdamW.
 
     The optimizer makes no step. Random states, buffers and counts are restored.
 

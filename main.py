@@ -101,8 +101,7 @@ def look(args: Settled) -> None:
 
 
 def configure(args: Namespace, restarted: bool = False) -> tuple[Settled, dict]:
-    """Settle all flags, with those of the checkpoint in use; return them and the checkpoint ({} if there is
-    none).
+    """Settle all flags, with those of the checkpoint in use; return them and the checkpoint ({}: none).
 
     restarted: a launcher has started this job again.
 

@@ -24,8 +24,7 @@ def box_area(boxes_xyxy: Tensor) -> Tensor:
 
 
 def box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Compute intersection over union, and the union, of broadcast boxes: [..., 4] with [..., 4] to [...]
-    twice.
+    """Compute IoU and union of broadcast boxes: [..., 4] with [..., 4] to [...] twice.
 
     Pairs are element by element; a matrix of all pairs comes from `boxes1[:, None]` and `boxes2[None]`.
     Torchvision's functions only make matrices or add an epsilon, which would move the numbers. eps: the

@@ -117,10 +117,10 @@ def fetch(url: str, path: Path, digits: str = '', timeout: float = TIMEOUT) -> N
 
 @interruptible()
 def download(url: str, timeout: float = TIMEOUT) -> Path:
-    """Return the path of a file of weights in torch.hub's folder. One process downloads it, others of the
-    machine wait.
+    """Return the path of a file of weights in the folder of torch.hub. One process downloads it.
 
-    Eight or more hex digits at the end of its name are checked against its SHA-256.
+    Other processes of the machine wait. Eight or more hex digits at the end of its name are checked against
+    its SHA-256.
 
     Raises:
         UserError: `fetch` fails, or the folder cannot be written.

@@ -27,8 +27,7 @@ STAYS = 'what was there before stays'
 
 
 def save_atomically(path: str | os.PathLike, save: Callable[[Path], object]) -> None:
-    """Call `save` with a temporary path in the folder of `path`, of the same suffix; then move the file to
-    `path`.
+    """Call `save` with a temporary path of the same suffix, then move the file to `path`.
 
     `save` may also make a folder.
 
@@ -60,15 +59,12 @@ def save_atomically(path: str | os.PathLike, save: Callable[[Path], object]) -> 
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint of plain tensors and dictionaries atomically; `torch.load(weights_only=True)` reads
-    it.
-    """
+    """Write plain tensors and dictionaries atomically, for `torch.load(weights_only=True)`."""
     save_atomically(path, partial(torch.save, checkpoint))
 
 
 class GrowingFile:
-    """A text file that is written in pieces, and is valid after each of them: a program that ends early loses
-    none.
+    """A text file that is written in pieces, and is valid after each of them.
 
     Until `finish` it is called NAME.unfinished.EXT, or NAME.unfinished2.EXT if another program has left such
     a file. It is created by the first `add`.
@@ -143,9 +139,7 @@ def make_folder(path: str | os.PathLike) -> Path:
 
 @contextlib.contextmanager
 def or_warn() -> Iterator[None]:
-    """Print an OSError of the block as a warning: a long training does not end because a drawing cannot be
-    written.
-    """
+    """Print an OSError of the block as a warning: training goes on without a drawing."""
     try:
         yield
     except OSError as error:
@@ -153,9 +147,7 @@ def or_warn() -> Iterator[None]:
 
 
 def remove_partial_files(folder: str | os.PathLike) -> None:
-    """Remove temporary files of processes that were killed while saving; no other process may be saving
-    there.
-    """
+    """Remove temporary files of processes that were killed; no other process may be saving there."""
     for path in Path(folder).iterdir():
         if re.fullmatch(r'\.\w+\.\d+\.\w+', path.name) and path.is_file():
             path.unlink()

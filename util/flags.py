@@ -92,9 +92,7 @@ def given_of(args: Namespace) -> frozenset[str]:
 
 
 class FlagParser(ArgumentParser):
-    """Parser without abbreviations, whose result is `ParsedFlags`. It suggests known flags for a mistyped
-    one.
-    """
+    """Parser of `ParsedFlags`, without abbreviations. It suggests known flags for a mistyped one."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{'formatter_class': argparse.RawDescriptionHelpFormatter} | options)
@@ -174,9 +172,7 @@ def run_command(
 
 
 def is_of_user(error: OSError, args: Namespace) -> bool:
-    """Return whether the disk is full, or the error is about a path that a flag names, or one below or above
-    it.
-    """
+    """Return whether the disk is full, or the error is about a path near one that a flag names."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     values = [value if isinstance(value, list | tuple) else [value] for value in vars(args).values()]

@@ -104,8 +104,7 @@ def bad_images(outputs: Any, images: list[int]) -> list[int]:
 
 
 def diagnose(model: nn.Module, batches: list[Batch], loss_of: LossOf) -> Diagnosis:
-    """Run batches forward and backward again, and find the first value that is not finite. All ranks must
-    call it.
+    """Run batches again, and find the first value that is not finite. All ranks must call it.
 
     The gradients of the model are lost.
     """
@@ -164,8 +163,7 @@ class NonFiniteGuard:
     def after_step(
         self, finite: bool, model: nn.Module, batches: list[Batch], loss_of: LossOf, title: str
     ) -> None:
-        """Report a step that was skipped, because its gradient or loss is not finite. All ranks must call
-        this.
+        """Report a step that was skipped since it is not finite. All ranks must call this.
 
         Raises:
             UserError: too many steps in a row were skipped.
@@ -201,9 +199,7 @@ class NonFiniteGuard:
             buffer.copy_(value)
 
     def save(self, model: nn.Module, batches: list[Batch], title: str) -> Path | None:
-        """Save batch, random states, flags and weights of this rank; return the file, None if there is no
-        file.
-        """
+        """Save batch, random states, flags and weights of this rank; return the file, or None."""
         if self.folder is None or self.flags is None or self.num_files >= MAX_FILES:
             return None
         self.num_files += 1

@@ -65,9 +65,7 @@ def nested_tensor_from_tensor_list(images: Sequence[Tensor] | Tensor) -> NestedT
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a padding mask [B, H, W] to the size (h, w) of a feature map: nearest neighbour, as the official
-    code.
-    """
+    """Resize a padding mask [B, H, W] to (h, w): nearest neighbour, as the official code."""
     return F.interpolate(mask[None].float(), size=size)[0].bool()
 
 

@@ -102,8 +102,7 @@ def build_optimizer(
 
 
 def layer_decay_groups(model: nn.Module, lr: float, weight_decay: float, factor: float) -> list[dict]:
-    """Return parameter groups whose rate falls by `factor` with each block of a ViT (Co-DETR; BEiT,
-    arXiv:2106.08254).
+    """Return parameter groups whose rate falls by `factor` with each block of a ViT (arXiv:2106.08254).
 
     The rate of all modules outside the blocks and the embedding is `lr`. Biases, norms and other vectors have
     no weight decay. The first group is the rest of the model, the second one the last block of the backbone.
@@ -212,9 +211,7 @@ class Schedule:
         return {'skipped': list(self.skipped)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Load the skipped steps. Older checkpoints have them in the state of a LambdaLR, official files do
-        not have them.
-        """
+        """Load the skipped steps. Older checkpoints have them in a LambdaLR, official files not at all."""
         (lambda_state, *_) = state.get('lr_lambdas') or [{}]
         self.skipped = list(state.get('skipped', lambda_state.get('left_out', [])))
 

@@ -129,9 +129,7 @@ class Run:
         return self.folder / 'checkpoint.pth'
 
     def open_logs(self) -> bool:
-        """Open log files and trackers. Return whether the last epoch is missing in the log, because the run
-        ended first.
-        """
+        """Open log files and trackers. Return whether the last epoch is missing in the log."""
         if self.folder is None:
             return False
         self.log = RunLog(self.folder, self.epoch)
@@ -147,8 +145,7 @@ class Run:
         return True
 
     def end_step(self, made: bool) -> None:
-        """Move the schedule, update the EMA, save every --checkpoint_steps, and stop if a signal asked for
-        it.
+        """Move the schedule, update the EMA, save every --checkpoint_steps, and stop after a signal.
 
         made: the optimizer made this step. EMA and warm-up do not count a skipped step, but the epoch does.
         """
@@ -353,9 +350,7 @@ class Run:
         print_main(f'warning: {text}')
 
     def restore_epoch(self, saved: dict) -> None:
-        """Restore the progress within an epoch. A rank adds the sums of ranks that no longer exist to its
-        own.
-        """
+        """Restore the progress within an epoch. A rank adds the sums of ranks that no longer exist."""
         self.state = EpochState(saved['images'] // self.images_per_step)
         device = next(self.model.parameters()).device
         names = saved['meters'][0]['names']

@@ -30,8 +30,7 @@ if hasattr(os, 'register_at_fork'):
 
 
 def in_parallel(function: Callable[[np.ndarray], Result], arrays: Sequence[np.ndarray]) -> list[Result]:
-    """Return the results of a function for arrays, in their order. A free thread takes the largest remaining
-    array.
+    """Return the results of a function for arrays, in order. A free thread takes the largest one left.
 
     The calling thread works too, so that it does not wait for others to wake up. An exception of a call is
     raised when all threads are done.

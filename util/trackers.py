@@ -37,9 +37,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases in the project of the flag. Its environment variables apply
-    (WANDB_MODE=offline).
-    """
+    """A run of Weights & Biases. Its environment variables apply (WANDB_MODE=offline)."""
 
     module = package = 'wandb'
 

@@ -26,12 +26,14 @@ class Usual:
 class Decoder:
     """All facts about a decoder that are needed before it is built.
 
-    name: name of the record, and of the switch that chooses the decoder. family: family of the rest of the
-    detector. build_with: module and class in `models`, such as `dino.DinoDecoder`. help: effect of its
-    switch; '' if the family alone chooses the decoder. implies: switches that it turns on. defaults: flag to
-    default, where that differs from the default of the family. encoding_offset: number added to positions in
-    cells before they are encoded. as_mmdetection: matching of classes and averages of losses use the epsilons
-    of mmdetection instead of DETR's.
+    name: name of the record, and of the switch that chooses the decoder.
+    family: family of the rest of the detector.
+    build_with: module and class in `models`, such as `dino.DinoDecoder`.
+    help: effect of its switch; '' if the family alone chooses the decoder.
+    implies: switches that it turns on.
+    defaults: flag to default, where that differs from the default of the family.
+    encoding_offset: number added to positions in cells before they are encoded.
+    as_mmdetection: matching of classes and averages of losses use mmdetection's epsilons, not DETR's.
     """
 
     name: str
@@ -98,10 +100,9 @@ def follows_mmdetection(args: Namespace) -> bool:
 class BackboneKind:
     """Facts about all backbones whose names have the same prefix.
 
-    supports: those of the flags for some backbones only that they have; `use_checkpoint` means its
-    `backbone`. stages: stages with a feature map. Stage s has stride 2^(s + 1), or half of it in the last
-    stage with --dilation. pyramid: strides of the levels that are computed from the only map; () if there are
-    several maps.
+    supports: flags for some backbones only that these have; `use_checkpoint` means its `backbone`.
+    stages: stages with a feature map. Stage s has stride 2^(s + 1), or half of it with --dilation if last.
+    pyramid: strides of the levels that are computed from the only map; () if there are several maps.
     """
 
     supports: tuple[str, ...]

@@ -64,9 +64,7 @@ def freeze_stages(number: int) -> dict:
 
 
 def use_current_names(record: Mapping) -> dict:
-    """Return the flags of a namespace or a record with current names instead of official names and those in
-    `OLD`.
-    """
+    """Return flags with current names instead of official names and those in `OLD`."""
     renamed = {OFFICIAL_NAMES.get(name, name): value for name, value in record.items()}
     flags = {name: value for name, value in renamed.items() if name not in OLD}
     for name, old in OLD.items():
@@ -89,8 +87,7 @@ class Settled(Namespace):
 
 
 def settle(args: Namespace, kinds: Collection[str] = MODEL) -> Settled:
-    """Return a copy of flags in which all flags of these kinds, and `family`, are settled. Others stay as
-    they are.
+    """Return a copy of flags in which all flags of these kinds, and `family`, are settled.
 
     Raises:
         UserError: a value is invalid, or flags contradict each other.
@@ -164,9 +161,7 @@ def check_values(values: Mapping, flags: Collection[Flag]) -> None:
 
 
 def check(args: Namespace, flags: Collection[Flag]) -> None:
-    """Refuse flags of other families and backbones, flags without a flag that they need, and
-    `rules.PROBLEMS`.
-    """
+    """Refuse flags of other families and backbones, without flags they need, and `rules.PROBLEMS`."""
     for flag in flags:
         value = getattr(args, flag.name)
         if value == flag.default_of(args):
@@ -188,8 +183,7 @@ def check(args: Namespace, flags: Collection[Flag]) -> None:
 
 
 def check_processes(args: Namespace, world_size: int) -> int:
-    """Return the number of batches of an optimizer step, which depends on --total_batch_size and the
-    processes.
+    """Return the number of batches of an optimizer step, from --total_batch_size and the processes.
 
     Raises:
         UserError: the number of processes contradicts the flags.

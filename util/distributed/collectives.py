@@ -67,9 +67,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def init_distributed(device: torch.device, dist_url: str = 'env://') -> None:
-    """Join the process group of the launcher (RANK, WORLD_SIZE), if there is one: NCCL between GPUs, else
-    gloo.
-    """
+    """Join the process group of the launcher (RANK, WORLD_SIZE), if any: NCCL for GPUs, else gloo."""
     if 'RANK' not in os.environ or 'WORLD_SIZE' not in os.environ or is_distributed():
         return
     backend = 'nccl' if device.type == 'cuda' else 'gloo'
@@ -88,8 +86,7 @@ def init_distributed(device: torch.device, dist_url: str = 'env://') -> None:
 
 
 def leave_distributed() -> None:
-    """Leave the process group together with all other ranks. No variable may refer to a
-    DistributedDataParallel model.
+    """Leave the process group with all other ranks. No variable may refer to a model of DDP any more.
 
     Such a model would be the last owner of the group. When it is freed, it waits for the threads of the group
     while it holds the lock of Python, and one of them may wait for that lock to free a tensor.

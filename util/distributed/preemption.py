@@ -121,9 +121,7 @@ class StopRequests:
         return (0, *SIGNALS)[int(received)]
 
     def close(self) -> None:
-        """Restore the former signal handlers. This does not wait for an exchange, since another rank may have
-        failed.
-        """
+        """Restore the former signal handlers, without waiting for an exchange: a rank may have failed."""
         self.exchange = None
         for number, handler in self.previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -153,8 +151,7 @@ class StopRequests:
 
 @contextmanager
 def processes(device: torch.device, url: str) -> Iterator[StopRequests]:
-    """Join the process group of a run, and leave it at the end. A signal ends the block after its state is
-    saved.
+    """Join the process group of a run for a block. A signal ends the block after its state is saved.
 
     url: initialisation method of `torch.distributed`.
     """
