@@ -30,7 +30,10 @@ def network_problems(a: Namespace) -> Iterator[str]:
                 f'of --backbone_stages {a.backbone_stages}'
             )
         if num_levels == 1 and a.finest_stride == 4:
-            yield '--finest_stride 4 is for several levels, but --num_feature_levels is 1: leave one of them out'
+            yield (
+                '--finest_stride 4 is for several feature maps, but --num_feature_levels is 1: leave one of '
+                'them out'
+            )
         if num_strides and num_levels not in (1, num_strides):
             yield (
                 f'--num_feature_levels {num_levels} must be {num_strides}, the levels of the feature pyramid '
@@ -60,7 +63,10 @@ def detection_problems(a: Namespace) -> Iterator[str]:
     if a.eval_module != 'detr' and (a.masks or a.co_masks):
         yield f'--masks and --co_masks are those of the decoder: leave --eval_module {a.eval_module} out'
     if a.eval_module != 'detr' and a.nms_iou_threshold is not None:
-        yield f'--nms_iou_threshold is for the decoder: --eval_module {a.eval_module} has its own suppression'
+        yield (
+            f'--nms_iou_threshold is for the decoder: --eval_module {a.eval_module} suppresses by its own '
+            'rule'
+        )
     if a.soft_nms_threshold and a.nms_iou_threshold is not None:
         yield (
             '--soft_nms_threshold and --nms_iou_threshold are two ways of suppression: give one '
@@ -90,13 +96,19 @@ def data_problems(a: Namespace) -> Iterator[str]:
     if a.train_scales and a.train_scales[0] > a.train_scales[1]:
         yield f'--train_scales {a.train_scales[0]} {a.train_scales[1]}: give the smaller size first'
     if a.aug not in RANDOM_SCALES and (a.train_scales or a.train_max_size):
-        yield f'--train_scales and --train_max_size are not for --aug {a.aug}: leave them out'
+        yield (
+            f'--train_scales and --train_max_size are not for --aug {a.aug}, which scales otherwise: leave '
+            'them out'
+        )
     if a.repeat_threshold and (a.dataset_file == 'shapes' or is_shards(a.train_ann)):
         yield '--repeat_threshold needs image files in COCO form or LVIS: leave it out'
     if a.dataset_file == 'shapes' and any((a.coco_path, *files)):
         yield '--dataset_file shapes reads no files: leave --coco_path and the other paths out'
     if a.dataset_file in ('voc', 'yolo') and any(files):
-        yield f'--dataset_file {a.dataset_file} is one folder: give --coco_path instead of the other paths'
+        yield (
+            f'--dataset_file {a.dataset_file} is one folder: give --coco_path instead of images and '
+            'annotations'
+        )
     if a.dataset_file != 'coco' and (is_shards(a.train_ann) or is_shards(a.val_ann)):
         yield f'tar shards hold data in COCO form: leave --dataset_file {a.dataset_file} out'
     if (is_shards(a.train_ann) and a.train_images) or (is_shards(a.val_ann) and a.val_images):
@@ -105,7 +117,9 @@ def data_problems(a: Namespace) -> Iterator[str]:
 
 def run_problems(a: Namespace) -> Iterator[str]:
     if a.batches != 'random' and is_shards(a.train_ann) and not a.eval:
-        yield f'--batches {a.batches} chooses images of a batch, and tar shards are streamed: leave it out'
+        yield (
+            f'--batches {a.batches} chooses the images of a batch, and tar shards are streamed: leave it out'
+        )
     if a.eval and not (a.resume or a.pretrained):
         yield '--eval needs weights: add --resume FILE (or --pretrained FILE, or --model NAME)'
     if a.resume and a.pretrained and a.resume != 'auto':
@@ -121,7 +135,7 @@ def run_problems(a: Namespace) -> Iterator[str]:
     if a.checkpoint_steps and not a.output_dir:
         yield '--checkpoint_steps writes into --output_dir: give it'
     if a.patience and not a.eval_every:
-        yield '--patience waits for a better AP, and --eval_every 0 never measures it: leave one out'
+        yield '--patience waits for a better AP, and --eval_every 0 measures none: leave one out'
     if a.fsdp and a.amp == 'fp16':
         yield '--fsdp with --amp fp16: a process would scale its part of the gradient alone; use --amp bf16'
 
