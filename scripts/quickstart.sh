@@ -23,7 +23,7 @@ python main.py --output_dir "$out" --resume auto \
     --eval_every 2 --print_freq 105 "$@"
 
 echo
-echo "The results are in $out:"
+echo "The results lie in $out:"
 echo "  predictions.png   ground truth beside predictions"
 echo "  curves.png        losses and AP against epochs"
 echo "  metrics.csv       the same as numbers; log.jsonl has everything"
