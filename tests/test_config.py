@@ -16,7 +16,7 @@ from models.backbone import NORM_LAYERS
 from models.postprocess import AUXILIARY_HEADS
 from models.training.losses import BOX_LOSSES
 from tests.runs import ROOT, TINY, run
-from util.config.declare import DATA
+from util.config.declare import DATA, read_texts
 from util.config.flags import BOX_TERMS, FLAGS, NO_OPTIONS, TRUST
 from util.config.parser import build_parser
 from util.config.recipes import ZOO, find_recipe, recipe_names, with_named_flags
@@ -114,6 +114,7 @@ def test_names_in_the_table_are_those_of_the_code() -> None:
     )
     assert list(FLAGS['co_aux_heads'].type) == list(AUXILIARY_HEADS)
     assert list(BOX_TERMS) == list(BOX_LOSSES)
+    assert set(read_texts()) <= set(FLAGS), 'every text is that of a flag'
 
 
 @pytest.mark.parametrize(
