@@ -129,9 +129,10 @@ def configure(args: Namespace, restarted: bool = False) -> tuple[Settled, dict]:
             args = Namespace(**vars(args) | data_of(args, given, recorded))
     settled = settle(args, EVERYTHING)
     check_trackers(settled.output_dir, vars(settled))
+    settled = settled.but(accum_steps=check_processes(settled, get_world_size()))
     if resume and (text := changes_text(settled, recorded)):
         print_main(f'{settled.resume} goes on with other flags: {text}')
-    return settled.but(accum_steps=check_processes(settled, get_world_size())), checkpoint
+    return settled, checkpoint
 
 
 def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
@@ -156,9 +157,7 @@ def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
     facts = {f'{split} data': dataset.summary for split, dataset in datasets.items()}
     num_images = checkpoint.get('within_epoch', {}).get('images', 0)
     progress = f'epoch {checkpoint.get("epoch")}, {num_images} images further' if checkpoint else 'none'
-    check_agreement(
-        facts | {'the checkpoint': progress}
-    )  # they differ if a folder is not shared, for instance
+    check_agreement(facts | {'the checkpoint': progress})  # a folder may not be shared
     num_classes = list(datasets.values())[-1].class_map.num_classes
     weights = {'backbone_weights': 'none'} if checkpoint else {}  # a checkpoint contains the backbone
     return args.but(num_classes=num_classes, **weights), checkpoint, datasets
