@@ -113,9 +113,8 @@ def job_parameters(args: Namespace) -> dict[str, object]:
         'mem_gb': args.mem_gb or 40 * args.ngpus or None,
         'timeout_min': args.timeout,
         'slurm_signal_delay_s': args.signal_delay,
-        'slurm_srun_args': [
-            '--kill-on-bad-exit=1'
-        ],  # otherwise the other tasks would wait for a task that failed
+        # Otherwise the other tasks would wait for a task that failed.
+        'slurm_srun_args': ['--kill-on-bad-exit=1'],
         # Some clusters start a job again only if it asks for it.
         'slurm_additional_parameters': {'requeue': True},
         **{f'slurm_{name}': getattr(args, name) for name in CLUSTER_FLAGS},

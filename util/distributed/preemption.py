@@ -161,9 +161,8 @@ def processes(device: torch.device, url: str) -> Iterator[StopRequests]:
         yield stops
     except Interrupted as stop:
         signum = stop.args[0]
-        traceback.clear_frames(
-            stop.__traceback__
-        )  # their variables refer to the model, which refers to the group
+        # Variables of the frames refer to the model, which refers to the group.
+        traceback.clear_frames(stop.__traceback__)
     except BaseException:
         stops.close()
         raise
