@@ -148,8 +148,8 @@ def test_saving_every_few_steps_is_enough_for_a_run_that_is_killed(tmp_path: Pat
 
 
 def end_as_a_launcher(processes: list) -> list[int]:
-    """Exit codes; once one process has failed, the others are killed a little later, as torchrun and srun do: one that still
-    waits for the others to come would wait for minutes.
+    """Exit codes; once one process has failed, the others are killed a little later, as torchrun and srun do:
+    one that still waits for the others to come would wait for minutes.
     """
     while all(process.is_alive() for process in processes):
         time.sleep(0.05)
@@ -162,7 +162,9 @@ def end_as_a_launcher(processes: list) -> list[int]:
 
 @pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(tmp_path: Path, exhaustive: bool) -> None:
-    """Two processes; one of them is killed, or both, or one is asked to stop, again and again until the run has ended."""
+    """Two processes; one of them is killed, or both, or one is asked to stop, again and again until the run
+    has ended.
+    """
     kills = 40 if exhaustive else 4
     flags = ['--checkpoint_steps', '1', '--epochs', str(6 * kills // 5), '--eval_every', str(kills // 3)]
     command = [*LONG, *flags, '--output_dir', str(tmp_path / 'parts'), '--resume', 'auto']
@@ -324,7 +326,9 @@ def test_a_pause_changes_nothing(tmp_path: Path) -> None:
 def test_a_full_disk_keeps_the_last_checkpoint(
     small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run goes on, says so each time, and ends with an error; with space again it goes on to the same end."""
+    """The run goes on, says so each time, and ends with an error; with space again it goes on to the same
+    end.
+    """
     out, flags = small_disk / 'out', [*LONG, '--epochs', '3', '--resume', 'auto']
     arguments = main.get_args_parser().parse_args([*flags, '--epochs', '1', '--output_dir', str(out)])
     main.main(arguments)

@@ -1,4 +1,6 @@
-"""Values that are not finite: the step is left out, the report names layer and images, and replay shows the same."""
+"""Values that are not finite: the step is left out, the report names layer and images, and replay shows the
+same.
+"""
 
 import re
 from argparse import Namespace

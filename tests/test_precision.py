@@ -76,13 +76,14 @@ def test_bf16_trains(flags: dict) -> None:
     assert outputs['pred_boxes'].dtype == outputs['pred_logits'].dtype == torch.float32
     boxes = outputs['pred_boxes']
     assert (boxes - boxes.bfloat16()).abs().max() > 1e-4, 'they have float32 numbers, not only the type'
-    # Numbers of 8 bits err by 0.2 % each, mostly to both sides; other proposals and pairs may be chosen for that.
+    # Numbers of 8 bits err by 0.2 % each, mostly to both sides; other proposals and pairs may be chosen for
+    # that.
     torch.testing.assert_close(loss, training_pass(flags, 'off')[2], rtol=0.02, atol=0)
 
 
 def calls_of_the_operator(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """Filled as the model runs: `offsets` and `references` as the module has them, `places` and `weights` as the operator
-    gets them.
+    """Filled as the model runs: `offsets` and `references` as the module has them, `places` and `weights` as
+    the operator gets them.
     """
     calls: list[dict] = []
     original = modules.ms_deform_attn
