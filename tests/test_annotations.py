@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datasets.annotations import AnnotationTable, PackedList, is_tiny
+from datasets.annotations import AnnotationTable, PackedList
 from datasets.coco_json import LISTS, decode, read_annotations, read_lists
+from datasets.targets import Reading, is_trained_on
 from util.errors import UserError
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12)
@@ -125,7 +126,10 @@ def test_columns_are_sorted_by_image_and_keep_everything(tmp_path: Path) -> None
     assert objects.areas.tolist() == [7, 12, 0]
     assert objects.crowd.tolist() == [False, False, True]
     assert objects.segmented.tolist() == [False, True, False]
-    assert is_tiny(objects).tolist() == [False, False, True]
+    assert is_trained_on(Reading(), objects).tolist() == [True, True, False]
+    objects.crowd[:] = False
+    assert is_trained_on(Reading(), objects).tolist() == [True, True, True]
+    assert is_trained_on(Reading(drop_tiny=True), objects).tolist() == [True, True, False]
     assert list(PackedList(table.segmentations, objects.starts, objects.stops)) == [
         None,
         [[1, 2, 4, 2, 4, 6]],

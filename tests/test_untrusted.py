@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import main
+from datasets import shard_index
 from datasets.image_io import FORMATS, MAX_PIXELS, orientation, read_image, stored_size
-from datasets.streaming import index as shard_index
-from datasets.streaming.index import read_index, read_samples
-from datasets.streaming.shards import ShardedCoco
+from datasets.shard_index import read_index, read_samples
+from datasets.shards import ShardedCoco
 from tests.runs import run
 from tests.shared_data import EPS, put_ghostscript, rule_image
 from tools import compare_runs, make_shards, predict
@@ -76,10 +76,10 @@ def test_a_command_in_an_index_needs_the_flag(shards: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize('kind', ['http', 'ftp', 'gs', 'hf', 'PIPE', 's3', 'file', 'scp'])
 def test_other_addresses_are_refused(shards: Path, kind: str) -> None:
     set_address(shards, f'{kind}://host/000000.tar')
-    with pytest.raises(UserError, match='an https address, or with --allow_pipe a command'):
+    with pytest.raises(UserError, match='an https URL, or with --allow_pipe a command'):
         read_index(shards, allow_pipe=True)
     words = ['--ann', 'x', '--images', 'x', '--output', f'{shards}/new', '--url', f'{kind}://host/{{file}}']
-    with pytest.raises(UserError, match='an https address'):
+    with pytest.raises(UserError, match='an https URL'):
         make_shards.make_shards(make_shards.get_args_parser().parse_args(words))
 
 
