@@ -1,4 +1,6 @@
-"""Co-DETR's data: class indices, mmdetection's resizing and filters, large-scale jitter, batches of one shape."""
+"""Co-DETR's data: class indices, mmdetection's resizing and filters, large-scale jitter, batches of one
+shape.
+"""
 
 import json
 from argparse import Namespace
@@ -250,7 +252,9 @@ def sample_of(boxes: list[list[int]], grey: int, size: int = 64, masks: bool = T
 
 
 def test_pasted_objects_cover_and_what_is_hidden_goes() -> None:
-    """Objects: far away; cut by 10 pixels; cut by 11 with 110 pixels left, and with 440; hidden near the origin."""
+    """Objects: far away; cut by 10 pixels; cut by 11 with 110 pixels left, and with 440; hidden near the
+    origin.
+    """
     boxes = [[0, 20, 5, 25], [30, 10, 50, 15], [29, 15, 51, 25], [29, 25, 51, 65], [2, 2, 9, 9]]
     image, target = sample_of(boxes, 10, size=80)
     source, source_target = sample_of([[40, 0, 60, 75], [0, 0, 10, 10]], 200, size=80)
@@ -369,7 +373,7 @@ def test_boxes_come_back_to_original_pixels(shape: tuple[int, int]) -> None:
 
 
 class Oracle(nn.Module):
-    """Answers with the objects of the images of a data set, in turn."""
+    """Answers with the objects of the images of a dataset, in turn."""
 
     def __init__(self, dataset: ShapesDetection) -> None:
         super().__init__()

@@ -379,6 +379,6 @@ def test_validation_takes_the_class_map_of_training(tmp_path: Path) -> None:
         build_data('val', arguments(coco_path=str(root)), ClassMap.from_categories(data['categories']))
 
 
-def test_unknown_data_set_is_refused() -> None:
+def test_unknown_dataset_is_refused() -> None:
     with pytest.raises(ValueError, match='coco, lvis, voc, yolo, shapes'):
         build_data('val', arguments(dataset_file='pascal'))

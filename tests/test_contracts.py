@@ -58,8 +58,8 @@ class Incomplete(ImageDataset):
     ground_truth = None
 
 
-def test_a_data_set_that_breaks_the_contract_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Members that are missing, attributes that are not set, a data set of another kind."""
+def test_a_dataset_that_breaks_the_contract_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members that are missing, attributes that are not set, a dataset of another kind."""
     module = ModuleType('datasets.mine')
     monkeypatch.setitem(sys.modules, 'datasets.mine', module)
     monkeypatch.setitem(data_build.DATASETS, 'mine', 'datasets.mine')

@@ -144,7 +144,7 @@ def test_ground_truth_equals_targets():
             assert coco_mask.toBbox([obj['segmentation']])[0].tolist() == obj['bbox']
 
 
-def test_a_data_set_travels_without_its_ground_truth():
+def test_a_dataset_travels_without_its_ground_truth():
     dataset = ShapesDetection(2)
     size = len(pickle.dumps(dataset))
     assert dataset.ground_truth['images'] and len(pickle.dumps(dataset)) == size

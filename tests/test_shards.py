@@ -1,4 +1,6 @@
-"""Images from tar shards: the items of files, each once an epoch, resumable at any batch, clear about what is wrong."""
+"""Images from tar shards: the items of files, each once an epoch, resumable at any batch, clear about what is
+wrong.
+"""
 
 import io
 import json
@@ -285,7 +287,9 @@ def test_without_segmentations_nothing_is_pasted(files: Path, write: Write, tmp_
 @pytest.mark.parametrize('world_size', [1, 2, 3, 30])
 @pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_evaluation_sees_every_image_once(shards: Path, world_size: int, workers: int) -> None:
-    """In the same batches for any number of processes; those that would have a batch less than others share one."""
+    """In the same batches for any number of processes; those that would have a batch less than others share
+    one.
+    """
     if world_size == 30 and workers:
         pytest.skip('the same, slowly')
     data = small_data(shards)

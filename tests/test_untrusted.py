@@ -1,4 +1,6 @@
-"""Files of unknown origin: shards, images, annotations and checkpoints run nothing and take no more memory than is said."""
+"""Files of unknown origin: shards, images, annotations and checkpoints run nothing and take no more memory
+than is said.
+"""
 
 import io
 import json
@@ -60,7 +62,7 @@ def set_address(shards: Path, url: str) -> None:
     change_index(shards, lambda data: data['shards'][0].update(url=url))
 
 
-# Shards -----------------------------------------------------------------------------------------------------------
+# Shards ----
 
 
 def test_a_command_in_an_index_needs_the_flag(shards: Path, tmp_path: Path) -> None:
@@ -103,7 +105,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_checkpoint_runs_no_command(trained: Path, shards: Path, tmp_path: Path) -> None:
-    """Neither its evaluation nor the comparison of its run, though the file says that commands are allowed."""
+    """Neither its evaluation nor the comparison of its run, though the file allows commands."""
     set_address(shards, f'pipe:touch {tmp_path}/ran; cat {shards}/000000.tar')
     checkpoint = torch.load(trained / 'checkpoint.pth', weights_only=True)
     more = {'dataset_file': 'coco', 'val_shards': str(shards), 'allow_pipe': True, 'allow_outside': True}
@@ -229,7 +231,7 @@ def test_records_of_wrong_types_get_the_usual_message(name: str, shards: Path) -
         data.decoded(type(stored)(0, stored.name, stored.image, RECORDS[name]))
 
 
-# Images -----------------------------------------------------------------------------------------------------------
+# Images ----
 
 
 def huge_jpeg(height: int = 65_500, width: int = 65_500) -> bytes:

@@ -20,11 +20,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.annotations import AnnotationTable, read_columns
+from datasets.annotations import AnnotationTable
 from datasets.coco import find_files
-from datasets.coco_json import Annotations, Issues, check_files, encode, read_annotations
+from datasets.coco_json import Annotations, check_files, read_annotations
 from datasets.image_io import stored_size
 from datasets.shard_index import ANNOTATIONS, INDEX, VERSION, check_url, import_webdataset
 from datasets.targets import Reading, check_size, is_trained_on
@@ -113,9 +115,9 @@ def image_records(data: Annotations, folder: Path, file: Path, seed: int | None)
 def write_shards(
     records: Iterator[dict], images: Path, output: Path, limit: dict[str, float], url: str
 ) -> dict:
-    """Write shards of the records, and return the index without the categories."""
+    """Write shards of the records, and return what the index says of them."""
     counts: Counter[str] = Counter()
-    image_ids, sizes, unsegmented = [], [], []
+    image_ids, sizes = [], []
     writer = import_webdataset().ShardWriter(
         str(output).replace('%', '%%') + '/%06d.tar', **limit, verbose=0, encoder=False, mtime=0
     )
@@ -129,15 +131,12 @@ def write_shards(
             counts[Path(writer.fname).name] += 1
             image_ids.append(record['image_id'])
             sizes.append([record['height'], record['width']])
-            objects = read_columns(encode(record['annotations']), Issues())
-            if not objects.segmented[is_trained_on(Reading(drop_tiny=True), objects)].all():
-                unsegmented.append(record['image_id'])
     shards = [
         {'url': url.replace('{file}', name), 'images': count, 'bytes': (output / name).stat().st_size}
         for name, count in counts.items()
     ]
     totals = {'images': len(image_ids), 'bytes': sum(shard['bytes'] for shard in shards)}
-    return totals | {'shards': shards, 'unsegmented': unsegmented, 'image_ids': image_ids, 'sizes': sizes}
+    return totals | {'shards': shards, 'image_ids': image_ids, 'sizes': sizes}
 
 
 def make_shards(args: Namespace) -> str:
@@ -153,7 +152,10 @@ def make_shards(args: Namespace) -> str:
         raise UserError(f'--url {args.url} needs {{file}} where the name of a shard goes')
     check_url(args.url, '--url', allow_pipe=True)
     folder, file = find_files(args.image_set, args.coco_path, args.images, args.ann)
-    check_files(AnnotationTable(file).file_names, folder, file, args.allow_outside)
+    table = AnnotationTable(file)
+    check_files(table.file_names, folder, file, args.allow_outside)
+    needs_segmentation = is_trained_on(Reading(drop_tiny=True), table.objects)
+    unsegmented = table.objects.image_ids[needs_segmentation & ~table.objects.segmented]
     data = read_annotations(file)
 
     def write(partial: Path) -> None:
@@ -163,6 +165,7 @@ def make_shards(args: Namespace) -> str:
             'version': VERSION,
             'categories': data['categories'],
             'annotations': len(data['annotations']),
+            'unsegmented': np.unique(unsegmented).tolist(),
         }
         index |= write_shards(records, folder, partial, limit, args.url)
         shutil.copyfile(file, partial / ANNOTATIONS)
