@@ -185,13 +185,6 @@ def repeats_of(labels: np.ndarray, starts: np.ndarray, threshold: float) -> np.n
     return np.ceil(repeats).astype(np.int64)
 
 
-def build_reading(part: str, settings: DataSettings) -> Reading:
-    """Return the rules of reading that --aug and --class_ids ask for."""
-    augmentation = build_augmentation(settings)
-    min_side = augmentation.min_image_side if part == 'train' else 0
-    return Reading(settings.class_ids, augmentation.drop_tiny, min_side)
-
-
 def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> CocoDetection:
     """Build the 'train' or 'val' part; `find_files` says where its files are looked for."""
     files = find_files(part, settings.coco_path, settings.images(part), settings.annotations(part))
@@ -200,21 +193,23 @@ def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) 
 
 def coco_options(part: str, settings: DataSettings, class_map: ClassMap | None) -> dict[str, Any]:
     """Return the options of a `CocoDetection` that the settings ask for."""
-    return image_options(part, settings) | {
-        'class_map': class_map,
-        'return_masks': needs_masks(part, settings),
-        'reading': build_reading(part, settings),
+    return annotation_options(part, settings, class_map) | {
         'problems': Issues() if settings.check_data else None,
         'allow_outside': settings.allow_outside,
         'repeat_threshold': settings.repeat_threshold if part == 'train' else 0.0,
     }
 
 
-def needs_masks(part: str, settings: DataSettings) -> bool | None:
-    """Return whether targets need masks; None, if an augmentation pastes objects: if all objects have one."""
-    if settings.masks:
-        return True
-    return None if build_augmentation(settings).mix(part, False) else False
+def annotation_options(part: str, settings: DataSettings, class_map: ClassMap | None) -> dict[str, Any]:
+    """Return the options of a dataset in COCO form, in files or in shards."""
+    augmentation, options = build_augmentation(settings), image_options(part, settings)
+    min_side = augmentation.min_image_side if part == 'train' else 0
+    return options | {
+        'class_map': class_map,
+        'reading': Reading(settings.class_ids, augmentation.drop_tiny, min_side),
+        # An augmentation that mixes images pastes objects if all of them have a mask.
+        'return_masks': True if settings.masks else None if options['mix'] else False,
+    }
 
 
 def find_files(

@@ -49,15 +49,15 @@ class Summary:
     def table(self) -> str:
         """Return text with one line per class and one for all classes."""
         names = [str(row['name']) for row in self.per_class]
-        wide = max([len(name) for name in [*names, 'class', 'all']])
+        width = max([len(name) for name in [*names, 'class', 'all']])
         columns = ('AP', 'AP50', 'AP75', 'AR300' if 'AR300' in self.numbers else 'AR100')
         titles = (*columns[:-1], f'AR{self.counted}')
-        lines = [f'{"class":<{wide}}' + ''.join(f'{title:>8}' for title in titles) + f'{"objects":>9}']
+        lines = [f'{"class":<{width}}' + ''.join(f'{title:>8}' for title in titles) + f'{"objects":>9}']
         total: dict[str, Any] = {**self.numbers, 'name': 'all'}
         total['objects'] = sum(row['objects'] for row in self.per_class)
         for row in [*self.per_class, total]:
             cells = ''.join(f'{format_percent(row[column]):>8}' for column in columns)
-            lines.append(f'{row["name"]:<{wide}}{cells}{row["objects"]:>9}')
+            lines.append(f'{row["name"]:<{width}}{cells}{row["objects"]:>9}')
         if 'APr' in total:
             parts = (('rare', 'APr'), ('common', 'APc'), ('frequent', 'APf'))
             text = ', '.join(f'{word} {format_percent(total[key])}' for word, key in parts)

@@ -221,7 +221,6 @@ def find_unusual_boxes(issues: Issues, table: AnnotationTable, rows: np.ndarray)
         ('boxes wholly outside their image, which training leaves out', images[outside]),
         ('boxes that leave their image, which are cut off at its border', images[over]),
     ):
-        for row in rows_of_images[:EXAMPLES].tolist():
-            issues.add(kind, f'in {table.file_names[row]}')
-        if len(rows_of_images) > EXAMPLES:
-            issues.counts[kind] += len(rows_of_images) - EXAMPLES
+        if len(rows_of_images):
+            names = [f'in {table.file_names[row]}' for row in rows_of_images[:EXAMPLES].tolist()]
+            issues.add(kind, ', '.join(names), len(rows_of_images))

@@ -9,7 +9,7 @@ from datasets.build import build_dataset, data_settings
 from datasets.class_map import ClassMap
 from datasets.copy_paste import MAX_PASTED
 from datasets.image_dataset import ImageDataset, loader_options
-from datasets.samplers import BATCHES, EvalBatches, RandomBatches
+from datasets.samplers import BATCHES, EvalBatches, TrainBatches
 from datasets.shards import ShardedCoco, ShardStream, build_shard_loader
 from util.distributed.collectives import get_rank, get_world_size
 from util.errors import UserError
@@ -108,7 +108,7 @@ def begin_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
         dataset.data.set_epoch(epoch)
         dataset.data.start_at(first_batch)
     else:
-        assert isinstance(dataset, ImageDataset) and isinstance(batches, RandomBatches)
+        assert isinstance(dataset, ImageDataset) and isinstance(batches, TrainBatches)
         dataset.set_epoch(epoch)
         batches.set_epoch(epoch, first_batch)
 

@@ -19,7 +19,7 @@ from util.errors import UserError
 WINDOW = 64  # steps whose images are sorted by size together
 
 
-class RandomBatches(Sampler[list[int]]):
+class TrainBatches(Sampler[list[int]]):
     """Batches of one rank in random order, that of PyTorch's DistributedSampler.
 
     Every rank has equally many. The order depends on the seed and the epoch. Images that fill no batch are
@@ -52,7 +52,7 @@ class RandomBatches(Sampler[list[int]]):
         return torch.randperm(len(self.dataset), generator=generator).tolist(), generator
 
 
-class AspectBatches(RandomBatches):
+class AspectBatches(TrainBatches):
     """Batches whose images are all wider than high, or all not, which reduces padding.
 
     As in mmdetection, a kind that does not fill its batches on all ranks starts again. Every image is seen in
@@ -81,7 +81,7 @@ class AspectBatches(RandomBatches):
         return (batches[index] for index in mixed[self.rank :: self.num_replicas][self.first :])
 
 
-class SizeBatches(RandomBatches):
+class SizeBatches(TrainBatches):
     """Batches of images that have about the same size after scaling and cropping.
 
     Little of a batch is padding, and no rank waits long for another. The size of an image is known before it
@@ -121,7 +121,7 @@ class SizeBatches(RandomBatches):
 
 
 # Value of --batches -> how training batches are made.
-BATCHES = {'random': RandomBatches, 'aspect': AspectBatches, 'size': SizeBatches}
+BATCHES = {'random': TrainBatches, 'aspect': AspectBatches, 'size': SizeBatches}
 
 
 class EvalBatches(Sampler[list[int]]):

@@ -25,9 +25,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datasets.annotations import read_columns
-from datasets.build import DataSettings, image_options
+from datasets.build import DataSettings
 from datasets.class_map import ClassMap, names_by_id
-from datasets.coco import build_reading, needs_masks
+from datasets.coco import annotation_options
 from datasets.coco_json import Annotations, Issues, check_categories, errors_in, read_annotations
 from datasets.image_dataset import ImageDataset, Mix, loader_options
 from datasets.image_io import decode_file
@@ -40,7 +40,7 @@ from datasets.shard_index import (
     read_index,
     read_samples,
 )
-from datasets.targets import Objects, Reading, check_size, is_trained_on, make_target
+from datasets.targets import AS_DETR, Objects, Reading, check_size, is_trained_on, make_target
 from datasets.transforms import Sample, Transform
 from util.errors import UserError
 from util.seeding import mixed
@@ -79,14 +79,14 @@ class ShardedCoco(ImageDataset):
         class_map: ClassMap | None = None,
         return_masks: bool | None = False,
         seed: int = 0,
-        reading: Reading | None = None,
+        reading: Reading = AS_DETR,
         mix: Mix | None = None,
         buffer: int = SHUFFLE_BUFFER,
         allow_pipe: bool = False,
     ) -> None:
         super().__init__(transforms, mix, seed)
         import_webdataset()
-        self.index_file, self.reading, self.buffer = index_file(place), reading or Reading(), buffer
+        self.index_file, self.reading, self.buffer = index_file(place), reading, buffer
         index = read_index(place, allow_pipe)
         if class_map is not None:
             with errors_in(self.index_file):
@@ -301,15 +301,8 @@ def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) 
     """Build the 'train' or 'val' part from the shards of --train_ann or --val_ann."""
     place = settings.annotations(part)
     assert place is not None
-    return ShardedCoco(
-        place,
-        class_map=class_map,
-        return_masks=needs_masks(part, settings),
-        reading=build_reading(part, settings),
-        buffer=settings.shard_buffer,
-        allow_pipe=settings.allow_pipe,
-        **image_options(part, settings),
-    )
+    options = annotation_options(part, settings, class_map)
+    return ShardedCoco(place, buffer=settings.shard_buffer, allow_pipe=settings.allow_pipe, **options)
 
 
 def build_shard_loader(

@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 import main
 from datasets import transforms as T
@@ -440,6 +440,19 @@ def test_batches_are_of_one_kind_and_every_image_is_seen(processes: int, wide_ev
     assert list(samplers[-1]) == epochs[0][-1][2:]
 
 
+@pytest.mark.parametrize('processes', [1, 2, 3])
+def test_random_batches_are_those_of_pytorch(processes: int) -> None:
+    data = range(23)
+    for rank in range(processes):
+        theirs = DistributedSampler(data, processes, rank, seed=5, drop_last=processes > 1)
+        theirs.set_epoch(2)
+        sampler = BATCHES['random'](data, 3, processes, rank, seed=5)
+        sampler.set_epoch(2)
+        assert list(sampler) == list(BatchSampler(theirs, 3, drop_last=True)) and len(sampler) == len(
+            list(sampler)
+        )
+
+
 def test_the_order_of_aspect_batches_is_as_recorded() -> None:
     """Drawn before batches had a class of their own."""
     batches = aspect_batches([index % 3 == 1 for index in range(9)], 2, 2, 1)
@@ -491,21 +504,10 @@ def test_loaders_batch_images_of_one_kind(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_of_this_recipe_resumes_bit_for_bit(tmp_path: Path) -> None:
-    flags = [
-        '--aug',
-        'lsj',
-        '--img_size',
-        '64',
-        '--batches',
-        'aspect',
-        '--total_batch_size',
-        '4',
-        '--batch_size',
-        '2',
-    ]
-    run(tmp_path / 'whole', *flags, '--epochs', '2')
-    run(tmp_path / 'parts', *flags, '--epochs', '1')
-    run(tmp_path / 'parts', *flags, '--epochs', '2', '--resume', 'auto')
+    flags = '--aug lsj --img_size 64 --batches aspect --total_batch_size 4 --batch_size 2 --epochs'
+    run(tmp_path / 'whole', *flags.split(), '2')
+    run(tmp_path / 'parts', *flags.split(), '1')
+    run(tmp_path / 'parts', *flags.split(), '2', '--resume', 'auto')
     assert_same(load(tmp_path / 'whole')['model'], load(tmp_path / 'parts')['model'])
 
 

@@ -159,28 +159,13 @@ def test_a_run_trains_and_its_evaluation_needs_no_flag(
     words = [word for word in TINY.split() if word not in ('--dataset_file', 'shapes')]
     flags = [
         *words,
-        '--dataset_file',
-        kind,
-        '--coco_path',
-        str(copies[kind]),
-        '--epochs',
-        '1',
-        '--output_dir',
-        str(tmp_path),
+        *f'--dataset_file {kind} --coco_path {copies[kind]} --epochs 1 --output_dir {tmp_path}'.split(),
     ]
     main.main(main.get_args_parser().parse_args(flags))
     trained = json.loads((tmp_path / 'log.jsonl').read_text())['test_coco_eval_bbox']
     assert load(tmp_path)['class_map']['names'] == sorted(load(tmp_path)['class_map']['names'])
-    again = [
-        '--eval',
-        '--resume',
-        str(tmp_path / 'checkpoint.pth'),
-        '--output_dir',
-        str(tmp_path),
-        '--num_workers',
-        '0',
-    ]
-    main.main(main.get_args_parser().parse_args(again))
+    again = f'--eval --resume {tmp_path}/checkpoint.pth --output_dir {tmp_path} --num_workers 0'
+    main.main(main.get_args_parser().parse_args(again.split()))
     assert json.loads((tmp_path / 'eval.json').read_text())['test_coco_eval_bbox'] == trained
 
 

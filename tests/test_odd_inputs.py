@@ -1,6 +1,4 @@
-"""A corpus of odd and bad inputs: each ends in one clear message and changes nothing, or is handled as
-docs/data.md says.
-"""
+"""Unusual and bad inputs: each ends in one clear message, or is handled as docs/data.md says."""
 
 import argparse
 import errno
@@ -35,12 +33,7 @@ PROGRAMS = {
     'shards': (make_shards.make_shards, make_shards.get_args_parser),
     'compare': (compare_runs.main, compare_runs.get_args_parser),
 }
-SMALL = [word for word in TINY.split() if word not in ('--dataset_file', 'shapes')] + [
-    '--epochs',
-    '1',
-    '--batch_size',
-    '3',
-]
+SMALL = [*TINY.replace('--dataset_file shapes', '').split(), '--epochs', '1', '--batch_size', '3']
 
 
 def complaint(program: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -187,12 +180,8 @@ REFUSED = {
     'no annotations': (put('annotations', ...), 'no list "annotations"'),
     'no categories': (put('categories', ...), 'no list "categories"'),
     'images a dictionary': (put('images', {'0': {}}), 'no list "images"'),
-    'images empty': (put('images', []), '"images" is empty'),
     'categories empty': (put('categories', []), 'no categories'),
-    'an image that is a name': (put('images.0', '0.png'), 'not an object in braces'),
-    'an annotation that is a number': (put('annotations.1', 7), 'not an object in braces'),
     'a category that is a name': (put('categories.0', 'one'), 'not an object in braces'),
-    'image without id': (put('images.0.id', ...), 'needs an id'),
     'image id a list': (put('images.0.id', [1]), 'needs an id'),
     'image id twice': (put('images.0.id', 1), 'image id 1 occurs twice'),
     'image without name': (put('images.0.file_name', ...), 'image 0 needs a file_name'),
@@ -201,13 +190,9 @@ REFUSED = {
     'image in a missing folder': (put('images.0.file_name', 'gone/0.png'), 'the first is gone/0.png'),
     'absolute image': (put('images.0.file_name', '/etc/passwd'), 'leads out of the image folder'),
     'image above': (put('images.0.file_name', '../val/0.png'), 'leads out of the image folder'),
-    'negative height': (put('images.0.height', -48), 'has height -48'),
-    'height in words': (put('images.0.height', 'tall'), "has height 'tall'"),
     'category without id': (put('categories.0.id', ...), 'integer id'),
     'category id twice': (put('categories.0.id', 2), 'category id 2 occurs twice'),
     'category id in words': (put('categories.0.id', 'one'), 'integer id'),
-    'annotation of no image': (put('annotations.0.image_id', 77), '(image 77) belongs to an image'),
-    'annotation without image': (put('annotations.0.image_id', ...), 'belongs to an image'),
     'annotation of no category': (
         put('annotations.0.category_id', 9),
         'has category 9, but the categories are 1, 2',
@@ -218,14 +203,9 @@ REFUSED = {
     'box not a number': (put('annotations.0.bbox', [float('nan'), 1, 2, 3]), 'four finite numbers'),
     'box infinite': (put('annotations.0.bbox', [1, 1, float('inf'), 3]), 'four finite numbers'),
     'box negative': (put('annotations.0.bbox', [10, 10, -5, 5]), 'not negative'),
-    'box far away': (put('annotations.0.bbox', [1e30, 1, 2, 3]), 'no image reaches'),
     'box and segmentation missing': (
         lambda d: (put('annotations.0.bbox', None)(d), put('annotations.0.segmentation', [])(d)),
         'has bbox None',
-    ),
-    'segmentation without corners': (
-        lambda d: (put('annotations.0.bbox', None)(d), put('annotations.0.segmentation', [[1]])(d)),
-        'gives none',
     ),
     'run lengths beyond 32 bits': (
         lambda d: d['annotations'][0].update(
@@ -236,7 +216,6 @@ REFUSED = {
     'height of 400 digits': (put('images.0.height', 10**400), 'has height 1000'),
     'height far away': (put('images.0.height', 1e30), 'has height 1e+30'),
     'area of 400 digits': (put('annotations.0.area', 10**400), 'has area 1000'),
-    'area in words': (put('annotations.0.area', 'big'), 'has area big'),
     'area not a number': (put('annotations.0.area', float('nan')), 'has area nan'),
     'only crowds': (lambda d: [a.update(iscrowd=1) for a in d['annotations']], 'no object to learn from'),
     'no object': (put('annotations', []), 'no object to learn from'),
@@ -258,19 +237,11 @@ def test_annotations_that_are_refused(name: str, data: Path, capsys: pytest.Capt
 
 
 JSON = {
-    'empty': (b'', 'is not JSON'),
     'a list': (b'[]', 'no list'),
-    'a number': (b'3', 'no list'),
-    'text': (b'images: none', 'is not JSON'),
     'cut off': (json.dumps(content()).encode()[:-40], 'is not JSON'),
-    'cut off in a number': (json.dumps(content()).encode()[:300], 'is not JSON'),
-    'twice': (json.dumps(content()).encode() * 2, 'Extra data'),
     'nested without end': (b'{"images": ' + b'[' * 200_000, 'nested too deep'),
-    'nested objects': (b'{"images": [' + b'{"a":' * 200_000, 'nested too deep'),
     'no UTF-8': (b'{"images": [], "annotations": [], "categories": ["\xff\xfe\xfa"]}', 'is not JSON'),
     'a picture': (b'\x89PNG\r\n\x1a\n' + bytes(range(256)), 'is not JSON'),
-    'comments': (b'{"images": [] // none\n}', 'is not JSON'),
-    'a comma too many': (json.dumps(content()).encode()[:-1] + b',}', 'is not JSON'),
 }
 
 
@@ -289,14 +260,6 @@ HANDLED = {
             + [a.update(image_id=f'img{a["image_id"]}') for a in d['annotations']]
         ),
         'numbered from 1',
-    ),
-    'ids as floats': (
-        lambda d: [a.update(image_id=float(a['image_id'])) for a in d['annotations']],
-        'not written as integers',
-    ),
-    'category ids as text': (
-        lambda d: [c.update(id=str(c['id'])) for c in d['categories']],
-        'not written as integers',
     ),
     'no boxes, only polygons': (
         lambda d: [a.pop('bbox') for a in d['annotations']],
@@ -589,8 +552,12 @@ DOORS = {
 }
 
 
-@pytest.mark.parametrize('door', DOORS)
-@pytest.mark.parametrize('name', WEIGHTS)
+# Every file as one flag, and some files as all of them: one function reads them.
+CASES = [(name, 'pretrained') for name in WEIGHTS]
+CASES += [(name, door) for name in ('a list', 'damaged', 'another network') for door in DOORS]
+
+
+@pytest.mark.parametrize(('name', 'door'), sorted(set(CASES)))
 def test_weights_that_are_none(
     name: str, door: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,15 +40,8 @@ def shards(tmp_path: Path) -> Path:
     images = [{'id': n, 'file_name': f'{n}.png'} for n in (0, 1)]
     content = {'images': images, 'annotations': boxes, 'categories': [{'id': 1}, {'id': 2}]}
     (tmp_path / 'all.json').write_text(json.dumps(content))
-    words = [
-        '--images',
-        f'{tmp_path}/images',
-        '--ann',
-        f'{tmp_path}/all.json',
-        '--output',
-        f'{tmp_path}/shards',
-    ]
-    make_shards.make_shards(make_shards.get_args_parser().parse_args(words))
+    words = f'--images {tmp_path}/images --ann {tmp_path}/all.json --output {tmp_path}/shards'
+    make_shards.make_shards(make_shards.get_args_parser().parse_args(words.split()))
     return tmp_path / 'shards'
 
 

@@ -114,8 +114,8 @@ def image_records(data: Annotations, folder: Path, file: Path, seed: int | None)
 
 def write_shards(
     records: Iterator[dict], images: Path, output: Path, limit: dict[str, float], url: str
-) -> dict:
-    """Write shards of the records, and return what the index says of them."""
+) -> tuple[list[dict], list[int], list[list[int]]]:
+    """Write shards of the records, and return what the index has of them: shards, image ids and sizes."""
     counts: Counter[str] = Counter()
     image_ids, sizes = [], []
     writer = import_webdataset().ShardWriter(
@@ -135,8 +135,7 @@ def write_shards(
         {'url': url.replace('{file}', name), 'images': count, 'bytes': (output / name).stat().st_size}
         for name, count in counts.items()
     ]
-    totals = {'images': len(image_ids), 'bytes': sum(shard['bytes'] for shard in shards)}
-    return totals | {'shards': shards, 'image_ids': image_ids, 'sizes': sizes}
+    return shards, image_ids, sizes
 
 
 def make_shards(args: Namespace) -> str:
@@ -161,13 +160,18 @@ def make_shards(args: Namespace) -> str:
     def write(partial: Path) -> None:
         partial.mkdir()
         records = image_records(data, folder, file, args.shuffle)
+        shards, image_ids, sizes = write_shards(records, folder, partial, limit, args.url)
         index = {
             'version': VERSION,
             'categories': data['categories'],
             'annotations': len(data['annotations']),
+            'images': len(image_ids),
+            'bytes': sum(shard['bytes'] for shard in shards),
+            'shards': shards,
             'unsegmented': np.unique(unsegmented).tolist(),
+            'image_ids': image_ids,
+            'sizes': sizes,
         }
-        index |= write_shards(records, folder, partial, limit, args.url)
         shutil.copyfile(file, partial / ANNOTATIONS)
         (partial / INDEX).write_text(json.dumps(index))
 
