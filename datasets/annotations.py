@@ -23,14 +23,14 @@ from datasets.coco_json import (
     as_id,
     box_problem,
     check_categories,
+    check_image,
     decode,
     encode,
     errors_in,
-    image_problem,
     numbers_of,
-    place_problem,
     read_lists,
     repair,
+    shorten,
     title_of,
 )
 from datasets.segmentations import LARGEST
@@ -224,13 +224,12 @@ class AnnotationTable:
             numbers = self.set_images([self.read_image(raw) for raw in lists['images']])
             self.segmentations, raws = bytearray() if with_masks else None, lists['annotations']
             objects = read_columns(raws, self.issues, self.segmentations, numbers, problems)
-            self.set_objects(objects, raws, numbers, names)
+            self.set_objects(objects, raws, names)
 
     def read_image(self, raw: Raw) -> tuple:
         """Return id, file name, height and width, 0 where the file has none."""
         image = repair('images', decode(raw), self.issues)
-        if problem := image_problem(image):
-            raise UserError(problem)
+        check_image(image)
         return image['id'], image['file_name'], int(image.get('height') or 0), int(image.get('width') or 0)
 
     def set_images(self, images: list[tuple]) -> dict | None:
@@ -255,7 +254,7 @@ class AnnotationTable:
         self.sizes = np.array([image[2:] for image in images], dtype=np.int64)[order]
         return numbers
 
-    def set_objects(self, objects: Columns, raws: Sequence[Raw], numbers: dict | None, names: dict) -> None:
+    def set_objects(self, objects: Columns, raws: Sequence[Raw], names: dict[int, str]) -> None:
         """Check that images and categories of all annotations exist, and sort them by image.
 
         raws: the annotations in the file's order.
@@ -266,8 +265,17 @@ class AnnotationTable:
         invalid = no_image | no_category
         if invalid.any():
             if self.problems is None:
-                annotation = repair('annotations', decode(raws[int(invalid.argmax())]), Issues())
-                problem = place_problem(annotation, numbers or set(self.image_ids.tolist()), names)
+                first = int(invalid.argmax())
+                annotation = repair('annotations', decode(raws[first]), Issues())
+                problem = (
+                    'belongs to an image that "images" does not list: add the image or remove the annotation'
+                )
+                if no_category[first]:
+                    category_id = annotation.get('category_id')
+                    problem = (
+                        f'has category {category_id!r}, but the categories are {shorten(names)}: add it or '
+                        'correct the id'
+                    )
                 raise UserError(f'{title_of(annotation)} {problem}')
             for kind, which in (('image', no_image), ('category', no_category)):
                 if which.any():

@@ -233,27 +233,17 @@ def check_categories(categories: dict[int, str], class_map: ClassMap) -> None:
             )
 
 
-def image_problem(image: dict) -> str | None:
-    """Return what is wrong with the entry of an image, or None."""
+def check_image(image: dict) -> None:
+    """Refuse the entry of an image without an id, a name, or with an invalid size."""
     image_id = image.get('id')
     if as_id(image_id) is None:
-        return f'image {str(image)[:80]} needs an id: a number, or a text'
+        raise UserError(f'image {str(image)[:80]} needs an id: a number, or a text')
     if not isinstance(image.get('file_name'), str):
-        return f'image {image_id} needs a file_name'
+        raise UserError(f'image {image_id} needs a file_name')
     for key in ('height', 'width'):
         value = image.get(key) or 0
         if not is_finite(value) or not 0 <= value <= LARGEST or value != int(value):
-            return f'image {image_id} has {key} {value!r}: give a number of pixels, or leave it out'
-    return None
-
-
-def place_problem(annotation: dict, image_ids: Collection, category_ids: Collection[int]) -> str:
-    """Return the problem of an annotation whose image or category does not exist, and how to correct it."""
-    if annotation.get('image_id') not in image_ids:
-        return 'belongs to an image that "images" does not list: add the image or remove the annotation'
-    category_id = annotation.get('category_id')
-    known = shorten(category_ids)
-    return f'has category {category_id!r}, but the categories are {known}: add it or correct the id'
+            raise UserError(f'image {image_id} has {key} {value!r}: give a number of pixels, or leave it out')
 
 
 def box_problem(annotation: dict) -> str | None:
