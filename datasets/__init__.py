@@ -1,1 +1,1 @@
-"""Datasets, their annotations, transforms, loading and metrics; datasets/build.py builds a dataset by its format."""
+"""Datasets, their annotations, transforms, loading and metrics."""

@@ -1,8 +1,8 @@
 """
 Annotation files in COCO form as columns: a few arrays, which loader workers share.
 
-Millions of Python objects would take ten times the memory, and every worker would copy them. Entries are therefore
-decoded in blocks, which become rows of the columns at once.
+Millions of Python objects would take ten times the memory, and every worker would copy them. Entries are
+therefore decoded in blocks, which become rows of the columns at once.
 """
 
 from collections import Counter
@@ -23,22 +23,23 @@ from datasets.coco_json import (
     as_id,
     box_problem,
     check_categories,
+    check_image,
     decode,
     encode,
     errors_in,
-    image_problem,
     numbers_of,
-    place_problem,
     read_lists,
     repair,
+    shorten,
     title_of,
 )
 from datasets.segmentations import LARGEST
 from util.errors import UserError
 
 BLOCK = 1 << 12  # entries that are Python objects at a time
-NO_ID = np.iinfo(np.int64).min  # what is not an integer; no file has it
+NO_ID = np.iinfo(np.int64).min  # in place of what is not an integer; no file has it
 SHORTEST = 6  # bytes; a shorter segmentation may be empty
+UNUSABLE = 'annotations that cannot be used'
 
 
 class Annotation(msgspec.Struct, gc=False):
@@ -56,11 +57,8 @@ class Annotation(msgspec.Struct, gc=False):
 
 
 BLOCK_DECODER = msgspec.json.Decoder(list[Annotation])
-
-
 Columns = Any  # a record array of COLUMNS; the types of NumPy do not know its fields
-# Of A annotations: boxes in pixels, the area that of the box where the file has none,
-# whether a segmentation is there, and where it stands in the table's bytes.
+# Of A annotations: boxes and areas in pixels, whether they have a segmentation, and its place in the bytes.
 COLUMNS = np.dtype(
     [
         ('image_ids', np.int64),
@@ -79,8 +77,8 @@ COLUMNS = np.dtype(
 class PackedList(Sequence):
     """JSON values in one block of bytes, the i-th from starts[i] to stops[i].
 
-    Reading it writes to no shared memory page, unlike counting the references of Python objects. Forked workers
-    therefore go on sharing it.
+    Reading it writes to no shared memory page, unlike counting the references of Python objects. Forked
+    workers therefore go on sharing it.
     """
 
     def __init__(self, data: bytes | bytearray, starts: np.ndarray, stops: np.ndarray) -> None:
@@ -93,7 +91,7 @@ class PackedList(Sequence):
         bounds = np.cumsum([0, *(len(memoryview(text)) for text in texts)])
         return cls(b''.join(texts), bounds[:-1], bounds[1:])
 
-    def chosen(self, rows: np.ndarray) -> 'PackedList':
+    def chosen(self, rows: np.ndarray | slice) -> 'PackedList':
         """Return the values of some rows, over the same bytes."""
         return PackedList(self.data, self.starts[rows], self.stops[rows])
 
@@ -116,7 +114,7 @@ def read_columns(
     Args:
         segmentations: where to append these as JSON, if they are asked for.
         numbers: of image ids that are text or negative, if there are any.
-        problems: where to count annotations that cannot be used, which are then left out; None: the first is an error.
+        problems: where to count invalid annotations, which are then left out; None: the first is an error.
 
     Raises:
         UserError: an annotation is invalid.
@@ -124,30 +122,29 @@ def read_columns(
     columns: Columns = np.zeros(len(raws), dtype=COLUMNS).view(np.recarray)
     size = 0
     for start in range(0, len(raws), BLOCK):
-        some = raws[start : start + BLOCK]
+        block = raws[start : start + BLOCK]
         try:
-            annotations = BLOCK_DECODER.decode(b'[' + b','.join(some) + b']')
-            rows: Columns = columns[size : size + len(some)]
+            annotations = BLOCK_DECODER.decode(b'[' + b','.join(block) + b']')
+            rows: Columns = columns[size : size + len(block)]
             fill(rows, annotations)
-            sound = numbers is None and is_sound(rows)
+            is_valid = numbers is None and are_pixels(rows)
         except (ValueError, OverflowError):  # one of them has another type
-            sound = False
-        if not sound:
-            annotations = list(repaired(some, issues, numbers, problems))
+            is_valid = False
+        if not is_valid:
+            annotations = list(repaired(block, issues, numbers, problems))
             rows = columns[size : size + len(annotations)]
             fill(rows, annotations)
         if segmentations is not None:
-            rows.stops = len(segmentations) + np.cumsum(
-                [len(memoryview(a.segmentation)) for a in annotations]
-            )
-            segmentations += b''.join(a.segmentation for a in annotations)
-            rows.starts = rows.stops - [len(memoryview(a.segmentation)) for a in annotations]
+            lengths = [len(memoryview(annotation.segmentation)) for annotation in annotations]
+            rows.stops = len(segmentations) + np.cumsum(lengths)
+            rows.starts = rows.stops - lengths
+            segmentations += b''.join(annotation.segmentation for annotation in annotations)
         size += len(annotations)
     return columns[:size]
 
 
 def fill(rows: Columns, annotations: list[Annotation]) -> None:
-    """Write annotations into rows of COLUMNS."""
+    """Write annotations into rows of COLUMNS; a missing area is that of the box."""
     rows.image_ids = [a.image_id for a in annotations]
     rows.category_ids = [a.category_id for a in annotations]
     rows.boxes_xywh = [a.bbox for a in annotations]
@@ -157,7 +154,7 @@ def fill(rows: Columns, annotations: list[Annotation]) -> None:
     rows.segmented = [len(memoryview(text)) > SHORTEST or bool(decode(text)) for text in texts]
 
 
-def is_sound(objects: Columns) -> bool:
+def are_pixels(objects: Columns) -> bool:
     """Return whether all boxes and areas are numbers of pixels."""
     boxes = objects.boxes_xywh
     in_range = (np.abs(boxes) <= LARGEST).all() and (boxes[:, 2:] >= 0).all()
@@ -170,50 +167,40 @@ def labels_of(objects: Columns, class_map: ClassMap) -> np.ndarray:
     return np.array([class_map.label_of[number] for number in ids.tolist()], dtype=np.int64)[inverse]
 
 
-def is_tiny(objects: Columns) -> np.ndarray:
-    """Apply mmdetection's rule to the boxes before they are clamped; [A] bool."""
-    return (objects.boxes_xywh[:, 2:] < 1).any(axis=1) | (objects.areas <= 0)
-
-
 def repaired(
     raws: Sequence[Raw], issues: Issues, numbers: dict | None, problems: Issues | None
 ) -> Iterator[Annotation]:
     """Yield annotations one by one; arguments and errors are those of `read_columns`."""
     for raw in raws:
         entry = repair('annotations', decode(raw), issues)
-        problem = box_problem(entry)
-        if problem is None:
-            yield as_annotation(entry, numbers)
-        elif problems is None:
-            raise UserError(f'{title_of(entry)} {problem}')
-        else:
-            problems.add('annotations that cannot be used', f'{title_of(entry)} {problem}')
-
-
-def as_annotation(entry: dict, numbers: dict | None) -> Annotation:
-    """Return a repaired entry; ids that are not integers become NO_ID."""
-    image_id = as_id(entry.get('image_id'))
-    image_id, category_id = numbers.get(image_id) if numbers else image_id, as_id(entry.get('category_id'))
-    return Annotation(
-        image_id if isinstance(image_id, int) else NO_ID,
-        category_id if isinstance(category_id, int) else NO_ID,
-        tuple(map(float, entry['bbox'])),  # type: ignore[arg-type]  # four
-        float(entry['area']) if 'area' in entry else UNSET,
-        entry.get('iscrowd'),
-        encode([entry.get('segmentation')])[0],
-    )
+        if problem := box_problem(entry):
+            if problems is None:
+                raise UserError(f'{title_of(entry)} {problem}')
+            problems.add(UNUSABLE, f'{title_of(entry)} {problem}')
+            continue
+        image_id, category_id = as_id(entry.get('image_id')), as_id(entry.get('category_id'))
+        image_id = numbers.get(image_id) if numbers else image_id
+        yield Annotation(
+            image_id if isinstance(image_id, int) else NO_ID,
+            category_id if isinstance(category_id, int) else NO_ID,
+            tuple(map(float, entry['bbox'])),  # type: ignore[arg-type]  # four
+            float(entry['area']) if 'area' in entry else UNSET,
+            entry.get('iscrowd'),
+            encode([entry.get('segmentation')])[0],
+        )
 
 
 class AnnotationTable:
     """Content of an annotation file in COCO form, checked and sorted.
 
-    categories: as the file has them. image_ids: [N] int64, ascending. file_names: their N files. sizes: [N, 2] height
-    and width, 0 where the file has none. objects: COLUMNS of all annotations, in order of image and then of the file.
-    segmentations: bytes in which they stand, if masks are asked for. starts: [N + 1]; image i has the objects starts[i] to starts[i + 1]. issues: what was repaired.
+    categories: as the file has them. image_ids: [N] int64, ascending. file_names: their N files.
+    sizes: [N, 2] height and width, 0 where it has none. objects: COLUMNS of all annotations, in order
+    of image and then of the file. segmentations: their bytes, if masks are asked for. starts: [N + 1]; image
+    i has the objects starts[i] to starts[i + 1]. issues: what was repaired.
 
     Args:
         read: reads the format.
-        problems: where to count annotations that cannot be used, which are then left out; None: the first is an error.
+        problems: where to count invalid annotations, which are then left out; None: the first is an error.
 
     Raises:
         UserError: the content is invalid.
@@ -234,18 +221,18 @@ class AnnotationTable:
             names = names_by_id(self.categories)
             if class_map is not None:
                 check_categories(names, class_map)
-            numbers = self.place_images([self.read_image(raw) for raw in lists['images']])
+            numbers = self.set_images([self.read_image(raw) for raw in lists['images']])
             self.segmentations, raws = bytearray() if with_masks else None, lists['annotations']
             objects = read_columns(raws, self.issues, self.segmentations, numbers, problems)
-            self.place(objects, raws, numbers, names)
+            self.set_objects(objects, raws, names)
 
     def read_image(self, raw: Raw) -> tuple:
+        """Return id, file name, height and width, 0 where the file has none."""
         image = repair('images', decode(raw), self.issues)
-        if problem := image_problem(image):
-            raise UserError(problem)
+        check_image(image)
         return image['id'], image['file_name'], int(image.get('height') or 0), int(image.get('width') or 0)
 
-    def place_images(self, images: list[tuple]) -> dict | None:
+    def set_images(self, images: list[tuple]) -> dict | None:
         """Sort the images, and return the numbers of ids if some are text or negative.
 
         Raises:
@@ -255,8 +242,8 @@ class AnnotationTable:
             raise UserError('"images" is empty: there is nothing to train on or to evaluate')
         ids = [image[0] for image in images]
         if len(set(ids)) < len(ids):
-            twice = Counter(ids).most_common(1)[0][0]
-            raise UserError(f'image id {twice} occurs twice: give every image an id of its own')
+            duplicate = Counter(ids).most_common(1)[0][0]
+            raise UserError(f'image id {duplicate} occurs twice: give every image another id')
         numbers = numbers_of(ids)
         if numbers:
             self.issues.add('image ids that are text or negative, numbered from 1', repr(ids[0]), len(ids))
@@ -267,7 +254,7 @@ class AnnotationTable:
         self.sizes = np.array([image[2:] for image in images], dtype=np.int64)[order]
         return numbers
 
-    def place(self, objects: Columns, raws: Sequence[Raw], numbers: dict | None, names: dict) -> None:
+    def set_objects(self, objects: Columns, raws: Sequence[Raw], names: dict[int, str]) -> None:
         """Check that images and categories of all annotations exist, and sort them by image.
 
         raws: the annotations in the file's order.
@@ -275,16 +262,26 @@ class AnnotationTable:
         rows = np.searchsorted(self.image_ids, objects.image_ids).clip(max=len(self.image_ids) - 1)
         no_image = self.image_ids[rows] != objects.image_ids
         no_category = ~np.isin(objects.category_ids, np.array(list(names), dtype=np.int64)) & ~no_image
-        bad = no_image | no_category
-        if bad.any() and self.problems is None:
-            annotation = repair('annotations', decode(raws[int(bad.argmax())]), Issues())
-            problem = place_problem(annotation, numbers or set(self.image_ids.tolist()), names)
-            raise UserError(f'{title_of(annotation)} {problem}')
-        for kind, which in (('image', no_image), ('category', no_category)):
-            if self.problems is not None and which.any():
-                kind = f'annotations whose {kind} is not listed'
-                self.problems.add(kind, str(self.file), int(which.sum()))
-        objects, rows = (objects[~bad], rows[~bad]) if bad.any() else (objects, rows)
+        invalid = no_image | no_category
+        if invalid.any():
+            if self.problems is None:
+                first = int(invalid.argmax())
+                annotation = repair('annotations', decode(raws[first]), Issues())
+                problem = (
+                    'belongs to an image that "images" does not list: add the image or remove the annotation'
+                )
+                if no_category[first]:
+                    category_id = annotation.get('category_id')
+                    problem = (
+                        f'has category {category_id!r}, but the categories are {shorten(names)}: add it or '
+                        'correct the id'
+                    )
+                raise UserError(f'{title_of(annotation)} {problem}')
+            for kind, which in (('image', no_image), ('category', no_category)):
+                if which.any():
+                    kind = f'annotations whose {kind} is not listed'
+                    self.problems.add(kind, str(self.file), int(which.sum()))
+            objects, rows = objects[~invalid], rows[~invalid]
         self.order = np.argsort(rows, kind='stable')
         self.objects = objects[self.order]
         self.starts = np.searchsorted(rows[self.order], np.arange(len(self.image_ids) + 1))
@@ -295,8 +292,8 @@ class AnnotationTable:
         if len(without):
             first = decode(self.read(self.file)['annotations'][int(self.order[without].min())])
             raise UserError(
-                f'{self.file}: {title_of(first)} has no segmentation, which masks are made of: add polygons or '
-                'run-length masks, or train without --masks'
+                f'{self.file}: {title_of(first)} has no segmentation, which masks are made of: add polygons '
+                'or run-length masks, or train without --masks'
             )
 
 
@@ -304,9 +301,9 @@ class AnnotationTable:
 class Inventory:
     """The T objects of N images, as the annotations have them.
 
-    boxes_xywh: [T, 4] in pixels. labels: [T]. counts: [N] objects of each image. sizes: [N, 2] height and width, 0 where
-    they are not known. folder, names: where the image files are, and their names. issues: what is unusual and kept,
-    repaired or left out. problems: what cannot be used, if it was counted.
+    boxes_xywh: [T, 4] in pixels. labels: [T]. counts: [N] objects of each image. sizes: [N, 2] height and
+    width, 0 where they are not known. folder, names: where the image files are, and their names. issues: what
+    is unusual and kept, repaired or left out. problems: what cannot be used, if it was counted.
     """
 
     boxes_xywh: np.ndarray

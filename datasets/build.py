@@ -1,7 +1,6 @@
 """Build a dataset by the name of its format, from the settled flags of data."""
 
 from argparse import Namespace
-from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any
 
@@ -14,9 +13,9 @@ from util.config.declare import DATA
 from util.config.flags import FLAGS
 from util.config.networks import level_strides
 from util.config.rules import is_shards
-from util.config.settle import settle
+from util.config.settle import Settled, settle
 
-# Value of --dataset_file -> module whose `build(part, settings, class_map)` builds the dataset; part is 'train' or 'val'.
+# Value of --dataset_file -> module whose `build(part, settings, class_map)` builds the part 'train' or 'val'.
 DATASETS = {
     'coco': 'datasets.coco',
     'lvis': 'datasets.lvis',
@@ -29,36 +28,8 @@ EVALUATORS: dict[str, type[Evaluator]] = {'coco': CocoEvaluator, 'lvis': LvisEva
 MASK_FLAGS = ('masks', 'co_masks', 'co_rcnn_masks')  # a model with one of these learns masks
 
 
-@dataclass(frozen=True)
-class DataSettings:
-    """What the builders of datasets read: flags of the same names (`util.config.flags`), and `masks`.
-
-    masks: targets need masks.
-    """
-
-    dataset_file: str
-    coco_path: str | None
-    train_images: str | None
-    train_ann: str | None
-    val_images: str | None
-    val_ann: str | None
-    class_ids: str
-    check_data: bool
-    allow_outside: bool
-    allow_pipe: bool
-    repeat_threshold: float
-    img_size: int
-    max_size: int | None
-    train_scales: list[int] | None
-    train_max_size: int | None
-    aug: str
-    shapes_train: int
-    shapes_val: int
-    shapes_size: int
-    shard_buffer: int
-    topk_eval: int | None
-    seed: int
-    masks: bool
+class DataSettings(Settled):
+    """Settled flags of data, which the builders of datasets read, and `masks`: targets need masks."""
 
     def images(self, part: str) -> str | None:
         """Return --train_images or --val_images."""
@@ -81,12 +52,11 @@ def data_settings(args: Namespace, masks: bool | None = None) -> DataSettings:
     flags = vars(settle(args, (DATA,)))
     if masks is None:
         masks = any(flags.get(name) for name in MASK_FLAGS)
-    values = {'seed': FLAGS['seed'].default, 'topk_eval': None} | flags | {'masks': masks}
-    return DataSettings(**{field.name: values[field.name] for field in fields(DataSettings)})
+    return DataSettings(**{'seed': FLAGS['seed'].default, 'topk_eval': None} | flags | {'masks': masks})
 
 
 def data_limits(args: Namespace) -> dict[str, int]:
-    """Return what data are compared with, of settled flags: the limits of `datasets.inventory.find_warnings`."""
+    """Return the limits of `datasets.inventory.find_warnings` that settled flags imply."""
     augmentation = build_augmentation(args)
     limits = {'num_queries': args.num_queries, 'stride': level_strides(args)[0]}
     return limits | {'img_size': augmentation.img_size, 'max_size': augmentation.max_size}
@@ -96,14 +66,14 @@ def build_dataset(part: str, settings: DataSettings, class_map: ClassMap | None 
     """Build the 'train' or 'val' part of the data.
 
     Args:
-        class_map: class indices that are fixed already, for instance those of the training part or of a checkpoint.
+        class_map: class indices of the training part or of a checkpoint, if they are known.
 
     Raises:
         UserError: the data are invalid.
         TypeError: the dataset does not keep the contract of `datasets.image_dataset.ImageDataset`.
     """
     shards = is_shards(settings.annotations(part))
-    module = 'datasets.streaming.shards' if shards else DATASETS[settings.dataset_file]
+    module = 'datasets.shards' if shards else DATASETS[settings.dataset_file]
     dataset = import_module(module).build(part, settings, class_map)
     missing = [name for name in ('ids', 'class_map') if not hasattr(dataset, name)]
     if not isinstance(dataset, ImageDataset) or missing:
@@ -113,7 +83,7 @@ def build_dataset(part: str, settings: DataSettings, class_map: ClassMap | None 
 
 
 def build_evaluator(name: str, dataset: ImageDataset, kinds: tuple[str, ...] = ('bbox',)) -> Evaluator:
-    """Build the evaluator of a dataset. kinds: what is judged, of 'bbox' and 'segm'."""
+    """Build the evaluator of a dataset. kinds: what is evaluated, of 'bbox' and 'segm'."""
     return EVALUATORS[name].build(dataset, kinds)
 
 

@@ -1,29 +1,24 @@
-"""Class indices of a model and the categories of annotations. Nothing else in the code knows how they correspond."""
+"""Class indices of a model and the categories of annotations, which nothing else in the code relates."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
 from util.errors import UserError
 
-# COCO's 80 category ids are 1..90 with ten gaps; official checkpoints use the ids as class indices, 0 and
-# gaps included.
 PANOPTIC_CLASSES = 250  # of DETR's panoptic models: things have COCO's ids, stuff has those above
-COCO_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
-COCO_IDS = frozenset(range(1, 91)).difference(COCO_GAPS)
 CLASS_IDS = ('auto', 'contiguous')
-# COCO's names, in order of id.
-COCO_NAMES = (
-    'person', 'bicycle', 'car', 'motorcycle', 'airplane', 'bus', 'train', 'truck', 'boat', 'traffic light', 'fire hydrant',
-    'stop sign', 'parking meter', 'bench', 'bird', 'cat', 'dog', 'horse', 'sheep', 'cow', 'elephant', 'bear', 'zebra',
-    'giraffe', 'backpack', 'umbrella', 'handbag', 'tie', 'suitcase', 'frisbee', 'skis', 'snowboard', 'sports ball', 'kite',
-    'baseball bat', 'baseball glove', 'skateboard', 'surfboard', 'tennis racket', 'bottle', 'wine glass', 'cup', 'fork',
-    'knife', 'spoon', 'bowl', 'banana', 'apple', 'sandwich', 'orange', 'broccoli', 'carrot', 'hot dog', 'pizza', 'donut',
-    'cake', 'chair', 'couch', 'potted plant', 'bed', 'dining table', 'toilet', 'tv', 'laptop', 'mouse', 'remote', 'keyboard',
-    'cell phone', 'microwave', 'oven', 'toaster', 'sink', 'refrigerator', 'book', 'clock', 'vase', 'scissors', 'teddy bear',
-    'hair drier', 'toothbrush',
-)  # fmt: skip
+# COCO's 80 category ids are 1..90 with ten gaps, which torchvision names N/A. Official checkpoints use the
+# ids as class indices, 0 and gaps included.
+COCO_CATEGORIES = [
+    {'id': category_id, 'name': name}
+    for category_id, name in enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta['categories'])
+    if name not in ('__background__', 'N/A')
+]
+COCO_IDS = frozenset(category['id'] for category in COCO_CATEGORIES)
 
 
 @dataclass(frozen=True)
@@ -46,18 +41,20 @@ class ClassMap:
 
     @classmethod
     def from_categories(cls, categories: list[dict]) -> ClassMap:
-        """Keep COCO's own 80 ids (91 classes); number any other categories 0..K-1 in ascending order of id."""
+        """Keep COCO's own 80 ids (91 classes); number other categories 0..K-1 in ascending order of id."""
         if names_by_id(categories).keys() == COCO_IDS:
             return cls.identity(categories)
         return cls.contiguous(categories)
 
     @classmethod
     def coco(cls, num_classes: int = 91) -> ClassMap:
-        """Return COCO's own 80 ids and names. num_classes: more than 91 for DETR's panoptic models, which know stuff too."""
-        pairs = zip(sorted(COCO_IDS), COCO_NAMES, strict=True)
-        things = cls.identity([{'id': category_id, 'name': name} for category_id, name in pairs])
-        more = range(things.num_classes, num_classes)
-        return cls((*things.category_ids, *more), (*things.names, *(None for _ in more)))
+        """Return COCO's own 80 ids and names.
+
+        num_classes: more than 91 for DETR's panoptic models, which have stuff classes too.
+        """
+        things = cls.identity(COCO_CATEGORIES)
+        stuff = range(things.num_classes, num_classes)
+        return cls((*things.category_ids, *stuff), (*things.names, *(None for _ in stuff)))
 
     @classmethod
     def contiguous(cls, categories: list[dict]) -> ClassMap:
@@ -102,6 +99,6 @@ def names_by_id(categories: list[dict]) -> dict[int, str]:
         if isinstance(category_id, bool) or not isinstance(category_id, int) or not 0 <= category_id < 2**63:
             raise UserError(f'category {category} needs an integer id, not negative')
         if category_id in names:
-            raise UserError(f'category id {category_id} occurs twice: give every category an id of its own')
+            raise UserError(f'category id {category_id} occurs twice: give every category another id')
         names[category_id] = str(category.get('name') or category_id)
     return names

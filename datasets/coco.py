@@ -1,12 +1,11 @@
 """
-Any dataset in COCO form, read as DETR does (arXiv:2005.12872): crowd regions are dropped, boxes are clamped to the
-image.
+Any dataset in COCO form, read as DETR does (arXiv:2005.12872): crowd regions are dropped, boxes are clamped.
 
-Keypoints are not read, because no model here uses them. Annotations are kept in a few arrays that loader workers
-share. Millions of Python objects would be copied by every worker.
+Keypoints are not read, because no model here uses them.
 """
 
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from datasets.coco_json import Annotations, File, Issues, Lists, check_files, re
 from datasets.image_dataset import ImageDataset, Mix
 from datasets.image_io import read_image, stored_size
 from datasets.inventory import find_unusual_boxes
-from datasets.targets import AS_DETR, Objects, Reading, check_size, kept_by, make_target
+from datasets.targets import AS_DETR, Objects, Reading, check_size, is_trained_on, make_target
 from datasets.transforms import Target, Transform
 from util.errors import FileError, UserError
 
@@ -30,20 +29,20 @@ from util.errors import FileError, UserError
 class CocoDetection(ImageDataset):
     """Images in COCO form. An item is a uint8 image [3, H, W] and its target.
 
-    The target has, in this order: boxes [T, 4] float32 xyxy in pixels (cxcywh in [0, 1] after the transforms), labels
-    [T], masks [T, H, W] if asked for, image_id [1], area [T] float32, iscrowd [T], orig_size and size [2] (height,
-    width).
+    The target has, in this order: boxes [T, 4] float32 xyxy in pixels (cxcywh in [0, 1] after the
+    transforms), labels [T], masks [T, H, W] if asked for, image_id [1], area [T] float32, iscrowd [T],
+    orig_size and size [2] (height, width).
 
     Args:
         return_masks: None reads masks if every object has a segmentation.
-        repeat_threshold: repeat images of rare classes (`repeats_of`); 0 repeats none.
+        repeat_threshold: repeat images of rare classes (`repeats_of`); 0 repeats no image.
         allow_outside: take file names that lead out of image_dir.
-        problems: where to count what cannot be used, which is then left out; None: the first of it is an error.
+        problems: where to count what is invalid, which is then left out; None: the first problem is an error.
     """
 
     @classmethod
     def read_lists(cls, annotation_file: File) -> Lists:
-        """Return the lists of the annotation file in COCO form; other formats have their own way."""
+        """Return the lists of the annotation file in COCO form; other formats override this."""
         return read_lists(annotation_file)
 
     def __init__(
@@ -67,13 +66,12 @@ class CocoDetection(ImageDataset):
         )
         check_files(table.file_names, image_dir, annotation_file, allow_outside, problems)
         self.class_map = class_map or ClassMap.numbered(table.categories, reading.class_ids)
-        kept = self._large_images(table, reading.min_image_side)
-        self.ids: list[int] = table.image_ids[kept].tolist()
-        self._file_names = table.file_names.chosen(kept)
-        self._json_sizes = table.sizes[kept]
-        rows, self._starts = objects_of(table, kept, reading)
-        self.issues = table.issues
-        self.problems = problems
+        images = self._large_images(table, reading.min_image_side)
+        self.ids: list[int] = table.image_ids[images].tolist()
+        self._file_names = table.file_names.chosen(images)
+        self._json_sizes = table.sizes[images]
+        rows, self._starts = objects_of(table, images, reading)
+        self.issues, self.problems = table.issues, problems
         find_unusual_boxes(self.issues, table, rows)
         self.most_objects = int(np.diff(self._starts).max(initial=0))
         if return_masks:
@@ -83,7 +81,7 @@ class CocoDetection(ImageDataset):
         self.return_masks = return_masks
         segmentations = table.segmentations if return_masks else None
         self._objects = Objects.of(table.objects[rows], self.class_map, segmentations)
-        # Row of the image behind each index; images of rare classes have several indices.
+        # Row of the image of each index; images of rare classes have several indices.
         self._rows = np.arange(len(self.ids))
         if repeat_threshold:
             repeats = repeats_of(self._objects.labels.numpy(), self._starts, repeat_threshold)
@@ -91,22 +89,26 @@ class CocoDetection(ImageDataset):
             self.ids = [self.ids[row] for row in self._rows]
 
     def _large_images(self, table: AnnotationTable, min_side: int) -> np.ndarray:
-        """Return the table's rows of images whose sides all have min_side pixels; headers are read where it has no size.
+        """Return the table's rows of images without a side of less than min_side pixels.
 
         Raises:
-            UserError: all are smaller.
+            UserError: there is no such image.
         """
-        sizes = table.sizes.copy()
-        if min_side:
-            for row in np.flatnonzero((sizes <= 0).any(axis=1)).tolist():
-                sizes[row] = stored_size(self.image_dir / table.file_names[row])
-        kept = np.flatnonzero(sizes.min(axis=1) >= min_side)
-        if not len(kept):
+        sizes = self._known_sizes(table.sizes, table.file_names) if min_side else table.sizes
+        rows = np.flatnonzero(sizes.min(axis=1) >= min_side)
+        if not len(rows):
             raise UserError(
-                f'all {len(sizes)} images of {self.image_dir} have a side of less than {min_side} pixels: this --aug needs '
-                'larger ones'
+                f'all {len(sizes)} images of {self.image_dir} have a side of less than {min_side} pixels: '
+                'this --aug needs larger ones'
             )
-        return kept
+        return rows
+
+    def _known_sizes(self, sizes: np.ndarray, names: Sequence[str]) -> np.ndarray:
+        """Copy sizes [N, 2]; where one is 0, it is read from the header of the image."""
+        sizes = sizes.copy()
+        for idx in np.flatnonzero((sizes <= 0).any(axis=1)).tolist():
+            sizes[idx] = stored_size(self.image_dir / names[idx])
+        return sizes
 
     def inventory(self) -> Inventory:
         """Return all objects, before repetition of rare classes."""
@@ -134,45 +136,39 @@ class CocoDetection(ImageDataset):
     def untransformed(self, idx: int) -> tuple[Tensor, Target]:
         """Return the image as it is stored, and its objects."""
         row = int(self._rows[idx])
-        image = self._image(row)
+        name = self._file_names[row]
+        image = read_image(self.image_dir / name)
+        check_size(self.image_dir / name, image.shape[1:], self._json_sizes[row], self.annotation_file)
         objects = self._objects[self._starts[row] : self._starts[row + 1]]
         try:
             return image, make_target(objects, self.ids[idx], *image.shape[1:])
         except UserError as error:
-            name = self._file_names[row]
             raise UserError(f'{self.annotation_file}: image {self.ids[idx]} ({name}) {error}') from error
 
-    def _image(self, row: int) -> Tensor:
-        path = self.image_dir / self._file_names[row]
-        image = read_image(path)
-        check_size(path, image.shape[1:], self._json_sizes[row], self.annotation_file)
-        return image
-
     def image_sizes(self) -> np.ndarray:
-        """Return height and width of all images, [N, 2]; only images without a size in the annotations are opened."""
-        sizes = self._json_sizes.copy()
-        for idx in np.flatnonzero((sizes <= 0).any(axis=1)).tolist():
-            sizes[idx] = stored_size(self.image_dir / self._file_names[idx])
-        return sizes[self._rows]
+        """Return height and width of all images, [N, 2]."""
+        return self._known_sizes(self._json_sizes, self._file_names)[self._rows]
 
 
 def objects_of(table: AnnotationTable, images: np.ndarray, reading: Reading) -> tuple[np.ndarray, np.ndarray]:
-    """Return the table's rows of the objects in some images, in order, and bounds [len(images) + 1]: image i has the
-    objects bounds[i] to bounds[i + 1].
+    """Return the table's rows of the objects to train on in some images, in order.
+
+    Returns:
+        The rows, and bounds [len(images) + 1]: image i has the objects bounds[i] to bounds[i + 1].
     """
     counts = np.diff(table.starts)
     position = np.full(len(counts), -1)
     position[images] = np.arange(len(images))
     position = np.repeat(position, counts)  # of each object's image
-    kept = (position >= 0) & kept_by(reading, table.objects)
-    return np.flatnonzero(kept), np.searchsorted(position[kept], np.arange(len(images) + 1))
+    used = (position >= 0) & is_trained_on(reading, table.objects)
+    return np.flatnonzero(used), np.searchsorted(position[used], np.arange(len(images) + 1))
 
 
 def repeats_of(labels: np.ndarray, starts: np.ndarray, threshold: float) -> np.ndarray:
     """Return how often each image is in an epoch, by its rarest class (LVIS, arXiv:1908.03195, Appendix B.2).
 
-    A class in a share f of the images asks for sqrt(threshold / f) repetitions, at least 1. Numbers are rounded up, as
-    mmdetection does.
+    A class in a share f of the images asks for sqrt(threshold / f) repetitions, at least 1. Numbers are
+    rounded up, as mmdetection does.
 
     Args:
         labels: [T] class of each object. starts: [N + 1], image i has the objects starts[i] to starts[i + 1].
@@ -183,17 +179,10 @@ def repeats_of(labels: np.ndarray, starts: np.ndarray, threshold: float) -> np.n
         np.unique(np.stack([labels, images], axis=1), axis=0) if len(labels) else np.zeros((0, 2), dtype=int)
     )
     share = np.bincount(pairs[:, 0], minlength=1) / num_images
-    wanted = np.maximum(1, np.sqrt(threshold / np.maximum(share, 1e-12)))
+    repeats_of_class = np.maximum(1, np.sqrt(threshold / np.maximum(share, 1e-12)))
     repeats = np.ones(num_images)
-    np.maximum.at(repeats, pairs[:, 1], wanted[pairs[:, 0]])
+    np.maximum.at(repeats, pairs[:, 1], repeats_of_class[pairs[:, 0]])
     return np.ceil(repeats).astype(np.int64)
-
-
-def build_reading(part: str, settings: DataSettings) -> Reading:
-    """Return the rules of reading that --aug and --class_ids ask for."""
-    augmentation = build_augmentation(settings)
-    min_side = augmentation.min_image_side if part == 'train' else 0
-    return Reading(settings.class_ids, augmentation.drop_tiny, min_side)
 
 
 def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> CocoDetection:
@@ -204,28 +193,31 @@ def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) 
 
 def coco_options(part: str, settings: DataSettings, class_map: ClassMap | None) -> dict[str, Any]:
     """Return the options of a `CocoDetection` that the settings ask for."""
-    return image_options(part, settings) | {
-        'class_map': class_map,
-        'return_masks': needs_masks(part, settings),
-        'reading': build_reading(part, settings),
+    return annotation_options(part, settings, class_map) | {
         'problems': Issues() if settings.check_data else None,
         'allow_outside': settings.allow_outside,
         'repeat_threshold': settings.repeat_threshold if part == 'train' else 0.0,
     }
 
 
-def needs_masks(part: str, settings: DataSettings) -> bool | None:
-    """Return whether targets need masks; None: where all objects have one, for an augmentation that pastes objects."""
-    if settings.masks:
-        return True
-    return None if build_augmentation(settings).mix(part, False) else False
+def annotation_options(part: str, settings: DataSettings, class_map: ClassMap | None) -> dict[str, Any]:
+    """Return the options of a dataset in COCO form, in files or in shards."""
+    augmentation, options = build_augmentation(settings), image_options(part, settings)
+    min_side = augmentation.min_image_side if part == 'train' else 0
+    return options | {
+        'class_map': class_map,
+        'reading': Reading(settings.class_ids, augmentation.drop_tiny, min_side),
+        # An augmentation that mixes images pastes objects if all of them have a mask.
+        'return_masks': True if settings.masks else None if options['mix'] else False,
+    }
 
 
 def find_files(
     part: str, root: str | None, images: str | None = None, annotations: str | None = None
 ) -> tuple[Path, Path]:
-    """Return image folder and annotation file of 'train' or 'val': explicit paths, else the first usual paths under root that
-    exist.
+    """Return image folder and annotation file of 'train' or 'val'.
+
+    They are the explicit paths, else the first usual paths under root that exist.
     """
     names = (f'{part}2017', part)
     folders = [folder for name in names for folder in (name, f'images/{name}')]

@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from datasets.class_map import ClassMap
-from datasets.coco_json import as_id
+from datasets.coco_json import as_id, object_area, title_of
 from datasets.evaluation import Evaluation, Evaluator
 from datasets.image_dataset import ImageDataset
 from datasets.segmentations import polygons_of, run_lengths
@@ -49,15 +49,15 @@ class Summary:
     def table(self) -> str:
         """Return text with one line per class and one for all classes."""
         names = [str(row['name']) for row in self.per_class]
-        wide = max([len(name) for name in [*names, 'class', 'all']])
+        width = max([len(name) for name in [*names, 'class', 'all']])
         columns = ('AP', 'AP50', 'AP75', 'AR300' if 'AR300' in self.numbers else 'AR100')
         titles = (*columns[:-1], f'AR{self.counted}')
-        lines = [f'{"class":<{wide}}' + ''.join(f'{title:>8}' for title in titles) + f'{"objects":>9}']
+        lines = [f'{"class":<{width}}' + ''.join(f'{title:>8}' for title in titles) + f'{"objects":>9}']
         total: dict[str, Any] = {**self.numbers, 'name': 'all'}
         total['objects'] = sum(row['objects'] for row in self.per_class)
         for row in [*self.per_class, total]:
             cells = ''.join(f'{format_percent(row[column]):>8}' for column in columns)
-            lines.append(f'{row["name"]:<{wide}}{cells}{row["objects"]:>9}')
+            lines.append(f'{row["name"]:<{width}}{cells}{row["objects"]:>9}')
         if 'APr' in total:
             parts = (('rare', 'APr'), ('common', 'APc'), ('frequent', 'APf'))
             text = ', '.join(f'{word} {format_percent(total[key])}' for word, key in parts)
@@ -69,39 +69,75 @@ def format_percent(value: float) -> str:
     return '-' if value < 0 else f'{100 * value:.1f}'
 
 
+@dataclass
+class Detections:
+    """N detections in one image, each with a category.
+
+    rows: [N, 6] float64 of x, y, width, height, score, category id. masks: N dicts with category_id,
+    segmentation (run lengths) and score; empty if masks are not evaluated.
+    """
+
+    rows: np.ndarray
+    masks: list[dict]
+
+
 # Of boxes and masks: title, prefix of the names of their numbers, suffixes of their names in records.
 KINDS = {'bbox': ('boxes', '', 'bbox', ''), 'segm': ('masks', 'segm_', 'masks', '_masks')}
 
 
 class CocoEvaluator(Evaluator):
-    """Evaluator by COCO's rules."""
+    """Evaluator by COCO's rules, of the kinds in KINDS."""
 
     limit = 0  # detections of an image that count by LVIS's rules; 0: COCO's rules
 
-    def __init__(self, ground_truth: dict, class_map: ClassMap, kinds: tuple[str, ...] = ('bbox',)) -> None:
-        super().__init__(ground_truth, class_map, kinds)
-        if unknown := set(kinds) - set(KINDS):
-            raise ValueError(f'kinds {sorted(unknown)} are not known: choose from bbox and segm')
-
-    def read(self, prediction: dict) -> 'Detections':
-        return read_prediction(prediction, self.class_map, 'segm' in self.kinds)
+    def read(self, prediction: dict) -> Detections:
+        """Keep detections of real categories; class indices that no category uses are dropped."""
+        if not prediction:
+            return Detections(np.zeros((0, 6)), [])
+        class_map, labels = self.class_map, prediction['labels'].tolist()
+        if labels and not 0 <= min(labels) <= max(labels) < class_map.num_classes:
+            raise UserError(
+                f'predicted labels run from {min(labels)} to {max(labels)}, but the data has '
+                f'{class_map.num_classes} classes: evaluate the model with the class map that it was trained '
+                'with'
+            )
+        if not all(prediction[key].isfinite().all() for key in ('scores', 'boxes')):
+            raise UserError(
+                'predicted scores or boxes are not finite: the weights have diverged (take an earlier '
+                'checkpoint, and a lower --lr), or 16 bits overflow (evaluate with --amp off)'
+            )
+        keep = [idx for idx, label in enumerate(labels) if class_map.names[label] is not None]
+        boxes_xywh = prediction['boxes'].detach().clone()
+        boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
+        rows = np.zeros((len(labels), 6))
+        rows[:, :4] = boxes_xywh.cpu().numpy()
+        rows[:, 4] = prediction['scores'].detach().cpu().numpy()
+        rows[:, 5] = [class_map.category_ids[label] for label in labels]
+        if 'segm' not in self.kinds:
+            return Detections(rows[keep], [])
+        scores = prediction.get('mask_scores', prediction['scores']).tolist()
+        encoded = prediction.get('segmentation')
+        encoded = encode_masks(prediction['masks']) if encoded is None else encoded
+        masks = [
+            {'category_id': int(rows[idx, 5]), 'segmentation': encoded[idx], 'score': scores[idx]}
+            for idx in keep
+        ]
+        return Detections(rows[keep], masks)
 
     def compute(self) -> Evaluation:
         """Return the numbers of boxes under their usual names, and those of masks as `segm_NAME`."""
-        summaries = self.summaries()
-        prefixes = [KINDS[kind][1] for kind in self.kinds]
         numbers: dict[str, float] = {}
         record: dict[str, list] = {}
-        for kind, summary in summaries.items():
-            _, prefix, *ends = KINDS[kind]
+        shown, texts = [], []
+        for kind, summary in self.summaries().items():
+            title, prefix, kind_in_record, suffix = KINDS[kind]
             numbers |= {f'{prefix}{name}': value for name, value in summary.numbers.items()}
-            record[f'test_coco_eval_{ends[0]}'] = list(summary.numbers.values())
-            record[f'per_class{ends[1]}'] = summary.per_class
-        texts = [f'{KINDS[kind][0]}:\n{summary.table()}' for kind, summary in summaries.items()]
-        text = '\n'.join(texts) if len(texts) > 1 else next(iter(summaries.values())).table()
-        shown = tuple(f'{prefix}{name}' for prefix in prefixes for name in ('AP', 'AP50'))
-        drawn = tuple(f'{prefixes[0]}{name}' for name in PRECISIONS)
-        return Evaluation(numbers, shown, drawn, text, record)
+            record[f'test_coco_eval_{kind_in_record}'] = list(summary.numbers.values())
+            record[f'per_class{suffix}'] = summary.per_class
+            shown += [f'{prefix}AP', f'{prefix}AP50']
+            texts.append(f'{title}:\n{summary.table()}' if len(self.kinds) > 1 else summary.table())
+        drawn = tuple(f'{KINDS[self.kinds[0]][1]}{name}' for name in PRECISIONS)
+        return Evaluation(numbers, tuple(shown), drawn, '\n'.join(texts), record)
 
     def summaries(self) -> dict[str, Summary]:
         """Return the result of each kind."""
@@ -116,8 +152,8 @@ class CocoEvaluator(Evaluator):
 class LvisEvaluator(CocoEvaluator):
     """Evaluator by LVIS's federated rules.
 
-    A class is judged in the images that are known to have it or to lack it, by the best 300 detections of an
-    image, as lvis-api does by default, or by `limit` of them if it is larger.
+    A class is evaluated in the images that are known to have it or to lack it, by the best 300 detections of
+    an image, as lvis-api does by default, or by `limit` of them if it is larger.
     """
 
     def __init__(
@@ -135,51 +171,6 @@ class LvisEvaluator(CocoEvaluator):
         if not dataset.federated:
             raise UserError('--evaluator lvis needs the annotations of LVIS: add --dataset_file lvis')
         return cls(dataset.ground_truth, dataset.class_map, kinds, dataset.federated)
-
-
-@dataclass
-class Detections:
-    """N detections in one image, each with a category.
-
-    rows: [N, 6] float64 of x, y, width, height, score, category id. masks: run lengths, if masks are
-    evaluated. mask_scores: [N], where masks have scores of their own.
-    """
-
-    rows: np.ndarray
-    masks: list[dict] | None = None
-    mask_scores: np.ndarray | None = None
-
-
-def read_prediction(prediction: dict, class_map: ClassMap, with_masks: bool) -> Detections:
-    """Keep detections of real categories; class indices that no category uses are dropped."""
-    if not prediction:
-        return Detections(np.zeros((0, 6)), [] if with_masks else None)
-    labels = prediction['labels'].tolist()
-    if labels and not 0 <= min(labels) <= max(labels) < class_map.num_classes:
-        raise UserError(
-            f'predicted labels run from {min(labels)} to {max(labels)}, but the data has {class_map.num_classes} '
-            'classes: evaluate the model with the class map that it was trained with'
-        )
-    if not all(prediction[key].isfinite().all() for key in ('scores', 'boxes')):
-        raise UserError(
-            'predicted scores or boxes are not finite: the weights have diverged (take an earlier checkpoint, and a lower --lr), or '
-            '16 bits overflow (evaluate with --amp off)'
-        )
-    keep = [idx for idx, label in enumerate(labels) if class_map.names[label] is not None]
-    boxes_xywh = prediction['boxes'].detach().clone()
-    boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
-    rows = np.zeros((len(labels), 6))
-    rows[:, :4] = boxes_xywh.cpu().numpy()
-    rows[:, 4] = prediction['scores'].detach().cpu().numpy()
-    rows[:, 5] = [class_map.category_ids[label] for label in labels]
-    masks = mask_scores = None
-    if with_masks:
-        if 'mask_scores' in prediction:
-            mask_scores = prediction['mask_scores'].detach().cpu().double().numpy()[keep]
-        encoded = prediction.get('segmentation')
-        encoded = encode_masks(prediction['masks']) if encoded is None else encoded
-        masks = [encoded[idx] for idx in keep]
-    return Detections(rows[keep], masks, mask_scores)
 
 
 def encode_masks(masks: Tensor) -> list[dict]:
@@ -206,7 +197,7 @@ def prepare_ground_truth(ground_truth: dict, image_ids: set[int], kind: str) -> 
             continue
         entry = {key: annotation[key] for key in ('image_id', 'category_id', 'bbox')}
         entry['id'] = len(annotations) + 1
-        entry['area'] = annotation.get('area', entry['bbox'][2] * entry['bbox'][3])
+        entry['area'] = object_area(annotation)
         entry['iscrowd'] = int(annotation.get('iscrowd') or 0)
         if kind == 'segm':
             entry['segmentation'] = require_segmentation(annotation)
@@ -236,38 +227,27 @@ def size_of(image: dict, kind: str) -> dict[str, int]:
 
 
 def require_segmentation(annotation: dict) -> list | dict:
-    if not annotation.get('segmentation'):
-        raise UserError(
-            f'annotation {annotation.get("id")} (image {annotation["image_id"]}) has no segmentation: '
-            'masks cannot be evaluated on this data, boxes can'
-        )
-    found = annotation['segmentation']
-    try:  # the evaluators are C and would crash
-        return run_lengths(found) if isinstance(found, dict) else polygons_of(found) or [[0.0] * 6]
+    """Return the segmentation in a form that cannot crash the evaluators, which are compiled code."""
+    title, segmentation = title_of(annotation), annotation.get('segmentation')
+    if not segmentation:
+        raise UserError(f'{title} has no segmentation: masks cannot be evaluated on this data, boxes can')
+    try:
+        if isinstance(segmentation, dict):
+            return run_lengths(segmentation)
+        return polygons_of(segmentation) or [[0.0] * 6]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f'annotation {annotation.get("id")} (image {annotation["image_id"]}) has an invalid segmentation ({error}): '
-            'correct it, or evaluate boxes'
+            f'{title} has an invalid segmentation ({error}): correct it, or evaluate boxes'
         ) from error
 
 
 def result_rows(detections: dict[int, Detections], kind: str) -> np.ndarray | list[dict]:
-    """Return boxes as [N, 7] of image id, x, y, width, height, score, category id; masks as COCO's result
-    dicts.
-    """
-    if kind == 'bbox':
-        parts = [np.insert(one.rows, 0, image_id, axis=1) for image_id, one in sorted(detections.items())]
-        return np.concatenate([np.zeros((0, 7)), *parts])
-    return [
-        {'image_id': image_id, 'category_id': int(row[5]), 'segmentation': mask, 'score': float(score)}
-        for image_id, one in sorted(detections.items())
-        for row, mask, score in zip(
-            one.rows,
-            one.masks or [],
-            one.rows[:, 4] if one.mask_scores is None else one.mask_scores,
-            strict=True,
-        )
-    ]
+    """Return boxes [N, 7]: image id, x, y, width, height, score, category id; masks in COCO's result form."""
+    images = sorted(detections.items())
+    if kind == 'segm':
+        return [{'image_id': image_id} | mask for image_id, image in images for mask in image.masks]
+    parts = [np.insert(image.rows, 0, image_id, axis=1) for image_id, image in images]
+    return np.concatenate([np.zeros((0, 7)), *parts])
 
 
 def evaluate(
@@ -275,8 +255,7 @@ def evaluate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Evaluate all detections; nothing is printed.
 
-    limit: number of detections of an image that count by LVIS's rules, those of the best scores; 0: COCO's
-    rules.
+    limit: number of detections of an image, the best ones, that count by LVIS's rules; 0: COCO's rules.
 
     Returns:
         Precision [10 IoU, 101 recall, K, 4 areas, 3 maxima] and recall [10, K, 4, 3], -1 where there is no
@@ -295,42 +274,30 @@ def evaluate(
 
 
 def summarize_arrays(truth: dict, precision: np.ndarray, recall: np.ndarray, limit: int = 0) -> Summary:
-    """Average what is defined, as the official code does; -1 where nothing is."""
+    """Average what is defined, as the official code does; -1 where nothing is. Arguments: see `evaluate`."""
     frequency = np.array([category.get('frequency', '') for category in truth['categories']])
     stats = [
-        mean_defined(precision[..., ALL_AREAS, MOST_DETECTIONS]),
-        mean_defined(precision[IOU_50, ..., ALL_AREAS, MOST_DETECTIONS]),
-        mean_defined(precision[IOU_75, ..., ALL_AREAS, MOST_DETECTIONS]),
+        *precisions(precision),
         *(mean_defined(precision[..., area, MOST_DETECTIONS]) for area in (1, 2, 3)),
-        *(
-            mean_defined(precision[:, :, frequency == part, ALL_AREAS, MOST_DETECTIONS])
-            for part in ('rcf' if limit else '')
-        ),
+        *(precisions(precision[:, :, frequency == group])[0] for group in ('rcf' if limit else '')),
         *(mean_defined(recall[..., ALL_AREAS, most]) for most in range(recall.shape[-1])),
         *(mean_defined(recall[..., area, MOST_DETECTIONS]) for area in (1, 2, 3)),
     ]
     objects = Counter(a['category_id'] for a in truth['annotations'] if not a['iscrowd'])
-    per_class = [
-        {
-            **class_summary(precision[:, :, idx], recall[:, idx], 'AR300' if limit else 'AR100'),
-            'name': category['name'],
-            'objects': objects[category['id']],
-        }
-        for idx, category in enumerate(truth['categories'])
-    ]
+    columns = ('AP', 'AP50', 'AP75', 'AR300' if limit else 'AR100')
+    per_class = []
+    for idx, category in enumerate(truth['categories']):
+        mean_recall = mean_defined(recall[:, idx, ALL_AREAS, MOST_DETECTIONS])
+        row: dict = dict(zip(columns, (*precisions(precision[:, :, idx]), mean_recall), strict=True))
+        per_class.append(row | {'name': category['name'], 'objects': objects[category['id']]})
     numbers = dict(zip(LVIS_NAMES if limit else STAT_NAMES, stats, strict=True))
     return Summary(numbers, per_class, limit or 100)
 
 
-def class_summary(precision: np.ndarray, recall: np.ndarray, recall_name: str) -> dict[str, float]:
-    """Average precision [10, 101, 4, 3] and recall [10, 4, 3] of one category."""
+def precisions(precision: np.ndarray) -> list[float]:
+    """Return AP, AP50 and AP75 of precision [10, 101, ..., 4, 3]."""
     precision = precision[..., ALL_AREAS, MOST_DETECTIONS]
-    return {
-        'AP': mean_defined(precision),
-        'AP50': mean_defined(precision[IOU_50]),
-        'AP75': mean_defined(precision[IOU_75]),
-        recall_name: mean_defined(recall[..., ALL_AREAS, MOST_DETECTIONS]),
-    }
+    return [mean_defined(values) for values in (precision, precision[IOU_50], precision[IOU_75])]
 
 
 def mean_defined(values: np.ndarray) -> float:

@@ -1,8 +1,9 @@
 """
-Annotation files in COCO form: reading, what is repaired, and what is refused with a clear error at the start of a run.
+Annotation files in COCO form: reading, what is repaired, and what is refused with a clear error at the start
+of a run.
 
-Legal, as in the official pipeline: boxes of no size, boxes that leave the image, images without objects. docs/data.md
-has the whole policy.
+Legal, as in the official pipeline: boxes of no size, boxes that leave the image, images without objects.
+docs/data.md has the whole policy.
 """
 
 import json
@@ -24,7 +25,7 @@ from util.errors import FileError, UserError
 
 Annotations = dict[str, list[dict]]
 File = str | os.PathLike[str]
-# The three lists of a file; an entry is a JSON text, so that memory never holds all of them as Python objects.
+# The three lists of a file. An entry is a JSON text: memory never holds all entries as Python objects.
 Lists = dict[str, Sequence[Raw]]
 Read = Callable[[File], Lists]
 LISTS = ('images', 'annotations', 'categories')
@@ -32,7 +33,7 @@ EXAMPLES = 3
 
 
 class Issues:
-    """What is unusual in the data and kept, repaired or left out: how many of each kind, and the first of them."""
+    """What is unusual in the data and kept, repaired or left out: the number and the first of each kind."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -90,7 +91,7 @@ def read_lists(file: File) -> Lists:
         raise UserError(f'{file} is not JSON ({error}): write it again, or fetch it again') from error
     for name in LISTS:
         if name not in lists:
-            raise UserError(f'{file} has no list "{name}": COCO-form annotations need {", ".join(LISTS)}')
+            raise UserError(f'{file} has no list "{name}": annotations in COCO form need {", ".join(LISTS)}')
     return lists
 
 
@@ -103,7 +104,7 @@ def split(file: Path) -> Lists:
     try:
         lists = msgspec.structs.asdict(msgspec.json.decode(data, type=CocoFile))
         return {name: entries for name, entries in lists.items() if entries is not None}
-    except msgspec.MsgspecError:  # Python reads more: NaN, other encodings, lists that are something else
+    except msgspec.MsgspecError:  # json also reads NaN, other encodings, and lists that are something else
         text = data[:].decode(json.detect_encoding(data[:4]))
     content = json.loads(text)
     lists = {name: content.get(name) for name in LISTS} if isinstance(content, dict) else {}
@@ -131,7 +132,7 @@ def decode(raw: Raw) -> Any:
 
 
 def read_annotations(file: File, read: Read = read_lists) -> Annotations:
-    """Return the file's lists, repaired (`repair`), as evaluation needs them. Training reads `datasets.annotations`.
+    """Return the file's lists, repaired, as evaluation needs them. Training reads `datasets.annotations`.
 
     Args:
         read: reads the format.
@@ -153,7 +154,7 @@ def read_annotations(file: File, read: Read = read_lists) -> Annotations:
 
 
 def repair(name: str, entry: Any, issues: Issues) -> dict:
-    """Repair an entry of a list in place: numbers written as text or as 1.0, names and boxes that follow from other fields.
+    """Repair an entry of a list in place: numbers written as text or as 1.0, and missing names and boxes.
 
     Raises:
         UserError: it is not a JSON object, or has an invalid segmentation or iscrowd.
@@ -179,7 +180,8 @@ def repair_box(annotation: dict, issues: Issues) -> None:
         annotation['bbox'] = box_around(annotation['segmentation'])
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise UserError(
-            f'{title_of(annotation)} has no bbox, and its segmentation gives none ({error}): correct one of them'
+            f'{title_of(annotation)} has no bbox, and its segmentation gives none ({error}): correct one of '
+            'them'
         ) from None
     issues.add('annotations without bbox, which was made from the segmentation', title_of(annotation))
 
@@ -194,7 +196,7 @@ def repair_crowd(annotation: dict, issues: Issues) -> None:
 
 
 def as_id(value: Any) -> int | str | None:
-    """Return the integer that a number or text means, other text as it is, and None for what can be no id."""
+    """Return the integer that a number or text means, other text as it is, else None."""
     if isinstance(value, float) and value.is_integer():
         return as_id(int(value))
     if isinstance(value, str) and value.strip():
@@ -204,60 +206,56 @@ def as_id(value: Any) -> int | str | None:
 
 
 def numbers_of(ids: list) -> dict | None:
-    """Return a number for each image id, counted from 1, if some are text or negative; None if none is."""
+    """Return a number for each image id, counted from 1, if some are text or negative, else None."""
     if all(isinstance(value, int) and value >= 0 for value in ids):
         return None
     return {value: number for number, value in enumerate(ids, start=1)}
 
 
 def title_of(annotation: dict) -> str:
-    """Return how messages name an annotation. source: file and line, where these are not those of COCO's form."""
+    """Return the name of an annotation for messages: its `source` (file and line) if it has one, or its "
+    "ids."""
     if 'source' in annotation:
         return annotation['source']
     return f'annotation {annotation.get("id")} (image {annotation.get("image_id")})'
 
 
 def check_categories(categories: dict[int, str], class_map: ClassMap) -> None:
-    """Require every category in the class map (of the training part, or of a checkpoint), with the same id and name."""
+    """Require every category in the class map of the training part or of a checkpoint, with the same name."""
     for category_id, name in categories.items():
         label = class_map.label_of.get(category_id)
-        settled = None if label is None else class_map.names[label]
-        if settled != name:
+        expected = None if label is None else class_map.names[label]
+        if expected != name:
             raise UserError(
-                f'category {category_id} is "{name}" here, and {f"{settled!r}" if settled else "unknown"} to the training '
-                'data or checkpoint in use: their classes must agree (--pretrained fine-tunes on other classes)'
+                f'category {category_id} is "{name}" here, and {repr(expected) if expected else "unknown"} '
+                'to the training data or checkpoint in use: their classes must agree (--pretrained '
+                'fine-tunes on other classes)'
             )
 
 
-def image_problem(image: dict) -> str | None:
-    """Return what is wrong with the entry of an image, or None."""
+def check_image(image: dict) -> None:
+    """Refuse the entry of an image without an id, a name, or with an invalid size."""
     image_id = image.get('id')
     if as_id(image_id) is None:
-        return f'image {str(image)[:80]} needs an id: a number, or a text'
+        raise UserError(f'image {str(image)[:80]} needs an id: a number, or a text')
     if not isinstance(image.get('file_name'), str):
-        return f'image {image_id} needs a file_name'
+        raise UserError(f'image {image_id} needs a file_name')
     for key in ('height', 'width'):
         value = image.get(key) or 0
         if not is_finite(value) or not 0 <= value <= LARGEST or value != int(value):
-            return f'image {image_id} has {key} {value!r}: it must be a number of pixels; left out, the file has it'
-    return None
-
-
-def place_problem(annotation: dict, image_ids: Collection, category_ids: Collection[int]) -> str:
-    """Return what is wrong with an annotation whose image or category does not exist, and how to correct it."""
-    if annotation.get('image_id') not in image_ids:
-        return 'belongs to an image that "images" does not list: add the image or remove the annotation'
-    category_id = annotation.get('category_id')
-    return f'has category {category_id!r}, but the categories are {shorten(category_ids)}: add it or correct the id'
+            raise UserError(f'image {image_id} has {key} {value!r}: give a number of pixels, or leave it out')
 
 
 def box_problem(annotation: dict) -> str | None:
-    """Return what is wrong with an annotation's box or area, or what its format's reader has found (`problem`), or None."""
+    """Return the problem of an annotation's box or area, or that which its format's reader found, or None."""
     if 'problem' in annotation:
         return annotation['problem']
     bbox = annotation.get('bbox')
     if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(is_finite, bbox)) and min(bbox[2:]) >= 0):
-        return f'has bbox {str(bbox)[:80]}: it must be four finite numbers x, y, width, height (not negative), in pixels'
+        return (
+            f'has bbox {str(bbox)[:80]}: it must be four finite numbers x, y, width, height (not negative), '
+            'in pixels'
+        )
     if max(map(abs, bbox)) > LARGEST:
         return f'has bbox {bbox}: no image reaches {max(map(abs, bbox)):g} pixels; correct the numbers'
     area = annotation.get('area', 0)
@@ -280,7 +278,7 @@ def shorten(ids: Iterable[int], most: int = 10) -> str:
 
 
 def check_files(
-    names: Iterable[str],
+    names: Collection[str],
     image_dir: File,
     file: File,
     allow_outside: bool = False,
@@ -298,24 +296,24 @@ def check_files(
     if not image_dir.is_dir():
         raise FileError(f'image folder {image_dir} does not exist: check the path')
     present: dict[str, set[str]] = {}
-    missing, number_missing, number = '', 0, 0
+    missing = []
     for path in names:
-        number += 1
         folder, name = os.path.split(path)
         if folder not in present:
             if not allow_outside and (os.path.isabs(folder) or '..' in Path(folder).parts):
                 raise UserError(
-                    f'{file}: file_name {path!r} leads out of the image folder {image_dir}: correct it, or trust the file '
-                    'with --allow_outside'
+                    f'{file}: file_name {path!r} leads out of the image folder {image_dir}: correct it, or '
+                    'trust the file with --allow_outside'
                 )
             inside = image_dir / folder
             present[folder] = set(os.listdir(inside)) if inside.is_dir() else set()
-        if name not in present[folder] and problems is not None:
+        if name not in present[folder]:
+            missing.append(path)
+    if problems is not None:
+        for path in missing:
             problems.add('images that are missing', path)
-        elif name not in present[folder]:
-            missing, number_missing = missing or path, number_missing + 1
-    if number_missing:
+    elif missing:
         raise FileError(
-            f'{number_missing} of {number} images of {file} are not in {image_dir}, the first is {missing}: '
-            'fetch them, give the right folder, or remove them from the file'
+            f'{len(missing)} of {len(names)} images of {file} are not in {image_dir}, the first is '
+            f'{missing[0]}: fetch them, give the right folder, or remove them from the file'
         )

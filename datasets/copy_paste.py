@@ -31,7 +31,7 @@ from util.errors import UserError
 SCALES = (0.1, 2.0)  # of the square
 MIN_BOX_SIDE = 0.01  # pixels; smaller boxes are dropped
 MAX_PASTED = 99  # objects
-MOVED, STILL_SEEN = 10, 300  # pixels of a box side, and of a mask
+MOVED, STILL_VISIBLE = 10, 300  # pixels of a box side, and of a mask
 TRIES = 100
 
 
@@ -68,8 +68,8 @@ class LargeScaleJitter:
                 return sample
             image, target = random_item()
         raise UserError(
-            f'{TRIES} images one after another lost all their objects when they were scaled for --aug lsj: are '
-            'their segmentations empty?'
+            f'{TRIES} images one after another lost all their objects when they were scaled for --aug lsj: '
+            'are their segmentations empty?'
         )
 
 
@@ -86,10 +86,10 @@ def jitter(image: Tensor, target: Target, size: int) -> Sample | None:
     if 'masks' in target:
         target = fit_to_masks(target)
     sides = target['boxes'][:, 2:] - target['boxes'][:, :2]
-    kept = keep_objects(target, (sides > MIN_BOX_SIDE).all(dim=1))
-    if len(sides) and not len(kept['boxes']):
+    target = keep_objects(target, (sides > MIN_BOX_SIDE).all(dim=1))
+    if len(sides) and not len(target['boxes']):
         return None
-    return pad_to_square(*RandomHorizontalFlip()(image, kept), size)
+    return pad_to_square(*RandomHorizontalFlip()(image, target), size)
 
 
 def fit_to_masks(target: Target) -> Target:
@@ -119,15 +119,14 @@ def paste(image: Tensor, target: Target, source: Tensor, source_target: Target) 
     """Paste all objects of a source of the same size over the image, by their masks.
 
     An object stays if no side of its box moves far, or if many of its pixels are left. It is dropped if no
-    pixel is left; the official code would keep a small one with a box of no size.
+    pixel is left; the official code would keep a small one with an empty box.
     """
     if not len(source_target['boxes']):
         return image, target
     covered = source_target['masks'].view(torch.uint8).amax(dim=0).bool()  # [S, S]
-    seen = fit_to_masks({**target, 'masks': target['masks'] & ~covered})
-    moved = (seen['boxes'] - target['boxes']).abs().amax(dim=1)
-    pixels = torch.from_numpy(np.count_nonzero(seen['masks'].flatten(1).numpy(), axis=1))  # [T]
-    enough = ((moved <= MOVED) | (pixels > STILL_SEEN)) & (pixels > 0)
-    kept = keep_objects(seen, enough)
-    merged = {key: torch.cat([kept[key], source_target[key]]) for key in OBJECT_FIELDS if key in kept}
-    return torch.where(covered, source, image), {**kept, **merged}
+    visible = fit_to_masks({**target, 'masks': target['masks'] & ~covered})
+    moved = (visible['boxes'] - target['boxes']).abs().amax(dim=1)
+    pixels = torch.from_numpy(np.count_nonzero(visible['masks'].flatten(1).numpy(), axis=1))  # [T]
+    visible = keep_objects(visible, ((moved <= MOVED) | (pixels > STILL_VISIBLE)) & (pixels > 0))
+    merged = {key: torch.cat([visible[key], source_target[key]]) for key in OBJECT_FIELDS if key in visible}
+    return torch.where(covered, source, image), {**visible, **merged}

@@ -1,10 +1,9 @@
 """
-What judges the detections of a dataset: a metric is a subclass of `Evaluator`, and an entry in
+Metrics of the detections of a dataset: a metric is a subclass of `Evaluator`, and an entry in
 `datasets.build.EVALUATORS`.
 
-Its numbers have names. Under these they reach metrics.csv and log.jsonl (as `test_NAME`), the trackers, the
-curves and tools/compare_runs.py. One of them is the main one, which --patience and checkpoint_best.pth look
-at.
+Its numbers have names, under which they reach metrics.csv and log.jsonl (as `test_NAME`), the trackers, the
+curves and tools/compare_runs.py. --patience and checkpoint_best.pth depend on its main number.
 """
 
 from abc import ABC, abstractmethod
@@ -42,18 +41,18 @@ class Evaluation:
 
 
 class Evaluator(ABC):
-    """Evaluator that collects detections, and judges all of them at once, on the main process.
+    """Evaluator that collects detections, and evaluates all of them at once, on the main process.
 
-    Only images that were passed to `update` are judged, each once. Batches, their order and the number of
+    Only images that were passed to `update` are evaluated, each once. Batches, their order and the number of
     processes do not matter. A subclass computes the numbers; labels are class indices, which its class map
     turns into category ids.
 
     Args:
         ground_truth: annotations in COCO's form (`ImageDataset.ground_truth`).
-        kinds: what is judged, of 'bbox' and 'segm'.
+        kinds: what is evaluated, of 'bbox' and 'segm'.
     """
 
-    main = 'AP'  # name of the number that --patience and checkpoint_best.pth look at; a larger one is better
+    main = 'AP'  # name of the main number; a larger one is better
 
     def __init__(self, ground_truth: dict, class_map: ClassMap, kinds: tuple[str, ...] = ('bbox',)) -> None:
         self.ground_truth, self.class_map, self.kinds = ground_truth, class_map, tuple(kinds)
@@ -82,20 +81,18 @@ class Evaluator(ABC):
                 self.detections[image_id] = self.read(prediction)
 
     def read(self, prediction: dict) -> Any:
-        """Return what is kept of an image's prediction."""
+        """Return what `compute` needs of an image's prediction."""
         return prediction
 
     def synchronize(self) -> None:
-        """Gather the detections of all ranks on the main process; of an image seen twice the lowest rank's
-        copy stays.
-        """
+        """Gather the detections of all ranks on the main process; those of lower ranks come first."""
         merged: dict[int, Any] = {}
         for detections in gather_object(self.detections):
             merged = {**detections, **merged}
         self.detections = merged
 
     def summarize(self) -> Evaluation:
-        """Judge the detections on the main process; all ranks must call it, and get the result."""
+        """Evaluate the detections on the main process; all ranks must call it, and get the result."""
         with fail_together():
             result = self.compute() if is_main_process() else None
         return broadcast_object(result)

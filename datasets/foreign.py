@@ -1,8 +1,9 @@
 """
-Datasets in the formats of other tools, Pascal VOC and YOLO, read as COCO form: the same checks, targets and metrics.
+Datasets in the formats of other tools, Pascal VOC and YOLO, read as COCO form: the same checks, targets and
+metrics.
 
-Categories get the ids 1 to K. Of VOC they are the names in the training part in alphabetical order, of YOLO those of
-data.yaml.
+Categories get the ids 1 to K. Of VOC they are the names in the training part in alphabetical order, of YOLO
+those of data.yaml.
 """
 
 import math
@@ -23,38 +24,41 @@ from util.errors import FileError, UserError
 
 
 class VocDetection(CocoDetection):
-    """Images with annotations in Pascal VOC's XML, one file for each; the annotation file is a list of their names.
+    """Images with annotations in Pascal VOC's XML, one file each; the annotation file lists their names.
 
-    Pixels are counted from 1 and corners belong to the box, as VOC's development kit says. Objects marked `difficult`
-    become crowd regions: not trained on, and ignored in evaluation.
+    Pixels are counted from 1 and corners belong to the box, as VOC's development kit says. Objects marked
+    `difficult` become crowd regions: not trained on, and ignored in evaluation.
     """
 
     @classmethod
     def read_lists(cls, annotation_file: File) -> Lists:
         """Return images, annotations and categories of a list in ImageSets/Main."""
         file = Path(annotation_file)
-        folder = file.parents[2] / 'Annotations'
+        folder, training = file.parents[2] / 'Annotations', file.with_name('train.txt')
         files = voc_files(file, folder)
-        found = [read_voc(each) for each in files]
-        training = file.with_name('train.txt')
-        more = voc_files(training, folder) if training != file and training.is_file() else []
-        trained = [read_voc(each) for each in more]
-        classes = sorted({each['class'] for _, objects in (trained or found) for each in objects})
+        contents = trained_on = [read_voc(path) for path in files]
+        if training != file and training.is_file():
+            trained_on = [read_voc(path) for path in voc_files(training, folder)] or contents
+        classes = sorted({each['class'] for _, objects in trained_on for each in objects})
         ids = {name: number for number, name in enumerate(classes, start=1)}
+        images: list[dict] = []
         annotations: list[dict] = []
-        for number, (path, (_, objects)) in enumerate(zip(files, found, strict=True), start=1):
+        for number, (path, (image, objects)) in enumerate(zip(files, contents, strict=True), start=1):
+            images.append(image | {'id': number})
             for each in objects:
                 label = each.pop('class')
                 if label not in ids:
                     each |= unusable(
-                        f'has the class {label!r}, which no image of {training} has: correct it, or take such an image there'
+                        f'has the class {label!r}, which no image of {training} has: correct it, or add an '
+                        'image with it there'
                     )
-                own = {'id': len(annotations) + 1, 'image_id': number, 'source': str(path)}
-                annotations.append(each | own | {'category_id': ids.get(label)})
+                numbers = {'id': len(annotations) + 1, 'image_id': number, 'category_id': ids.get(label)}
+                annotations.append(each | numbers | {'source': str(path)})
+        categories = [{'id': number, 'name': name} for name, number in ids.items()]
         return {
-            'images': encode(image | {'id': number} for number, (image, _) in enumerate(found, start=1)),
+            'images': encode(images),
             'annotations': encode(annotations),
-            'categories': encode({'id': number, 'name': name} for name, number in ids.items()),
+            'categories': encode(categories),
         }
 
 
@@ -70,15 +74,16 @@ def read_lines(file: Path) -> list[str]:
 
 
 def voc_files(file: Path, folder: Path) -> list[Path]:
-    """Return the annotation files of a list. A line is a name if such a file exists, else its first word is: VOC's own lists of
-    a class say behind the name whether the image has it.
+    """Return the annotation files of a list.
+
+    A line is a name if such a file exists, else its first word is a name: VOC's own lists of a class say
+    after it whether the image has the class.
     """
-    lines = [line.strip() for line in read_lines(file) if line.strip()]
-    whole = [folder / f'{line}.xml' for line in lines]
-    return [
-        path if path.is_file() else folder / f'{line.split()[0]}.xml'
-        for path, line in zip(whole, lines, strict=True)
-    ]
+    files = []
+    for line in filter(None, map(str.strip, read_lines(file))):
+        path = folder / f'{line}.xml'
+        files.append(path if path.is_file() else folder / f'{line.split()[0]}.xml')
+    return files
 
 
 def read_voc(file: Path) -> tuple[dict, list[dict]]:
@@ -110,35 +115,35 @@ def read_voc(file: Path) -> tuple[dict, list[dict]]:
             label = (each.findtext('name') or '').strip()
             if not label:
                 raise ValueError('an object without a name')
-            found = {'class': label, 'bbox': box, 'iscrowd': int(each.findtext('difficult') or 0)}
-            if box_problem(found):
-                found |= unusable(f'has an object of the corners {corners}: correct them')
-            objects.append(found)
+            objects.append({'class': label, 'bbox': box, 'iscrowd': int(each.findtext('difficult') or 0)})
+            if box_problem(objects[-1]):
+                objects[-1] |= unusable(f'has an object of the corners {corners}: correct them')
     except (ValueError, OverflowError) as error:
         raise UserError(f'{file} is not an annotation of VOC ({error}): correct it') from error
     return image, objects
 
 
 class YoloDetection(CocoDetection):
-    """Images with annotations as ultralytics' tools write them; the annotation file is data.yaml, image_dir its images.
+    """Images with annotations as ultralytics' tools write them; the annotation file is data.yaml.
 
-    A line of a label file is a class and a box (centre, size), or a class and a polygon, in shares of the image as it is
-    shown: turned as its EXIF data say, while pixels are read as they are stored. Images without a label file have no
-    objects.
+    A line of a label file is a class and a box (centre, size), or a class and a polygon, in shares of the
+    image as it is shown: turned as its EXIF data say, while pixels are read as they are stored. Images
+    without a label file have no objects.
     """
 
     @classmethod
     def read_lists(cls, annotation_file: File) -> Lists:
-        """Return images, annotations and categories of one part; the part is named behind a '#'."""
-        place, _, split = str(annotation_file).rpartition('#')
-        settings = read_yaml(Path(place))
-        names = names_of(settings, Path(place))
-        folder = yolo_images(settings, Path(place), split)
+        """Return images, annotations and categories of one part, whose name follows a '#'."""
+        yaml_file, _, part = str(annotation_file).rpartition('#')
+        settings = read_yaml(Path(yaml_file))
+        names = names_of(settings, Path(yaml_file))
+        folder = yolo_images(settings, Path(yaml_file), part)
         files = sorted(file for file in folder.rglob('*') if file.suffix.lower() in SUFFIXES)
-        labels = [labels_of(file, folder) for file in files]
-        if split == 'train' and files and not any(label.is_file() for label in labels):
+        labels = [label_file(file, folder) for file in files]
+        if part == 'train' and files and not any(label.is_file() for label in labels):
             raise FileError(
-                f'{place}: none of the {len(files)} training images has a label file; that of {files[0]} would be {labels[0]}'
+                f'{yaml_file}: none of the {len(files)} training images has a label file; that of {files[0]} '
+                f'would be {labels[0]}'
             )
         images: list[Raw] = []
         annotations: list[Raw] = []
@@ -165,12 +170,12 @@ def read_yaml(file: Path) -> dict:
     if not file.is_file():
         raise FileError(f'{file} does not exist: --coco_path must be the folder of data.yaml, or that file')
     try:
-        found = yaml.safe_load(file.read_text(encoding='utf-8-sig'))
+        settings = yaml.safe_load(file.read_text(encoding='utf-8-sig'))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f'{file} is not YAML ({str(error).splitlines()[0]}): write it again') from error
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         raise UserError(f'{file} must have names, train and val')
-    return found
+    return settings
 
 
 def names_of(settings: dict, file: Path) -> dict[int, str]:
@@ -183,27 +188,29 @@ def names_of(settings: dict, file: Path) -> dict[int, str]:
     return {key: str(name) for key, name in sorted(names.items())}
 
 
-def yolo_images(settings: dict, file: Path, split: str) -> Path:
+def yolo_images(settings: dict, file: Path, part: str) -> Path:
     """Return the folder of images of a part.
 
     Raises:
-        UserError: data.yaml names none, or it does not exist.
+        UserError: data.yaml does not name it, or it does not exist.
     """
-    place = settings.get(split)
+    place = settings.get(part)
     if not isinstance(place, str):
-        raise UserError(f'{file} has {split} {place!r}: it must name one folder of images')
+        raise UserError(f'{file} has {part} {place!r}: it must name one folder of images')
     root = Path(settings.get('path') or '.')
-    inside = place.removeprefix('../')  # Roboflow writes ../train/images, and means its own folder
+    inside = place.removeprefix('../')  # Roboflow writes ../train/images for train/images
     candidates = [file.parent / root / place, root / place, file.parent / place, file.parent / inside]
     for folder in candidates:
         if folder.is_dir():
             return folder
-    raise FileError(f'{file}: the {split} images {place!r} are in none of {", ".join(map(str, candidates))}')
+    raise FileError(f'{file}: the {part} images {place!r} are in none of {", ".join(map(str, candidates))}')
 
 
-def labels_of(image: Path, folder: Path) -> Path:
-    """Return the label file of an image: below `labels` in place of the last `images` of its path, else in `labels` beside
-    the folder of images, else beside the image. The first of these, if none exists.
+def label_file(image: Path, folder: Path) -> Path:
+    """Return the first label file of an image that exists, or the first of these candidates.
+
+    They are below `labels` in place of the last `images` of its path, in `labels` beside the folder of
+    images, and beside the image.
     """
     file = image.with_suffix('.txt')
     parts = list(file.absolute().parts)
@@ -216,18 +223,16 @@ def labels_of(image: Path, folder: Path) -> Path:
 
 
 def read_yolo(file: Path, height: int, width: int, names: Collection[int], turn: int = 1) -> list[dict]:
-    """Return category_id and bbox, and with polygons segmentation, of each line.
+    """Return category_id and bbox, or segmentation for a polygon, or `problem`, of each line.
 
     Args:
-        height: of the stored image, in pixels; so is width.
-        names: the class numbers that there are.
+        height, width: of the stored image, in pixels.
+        names: the valid class numbers.
         turn: orientation of the image.
-
-    An invalid line has its `problem`.
     """
     if not file.is_file():
         return []
-    found: list[dict] = []
+    objects: list[dict] = []
     for number, line in enumerate(read_lines(file), start=1):
         words = line.split()
         if not words:
@@ -235,19 +240,18 @@ def read_yolo(file: Path, height: int, width: int, names: Collection[int], turn:
         try:
             label, values = int(words[0]), [float(word) for word in words[1:]]
             if len(values) != 4 and (len(values) < 6 or len(values) % 2):
-                raise ValueError(f'{len(values)} numbers behind the class')
+                raise ValueError(f'{len(values)} numbers after the class')
             if label not in names:
                 raise ValueError(f'the classes are {shorten(names)}')
             if not all(map(math.isfinite, values)) or (len(values) == 4 and min(values[2:]) < 0):
                 raise ValueError('a size is negative or a number not finite')
         except ValueError as error:
-            found.append(
-                unusable(f'is {line[:60]!r}, which is neither a box nor a polygon ({error}): correct it')
-            )
+            problem = f'is {line[:60]!r}, which is neither a box nor a polygon ({error}): correct it'
+            objects.append(unusable(problem))
         else:
-            found.append({'category_id': label + 1, **shape_of(values, height, width, turn)})
-        found[-1]['source'] = f'{file}, line {number}'
-    return found
+            objects.append({'category_id': label + 1, **shape_of(values, height, width, turn)})
+        objects[-1]['source'] = f'{file}, line {number}'
+    return objects
 
 
 def shape_of(values: list[float], height: int, width: int, turn: int) -> dict:
@@ -259,7 +263,7 @@ def shape_of(values: list[float], height: int, width: int, turn: int) -> dict:
     return {'segmentation': [[value for x, y in corners for value in (x * width, y * height)]]}
 
 
-# Where a point (x, y) of the image as it is shown lies in the stored one, by the EXIF tag Orientation; in shares of the sides.
+# EXIF tag Orientation -> place in the stored image of a point (x, y) of the shown one, in shares of sides.
 TURNS: dict[int, Callable[[float, float], tuple[float, float]]] = {
     1: lambda x, y: (x, y),
     2: lambda x, y: (1 - x, y),

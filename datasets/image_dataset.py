@@ -26,7 +26,7 @@ def loader_options(num_workers: int) -> dict[str, Any]:
         'collate_fn': collate_fn,
         'persistent_workers': num_workers > 0,
         'pin_memory': torch.cuda.is_available(),
-        'generator': torch.Generator(),  # its own, so that loading draws nothing from the run's random numbers
+        'generator': torch.Generator(),  # so that loading draws nothing from the run's random numbers
     }
 
 
@@ -34,9 +34,9 @@ class ImageDataset(Dataset[Sample], ABC):
     """Images with objects. An item is the result of `untransformed`, changed by `mix` (if there is one) and
     by `transforms`.
 
-    A subclass sets `ids` and `class_map`, and defines the abstract members; `datasets.build.build_dataset` refuses
-    one that does not. All randomness depends on (seed, epoch, index) only, whatever the number of loader
-    workers.
+    A subclass sets `ids` and `class_map`, and defines the abstract members; `datasets.build.build_dataset`
+    refuses one that does not. All randomness depends on (seed, epoch, index) only, whatever the number of
+    loader workers.
     """
 
     ids: list[int]  # of the images, unique
@@ -64,9 +64,7 @@ class ImageDataset(Dataset[Sample], ABC):
         return f'{len(self)} images of {self.class_map.num_classes} class indices ({checksum:08x})'
 
     def inventory(self) -> Inventory | None:
-        """Return what the dataset holds, for its summary; None: that is not known without reading all
-        images.
-        """
+        """Return what the dataset holds; None: that is not known without reading all images."""
         return None
 
     @abstractmethod

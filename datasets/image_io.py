@@ -1,4 +1,8 @@
-"""Decode image files to uint8 RGB tensors. EXIF rotation is ignored, because COCO's boxes are drawn on the stored pixels."""
+"""
+Decode image files to uint8 RGB tensors.
+
+EXIF rotation is ignored, because COCO's boxes are drawn on the stored pixels.
+"""
 
 import io
 import os
@@ -18,9 +22,9 @@ from util.errors import FileError, UserError
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')  # of image files, in small letters
 JPEG_START = b'\xff\xd8\xff'
-# What Pillow may open; of others some start programs (EPS).
+# What Pillow may open; some other formats start programs (EPS).
 FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'PPM', 'WEBP', 'TIFF', 'JPEG2000')
-# Pillow refuses more, too; its decoder and torchvision's would take 12 GB for a JPEG of 1.5 kB that says so.
+# Pillow's own limit. A JPEG of 1.5 kB can declare so many pixels that its decoder takes 12 GB.
 MAX_PIXELS = 2 * (1024**3 // 4 // 3)
 
 
@@ -51,17 +55,17 @@ def stored_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 def orientation(path: str | os.PathLike[str]) -> int:
     """Return the EXIF tag Orientation, 1 to 8: how a viewer turns the image that `read_image` returns.
 
-    1, as it is, where the header has none that can be read, and for TIFF, which Pillow turns itself.
+    It is 1 (not turned) if the header has no readable tag, and for TIFF, which Pillow turns itself.
     """
     with naming(path), open_image(path) as image:
         data = None if image.format == 'TIFF' else image.info.get('exif')
     exif = PIL.Image.Exif()
     try:
         exif.load(data or b'')
-        found = exif.get(PIL.ExifTags.Base.Orientation, 1)
+        turn = exif.get(PIL.ExifTags.Base.Orientation, 1)
     except (OSError, SyntaxError, TypeError, ValueError, KeyError, struct.error):
         return 1
-    return found if found in range(1, 9) else 1
+    return turn if turn in range(1, 9) else 1
 
 
 def open_image(file: str | os.PathLike[str] | io.BytesIO) -> PIL.Image.Image:
@@ -76,7 +80,7 @@ def open_image(file: str | os.PathLike[str] | io.BytesIO) -> PIL.Image.Image:
 
 
 def check_pixels(height: int, width: int) -> None:
-    """Raise PIL.Image.DecompressionBombError for more than MAX_PIXELS; `naming` says it in words."""
+    """Raise PIL.Image.DecompressionBombError for more than MAX_PIXELS; `naming` turns it into a UserError."""
     if height * width > MAX_PIXELS:
         raise PIL.Image.DecompressionBombError(f'{height} x {width} pixels')
 
@@ -86,22 +90,19 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn an error of a file or of its decoder inside the block into a UserError that names the file."""
     try:
         yield
-    except OSError as error:
-        if (
-            error.errno is not None
-        ):  # of the file system, in full: the exceptions of loader workers keep their texts alone
-            raise FileError(f'{path} cannot be read ({error.strerror})') from error
-        raise UserError(f'{path} is not a readable image ({error}): fetch it again, or remove it') from error
     except PIL.Image.DecompressionBombError as error:
         raise UserError(
-            f'{path} is not a readable image ({error}): at most {MAX_PIXELS:,} pixels are decoded; cut it into tiles'
+            f'{path} is not a readable image ({error}): at most {MAX_PIXELS:,} pixels are decoded; cut it '
+            'into tiles'
         ) from error
-    except (SyntaxError, TypeError, ValueError) as error:
+    except (OSError, SyntaxError, TypeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system
+            raise FileError(f'{path} cannot be read ({error.strerror})') from error
         raise UserError(f'{path} is not a readable image ({error}): fetch it again, or remove it') from error
 
 
 def decode(data: bytes) -> Tensor:
-    """Decode JPEGs with torchvision (equal pixels, faster). Pillow decodes other formats and what torchvision refuses."""
+    """Decode JPEGs with torchvision (equal pixels, faster), and with Pillow what torchvision refuses."""
     if data.startswith(JPEG_START):
         open_image(io.BytesIO(data))  # for the number of pixels
         try:

@@ -10,7 +10,7 @@ from datasets.class_map import ClassMap
 from datasets.copy_paste import MAX_PASTED
 from datasets.image_dataset import ImageDataset, loader_options
 from datasets.samplers import BATCHES, EvalBatches, TrainBatches
-from datasets.streaming.shards import ShardedCoco, ShardStream, build_shard_loader
+from datasets.shards import ShardedCoco, ShardStream, build_shard_loader
 from util.distributed.collectives import get_rank, get_world_size
 from util.errors import UserError
 from util.logger import print_main
@@ -41,26 +41,26 @@ def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Ima
     return datasets
 
 
-def check_classes(found: ClassMap, trained: ClassMap, file: str) -> None:
+def check_classes(class_map: ClassMap, trained: ClassMap, file: str) -> None:
     """Compare the classes of the data with those of a checkpoint.
 
     Raises:
-        UserError: they are others, or have other indices.
+        UserError: they differ, or have other indices.
     """
-    if trained == found:
+    if trained == class_map:
         return
-    if {*trained.names, None} == {*found.names, None}:
+    if {*trained.names, None} == {*class_map.names, None}:
         raise UserError(
             f'{file} numbers its classes in another way ({trained.num_classes} class indices, here '
-            f'{found.num_classes}): give the --class_ids of its run'
+            f'{class_map.num_classes}): give the --class_ids of its run'
         )
     raise UserError(
-        f'{file} was trained on {describe(trained)}, the data has {describe(found)}: evaluate it on its own data, or '
-        'fine-tune it on this data with --pretrained'
+        f'{file} was trained on {describe_classes(trained)}, the data has {describe_classes(class_map)}: '
+        'evaluate it on its own data, or fine-tune it on this data with --pretrained'
     )
 
 
-def describe(class_map: ClassMap) -> str:
+def describe_classes(class_map: ClassMap) -> str:
     names = [name for name in class_map.names if name is not None]
     return f'{len(names)} classes ({", ".join(names[:5])}{", ..." if len(names) > 5 else ""})'
 
@@ -82,19 +82,13 @@ def build_loader(
         batching: how training batches are made, a name in `datasets.samplers.BATCHES`.
         seed: of the order of training images.
     """
+    rank, num_replicas = get_rank(), get_world_size()
     if isinstance(dataset, ShardedCoco):
-        return build_shard_loader(dataset, batch_size, num_workers, part == 'train')
-    batches = build_batches(dataset, part, batch_size, batching, seed)
-    return DataLoader(dataset, batch_sampler=batches, **loader_options(num_workers))
-
-
-def build_batches(
-    dataset: ImageDataset, part: str, batch_size: int, batching: str = 'random', seed: int = 0
-) -> Sampler[list[int]]:
-    """Build the batch sampler of this rank; arguments are those of `build_loader`."""
+        return build_shard_loader(dataset, batch_size, num_workers, part == 'train', rank, num_replicas)
+    batches: Sampler[list[int]] = EvalBatches(len(dataset), batch_size, num_replicas, rank)
     if part == 'train':
-        return BATCHES[batching](dataset, batch_size, get_world_size(), get_rank(), seed)
-    return EvalBatches(len(dataset), batch_size, get_world_size(), get_rank())
+        batches = BATCHES[batching](dataset, batch_size, num_replicas, rank, seed)
+    return DataLoader(dataset, batch_sampler=batches, **loader_options(num_workers))
 
 
 def check_steps(loader: DataLoader, num_images: int, batch_size: int, accum_steps: int) -> None:
@@ -108,12 +102,10 @@ def check_steps(loader: DataLoader, num_images: int, batch_size: int, accum_step
 
 
 def begin_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
-    """Set the epoch of a training loader's next pass, and the batch with which it begins. Skipped batches are
-    not read.
-    """
+    """Set the epoch that a training loader reads next, and its first batch. Skipped batches are not read."""
     dataset, batches = loader.dataset, loader.batch_sampler
     if isinstance(dataset, ShardStream):
-        dataset.set_epoch(epoch)
+        dataset.data.set_epoch(epoch)
         dataset.data.start_at(first_batch)
     else:
         assert isinstance(dataset, ImageDataset) and isinstance(batches, TrainBatches)
@@ -124,7 +116,7 @@ def begin_epoch(loader: DataLoader, epoch: int, first_batch: int = 0) -> None:
 def worst_batch(dataset: ImageDataset, batch_size: int, one_size: bool) -> tuple[tuple[int, int], int]:
     """Return (height, width) of the largest batch that training can meet, and the most objects of an image.
 
-    The sizes are the largest of a few thousand drawn ones. one_size: all images of a batch have about the
+    The sizes are the largest of a few thousand drawn sizes. one_size: all images of a batch have about the
     same size.
     """
     if dataset.mix is not None:

@@ -11,8 +11,8 @@ from util.errors import UserError
 class LvisDetection(CocoDetection):
     """Images in LVIS's form.
 
-    An image is named by its address, whose last two parts are folder and file, since the validation part has images of
-    COCO's train2017 too. Evaluation follows LVIS's federated rules (`datasets.coco_eval`).
+    An image is named by its URL, whose last two parts are folder and file, since the validation part has
+    images of COCO's train2017 too. Evaluation follows LVIS's federated rules (`datasets.coco_eval`).
     """
 
     federated = LVIS_DETECTIONS
@@ -26,32 +26,30 @@ class LvisDetection(CocoDetection):
         """
         lists = read_lists(annotation_file)
         with errors_in(annotation_file):
-            for name, find_problem in (('images', image_problem), ('categories', category_problem)):
+            for name, check in (('images', check_image), ('categories', check_category)):
                 for entry in map(decode, lists[name]):
-                    if isinstance(entry, dict) and (problem := find_problem(entry)):
-                        raise UserError(problem)
+                    if isinstance(entry, dict):  # others are refused later
+                        check(entry)
         return lists
 
 
-def image_problem(image: dict) -> str | None:
-    """Return what an image lacks of LVIS, or None."""
-    missing = [key for key in FEDERATED if not isinstance(image.get(key), list)]
-    if not missing:
-        return None
-    return (
-        f'image {image.get("id")} has no list {missing[0]}: LVIS needs it; read data in COCO form with '
-        '--dataset_file coco'
-    )
+def check_image(image: dict) -> None:
+    """Require the lists of LVIS."""
+    for key in FEDERATED:
+        if not isinstance(image.get(key), list):
+            raise UserError(
+                f'image {image.get("id")} has no list {key}: LVIS needs it; read data in COCO form with '
+                '--dataset_file coco'
+            )
 
 
-def category_problem(category: dict) -> str | None:
-    """Return what a category lacks of LVIS, or None."""
-    if category.get('frequency') in ('r', 'c', 'f'):
-        return None
-    return (
-        f'category {category.get("id")} has frequency {category.get("frequency")!r}: LVIS needs r, c or '
-        'f (rare, common, frequent)'
-    )
+def check_category(category: dict) -> None:
+    """Require the frequency of LVIS."""
+    if category.get('frequency') not in ('r', 'c', 'f'):
+        raise UserError(
+            f'category {category.get("id")} has frequency {category.get("frequency")!r}: LVIS needs r, c or '
+            'f (rare, common, frequent)'
+        )
 
 
 def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> LvisDetection:

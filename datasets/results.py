@@ -52,7 +52,7 @@ def coco_results(name: str, image_id: int | str, result: dict, class_map: ClassM
 
 
 class ResultFiles:
-    """Rows of detections in the chosen formats, written as they come: a kill leaves what is done."""
+    """Rows of detections in the chosen formats. Each is written at once, so a killed program loses none."""
 
     def __init__(self, folder: Path, formats: Sequence[str], class_map: ClassMap) -> None:
         self.folder, self.formats, self.class_map, self.number = folder, formats, class_map, 0
@@ -60,7 +60,7 @@ class ResultFiles:
         self.csv = GrowingFile(folder / 'predictions.csv', csv_line([*COLUMNS, 'x', 'y', 'width', 'height']))
 
     def add(self, rows: list[dict[str, Any]]) -> None:
-        """Add detections in COCO's result form; those of a film have their `frame`."""
+        """Add detections in COCO's result form; those of a video have their `frame`."""
         if 'json' in self.formats:
             self.json.add([json.dumps(row) for row in rows])
         if 'csv' in self.formats:
@@ -68,7 +68,7 @@ class ResultFiles:
         self.number += len(rows)
 
     def add_image(self, rows: list[dict], stem: str, size: tuple[int, int], path: Path) -> None:
-        """Add all detections of an image. stem: name of its labels. size: height and width, as in `path`."""
+        """Add all detections of an image. stem: name of its label file. size: (height, width) in `path`."""
         self.add(rows)
         if 'yolo' not in self.formats:
             return

@@ -1,8 +1,8 @@
 """
 Batches of image indices: of training, in three orders (`--batches`), and of evaluation.
 
-`random` deals images out one by one, as PyTorch does. `aspect` and `size` put images together that need
-little padding, as mmdetection does and more so.
+`random` distributes images one by one, as PyTorch does. `aspect` (as mmdetection) and `size` put images
+together that need little padding.
 """
 
 import math
@@ -11,7 +11,7 @@ from itertools import cycle, islice
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DistributedSampler, Sampler
+from torch.utils.data import Sampler
 
 from datasets.image_dataset import ImageDataset
 from util.errors import UserError
@@ -20,7 +20,11 @@ WINDOW = 64  # steps whose images are sorted by size together
 
 
 class TrainBatches(Sampler[list[int]]):
-    """Batches of one rank; every rank has equally many. The order depends on the seed and the epoch."""
+    """Batches of one rank in random order, that of PyTorch's DistributedSampler.
+
+    Every rank has equally many. The order depends on the seed and the epoch. Images that fill no batch are
+    left out, others in every epoch.
+    """
 
     def __init__(
         self, dataset: ImageDataset, batch_size: int, num_replicas: int, rank: int, seed: int = 0
@@ -33,32 +37,19 @@ class TrainBatches(Sampler[list[int]]):
         """Set the epoch, and the batch with which it begins."""
         self.epoch, self.first = epoch, first
 
-    def shuffled(self) -> tuple[list[int], torch.Generator]:
-        """Return all images in the order of the epoch, the same on every rank, and the generator that drew
-        it.
-        """
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return torch.randperm(len(self.dataset), generator=generator).tolist(), generator
-
-
-class RandomBatches(TrainBatches):
-    """Batches of any images, of PyTorch's DistributedSampler. Images that fill no batch are left out."""
-
-    def __init__(
-        self, dataset: ImageDataset, batch_size: int, num_replicas: int, rank: int, seed: int = 0
-    ) -> None:
-        super().__init__(dataset, batch_size, num_replicas, rank, seed)
-        self.sampler: DistributedSampler[int] = DistributedSampler(
-            dataset, num_replicas, rank, shuffle=True, seed=seed, drop_last=num_replicas > 1
-        )
-        self.batches = BatchSampler(self.sampler, batch_size, drop_last=True)
-
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.dataset) // self.num_replicas // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        self.sampler.set_epoch(self.epoch)
-        return islice(self.batches, self.first, None)
+        order, _ = self.shuffled()
+        images = order[self.rank :: self.num_replicas]
+        for batch in range(self.first, len(self)):
+            yield images[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def shuffled(self) -> tuple[list[int], torch.Generator]:
+        """Return all images in the order of the epoch, the same on every rank, and its random generator."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return torch.randperm(len(self.dataset), generator=generator).tolist(), generator
 
 
 class AspectBatches(TrainBatches):
@@ -107,37 +98,30 @@ class SizeBatches(TrainBatches):
             raise UserError(
                 '--batches size sorts images by their size, and this --aug mixes them: give another'
             )
-        self.step_size = batch_size * num_replicas
         self.original_sizes = dataset.image_sizes()
-
-    def __len__(self) -> int:
-        return len(self.dataset) // self.step_size
 
     def __iter__(self) -> Iterator[list[int]]:
         order, generator = self.shuffled()
+        step_size = self.batch_size * self.num_replicas
         for start in range(0, len(self), WINDOW):
             num_steps = min(WINDOW, len(self) - start)
             shuffled = torch.randperm(num_steps, generator=generator).tolist()
             if start + num_steps <= self.first:
                 continue
-            window = order[start * self.step_size : (start + num_steps) * self.step_size]
-            window.sort(key=self.drawn_size)
+            window = order[start * step_size : (start + num_steps) * step_size]
+            window.sort(key=self.sort_key)
             for step in shuffled[max(self.first - start, 0) :]:
-                begin = step * self.step_size + self.rank * self.batch_size
+                begin = step * step_size + self.rank * self.batch_size
                 yield window[begin : begin + self.batch_size]
 
-    def drawn_size(self, index: int) -> tuple[bool, int, int]:
-        """Return the sort key of an image: portrait or not, longer side, shorter side."""
+    def sort_key(self, index: int) -> tuple[bool, int, int]:
+        """Return of an image: portrait or not, longer side, shorter side."""
         height, width = self.dataset.drawn_size(index, self.epoch, self.original_sizes[index])
         return height > width, max(height, width), min(height, width)
 
 
 # Value of --batches -> how training batches are made.
-BATCHES: dict[str, type[TrainBatches]] = {
-    'random': RandomBatches,
-    'aspect': AspectBatches,
-    'size': SizeBatches,
-}
+BATCHES = {'random': TrainBatches, 'aspect': AspectBatches, 'size': SizeBatches}
 
 
 class EvalBatches(Sampler[list[int]]):
@@ -148,20 +132,15 @@ class EvalBatches(Sampler[list[int]]):
     """
 
     def __init__(self, num_images: int, batch_size: int, num_replicas: int, rank: int) -> None:
-        self.num_images, self.batch_size = num_images, batch_size
         total = math.ceil(num_images / batch_size)
-        self.share = math.ceil(total / num_replicas)
-        self.first = min(rank * self.share, total - self.share)
+        self.batch_size, self.num_batches = batch_size, math.ceil(total / num_replicas)
+        start = min(rank * self.num_batches, total - self.num_batches) * batch_size
+        # All images of this rank, in order.
+        self.images = range(start, min(start + self.num_batches * batch_size, num_images))
 
     def __len__(self) -> int:
-        return self.share
-
-    def images(self) -> range:
-        """Return all images of this rank, in order."""
-        behind = (self.first + self.share) * self.batch_size
-        return range(self.first * self.batch_size, min(behind, self.num_images))
+        return self.num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        images = self.images()
-        for start in range(0, len(images), self.batch_size):
-            yield list(images[start : start + self.batch_size])
+        for start in range(0, len(self.images), self.batch_size):
+            yield list(self.images[start : start + self.batch_size])

@@ -12,17 +12,16 @@ def is_finite(value: object) -> bool:
 
 
 def run_lengths(segmentation: dict) -> dict:
-    """Return a run-length mask in compressed form; pycocotools would crash on one that does not cover its image exactly.
+    """Return a run-length mask in compressed form; pycocotools crashes if it does not fit its image.
 
     Raises:
         ValueError, TypeError, KeyError: it is invalid.
     """
     height, width = segmentation['size']
     counts = segmentation['counts']
-    whole = isinstance(height, int) and isinstance(width, int) and min(height, width) > 0
-    if (
-        not whole or max(height, width) > LARGEST or height * width >= 1 << 32
-    ):  # the evaluators count in 32 bits
+    are_positive = isinstance(height, int) and isinstance(width, int) and min(height, width) > 0
+    # The evaluators count pixels in 32 bits.
+    if not are_positive or max(height, width) > LARGEST or height * width >= 1 << 32:
         raise ValueError(f'its size is {segmentation["size"]}')
     numbers = decompressed(counts) if isinstance(counts, str | bytes) else counts
     if not all(type(number) is int and number >= 0 for number in numbers) or sum(numbers) != height * width:
@@ -33,7 +32,7 @@ def run_lengths(segmentation: dict) -> dict:
 
 
 def decompressed(counts: str | bytes) -> list[int]:
-    """Decode COCO's text of run lengths: numbers of 5 bits a character, from the third on relative to the last but one."""
+    """Decode COCO's text of run lengths: 5 bits a character, numbers relative to the one before the last."""
     data = counts.encode('ascii') if isinstance(counts, str) else counts
     numbers: list[int] = []
     value = shift = 0

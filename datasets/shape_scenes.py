@@ -1,10 +1,10 @@
 """
-Images of overlapping, textured shapes on cluttered ground, drawn from a seed. Source: ours.
+Images of overlapping, textured shapes on cluttered ground, drawn from a seed. Source: this repository.
 
-An image is a pure function of (seed, split, index, size) and has the same bytes on every machine. Random numbers come
-unchanged from the frozen stream of np.random.RandomState (NEP 19). The arithmetic is only + - * / and square root,
-which IEEE 754 rounds exactly. Hence rotations come from Pythagorean pairs, not from sines, and no drawing library is
-used. datasets/shapes.py turns the objects into targets of a detector.
+An image is a pure function of (seed, split, index, size) and has the same bytes on every machine. Random
+numbers come unchanged from the frozen stream of np.random.RandomState (NEP 19). The arithmetic is only + - *
+/ and square root, which IEEE 754 rounds exactly. Hence rotations come from Pythagorean pairs, not from sines,
+and no drawing library is used. datasets/shapes.py turns the objects into targets of a detector.
 """
 
 import math
@@ -17,13 +17,13 @@ Shape = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 SPLITS = {'train': 0, 'val': 1, 'test': 2}
 MAX_OBJECTS = 20
-MIN_VISIBLE = 0.25  # an object of which less can be seen stays in the image as clutter
+MIN_VISIBLE = 0.25  # an object of which a smaller share is visible stays in the image as clutter
 
 
 class Dice:
     """Random numbers that are the same on every machine, because only uniform doubles leave the generator.
 
-    NumPy's other methods (normal, uniform with limits, integers) use libm, fused operations or the platform's long.
+    NumPy's other methods (normal, uniform, integers) use libm, fused operations or the platform's long.
     """
 
     def __init__(self, *key: int) -> None:
@@ -86,9 +86,7 @@ class Pose:
     def local(self, rows: slice, columns: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return the shape's own coordinates (u, v) at the centres of the window's pixels, both [h, w]."""
         dy = (np.arange(rows.start, rows.stop, dtype=np.float32) + (0.5 - self.y))[:, None] / self.radius
-        dx = (np.arange(columns.start, columns.stop, dtype=np.float32) + (0.5 - self.x))[
-            None, :
-        ] / self.radius
+        dx = (np.arange(columns.start, columns.stop, dtype=np.float32) + (0.5 - self.x)) / self.radius
         return self.cosine * dx + self.sine * dy, (self.cosine * dy - self.sine * dx) / self.squeeze
 
 
@@ -116,7 +114,7 @@ def triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Measure a pentagram: a point is inside if at most one of five lines leaves it out, so by the second largest."""
+    """Measure a pentagram by the second largest distance: a point is inside at least four of five lines."""
     cos36, cos72 = (math.sqrt(5) + 1) / 4, (math.sqrt(5) - 1) / 4
     sin36, sin72 = math.sqrt(1 - cos36 * cos36), math.sqrt(1 - cos72 * cos72)
     first, second = v, np.full_like(v, -9.0)
@@ -175,16 +173,8 @@ def grain(dice: Dice, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return smooth_noise(dice, height, width, cell=dice.real(1.5, 4))
 
 
-TEXTURES = (
-    plain,
-    slope,
-    plain,
-    slope,
-    stripes,
-    checker,
-    dots,
-    grain,
-)  # the first half suits small objects too
+# The first half suits small objects too.
+TEXTURES = (plain, slope, plain, slope, stripes, checker, dots, grain)
 
 
 def smooth_noise(dice: Dice, height: int, width: int, cell: float) -> np.ndarray:
@@ -247,7 +237,7 @@ def paint_segment(dice: Dice, canvas: np.ndarray) -> None:
 
 
 def arrange(dice: Dice, height: int, width: int) -> list[Pose]:
-    """Draw at most MAX_OBJECTS poses in painting order, large ones rather first; one image of 25 has none."""
+    """Draw at most MAX_OBJECTS poses in painting order, large ones rather first; one image of 25 is empty."""
     many = dice.real()
     crowd = many * many * many * many * many  # no power: libm's is not the same everywhere
     # One to five objects in most images, rarely up to MAX_OBJECTS.
@@ -265,7 +255,7 @@ def arrange(dice: Dice, height: int, width: int) -> list[Pose]:
 
 
 def free_centre(dice: Dice, poses: list[Pose], radius: float, height: int, width: int) -> tuple[float, float]:
-    """Draw three centres at least 0.4 radii inside the image, and return the one farthest from other objects."""
+    """Draw three centres at least 0.4 radii inside the image; return that farthest from other objects."""
     best, centre = -math.inf, (0.0, 0.0)
     for _ in range(3):
         x = dice.real(0.4 * radius, width - 0.4 * radius)
@@ -312,10 +302,9 @@ def image_shape(dice: Dice, size: int) -> tuple[int, int]:
 
 
 def visible_objects(owner: np.ndarray, kinds: list[int], painted: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the objects that enough is seen of: (their numbers [N], their visible areas [N])."""
+    """Return the objects of which enough is visible: (their numbers [N], their visible areas [N])."""
     areas = np.bincount(owner.ravel() + 1, minlength=len(kinds) + 1)[1:]
-    enough = areas >= np.maximum(np.array(painted, dtype=np.int64) * MIN_VISIBLE, 12)
-    numbers = np.flatnonzero(enough)
+    numbers = np.flatnonzero(areas >= np.maximum(np.array(painted, dtype=np.int64) * MIN_VISIBLE, 12))
     return numbers, areas[numbers]
 
 

@@ -1,9 +1,9 @@
 """
-A detection dataset without files: textured shapes, drawn when asked for (datasets/shape_scenes.py).
+A detection dataset without files: textured shapes, drawn when an image is read (datasets/shape_scenes.py).
 
-Every run on every machine sees the same images. Each split has its own random stream, and image n does not depend on
-the number of images. There are six classes, and none to twenty objects per image; boxes and masks cover the visible
-part, as in COCO. Source: ours.
+Every run on every machine sees the same images. Each split has its own random stream, and image n does not
+depend on the number of images. There are six classes, and 0 to 20 objects per image; boxes and masks cover
+the visible part, as in COCO. Source: this repository.
 
 This writes them as plain files in COCO's layout, for `--coco_path DIR` or for other programs:
 
@@ -29,13 +29,13 @@ from util.flags import FlagParser, int_range, run_command
 IMAGE_SEED = 17  # a constant: all runs share the data, whatever their --seed
 # Ids in the order of KINDS, so that the class index of a category is its number there.
 CATEGORIES = [{'id': number, 'name': kind.__name__} for number, kind in enumerate(KINDS, start=1)]
-KEPT_BYTES = 2**30  # masks are counted as nothing: they are small at such sizes
+MAX_CACHED_BYTES = 2**30  # of images; their masks are small
 
 
 class ShapesDetection(ImageDataset):
     """Drawn images with their objects.
 
-    An item is (image, target): [3, H, W] uint8 and the dict of `target_of`. `seed` does not change what is drawn.
+    An item is (image, target): [3, H, W] uint8 and the dict of `target_of`. `seed` does not change it.
     """
 
     def __init__(
@@ -54,22 +54,22 @@ class ShapesDetection(ImageDataset):
         self.split, self.image_size, self.return_masks = split, image_size, return_masks
         self.class_map = ClassMap.from_categories(CATEGORIES)
         self.ids = list(range(num_images))
-        self._kept: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
-        self._bytes_in_all = num_images * 3 * image_size**2
+        self._cache: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+        self._fits_cache = num_images * 3 * image_size**2 <= MAX_CACHED_BYTES
 
     def __getstate__(self) -> dict:
         """Leave out the images too: each worker draws its own."""
-        return super().__getstate__() | {'_kept': {}}
+        return super().__getstate__() | {'_cache': {}}
 
     def untransformed(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return image and target; each process draws an image once, if all images fit into KEPT_BYTES."""
-        if index not in self._kept:
+        """Return image and target; each process draws an image once, if all fit into MAX_CACHED_BYTES."""
+        if index not in self._cache:
             scene = self.draw(index)
             item = torch.from_numpy(scene.image), self.target_of(scene, index)
-            if self._bytes_in_all > KEPT_BYTES:
+            if not self._fits_cache:
                 return item
-            self._kept[index] = item
-        image, target = self._kept[index]
+            self._cache[index] = item
+        image, target = self._cache[index]
         return image.clone(), dict(target)
 
     def image_sizes(self) -> np.ndarray:
@@ -84,8 +84,8 @@ class ShapesDetection(ImageDataset):
     def target_of(self, scene: Scene, index: int) -> dict[str, Tensor]:
         """Return the target of an image with N objects, as COCO defines it.
 
-        It has boxes [N, 4] xyxy in pixels, labels [N], masks [N, H, W] uint8 if asked for, and area [N] of the masks
-        in pixels; orig_size and size are (height, width).
+        It has boxes [N, 4] xyxy in pixels, labels [N], masks [N, H, W] uint8 if asked for, and area [N] of
+        the masks in pixels; orig_size and size are (height, width).
         """
         target = {
             'boxes': torch.from_numpy(scene.boxes_xyxy).float(),
@@ -175,7 +175,7 @@ def get_args_parser() -> FlagParser:
 
 def main(args: Namespace) -> None:
     export(args.out, ShapesDetection(args.count, args.split, image_size=args.size))
-    print(f'{args.count} images of the {args.split} split lie in {args.out}')
+    print(f'{args.count} images of the {args.split} split are in {args.out}')
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from datasets.annotations import Columns, PackedList, is_tiny, labels_of
+from datasets.annotations import Columns, PackedList, labels_of
 from datasets.class_map import ClassMap
 from datasets.segmentations import polygons_of, run_lengths
 from datasets.transforms import Target
@@ -19,8 +19,9 @@ from util.errors import UserError
 class Reading:
     """Rules for reading an annotation file; the defaults are DETR's.
 
-    class_ids: class indices of the categories, see `ClassMap.numbered`. drop_tiny: leave out objects narrower or lower
-    than a pixel, and those without area. min_image_side: leave out images with a smaller side.
+    class_ids: class indices of the categories, see `ClassMap.numbered`. drop_tiny: leave out objects narrower
+    or lower than a pixel, and those without area. min_image_side: leave out images with a smaller side
+    (pixels).
     """
 
     class_ids: str = 'auto'
@@ -35,14 +36,14 @@ AS_DETR = Reading()
 class Objects:
     """T objects as the annotations have them.
 
-    boxes_xywh: [T, 4] float32 in pixels. labels: [T] int64. areas: [T] float32. segmentations: polygons or run
-    lengths; None if masks are not asked for.
+    boxes_xywh: [T, 4] float32 in pixels. labels: [T] int64. areas: [T] float32. segmentations: T polygons or
+    run lengths; None if masks are not asked for.
     """
 
     boxes_xywh: Tensor
     labels: Tensor
     areas: Tensor
-    segmentations: PackedList | list | None
+    segmentations: PackedList | None
 
     @classmethod
     def of(cls, columns: Columns, class_map: ClassMap, segmentations: bytearray | None) -> 'Objects':
@@ -54,15 +55,14 @@ class Objects:
             None if segmentations is None else PackedList(segmentations, columns.starts, columns.stops),
         )
 
-    def __getitem__(self, some: slice) -> 'Objects':
+    def __getitem__(self, rows: slice) -> 'Objects':
         """Return the objects of a slice."""
-        rows = range(*some.indices(len(self.labels)))
-        segmentations = None if self.segmentations is None else [self.segmentations[row] for row in rows]
-        return Objects(self.boxes_xywh[some], self.labels[some], self.areas[some], segmentations)
+        segmentations = None if self.segmentations is None else self.segmentations.chosen(rows)
+        return Objects(self.boxes_xywh[rows], self.labels[rows], self.areas[rows], segmentations)
 
 
 def make_target(objects: Objects, image_id: int, height: int, width: int) -> Target:
-    """Make the target (see `CocoDetection`) of the objects that have a box of positive size inside the image."""
+    """Make the target (see `CocoDetection`) of the objects with a box of positive size inside the image."""
     boxes_xyxy = objects.boxes_xywh.clone()
     boxes_xyxy[:, 2:] += boxes_xyxy[:, :2]
     boxes_xyxy[:, 0::2].clamp_(0, width)
@@ -83,23 +83,28 @@ def make_target(objects: Objects, image_id: int, height: int, width: int) -> Tar
     return target
 
 
-def check_size(path: object, found: Sequence[int], annotated: Sequence[int], source: object) -> None:
+def check_size(path: object, size: Sequence[int], annotated: Sequence[int], source: object) -> None:
     """Compare an image's (height, width) with that of its annotations, where 0 means unknown.
 
     Raises:
         UserError: the two differ.
     """
-    (height, width), (expected_height, expected_width) = found, annotated
+    (height, width), (expected_height, expected_width) = size, annotated
     if expected_height > 0 and expected_width > 0 and (height, width) != (expected_height, expected_width):
         raise UserError(
-            f'{path} is {width} x {height} (width x height), but {source} says {expected_width} x {expected_height}: '
-            'the boxes would be wrong; fetch the right image, or store it without EXIF rotation'
+            f'{path} is {width} x {height} (width x height), but {source} says {expected_width} x '
+            f'{expected_height}: the boxes would be wrong; fetch the right image, or store it without EXIF '
+            'rotation'
         )
 
 
-def kept_by(reading: Reading, objects: Columns) -> np.ndarray:
-    """Leave out crowd regions and, if the reading says so, tiny objects; [A] bool."""
-    return ~objects.crowd & ~(is_tiny(objects) & reading.drop_tiny)
+def is_trained_on(reading: Reading, objects: Columns) -> np.ndarray:
+    """Leave out crowd regions and, if the reading says so, tiny objects; [A] bool.
+
+    An object is tiny by mmdetection's rule, which looks at its box before that is clamped.
+    """
+    tiny = (objects.boxes_xywh[:, 2:] < 1).any(axis=1) | (objects.areas <= 0)
+    return ~objects.crowd & ~(tiny & reading.drop_tiny)
 
 
 def rasterize(segmentation: list | dict, height: int, width: int) -> Tensor:
@@ -109,21 +114,17 @@ def rasterize(segmentation: list | dict, height: int, width: int) -> Tensor:
         UserError: it is neither, or of another size.
     """
     try:
-        return drawn(segmentation, height, width)
-    except Exception as error:  # pycocotools has its own for each kind of nonsense
+        if isinstance(segmentation, dict):
+            if list(segmentation['size']) != [height, width]:
+                raise ValueError(f'it is a mask of {segmentation["size"]}')
+            return torch.from_numpy(coco_mask.decode(run_lengths(segmentation)))
+        polygons = polygons_of(segmentation)
+        if not polygons:
+            return torch.zeros(height, width, dtype=torch.uint8)
+        parts = coco_mask.decode(coco_mask.frPyObjects(polygons, height, width))  # [height, width, parts]
+        return torch.from_numpy(parts.max(axis=2))
+    except Exception as error:  # pycocotools raises many kinds
         text = str(segmentation)[:60]
         raise UserError(
             f'has the segmentation {text}, which is not a mask of {height} x {width} ({error})'
         ) from error
-
-
-def drawn(segmentation: list | dict, height: int, width: int) -> Tensor:
-    if isinstance(segmentation, dict):
-        if list(segmentation['size']) != [height, width]:
-            raise ValueError(f'it is a mask of {segmentation["size"]}')
-        return torch.from_numpy(coco_mask.decode(run_lengths(segmentation)))
-    polygons = polygons_of(segmentation)
-    if not polygons:
-        return torch.zeros(height, width, dtype=torch.uint8)
-    parts = coco_mask.decode(coco_mask.frPyObjects(polygons, height, width))  # [height, width, parts]
-    return torch.from_numpy(parts.max(axis=2))

@@ -22,8 +22,7 @@ from util.box_ops import box_area, box_xyxy_to_cxcywh
 
 Target = dict[str, Tensor]
 Sample = tuple[Tensor, Target]
-# Changes an image and its target with further ones, which the function returns: drawn at random, not
-# transformed.
+# Mixes an image and its target with other images, which the function argument draws at random, untransformed.
 Mix = Callable[[Tensor, Target, Callable[[], Sample]], Sample]
 
 
@@ -116,7 +115,7 @@ def resize(image: Tensor, target: Target, size: int | Sequence[int], max_size: i
 
 
 def rescale(image: Tensor, target: Target, size: int, max_size: int) -> Sample:
-    """Resize to `rescaled_size`, bilinear without antialiasing as OpenCV does, and clip boxes (mmdetection)."""
+    """Resize to `rescaled_size`, bilinear without antialiasing as OpenCV, and clip boxes (mmdetection)."""
     height, width = image_size(image)
     new_width, new_height = rescaled_size((width, height), size, max_size)
     resized, target = resize_to(image, target, (new_width, new_height), antialias=False)
@@ -155,7 +154,7 @@ def resize_to(image: Tensor, target: Target, new_wh: tuple[int, int], antialias:
 
 
 def channels_last(image: Tensor) -> Tensor:
-    """Store the three values of a pixel next to each other: torch resizes such an image three times faster."""
+    """Store the three values of a pixel next to each other: torch resizes the image three times faster."""
     return image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
@@ -176,7 +175,7 @@ def pad_to_square(image: Tensor, target: Target, size: int) -> Sample:
 
 
 def random_region(image: Tensor, height: int, width: int) -> tuple[int, int, int, int]:
-    """Draw a region for `crop`: top before left, from torch. Nothing is drawn if the crop is the whole image."""
+    """Draw a region for `crop`, top before left, from torch; nothing if the crop is the whole image."""
     image_h, image_w = image_size(image)
     if (height, width) == (image_h, image_w):
         return 0, 0, height, width

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datasets.annotations import AnnotationTable, PackedList, is_tiny
+from datasets.annotations import AnnotationTable, PackedList
 from datasets.coco_json import LISTS, decode, read_annotations, read_lists
+from datasets.targets import Reading, is_trained_on
 from util.errors import UserError
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12)
@@ -125,7 +126,10 @@ def test_columns_are_sorted_by_image_and_keep_everything(tmp_path: Path) -> None
     assert objects.areas.tolist() == [7, 12, 0]
     assert objects.crowd.tolist() == [False, False, True]
     assert objects.segmented.tolist() == [False, True, False]
-    assert is_tiny(objects).tolist() == [False, False, True]
+    assert is_trained_on(Reading(), objects).tolist() == [True, True, False]
+    objects.crowd[:] = False
+    assert is_trained_on(Reading(), objects).tolist() == [True, True, True]
+    assert is_trained_on(Reading(drop_tiny=True), objects).tolist() == [True, True, False]
     assert list(PackedList(table.segmentations, objects.starts, objects.stops)) == [
         None,
         [[1, 2, 4, 2, 4, 6]],
@@ -135,7 +139,7 @@ def test_columns_are_sorted_by_image_and_keep_everything(tmp_path: Path) -> None
 
 
 def test_ids_that_other_tools_write_are_repaired(tmp_path: Path) -> None:
-    """Text of digits and whole floats are integers; other image ids are numbered. Evaluation sees the same."""
+    """Text of digits and whole floats are integers; other image ids are numbered. So in evaluation."""
     annotations = [
         {'id': 1, 'image_id': 'b', 'category_id': '3', 'bbox': [1, 2, 3, 4]},
         {'id': 2, 'image_id': 7.0, 'category_id': 2.0, 'bbox': [1, 2, 3, 4]},
@@ -215,7 +219,7 @@ def test_boxes_follow_from_segmentations(tmp_path: Path, segmentation: list | di
         ({'categories': [{'id': 2**70}]}, 'integer id'),
     ],
     ids=lambda value: str(value)[:30],
-)  # fmt: skip
+)
 def test_bad_entries_are_named(tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=rf'data\.json: .*{message}'):
         AnnotationTable(write(tmp_path, **changes))
@@ -239,7 +243,7 @@ def test_bad_entries_are_named(tmp_path: Path, changes: dict, message: str) -> N
         ({'area': 'large'}, 'has area large'),
     ],
     ids=lambda value: str(value)[:30],
-)  # fmt: skip
+)
 def test_the_first_bad_annotation_of_many_is_named(tmp_path: Path, change: dict, message: str) -> None:
     good = {'image_id': 9, 'category_id': 3, 'bbox': [1, 2, 3, 4]}
     annotations = [good | {'id': number} | (change if number in (30, 40) else {}) for number in range(50)]

@@ -1,4 +1,6 @@
-"""Co-DETR's data: class indices, mmdetection's resizing and filters, large-scale jitter, batches of one shape."""
+"""Co-DETR's data: class indices, mmdetection's resizing and filters, large-scale jitter, batches of one
+shape.
+"""
 
 import json
 from argparse import Namespace
@@ -10,7 +12,7 @@ import PIL.Image
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 import main
 from datasets import transforms as T
@@ -250,7 +252,9 @@ def sample_of(boxes: list[list[int]], grey: int, size: int = 64, masks: bool = T
 
 
 def test_pasted_objects_cover_and_what_is_hidden_goes() -> None:
-    """Objects: far away; cut by 10 pixels; cut by 11 with 110 pixels left, and with 440; hidden near the origin."""
+    """Objects: far away; cut by 10 pixels; cut by 11 with 110 pixels left, and with 440; hidden near the
+    origin.
+    """
     boxes = [[0, 20, 5, 25], [30, 10, 50, 15], [29, 15, 51, 25], [29, 25, 51, 65], [2, 2, 9, 9]]
     image, target = sample_of(boxes, 10, size=80)
     source, source_target = sample_of([[40, 0, 60, 75], [0, 0, 10, 10]], 200, size=80)
@@ -369,7 +373,7 @@ def test_boxes_come_back_to_original_pixels(shape: tuple[int, int]) -> None:
 
 
 class Oracle(nn.Module):
-    """Answers with the objects of the images of a data set, in turn."""
+    """Answers with the objects of the images of a dataset, in turn."""
 
     def __init__(self, dataset: ShapesDetection) -> None:
         super().__init__()
@@ -436,6 +440,19 @@ def test_batches_are_of_one_kind_and_every_image_is_seen(processes: int, wide_ev
     assert list(samplers[-1]) == epochs[0][-1][2:]
 
 
+@pytest.mark.parametrize('processes', [1, 2, 3])
+def test_random_batches_are_those_of_pytorch(processes: int) -> None:
+    data = range(23)
+    for rank in range(processes):
+        theirs = DistributedSampler(data, processes, rank, seed=5, drop_last=processes > 1)
+        theirs.set_epoch(2)
+        sampler = BATCHES['random'](data, 3, processes, rank, seed=5)
+        sampler.set_epoch(2)
+        assert list(sampler) == list(BatchSampler(theirs, 3, drop_last=True)) and len(sampler) == len(
+            list(sampler)
+        )
+
+
 def test_the_order_of_aspect_batches_is_as_recorded() -> None:
     """Drawn before batches had a class of their own."""
     batches = aspect_batches([index % 3 == 1 for index in range(9)], 2, 2, 1)
@@ -487,21 +504,10 @@ def test_loaders_batch_images_of_one_kind(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_of_this_recipe_resumes_bit_for_bit(tmp_path: Path) -> None:
-    flags = [
-        '--aug',
-        'lsj',
-        '--img_size',
-        '64',
-        '--batches',
-        'aspect',
-        '--total_batch_size',
-        '4',
-        '--batch_size',
-        '2',
-    ]
-    run(tmp_path / 'whole', *flags, '--epochs', '2')
-    run(tmp_path / 'parts', *flags, '--epochs', '1')
-    run(tmp_path / 'parts', *flags, '--epochs', '2', '--resume', 'auto')
+    flags = '--aug lsj --img_size 64 --batches aspect --total_batch_size 4 --batch_size 2 --epochs'
+    run(tmp_path / 'whole', *flags.split(), '2')
+    run(tmp_path / 'parts', *flags.split(), '1')
+    run(tmp_path / 'parts', *flags.split(), '2', '--resume', 'auto')
     assert_same(load(tmp_path / 'whole')['model'], load(tmp_path / 'parts')['model'])
 
 

@@ -2,7 +2,6 @@
 
 import sys
 from argparse import Namespace
-from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -59,12 +58,13 @@ class Incomplete(ImageDataset):
     ground_truth = None
 
 
-def test_a_data_set_that_breaks_the_contract_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Members that are missing, attributes that are not set, a data set of another kind."""
+def test_a_dataset_that_breaks_the_contract_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members that are missing, attributes that are not set, a dataset of another kind."""
     module = ModuleType('datasets.mine')
     monkeypatch.setitem(sys.modules, 'datasets.mine', module)
     monkeypatch.setitem(data_build.DATASETS, 'mine', 'datasets.mine')
-    settings = replace(data_build.data_settings(Namespace()), dataset_file='mine')
+    flags = vars(data_build.data_settings(Namespace())) | {'dataset_file': 'mine'}
+    settings = data_build.DataSettings(**flags)
     for made, message in (
         (lambda *_: ImageDataset(None, None, 0), 'abstract'),
         (lambda *_: Incomplete(None, None, 0), 'Incomplete of datasets.mine lacks ids and class_map'),

@@ -1,4 +1,6 @@
-"""Data in VOC's and YOLO's formats: the same targets and metrics as their COCO form, and errors that name the file."""
+"""Data in VOC's and YOLO's formats: the same targets and metrics as their COCO form, and errors that name the
+file.
+"""
 
 import json
 import re
@@ -83,7 +85,9 @@ def write_yolo(root: Path, data: dict, split: str) -> None:
 
 @pytest.fixture(scope='module')
 def copies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same images and objects in three formats. Categories in alphabetical order have ids 1 to K in all of them."""
+    """The same images and objects in three formats. Categories in alphabetical order have ids 1 to K in all
+    of them.
+    """
     root = tmp_path_factory.mktemp('copies')
     places = {kind: root / kind for kind in ('coco', 'voc', 'yolo')}
     for split, count in (('train', 8), ('val', 6)):
@@ -155,28 +159,13 @@ def test_a_run_trains_and_its_evaluation_needs_no_flag(
     words = [word for word in TINY.split() if word not in ('--dataset_file', 'shapes')]
     flags = [
         *words,
-        '--dataset_file',
-        kind,
-        '--coco_path',
-        str(copies[kind]),
-        '--epochs',
-        '1',
-        '--output_dir',
-        str(tmp_path),
+        *f'--dataset_file {kind} --coco_path {copies[kind]} --epochs 1 --output_dir {tmp_path}'.split(),
     ]
     main.main(main.get_args_parser().parse_args(flags))
     trained = json.loads((tmp_path / 'log.jsonl').read_text())['test_coco_eval_bbox']
     assert load(tmp_path)['class_map']['names'] == sorted(load(tmp_path)['class_map']['names'])
-    again = [
-        '--eval',
-        '--resume',
-        str(tmp_path / 'checkpoint.pth'),
-        '--output_dir',
-        str(tmp_path),
-        '--num_workers',
-        '0',
-    ]
-    main.main(main.get_args_parser().parse_args(again))
+    again = f'--eval --resume {tmp_path}/checkpoint.pth --output_dir {tmp_path} --num_workers 0'
+    main.main(main.get_args_parser().parse_args(again.split()))
     assert json.loads((tmp_path / 'eval.json').read_text())['test_coco_eval_bbox'] == trained
 
 
@@ -326,21 +315,31 @@ BAD = {
     'a missing XML': ('voc', 'Annotations/train_{first}.xml', None, 'take its name out of the list'),
     'no file name': ('voc', 'Annotations/train_{first}.xml', '<annotation/>', 'must name the image file'),
     'a box of words': (
-        'voc', 'Annotations/train_{first}.xml',
-        '<annotation><filename>a.jpg</filename><object><name>disc</name><bndbox><xmin>left</xmin></bndbox></object></annotation>',
+        'voc',
+        'Annotations/train_{first}.xml',
+        '<annotation><filename>a.jpg</filename><object><name>disc</name><bndbox><xmin>left</xmin></bndbox>'
+        '</object></annotation>',
         'is not an annotation of VOC',
     ),
     'an infinite side': (
-        'voc', 'Annotations/train_{first}.xml',
+        'voc',
+        'Annotations/train_{first}.xml',
         '<annotation><filename>a.jpg</filename><size><height>inf</height></size></annotation>',
         'is not an annotation of VOC',
     ),
     'a box without a side': (
-        'voc', 'Annotations/train_{first}.xml',
-        '<annotation><filename>a.jpg</filename><object><name>disc</name><bndbox><ymin>1</ymin></bndbox></object></annotation>',
+        'voc',
+        'Annotations/train_{first}.xml',
+        '<annotation><filename>a.jpg</filename><object><name>disc</name><bndbox><ymin>1</ymin></bndbox>'
+        '</object></annotation>',
         r'train_.*xml has an object of the corners \[nan, 1.0',
     ),
-    'a negative number': ('yolo', 'labels/train/{first}.txt', '0 0.5 0.5 0.1 -0.1', '-0.1., which is neither a box nor a polygon .a size is negative'),
+    'a negative number': (
+        'yolo',
+        'labels/train/{first}.txt',
+        '0 0.5 0.5 0.1 -0.1',
+        '-0.1., which is neither a box nor a polygon .a size is negative',
+    ),
     'no number': ('yolo', 'labels/train/{first}.txt', '0 0.5 nan 0.1 0.1', 'line 1 is .* number not finite'),
     'no data.yaml': ('yolo', 'data.yaml', None, 'must be the folder of data.yaml'),
     'no YAML': ('yolo', 'data.yaml', 'a: [', 'is not YAML'),
@@ -350,8 +349,13 @@ BAD = {
     'no folder': ('yolo', 'data.yaml', 'train: gone\nnames: [a]', 'are in none of'),
     'a line of words': ('yolo', 'labels/train/{first}.txt', '0 a b c d', 'is neither a box nor a polygon'),
     'three numbers': ('yolo', 'labels/train/{first}.txt', '0 0.5 0.5 0.1', 'line 1'),
-    'a class that is not named': ('yolo', 'labels/train/{first}.txt', '77 0.5 0.5 0.1 0.1', r'line 1 is .* \(the classes are 0, 1, '),
-}  # fmt: skip
+    'a class that is not named': (
+        'yolo',
+        'labels/train/{first}.txt',
+        '77 0.5 0.5 0.1 0.1',
+        r'line 1 is .* \(the classes are 0, 1, ',
+    ),
+}
 
 
 @pytest.mark.parametrize('name', BAD)

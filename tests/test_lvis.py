@@ -1,4 +1,6 @@
-"""LVIS: its files, repetition of rare classes, and its federated evaluation beside an independent computation."""
+"""LVIS: its files, repetition of rare classes, and its federated evaluation beside an independent
+computation.
+"""
 
 import json
 from collections import defaultdict
@@ -25,24 +27,38 @@ AREAS = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))
 
 
 def made(seed: int, num_images: int = 40, num_classes: int = 9) -> tuple[dict, dict[int, dict]]:
-    """Annotations with classes of every frequency, negative and not exhaustive sets; and detections, near objects or not."""
+    """Annotations with classes of every frequency, negative and not exhaustive sets; and detections, near
+    objects or not.
+    """
     random = np.random.default_rng(seed)
     images, annotations, predictions = [], [], {}
     for image_id in range(1, num_images + 1):
         classes = random.permutation(num_classes) + 1
         present, negative = classes[: random.integers(0, 4)], classes[4 : 4 + random.integers(0, 4)]
-        images.append({
-            'id': image_id, 'height': 200, 'width': 240, 'coco_url': f'http://a/b/val2017/{image_id}.png',
-            'neg_category_ids': negative.tolist(), 'not_exhaustive_category_ids': present[:1].tolist() if random.random() < 0.5 else [],
-        })  # fmt: skip
+        images.append(
+            {
+                'id': image_id,
+                'height': 200,
+                'width': 240,
+                'coco_url': f'http://a/b/val2017/{image_id}.png',
+                'neg_category_ids': negative.tolist(),
+                'not_exhaustive_category_ids': present[:1].tolist() if random.random() < 0.5 else [],
+            }
+        )
         found = []
         for category in present:
             for _ in range(random.integers(1, 4)):
                 x, y, w, h = random.uniform([0, 0, 4, 4], [120, 100, 118, 98])
-                annotations.append({
-                    'id': len(annotations) + 1, 'image_id': image_id, 'category_id': int(category), 'bbox': [x, y, w, h],
-                    'area': w * h * random.uniform(0.5, 1), 'segmentation': [[x, y, x + w, y, x + w, y + h, x, y + h]],
-                })  # fmt: skip
+                annotations.append(
+                    {
+                        'id': len(annotations) + 1,
+                        'image_id': image_id,
+                        'category_id': int(category),
+                        'bbox': [x, y, w, h],
+                        'area': w * h * random.uniform(0.5, 1),
+                        'segmentation': [[x, y, x + w, y, x + w, y + h, x, y + h]],
+                    }
+                )
                 for _ in range(random.integers(0, 3)):
                     shift = random.normal(0, 0.12, 4) * [w, h, w, h]
                     found.append(
@@ -58,9 +74,10 @@ def made(seed: int, num_images: int = 40, num_classes: int = 9) -> tuple[dict, d
         boxes = torch.tensor([box for _, box, _ in found], dtype=torch.float64).clamp(min=1)
         boxes[:, 2:] += boxes[:, :2]
         predictions[image_id] = {
-            'labels': torch.tensor([label - 1 for label, _, _ in found]), 'boxes': boxes,
+            'labels': torch.tensor([label - 1 for label, _, _ in found]),
+            'boxes': boxes,
             'scores': torch.tensor([score for _, _, score in found], dtype=torch.float64),
-        }  # fmt: skip
+        }
     categories = [{'id': i, 'name': f'c{i}', 'frequency': 'rcf'[i % 3]} for i in range(1, num_classes + 1)]
     return {'images': images, 'annotations': annotations, 'categories': categories}, predictions
 
@@ -73,7 +90,7 @@ def iou(a: Tensor, b: Tensor) -> np.ndarray:
 
 
 def independent(data: dict, predictions: dict[int, dict]) -> dict[str, float]:
-    """LVIS's numbers for boxes, written from the paper's rules without a library (arXiv:1908.03195, Sec. 3)."""
+    """LVIS's numbers for boxes, from the rules of the paper without a library (arXiv:1908.03195, Sec. 3)."""
     truths = defaultdict(list)
     for a in data['annotations']:
         truths[a['category_id'], a['image_id']].append(a)
@@ -240,7 +257,7 @@ def lvis_folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ('flags', 'counted'), [('--deformable', 100), ('--deformable --topk_eval 1000', 1000)]
 )
-def test_a_data_set_tells_how_many_detections_count(flags: str, counted: int, lvis_folder: Path) -> None:
+def test_a_dataset_tells_how_many_detections_count(flags: str, counted: int, lvis_folder: Path) -> None:
     args = settle(parse('', flags=f'{flags} --dataset_file lvis --coco_path {lvis_folder}'))
     dataset = build_data('val', args)
     assert dataset.federated == counted

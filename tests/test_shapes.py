@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
-from torch.utils.data import DataLoader
 
 from datasets import shapes
 from datasets.shape_scenes import KINDS, MAX_OBJECTS, Dice, draw_scene
@@ -145,7 +144,7 @@ def test_ground_truth_equals_targets():
             assert coco_mask.toBbox([obj['segmentation']])[0].tolist() == obj['bbox']
 
 
-def test_a_data_set_travels_without_its_ground_truth():
+def test_a_dataset_travels_without_its_ground_truth():
     dataset = ShapesDetection(2)
     size = len(pickle.dumps(dataset))
     assert dataset.ground_truth['images'] and len(pickle.dumps(dataset)) == size
@@ -154,37 +153,6 @@ def test_a_data_set_travels_without_its_ground_truth():
 def test_class_indices_are_named_after_the_shapes():
     class_map = ShapesDetection(1).class_map
     assert class_map.names == tuple(kind.__name__ for kind in KINDS)
-
-
-def shifted(image, target):
-    """A transform whose outcome is a random number."""
-    return image, {'drawn': torch.rand(1), 'image_id': target['image_id']}
-
-
-def test_augmentation_depends_on_seed_epoch_and_number():
-    dataset, other = ShapesDetection(3, transforms=shifted), ShapesDetection(3, seed=1, transforms=shifted)
-    first = dataset[0][1]['drawn']
-    assert torch.equal(first, dataset[0][1]['drawn'])
-    assert not torch.equal(first, dataset[1][1]['drawn']) and not torch.equal(first, other[0][1]['drawn'])
-    dataset.set_epoch(1)
-    assert not torch.equal(first, dataset[0][1]['drawn'])
-
-
-def test_workers_give_the_same_items():
-    dataset = ShapesDetection(6, 'train', transforms=shifted)
-    apart = list(DataLoader(dataset, batch_size=None, num_workers=2))
-    for index, (image, target) in enumerate(apart):
-        assert torch.equal(image, dataset[index][0])
-        assert torch.equal(target['drawn'], dataset[index][1]['drawn'])
-
-
-def test_workers_that_outlive_an_epoch_see_the_next():
-    dataset = ShapesDetection(2, 'train', transforms=shifted)
-    loader = DataLoader(dataset, batch_size=None, num_workers=1, persistent_workers=True)
-    for epoch in range(2):
-        dataset.set_epoch(epoch)
-        drawn = [target['drawn'] for _, target in loader]
-        assert torch.equal(drawn[0], dataset[0][1]['drawn'])
 
 
 def test_iteration_ends_and_numbers_outside_are_refused():

@@ -1,4 +1,6 @@
-"""Files of unknown origin: shards, images, annotations and checkpoints run nothing and take no more memory than is said."""
+"""Files of unknown origin: shards, images, annotations and checkpoints run nothing and take no more memory
+than is said.
+"""
 
 import io
 import json
@@ -16,10 +18,10 @@ import pytest
 import torch
 
 import main
+from datasets import shard_index
 from datasets.image_io import FORMATS, MAX_PIXELS, orientation, read_image, stored_size
-from datasets.streaming import index as shard_index
-from datasets.streaming.index import read_index, read_samples
-from datasets.streaming.shards import ShardedCoco
+from datasets.shard_index import read_index, read_samples
+from datasets.shards import ShardedCoco
 from tests.runs import run
 from tests.shared_data import EPS, put_ghostscript, rule_image
 from tools import compare_runs, make_shards, predict
@@ -38,15 +40,8 @@ def shards(tmp_path: Path) -> Path:
     images = [{'id': n, 'file_name': f'{n}.png'} for n in (0, 1)]
     content = {'images': images, 'annotations': boxes, 'categories': [{'id': 1}, {'id': 2}]}
     (tmp_path / 'all.json').write_text(json.dumps(content))
-    words = [
-        '--images',
-        f'{tmp_path}/images',
-        '--ann',
-        f'{tmp_path}/all.json',
-        '--output',
-        f'{tmp_path}/shards',
-    ]
-    make_shards.make_shards(make_shards.get_args_parser().parse_args(words))
+    words = f'--images {tmp_path}/images --ann {tmp_path}/all.json --output {tmp_path}/shards'
+    make_shards.make_shards(make_shards.get_args_parser().parse_args(words.split()))
     return tmp_path / 'shards'
 
 
@@ -60,7 +55,7 @@ def set_address(shards: Path, url: str) -> None:
     change_index(shards, lambda data: data['shards'][0].update(url=url))
 
 
-# Shards -----------------------------------------------------------------------------------------------------------
+# Shards ----
 
 
 def test_a_command_in_an_index_needs_the_flag(shards: Path, tmp_path: Path) -> None:
@@ -76,10 +71,10 @@ def test_a_command_in_an_index_needs_the_flag(shards: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize('kind', ['http', 'ftp', 'gs', 'hf', 'PIPE', 's3', 'file', 'scp'])
 def test_other_addresses_are_refused(shards: Path, kind: str) -> None:
     set_address(shards, f'{kind}://host/000000.tar')
-    with pytest.raises(UserError, match='an https address, or with --allow_pipe a command'):
+    with pytest.raises(UserError, match='an https URL, or with --allow_pipe a command'):
         read_index(shards, allow_pipe=True)
     words = ['--ann', 'x', '--images', 'x', '--output', f'{shards}/new', '--url', f'{kind}://host/{{file}}']
-    with pytest.raises(UserError, match='an https address'):
+    with pytest.raises(UserError, match='an https URL'):
         make_shards.make_shards(make_shards.get_args_parser().parse_args(words))
 
 
@@ -103,7 +98,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_checkpoint_runs_no_command(trained: Path, shards: Path, tmp_path: Path) -> None:
-    """Neither its evaluation nor the comparison of its run, though the file says that commands are allowed."""
+    """Neither its evaluation nor the comparison of its run, though the file allows commands."""
     set_address(shards, f'pipe:touch {tmp_path}/ran; cat {shards}/000000.tar')
     checkpoint = torch.load(trained / 'checkpoint.pth', weights_only=True)
     more = {'dataset_file': 'coco', 'val_shards': str(shards), 'allow_pipe': True, 'allow_outside': True}
@@ -229,7 +224,7 @@ def test_records_of_wrong_types_get_the_usual_message(name: str, shards: Path) -
         data.decoded(type(stored)(0, stored.name, stored.image, RECORDS[name]))
 
 
-# Images -----------------------------------------------------------------------------------------------------------
+# Images ----
 
 
 def huge_jpeg(height: int = 65_500, width: int = 65_500) -> bytes:

@@ -1,7 +1,7 @@
 """
 Write a part of a dataset in Pascal VOC's or YOLO's format as an annotation file in COCO form.
 
-  python tools/convert_dataset.py --dataset_file voc --coco_path VOCdevkit/VOC2012 --image_set train --output train.json
+  python tools/convert_dataset.py --dataset_file voc --coco_path VOCdevkit/VOC2012 --output train.json
   python tools/convert_dataset.py --dataset_file yolo --coco_path data.yaml --image_set val --output val.json
 
 Training needs no such file (--dataset_file voc|yolo); other tools may.
@@ -44,7 +44,7 @@ def convert(args: argparse.Namespace) -> str:
     """Write the file, and return a summary.
 
     Raises:
-        UserError: the file exists, or the data are wrong.
+        UserError: the file exists, or the data are invalid.
     """
     if args.output.exists():
         raise UserError(f'{args.output} exists: choose another --output, or remove it')

@@ -3,10 +3,11 @@ Write tar shards of a dataset in COCO form, for --train_ann and --val_ann of mai
 
   python tools/make_shards.py --coco_path DATA --image_set train --output shards/train
   python tools/make_shards.py --images my/train --ann my/train.json --output shards/train --shard_size 500MB
-  python tools/make_shards.py ... --url 'pipe:aws s3 cp s3://bucket/train/{file} -'    where the shards will be
+  python tools/make_shards.py ... --url 'pipe:aws s3 cp s3://bucket/train/{file} -'    for shards elsewhere
 
-For each image a shard holds its unchanged file, and a JSON with image_id, file_name, height, width and annotations.
-The index, shards.json, and the annotation file are stored beside the shards. All is written, or nothing.
+For each image a shard holds its unchanged file, and a JSON with image_id, file_name, height, width and
+annotations. The index, shards.json, and the annotation file are stored beside the shards. All is written, or
+nothing.
 """
 
 import argparse
@@ -19,14 +20,16 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.annotations import AnnotationTable, read_columns
+from datasets.annotations import AnnotationTable
 from datasets.coco import find_files
-from datasets.coco_json import Annotations, Issues, check_files, encode, read_annotations
+from datasets.coco_json import Annotations, check_files, read_annotations
 from datasets.image_io import stored_size
-from datasets.streaming.index import ANNOTATIONS, INDEX, VERSION, check_address, import_webdataset
-from datasets.targets import Reading, check_size, kept_by
+from datasets.shard_index import ANNOTATIONS, INDEX, VERSION, check_url, import_webdataset
+from datasets.targets import Reading, check_size, is_trained_on
 from util.errors import UserError
 from util.files import save_atomically
 from util.flags import FlagParser, run_command
@@ -53,13 +56,24 @@ def get_args_parser() -> argparse.ArgumentParser:
         '--allow_outside', action='store_true', help='take file names that lead out of the image folder'
     )
     parser.add_argument('--output', required=True, metavar='DIR', help='new folder for shards and index')
-    parser.add_argument('--shard_size', default='1000', metavar='SIZE',
-                        help='number of images per shard, or its size: 300MB, 1GB (default: %(default)s)')  # fmt: skip
-    parser.add_argument('--shuffle', type=int, metavar='SEED',
-                        help='seed to shuffle the images, for data whose neighbours are alike (default: order of ids)')  # fmt: skip
-    parser.add_argument('--url', default='{file}',
-                        help='address of a shard in the index: a path relative to the index, an https address, or "pipe:COMMAND", '
-                             'which runs with --allow_pipe alone (default: %(default)s)')  # fmt: skip
+    parser.add_argument(
+        '--shard_size',
+        default='1000',
+        metavar='SIZE',
+        help='number of images per shard, or its size: 300MB, 1GB (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--shuffle',
+        type=int,
+        metavar='SEED',
+        help='seed to shuffle the images, for data whose neighbours are alike (default: order of ids)',
+    )
+    parser.add_argument(
+        '--url',
+        default='{file}',
+        help='URL of a shard in the index: a path relative to the index, an https URL, or "pipe:COMMAND", '
+        'which runs only with --allow_pipe (default: %(default)s)',
+    )
     return parser
 
 
@@ -69,11 +83,12 @@ def shard_limit(text: str) -> dict[str, float]:
     Raises:
         UserError: the text is neither.
     """
-    number, unit = (text[:-2], text[-2:].upper()) if text[-2:].upper() in UNITS else (text, '')
+    unit = UNITS.get(text[-2:].upper())
+    number = text[:-2] if unit else text
     if not number.isdecimal() or int(number) < 1:
         raise UserError(f'--shard_size {text}: give a number of images, 1000, or a size, 300MB or 1GB')
     if unit:
-        return {'maxcount': sys.maxsize, 'maxsize': int(number) * UNITS[unit]}
+        return {'maxcount': sys.maxsize, 'maxsize': int(number) * unit}
     return {'maxcount': int(number), 'maxsize': sys.maxsize}
 
 
@@ -99,10 +114,10 @@ def image_records(data: Annotations, folder: Path, file: Path, seed: int | None)
 
 def write_shards(
     records: Iterator[dict], images: Path, output: Path, limit: dict[str, float], url: str
-) -> dict:
-    """Write shards of the records, and return the index without the categories."""
+) -> tuple[list[dict], list[int], list[list[int]]]:
+    """Write shards of the records, and return what the index has of them: shards, image ids and sizes."""
     counts: Counter[str] = Counter()
-    image_ids, sizes, unsegmented = [], [], []
+    image_ids, sizes = [], []
     writer = import_webdataset().ShardWriter(
         str(output).replace('%', '%%') + '/%06d.tar', **limit, verbose=0, encoder=False, mtime=0
     )
@@ -116,15 +131,11 @@ def write_shards(
             counts[Path(writer.fname).name] += 1
             image_ids.append(record['image_id'])
             sizes.append([record['height'], record['width']])
-            objects = read_columns(encode(record['annotations']), Issues())
-            if not objects.segmented[kept_by(Reading(drop_tiny=True), objects)].all():
-                unsegmented.append(record['image_id'])
     shards = [
         {'url': url.replace('{file}', name), 'images': count, 'bytes': (output / name).stat().st_size}
         for name, count in counts.items()
     ]
-    totals = {'images': len(image_ids), 'bytes': sum(shard['bytes'] for shard in shards)}
-    return totals | {'shards': shards, 'unsegmented': unsegmented, 'image_ids': image_ids, 'sizes': sizes}
+    return shards, image_ids, sizes
 
 
 def make_shards(args: Namespace) -> str:
@@ -138,20 +149,29 @@ def make_shards(args: Namespace) -> str:
         raise UserError(f'{output} exists: choose another --output, or remove it')
     if '{file}' not in args.url:
         raise UserError(f'--url {args.url} needs {{file}} where the name of a shard goes')
-    check_address(args.url, '--url', allow_pipe=True)
+    check_url(args.url, '--url', allow_pipe=True)
     folder, file = find_files(args.image_set, args.coco_path, args.images, args.ann)
-    check_files(AnnotationTable(file).file_names, folder, file, args.allow_outside)
+    table = AnnotationTable(file)
+    check_files(table.file_names, folder, file, args.allow_outside)
+    needs_segmentation = is_trained_on(Reading(drop_tiny=True), table.objects)
+    unsegmented = table.objects.image_ids[needs_segmentation & ~table.objects.segmented]
     data = read_annotations(file)
 
     def write(partial: Path) -> None:
         partial.mkdir()
         records = image_records(data, folder, file, args.shuffle)
+        shards, image_ids, sizes = write_shards(records, folder, partial, limit, args.url)
         index = {
             'version': VERSION,
             'categories': data['categories'],
             'annotations': len(data['annotations']),
+            'images': len(image_ids),
+            'bytes': sum(shard['bytes'] for shard in shards),
+            'shards': shards,
+            'unsegmented': np.unique(unsegmented).tolist(),
+            'image_ids': image_ids,
+            'sizes': sizes,
         }
-        index |= write_shards(records, folder, partial, limit, args.url)
         shutil.copyfile(file, partial / ANNOTATIONS)
         (partial / INDEX).write_text(json.dumps(index))
 

@@ -1,9 +1,9 @@
 """
 Index of a dataset in tar shards, and reading one shard with the WebDataset library.
 
-The index, shards.json, holds what must be known before a tar is opened: categories, the shards' addresses and numbers
-of images, and the id and size of each image in the order of the shards. Each image's annotations are stored beside it
-in its shard. The whole annotation file is also stored beside the index, for evaluation.
+The index, shards.json, holds what must be known before a tar is opened: categories, the shards' URLs and
+numbers of images, and the id and size of each image in the order of the shards. Each image's annotations are
+stored beside it in its shard. The whole annotation file is also stored beside the index, for evaluation.
 """
 
 import os
@@ -12,12 +12,10 @@ import tarfile
 import types
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-import numpy as np
 
 from datasets.class_map import names_by_id
 from util.errors import FileError, UserError
@@ -27,54 +25,52 @@ VERSION = 2
 WRITE_AGAIN = 'fetch it again, or write the shards again with tools/make_shards.py'
 LARGEST_MEMBER = 1 << 30  # bytes of a member of a shard
 
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """N images in shards.
-
-    path: index file. urls: address of each shard for WebDataset. bounds: [shards + 1], shard s has the rows bounds[s]
-    to bounds[s + 1]. image_ids: [N]. sizes: [N, 2] height and width in pixels. unsegmented: ids of images with an
-    object (neither crowd nor tiny) that has no segmentation.
-    """
-
-    path: Path
-    categories: list[dict]
-    urls: list[str]
-    bounds: np.ndarray
-    image_ids: np.ndarray
-    sizes: np.ndarray
-    unsegmented: frozenset[int]
-
-    def shard_of(self, row: int) -> int:
-        """Return the shard that holds a row."""
-        return int(np.searchsorted(self.bounds, row, side='right')) - 1
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
-Whole = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-
-
-class ShardFile(msgspec.Struct):
-    """A shard, as shards.json has it."""
+class Shard(msgspec.Struct):
+    """A tar. url: a path, an https URL, or a command (pipe:). images, bytes: how many it has."""
 
     url: str
     images: Annotated[int, msgspec.Meta(ge=1)]
     bytes: int
 
 
-class IndexFile(msgspec.Struct):
-    """The content of shards.json."""
+class ShardIndex(msgspec.Struct):
+    """Content of shards.json: N images in shards.
+
+    image_ids: [N]. sizes: [N, 2] height and width in pixels. unsegmented: ids of images with an object
+    (neither crowd nor tiny) that has no segmentation.
+    """
 
     version: Literal[2]
     categories: list[dict]
-    shards: Annotated[list[ShardFile], msgspec.Meta(min_length=1)]
+    shards: Annotated[list[Shard], msgspec.Meta(min_length=1)]
     images: int
-    image_ids: list[Whole]
-    sizes: list[tuple[Whole, Whole]]
-    unsegmented: list[Whole]
+    image_ids: list[Int64]
+    sizes: list[tuple[Int64, Int64]]
+    unsegmented: list[Int64]
+
+    def __post_init__(self) -> None:
+        """Refuse contradictions; msgspec turns a ValueError of this method into its own error."""
+        names_by_id(self.categories)
+        total = sum(shard.images for shard in self.shards)
+        if not total == self.images == len(self.image_ids) == len(self.sizes):
+            numbers = f'the total is {self.images}, ids are {len(self.image_ids)}'
+            raise ValueError(f'its shards have {total} images, {numbers}')
+        if len(set(self.image_ids)) != total:
+            raise ValueError('it has an image id twice')
+
+
+def index_file(place: str | os.PathLike[str]) -> Path:
+    """Return the index at a path, or in a folder."""
+    return Path(place) / INDEX if Path(place).is_dir() else Path(place)
 
 
 def read_index(place: str | os.PathLike[str], allow_pipe: bool = False) -> ShardIndex:
-    """Read the index at a path, or in a folder. Local shards must exist with the sizes in it.
+    """Read the index at a path, or in a folder.
+
+    Paths of shards become absolute. These files must exist, with the sizes in the index.
 
     allow_pipe: take shards that are commands.
 
@@ -82,45 +78,34 @@ def read_index(place: str | os.PathLike[str], allow_pipe: bool = False) -> Shard
         FileError: the index or a shard does not exist.
         UserError: the index or a shard is damaged, or a shard is a command and allow_pipe is not set.
     """
-    path = Path(place) / INDEX if Path(place).is_dir() else Path(place)
+    path = index_file(place)
     if not path.is_file():
         raise FileError(f'there is no index {path}: write shards with tools/make_shards.py')
     try:
-        file = msgspec.json.decode(path.read_bytes(), type=IndexFile)
-        names_by_id(file.categories)
+        index = msgspec.json.decode(path.read_bytes(), type=ShardIndex)
     except (ValueError, RecursionError) as error:
         raise UserError(f'{path} is not an index of shards ({error}): {WRITE_AGAIN}') from error
-    counts = [shard.images for shard in file.shards]
-    if not sum(counts) == file.images == len(file.image_ids) == len(file.sizes):
-        raise UserError(
-            f'{path}: shards have {sum(counts)} images, the total is {file.images}, ids are {len(file.image_ids)}: '
-            + WRITE_AGAIN
-        )
-    if len(set(file.image_ids)) != len(file.image_ids):
-        raise UserError(f'{path} has an image id twice: {WRITE_AGAIN}')
-    urls = [shard_url(shard.url, path.parent) for shard in file.shards]
-    for url, shard in zip(urls, file.shards, strict=True):
-        check_address(url, path, allow_pipe)
-        if is_local(url):
-            check_file(Path(url), shard.bytes, path)
-    return ShardIndex(
-        path,
-        file.categories,
-        urls,
-        np.cumsum([0, *counts]),
-        np.array(file.image_ids, dtype=np.int64),
-        np.array(file.sizes, dtype=np.int64),
-        frozenset(file.unsegmented),
-    )
+    for shard in index.shards:
+        check_url(shard.url, path, allow_pipe)
+        if is_local(shard.url):
+            file = (path.parent / shard.url).absolute()
+            if not file.is_file():
+                raise FileError(f'shard {file} of {path} does not exist: {WRITE_AGAIN}')
+            if (size := file.stat().st_size) != shard.bytes:
+                raise UserError(
+                    f'shard {file} has {size} bytes, but {path} says {shard.bytes}: {WRITE_AGAIN}'
+                )
+            shard.url = str(file)
+    return index
 
 
 def is_local(url: str) -> bool:
-    """Return whether a name is a path, and neither a command (pipe:) nor a URL."""
+    """Return whether this is a path, and neither a command (pipe:) nor a URL."""
     return re.match(r'[a-z][a-z0-9+.-]*:', url, re.IGNORECASE) is None
 
 
-def check_address(url: str, source: object, allow_pipe: bool) -> None:
-    """Refuse a shard that is neither a file, nor an https address, nor an allowed command.
+def check_url(url: str, source: object, allow_pipe: bool) -> None:
+    """Refuse a shard that is neither a file, nor an https URL, nor an allowed command.
 
     Raises:
         UserError: the shard is refused; the message names the source.
@@ -129,26 +114,13 @@ def check_address(url: str, source: object, allow_pipe: bool) -> None:
         return
     if url.startswith('pipe:'):
         raise UserError(
-            f'{source} has the shard {url!r}, a command that this machine would run: if you trust it, add --allow_pipe'
+            f'{source} has the shard {url!r}, a command that this machine would run: if you trust it, '
+            'add --allow_pipe'
         )
     raise UserError(
-        f'{source} has the shard {url!r}: a shard is a file, an https address, or with --allow_pipe a command '
+        f'{source} has the shard {url!r}: a shard is a file, an https URL, or with --allow_pipe a command '
         "that writes it ('pipe:gsutil cat gs://bucket/000000.tar')"
     )
-
-
-def shard_url(url: str, folder: Path) -> str:
-    """Make paths relative to the index's folder absolute; leave other URLs to WebDataset."""
-    return str((folder / url).absolute()) if is_local(url) else url
-
-
-def check_file(path: Path, size: int, index: Path) -> None:
-    if not path.is_file():
-        raise FileError(f'shard {path} of {index} does not exist: {WRITE_AGAIN}')
-    if path.stat().st_size != size:
-        raise UserError(
-            f'shard {path} has {path.stat().st_size} bytes, but {index} says {size}: {WRITE_AGAIN}'
-        )
 
 
 def import_webdataset() -> types.ModuleType:
@@ -160,7 +132,7 @@ def import_webdataset() -> types.ModuleType:
 
 
 class Member(tarfile.TarInfo):
-    """Header of a member. Sparse and very large ones, which a small file can hold, are refused before they are read."""
+    """Header of a member. Sparse and very large ones, which a small file can hold, are not read."""
 
     @classmethod
     def frombuf(cls, *header: Any) -> 'Member':
@@ -176,7 +148,7 @@ class Member(tarfile.TarInfo):
 
 
 def open_shard(url: str) -> Any:
-    """Open a shard whose address was checked, as a stream of bytes."""
+    """Open a shard whose URL was checked, as a stream of bytes."""
     if is_local(url):
         return open(url, 'rb')
     gopen = import_webdataset().tariterators.gopen
@@ -184,9 +156,8 @@ def open_shard(url: str) -> Any:
         return gopen.gopen(url)
     tries = ['--connect-timeout', '30', '--retry', '30', '--retry-delay', '2']
     only_https = ['--proto', '=https', '--globoff']  # after a redirection too
-    return gopen.Pipe(
-        ['curl', *only_https, *tries, '-f', '-s', '-L', url], mode='rb', bufsize=8192, ignore_status=[141, 23]
-    )
+    command = ['curl', *only_https, *tries, '-f', '-s', '-L', url]
+    return gopen.Pipe(command, mode='rb', bufsize=8192, ignore_status=[141, 23])
 
 
 def members_of(url: str, stream: Any) -> Iterator[dict]:
@@ -201,7 +172,7 @@ def members_of(url: str, stream: Any) -> Iterator[dict]:
 
 
 def read_samples(url: str) -> Iterator[dict]:
-    """Yield a shard's images in order: a dictionary with `__key__` and the bytes of each member by its suffix.
+    """Yield a shard's images in order: dictionaries of `__key__` and of each member's bytes by its suffix.
 
     Raises:
         UserError: the shard cannot be opened or read.
