@@ -379,7 +379,7 @@ def test_a_training_step_waits_for_the_gpu_once(flags: dict, monkeypatch: pytest
 
 
 def test_a_row_of_known_assignments_needs_no_matcher() -> None:
-    """What denoising and collaborative heads will bring: pairs and a count of their own."""
+    """As those of denoising and of Co-DETR's heads."""
     with float64():
         model, criterion, _ = build({'conditional': True, 'dropout': 0.0})
         targets = random_targets(2, 1)
@@ -387,15 +387,13 @@ def test_a_row_of_known_assignments_needs_no_matcher() -> None:
         plain = criterion(outputs, targets)
         row = criterion.table['one2one']
         criterion.table['dn'] = Supervision(None, row.coef, row.class_loss)
-        pairs = Assignment(
-            torch.tensor([0, 0, 1, 1]), torch.tensor([3, 4, 5, 6]), torch.tensor([0, 1, 2, 2]), count=8
-        )
+        pairs = Assignment(torch.tensor([0, 0, 1, 1]), torch.tensor([3, 4, 5, 6]), torch.tensor([0, 1, 2, 2]))
         noised = {'dn': replace(outputs['predictions']['one2one'], assignment=pairs)}
         losses = criterion(outputs | {'predictions': outputs['predictions'] | noised}, targets)
         for name, value in plain.items():
             torch.testing.assert_close(losses[name], value)
         boxes = torch.cat([target['boxes'] for target in targets])[pairs.target]
-        expected = (outputs['pred_boxes'][pairs.batch, pairs.query] - boxes).abs().sum() / 8
+        expected = (outputs['pred_boxes'][pairs.batch, pairs.query] - boxes).abs().sum() / 4
         torch.testing.assert_close(losses['loss_bbox_dn'], expected)
         assert 'loss_ce_0_dn' in losses and 'class_error_dn' in losses
 
