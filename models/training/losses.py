@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
 
 from util.box_ops import box_cxcywh_to_xyxy, box_iou, generalized_box_iou
 
@@ -191,10 +192,7 @@ def class_error(matched: MatchedPredictions) -> Tensor:
 
 def focal_mask_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Return the mean sigmoid focal loss of masks with P pixels, [N, P] to [N] (DETR Sec. 4.4)."""
-    p = logits.sigmoid()
-    loss = F.binary_cross_entropy_with_logits(logits, target, reduction='none')
-    loss = loss * (1 - (p * target + (1 - p) * (1 - target))) ** 2
-    return (loss * (0.25 * target + 0.75 * (1 - target))).mean(1)
+    return sigmoid_focal_loss(logits, target, reduction='none').mean(1)
 
 
 def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
