@@ -148,7 +148,7 @@ def test_every_trainable_parameter_gets_a_finite_gradient(flags: dict, num_objec
 
 
 def test_softmax_loss_is_a_weighted_mean_however_few_the_queries() -> None:
-    """Its divisor is a sum of class weights, which may be below 1; only counts of objects are kept from that."""
+    """Its divisor is a sum of class weights, which may be below 1. Only numbers of objects are at least 1."""
     with float64():
         model, criterion, _ = build({'num_queries': 4, 'dropout': 0.0})
         targets = random_targets(0)
@@ -266,7 +266,7 @@ FIVE_LEVELS = {'num_feature_levels': 5}
     ids=['denoising', 'Co-Deformable-DETR', 'Co-DINO', 'Co-DINO with masks'],
 )
 def test_steps_with_samples_wait_seldom(flags: dict, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noise and samples of the dense heads have sizes that depend on values; levels and layers add nothing."""
+    """Sizes of noise and of samples of the dense heads depend on values; levels and layers add no waits."""
     found = waits_of_a_step(flags, monkeypatch)
     assert 2 < len(found) <= most, found
 
@@ -421,11 +421,10 @@ def test_groups_apart_attend_as_under_one_mask(flags: dict, monkeypatch: pytest.
             torch.randn(2, 32, 3, 4), torch.zeros(2, 3, 4, dtype=torch.bool), torch.randn(2, 32, 3, 4)
         )
         groups = [
-            QueryGroup(name, torch.randn(2, num, 32), torch.randn(2, num, 32), **fields)
-            for name, num, fields in (
-                ('one2one', 5, {}), ('one2many', 9, {}), ('dn', 6, {'sees': ('one2one',), 'block': 2}),
-            )
-        ]  # fmt: skip
+            QueryGroup(name, torch.randn(2, num, 32), torch.randn(2, num, 32))
+            for name, num in (('one2one', 5), ('one2many', 9), ('dn', 6))
+        ]
+        groups[2] = replace(groups[2], sees=('one2one',), block=2)
         apart = transformer.decoder(groups, memory)
         alone = transformer.decoder(groups[:1], memory)
         for module in (dense_transformer, conditional_detr):

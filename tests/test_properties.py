@@ -85,11 +85,17 @@ def test_transforms_keep_boxes_labels_and_masks_together(
     height, width = size
     scaled = (places * torch.tensor([width, height, width, height])).float()
     masks = torch.zeros(len(places), height, width, dtype=torch.uint8)
+    sides = torch.tensor([height, width])
     target = {
-        'boxes': scaled, 'labels': torch.arange(len(places)), 'masks': masks, 'image_id': torch.tensor([1]),
-        'area': torch.ones(len(places)), 'iscrowd': torch.zeros(len(places), dtype=torch.int64),
-        'orig_size': torch.tensor([height, width]), 'size': torch.tensor([height, width]),
-    }  # fmt: skip
+        'boxes': scaled,
+        'labels': torch.arange(len(places)),
+        'masks': masks,
+        'image_id': torch.tensor([1]),
+        'area': torch.ones(len(places)),
+        'iscrowd': torch.zeros(len(places), dtype=torch.int64),
+        'orig_size': sides,
+        'size': sides,
+    }
     with local_seed(seed):
         image, seen = DETRAugmentation(64).transforms(aug)(
             torch.zeros(3, height, width, dtype=torch.uint8), target

@@ -109,17 +109,19 @@ def level_anchors(
         half_width = (0.5 * (stride * (1 / ratio.sqrt())[:, None] * scale)).flatten()
         base = torch.stack([-half_width, -half_height, half_width, half_height], dim=-1)  # [A, 4]
         rows, columns = (torch.arange(side, dtype=x.dtype, device=x.device) * stride for side in x.shape[-2:])
-        corners = torch.stack([columns.expand(len(rows), -1), rows[:, None].expand(-1, len(columns))], dim=-1)
-        corners = corners.flatten(0, 1).repeat(1, 2)  # [H W, 4]
-        levels.append((corners[:, None] + base.to(x, non_blocking=True)).flatten(0, 1))
+        corners = torch.stack(torch.meshgrid(columns, rows, indexing='xy'), dim=-1).repeat(
+            1, 1, 2
+        )  # [H, W, 4]
+        levels.append((corners[:, :, None] + base.to(x, non_blocking=True)).flatten(0, 2))
     return levels
 
 
 def valid_anchors(
     extent: list[float], strides: list[int], maps: list[Tensor], per_cell: int = 1
 ) -> list[Tensor]:
-    """Return the anchors of each level whose cells are not in the padding of an image, as indices among all
-    levels' anchors.
+    """Return the anchors of each level whose cells are not in the padding of an image.
+
+    They are indices among the anchors of all levels.
 
     Args:
         extent: width and height of the image.
