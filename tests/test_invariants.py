@@ -147,14 +147,18 @@ def test_every_trainable_parameter_gets_a_finite_gradient(flags: dict, num_objec
             assert parameter.grad.isfinite().all(), name
 
 
-def test_softmax_loss_is_a_weighted_mean_however_few_the_queries() -> None:
+@pytest.mark.parametrize('num_objects', [0, 9])
+def test_softmax_loss_is_a_weighted_mean_however_few_the_queries(num_objects: int) -> None:
     """Its divisor is a sum of class weights, which may be below 1. Only numbers of objects are at least 1."""
     with float64():
         model, criterion, _ = build({'num_queries': 4, 'dropout': 0.0})
-        targets = random_targets(0)
+        targets = random_targets(num_objects)
+        targets[0]['labels'].fill_(2)
         outputs = model.train()(torch.randn(1, 3, 64, 64), targets)
         logits = outputs['pred_logits'].flatten(0, 1)
-        mean = nn.functional.cross_entropy(logits, torch.full((4,), logits.shape[-1] - 1))
+        mean = nn.functional.cross_entropy(
+            logits, torch.full((4,), 2 if num_objects else logits.shape[-1] - 1)
+        )
         torch.testing.assert_close(criterion(outputs, targets)['loss_ce'], mean)
 
 
