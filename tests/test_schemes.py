@@ -32,6 +32,7 @@ from tests.parity import assignments, check_coefficients, check_pairs, float64, 
 from tests.runs import ROOT
 from tests.shared_data import SHARED, build_data, needs_shared, read_shared
 from tools.benchmarks.reference_criterion import hybrid_batch, reference_losses
+from util.box_ops import box_cxcywh_to_xyxy
 from util.config.settle import settle
 from util.nested_tensor import collate_fn
 
@@ -238,15 +239,20 @@ def test_no_anchor_is_positive(monkeypatch: pytest.MonkeyPatch) -> None:
     assert losses['loss_bbox_rcnn'] > 0
 
 
-def test_accumulated_batches_share_the_count_of_noised_objects() -> None:
+def test_positives_of_denoising_are_counted_and_near_their_objects() -> None:
     criterion, _, sources = build_supervision(settle(Namespace(**flags_of('dino', ('denoising',)))))
     count = criterion.table['dn'].count
     assert count == sources['denoising'].count
     assert (count([3, 2]), count([1, 0]), count([0, 0]), count([30, 1])) == (3 * 5, 10 * 1, 0, 31)
     memory = Memory(torch.zeros(2, 0, 32), torch.zeros(2, 0), [])
     for sizes in ((3, 2), (1, 0), (0, 0), (30, 1)):
-        (group,), _ = sources['denoising'].queries(memory, random_targets(*sizes))
-        assert group.assignment.count == count(list(sizes))
+        targets = random_targets(*sizes)
+        (group,), _ = sources['denoising'].queries(memory, targets)
+        pairs, boxes = group.assignment, torch.cat([target['boxes'] for target in targets])
+        assert pairs.count == count(list(sizes))
+        objects, noised = boxes[pairs.target], group.reference_points[pairs.batch, pairs.query]
+        moved = (box_cxcywh_to_xyxy(noised) - box_cxcywh_to_xyxy(objects)).abs()
+        assert (moved <= objects[:, 2:].repeat(1, 2) / 2 + 1e-3).all(), 'negatives are moved farther'
 
 
 def test_images_with_fewer_cells_than_queries_of_a_head() -> None:
