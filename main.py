@@ -32,8 +32,7 @@ from models import build_model, check_backbone
 from models.segmentation import freeze_all_but_masks
 from models.structures import Prediction
 from models.training import coefficients
-from models.training.report import statistics_text
-from models.training.summary import flops_text, print_dry_run, print_plan
+from models.training.summary import flops_text, print_dry_run, print_plan, statistics_text
 from models.units import all_units, compile_units
 from models.weights.load import check_frozen, load_checkpoint
 from models.weights.read import read_checkpoint
