@@ -1,8 +1,7 @@
 """
-Build detectors, criteria and postprocessors from settled flags. No other module of `models/` reads parsed
-flags.
+Build detectors, criteria and postprocessors from settled flags.
 
-`util.config.networks.DECODERS` and `models.backbone.BACKBONES` are the tables that it builds from.
+The tables of what can be built are `util.config.networks.DECODERS` and `models.backbone.BACKBONES`.
 """
 
 import copy
@@ -65,7 +64,7 @@ def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, nn.Mod
 def build_detector(
     args: Namespace, num_queries: dict[str, int], query_sources: nn.ModuleDict | None = None
 ) -> nn.Module:
-    """Build the detector alone.
+    """Build a detector without criterion and postprocessors.
 
     Args:
         args: settled flags.
@@ -124,10 +123,9 @@ def check_backbone(args: Namespace) -> None:
 def build_dense_detr(args: Namespace, backbone: Joiner, **options: object) -> DETR:
     """Build DETR or Conditional DETR on a backbone. options: arguments of `DETR`."""
     focal = args.family != 'detr'
+    num_outputs = args.num_classes + (not focal)  # DETR has 'no object'
     heads = (
-        class_head(
-            args.hidden_dim, args.num_classes + (not focal), prior=0.01 if focal else None
-        ),  # DETR: 'no object'
+        class_head(args.hidden_dim, num_outputs, prior=0.01 if focal else None),
         box_head(args.hidden_dim, start_at_reference=focal),
     )
     class_embed_o2m = copy.deepcopy(heads[0]) if has_second_heads(args) else None
@@ -159,7 +157,7 @@ def build_deformable_detr(args: Namespace, backbone: Joiner, **options: object) 
 
 
 def has_second_heads(args: Namespace) -> bool:
-    """Return whether the second predictions of MS-DETR have class heads of their own (variant a)."""
+    """Return whether MS-DETR's one-to-many branch has its own class heads (variant a)."""
     return args.use_ms_detr and args.ms_variant == 'a'
 
 
@@ -173,11 +171,11 @@ def build_transformer(args: Namespace) -> Transformer:
     )
     norm = nn.LayerNorm(args.hidden_dim)
     if args.family == 'detr':
-        options, more = {'pre_norm': args.pre_norm}, {}
+        layer_options, options = {'pre_norm': args.pre_norm}, {}
     else:
-        options, more = {}, {'temperature': args.pe_temperature}
-    layer = build_decoder_layer(args, *sizes, **options)
-    return Transformer(encoder, decoder_class(args)(layer, args.dec_layers, norm, **more))
+        layer_options, options = {}, {'temperature': args.pe_temperature}
+    layer = build_decoder_layer(args, *sizes, **layer_options)
+    return Transformer(encoder, decoder_class(args)(layer, args.dec_layers, norm, **options))
 
 
 def build_deformable_transformer(args: Namespace) -> DeformableTransformer:
@@ -221,19 +219,19 @@ def build_layer_heads(args: Namespace) -> tuple[nn.ModuleList, nn.ModuleList]:
 
 
 def freeze_unreached_heads(model: nn.Module, criterion: nn.Module) -> None:
-    """Freeze heads that no loss reaches: with --no_aux_loss in two stages, or where coefficients are 0.
+    """Freeze heads that no loss reaches, since DDP would wait for their gradients.
 
-    DDP would wait for their gradients.
+    There are such heads with --no_aux_loss in two stages, and where coefficients are 0.
     """
     terms = {kind: set(row.coef) - {'mask', 'dice'} for kind, row in criterion.table.items()}
     proposals = terms.pop('enc', set())
     if not any('_enc' in name for name in criterion.weight_dict):
         proposals = set()
-    if model.class_embed_o2m is not None:  # the one-to-many branch has class heads of its own
+    if model.class_embed_o2m is not None:
         model.class_embed_o2m.requires_grad_('ce' in terms['o2m'])
         terms['o2m'] -= {'ce'}
     decoder = set().union(*terms.values())
-    two_stage = getattr(model, 'first_stage', None) is not None
+    two_stage = model.first_stage is not None
     for heads, relevant in ((model.class_embed, {'ce'}), (model.bbox_embed, (decoder | proposals) - {'ce'})):
         layers = heads[:-1] if two_stage else heads
         if not decoder & relevant:
