@@ -83,7 +83,8 @@ class PositionEmbeddingLearned(nn.Module):
         if max(height, width) > self.cells:
             raise UserError(
                 f'learned position encodings cover {self.cells} x {self.cells} cells, this feature map has '
-                f'{height} x {width}: use --position_embedding sine, or smaller images (--img_size, --max_size)'
+                f'{height} x {width}: use --position_embedding sine, or smaller images (--img_size, '
+                '--max_size)'
             )
         columns = self.col_embed.weight[:width].expand(height, -1, -1)
         rows = self.row_embed.weight[:height, None].expand(-1, width, -1)

@@ -34,7 +34,7 @@ class AttentionMaps(nn.Module):
 
 
 class MaskHead(nn.Module):
-    """Convolutions that turn attention maps into masks, with the backbone's finer maps added on the way.
+    """Convolutions that turn attention maps into masks, with the backbone's finer maps added.
 
     Args:
         num_heads: attention maps of a query.
@@ -108,7 +108,7 @@ def predict_masks(
 
 
 def freeze_all_but_masks(model: nn.Module) -> None:
-    """Train the mask heads alone (the second step of DETR's recipe); dropout stays as it is."""
+    """Train only the mask heads (the second step of DETR's recipe); dropout stays active."""
     for name, parameter in model.named_parameters():
         if not name.startswith(('bbox_attention.', 'mask_head.')):
             parameter.requires_grad_(False)

@@ -1,6 +1,5 @@
 """
-List the units of a detector that `torch.compile`, FSDP2 and the recomputation of activations work on, and
-freeze parameters.
+The units of a detector, on which `torch.compile`, FSDP2 and the recomputation of activations work; freezing.
 
 The code between the units is not compiled: it has little to fuse, and would be compiled again for every
 combination of query groups.
@@ -16,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from util.config.settle import PLACES
 from util.errors import UserError
 
-# Compiled programs of one function that PyTorch may keep. There are four kinds of stages and two of layers,
-# each in training and evaluation.
+# Compiled programs of one function that PyTorch may keep, for stages and layers in training and evaluation.
 MOST_PROGRAMS = 64
 
 
@@ -41,7 +39,7 @@ def all_units(model: nn.Module) -> list[nn.Module]:
 
 
 def recompute(model: nn.Module, places: Sequence[str]) -> None:
-    """Mark the units of some places, whose activations `call_unit` then recomputes in the backward pass."""
+    """Mark the units of these places; `call_unit` recomputes their activations in the backward pass."""
     for place, units in list_units(model).items():
         for unit in units:
             unit.recompute = place in places
@@ -88,27 +86,27 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
             still change.
     """
     for name in names:
-        found = [p for full, p in model.named_parameters() if f'.{name}.' in f'.{full}.']
-        if not found:
+        parameters = [p for full, p in model.named_parameters() if f'.{name}.' in f'.{full}.']
+        if not parameters:
             words = sorted({full.split('.')[0] for full, _ in model.named_parameters()} | set(PLACES))
             raise UserError(
                 f'--freeze {name}: no parameter has this in its name; there are {", ".join(words)}'
             )
-        for parameter in found:
+        for parameter in parameters:
             parameter.requires_grad_(False)
     if names and not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f'--freeze {" ".join(names)} leaves nothing to train: name fewer parts')
     if names and any(not norm.weight.requires_grad for norm in batch_norms(model)):
         raise UserError(
-            f'--freeze {" ".join(names)}: the statistics of batch norms would still change: add --backbone_norm frozen'
+            f'--freeze {" ".join(names)}: the statistics of batch norms would still change: add '
+            '--backbone_norm frozen'
         )
 
 
 def compile_units(model: nn.Module, **options: object) -> None:
     """Compile every unit in place; parameters, buffers and their names stay.
 
-    Units that are alike share one program. Heights and widths are dynamic, so that images of other sizes
-    share it too.
+    Equal units share one program. Heights and widths are dynamic, so that images of all sizes share it.
 
     Args:
         options: arguments of `torch.compile`.
@@ -118,8 +116,8 @@ def compile_units(model: nn.Module, **options: object) -> None:
     """
     if any(getattr(unit, 'recompute', False) and batch_norms(unit) for unit in all_units(model)):
         raise UserError(
-            'compiled stages with batch norms cannot be computed again: leave backbone out of --use_checkpoint, or do not '
-            'compile'
+            'compiled stages with batch norms cannot be computed again: leave backbone out of '
+            '--use_checkpoint, or do not compile'
         )
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, MOST_PROGRAMS)
     for unit in all_units(model):
