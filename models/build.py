@@ -22,7 +22,7 @@ from .deformable_transformer import (
     DeformableTransformer,
 )
 from .detr import DETR
-from .heads import box_head, class_head
+from .heads import build_box_head, build_class_head
 from .ops.modules import MSDeformAttn
 from .position_encoding import build_position_encoding
 from .postprocess import (
@@ -39,7 +39,7 @@ from .refine_masks import DetectionMasks
 from .segmentation import build_mask_heads
 from .transformer import Transformer, TransformerEncoder, TransformerEncoderLayer
 from .units import freeze, recompute
-from .vit import feature_pyramid
+from .vit import build_feature_pyramid
 
 
 def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, nn.Module]]:
@@ -125,8 +125,8 @@ def build_dense_detr(args: Namespace, backbone: Joiner, **options: object) -> DE
     focal = args.family != 'detr'
     num_outputs = args.num_classes + (not focal)  # DETR has 'no object'
     heads = (
-        class_head(args.hidden_dim, num_outputs, prior=0.01 if focal else None),
-        box_head(args.hidden_dim, start_at_reference=focal),
+        build_class_head(args.hidden_dim, num_outputs, prior=0.01 if focal else None),
+        build_box_head(args.hidden_dim, start_at_reference=focal),
     )
     class_embed_o2m = copy.deepcopy(heads[0]) if has_second_heads(args) else None
     transformer = build_transformer(args)
@@ -138,7 +138,8 @@ def build_deformable_detr(args: Namespace, backbone: Joiner, **options: object) 
     transformer = build_deformable_transformer(args)
     heads = build_layer_heads(args)
     class_embed_o2m = copy.deepcopy(heads[0][: args.dec_layers]) if has_second_heads(args) else None
-    strides = level_strides(args)
+    strides, channels = level_strides(args), backbone.num_channels[0]
+    pyramid = build_feature_pyramid(channels, args.hidden_dim) if has_pyramid(args) else None
     return DeformableDETR(
         backbone,
         transformer,
@@ -152,7 +153,7 @@ def build_deformable_detr(args: Namespace, backbone: Joiner, **options: object) 
         input_bias=args.input_proj_bias,
         num_maps=len(backbone_maps(args)),
         co_masks=DetectionMasks(args.hidden_dim, args.num_classes, strides) if args.co_masks else None,
-        pyramid=feature_pyramid(backbone.num_channels[0], args.hidden_dim) if has_pyramid(args) else None,
+        pyramid=pyramid,
     )
 
 
@@ -204,8 +205,8 @@ def build_layer_heads(args: Namespace) -> tuple[nn.ModuleList, nn.ModuleList]:
     With box refinement each decoder layer has its own heads, and two stages add a pair for the proposals.
     Without it all layers share one pair.
     """
-    class_embed = class_head(args.hidden_dim, args.num_classes, prior=0.01)
-    bbox_embed = box_head(args.hidden_dim, start_at_reference=True)
+    class_embed = build_class_head(args.hidden_dim, args.num_classes, prior=0.01)
+    bbox_embed = build_box_head(args.hidden_dim, start_at_reference=True)
     if not args.with_box_refine:
         nn.init.constant_(bbox_embed.layers[-1].bias[2:], -2.0)  # boxes begin at 0.12 of a side
         return tuple(nn.ModuleList([head] * args.dec_layers) for head in (class_embed, bbox_embed))

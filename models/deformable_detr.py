@@ -58,7 +58,7 @@ class DeformableDETR(BaseDETR):
         input_proj = pyramid
         if pyramid is None:
             channels = backbone.num_channels[-num_maps:]
-            input_proj = input_projections(channels, hidden_dim, num_levels, input_bias)
+            input_proj = build_input_projections(channels, hidden_dim, num_levels, input_bias)
         super().__init__(backbone, transformer, heads, query_embed, input_proj, num_queries, **options)
         self.has_pyramid, self.num_maps, self.mask_level = pyramid is not None, num_maps, num_maps - 1
         self.with_box_refine = with_box_refine
@@ -110,7 +110,7 @@ class DeformableDETR(BaseDETR):
         return split_groups(queries, num_queries), {'enc': proposals} if self.training else {}
 
 
-def input_projections(
+def build_input_projections(
     num_channels: list[int], hidden_dim: int, num_levels: int, bias: bool = True
 ) -> nn.ModuleList:
     """Build convolutions to `hidden_dim` channels: one per backbone map, strided ones for further levels."""

@@ -85,7 +85,7 @@ class DeformableEncoder(nn.Module):
         self.layers = clones(layer, num_layers)
 
     def forward(self, memory: Memory) -> Memory:
-        centers = torch.cat(cell_centers(memory.shapes, memory.valid_ratios), dim=1)  # [B, S, 2]
+        centers = cell_centers(memory.shapes, memory.valid_ratios)  # [B, S, 2]
         reference = centers[:, :, None] * memory.valid_ratios[:, None]  # [B, S, L, 2]
         src = memory.tokens
         for layer in self.layers:
@@ -273,10 +273,10 @@ def cell_grid(height: int, width: int, device: torch.device) -> Tensor:
     return torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=-1).flatten(0, 1)
 
 
-def cell_centers(shapes: list[tuple[int, int]], valid_ratios: Tensor) -> list[Tensor]:
-    """Return the centres x, y of each level's cells, [B, H W, 2]; 1 is where the padding begins."""
-    return [
-        cell_grid(height, width, ratios.device)
-        / torch.stack([ratios[:, 0] * width, ratios[:, 1] * height], dim=-1)[:, None]
-        for (height, width), ratios in zip(shapes, valid_ratios.unbind(1), strict=True)
-    ]
+def cell_centers(shapes: list[tuple[int, int]], valid_ratios: Tensor) -> Tensor:
+    """Return the centres x, y of all levels' cells, [B, S, 2]; 1 is where the padding begins."""
+    levels = []
+    for (height, width), ratios in zip(shapes, valid_ratios.unbind(1), strict=True):
+        sides = torch.stack([ratios[:, 0] * width, ratios[:, 1] * height], dim=-1)
+        levels.append(cell_grid(height, width, ratios.device) / sides[:, None])
+    return torch.cat(levels, dim=1)

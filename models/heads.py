@@ -54,7 +54,7 @@ class ExactMLP(MLP):
             return super().forward(x.to(self.layers[0].weight.dtype))
 
 
-def class_head(hidden_dim: int, num_outputs: int, prior: float | None = None) -> ExactLinear:
+def build_class_head(hidden_dim: int, num_outputs: int, prior: float | None = None) -> ExactLinear:
     """Build a class head. prior: probability that a head with focal loss starts with (RetinaNet Sec. 4.1)."""
     head = ExactLinear(hidden_dim, num_outputs)
     if prior is not None:
@@ -62,7 +62,7 @@ def class_head(hidden_dim: int, num_outputs: int, prior: float | None = None) ->
     return head
 
 
-def box_head(hidden_dim: int, start_at_reference: bool = False) -> ExactMLP:
+def build_box_head(hidden_dim: int, start_at_reference: bool = False) -> ExactMLP:
     """Build a box head, whose output is in logit space.
 
     start_at_reference: zero the last layer, so that boxes start at their reference.

@@ -207,7 +207,7 @@ def normed_convolution(channels: int, outputs: int, kernel_size: int, stride: in
     return [convolution, LayerNorm2d(outputs, eps=1e-6)]
 
 
-def feature_pyramid(channels: int, hidden_dim: int) -> nn.ModuleList:
+def build_feature_pyramid(channels: int, hidden_dim: int) -> nn.ModuleList:
     """Build five levels of strides 4, 8, 16, 32 and 64 from one map of stride 16.
 
     Each is a sequence that reads the map; indices of its modules are official.

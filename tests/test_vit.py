@@ -15,7 +15,7 @@ from main import get_args_parser
 from models import build_model
 from models.training.criterion import weighted_sum
 from models.training.faster_rcnn import FasterRCNN
-from models.vit import VIT_SIZES, VisionTransformer, ViTSize, feature_pyramid
+from models.vit import VIT_SIZES, VisionTransformer, ViTSize, build_feature_pyramid
 from models.weights.backbones import load_weights
 from models.weights.layouts import to_mmdetection, translate
 from models.weights.load import load_checkpoint
@@ -41,7 +41,7 @@ def recorded(case: str) -> tuple[nn.ModuleDict, dict, dict]:
     grid = flags['img_size'] // 16 if flags['use_lsj'] else None
     size = ViTSize(flags['embed_dim'], flags['depth'], flags['num_heads'], flags['pretrain_img_size'] // 16,
                    flags['window_size'], (1, 3), grid)  # fmt: skip
-    neck = feature_pyramid(flags['embed_dim'], record['arguments']['neck']['out_channels'])
+    neck = build_feature_pyramid(flags['embed_dim'], record['arguments']['neck']['out_channels'])
     levels = nn.ModuleDict({f'p{index}': level for index, level in enumerate(neck, start=2)})
     model = nn.ModuleDict({'backbone': VisionTransformer(size), 'neck': levels}).double()
     with np.load(path.with_suffix('.npz')) as archive:
