@@ -164,8 +164,8 @@ class NMSPostProcess(nn.Module):
 class CandidatePostProcess(NMSPostProcess):
     """The best `num_select` candidates of an auxiliary head (`models.training.collaborative`) after NMS."""
 
-    def __init__(self, iou_threshold: float, num_select: int = 100) -> None:
-        super().__init__(num_select, iou_threshold)
+    def __init__(self, iou_threshold: float) -> None:
+        super().__init__(num_select=100, iou_threshold=iou_threshold)
 
     @torch.no_grad()
     def forward(self, outputs: dict[str, list[dict[str, Tensor]]], target_sizes: Tensor) -> Detections:
@@ -228,11 +228,9 @@ def soft_suppression(
 
 
 class MaskPostProcess(nn.Module):
-    """Masks of detections in the original images (DETR). threshold: smallest probability of object pixels."""
+    """Masks of detections in the original images (DETR)."""
 
-    def __init__(self, threshold: float = 0.5) -> None:
-        super().__init__()
-        self.threshold = threshold
+    threshold = 0.5  # smallest probability of object pixels
 
     @torch.no_grad()
     def forward(
@@ -289,8 +287,7 @@ class RegionMaskPostProcess(MaskPostProcess):
     """Masks of detections from their RoI features, in the original images (`models.refine_masks`).
 
     A mask has a score of its own, `mask_scores` [N]: that of the box times the predicted quality of the mask.
-    outputs: `region_masks`, what `BaseDETR.detect_masks` returned. threshold: smallest probability of object
-    pixels.
+    outputs: `region_masks`, the result of `BaseDETR.detect_masks`.
     """
 
     def of_image(

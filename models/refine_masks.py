@@ -84,7 +84,7 @@ class RefineStage(nn.Module):
 class RefineMaskHead(nn.Module):
     """A head that predicts masks with sides of 14, 28, 56 and 112 pixels; the last are class-agnostic.
 
-    stride: stride in pixels of the map that semantic features are read from.
+    stride: of the map that semantic features are read from, in pixels.
     """
 
     def __init__(self, channels: int, num_classes: int, stride: int = 4) -> None:

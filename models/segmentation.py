@@ -43,7 +43,6 @@ class MaskHead(nn.Module):
 
     def __init__(self, hidden_dim: int, num_heads: int, finer: list[int]) -> None:
         super().__init__()
-        self.num_finer = len(finer)
         width = hidden_dim + num_heads
         widths = [width, width, *(hidden_dim // 2 ** (level + 1) for level in range(len(finer) + 1))]
         for index, (before, after) in enumerate(pairwise(widths), start=1):

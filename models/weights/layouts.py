@@ -19,8 +19,8 @@ DINO_KEY = 'transformer.decoder.ref_point_head.layers.0.weight'  # of DINO, if h
 
 
 def read_names(state: State, table: Table) -> State:
-    """Return a state dict under our names. Entries without a row keep theirs, and are then left over."""
-    return {rename(name, table, to_ours=True) or name: value for name, value in state.items()}
+    """Return a state dict under the names used here. An entry without a row keeps its name."""
+    return {rename(name, table, read=True) or name: value for name, value in state.items()}
 
 
 def write_names(state: State, table: Table, project: str, known: str) -> State:
@@ -31,7 +31,7 @@ def write_names(state: State, table: Table, project: str, known: str) -> State:
     Raises:
         UserError: an entry has no row; the message lists such entries.
     """
-    renamed = {name: rename(name, table, to_ours=False) for name in state}
+    renamed = {name: rename(name, table, read=False) for name in state}
     refuse([name for name, other in renamed.items() if other is None], project, known)
     return {other: state[name] for name, other in renamed.items() if other is not None}
 
@@ -45,7 +45,7 @@ def refuse(unknown: list[str], project: str, known: str) -> None:
 
 
 def count_layers(state: State) -> int:
-    """Return the number of decoder layers in a state dict under our names."""
+    """Return the number of decoder layers in a state dict under the names used here."""
     return len({name.split('.')[3] for name in state if name.startswith('transformer.decoder.layers.')})
 
 
@@ -211,7 +211,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[State], State]]] = {
 
 
 def translate(state: State) -> tuple[str, State]:
-    """Return the layout of a state dict, and its entries under our names, which are the official ones."""
+    """Return the layout of a state dict, and its entries under the names used here, the official ones."""
     layout, read = next((LAYOUTS[key] for key in LAYOUTS if key in state), ('official', from_official))
     return layout, read(state)
 

@@ -1,7 +1,7 @@
 """
 Names of the entries of a state dict here and in other projects, as tables that are read in both directions.
 
-A row holds our name and that of the other project. `{layer}` and `{i}` stand for a number, `{rest}` for
+A row holds the name here and that in the other project. `{layer}` and `{i}` stand for a number, `{rest}` for
 anything. The first row that fits a whole name is used; of rows with the same name on one side, the first is
 written.
 """
@@ -25,26 +25,29 @@ def pattern(template: str) -> re.Pattern:
     return re.compile(''.join(texts))
 
 
-def rename(name: str, table: Table, to_ours: bool) -> str | None:
-    """Return the name on the other side of the first row that fits; None if no row fits."""
+def rename(name: str, table: Table, read: bool) -> str | None:
+    """Return the name on the other side of the first row that fits; None if no row fits.
+
+    read: the name is that in the other project.
+    """
     for row in table:
-        if match := pattern(row[to_ours]).fullmatch(name):
-            return row[not to_ours].format(**match.groupdict())
+        if match := pattern(row[read]).fullmatch(name):
+            return row[not read].format(**match.groupdict())
     return None
 
 
-def rows(ours: str, theirs: str, parts: dict[str, str]) -> Table:
+def rows(here: str, there: str, parts: dict[str, str]) -> Table:
     """Return a row for each part: prefix and name of the part here, prefix and name there, then anything."""
-    return [(f'{ours}{part}.{{rest}}', f'{theirs}{other}.{{rest}}') for part, other in parts.items()]
+    return [(f'{here}{part}.{{rest}}', f'{there}{other}.{{rest}}') for part, other in parts.items()]
 
 
 def same(*parts: str) -> dict[str, str]:
     return dict(zip(parts, parts, strict=True))
 
 
-def layers(part: str, theirs: str, parts: dict[str, str]) -> Table:
-    """Return rows for the layers of the 'encoder' or 'decoder'; theirs: the prefix there."""
-    return rows(f'transformer.{part}.layers.{{layer}}.', f'{theirs}{part}.layers.{{layer}}.', parts)
+def layers(part: str, there: str, parts: dict[str, str]) -> Table:
+    """Return rows for the layers of the 'encoder' or 'decoder'; there: the prefix in the other project."""
+    return rows(f'transformer.{part}.layers.{{layer}}.', f'{there}{part}.layers.{{layer}}.', parts)
 
 
 # transformers -----------------------------------------------------------------------------------------------
@@ -137,8 +140,8 @@ def neck(num_maps: int, norm: str) -> Table:
     projections = [*(f'convs.{i}' for i in range(num_maps)), *(f'extra_convs.{i}' for i in range(9))]
     return [
         row
-        for level, theirs in enumerate(projections)
-        for row in rows(f'input_proj.{level}.', f'neck.{theirs}.', {'0': 'conv', '1': norm})
+        for level, projection in enumerate(projections)
+        for row in rows(f'input_proj.{level}.', f'neck.{projection}.', {'0': 'conv', '1': norm})
     ]
 
 
@@ -199,11 +202,11 @@ MMDETECTION: Table = [
     *rows(BRANCH, 'query_head.', same('downsample')),
     *(
         (
-            f'{BRANCH}{ours}.{{rest}}'.replace('{head}', head),
-            f'{QUERY_HEAD}{theirs}.{{rest}}'.replace('{index}', index),
+            f'{BRANCH}{here}.{{rest}}'.replace('{head}', head),
+            f'{QUERY_HEAD}{there}.{{rest}}'.replace('{index}', index),
         )
         for index, head in (('0', 'faster_rcnn'), ('1', 'atss'))
-        for ours, theirs in PROJECTIONS.items()
+        for here, there in PROJECTIONS.items()
     ),
     *rows(f'{BRANCH}heads.', '', AUXILIARY_HEADS),
     *rows('co_masks.', '', same('mask_head', 'mask_iou_head')),
