@@ -17,7 +17,7 @@ from util.nested_tensor import NestedTensor, resize_mask
 from .deformable_transformer import DeformableTransformer, cell_grid, gather_rows, valid_sizes
 from .detr import BaseDETR
 from .heads import ExactLinear, LogitBoxes
-from .ops.functions import exporting
+from .ops.functions import is_exporting
 from .structures import Memory, Prediction, QueryGroup, split_groups
 
 
@@ -163,7 +163,7 @@ class FirstStage:
             UserError: there are fewer tokens than proposals.
         """
         num_tokens = memory.tokens.shape[1]
-        if not exporting() and num_tokens < num_proposals:
+        if not is_exporting() and num_tokens < num_proposals:
             raise UserError(
                 f'{num_proposals} proposals, but the feature maps {memory.shapes} have {num_tokens} cells: '
                 'lower --num_queries (or what training adds to it), or use larger images'

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from .ops.functions import is_exporting
+from .ops.functions import in_torch_export
 from .units import call_unit
 
 
@@ -116,7 +116,7 @@ def count(side: int, size: int) -> int:
     sides of the images, which takes minutes for each block.
     """
     number = (side + size - 1) // size  # ONNX rounds negative quotients to zero
-    if is_exporting():
+    if in_torch_export():
         number = torch.full((), number).item()
         torch._check(number >= 1)
         torch._check(number * size >= side)

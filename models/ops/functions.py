@@ -163,18 +163,18 @@ def ms_deform_attn(
         RuntimeError: the shapes do not fit each other.
     """
     locations, weights = exact_points(value, sampling_locations, attention_weights)
-    if exporting() or implementation(value.device.type) == 'pytorch':
+    if is_exporting() or implementation(value.device.type) == 'pytorch':
         return ms_deform_attn_core_pytorch(value, spatial_shapes, locations, weights).to(value.dtype)
     flat_shapes = [side for shape in spatial_shapes for side in shape]
     return torch.ops.detr.ms_deform_attn(value, flat_shapes, locations, weights)
 
 
-def exporting() -> bool:
-    """Return whether the model is being exported: such a program may contain PyTorch's own operators only."""
-    return torch.jit.is_tracing() or is_exporting()
-
-
 def is_exporting() -> bool:
+    """Return whether the model is being exported: such a program may contain PyTorch's own operators only."""
+    return torch.jit.is_tracing() or in_torch_export()
+
+
+def in_torch_export() -> bool:
     """Return whether torch.export runs, from PyTorch 2.7 on.
 
     `torch.compiler.is_exporting` would do, but up to PyTorch 2.13 torch.compile takes it for True, too. Some
