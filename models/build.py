@@ -138,8 +138,11 @@ def build_deformable_detr(args: Namespace, backbone: Joiner, **options: object) 
     transformer = build_deformable_transformer(args)
     heads = build_layer_heads(args)
     class_embed_o2m = copy.deepcopy(heads[0][: args.dec_layers]) if has_second_heads(args) else None
-    strides, channels = level_strides(args), backbone.num_channels[0]
-    pyramid = build_feature_pyramid(channels, args.hidden_dim) if has_pyramid(args) else None
+    co_masks, pyramid = None, None
+    if args.co_masks:
+        co_masks = DetectionMasks(args.hidden_dim, args.num_classes, level_strides(args))
+    if has_pyramid(args):
+        pyramid = build_feature_pyramid(backbone.num_channels[0], args.hidden_dim)
     return DeformableDETR(
         backbone,
         transformer,
@@ -152,7 +155,7 @@ def build_deformable_detr(args: Namespace, backbone: Joiner, **options: object) 
         eval_module=None if args.eval_module == 'detr' else args.eval_module,
         input_bias=args.input_proj_bias,
         num_maps=len(backbone_maps(args)),
-        co_masks=DetectionMasks(args.hidden_dim, args.num_classes, strides) if args.co_masks else None,
+        co_masks=co_masks,
         pyramid=pyramid,
     )
 
