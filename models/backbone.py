@@ -2,18 +2,16 @@
 Backbones: torchvision's ResNet and MobileNetV2, Swin (`swin.py`), ViT (`vit.py`), and networks of timm with
 maps of strides 4, 8, 16 and 32 as `timm/NAME`.
 
-Classes and attributes that stand between the detector and a network (`Joiner`, `Backbone.body`) are there
-because official state dicts have them in their names. A body turns images [B, 3, H, W] into a dictionary of
-maps, lists in `units()` the modules that `models.units` works on, and may have `multiple`, the number of
-pixels that the sides of a batch must be multiples of.
+`Joiner` and `Backbone.body` exist because official state dicts have them in their names. A body turns images
+[B, 3, H, W] into a dictionary of maps, lists in `units()` the modules that `models.units` works on, and may
+have `multiple`: sides of a batch must be multiples of this number of pixels.
 
 The backbone holds the mean and standard deviation that its weights were trained with. It normalises uint8
-images on the device, and takes floating-point images as normalised already. Parameter names under
-`backbone.0.body` are torchvision's, or the official ones of Swin and ViT.
+images on the device; floating-point images are normalised already. Parameter names under `backbone.0.body`
+are torchvision's, or the official ones of Swin and ViT.
 """
 
 import pickle
-import re
 from functools import partial
 from pathlib import Path
 
@@ -31,13 +29,13 @@ from util.errors import UserError
 from util.nested_tensor import NestedTensor, resize_mask
 
 from .frozen_norm import fold_frozen_norms
-from .swin import SWIN_SIZES, WEIGHTS_URL, SwinTransformer, load_pretrained
+from .swin import SWIN_SIZES, WEIGHTS_URL, SwinTransformer
 from .units import call_unit
-from .vit import VIT_SIZES, VisionTransformer, load_vit
+from .vit import VIT_SIZES, VisionTransformer
 from .weights.backbones import fetch_imagenet, load_weights, no_download, read_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Every ResNet of torchvision, ResNeXt and Wide ResNet included, and a smaller one of ours.
+# Every ResNet, ResNeXt and Wide ResNet of torchvision, and a smaller one.
 RESNETS = (
     'resnet10',
     *torchvision.models.list_models(torchvision.models, include=['resnet*', 'resnext*', 'wide_resnet*']),
@@ -46,8 +44,6 @@ RESNETS = (
 # layer1..layer4 of a ResNet).
 FEATURE_STAGES = {'mobilenet_v2': ('3', '6', '13', '18')}
 NORM_LAYERS = {'frozen': FrozenBatchNorm2d, 'batch': nn.BatchNorm2d, 'group': partial(nn.GroupNorm, 32)}
-# Entries of files that detectors do not need.
-CLASSIFIER, COUNTS = r'(fc|classifier)\.', r'.*num_batches_tracked$'
 ODD_SIZE = (97, 161)  # height and width of an image that is no multiple of any window or stride
 
 
@@ -70,13 +66,12 @@ class Backbone(nn.Module):
         super().__init__()
         self.body = body.to(memory_format=torch.channels_last)  # makes convolutions and pooling faster
         self.num_channels = num_channels
-        # In units of uint8 pixels. Checkpoints do not hold them, because they follow from the backbone's
-        # name.
+        # In units of uint8 pixels. Checkpoints do not hold them: they follow from the name of the backbone.
         self.register_buffer('pixel_mean', 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer('pixel_std', 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def normalize(self, samples: NestedTensor) -> NestedTensor:
-        """Normalise uint8 pixels; the padding becomes 0, as if added after normalising (official order)."""
+        """Normalise uint8 pixels. The padding becomes 0, as if added after normalising (official order)."""
         if samples.tensors.is_floating_point():
             return samples
         tensors = (samples.tensors - self.pixel_mean) / self.pixel_std
@@ -120,7 +115,7 @@ class StageBody(IntermediateLayerGetter):
     """
 
     def units(self) -> list[nn.Module]:
-        """Return the stages for `models.units`, not layers of a stem: its ReLU overwrites its input."""
+        """Return the stages for `models.units`. Layers of the stem are left out: its ReLU works in place."""
         return [part for part in self.values() if len(list(part.children())) > 0]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -140,7 +135,7 @@ class TimmBody(nn.Module):
         self.network = network
 
     def units(self) -> list[nn.Module]:
-        """Return the network for `models.units`, because the stages of timm's networks share no names."""
+        """Return the whole network for `models.units`: stages of timm's networks have no common names."""
         return [self.network]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -167,7 +162,7 @@ def build_backbone(
         norm: `frozen`, `batch` or `group`.
         stages: stages whose maps are returned. Stages 1 to 4 have strides 4, 8, 16 and 32 (16 with dilation).
         train: False freezes all parameters.
-        drop_path_rate: argument of `SwinTransformer` and of ViT; other networks do not read it.
+        drop_path_rate: argument of Swin and ViT; other networks do not read it.
 
     Raises:
         UserError: the name is unknown, or the network lacks one of the options.
@@ -197,8 +192,8 @@ def build_torchvision(
         raise UserError(f'--dilation (DC5) needs resnet50 or deeper: {name} has no dilated last stage')
     if norm == 'group' and (weights == 'imagenet' or name in FEATURE_STAGES):
         raise UserError(
-            '--backbone_norm group is for ResNets that start from random numbers or a file (--backbone_weights none or '
-            f'FILE): the weights of {name} have batch norms'
+            '--backbone_norm group is for ResNets that start from random numbers or a file '
+            f'(--backbone_weights none or FILE): the weights of {name} have batch norms'
         )
     options = {'replace_stride_with_dilation': [False, False, True]} if dilation else {}
     network = torchvision_network(name, weights, norm_layer=NORM_LAYERS[norm], **options)
@@ -218,7 +213,7 @@ def build_torchvision(
 
 def torchvision_network(name: str, weights: str, **options: object) -> nn.Module:
     """Build a torchvision classifier with its weights; only the main process downloads those of ImageNet."""
-    if name == 'resnet10':  # one block a stage; torchvision has the class, but neither the name nor weights
+    if name == 'resnet10':  # one block per stage; torchvision has neither the name nor weights
         if weights == 'imagenet':
             raise UserError('resnet10 has no ImageNet weights: give --backbone_weights none or FILE')
         network = ResNet(BasicBlock, [1, 1, 1, 1], **options)
@@ -228,15 +223,7 @@ def torchvision_network(name: str, weights: str, **options: object) -> nn.Module
         return network
     if weights == 'imagenet':
         weights = fetch_imagenet(name, torchvision.models.get_model_weights(name)['IMAGENET1K_V1'].url)
-    state = read_weights(check_file(weights))
-    state = {key: value for key, value in state.items() if not re.match(CLASSIFIER, key)}
-    unknown = [key for key in state if key not in network.state_dict() and not re.match(COUNTS, key)]
-    if unknown:
-        raise UserError(
-            f'--backbone_weights {weights} does not fit {name}, which lacks {len(unknown)} of its entries, such as '
-            f'{", ".join(unknown[:3])}'
-        )
-    load_weights(network, state, weights, may_lack=f'{CLASSIFIER}|{COUNTS}')
+    load_weights(network, check_file(weights), whole=True)
     return network
 
 
@@ -256,27 +243,28 @@ def build_swin(name: str, weights: str, stages: range, drop_path_rate: float, **
     body = SwinTransformer(SWIN_SIZES[name], stages, drop_path_rate)
     source = WEIGHTS_URL.format(SWIN_SIZES[name].weights) if weights == 'imagenet' else weights
     if source != 'none' and (is_main_process() or not is_url(source)):
-        load_pretrained(body, source)
+        load_weights(body, source)
     return Backbone(body, body.num_channels)
 
 
 def build_vit(name: str, weights: str, drop_path_rate: float, **_: object) -> Backbone:
     if weights == 'imagenet':
         raise UserError(
-            f'the weights of {name} have no direct address: fetch those of EVA-02 (pretrained on Objects365 by Co-DETR, or on '
-            'images) and pass their path (--backbone_weights FILE), or none to start from random numbers'
+            f'the weights of {name} have no direct URL: download those of EVA-02 (pretrained on Objects365 '
+            'by Co-DETR, or on images) and pass their path (--backbone_weights FILE), or none to start from '
+            'random numbers'
         )
     body = VisionTransformer(VIT_SIZES[name], drop_path_rate)
     if weights != 'none':
-        load_vit(body, weights)
+        load_weights(body, weights, averaged=True)
     return Backbone(body, body.num_channels)
 
 
 def build_timm(name: str, weights: str, dilation: bool, norm: str, stages: range, **_: object) -> Backbone:
     """Build a feature network of timm's registry, and refuse one whose maps a detector cannot use.
 
-    Names of its other sources, a hub or a folder, are refused wherever they come from: no program could build
-    the detector of such a checkpoint without contacting or reading what the checkpoint names.
+    Names of other sources, a hub or a folder, are refused, also those in a checkpoint: to build its detector,
+    a program would have to contact or read what the checkpoint names.
     """
     try:
         import timm
@@ -285,12 +273,12 @@ def build_timm(name: str, weights: str, dilation: bool, norm: str, stages: range
         raise UserError(f'--backbone timm/{name} needs timm: pip install timm') from error
     if not timm.is_model(name) or set(name) & set('/\\:'):
         raise UserError(
-            f'--backbone timm/{name} is not in the registry of timm {timm.__version__} (timm.list_models() has its names): for '
-            'other weights of a network that is, pass their file as --backbone_weights'
+            f'--backbone timm/{name} is not in the registry of timm {timm.__version__} (timm.list_models() '
+            'has its names): for other weights of a known network pass their file as --backbone_weights'
         )
     if norm == 'group':
         raise UserError(
-            '--backbone_norm group is for torchvision backbones; timm networks keep their own norms'
+            '--backbone_norm group is for backbones of torchvision; networks of timm keep their norms'
         )
     network = create_timm(name, weights, stages, {'output_stride': 16} if dilation else {})
     body = TimmBody(network)
@@ -335,23 +323,23 @@ def check_timm(body: TimmBody, name: str, strides: list[int]) -> None:
     Raises:
         UserError: it does not.
     """
-    found = body.network.feature_info.reduction()
+    reductions = body.network.feature_info.reduction()
     try:
-        if found != strides:
-            raise ValueError(f'its maps have strides {found}, not {strides}')
+        if reductions != strides:
+            raise ValueError(f'its maps have strides {reductions}, not {strides}')
         with torch.no_grad():
             maps = body.eval()(torch.zeros(1, 3, *ODD_SIZE)).values()
         if [x.shape[1] for x in maps] != body.network.feature_info.channels():
             raise ValueError(f'its maps have shapes {[tuple(x.shape) for x in maps]}')
-    except Exception as error:  # whatever a network raises that is made for images of one size
+    except Exception as error:  # a network for images of one size may raise any
         raise UserError(
-            f'--backbone timm/{name} is no backbone of a detector here, which needs maps of strides 4, 8, 16 and 32 of images of '
-            f'any size ({str(error) or type(error).__name__}): take a convolutional network of timm, or swin_tiny, vit_large '
-            'and the like, which are not from timm'
+            f'--backbone timm/{name} is no backbone of a detector here, which needs maps of strides 4, 8, 16 '
+            f'and 32 of images of any size ({str(error) or type(error).__name__}): choose a convolutional '
+            'network of timm, or swin_tiny, vit_large and the like, which are not from timm'
         ) from error
     body.train()
 
 
-# Beginning of a name -> builder, which takes the options of `build_backbone` that it needs.
-# `util.config.networks.KINDS` has what settings must know of a kind.
+# Beginning of a name -> builder, which reads the options of `build_backbone` that it needs.
+# `util.config.networks.KINDS` has the facts that settings need.
 BACKBONES = {'timm/': build_timm, 'swin_': build_swin, 'vit_': build_vit, '': build_torchvision}

@@ -1,8 +1,7 @@
 """
-Build detectors, criteria and postprocessors from settled flags. No other module of `models/` reads parsed
-flags.
+Build detectors, criteria and postprocessors from settled flags.
 
-`util.config.networks.DECODERS` and `models.backbone.BACKBONES` are the tables that it builds from.
+The tables of what can be built are `util.config.networks.DECODERS` and `models.backbone.BACKBONES`.
 """
 
 import copy
@@ -23,7 +22,7 @@ from .deformable_transformer import (
     DeformableTransformer,
 )
 from .detr import DETR
-from .heads import box_head, class_head
+from .heads import build_box_head, build_class_head
 from .ops.modules import MSDeformAttn
 from .position_encoding import build_position_encoding
 from .postprocess import (
@@ -40,7 +39,7 @@ from .refine_masks import DetectionMasks
 from .segmentation import build_mask_heads
 from .transformer import Transformer, TransformerEncoder, TransformerEncoderLayer
 from .units import recompute
-from .vit import feature_pyramid
+from .vit import build_feature_pyramid
 
 
 def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, nn.Module]]:
@@ -67,7 +66,7 @@ def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, nn.Mod
 def build_detector(
     args: Namespace, num_queries: dict[str, int], query_sources: nn.ModuleDict | None = None
 ) -> nn.Module:
-    """Build the detector alone.
+    """Build a detector without criterion and postprocessors.
 
     Args:
         args: settled flags.
@@ -126,11 +125,10 @@ def check_backbone(args: Namespace) -> None:
 def build_dense_detr(args: Namespace, backbone: Joiner, **options: object) -> DETR:
     """Build DETR or Conditional DETR on a backbone. options: arguments of `DETR`."""
     focal = args.family != 'detr'
+    num_outputs = args.num_classes + (not focal)  # DETR has 'no object'
     heads = (
-        class_head(
-            args.hidden_dim, args.num_classes + (not focal), prior=0.01 if focal else None
-        ),  # DETR: 'no object'
-        box_head(args.hidden_dim, start_at_reference=focal),
+        build_class_head(args.hidden_dim, num_outputs, prior=0.01 if focal else None),
+        build_box_head(args.hidden_dim, start_at_reference=focal),
     )
     class_embed_o2m = copy.deepcopy(heads[0]) if has_second_heads(args) else None
     transformer = build_transformer(args)
@@ -142,7 +140,11 @@ def build_deformable_detr(args: Namespace, backbone: Joiner, **options: object) 
     transformer = build_deformable_transformer(args)
     heads = build_layer_heads(args)
     class_embed_o2m = copy.deepcopy(heads[0][: args.dec_layers]) if has_second_heads(args) else None
-    strides = level_strides(args)
+    co_masks, pyramid = None, None
+    if args.co_masks:
+        co_masks = DetectionMasks(args.hidden_dim, args.num_classes, level_strides(args))
+    if has_pyramid(args):
+        pyramid = build_feature_pyramid(backbone.num_channels[0], args.hidden_dim)
     return DeformableDETR(
         backbone,
         transformer,
@@ -155,13 +157,13 @@ def build_deformable_detr(args: Namespace, backbone: Joiner, **options: object) 
         eval_module=None if args.eval_module == 'detr' else args.eval_module,
         input_bias=args.input_proj_bias,
         num_maps=len(backbone_maps(args)),
-        co_masks=DetectionMasks(args.hidden_dim, args.num_classes, strides) if args.co_masks else None,
-        pyramid=feature_pyramid(backbone.num_channels[0], args.hidden_dim) if has_pyramid(args) else None,
+        co_masks=co_masks,
+        pyramid=pyramid,
     )
 
 
 def has_second_heads(args: Namespace) -> bool:
-    """Return whether the second predictions of MS-DETR have class heads of their own (variant a)."""
+    """Return whether MS-DETR's one-to-many branch has its own class heads (variant a)."""
     return args.use_ms_detr and args.ms_variant == 'a'
 
 
@@ -175,11 +177,11 @@ def build_transformer(args: Namespace) -> Transformer:
     )
     norm = nn.LayerNorm(args.hidden_dim)
     if args.family == 'detr':
-        options, more = {'pre_norm': args.pre_norm}, {}
+        layer_options, options = {'pre_norm': args.pre_norm}, {}
     else:
-        options, more = {}, {'temperature': args.pe_temperature}
-    layer = build_decoder_layer(args, *sizes, **options)
-    return Transformer(encoder, decoder_class(args)(layer, args.dec_layers, norm, **more))
+        layer_options, options = {}, {'temperature': args.pe_temperature}
+    layer = build_decoder_layer(args, *sizes, **layer_options)
+    return Transformer(encoder, decoder_class(args)(layer, args.dec_layers, norm, **options))
 
 
 def build_deformable_transformer(args: Namespace) -> DeformableTransformer:
@@ -208,8 +210,8 @@ def build_layer_heads(args: Namespace) -> tuple[nn.ModuleList, nn.ModuleList]:
     With box refinement each decoder layer has its own heads, and two stages add a pair for the proposals.
     Without it all layers share one pair.
     """
-    class_embed = class_head(args.hidden_dim, args.num_classes, prior=0.01)
-    bbox_embed = box_head(args.hidden_dim, start_at_reference=True)
+    class_embed = build_class_head(args.hidden_dim, args.num_classes, prior=0.01)
+    bbox_embed = build_box_head(args.hidden_dim, start_at_reference=True)
     if not args.with_box_refine:
         nn.init.constant_(bbox_embed.layers[-1].bias[2:], -2.0)  # boxes begin at 0.12 of a side
         return tuple(nn.ModuleList([head] * args.dec_layers) for head in (class_embed, bbox_embed))
@@ -223,19 +225,19 @@ def build_layer_heads(args: Namespace) -> tuple[nn.ModuleList, nn.ModuleList]:
 
 
 def freeze_unreached_heads(model: nn.Module, criterion: nn.Module) -> None:
-    """Freeze heads that no loss reaches: with --no_aux_loss in two stages, or where coefficients are 0.
+    """Freeze heads that no loss reaches, since DDP would wait for their gradients.
 
-    DDP would wait for their gradients.
+    There are such heads with --no_aux_loss in two stages, and where coefficients are 0.
     """
     terms = {kind: set(row.coef) - {'mask', 'dice'} for kind, row in criterion.table.items()}
     proposals = terms.pop('enc', set())
     if not any('_enc' in name for name in criterion.weight_dict):
         proposals = set()
-    if model.class_embed_o2m is not None:  # the one-to-many branch has class heads of its own
+    if model.class_embed_o2m is not None:
         model.class_embed_o2m.requires_grad_('ce' in terms['o2m'])
         terms['o2m'] -= {'ce'}
     decoder = set().union(*terms.values())
-    two_stage = getattr(model, 'first_stage', None) is not None
+    two_stage = model.first_stage is not None
     for heads, relevant in ((model.class_embed, {'ce'}), (model.bbox_embed, (decoder | proposals) - {'ce'})):
         layers = heads[:-1] if two_stage else heads
         if not decoder & relevant:

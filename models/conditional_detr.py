@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .heads import MLP, ExactMLP, LogitBoxes
 from .position_encoding import sine_embedding
-from .structures import LayerOutput, Memory, QueryGroup, attention_blocks, check_groups
-from .transformer import Blocks, SubLayers, clones, run_o2m_branch
+from .structures import LayerOutput, Memory, QueryGroup, attention_blocks, join_groups
+from .transformer import Blocks, DecoderLayer, clones, run_o2m_branch
 from .units import call_unit
 
 
@@ -50,8 +50,8 @@ class BareAttention(nn.Module):
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
-class ConditionalDecoderLayer(SubLayers):
-    """Self-attention, cross-attention and feed-forward, with separate projections of content and position.
+class ConditionalDecoderLayer(DecoderLayer):
+    """A layer with separate projections of content and position.
 
     Names are the official ones: sa_* belong to the self-attention, ca_* to the cross-attention. Only the
     first layer of a decoder has `ca_qpos_proj`, which adds the learned query position to the content.
@@ -68,23 +68,7 @@ class ConditionalDecoderLayer(SubLayers):
         self.add_feed_forward(d_model, dim_feedforward)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d_model) for _ in range(3))
 
-    def forward(
-        self, tgt: Tensor, query_pos: Tensor, query_sine: Tensor, memory: Memory, blocks: Blocks
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the layer.
-
-        Args:
-            tgt, query_pos, query_sine: [B, Q, C].
-            blocks: which queries attend to which (`attention_blocks`).
-
-        Returns:
-            The new state, and the state that a one-to-many branch reads (`models.ms_detr`); here None.
-        """
-        tgt = self.add(self.norm1, tgt, self.self_attention(tgt, query_pos, blocks))
-        tgt = self.add(self.norm2, tgt, self.cross_attention(tgt, query_pos, query_sine, memory))
-        return self.feed_forward(self.norm3, tgt), None
-
-    def self_attention(self, tgt: Tensor, query_pos: Tensor, blocks: Blocks) -> Tensor:
+    def attend_queries(self, tgt: Tensor, query_pos: Tensor, blocks: Blocks) -> Tensor:
         q = self.self_attn.split(self.sa_qcontent_proj(tgt) + self.sa_qpos_proj(query_pos))
         k = self.self_attn.split(self.sa_kcontent_proj(tgt) + self.sa_kpos_proj(query_pos))
         v = self.self_attn.split(self.sa_v_proj(tgt))
@@ -92,9 +76,11 @@ class ConditionalDecoderLayer(SubLayers):
             self.self_attn(q[:, :, block.queries], block.pick(k, dim=2), block.pick(v, dim=2), block.hidden)
             for block in blocks
         ]
-        return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
+        joined = attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
+        return self.add(self.norm1, tgt, joined)
 
-    def cross_attention(self, tgt: Tensor, query_pos: Tensor, query_sine: Tensor, memory: Memory) -> Tensor:
+    def attend_memory(self, tgt: Tensor, query_pos: Tensor, query_sine: Tensor, memory: Memory) -> Tensor:
+        """query_sine: [B, Q, C] sine embedding of the reference points."""
         split = self.cross_attn.split
         q, k = self.ca_qcontent_proj(tgt), self.ca_kcontent_proj(memory.tokens)
         k_pos = self.ca_kpos_proj(memory.pos)
@@ -102,7 +88,8 @@ class ConditionalDecoderLayer(SubLayers):
             q, k = q + self.ca_qpos_proj(query_pos), k + k_pos
         q = torch.cat([split(q), split(self.ca_qpos_sine_proj(query_sine))], dim=-1)  # [B, M, Q, 2 C / M]
         k = torch.cat([split(k), split(k_pos)], dim=-1)
-        return self.cross_attn(q, k, split(self.ca_v_proj(memory.tokens)), memory.padding_mask[:, None, None])
+        v, hidden = split(self.ca_v_proj(memory.tokens)), memory.padding_mask[:, None, None]
+        return self.add(self.norm2, tgt, self.cross_attn(q, k, v, hidden))
 
 
 class ConditionalDecoder(nn.Module):
@@ -133,9 +120,7 @@ class ConditionalDecoder(nn.Module):
         self.ref_point_head = ExactMLP(d_model, d_model, 2, num_layers=2)
 
     def forward(self, groups: list[QueryGroup], memory: Memory) -> list[LayerOutput]:
-        check_groups(groups, self, needs=('query_pos',), ignores=('reference_points',))
-        tgt = torch.cat([group.tgt for group in groups], dim=1)  # [B, Q, C]
-        query_pos = torch.cat([group.query_pos for group in groups], dim=1)
+        tgt, query_pos = join_groups(groups, self, 'query_pos')  # [B, Q, C]
         points = self.box_code.decode(self.ref_point_head(query_pos))  # [B, Q, 2] x, y
         y_first = points.flip(-1)
         sine = sine_embedding(y_first, tgt.shape[-1] // 2, self.temperature).to(tgt.dtype)  # [B, Q, C]

@@ -17,7 +17,7 @@ from util.nested_tensor import NestedTensor, resize_mask
 from .deformable_transformer import DeformableTransformer, cell_grid, gather_rows, valid_sizes
 from .detr import BaseDETR
 from .heads import ExactLinear, LogitBoxes
-from .ops.functions import exporting
+from .ops.functions import is_exporting
 from .structures import Memory, Prediction, QueryGroup, split_groups
 
 
@@ -30,10 +30,8 @@ class DeformableDETR(BaseDETR):
         num_queries: number of queries of each group, the inference group first.
         mixed_selection: give two-stage queries learned content.
         input_bias: give the projections of the backbone's maps biases.
-        pyramid: modules that make every level from the backbone's only map, in place of projections
-            (`models.vit`).
-        num_maps: number of the backbone's maps that levels are made from, the coarsest; None: all. Masks read
-            all.
+        pyramid: modules that make every level from the backbone's only map, in place of projections (ViT).
+        num_maps: number of the backbone's coarsest maps that levels are made from; None: all. Masks read all.
         options: further arguments of `BaseDETR`.
     """
 
@@ -60,12 +58,17 @@ class DeformableDETR(BaseDETR):
         input_proj = pyramid
         if pyramid is None:
             channels = backbone.num_channels[-num_maps:]
-            input_proj = input_projections(channels, hidden_dim, num_levels, input_bias)
+            input_proj = build_input_projections(channels, hidden_dim, num_levels, input_bias)
         super().__init__(backbone, transformer, heads, query_embed, input_proj, num_queries, **options)
         self.has_pyramid, self.num_maps, self.mask_level = pyramid is not None, num_maps, num_maps - 1
         self.with_box_refine = with_box_refine
-        self.first_stage = FirstStage.of(transformer, heads[0][-1], heads[1][-1]) if two_stage else None
         self.mixed_selection = mixed_selection
+        if two_stage:
+            decoder, modules = transformer.decoder, (transformer.enc_output, transformer.enc_output_norm)
+            proposal_heads = heads[0][-1], heads[1][-1]
+            self.first_stage = FirstStage(
+                *modules, *proposal_heads, decoder.box_code, decoder.proposals_by_class
+            )
 
     def encode(
         self, samples: NestedTensor, features: list[NestedTensor], pos: list[Tensor]
@@ -76,11 +79,7 @@ class DeformableDETR(BaseDETR):
     def levels(
         self, samples: NestedTensor, features: list[NestedTensor], pos: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return projected feature maps [B, C, H, W], padding masks and encodings of every level, finest
-        first.
-
-        features, pos: output of the backbone.
-        """
+        """Return projected maps [B, C, H, W], padding masks and encodings of every level, finest first."""
         features, pos = features[-self.num_maps :], pos[-self.num_maps :]
         if self.has_pyramid:
             srcs = [level(features[-1].tensors) for level in self.input_proj]
@@ -89,8 +88,7 @@ class DeformableDETR(BaseDETR):
         srcs = [project(x.tensors) for project, x in zip(self.input_proj, features, strict=False)]
         masks = [x.mask for x in features]
         for index in range(len(features), len(self.input_proj)):
-            # The first additional level is computed from the backbone's last map, each other from the level
-            # before.
+            # The first additional level comes from the backbone's last map, each other from the level before.
             source = features[-1].tensors if index == len(features) else srcs[-1]
             srcs.append(self.input_proj[index](source))
             masks.append(resize_mask(samples.mask, srcs[-1].shape[-2:]))
@@ -104,15 +102,15 @@ class DeformableDETR(BaseDETR):
         total = sum(num_queries.values())
         if self.first_stage is None:
             embeddings = self.query_embed.weight[:total]
-            every = self.transformer.queries_from_embeddings(embeddings, len(memory.tokens))
-            return split_groups(every, num_queries), {}
+            queries = self.transformer.queries_from_embeddings(embeddings, len(memory.tokens))
+            return split_groups(queries, num_queries), {}
         boxes, proposals = self.first_stage(memory, total, self.training)
         content = self.query_embed.weight[:total] if self.mixed_selection else None
-        every = self.transformer.queries_from_proposals(boxes, content)
-        return split_groups(every, num_queries), {'enc': proposals} if self.training else {}
+        queries = self.transformer.queries_from_proposals(boxes, content)
+        return split_groups(queries, num_queries), {'enc': proposals} if self.training else {}
 
 
-def input_projections(
+def build_input_projections(
     num_channels: list[int], hidden_dim: int, num_levels: int, bias: bool = True
 ) -> nn.ModuleList:
     """Build convolutions to `hidden_dim` channels: one per backbone map, strided ones for further levels."""
@@ -128,57 +126,21 @@ def input_projections(
     return nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, hidden_dim)) for conv in convolutions)
 
 
-@dataclass(frozen=True)
-class BestProposals:
-    """The choice of the tokens with the largest scores.
-
-    Another choice is a subclass, or an object with the same two methods.
-    """
-
-    def __call__(self, scores: Tensor, num_proposals: int) -> Tensor:
-        """Return the indices of the chosen tokens, the best first: [B, S] to [B, num_proposals].
-
-        A subclass may take more arguments. They are passed on in exported programs, too.
-        """
-        return scores.topk(num_proposals, dim=1).indices
-
-    def exportable(self) -> 'AskedProposals':
-        """Return the object that takes the place of this one in a program to export."""
-        return AskedProposals(self)
-
-
-class AskedProposals:
-    """The choice of another object, unless certain proposals are requested; it remembers what it returned.
-
-    Rounding decides between proposals whose scores are almost equal, and each query attends to all others.
-    So an exported program is compared with the result of PyTorch for the same proposals, whose scores must
-    be those of the choice, too.
-    """
-
-    def __init__(self, choose: BestProposals) -> None:
-        self.choose = choose
-        self.asked: Tensor | None = None  # indices [B, Q] to return in place of the choice
-        self.taken: Tensor | None = None  # indices that were returned
-        self.difference = 0.0  # between the scores of `asked` and of the choice
-
-    def __call__(self, scores: Tensor, *args: object, **options: object) -> Tensor:
-        self.taken = chosen = self.choose(scores, *args, **options)
-        if self.asked is not None:
-            self.taken = self.asked
-            best, asked = (scores.gather(1, index).sigmoid() for index in (chosen, self.asked))
-            self.difference = (best - asked).abs().max().item()
-        return self.taken
+def best_proposals(scores: Tensor, num_proposals: int) -> Tensor:
+    """Return indices [B, num_proposals] of the tokens with the largest scores [B, S], the best first."""
+    return scores.topk(num_proposals, dim=1).indices
 
 
 @dataclass
 class FirstStage:
     """Projection, heads and choice of proposals.
 
-    It is no module: its modules belong to the transformer and to the lists of heads, which give them their
+    It is not a module: its modules belong to the transformer and to the lists of heads, so that they have
     official names.
 
     by_class: choose the tokens with the best logit of any class, and supervise these alone (DINO); else those
         with the best logit of class 0, which means 'object' here, and supervise all.
+    choose: function of scores [B, S] and a number, which returns the indices of that many tokens.
     """
 
     projection: nn.Module
@@ -187,15 +149,7 @@ class FirstStage:
     box_head: nn.Module
     box_code: LogitBoxes
     by_class: bool
-    choose: Callable[..., Tensor] = BestProposals()
-
-    @classmethod
-    def of(
-        cls, transformer: DeformableTransformer, class_head: ExactLinear, box_head: nn.Module
-    ) -> 'FirstStage':
-        """Build the first stage for the decoder of a transformer."""
-        decoder, modules = transformer.decoder, (transformer.enc_output, transformer.enc_output_norm)
-        return cls(*modules, class_head, box_head, decoder.box_code, decoder.proposals_by_class)
+    choose: Callable[..., Tensor] = best_proposals
 
     def __call__(
         self, memory: Memory, num_proposals: int, training: bool
@@ -203,17 +157,16 @@ class FirstStage:
         """Find proposals.
 
         Returns:
-            Boxes [B, num_proposals, 4] without gradient, and while training the prediction to supervise (kind
-            'enc').
+            Boxes [B, num_proposals, 4] without gradient, and in training the prediction to supervise ('enc').
 
         Raises:
             UserError: there are fewer tokens than proposals.
         """
         num_tokens = memory.tokens.shape[1]
-        if not exporting() and num_tokens < num_proposals:
+        if not is_exporting() and num_tokens < num_proposals:
             raise UserError(
-                f'{num_proposals} proposals, but the feature maps {memory.shapes} have {num_tokens} cells: lower '
-                '--num_queries (or what training adds to it), or use larger images'
+                f'{num_proposals} proposals, but the feature maps {memory.shapes} have {num_tokens} cells: '
+                'lower --num_queries (or what training adds to it), or use larger images'
             )
         anchors, exists = default_boxes(memory)
         anchors = self.box_code.encode(anchors).masked_fill(~exists, self.box_code.no_box)
@@ -221,7 +174,7 @@ class FirstStage:
         if self.by_class or training:
             logits = self.class_head(features)
             scores = logits.amax(-1) if self.by_class else logits[..., 0]
-        else:  # no token needs logits of other classes
+        else:  # logits of other classes are not needed
             scores = self.class_head.first(features)
         best = self.choose(scores, num_proposals)
         if training and not self.by_class:
@@ -241,9 +194,11 @@ class FirstStage:
 
 
 def default_boxes(memory: Memory) -> tuple[Tensor, Tensor]:
-    """Return a box around every cell, [B, S, 4] cxcywh float32 in units of the image without padding, and a mask [B, S, 1].
+    """Return a box around every cell and a mask of the usable ones.
 
-    The mask is False in the padding, and where a coordinate is not between 0.01 and 0.99.
+    Returns:
+        Boxes [B, S, 4] cxcywh float32, in units of the image without padding, and a mask [B, S, 1]: False in
+        the padding, and where a coordinate is not between 0.01 and 0.99.
     """
     start, levels = 0, []
     for level, (height, width) in enumerate(memory.shapes):

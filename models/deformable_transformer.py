@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from .heads import ExactLinear, LogitBoxes
 from .ops.modules import MSDeformAttn, level_sizes
 from .position_encoding import sine_embedding
-from .structures import LayerOutput, Memory, QueryGroup, attention_blocks, check_groups
-from .transformer import Blocks, SubLayers, clones, run_o2m_branch, self_attention
+from .structures import LayerOutput, Memory, QueryGroup, attention_blocks, join_groups
+from .transformer import Blocks, DecoderLayer, SubLayers, clones, run_o2m_branch, self_attention
 from .units import call_unit
 
 
@@ -50,8 +50,8 @@ class DeformableEncoderLayer(SubLayers):
         return self.feed_forward(self.norm2, self.add(self.norm1, src, attended))
 
 
-class DeformableDecoderLayer(SubLayers):
-    """Self-attention, cross-attention and feed-forward, whose norms have the official numbers 2, 1 and 3."""
+class DeformableDecoderLayer(DecoderLayer):
+    """The layer of Deformable DETR; its norms have the official numbers, `norm2` for the self-attention."""
 
     def __init__(self, attention: MSDeformAttn, dim_feedforward: int, dropout: float) -> None:
         super().__init__(dropout)
@@ -63,32 +63,20 @@ class DeformableDecoderLayer(SubLayers):
         self.add_feed_forward(d_model, dim_feedforward)
         self.norm3 = nn.LayerNorm(d_model)
 
-    def forward(
-        self, tgt: Tensor, query_pos: Tensor, reference: Tensor, memory: Memory, blocks: Blocks
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the layer.
+    def attend_queries(self, tgt: Tensor, query_pos: Tensor, blocks: Blocks) -> Tensor:
+        return self.add(self.norm2, tgt, self_attention(self.self_attn, tgt + query_pos, tgt, blocks))
 
-        Args:
-            tgt, query_pos: [B, Q, C].
-            reference: [B, Q, L, 2 or 4].
-            blocks: which queries attend to which (`attention_blocks`).
-
-        Returns:
-            The new state, and the state that a one-to-many branch reads (`models.ms_detr`); here None.
-        """
-        tgt = self.add(self.norm2, tgt, self_attention(self.self_attn, tgt + query_pos, tgt, blocks))
-        tgt = self.add(self.norm1, tgt, self.cross_attention(tgt + query_pos, reference, memory))
-        return self.feed_forward(self.norm3, tgt), None
-
-    def cross_attention(self, query: Tensor, reference: Tensor, memory: Memory) -> Tensor:
-        return self.cross_attn(
-            query,
+    def attend_memory(self, tgt: Tensor, query_pos: Tensor, reference: Tensor, memory: Memory) -> Tensor:
+        """reference: [B, Q, L, 2 or 4] points or boxes."""
+        attended = self.cross_attn(
+            tgt + query_pos,
             reference,
             memory.tokens,
             memory.shapes,
             input_padding_mask=memory.padding_mask,
             sizes=memory.sizes,
         )
+        return self.add(self.norm1, tgt, attended)
 
 
 class DeformableEncoder(nn.Module):
@@ -97,7 +85,7 @@ class DeformableEncoder(nn.Module):
         self.layers = clones(layer, num_layers)
 
     def forward(self, memory: Memory) -> Memory:
-        centers = torch.cat(cell_centers(memory.shapes, memory.valid_ratios), dim=1)  # [B, S, 2]
+        centers = cell_centers(memory.shapes, memory.valid_ratios)  # [B, S, 2]
         reference = centers[:, :, None] * memory.valid_ratios[:, None]  # [B, S, L, 2]
         src = memory.tokens
         for layer in self.layers:
@@ -113,11 +101,8 @@ class DeformableDecoder(nn.Module):
     """
 
     box_code = LogitBoxes()
-    # The decoder computes the positions of queries itself, from their boxes: query groups bring none.
-    positions_from_boxes = False
-    # Proposals are the tokens with the best logit of any class, and only they are supervised
-    # (`models.deformable_detr`).
-    proposals_by_class = False
+    positions_from_boxes = False  # `query_pos` computes the positions of queries, in place of query groups
+    proposals_by_class = False  # chosen by the best logit of any class (`models.deformable_detr.FirstStage`)
 
     def __init__(self, layer: nn.Module, num_layers: int, look_forward_twice: bool = False) -> None:
         super().__init__()
@@ -131,9 +116,9 @@ class DeformableDecoder(nn.Module):
 
         refine_with: box heads of the layers; None keeps the reference points.
         """
-        self.check(groups)
-        tgt = torch.cat([group.tgt for group in groups], dim=1)  # [B, Q, C]
-        reference = torch.cat([group.reference_points for group in groups], dim=1)  # [B, Q, 2 or 4]
+        fields = ('reference_points',) if self.positions_from_boxes else ('reference_points', 'query_pos')
+        # [B, Q, C], [B, Q, 2 or 4], and without `positions_from_boxes` [B, Q, C].
+        tgt, reference, *positions = join_groups(groups, self, *fields)
         blocks, outputs = attention_blocks(groups), []
         # The layers refine `code`; the box heads add their output to `head_code`.
         code = head_code = self.box_code.encode(reference)
@@ -141,7 +126,7 @@ class DeformableDecoder(nn.Module):
             last = index + 1 == len(self.layers)
             ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)  # [B, L, 2 or 4]
             scaled = reference[:, :, None] * ratios[:, None]  # [B, Q, L, 2 or 4]
-            query_pos = self.query_pos(groups, scaled)
+            query_pos = self.query_pos(scaled) if self.positions_from_boxes else positions[0]
             tgt, o2m_state = call_unit(layer, tgt, query_pos, scaled, memory, blocks)
             delta = None if refine_with is None else self.refinement(refine_with[index], tgt, last)
             hs_o2m = run_o2m_branch(layer, o2m_state, groups) if self.training else None
@@ -153,18 +138,12 @@ class DeformableDecoder(nn.Module):
                 head_code = self.box_code.encode(refined) if self.look_forward_twice else code
         return outputs
 
-    def check(self, groups: list[QueryGroup]) -> None:
-        if self.positions_from_boxes:
-            check_groups(groups, self, needs=('reference_points',), ignores=('query_pos',))
-        else:
-            check_groups(groups, self, needs=('query_pos', 'reference_points'))
+    def query_pos(self, scaled: Tensor) -> Tensor:
+        """Compute the positions of all queries, [B, Q, C], in a decoder with `positions_from_boxes`.
 
-    def query_pos(self, groups: list[QueryGroup], scaled: Tensor) -> Tensor:
-        """Return the positions of all queries, [B, Q, C].
-
-        scaled: [B, Q, L, 2 or 4], reference points in units of each level.
+        scaled: [B, Q, L, 4], boxes in units of each level.
         """
-        return torch.cat([group.query_pos for group in groups], dim=1)
+        raise NotImplementedError
 
     def refinement(self, box_head: nn.Module, tgt: Tensor, last: bool) -> Tensor | None:
         """Return what the box head adds to the reference points of a layer, [B, Q, 4]."""
@@ -178,8 +157,8 @@ class DeformableDecoder(nn.Module):
 class DeformableTransformer(nn.Module):
     """Encoder and decoder: `encode` turns feature maps into `Memory`, the decoder's input.
 
-    two_stage: create the layers that turn tokens into proposals (`models.deformable_detr`) and these into queries,
-        instead of the one that turns learned positions into reference points.
+    two_stage: create the layers that turn tokens into proposals (`models.deformable_detr`) and these into
+        queries, instead of the one that turns learned positions into reference points.
     """
 
     def __init__(
@@ -294,10 +273,10 @@ def cell_grid(height: int, width: int, device: torch.device) -> Tensor:
     return torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=-1).flatten(0, 1)
 
 
-def cell_centers(shapes: list[tuple[int, int]], valid_ratios: Tensor) -> list[Tensor]:
-    """Return the centres x, y of each level's cells, [B, H W, 2]; 1 is where the padding begins."""
-    return [
-        cell_grid(height, width, ratios.device)
-        / torch.stack([ratios[:, 0] * width, ratios[:, 1] * height], dim=-1)[:, None]
-        for (height, width), ratios in zip(shapes, valid_ratios.unbind(1), strict=True)
-    ]
+def cell_centers(shapes: list[tuple[int, int]], valid_ratios: Tensor) -> Tensor:
+    """Return the centres x, y of all levels' cells, [B, S, 2]; 1 is where the padding begins."""
+    levels = []
+    for (height, width), ratios in zip(shapes, valid_ratios.unbind(1), strict=True):
+        sides = torch.stack([ratios[:, 0] * width, ratios[:, 1] * height], dim=-1)
+        levels.append(cell_grid(height, width, ratios.device) / sides[:, None])
+    return torch.cat(levels, dim=1)

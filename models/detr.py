@@ -1,7 +1,7 @@
 """
 DETR (arXiv:2005.12872): a backbone, a transformer, and two heads that read every query.
 
-Conditional DETR is the same module, built with another decoder and other heads.
+Conditional DETR is the same module with another decoder and other heads.
 """
 
 import torch
@@ -16,19 +16,18 @@ from .transformer import Transformer
 
 
 class BaseDETR(nn.Module):
-    """The part that all detectors share: from a batch of images to sets of boxes.
+    """What all detectors share: from a batch of images to sets of boxes.
 
     A subclass encodes the images (`encode`) and makes queries (`queries`).
 
     Args:
-        heads: class head and box head, or lists of them, one for each decoder layer (and more).
-        query_embed: learned queries of all groups; None: the encoder's proposals are all.
+        heads: class head and box head, or lists with one for each decoder layer, and perhaps for proposals.
+        query_embed: learned queries of all groups; None: the encoder's proposals are the only ones.
         input_proj: projections of the backbone's maps.
         num_queries: number of queries of each group, the inference group first.
         aux_loss: predict from every decoder layer while training.
-        query_sources: training branches by their names; checkpoints have this word in names of weights.
-        class_embed_o2m: class heads of the one-to-many branch (`models.ms_detr`); None: the usual class
-            heads.
+        query_sources: training branches by name; names of their weights in checkpoints begin with this word.
+        class_embed_o2m: class heads of the one-to-many branch (`models.ms_detr`); None: those in `heads`.
         mask_heads: modules that predict masks (`models.segmentation.build_mask_heads`).
         co_masks: module that predicts masks of detections (`models.refine_masks`).
         eval_module: auxiliary head that detects outside training, in place of the decoder.
@@ -37,6 +36,7 @@ class BaseDETR(nn.Module):
     entry_points = ('detect_masks',)  # methods called besides forward, which FSDP must know
     mask_level = 0  # level of the memory that masks are made from
     with_box_refine = False  # the decoder itself applies the box heads
+    first_stage = None  # what makes queries of the encoder's proposals (`models.deformable_detr.FirstStage`)
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class BaseDETR(nn.Module):
     def queries(
         self, memory: Memory, num_queries: dict[str, int]
     ) -> tuple[list[QueryGroup], dict[str, Prediction]]:
-        """Return query groups of the given sizes, and while training the predictions of the encoder."""
+        """Return query groups of these sizes, and in training the predictions of the encoder."""
         raise NotImplementedError
 
     def forward(
@@ -95,9 +95,9 @@ class BaseDETR(nn.Module):
         Returns:
             `pred_logits` [B, Q, K] and `pred_boxes` [B, Q, 4] (cxcywh in [0, 1]) of the last layer, and
             `pred_masks` [B, Q, h, w] (logits at stride 4) of a detector with masks; or `candidates` of
-            `eval_module`. With `maps` [B, C, H, W], `detect_masks` predicts masks of detections. While
-            training also `aux_outputs`, the same of the layers before, `predictions` of each kind, of which
-            these are views, and `losses`, the terms that training branches computed themselves.
+            `eval_module`. `maps`, each [B, C, H, W], are for `detect_masks`. Training adds `aux_outputs` (the
+            same of earlier layers), `predictions` of each kind, of which all these are views, and `losses`
+            that training branches computed.
         """
         samples = as_batch(samples, self.multiple)
         features, pos = self.backbone(samples)
@@ -113,7 +113,7 @@ class BaseDETR(nn.Module):
     def predict(
         self, memory: Memory, projected: Tensor, features: list[NestedTensor], targets: list[dict] | None
     ) -> dict:
-        """Run decoder and heads, and while training the branches; return outputs as `forward` does."""
+        """Run decoder and heads, and in training the branches; return outputs as `forward` does."""
         inference = next(iter(self.num_queries))
         num_queries = self.num_queries if self.training else {inference: self.num_queries[inference]}
         groups, predictions = self.queries(memory, num_queries)
@@ -149,7 +149,7 @@ class BaseDETR(nn.Module):
 
     @property
     def region_masks(self) -> nn.Module | None:
-        """The module that predicts masks of detections from their RoI features, outside training."""
+        """Return the module that predicts masks of detections from their RoI features."""
         if self.eval_module is None:
             return self.co_masks
         return self.query_sources['collaborative'].heads[self.eval_module].masks
@@ -165,15 +165,14 @@ class BaseDETR(nn.Module):
             labels: [N_i] for each image.
 
         Returns:
-            For each image probabilities [N_i, h, w] of the pixels of a box, and the quality [N_i] of each
-            mask.
+            For each image probabilities [N_i, h, w] of the pixels of boxes, and the quality [N_i] of masks.
         """
-        found = []
+        masks = []
         for index, (box, label) in enumerate(zip(boxes, labels, strict=True)):
-            own = [x[index : index + 1] for x in maps]
             empty = box.new_zeros(0, 1, 1), box.new_zeros(0)
-            found.append(self.region_masks.detect(own, box, label) if len(box) else empty)
-        return found
+            image_maps = [x[index : index + 1] for x in maps]
+            masks.append(self.region_masks.detect(image_maps, box, label) if len(box) else empty)
+        return masks
 
 
 class DETR(BaseDETR):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .deformable_transformer import DeformableDecoder
 from .heads import MLP, LogitBoxes
 from .position_encoding import sine_embedding
-from .structures import LayerOutput, QueryGroup
+from .structures import LayerOutput
 
 
 class DinoDecoder(DeformableDecoder):
@@ -27,7 +27,7 @@ class DinoDecoder(DeformableDecoder):
         self.ref_point_head = MLP(2 * d_model, d_model, d_model, num_layers=2)
         self.norm = nn.LayerNorm(d_model)
 
-    def query_pos(self, groups: list[QueryGroup], scaled: Tensor) -> Tensor:
+    def query_pos(self, scaled: Tensor) -> Tensor:
         """Compute positions [B, Q, C] from boxes on the first level, embedded as y, x, width, height."""
         x, y, width, height = scaled[:, :, 0].split(1, dim=-1)
         boxes = torch.cat([y, x, width, height], dim=-1)  # an index list would be copied to the device

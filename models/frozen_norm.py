@@ -1,8 +1,8 @@
 """
 Fold frozen batch norms into the convolutions in front of them, which saves a pass over the feature map.
 
-The weight is multiplied by the norm's factor in every forward, so that it trains as before. The factor itself
-is constant and kept. Parameters and buffers keep their places and names. Results differ by rounding.
+Each forward multiplies the weight by the norm's constant factor, so that it trains as before. Parameters and
+buffers keep their names. Results differ by rounding.
 """
 
 from itertools import pairwise
@@ -19,7 +19,7 @@ class FoldedNorm(FrozenBatchNorm2d):
     """The identity, with the buffers of a norm that the convolution in front of it applies."""
 
     # Factor and bias, the buffers that they were computed from, and the state of these.
-    _kept: tuple[tuple[Tensor, Tensor], list[Tensor], list[tuple[int, int]]] | None = None
+    _cache: tuple[tuple[Tensor, Tensor], list[Tensor], list[tuple[int, int]]] | None = None
 
     def __init__(self, norm: FrozenBatchNorm2d) -> None:
         super().__init__(len(norm.weight), norm.eps)
@@ -29,14 +29,14 @@ class FoldedNorm(FrozenBatchNorm2d):
     def factor_and_bias(self) -> tuple[Tensor, Tensor]:
         """Return factor and bias [C] of each channel, computed again if a buffer was written or replaced."""
         buffers = [self.weight, self.bias, self.running_mean, self.running_var]
-        if not may_keep(buffers):
+        if not may_cache(buffers):
             return self.compute()
         state = [(id(buffer), buffer._version) for buffer in buffers]
-        if self._kept is None or self._kept[2] != state:
-            # The buffers are kept too, so that no other tensor gets their ids.
+        if self._cache is None or self._cache[2] != state:
+            # The cache holds the buffers too, so that no other tensor gets their ids.
             with without_autocast(buffers[0]):
-                self._kept = self.compute(), buffers, state
-        return self._kept[0]
+                self._cache = self.compute(), buffers, state
+        return self._cache[0]
 
     def compute(self) -> tuple[Tensor, Tensor]:
         factor = self.weight * (self.running_var + self.eps).rsqrt()
@@ -62,11 +62,11 @@ class FoldedConvolution(nn.Module):
         return F.conv2d(x, self.weight * factor.view(-1, 1, 1, 1), bias, **self.options)
 
 
-def may_keep(buffers: list[Tensor]) -> bool:
-    """Return whether what is computed from buffers may be kept until they change.
+def may_cache(buffers: list[Tensor]) -> bool:
+    """Return whether what is computed from buffers may be cached until they change.
 
-    Compiled, exported and recorded programs are to read the buffers themselves. Inference mode makes tensors
-    that no backward pass can use, and whose changes are not counted.
+    Compiled, exported and recorded programs must read the buffers themselves. Tensors of inference mode
+    cannot be used in a backward pass, and their changes are not counted.
     """
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return False

@@ -54,7 +54,7 @@ class ExactMLP(MLP):
             return super().forward(x.to(self.layers[0].weight.dtype))
 
 
-def class_head(hidden_dim: int, num_outputs: int, prior: float | None = None) -> ExactLinear:
+def build_class_head(hidden_dim: int, num_outputs: int, prior: float | None = None) -> ExactLinear:
     """Build a class head. prior: probability that a head with focal loss starts with (RetinaNet Sec. 4.1)."""
     head = ExactLinear(hidden_dim, num_outputs)
     if prior is not None:
@@ -62,7 +62,7 @@ def class_head(hidden_dim: int, num_outputs: int, prior: float | None = None) ->
     return head
 
 
-def box_head(hidden_dim: int, start_at_reference: bool = False) -> ExactMLP:
+def build_box_head(hidden_dim: int, start_at_reference: bool = False) -> ExactMLP:
     """Build a box head, whose output is in logit space.
 
     start_at_reference: zero the last layer, so that boxes start at their reference.
@@ -84,8 +84,8 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
 class LogitBoxes:
     """A box code: a box is the sigmoid of the logit of a reference plus the output of a box head.
 
-    A decoder has one as `box_code`. Another one, such as sizes as factors of those of the reference, has the same members.
-    References are boxes cxcywh or centres in [0, 1].
+    A decoder has one as `box_code`; another code, such as sizes relative to the reference, has the same
+    members. References are boxes cxcywh or centres in [0, 1].
 
     eps: smallest argument of the logarithms.
     """
@@ -98,9 +98,10 @@ class LogitBoxes:
         return inverse_sigmoid(reference, self.eps)
 
     def decode(self, delta: Tensor, code: Tensor | None = None) -> Tensor:
-        """Return the boxes [..., 4] of a box head's output delta [..., 4], or references of the shape of delta without a code.
+        """Return the boxes [..., 4] of a box head's output, delta [..., 4].
 
-        code: encoded references [..., 4], or [..., 2] of centres alone, which the head refines; None: it has none.
+        code: encoded references that the head refines, boxes [..., 4] or centres [..., 2]; None: there are no
+            references, and delta may also have the shape of centres.
         """
         if code is None:
             return delta.sigmoid()
@@ -119,18 +120,17 @@ def read_layers(
     first: int = 0,
     aux_loss: bool = True,
 ) -> dict[str, Prediction]:
-    """Read class logits and boxes of all layers, as one prediction for each group.
+    """Compute class logits and boxes of all layers, as one prediction for each group.
 
-    A one-to-many branch of MS-DETR adds the kind 'o2m': the queries of the inference group, with the same
-    references.
+    MS-DETR's one-to-many branch adds the kind 'o2m': the queries of the inference group, with its references.
 
     Args:
         box_code: that of the decoder.
         class_head, box_head: heads that all layers share, or a list of one for each layer of the decoder.
-        class_head_o2m: class head of the one-to-many branch, which then has the boxes of the inference group
-            (variant a).
+        class_head_o2m: class head of the one-to-many branch (variant a), whose boxes are those of the
+            inference group.
         first: index in the decoder of the first of the layers.
-        aux_loss: return all layers, not only the last. All heads are applied in any case, so that each has a
+        aux_loss: return all layers, not only the last. All heads are always applied, so that each has a
             gradient.
     """
     returned = slice(None) if aux_loss else slice(-1, None)

@@ -1,9 +1,9 @@
 """
 MS-DETR (arXiv:2401.03989, Sec. 3): the same decoder queries are supervised twice, one-to-one and one-to-many.
 
-While training the heads read the queries a second time, in a one-to-many branch of each layer. Variant b (the
-main one) reads them after the cross-attention, which therefore comes before the self-attention, at inference
-too. Variant a reads the layer's output with class heads of its own.
+In training the heads read the queries a second time, in a one-to-many branch of each layer. Variant b (the
+main one) reads them behind the cross-attention, which comes before the self-attention then, at inference too.
+Variant a reads the output of the layer with other class heads.
 """
 
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .conditional_detr import ConditionalDecoderLayer
 from .deformable_transformer import DeformableDecoderLayer
 from .structures import Memory
-from .transformer import Blocks, self_attention
+from .transformer import Blocks
 
 
 class BranchA:
@@ -38,6 +38,13 @@ class BranchB:
     has_aux_ffn = False
     entry_points = ('o2m_branch',)
 
+    def forward(
+        self, tgt: Tensor, query_pos: Tensor, place: Tensor, memory: Memory, blocks: Blocks
+    ) -> tuple[Tensor, Tensor]:
+        """Run cross-attention, self-attention and feed-forward (`DecoderLayer`)."""
+        x = self.attend_memory(tgt, query_pos, place, memory)
+        return self.feed_forward(self.norm3, self.attend_queries(x, query_pos, blocks)), x
+
     def add_aux_ffn(self, d_model: int, dim_feedforward: int) -> None:
         self.has_aux_ffn = True
         self.linear3 = nn.Linear(d_model, dim_feedforward)
@@ -56,26 +63,12 @@ class DeformableDecoderLayerA(BranchA, DeformableDecoderLayer):
 
 
 class ConditionalDecoderLayerA(BranchA, ConditionalDecoderLayer):
-    """Variant a for Conditional DETR (ours; the paper has Deformable DETR only)."""
+    """Variant a for Conditional DETR; the paper has Deformable DETR only."""
 
 
 class DeformableDecoderLayerB(BranchB, DeformableDecoderLayer):
-    """Variant b for Deformable DETR: cross-attention, self-attention, feed-forward."""
-
-    def forward(
-        self, tgt: Tensor, query_pos: Tensor, reference: Tensor, memory: Memory, blocks: Blocks
-    ) -> tuple[Tensor, Tensor]:
-        x = self.add(self.norm1, tgt, self.cross_attention(tgt + query_pos, reference, memory))
-        y = self.add(self.norm2, x, self_attention(self.self_attn, x + query_pos, x, blocks))
-        return self.feed_forward(self.norm3, y), x
+    """Variant b for Deformable DETR."""
 
 
 class ConditionalDecoderLayerB(BranchB, ConditionalDecoderLayer):
     """Variant b for Conditional DETR."""
-
-    def forward(
-        self, tgt: Tensor, query_pos: Tensor, query_sine: Tensor, memory: Memory, blocks: Blocks
-    ) -> tuple[Tensor, Tensor]:
-        x = self.add(self.norm2, tgt, self.cross_attention(tgt, query_pos, query_sine, memory))
-        y = self.add(self.norm1, x, self.self_attention(x, query_pos, blocks))
-        return self.feed_forward(self.norm3, y), x

@@ -8,15 +8,12 @@ from torch import Tensor, nn
 from util.errors import UserError
 
 
-def frequencies(num_feats: int, temperature: float, device: torch.device) -> Tensor:
-    """Return divisors [num_feats] in equal pairs, float32 whatever the model's precision (official code)."""
-    index = torch.arange(num_feats, dtype=torch.float32, device=device)
-    return temperature ** (2 * torch.div(index, 2, rounding_mode='floor') / num_feats)
-
-
 def sine_waves(angle: Tensor, num_feats: int, temperature: float = 10000) -> Tensor:
     """Turn angles [...] into waves [..., num_feats], with sines at even indices and cosines at odd ones."""
-    phase = angle[..., None] / frequencies(num_feats, temperature, angle.device)
+    index = torch.arange(
+        num_feats, dtype=torch.float32, device=angle.device
+    )  # whatever the model's precision
+    phase = angle[..., None] / temperature ** (2 * torch.div(index, 2, rounding_mode='floor') / num_feats)
     return torch.stack((phase[..., 0::2].sin(), phase[..., 1::2].cos()), dim=-1).flatten(-2)
 
 
@@ -83,7 +80,8 @@ class PositionEmbeddingLearned(nn.Module):
         if max(height, width) > self.cells:
             raise UserError(
                 f'learned position encodings cover {self.cells} x {self.cells} cells, this feature map has '
-                f'{height} x {width}: use --position_embedding sine, or smaller images (--img_size, --max_size)'
+                f'{height} x {width}: use --position_embedding sine, or smaller images (--img_size, '
+                '--max_size)'
             )
         columns = self.col_embed.weight[:width].expand(height, -1, -1)
         rows = self.row_embed.weight[:height, None].expand(-1, width, -1)

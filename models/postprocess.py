@@ -15,7 +15,7 @@ from util.nested_tensor import NestedTensor
 Detections = list[dict[str, Tensor]]
 Target = dict[str, Tensor]
 Encode = Callable[[Tensor], list[dict]]
-PIXELS_AT_A_TIME = 2**24  # of masks, which take a few bytes a pixel while they are made
+PIXELS_AT_A_TIME = 2**24  # of masks, which take a few bytes per pixel while they are computed
 
 # Threshold of NMS between detections of an auxiliary head (IoU).
 AUXILIARY_HEADS = {'faster_rcnn': 0.5, 'atss': 0.6}
@@ -29,15 +29,14 @@ def postprocess_batch(
     samples: NestedTensor,
     encode: Encode | None = None,
 ) -> list[dict]:
-    """Return the detections of a batch in pixels of the original images, with masks if there is a
-    postprocessor for them.
+    """Return the detections of a batch in pixels of the original images, with masks if the model has them.
 
     Args:
-        model: the model without a wrapper that computed the outputs.
-        targets: `size`, `orig_size` and `frame_size` that the preparation of the images left in them.
+        model: the model that computed the outputs, without a wrapper.
+        targets: `size`, `orig_size` and perhaps `frame_size` of each image, from its preparation.
         samples: the batch.
-        encode: makes a list of run lengths of a few masks [n, 1, H, W]; these are `segmentation`, and there
-            are no `masks`.
+        encode: function that makes run lengths of masks [n, 1, H, W]; these are `segmentation`, in place of
+            `masks`.
     """
     device = next(model.parameters()).device
     frames = torch.stack([frame_size(target) for target in targets]).to(device, non_blocking=True)
@@ -45,31 +44,31 @@ def postprocess_batch(
     if 'segm' not in postprocessors:
         return detections
     originals = torch.stack([target['orig_size'] for target in targets])
-    seen = torch.stack([seen_size(target) for target in targets])
+    shown = torch.stack([shown_size(target) for target in targets])
     if 'maps' in outputs:
-        scales = (seen / originals).flip(-1).repeat(1, 2).to(detections[0]['boxes'])
+        scales = (shown / originals).flip(-1).repeat(1, 2).to(detections[0]['boxes'])
         boxes = [one['boxes'] * scale for one, scale in zip(detections, scales, strict=True)]
         labels = [one['labels'] for one in detections]
         outputs = outputs | {'region_masks': model.detect_masks(outputs['maps'], boxes, labels)}
     canvas = tuple(samples.mask.shape[-2:])
-    return postprocessors['segm'](detections, outputs, originals, seen, canvas, encode)
+    return postprocessors['segm'](detections, outputs, originals, shown, canvas, encode)
 
 
 def frame_size(target: Target) -> Tensor:
     """Return the (height, width) [2], in pixels of the original image, that boxes in [0, 1] are relative to.
 
-    It is the size of the image itself, or of the square around it that `datasets.transforms.FitSquare` makes.
+    It is the size of the image, or of the square around it that `datasets.transforms.FitSquare` makes.
     """
     return target.get('frame_size', target['orig_size'])
 
 
-def seen_size(target: Target) -> Tensor:
+def shown_size(target: Target) -> Tensor:
     """Return the (height, width) [2] of the part of the network's input that shows the image."""
     return (target['size'] * target['orig_size'] / frame_size(target)).round().long()
 
 
 def to_cpu(result: dict) -> dict:
-    """Copy the tensors of an image's detections to the host; run lengths are there already."""
+    """Copy the tensors of an image's detections to the host, where run lengths are already."""
     return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in result.items()}
 
 
@@ -81,36 +80,35 @@ def scale_boxes(boxes: Tensor, target_sizes: Tensor) -> Tensor:
     return box_cxcywh_to_xyxy(boxes) * scale[:, None]
 
 
-class SoftmaxPostProcess(nn.Module):
-    """One detection per query, in query order (DETR): the best class but the last, which is 'no object'."""
+class BoxPostProcess(nn.Module):
+    """Postprocessing that returns equally many detections for each image, so that it can be exported."""
 
     @torch.no_grad()
     def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> Detections:
-        """Return scores [Q], labels [Q] and boxes [Q, 4] xyxy of each image.
+        """Return scores [N], labels [N] and boxes [N, 4] xyxy of each image; with masks also `query` [N].
 
         target_sizes: [B, 2] height and width in pixels.
         """
-        return split_batch(outputs, *self.batched(outputs, target_sizes))
+        names = ('scores', 'labels', 'boxes', *(('query',) if 'pred_masks' in outputs else ()))
+        images = zip(*self.batched(outputs, target_sizes)[: len(names)], strict=True)
+        return [dict(zip(names, values, strict=True)) for values in images]
 
     def batched(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> tuple[Tensor, ...]:
-        """Return scores, labels [B, Q], boxes [B, Q, 4] and queries [B, Q]."""
+        """Return scores, labels [B, N], boxes [B, N, 4] and queries [B, N]."""
+        raise NotImplementedError
+
+
+class SoftmaxPostProcess(BoxPostProcess):
+    """One detection per query, in query order (DETR): the best class but the last, which is 'no object'."""
+
+    def batched(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> tuple[Tensor, ...]:
         scores, labels = outputs['pred_logits'].softmax(-1)[..., :-1].max(-1)
         boxes = scale_boxes(outputs['pred_boxes'], target_sizes)
         query = torch.arange(scores.shape[1], device=scores.device).expand_as(labels)
         return scores, labels, boxes, query
 
 
-def split_batch(
-    outputs: dict[str, Tensor], scores: Tensor, labels: Tensor, boxes: Tensor, query: Tensor
-) -> Detections:
-    """Make a dictionary for each image; with masks it has the `query` of each detection too."""
-    fields = {'scores': scores, 'labels': labels, 'boxes': boxes}
-    if 'pred_masks' in outputs:
-        fields['query'] = query
-    return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
-
-
-class TopKPostProcess(nn.Module):
+class TopKPostProcess(BoxPostProcess):
     """The best `num_select` pairs of query and class, best first (Conditional and Deformable DETR).
 
     clamp: clip boxes to the image (Co-DETR).
@@ -121,16 +119,7 @@ class TopKPostProcess(nn.Module):
         self.num_select = num_select
         self.clamp = clamp
 
-    @torch.no_grad()
-    def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> Detections:
-        """Return scores [N], labels [N] and boxes [N, 4] xyxy of each image.
-
-        target_sizes: [B, 2] height and width in pixels.
-        """
-        return split_batch(outputs, *self.batched(outputs, target_sizes))
-
     def batched(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> tuple[Tensor, ...]:
-        """Return scores, labels [B, N], boxes [B, N, 4] and queries [B, N]."""
         probability = outputs['pred_logits'].sigmoid()  # [B, Q, K]
         num_classes = probability.shape[-1]
         scores, index = probability.flatten(1).topk(min(self.num_select, probability[0].numel()))  # [B, N]
@@ -175,15 +164,14 @@ class NMSPostProcess(nn.Module):
 class CandidatePostProcess(NMSPostProcess):
     """The best `num_select` candidates of an auxiliary head (`models.training.collaborative`) after NMS."""
 
-    def __init__(self, iou_threshold: float, num_select: int = 100) -> None:
-        super().__init__(num_select, iou_threshold)
+    def __init__(self, iou_threshold: float) -> None:
+        super().__init__(num_select=100, iou_threshold=iou_threshold)
 
     @torch.no_grad()
     def forward(self, outputs: dict[str, list[dict[str, Tensor]]], target_sizes: Tensor) -> Detections:
         """Return detections as `TopKPostProcess` does.
 
-        outputs: `candidates`, a dictionary per image of scores [N], labels [N] and boxes [N, 4] cxcywh in [0,
-        1].
+        outputs: `candidates`, a dictionary per image of scores, labels [N] and boxes [N, 4] cxcywh in [0, 1].
         """
         return [
             self.suppress(candidates | {'boxes': scale_boxes(candidates['boxes'][None], size[None])[0]})
@@ -217,32 +205,32 @@ class SoftNMSPostProcess(NMSPostProcess):
 def soft_suppression(
     scores: np.ndarray, factor: np.ndarray, smallest: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Take the best detection that is left, lower the scores of the others, and repeat; return indices and
-    scores.
+    """Select the best remaining detection, lower the scores of the others, and repeat.
 
     Args:
         scores: [N].
-        factor: [N, N]; taking detection i multiplies the score of j by factor[i, j].
-        smallest: detections with lower scores are dropped.
+        factor: [N, N]; selecting detection i multiplies the score of j by factor[i, j].
+        smallest: detections with lower scores are removed.
+
+    Returns:
+        Indices and scores of the selected detections.
     """
-    left, order, lowered = scores.copy(), [], []
+    remaining, order, lowered = scores.copy(), [], []
     for _ in range(len(scores)):
-        best = int(left.argmax())
-        if left[best] < smallest:
+        best = int(remaining.argmax())
+        if remaining[best] < smallest:
             break
         order.append(best)
-        lowered.append(left[best])
-        left *= factor[best]
-        left[best] = -1.0
+        lowered.append(remaining[best])
+        remaining *= factor[best]
+        remaining[best] = -1.0
     return np.array(order, dtype=np.int64), np.array(lowered, dtype=scores.dtype)
 
 
 class MaskPostProcess(nn.Module):
-    """Masks of detections in the original images (DETR). threshold: smallest probability of object pixels."""
+    """Masks of detections in the original images (DETR)."""
 
-    def __init__(self, threshold: float = 0.5) -> None:
-        super().__init__()
-        self.threshold = threshold
+    threshold = 0.5  # smallest probability of object pixels
 
     @torch.no_grad()
     def forward(
@@ -260,18 +248,17 @@ class MaskPostProcess(nn.Module):
             original_sizes: [B, 2] height and width of the original images.
             sizes: [B, 2] height and width of the part of the network's input that shows them.
             canvas: height and width of the network's input, the padded batch; None: the largest of `sizes`.
-            encode: makes a list of run lengths of a few masks, which then are `segmentation`, and there are
-                no `masks`.
+            encode: as in `postprocess_batch`.
         """
         canvas = canvas or tuple(sizes.amax(0).tolist())
         images = zip(detections, original_sizes.tolist(), sizes.tolist(), strict=True)
-        results = []
-        for index, (detected, original, seen) in enumerate(images):
-            fields, make = self.of_image(outputs, index, detected, original, seen, canvas)
-            # The masks of a large photograph take gigabytes together: they are made few at a time.
-            some = max(1, PIXELS_AT_A_TIME // math.prod(original))
-            starts = range(0, max(len(detected['boxes']), 1), some)
-            pieces = (make(slice(start, start + some)) for start in starts)
+        results: list[dict] = []
+        for index, (fields, original, shown) in enumerate(images):
+            masks, fields = self.of_image(outputs, index, fields)
+            # All masks of a large photograph take gigabytes, so only a few are made at once.
+            number = max(1, PIXELS_AT_A_TIME // math.prod(original))
+            parts = zip(masks.split(number), fields['boxes'].split(number), strict=True)
+            pieces = (self.draw(*part, original, shown, canvas) for part in parts)
             if encode is None:
                 results.append(fields | {'masks': torch.cat([*pieces])})
             else:
@@ -281,43 +268,36 @@ class MaskPostProcess(nn.Module):
         return results
 
     def of_image(
-        self,
-        outputs: dict,
-        index: int,
-        detections: dict[str, Tensor],
-        original: list[int],
-        seen: list[int],
-        canvas: tuple[int, int],
-    ) -> tuple[dict[str, Tensor], Callable[[slice], Tensor]]:
-        """Return the fields of an image's detections, and a function that makes masks of a slice of them."""
-        masks = outputs['pred_masks'][index][detections['query']]
+        self, outputs: dict, index: int, fields: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return predicted masks [N, h, w] of an image's detections, and what describes these."""
+        query = fields['query']
+        return outputs['pred_masks'][index][query], {key: x for key, x in fields.items() if key != 'query'}
 
-        def pixels(part: slice) -> Tensor:
-            x = F.interpolate(masks[part, None], size=canvas, mode='bilinear', align_corners=False)
-            shown = (x[..., : seen[0], : seen[1]].sigmoid() > self.threshold).float()
-            return F.interpolate(shown, size=original, mode='nearest').byte()
-
-        return {key: value for key, value in detections.items() if key != 'query'}, pixels
+    def draw(
+        self, masks: Tensor, boxes: Tensor, original: list[int], shown: list[int], canvas: tuple[int, int]
+    ) -> Tensor:
+        """Return predicted masks [n, h, w] of boxes [n, 4] as [n, 1, H, W] uint8 in the original image."""
+        x = F.interpolate(masks[:, None], size=canvas, mode='bilinear', align_corners=False)
+        inside = (x[..., : shown[0], : shown[1]].sigmoid() > self.threshold).float()
+        return F.interpolate(inside, size=original, mode='nearest').byte()
 
 
 class RegionMaskPostProcess(MaskPostProcess):
     """Masks of detections from their RoI features, in the original images (`models.refine_masks`).
 
     A mask has a score of its own, `mask_scores` [N]: that of the box times the predicted quality of the mask.
-    outputs: `region_masks`, what `BaseDETR.detect_masks` returned. threshold: probability from which on a
-    pixel is object.
+    outputs: `region_masks`, the result of `BaseDETR.detect_masks`.
     """
 
     def of_image(
-        self, outputs: dict, index: int, detections: dict[str, Tensor], original: list[int], *sizes: object
-    ) -> tuple[dict[str, Tensor], Callable[[slice], Tensor]]:
+        self, outputs: dict, index: int, fields: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         masks, quality = outputs['region_masks'][index]
-        scores, boxes = detections['scores'], detections['boxes']
+        return masks, fields | {'mask_scores': fields['scores'] * quality.to(fields['scores'])}
 
-        def pixels(part: slice) -> Tensor:
-            return (paste(masks[part], boxes[part], *original) >= self.threshold)[:, None].byte()
-
-        return detections | {'mask_scores': scores * quality.to(scores)}, pixels
+    def draw(self, masks: Tensor, boxes: Tensor, original: list[int], *sizes: object) -> Tensor:
+        return (paste(masks, boxes, *original) >= self.threshold)[:, None].byte()
 
 
 def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:

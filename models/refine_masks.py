@@ -7,9 +7,8 @@ R-CNN, arXiv:1903.00241).
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.convnext import LayerNorm2d
 from torchvision.ops import roi_align
-
-from .vit import ChannelNorm
 
 ROI_SIZE = 14
 DILATIONS = (1, 3, 5)
@@ -22,7 +21,7 @@ class NormedConvolution(nn.Module):
     def __init__(self, channels: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, outputs, 3, stride, padding=1, bias=False)
-        self.norm_layer = ChannelNorm(outputs, eps=1e-5)
+        self.norm_layer = LayerNorm2d(outputs, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.norm_layer(self.conv(x)))
@@ -83,16 +82,16 @@ class RefineStage(nn.Module):
 
 
 class RefineMaskHead(nn.Module):
-    """A head that predicts masks of 14, 28, 56 and 112 pixels of a side; the last knows no classes.
+    """A head that predicts masks with sides of 14, 28, 56 and 112 pixels; the last are class-agnostic.
 
-    stride: stride in pixels of the map that semantic features are read from.
+    stride: of the map that semantic features are read from, in pixels.
     """
 
     def __init__(self, channels: int, num_classes: int, stride: int = 4) -> None:
         super().__init__()
         self.stride = stride
-        self.instance_convs = nn.ModuleList([NormedConvolution(channels, channels)])
-        self.semantic_convs = nn.ModuleList([NormedConvolution(channels, channels) for _ in range(2)])
+        self.instance_convs = nn.Sequential(NormedConvolution(channels, channels))
+        self.semantic_convs = nn.Sequential(*(NormedConvolution(channels, channels) for _ in range(2)))
         self.stages = nn.ModuleList(
             RefineStage(channels >> stage, channels, upsample=stage < 2) for stage in range(3)
         )
@@ -115,20 +114,16 @@ class RefineMaskHead(nn.Module):
             rois: [N, 5] image and box xyxy in pixels.
             labels: [N] class of each region.
         """
-        for layer in self.instance_convs:
-            features = layer(features)
-        for layer in self.semantic_convs:
-            finest = layer(finest)
-        found = []
-        row = torch.arange(len(labels), device=labels.device)
+        features, finest = self.instance_convs(features), self.semantic_convs(finest)
+        masks, row = [], torch.arange(len(labels), device=labels.device)
         for head, stage in zip(self.stage_instance_logits, self.stages, strict=False):
             logits = head(features)[row, labels][:, None]
-            found.append(logits[:, 0])
+            masks.append(logits[:, 0])
             features = stage(features, logits, finest, rois, self.stride)
         last = F.interpolate(
             self.stage_instance_logits[3](features), scale_factor=2, mode='bilinear', align_corners=True
         )
-        return [*found, last[:, 0]]
+        return [*masks, last[:, 0]]
 
 
 class MaskIoUHead(nn.Module):
@@ -136,25 +131,21 @@ class MaskIoUHead(nn.Module):
 
     def __init__(self, channels: int, num_classes: int, hidden: int = 1024) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(
-            [NormedConvolution(channels + 1, channels), NormedConvolution(channels, channels, stride=2)]
+        self.convs = nn.Sequential(
+            NormedConvolution(channels + 1, channels), NormedConvolution(channels, channels, stride=2)
         )
-        self.fcs = nn.ModuleList([nn.Linear(channels * (ROI_SIZE // 2) ** 2, hidden)])
+        self.fcs = nn.Sequential(nn.Linear(channels * (ROI_SIZE // 2) ** 2, hidden), nn.ReLU())
         self.fc_mask_iou = nn.Linear(hidden, num_classes)
 
     def forward(self, features: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the IoU [N] of each mask from RoI features [N, C, 14, 14] and logits [N, 28, 28]."""
         x = torch.cat([features, F.max_pool2d(logits[:, None].sigmoid(), 2)], dim=1)
-        for layer in self.convs:
-            x = layer(x)
-        x = x.flatten(1)
-        for layer in self.fcs:
-            x = F.relu(layer(x))
-        return self.fc_mask_iou(x).sigmoid()[torch.arange(len(labels), device=labels.device), labels]
+        quality = self.fc_mask_iou(self.fcs(self.convs(x).flatten(1))).sigmoid()
+        return quality[torch.arange(len(labels), device=labels.device), labels]
 
 
 def boundary(mask: Tensor, width: int) -> Tensor:
-    """Return where more than a tenth of the window around a pixel has another value, as [N, h, w] bool.
+    """Return the pixels with another value in more than a tenth of the window around them, [N, h, w] bool.
 
     mask: [N, h, w] bool; outside is False. width: the window has sides of 2 width + 1.
     """
@@ -169,7 +160,7 @@ def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def refined(logits: list[Tensor]) -> Tensor:
-    """Merge the stages' logits to probabilities [N, 112, 112]: a stage redraws the last one's boundary."""
+    """Merge the stages' logits to probabilities [N, 112, 112]: a stage refines the last one's boundary."""
     merged = logits[1]
     for finer in logits[2:]:
         size = tuple(finer.shape[-2:])
@@ -178,22 +169,25 @@ def refined(logits: list[Tensor]) -> Tensor:
     return merged.sigmoid()
 
 
+def numbered(regions: list[Tensor]) -> Tensor:
+    """Join the boxes [N_i, 4] of all images as [N, 5], with the index of the image in front."""
+    image = torch.cat([x.new_full((len(x), 1), index) for index, x in enumerate(regions)])
+    return torch.cat([image, torch.cat(regions)], dim=1)
+
+
 def roi_features(
     maps: list[Tensor], strides: list[int], regions: list[Tensor], size: int, finest: int
 ) -> Tensor:
-    """Return RoI features [N, C, size, size] of the N regions of all images, each from the level that fits it
-    (FPN, Sec. 4.2).
+    """Return RoI features [N, C, size, size] of all regions, each from its level (FPN, Sec. 4.2).
 
     Args:
         maps: [B, C, H, W] of each level; more maps than strides are ignored.
         regions: boxes [N_i, 4] xyxy in pixels of each image.
         finest: regions up to twice this side, pixels, are read from the first level.
     """
-    image = torch.cat([x.new_full((len(x), 1), index) for index, x in enumerate(regions)])
-    boxes = torch.cat(regions)
-    side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
+    rois = numbered(regions)
+    side = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
     levels = torch.floor(torch.log2(side / finest + 1e-6)).nan_to_num(0.0).clamp(0, len(strides) - 1)
-    rois = torch.cat([image, boxes], dim=1)
     counts = (levels == torch.arange(len(strides), device=levels.device)[:, None]).sum(1).tolist()
     order = levels.argsort(stable=True)
     parts = [
@@ -219,16 +213,14 @@ class DetectionMasks(nn.Module):
     ) -> tuple[list[Tensor], Tensor]:
         """Return mask logits of every stage and the IoU [N] of the second's, for the N regions of a batch."""
         features = roi_features(maps, self.strides, regions, ROI_SIZE, ROI_SIZE * self.strides[0])
-        image = torch.cat([x.new_full((len(x), 1), index) for index, x in enumerate(regions)])
-        rois = torch.cat([image, torch.cat(regions)], dim=1)
-        logits = self.mask_head(features, maps[0], rois, labels)
+        logits = self.mask_head(features, maps[0], numbered(regions), labels)
         return logits, self.mask_iou_head(features, logits[1], labels)
 
     def detect(self, maps: list[Tensor], boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return probabilities [N, 112, 112] and IoU [N] for boxes xyxy in pixels of the image of `maps`."""
-        found = [
-            self(maps, [part], classes)
-            for part, classes in zip(boxes.split(self.chunk), labels.split(self.chunk), strict=True)
-        ]
-        masks = [refined(logits) for logits, _ in found]
-        return torch.cat(masks), torch.cat([quality for _, quality in found])
+        masks, qualities = [], []
+        for part, classes in zip(boxes.split(self.chunk), labels.split(self.chunk), strict=True):
+            logits, quality = self(maps, [part], classes)
+            masks.append(refined(logits))
+            qualities.append(quality)
+        return torch.cat(masks), torch.cat(qualities)

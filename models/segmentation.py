@@ -34,7 +34,7 @@ class AttentionMaps(nn.Module):
 
 
 class MaskHead(nn.Module):
-    """Convolutions that turn attention maps into masks, with the backbone's finer maps added on the way.
+    """Convolutions that turn attention maps into masks, with the backbone's finer maps added.
 
     Args:
         num_heads: attention maps of a query.
@@ -43,7 +43,6 @@ class MaskHead(nn.Module):
 
     def __init__(self, hidden_dim: int, num_heads: int, finer: list[int]) -> None:
         super().__init__()
-        self.num_finer = len(finer)
         width = hidden_dim + num_heads
         widths = [width, width, *(hidden_dim // 2 ** (level + 1) for level in range(len(finer) + 1))]
         for index, (before, after) in enumerate(pairwise(widths), start=1):
@@ -108,7 +107,7 @@ def predict_masks(
 
 
 def freeze_all_but_masks(model: nn.Module) -> None:
-    """Train the mask heads alone (the second step of DETR's recipe); dropout stays as it is."""
+    """Train only the mask heads (the second step of DETR's recipe); dropout stays active."""
     for name, parameter in model.named_parameters():
         if not name.startswith(('bbox_attention.', 'mask_head.')):
             parameter.requires_grad_(False)

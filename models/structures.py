@@ -3,8 +3,7 @@ Data structures that backbone, transformer, heads and criterion exchange.
 
 A detector in training returns one `Prediction` for each kind of query, of all decoder layers together. One
 table (`models.training.supervision`) says how each kind is supervised. Letters in shapes: B images, Q
-queries, S memory tokens, L decoder layers (of `Memory`: levels), C channels, K classes, M matched pairs, T
-objects of the batch.
+queries, S memory tokens, L decoder layers (of `Memory`: levels), C channels, K classes, M matched pairs.
 """
 
 from dataclasses import dataclass
@@ -43,8 +42,7 @@ class Assignment:
     batch: Tensor  # [M] index of the image
     query: Tensor  # [M] index of the query in its image
     target: Tensor  # [M] index of the object in the whole batch
-    # [M] bool: the pair sets the class of its query. A query with several pairs has one that does; None: all
-    # pairs do.
+    # [M] bool: the pair sets the class of its query, which has one such pair; None: all pairs do.
     is_class_target: Tensor | None = None
 
     @property
@@ -59,12 +57,11 @@ class QueryGroup:
 
     name: str
     tgt: Tensor  # [B, Q, C] content
-    query_pos: Tensor | None = None  # [B, Q, C]; None: the decoder derives it from the boxes
-    # [B, Q, 2 or 4] in [0, 1]; None: the decoder uses none, or computes them itself
-    reference_points: Tensor | None = None
+    query_pos: Tensor | None = None  # [B, Q, C]; None: the decoder computes it from the boxes
+    reference_points: Tensor | None = None  # [B, Q, 2 or 4] in [0, 1]; None: the decoder has none or its own
     sees: tuple[str, ...] = ()  # other groups that it may attend to
     block: int = 0  # > 0: split the group into blocks of this size that may not attend to each other
-    assignment: Assignment | None = None  # objects of the queries, if they are known in advance
+    assignment: Assignment | None = None  # objects of the queries, if known in advance
 
 
 @dataclass
@@ -74,9 +71,7 @@ class LayerOutput:
     hs: Tensor  # [B, Q, C]
     reference: Tensor | None = None  # [B, Q, 2 or 4] in logit space; the box head's output is added to it
     delta: Tensor | None = None  # [B, Q, 4] output of the box head, if the decoder has computed it already
-    hs_o2m: Tensor | None = (
-        None  # [B, Q of the inference group, C] one-to-many branch of MS-DETR; training only
-    )
+    hs_o2m: Tensor | None = None  # [B, Q of the inference group, C] of MS-DETR's branch; training only
 
 
 @dataclass
@@ -87,7 +82,7 @@ class Prediction:
     boxes: Tensor  # [L, B, Q, 4] cxcywh in [0, 1]
     anchors: Tensor | None = None  # [L, B, Q, 4] encoder proposals before refinement
     masks: Tensor | None = None  # [B, Q, h, w] logits of the last layer
-    assignment: Assignment | None = None  # of every layer, if the objects of the queries are known in advance
+    assignment: Assignment | None = None  # of every layer, if known in advance
 
 
 class TrainingBranch(nn.Module):
@@ -97,11 +92,9 @@ class TrainingBranch(nn.Module):
     """
 
     def queries(self, memory: Memory, targets: list[dict]) -> tuple[list[QueryGroup], dict[str, Tensor]]:
-        """Return query groups for the decoder, and the unweighted losses (by name) that were computed on the
-        way.
+        """Return query groups for the decoder, and unweighted losses by name.
 
-        targets: a dictionary of `labels` and `boxes` cxcywh in [0, 1] per image, and of `masks` if the data
-        have them.
+        targets: for each image `labels`, `boxes` cxcywh in [0, 1], and `masks` if the data have them.
         """
         return [], {}
 
@@ -126,36 +119,32 @@ class AttentionBlock:
         return runs[0] if len(runs) == 1 else torch.cat(runs, dim=dim)
 
 
-def check_groups(
-    groups: list[QueryGroup], decoder: object, needs: tuple[str, ...] = (), ignores: tuple[str, ...] = ()
-) -> None:
-    """Refuse query groups that a decoder cannot use.
+def join_groups(groups: list[QueryGroup], decoder: object, *fields: str) -> list[Tensor]:
+    """Concatenate `tgt` and other fields of all groups, each as [B, Q, n].
 
-    Args:
-        needs: fields that no group may leave out.
-        ignores: fields that no group may set, because the decoder would not read them.
+    fields: `query_pos`, `reference_points` or both, which the decoder reads.
 
     Raises:
-        ValueError: a group breaks one of these rules.
+        ValueError: a group lacks one of these fields, or has one that the decoder does not read.
     """
     name = type(decoder).__name__
     for group in groups:
-        for field in needs:
-            if getattr(group, field) is None:
+        for field in ('query_pos', 'reference_points'):
+            missing = getattr(group, field) is None
+            if missing and field in fields:
                 raise ValueError(f'{name} needs {field} of every query group, and {group.name} has none')
-        for field in ignores:
-            if getattr(group, field) is not None:
+            if not missing and field not in fields:
                 raise ValueError(f'{name} does not read {field}, which the query group {group.name} brings')
+    return [torch.cat([getattr(group, field) for group in groups], dim=1) for field in ('tgt', *fields)]
 
 
 def attention_blocks(groups: list[QueryGroup]) -> list[AttentionBlock]:
-    """Say which queries attend to which (H-DETR Sec. 3.2, DINO Sec. 3.3): one block per group that is not
-    empty.
+    """Return which queries attend to which, one block for each group that is not empty.
 
-    A group sees the groups named in `sees` and itself, or only the query's own block if it has blocks. The
-    inference group names none, so that training queries cannot change its result. Each group attends
-    separately: the numbers are those of one masked attention over all queries, but only groups with blocks
-    need a mask.
+    Source: H-DETR, Sec. 3.2; DINO, Sec. 3.3. A query attends to the groups named in `sees` and to its own
+    group, or in a group with blocks to its own block. The inference group names none, so training queries
+    cannot change its result. Each group attends separately: the numbers are those of one masked attention
+    over all queries, but only groups with blocks need a mask.
     """
     runs, start, blocks = {}, 0, []
     for group in groups:
@@ -164,19 +153,19 @@ def attention_blocks(groups: list[QueryGroup]) -> list[AttentionBlock]:
     for group in groups:
         keys, hidden = [runs[name] for name in (*group.sees, group.name)], None
         if group.block:
-            own = torch.arange(group.tgt.shape[1], device=group.tgt.device) // group.block
-            seen = sum(run.stop - run.start for run in keys[:-1])
-            hidden = F.pad(own[:, None] != own, (seen, 0))  # [Q, seen + Q]
+            block = torch.arange(group.tgt.shape[1], device=group.tgt.device) // group.block
+            num_others = sum(run.stop - run.start for run in keys[:-1])
+            hidden = F.pad(block[:, None] != block, (num_others, 0))  # [Q, num_others + Q]
         if group.tgt.shape[1]:
             blocks.append(AttentionBlock(runs[group.name], keys, hidden))
     return blocks
 
 
-def split_groups(every: QueryGroup, num_queries: dict[str, int]) -> list[QueryGroup]:
+def split_groups(queries: QueryGroup, num_queries: dict[str, int]) -> list[QueryGroup]:
     """Split queries into groups of the given sizes, in the order of `num_queries`."""
     sizes = list(num_queries.values())
     parts = [
         [None] * len(sizes) if x is None else x.split(sizes, dim=1)
-        for x in (every.tgt, every.query_pos, every.reference_points)
+        for x in (queries.tgt, queries.query_pos, queries.reference_points)
     ]
     return [QueryGroup(name, *fields) for name, *fields in zip(num_queries, *parts, strict=True)]

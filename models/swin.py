@@ -1,21 +1,22 @@
 """
 Swin Transformer (arXiv:2103.14030) for detectors: any image size, a norm for each map that is returned,
-official parameter names.
+official parameter names. ViT has the same blocks and windows. Maps are [B, H, W, C].
 
-It differs from the classifiers of torchvision and timm. Maps are padded before they are shifted, where timm
-shifts first. A map that fits into one window is shifted too, where torchvision does not shift it.
+Classifiers differ: timm shifts maps before it pads them, and torchvision does not shift a map that fits into
+one window.
 """
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
+from .ops.functions import in_torch_export
 from .units import call_unit
-from .vit_blocks import Block, Windows, drop_paths, initialise_linear
-from .weights.backbones import load_weights, read_weights
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,86 @@ SWIN_SIZES = {
     ),
 }
 WEIGHTS_URL = 'https://github.com/SwinTransformer/storage/releases/download/v1.0.0/{}.pth'
-FORBIDDEN = -100.0  # added to the attention logits of tokens that only the shift has made neighbours
+FORBIDDEN = -100.0  # added to attention logits between tokens from different sides of the map
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward block, each behind a norm, on a map of any size.
+
+    drop_path: probability that an image skips either in training. eps: of the norms.
+    """
+
+    def __init__(
+        self, dim: int, attention: nn.Module, mlp: nn.Module, drop_path: float, eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = attention
+        self.drop_path = StochasticDepth(drop_path, 'row')
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def initialise_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def drop_paths(rate: float, depth: int) -> list[float]:
+    """Return the probabilities of skipping each block, which grow linearly from 0 to `rate`."""
+    return torch.linspace(0, rate, depth, device='cpu').tolist()
+
+
+class Windows(NamedTuple):
+    """Windows of `size` squared tokens over a map, which is padded with zeros at the right and the bottom."""
+
+    rows: int
+    columns: int
+    size: int
+
+    @classmethod
+    def cover(cls, height: int, width: int, size: int) -> 'Windows':
+        return cls(count(height, size), count(width, size), size)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Return height and width of the padded map."""
+        return self.rows * self.size, self.columns * self.size
+
+    def pad(self, x: Tensor) -> Tensor:
+        """Pad a map [B, H, W, C] to `sides`."""
+        height, width = self.sides
+        return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
+
+    def split(self, x: Tensor) -> Tensor:
+        """Split a padded map [B, H, W, C] into windows [B, rows * columns, size, size, C]."""
+        x = x.unflatten(2, (self.columns, self.size)).unflatten(1, (self.rows, self.size))
+        return x.transpose(2, 3).flatten(1, 2)
+
+    def merge(self, windows: Tensor) -> Tensor:
+        """Undo `split`."""
+        x = windows.unflatten(1, (self.rows, self.columns)).transpose(2, 3)
+        return x.flatten(3, 4).flatten(1, 2)
+
+
+def count(side: int, size: int) -> int:
+    """Return the number of windows that cover a side.
+
+    In an exported program it is an unbacked integer. Otherwise torch.export expresses each later shape by the
+    sides of the images, which takes minutes for each block.
+    """
+    number = (side + size - 1) // size  # ONNX rounds negative quotients to zero
+    if in_torch_export():
+        number = torch.full((), number).item()
+        torch._check(number >= 1)
+        torch._check(number * size >= side)
+    return number
 
 
 class PatchEmbed(nn.Module):
@@ -92,8 +172,7 @@ class WindowAttention(nn.Module):
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # [M, N, N]
         if self.shift:
             bias = bias + self.mask(windows, bias)[:, None]  # [windows, M, N, N]
-        # Written out: ONNX has scaled_dot_product_attention for four dimensions only, and here it is slower
-        # on a CPU.
+        # ONNX has scaled_dot_product_attention for four dimensions only, and here it is slower on a CPU.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
         attended = scores.softmax(-1) @ v
         return self.proj(attended.transpose(2, 3).flatten(3)).unflatten(2, (size, size))
@@ -130,7 +209,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
-        # Even where it is not needed: without remainders exported shapes stay short.
+        # Always padded: exported shapes have no remainders then.
         x = F.pad(x, (0, 0, 0, 1, 0, 1))
         parts = [
             x[:, row : height + row : 2, column : width + column : 2] for column in (0, 1) for row in (0, 1)
@@ -160,7 +239,7 @@ class SwinTransformer(nn.Module):
 
     Args:
         stages: stages whose maps are returned, 1 to 4 of strides 4, 8, 16 and 32. Later stages are not built.
-        drop_path_rate: probability that the last block is skipped while training; it grows linearly from 0.
+        drop_path_rate: probability of skipping the last block in training; it grows linearly from 0.
     """
 
     def __init__(
@@ -211,36 +290,3 @@ def initialise(module: nn.Module) -> None:
     initialise_linear(module)
     if isinstance(module, WindowAttention):
         nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
-
-
-def load_pretrained(model: SwinTransformer, source: str) -> None:
-    """Load an official ImageNet file (path or URL), which has no norms of maps.
-
-    Raises:
-        UserError: the file is missing, or other entries are missing or of another shape.
-    """
-    state = fit_pretrained(read_weights(source), model)
-    load_weights(model, state, source, may_lack=r'norm\d\.|.*relative_position_index$')
-
-
-def fit_pretrained(state: dict[str, Tensor], model: SwinTransformer) -> dict[str, Tensor]:
-    """Return the entries of an official ImageNet file, with bias tables resized to the model's windows.
-
-    Self-supervised files (MoBY) hold the backbone under `encoder.`.
-    """
-    ours, prefix = model.state_dict(), ''
-    if min(state, default='').startswith('encoder'):
-        prefix = 'encoder.'
-    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    for name, value in state.items():
-        if name.endswith('relative_position_bias_table') and name in ours and value.shape != ours[name].shape:
-            state[name] = resize_table(value, len(ours[name]))
-    return {name: value for name, value in state.items() if not name.endswith('relative_position_index')}
-
-
-def resize_table(table: Tensor, rows: int) -> Tensor:
-    """Resize a bias table [side^2, M] to the [rows, M] of another window size (bicubic)."""
-    sides = [round(number**0.5) for number in (len(table), rows)]
-    grid = table.T.unflatten(1, (sides[0], sides[0]))[None]
-    grid = F.interpolate(grid, size=(sides[1], sides[1]), mode='bicubic', align_corners=False)
-    return grid[0].flatten(1).T.contiguous()

@@ -1,8 +1,8 @@
 """
 The dense transformer of DETR (arXiv:2005.12872, Sec. A.3): attention over every cell of one feature map.
 
-Tensors are batch first. Parameter names are the official ones. Every layer adds the position encodings to
-queries and keys again, never to values.
+Tensors are batch first. Parameter names are the official ones. Every layer adds position encodings to queries
+and keys, never to values.
 """
 
 import copy
@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .heads import LogitBoxes
-from .structures import AttentionBlock, LayerOutput, Memory, QueryGroup, attention_blocks, check_groups
+from .structures import AttentionBlock, LayerOutput, Memory, QueryGroup, attention_blocks, join_groups
 from .units import call_unit
 
 Blocks = list[AttentionBlock]
 
 
 def clones(layer: nn.Module, num_layers: int) -> nn.ModuleList:
-    """Copy a layer `num_layers` times. Biases, which nothing initialises again, are equal (official code)."""
+    """Copy a layer `num_layers` times. Biases stay equal, since only weights are initialised later."""
     return nn.ModuleList(copy.deepcopy(layer) for _ in range(num_layers))
 
 
@@ -35,14 +35,13 @@ def self_attention(attention: nn.MultiheadAttention, q: Tensor, v: Tensor, block
 
 
 def run_o2m_branch(layer: nn.Module, state: Tensor | None, groups: list[QueryGroup]) -> Tensor | None:
-    """Run the one-to-many branch of a layer (`models.ms_detr`) for the inference group; None if it has none.
+    """Run the one-to-many branch of a layer (`models.ms_detr`) for the inference group.
 
-    state: [B, Q of all groups, C], which the branch reads.
+    state: [B, Q of all groups, C], which the branch reads; None: there is no branch.
     """
     if state is None:
         return None
-    own = state[:, : groups[0].tgt.shape[1]]
-    return call_unit(layer, own, method=layer.o2m_branch)
+    return call_unit(layer, state[:, : groups[0].tgt.shape[1]], method=layer.o2m_branch)
 
 
 class SubLayers(nn.Module):
@@ -95,7 +94,7 @@ class TransformerEncoderLayer(SubLayers):
 
 
 class TransformerEncoder(nn.Module):
-    """Encoder layers, followed by a norm in the case of pre-norm."""
+    """Encoder layers, with a norm at the end for pre-norm."""
 
     def __init__(self, layer: nn.Module, num_layers: int, norm: nn.Module | None = None) -> None:
         super().__init__()
@@ -108,8 +107,37 @@ class TransformerEncoder(nn.Module):
         return src if self.norm is None else self.norm(src)
 
 
-class TransformerDecoderLayer(SubLayers):
-    """Self-attention, cross-attention and feed-forward."""
+class DecoderLayer(SubLayers):
+    """Self-attention, cross-attention and feed-forward; `norm3` belongs to the last."""
+
+    def forward(
+        self, tgt: Tensor, query_pos: Tensor, place: Tensor, memory: Memory, blocks: Blocks
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the layer.
+
+        Args:
+            tgt, query_pos: [B, Q, C].
+            place: positions that the cross-attention reads, in the form of each family.
+            blocks: which queries attend to which (`attention_blocks`).
+
+        Returns:
+            The new state, and the state that a one-to-many branch reads (`models.ms_detr`); here None.
+        """
+        tgt = self.attend_queries(tgt, query_pos, blocks)
+        tgt = self.attend_memory(tgt, query_pos, place, memory)
+        return self.feed_forward(self.norm3, tgt), None
+
+    def attend_queries(self, tgt: Tensor, query_pos: Tensor, blocks: Blocks) -> Tensor:
+        """Return the state after the self-attention."""
+        raise NotImplementedError
+
+    def attend_memory(self, tgt: Tensor, query_pos: Tensor, place: Tensor, memory: Memory) -> Tensor:
+        """Return the state after the cross-attention."""
+        raise NotImplementedError
+
+
+class TransformerDecoderLayer(DecoderLayer):
+    """The layer of DETR."""
 
     def __init__(
         self, d_model: int, nhead: int, dim_feedforward: int, dropout: float, pre_norm: bool
@@ -120,21 +148,17 @@ class TransformerDecoderLayer(SubLayers):
         self.add_feed_forward(d_model, dim_feedforward)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d_model) for _ in range(3))
 
-    def forward(self, tgt: Tensor, query_pos: Tensor, memory: Memory, key: Tensor, blocks: Blocks) -> Tensor:
-        """Run the layer.
-
-        Args:
-            tgt, query_pos: [B, Q, C].
-            key: [B, S, C] memory tokens with their position encodings added.
-            blocks: which queries attend to which (`attention_blocks`).
-        """
+    def attend_queries(self, tgt: Tensor, query_pos: Tensor, blocks: Blocks) -> Tensor:
         x = self.before(self.norm1, tgt)
-        tgt = self.add(self.norm1, tgt, self_attention(self.self_attn, x + query_pos, x, blocks))
+        return self.add(self.norm1, tgt, self_attention(self.self_attn, x + query_pos, x, blocks))
+
+    def attend_memory(self, tgt: Tensor, query_pos: Tensor, key: Tensor, memory: Memory) -> Tensor:
+        """key: [B, S, C] memory tokens with their position encodings added."""
         query = self.before(self.norm2, tgt) + query_pos
         attended = self.multihead_attn(
             query, key, memory.tokens, key_padding_mask=memory.padding_mask, need_weights=False
         )[0]
-        return self.feed_forward(self.norm3, self.add(self.norm2, tgt, attended))
+        return self.add(self.norm2, tgt, attended)
 
 
 class TransformerDecoder(nn.Module):
@@ -148,12 +172,10 @@ class TransformerDecoder(nn.Module):
         self.norm = norm
 
     def forward(self, groups: list[QueryGroup], memory: Memory) -> list[LayerOutput]:
-        check_groups(groups, self, needs=('query_pos',), ignores=('reference_points',))
-        tgt = torch.cat([group.tgt for group in groups], dim=1)  # [B, Q, C]
-        query_pos = torch.cat([group.query_pos for group in groups], dim=1)
+        tgt, query_pos = join_groups(groups, self, 'query_pos')  # [B, Q, C]
         key, blocks, states = memory.tokens + memory.pos, attention_blocks(groups), []
         for layer in self.layers:
-            tgt = call_unit(layer, tgt, query_pos, memory, key, blocks)
+            tgt, _ = call_unit(layer, tgt, query_pos, key, memory, blocks)
             states.append(tgt)
         return [LayerOutput(hs) for hs in self.norm(torch.stack(states))]
 

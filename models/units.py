@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from util.config.settle import PLACES
 from util.errors import UserError
 
-# Compiled programs of one function that PyTorch may keep. There are four kinds of stages and two of layers,
-# each in training and evaluation.
+# Compiled programs of one function that PyTorch may keep, for stages and layers in training and evaluation.
 MOST_PROGRAMS = 64
 
 
@@ -40,7 +39,7 @@ def all_units(model: nn.Module) -> list[nn.Module]:
 
 
 def recompute(model: nn.Module, places: Sequence[str]) -> None:
-    """Mark the units of some places, whose activations `call_unit` then recomputes in the backward pass."""
+    """Mark the units of these places; `call_unit` recomputes their activations in the backward pass."""
     for place, units in list_units(model).items():
         for unit in units:
             unit.recompute = place in places
@@ -82,8 +81,7 @@ def batch_norms(module: nn.Module) -> list[nn.Module]:
 def compile_units(model: nn.Module, **options: object) -> None:
     """Compile every unit in place; parameters, buffers and their names stay.
 
-    Units that are alike share one program. Heights and widths are dynamic, so that images of other sizes
-    share it too.
+    Equal units share one program. Heights and widths are dynamic, so that images of all sizes share it.
 
     Args:
         options: arguments of `torch.compile`.
@@ -93,8 +91,8 @@ def compile_units(model: nn.Module, **options: object) -> None:
     """
     if any(getattr(unit, 'recompute', False) and batch_norms(unit) for unit in all_units(model)):
         raise UserError(
-            'compiled stages with batch norms cannot be computed again: leave backbone out of --use_checkpoint, or do not '
-            'compile'
+            'compiled stages with batch norms cannot be computed again: leave backbone out of '
+            '--use_checkpoint, or do not compile'
         )
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, MOST_PROGRAMS)
     for unit in all_units(model):

@@ -7,18 +7,17 @@ Positions are learned (absolute) and rotary. Parameter names are the official on
 computed, not loaded.
 """
 
-import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.convnext import LayerNorm2d
 
 from util.errors import UserError
 
+from .swin import Block, Windows, drop_paths, initialise_linear
 from .units import call_unit
-from .vit_blocks import Block, Windows, drop_paths, initialise_linear
-from .weights.backbones import load_weights, read_weights
 
 PATCH = 16  # pixels of a side; the stride
 ROTARY_SIDE = 16  # positions along an axis are scaled to this number, whatever its length
@@ -32,7 +31,7 @@ class ViTSize:
     position_grid: side of the grid of learned positions, tokens.
     window_size: side of a window, tokens.
     global_blocks: indices of the blocks that attend over the whole map.
-    fixed_grid: side of the only map whose global blocks are meant, tokens; None: any map.
+    fixed_grid: side of the only map that global blocks take, tokens; None: any map.
     """
 
     embed_dim: int
@@ -54,8 +53,7 @@ VIT_SIZES = {
 def rotary_table(height: int, width: int, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cosines and sines [H * W, channels] of the rotary embedding of a map's positions, in float32.
 
-    The first half of the channels belongs to the row, the second to the column; each angle comes twice in a
-    row.
+    The first half of the channels belongs to the row, the second to the column. Two channels have each angle.
     """
     half = channels // 2
     rates = 1 / ROTARY_BASE ** (torch.arange(0, half, 2, device=device).float() / half)
@@ -94,14 +92,14 @@ class RotaryAttention(nn.Module):
         """Attend in a map [B, H, W, C], and return the same shape.
 
         Raises:
-            UserError: the map has another size than the only one that the network is for.
+            UserError: the map does not have the `fixed_grid` of the network.
         """
         if self.window_size is None:
             if self.fixed_grid is not None and x.shape[1:3] != (self.fixed_grid, self.fixed_grid):
                 side = PATCH * self.fixed_grid
                 raise UserError(
-                    f'this ViT is for images of {side} x {side} pixels, not {PATCH * x.shape[1]} x {PATCH * x.shape[2]}: give '
-                    f'--aug lsj --img_size {side}, or --backbone vit_large'
+                    f'this ViT is for images of {side} x {side} pixels, not {PATCH * x.shape[1]} x '
+                    f'{PATCH * x.shape[2]}: give --aug lsj --img_size {side}, or --backbone vit_large'
                 )
             return self.attend(x)
         batch, height, width = x.shape[:3]
@@ -151,7 +149,7 @@ class VisionTransformer(nn.Module):
     """A backbone that turns images into one map of stride 16.
 
     Args:
-        drop_path_rate: probability that the last block is skipped while training; it grows linearly from 0.
+        drop_path_rate: probability of skipping the last block in training; it grows linearly from 0.
     """
 
     multiple = 32  # pixels; the pyramid halves the map once
@@ -180,7 +178,7 @@ class VisionTransformer(nn.Module):
         return list(self.blocks)
 
     def layer_of(self, name: str) -> int:
-        """Number a parameter's layer for --lr_layer_decay: 0 for embeddings, n in block n, then one more."""
+        """Return a parameter's layer for --lr_layer_decay: 0 for embeddings, then blocks, then all others."""
         if name.startswith('blocks.'):
             return int(name.split('.')[1]) + 1
         return 0 if name.startswith(('pos_embed', 'patch_embed.')) else len(self.blocks) + 1
@@ -194,32 +192,22 @@ class VisionTransformer(nn.Module):
         return {'3': self.out_norm(x).permute(0, 3, 1, 2)}
 
     def positions(self, height: int, width: int) -> Tensor:
-        """Return the learned positions [1, H, W, C] of a map; that of the class token is not used."""
+        """Return the learned positions [1, H, W, C] of a map, without that of the class token."""
         side = self.size.position_grid
         grid = self.pos_embed[:, 1:].unflatten(1, (side, side))
-        return grid if (height, width) == (side, side) else resize_grid(grid, height, width)
-
-
-class ChannelNorm(nn.Module):
-    """A layer norm over the channels of [B, C, H, W]."""
-
-    def __init__(self, channels: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
-        return normed.permute(0, 3, 1, 2)
+        if (height, width) == (side, side):
+            return grid
+        grid = F.interpolate(grid.permute(0, 3, 1, 2), (height, width), mode='bicubic', align_corners=False)
+        return grid.permute(0, 2, 3, 1)
 
 
 def normed_convolution(channels: int, outputs: int, kernel_size: int, stride: int = 1) -> list[nn.Module]:
     convolution = nn.Conv2d(channels, outputs, kernel_size, stride, kernel_size // 2, bias=False)
     nn.init.xavier_uniform_(convolution.weight)
-    return [convolution, ChannelNorm(outputs)]
+    return [convolution, LayerNorm2d(outputs, eps=1e-6)]
 
 
-def feature_pyramid(channels: int, hidden_dim: int) -> nn.ModuleList:
+def build_feature_pyramid(channels: int, hidden_dim: int) -> nn.ModuleList:
     """Build five levels of strides 4, 8, 16, 32 and 64 from one map of stride 16.
 
     Each is a sequence that reads the map; indices of its modules are official.
@@ -251,36 +239,3 @@ def feature_pyramid(channels: int, hidden_dim: int) -> nn.ModuleList:
             [pool(), *normed_convolution(channels, channels, 3, stride=2), nn.GELU(), *end(channels)],
         )
     )
-
-
-def load_vit(model: VisionTransformer, source: str) -> None:
-    """Load an EVA-02 file (path or URL), with patches and grid of positions resized to those of the model.
-
-    Raises:
-        UserError: the file is missing, or entries are missing or of another shape.
-    """
-    state = read_weights(source, averaged=True)
-    state = {re.sub(r'^(module|backbone)\.', '', name): value for name, value in state.items()}
-    ours = model.state_dict()
-    for name, resize in (('patch_embed.proj.weight', resize_patches), ('pos_embed', resize_positions)):
-        if name in state and state[name].shape != ours[name].shape:
-            state[name] = resize(state[name], ours[name])
-    load_weights(model, state, source, may_lack=r'out_norm\.')
-
-
-def resize_patches(kernel: Tensor, ours: Tensor) -> Tensor:
-    """Resize a kernel [C, 3, h, w] to patches of 16 x 16 pixels (bicubic)."""
-    return F.interpolate(kernel.float(), size=ours.shape[-2:], mode='bicubic', align_corners=False)
-
-
-def resize_positions(table: Tensor, ours: Tensor) -> Tensor:
-    """Resize the grid of positions [1, 1 + side^2, C] (bicubic); the entry of the class token stays."""
-    sides = [round((x.shape[1] - 1) ** 0.5) for x in (table, ours)]
-    grid = resize_grid(table[:, 1:].float().unflatten(1, (sides[0], sides[0])), sides[1], sides[1])
-    return torch.cat([table[:, :1], grid.flatten(1, 2)], dim=1)
-
-
-def resize_grid(grid: Tensor, height: int, width: int) -> Tensor:
-    """Resize a grid of positions [1, h, w, C] (bicubic)."""
-    grid = F.interpolate(grid.permute(0, 3, 1, 2), size=(height, width), mode='bicubic', align_corners=False)
-    return grid.permute(0, 2, 3, 1)

@@ -181,16 +181,16 @@ def test_published_transformers_names_become_official(variant: str) -> None:
     """Every recorded pair of names, q, k and v of self-attention apart."""
     recorded = read_shared('parity/deformable_detr/transformers_names.json')
     for official, theirs in recorded.get(variant, []):
-        ours = rename(theirs, TRANSFORMERS['deformable'], to_ours=True)
+        ours = rename(theirs, TRANSFORMERS['deformable'], read=True)
         if '[' in official:
             assert ours.startswith(re.sub(r'in_proj_(weight|bias)\[.*', '', official))
         else:
             assert ours == official, theirs
-            assert rename(official, TRANSFORMERS['deformable'], to_ours=False) == theirs
+            assert rename(official, TRANSFORMERS['deformable'], read=False) == theirs
 
 
 def test_names_without_a_row_show_up_as_left_over() -> None:
-    assert rename('model.something.new', TRANSFORMERS['detr'], to_ours=True) is None
+    assert rename('model.something.new', TRANSFORMERS['detr'], read=True) is None
     assert set(
         translate({'model.something.new': torch.ones(1), 'transformer.level_embeds': torch.ones(1)})[1]
     ) == {

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from datasets.shapes import ShapesDetection
 from datasets.shapes import export as write_shapes
-from models.deformable_detr import BestProposals
 from models.detector import load_detector
 from tests.models import FAMILIES as MODELS
 from tests.models import build
@@ -100,12 +99,11 @@ def test_other_proposals_move_every_query_and_are_judged_by_their_scores(tmp_pat
 def test_a_program_makes_the_choice_of_its_first_stage(family: str) -> None:
     """Whatever the first stage passes to it."""
 
-    class Worst(BestProposals):
-        def __call__(self, scores: Tensor, num_proposals: int, largest: bool = False) -> Tensor:
-            return scores.topk(num_proposals, dim=1, largest=largest).indices
+    def worst(scores: Tensor, num_proposals: int, largest: bool = False) -> Tensor:
+        return scores.topk(num_proposals, dim=1, largest=largest).indices
 
     model = build(MODELS[family])[0].eval()
-    model.first_stage.choose = Worst()
+    model.first_stage.choose = worst
     images = export.draw_images(2, 128, 96)
     with torch.no_grad():
         expected = model(images)

@@ -208,7 +208,7 @@ def test_factors_follow_the_buffers(change: Callable, monkeypatch: pytest.Monkey
     before, _ = (network(images)['4'] for network in (body, other))  # both keep their factors
     change(other, monkeypatch)
     found = other(images.to(next(other.parameters())))['4']
-    monkeypatch.setattr(frozen_norm, 'may_keep', lambda buffers: False)
+    monkeypatch.setattr(frozen_norm, 'may_cache', lambda buffers: False)
     assert torch.equal(found, other(images.to(next(other.parameters())))['4'])
     assert not torch.equal(found, before)
     assert torch.equal(body(images)['4'], before)

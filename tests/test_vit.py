@@ -15,7 +15,8 @@ from main import get_args_parser
 from models import build_model
 from models.training.criterion import weighted_sum
 from models.training.faster_rcnn import FasterRCNN
-from models.vit import VIT_SIZES, VisionTransformer, ViTSize, feature_pyramid, load_vit
+from models.vit import VIT_SIZES, VisionTransformer, ViTSize, build_feature_pyramid
+from models.weights.backbones import load_weights
 from models.weights.layouts import to_mmdetection, translate
 from models.weights.load import load_checkpoint
 from tests import rule
@@ -40,7 +41,7 @@ def recorded(case: str) -> tuple[nn.ModuleDict, dict, dict]:
     grid = flags['img_size'] // 16 if flags['use_lsj'] else None
     size = ViTSize(flags['embed_dim'], flags['depth'], flags['num_heads'], flags['pretrain_img_size'] // 16,
                    flags['window_size'], (1, 3), grid)  # fmt: skip
-    neck = feature_pyramid(flags['embed_dim'], record['arguments']['neck']['out_channels'])
+    neck = build_feature_pyramid(flags['embed_dim'], record['arguments']['neck']['out_channels'])
     levels = nn.ModuleDict({f'p{index}': level for index, level in enumerate(neck, start=2)})
     model = nn.ModuleDict({'backbone': VisionTransformer(size), 'neck': levels}).double()
     with np.load(path.with_suffix('.npz')) as archive:
@@ -194,7 +195,7 @@ def test_weights_of_other_patches_and_grids_fit(tmp_path: Path) -> None:
     state |= {'backbone.rope_win.freqs_cos': torch.ones(3), 'head.weight': torch.ones(2, 2)}
     torch.save({'module': state}, tmp_path / 'eva.pth')
     other = VisionTransformer(VIT_SIZES['vit_mini'])
-    load_vit(other, str(tmp_path / 'eva.pth'))
+    load_weights(other, str(tmp_path / 'eva.pth'), averaged=True)
     assert torch.equal(other.blocks[2].mlp.w3.weight, network.blocks[2].mlp.w3.weight)
     assert torch.equal(other.pos_embed[:, 0], state['backbone.pos_embed'][:, 0])
     kernel = F.interpolate(state['backbone.patch_embed.proj.weight'], size=16, mode='bicubic')
@@ -202,7 +203,7 @@ def test_weights_of_other_patches_and_grids_fit(tmp_path: Path) -> None:
     del state['backbone.blocks.1.norm1.bias']
     torch.save(state, tmp_path / 'eva.pth')
     with pytest.raises(ValueError, match=r'1 of \d+ entries are missing.*blocks\.1\.norm1\.bias'):
-        load_vit(other, str(tmp_path / 'eva.pth'))
+        load_weights(other, str(tmp_path / 'eva.pth'), averaged=True)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_weights_of_other_patches_and_grids_fit(tmp_path: Path) -> None:
         ('--backbone vit_large --backbone_stages 3', '--backbone_stages 3 is not for --backbone vit_large'),
         ('--lr_layer_decay 0.8', '--lr_layer_decay 0.8 is not for --backbone'),
         ('--backbone vit_mini --warmup_start 2', '--warmup_start must be at most 1, not 2'),
-        ('--backbone vit_mini --backbone_weights imagenet', 'have no direct address'),
+        ('--backbone vit_mini --backbone_weights imagenet', 'have no direct URL'),
     ],
 )
 def test_impossible_flags(flags: str, message: str) -> None:

@@ -17,16 +17,15 @@ import main
 from models import build_detector, build_model, hub
 from models.backbone import build_backbone
 from models.detector import Detector, load_detector
-from models.weights import zoo
 from models.weights.layouts import to_mmdetection, to_official_files
 from models.weights.load import load_checkpoint
 from models.weights.write import write_safetensors
-from models.weights.zoo import counts
-from tests import rule
+from tests import rule, zoo_table
 from tests.models import HEADS, SMALL, TRICKS
 from tests.parity import assert_close, float64
 from tests.runs import ROOT, load, parse, run
 from tests.shared_data import SHARED, needs_shared
+from tests.zoo_table import counts, table
 from tools import predict
 from tools.convert_checkpoint import convert
 from util.config import recipes
@@ -112,11 +111,11 @@ def test_every_direct_address_is_that_of_a_row() -> None:
 
 def test_the_table_in_docs_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """All but what takes long to count."""
-    monkeypatch.setattr(zoo, 'counts', lambda row: (0, 0.0))
+    monkeypatch.setattr(zoo_table, 'counts', lambda row: (0, 0.0))
     docs = (ROOT / 'docs/zoo.md').read_text()
     ours, theirs = (
         [[*cells[:4], *cells[6:]] for line in text.splitlines() if len(cells := line.split('|')) == 10]
-        for text in (zoo.table(), docs)
+        for text in (table(), docs)
     )
     assert ours == theirs and len(ours) == len(ZOO) + 2
 
@@ -124,8 +123,8 @@ def test_the_table_in_docs_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch) 
 def test_the_table_counts_a_network_with_its_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row of COCO's classes and of LVIS's has counts of its own, and rows of one network share them."""
     asked: list[Row] = []
-    monkeypatch.setattr(zoo, 'counts', lambda row: asked.append(row) or (0, 0.0))
-    zoo.table()
+    monkeypatch.setattr(zoo_table, 'counts', lambda row: asked.append(row) or (0, 0.0))
+    table()
     assert {1203, 91, 250} == {row.classes for row in asked} and len({row.network for row in asked}) == len(
         asked
     )

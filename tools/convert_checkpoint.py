@@ -1,11 +1,11 @@
 """
 Rewrite a checkpoint under the names of another project, or without entries that only training needs.
 
-  python tools/convert_checkpoint.py FILE OUT                  any known layout, to ours
-  python tools/convert_checkpoint.py FILE OUT --strip          for inference: no queries, heads and optimizer of training
-  python tools/convert_checkpoint.py FILE OUT --to official    DETR, Conditional, Deformable, H- and MS-DETR, for their own code
-  python tools/convert_checkpoint.py FILE OUT --to mmdet       Co-DETR, to mmdetection's layout
-  python tools/convert_checkpoint.py FILE DIR --to transformers    a folder for from_pretrained
+  python tools/convert_checkpoint.py FILE OUT                    any known layout, to ours
+  python tools/convert_checkpoint.py FILE OUT --strip            without what only training needs
+  python tools/convert_checkpoint.py FILE OUT --to official      to the code of the DETR family (not Co-DETR)
+  python tools/convert_checkpoint.py FILE OUT --to mmdet         Co-DETR, to mmdetection's layout
+  python tools/convert_checkpoint.py FILE DIR --to transformers  to a folder for from_pretrained
 
 OUT ending in .safetensors is written in that format.
 """
@@ -57,7 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         '--model',
         default='',
         metavar='NAME',
-        help='hub entry or recipe whose flags the weights have, for --to transformers and a file without flags',
+        help='hub entry or recipe whose flags to take, for --to transformers and a file without flags',
     )
     add_http_flag(parser)
     return parser
@@ -97,53 +97,49 @@ def convert(source: str, output: Path, stripped: bool, to: str, model: str = '')
     layout, state = translate(extract_weights(checkpoint, source=source))
     if not any(name.startswith(('transformer.', 'query_embed.', 'backbone.')) for name in state):
         raise UserError(f'{source} holds no detector of this family, but {", ".join(list(state)[:3])} ...')
-    flags, found = extract_flags(checkpoint), len(state)
+    flags, num_entries = extract_flags(checkpoint), len(state)
     if model and not flags:
         flags = vars(find_row(model).recipe.flags)
     if stripped:
         state, flags = strip(state, flags)
-    whole_run = to == 'ours' and output.suffix != SAFETENSORS and not stripped
+    as_safetensors = output.suffix == SAFETENSORS
+    whole_run = to == 'ours' and not as_safetensors and not stripped
+    written = output
     if to == 'transformers':
-        write_folder(output, state, flags, checkpoint, source)
-        size = (output / f'model{SAFETENSORS}').stat().st_size
+        if not flags:
+            raise UserError(
+                f'{source} records no flags of its model, which a configuration needs: name it (--model NAME)'
+            )
+        names = list(extract_class_map(checkpoint, source).names)
+        write_transformers(output, state, vars(settle_recorded(flags)), names)
+        written = output / f'model{SAFETENSORS}'
     else:
         if to == 'ours':
             converted = our_file(checkpoint, layout, state, flags, whole_run)
         elif to == 'official':
             converted = {'model': to_official_files(state)}
         else:
-            key = 'model' if output.suffix == SAFETENSORS else 'state_dict'
-            converted = {'meta': {}, key: to_mmdetection(state)}
-        if output.suffix == SAFETENSORS:
+            converted = {'meta': {}, 'model' if as_safetensors else 'state_dict': to_mmdetection(state)}
+        if as_safetensors:
             save_atomically(output, partial(write_safetensors, checkpoint=converted))
         else:
             save_checkpoint(output, converted)
-        size = output.stat().st_size
-    more = ''
+    note = ''
     if 'optimizer' in checkpoint and not whole_run:
         average = 'averaged ' * ('model_ema' in checkpoint)
-        more = f'; the {average}weights alone, without the state of the run'
-    return f'{output}: {len(state)} of {found} entries ({layout} names to {to}), {size / 1e6:.1f} MB{more}'
+        note = f'; the {average}weights alone, without the state of the run'
+    size = written.stat().st_size / 1e6
+    return f'{output}: {len(state)} of {num_entries} entries ({layout} names to {to}), {size:.1f} MB{note}'
 
 
 def our_file(checkpoint: dict, layout: str, state: State, flags: dict, whole_run: bool) -> dict:
     """Return weights, flags and classes, and of a whole run its state too."""
     converted = {'model': state} | ({'args': flags} if flags else {})
-    kept: Iterable[str] = ('class_map', 'epoch', 'metrics')
+    names: Iterable[str] = ('class_map', 'epoch', 'metrics')
     if whole_run and layout == 'official':
-        kept = checkpoint.keys() - {'model', 'args', 'state_dict'}
-        converted['model'] = extract_weights(checkpoint, averaged=False)  # the average is kept too
-    return converted | {name: checkpoint[name] for name in kept if name in checkpoint}
-
-
-def write_folder(folder: Path, state: State, flags: dict, checkpoint: dict, source: str) -> None:
-    """Write weights and configuration for transformers."""
-    if not flags:
-        raise UserError(
-            f'{source} records no flags of its model, which a configuration needs: name it (--model NAME)'
-        )
-    names = list(extract_class_map(checkpoint, source).names)
-    write_transformers(folder, state, vars(settle_recorded(flags)), names)
+        names = checkpoint.keys() - {'model', 'args', 'state_dict'}  # with averaged weights
+        converted['model'] = extract_weights(checkpoint, averaged=False)
+    return converted | {name: checkpoint[name] for name in names if name in checkpoint}
 
 
 def main(args: argparse.Namespace) -> str:

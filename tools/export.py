@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.build import build_dataset, build_evaluator, data_settings
 from datasets.image_dataset import ImageDataset
 from datasets.shapes import ShapesDetection
-from models.deformable_detr import AskedProposals
 from models.detector import Detector, add_detector_args, load_detector
 from models.postprocess import SoftmaxPostProcess, TopKPostProcess, frame_size
 from util.errors import UserError
@@ -81,6 +80,29 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class AskedProposals:
+    """The choice of proposals of a model, unless certain ones are requested; it remembers what it returned.
+
+    Rounding decides between proposals whose scores are almost equal, and each query attends to all others.
+    So an exported program is compared with the result of PyTorch for the same proposals, whose scores must
+    be those of the choice, too.
+    """
+
+    def __init__(self, choose: Callable[..., Tensor]) -> None:
+        self.choose = choose
+        self.asked: Tensor | None = None  # indices [B, Q] to return in place of the choice
+        self.taken: Tensor | None = None  # indices that were returned
+        self.difference = 0.0  # between the scores of `asked` and of the choice
+
+    def __call__(self, scores: Tensor, *args: object, **options: object) -> Tensor:
+        self.taken = chosen = self.choose(scores, *args, **options)
+        if self.asked is not None:
+            self.taken = self.asked
+            best, asked = (scores.gather(1, index).sigmoid() for index in (chosen, self.asked))
+            self.difference = (best - asked).abs().max().item()
+        return self.taken
+
+
 class Program(nn.Module):
     """What is exported: images in, tensors in the order of `names` out, and after them perhaps proposals.
 
@@ -96,7 +118,7 @@ class Program(nn.Module):
     def output_proposals(self) -> None:
         """Add the indices of the proposals to the outputs, if the model has two stages."""
         if (first_stage := getattr(self.model, 'first_stage', None)) is not None:
-            self.selection = first_stage.choose = first_stage.choose.exportable()
+            self.selection = first_stage.choose = AskedProposals(first_stage.choose)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         outputs = self.model(images)

@@ -3,8 +3,8 @@ Multi-scale deformable attention (arXiv:2010.04159, Eq. 3) as one registered ope
 
 The operator has several implementations: `cpp` (CPU) and `cuda`, built by `models/ops/setup.py`, and `triton`
 (CUDA, nothing to build). A device uses the first that runs on it and agrees with pure PyTorch on a small
-case. If there is none, and whenever a model is exported, `pytorch` runs: grid_sample, on any device, without
-the operator. The choice is made at import for the CPU, and at the first use of other devices.
+case. Otherwise, and whenever a model is exported, `pytorch` runs: grid_sample, on any device, without the
+operator. The choice is made at import for the CPU, and at the first use of other devices.
 
 Letters: N images, S tokens, M heads, D channels of a head, Q queries, L levels, P points.
 """
@@ -163,18 +163,18 @@ def ms_deform_attn(
         RuntimeError: the shapes do not fit each other.
     """
     locations, weights = exact_points(value, sampling_locations, attention_weights)
-    if exporting() or implementation(value.device.type) == 'pytorch':
+    if is_exporting() or implementation(value.device.type) == 'pytorch':
         return ms_deform_attn_core_pytorch(value, spatial_shapes, locations, weights).to(value.dtype)
     flat_shapes = [side for shape in spatial_shapes for side in shape]
     return torch.ops.detr.ms_deform_attn(value, flat_shapes, locations, weights)
 
 
-def exporting() -> bool:
-    """Return whether the model is being exported: such a program may contain PyTorch's own operators only."""
-    return torch.jit.is_tracing() or is_exporting()
-
-
 def is_exporting() -> bool:
+    """Return whether the model is being exported: such a program may contain PyTorch's own operators only."""
+    return torch.jit.is_tracing() or in_torch_export()
+
+
+def in_torch_export() -> bool:
     """Return whether torch.export runs, from PyTorch 2.7 on.
 
     `torch.compiler.is_exporting` would do, but up to PyTorch 2.13 torch.compile takes it for True, too. Some
@@ -184,7 +184,7 @@ def is_exporting() -> bool:
 
 
 chosen: dict[str, str] = {}  # type of device -> implementation in use
-forced: list[str] = []  # implementations asked for by `use_implementation`, the innermost last
+forced: list[str] = []  # implementations in `use_implementation`, the innermost last
 problems: dict[str, str] = {}  # implementation -> why it is not used
 
 
@@ -262,8 +262,7 @@ def disagreement(name: str, device_type: str) -> str | None:
     """
     generator = torch.Generator().manual_seed(0)
     forward, backward = KERNELS[name]
-    # A decoder of 8 channels, and an encoder (as many queries as tokens) of 32, for which there are special
-    # kernels.
+    # A decoder of 8 channels, and an encoder (as many queries as tokens) of 32, which has special kernels.
     for queries, channels in ((5, 8), (23, 32)):
         points = 1, queries, 2, 2, 3
         shapes = (1, 23, 2, channels), (*points, 2), points, (1, queries, 2 * channels)
@@ -275,9 +274,9 @@ def disagreement(name: str, device_type: str) -> str | None:
         with torch.autocast(device_type, enabled=False):
             expected = [forward_pytorch(*exact), *backward_pytorch(grad, *exact)]
             try:
-                ours = [forward(*arguments), *backward(grad.to(device_type), *arguments)]
+                results = [forward(*arguments), *backward(grad.to(device_type), *arguments)]
                 errors = [
-                    (a.cpu() - b).abs().max() / b.abs().max() for a, b in zip(ours, expected, strict=True)
+                    (a.cpu() - b).abs().max() / b.abs().max() for a, b in zip(results, expected, strict=True)
                 ]
             except Exception as error:  # whatever a driver or compiler raises, another implementation can run
                 return f'failed ({str(error).splitlines()[0] if str(error) else type(error).__name__})'
@@ -318,21 +317,18 @@ def triton_kernel(name: str) -> Callable:
     return call
 
 
-def operator(name: str) -> Callable:
-    return lambda *arguments: getattr(torch.ops.detr, name)(*arguments)
-
-
-CANDIDATES = {'cpu': ('cpp',), 'cuda': ('cuda', 'triton')}  # best first; `pytorch` is the last resort of all
+if not hasattr(torch.ops.detr, 'ms_deform_attn'):  # defined by another copy of this file, from torch.hub
+    define_operator()
+load_library()
+CANDIDATES = {'cpu': ('cpp',), 'cuda': ('cuda', 'triton')}  # best first; any device has `pytorch` in the end
 OPERATORS = 'ms_deform_attn', 'ms_deform_attn_backward'
+COMPILED = tuple(getattr(torch.ops.detr, name) for name in OPERATORS)
 KERNELS: dict[str, tuple[Callable, Callable]] = {
-    'cpp': tuple(operator(name) for name in OPERATORS),
-    'cuda': tuple(operator(name) for name in OPERATORS),
+    'cpp': COMPILED,
+    'cuda': COMPILED,
     'triton': (triton_kernel('forward'), triton_kernel('backward')),
     'pytorch': (forward_pytorch, backward_pytorch),
 }
-if not hasattr(torch.ops.detr, 'ms_deform_attn'):  # by another copy of this file, which torch.hub has loaded
-    define_operator()
-load_library()
 if importlib.util.find_spec('triton') is None:
     problems['triton'] = 'not installed'
-implementation('cpu')  # a GPU is asked at its first use, since an import must not touch it
+implementation('cpu')  # that of a GPU is chosen at its first use: an import must not touch it

@@ -24,8 +24,10 @@ def find_toolkit() -> None:
     """Set CUDA_HOME to the toolkit that the nvcc in PATH reports, because nvcc may be a link or a script."""
     if 'CUDA_HOME' in os.environ or not shutil.which('nvcc'):
         return
-    said = subprocess.run(['nvcc', '--dryrun', 'none.cu'], capture_output=True, text=True, check=False).stderr
-    top = re.search(r'^#\$ TOP=(.*)$', said, re.MULTILINE)
+    output = subprocess.run(
+        ['nvcc', '--dryrun', 'none.cu'], capture_output=True, text=True, check=False
+    ).stderr
+    top = re.search(r'^#\$ TOP=(.*)$', output, re.MULTILINE)
     if top:
         os.environ['CUDA_HOME'] = str(Path(top[1]).resolve())
 

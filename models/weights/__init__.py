@@ -1,5 +1,6 @@
 """
-Weights: `read.py` reads files of any kind, `names.py` knows the names of other projects, `records.py` finds flags and classes
-in a file, `load.py` fills a model, `backbones.py` a backbone, `write.py` writes for other projects, `zoo.py` knows published
-weights.
+Weights: `read.py` and `write.py` read and write files, `names.py` has the names of other projects.
+
+`layouts.py` renames entries, `records.py` finds flags and classes in a file, `load.py` fills a model, and
+`backbones.py` fills a backbone.
 """

@@ -19,17 +19,19 @@ DINO_KEY = 'transformer.decoder.ref_point_head.layers.0.weight'  # of DINO, if h
 
 
 def read_names(state: State, table: Table) -> State:
-    """Return a state dict under our names; an entry without a row keeps its name, so that it is reported as left over."""
-    return {rename(name, table, to_ours=True) or name: value for name, value in state.items()}
+    """Return a state dict under the names used here. An entry without a row keeps its name."""
+    return {rename(name, table, read=True) or name: value for name, value in state.items()}
 
 
 def write_names(state: State, table: Table, project: str, known: str) -> State:
     """Return a state dict under the names of another project.
 
+    known: the models that it has, for the message.
+
     Raises:
-        UserError: an entry has no row; the message lists such entries and says which models are `known`.
+        UserError: an entry has no row; the message lists such entries.
     """
-    renamed = {name: rename(name, table, to_ours=False) for name in state}
+    renamed = {name: rename(name, table, read=False) for name in state}
     refuse([name for name, other in renamed.items() if other is None], project, known)
     return {other: state[name] for name, other in renamed.items() if other is not None}
 
@@ -37,23 +39,23 @@ def write_names(state: State, table: Table, project: str, known: str) -> State:
 def refuse(unknown: list[str], project: str, known: str) -> None:
     if unknown:
         raise UserError(
-            f'{project} has no place for {len(unknown)} entries, such as {", ".join(unknown[:4])}: only {known} can be '
-            'written for it'
+            f'{project} has no place for {len(unknown)} entries, such as {", ".join(unknown[:4])}: only '
+            f'{known} can be written for it'
         )
 
 
 def count_layers(state: State) -> int:
-    """Return the number of decoder layers in a state dict under our names."""
+    """Return the number of decoder layers in a state dict under the names used here."""
     return len({name.split('.')[3] for name in state if name.startswith('transformer.decoder.layers.')})
 
 
-# Official repositories -----------------------------------------------------------------------------------------------
+# Official repositories --------------------------------------------------------------------------------------
 
 
 def from_official(state: State) -> State:
-    """Keep one name of each head: official Deformable DETR has two, other files only that of the decoder.
+    """Keep one name of each head; official Deformable DETR has two, other files only the decoder's.
 
-    MS-DETR's second box heads are equal to the first, and left out.
+    MS-DETR's second box heads equal the first, and are left out.
     """
     state = {name.removeprefix('detr.'): value for name, value in state.items()}
     alias = re.compile(r'transformer\.decoder\.((?:class|bbox)_embed\..*)')
@@ -66,7 +68,7 @@ def from_official(state: State) -> State:
 
 
 def to_official_files(state: State) -> State:
-    """Add the second names that heads have in official files, and the biases of projections that all have there.
+    """Add the second names that heads have in official files, and biases of 0 to projections without any.
 
     Raises:
         UserError: the official repositories have no such entry.
@@ -99,7 +101,7 @@ def add_aliases(state: State) -> State:
     return state | {f'transformer.decoder.{name}': state[name] for name in aliased}
 
 
-# transformers --------------------------------------------------------------------------------------------------------
+# transformers -----------------------------------------------------------------------------------------------
 
 
 def from_transformers(state: State) -> State:
@@ -159,7 +161,7 @@ def split_in_proj(state: State) -> State:
     return split
 
 
-# Other projects ------------------------------------------------------------------------------------------------------
+# Other projects ---------------------------------------------------------------------------------------------
 
 
 def from_detrex(state: State) -> State:
@@ -167,18 +169,18 @@ def from_detrex(state: State) -> State:
 
 
 def count_maps(state: State) -> int:
-    """Return how many maps of the backbone a neck of mmcv projects."""
+    """Return the number of the backbone's maps that a neck of mmcv projects."""
     return len({name.split('.')[2] for name in state if name.startswith('neck.convs.')})
 
 
 def from_mmdetection(state: State) -> State:
-    """Read Co-DETR, without averaged weights (`ema_*`): mmdetection exchanges them with the others at the end of an epoch."""
+    """Read Co-DETR, without tables of rotary positions and weights called `ema_*`.
+
+    At the end of an epoch mmdetection exchanges the latter with the others, which are the averaged ones then.
+    """
     table = names.mmdetection(count_maps(state), dino=False)
-    computed = r'\brope(_win|_glb)?\.freqs'
-    kept = {
-        name: x for name, x in state.items() if not name.startswith('ema_') and not re.search(computed, name)
-    }
-    return read_names(kept, table)
+    left_out = re.compile(r'ema_|.*\brope(_win|_glb)?\.freqs')
+    return read_names({name: x for name, x in state.items() if not left_out.match(name)}, table)
 
 
 def to_mmdetection(state: State) -> State:
@@ -209,7 +211,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[State], State]]] = {
 
 
 def translate(state: State) -> tuple[str, State]:
-    """Return the layout of a state dict, and the state dict under our names, which are those of the official repositories."""
+    """Return the layout of a state dict, and its entries under the names used here, the official ones."""
     layout, read = next((LAYOUTS[key] for key in LAYOUTS if key in state), ('official', from_official))
     return layout, read(state)
 
@@ -217,8 +219,8 @@ def translate(state: State) -> tuple[str, State]:
 def spread_coco_classes(state: State, num_rows: int) -> State:
     """Expand class heads of 80 rows to `num_rows`, with one row per COCO id.
 
-    A head for proposals (one more than there are decoder layers) keeps its rows, the first of which means 'object'.
-    DINO's is expanded too.
+    A head for proposals (one more than there are decoder layers) keeps its rows, the first of which means
+    'object'. DINO's is expanded too.
     """
     dino, last = DINO_KEY in state, count_layers(state)
     spread = dict(state)

@@ -1,7 +1,7 @@
 """
 Fill a model with weights of this program, of the official repositories or of other projects.
 
-The names of a file reveal its project (`layouts.py`). Weights must fit strictly; entries that do not fit are listed.
+The names in a file show its project (`layouts.py`). Weights must fit strictly; others are listed.
 """
 
 import re
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from models.weights.layouts import State, spread_coco_classes, translate
 from models.weights.read import extract_weights, read_checkpoint
 from models.weights.records import SharedClasses, extract_flags
+from util.config.recorded import NetworkFlags
 from util.errors import UserError
 
 MASKS = ('bbox_attention.', 'mask_head.', 'co_masks.')  # may be missing in --pretrained
 SOURCES = ('query_sources.',)  # used only in training
 RESIZABLE = ('class_embed', 'query_embed')  # --pretrained accepts these from a model of another size
-# Entries that a detector of boxes does not need: those of training and masks, MS-DETR's second reading of the queries.
+# Entries that a detector of boxes does not need: of training, masks, and MS-DETR's one-to-many branch.
 TRAINING_ONLY = re.compile(
     '|'.join(map(re.escape, (*MASKS, *SOURCES, 'class_embed_o2m.')))
     + r'|transformer\.decoder\.layers\.\d+\.(linear3|linear4|norm4)\.'
@@ -35,10 +36,10 @@ class LoadReport:
 
     layout: project whose names the file has.
     loaded: number of entries of the file that the model took.
-    reinitialised: entries of another shape, left as they were or filled in part, and entries that were missing.
+    reinitialised: entries of another shape, left as they were or filled in part, and missing entries.
     has_flags: the file records the flags of its run, which were compared with the model's.
     differing: flags of another value, where that is allowed: the file's and the model's.
-    kept_classes: names of the classes whose rows of the class heads were kept, if the classes are others.
+    kept_classes: names of the classes whose rows of the class heads were kept, if the classes differ.
     """
 
     layout: str
@@ -56,9 +57,8 @@ class LoadReport:
         if self.kept_classes:
             text += f', class heads kept for {", ".join(self.kept_classes)}'
         if self.differing:
-            text += (
-                f'\nwarning: the weights were trained with other flags: {differences_text(self.differing)}'
-            )
+            differences = differences_text(self.differing)
+            text += f'\nwarning: the weights were trained with other flags: {differences}'
         return text
 
 
@@ -70,21 +70,23 @@ def load_checkpoint(
     name: str = '',
     classes: SharedClasses | None = None,
 ) -> LoadReport:
-    """Fill a model from a path, a URL, a checkpoint or a state dict, under any known project's names.
+    """Fill a model from a path, a URL, a checkpoint or a state dict, under the names of any known project.
 
-    Queries that only train are left out if the flags in the file, its project or its name reveal which they are. Heads
-    and layers that only training reads are left out too. Averaged weights are preferred, except to resume.
+    Heads, layers and queries that only training reads are left out; such queries are known from the flags in
+    the file, from its project or from its name. Averaged weights are preferred, except to resume.
 
     Args:
-        resize: re-initialise and list class heads and queries of another number (queries: fill as far as they go), and
-            list flags that contradict those in the file.
+        resize: re-initialise and list class heads and queries of another number (queries are filled as far as
+            they go), and list flags that contradict those in the file.
         resume: the state of an optimizer follows, so every entry must be that of the run.
         name: name of the file, if `source` is its content.
-        classes: those of the file that the model has too, if `resize` and they differ: rows of class heads follow them.
+        classes: those of the file that the model has too, if `resize` and they differ. Rows of class heads
+            follow them.
 
     Raises:
-        UserError: an entry is missing, left over, of another shape or (but to resume) not finite, or the file was trained with
-            other flags of the network. The message lists them. The model is unchanged then.
+        UserError: an entry is missing, left over, of another shape or (except to resume) not finite, or the
+            file was trained with other flags of the network. The message lists them. The model is then
+            unchanged.
     """
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
     name = name or ('' if isinstance(source, dict) else str(source))
@@ -97,114 +99,110 @@ def load_checkpoint(
 def fill(
     model: nn.Module, checkpoint: dict, resize: bool, resume: bool, name: str, classes: SharedClasses | None
 ) -> LoadReport:
-    """Do the work of `load_checkpoint`, whose arguments these are."""
+    """Do the work of `load_checkpoint`, which describes the arguments."""
     layout, state = translate(extract_weights(checkpoint, averaged=not resume))
-    recorded, own = extract_flags(checkpoint), model.state_dict()
-    differing = differences(model, recorded) if recorded else {}
+    recorded, expected = extract_flags(checkpoint), model.state_dict()
+    differing = cast(NetworkFlags, model.flags).differences(recorded) if recorded else {}
     if differing and not resize:
         raise UserError(
-            f'the checkpoint was trained with other flags than this model has: {differences_text(differing)}; give the '
-            'flags of its run'
+            'the checkpoint was trained with other flags than this model has: '
+            f'{differences_text(differing)}; give the flags of its run'
         )
     check_layer_order(model, layout, recorded, state)
     if not recorded:
         check_shared_heads(model, state)
-    num_classes = [len(own.get('class_embed.0.bias', ())), classes.num_in_file if classes else 0]
+    num_classes = [len(expected.get('class_embed.0.bias', ())), classes.num_in_file if classes else 0]
     if layout in ('detrex', 'mmdetection') and 91 in num_classes:
         state = spread_coco_classes(state, 91)
     if not resume:
-        cut_queries(state, own, layout, recorded, name)
-    state = {name: x for name, x in state.items() if name in own or not is_dispensable(name)}
+        cut_queries(state, expected, layout, recorded, name)
+    state = {
+        name: x
+        for name, x in state.items()
+        if name in expected or not (name.endswith('num_batches_tracked') or TRAINING_ONLY.match(name))
+    }
     if not any(map(INPUT_BIAS.fullmatch, state)):  # a bias of 0 does nothing
-        state |= {name: torch.zeros_like(x) for name, x in own.items() if INPUT_BIAS.fullmatch(name)}
+        state |= {name: torch.zeros_like(x) for name, x in expected.items() if INPUT_BIAS.fullmatch(name)}
     if resize:  # second class heads begin as the first
-        firsts = {name: name.replace('class_embed_o2m', 'class_embed') for name in own if name not in state}
+        firsts = {
+            name: name.replace('class_embed_o2m', 'class_embed') for name in expected if name not in state
+        }
         state |= {name: state[first] for name, first in firsts.items() if first in state}
 
-    wrong_shape = [name for name in state if name in own and state[name].shape != own[name].shape]
-    sources_needed = resume or getattr(model, 'eval_module', None) is not None
+    sources_needed = resume or model.eval_module is not None
     replaceable = (*RESIZABLE * resize, *SOURCES * (resize or not sources_needed))
     optional = (*SOURCES * (not sources_needed), *(*MASKS, 'class_embed') * resize)
+    wrong_shape = [name for name in state if name in expected and state[name].shape != expected[name].shape]
     refused = [name for name in wrong_shape if not name.startswith(replaceable)]
-    missing = [name for name in own if name not in state]
+    missing = [name for name in expected if name not in state]
     needed = [name for name in missing if not name.startswith(optional)]
-    unexpected = [name for name in state if name not in own]
+    unexpected = [name for name in state if name not in expected]
     if needed or unexpected or refused:
-        raise UserError(mismatch_text(layout, state, own, needed, unexpected, refused))
-    fresh = [name for name in missing if name.startswith((*MASKS, 'class_embed'))]
-    resized = resize_entries(state, own, classes, proposal_head(model))
+        raise UserError(mismatch_text(layout, state, expected, needed, unexpected, refused))
+    new = [name for name in missing if name.startswith((*MASKS, 'class_embed'))]
+    resized = resize_entries(model, state, expected, classes)
     if not resume:
         check_finite(state)
-    model.load_state_dict(own | state)
-    kept = list(classes.pairs) if classes else []
-    return LoadReport(layout, len(state) - len(resized), resized + fresh, bool(recorded), differing, kept)
+    model.load_state_dict(expected | state)
+    kept_classes = list(classes.pairs) if classes else []
+    loaded = len(state) - len(resized)
+    return LoadReport(layout, loaded, resized + new, bool(recorded), differing, kept_classes)
 
 
-# Entries that are changed to fit -------------------------------------------------------------------------------------
+# Entries that are changed to fit ----------------------------------------------------------------------------
 
 
-def cut_queries(state: State, own: State, layout: str, recorded: dict, name: str) -> None:
-    """Keep the queries of the inference group, which come first, if their number in the file is that of the model.
+def cut_queries(state: State, expected: State, layout: str, recorded: dict, name: str) -> None:
+    """Keep the queries of the inference group alone, which come first, if the model has as many.
 
-    The flags in the file give it, else its name (H-DETR writes the size of its second group as `_t1500_`), else the project
-    (detrex's second group has 1500).
+    The flags in the file give their number, else its name (H-DETR writes the size of its second group as
+    `_t1500_`), else the project (detrex's second group has 1500).
     """
-    rows, wanted = (len(entries.get('query_embed.weight', ())) for entries in (state, own))
+    in_file, in_model = (len(entries.get('query_embed.weight', ())) for entries in (state, expected))
     if recorded:
-        first = recorded.get('num_queries_one2one', recorded.get('num_queries', rows))
+        first = recorded.get('num_queries_one2one', recorded.get('num_queries', in_file))
     elif second := re.search(r'_t(\d+)_', Path(name).name):
-        first = rows - int(second[1])
+        first = in_file - int(second[1])
     else:
-        first = wanted if layout == 'detrex' and rows == wanted + DETREX_ONE2MANY else rows
-    if rows and first == wanted:
-        state['query_embed.weight'] = state['query_embed.weight'][:wanted]
-
-
-def is_dispensable(name: str) -> bool:
-    """Return whether a model can do without an entry: counters of frozen norms, and what only training reads."""
-    return name.endswith('num_batches_tracked') or bool(TRAINING_ONLY.match(name))
-
-
-def proposal_head(model: nn.Module) -> str | None:
-    """Return the prefix of the class head of Deformable DETR's proposals, whose row 0 means 'object' for all classes."""
-    first_stage = getattr(model, 'first_stage', None)
-    agnostic = first_stage is not None and not first_stage.by_class
-    return f'class_embed.{len(cast(nn.ModuleList, model.class_embed)) - 1}.' if agnostic else None
+        first = in_model if layout == 'detrex' and in_file == in_model + DETREX_ONE2MANY else in_file
+    if in_file and first == in_model:
+        state['query_embed.weight'] = state['query_embed.weight'][:in_model]
 
 
 def resize_entries(
-    state: State, own: State, classes: SharedClasses | None, proposals: str | None
+    model: nn.Module, state: State, expected: State, classes: SharedClasses | None
 ) -> list[str]:
     """Give entries of another shape, and class heads of other classes, the shape of the model's, in place.
 
-    Returns the names of those that keep nothing of the file, or only the first queries.
+    Row 0 of the class head of Deformable DETR's proposals means 'object', whatever the classes.
+
+    Returns:
+        The names of those that keep nothing of the file, or only the first queries.
     """
-    resized = []
+    first_stage, proposals, resized = getattr(model, 'first_stage', None), None, []
+    if first_stage is not None and not first_stage.by_class:
+        proposals = f'class_embed.{len(cast(nn.ModuleList, model.class_embed)) - 1}.'
     for name, x in state.items():
         if classes is not None and name.startswith('class_embed'):
             is_proposals = proposals is not None and name.startswith(proposals)
-            state[name] = fill_rows(own[name], x[:1]) if is_proposals else classes.fill(own[name], x)
-        elif x.shape != own[name].shape:
-            state[name] = fill_rows(own[name], x) if name.startswith('query_embed') else own[name]
+            state[name] = (
+                fill_rows(expected[name], x[:1]) if is_proposals else classes.fill(expected[name], x)
+            )
+        elif x.shape != expected[name].shape:
+            state[name] = fill_rows(expected[name], x) if name.startswith('query_embed') else expected[name]
             resized.append(name)
     return resized
 
 
-def fill_rows(own: Tensor, rows: Tensor) -> Tensor:
-    """Return `own` with the first rows replaced, as far as both go; `own` alone if the width differs."""
-    if rows.shape[1:] != own.shape[1:]:
-        return own
-    number = min(len(rows), len(own))
-    return torch.cat([rows[:number].to(own), own[number:]])
+def fill_rows(head: Tensor, rows: Tensor) -> Tensor:
+    """Return `head` with its first rows replaced, as far as both go; unchanged if the width differs."""
+    if rows.shape[1:] != head.shape[1:]:
+        return head
+    number = min(len(rows), len(head))
+    return torch.cat([rows[:number].to(head), head[number:]])
 
 
-# Checks --------------------------------------------------------------------------------------------------------------
-
-
-def differences(model: nn.Module, recorded: dict) -> dict[str, tuple]:
-    """Return flags of another value in a file (its value, the model's); {} for a model without flags."""
-    flags = getattr(model, 'flags', None)
-    return flags.differences(recorded) if flags is not None else {}
+# Checks -----------------------------------------------------------------------------------------------------
 
 
 def differences_text(differing: dict[str, tuple]) -> str:
@@ -221,10 +219,10 @@ def differences_text(differing: dict[str, tuple]) -> str:
 
 
 def check_layer_order(model: nn.Module, layout: str, recorded: dict, state: State) -> None:
-    """Require that the checkpoint's decoder layers have the model's order; MS-DETR's read the memory first.
+    """Require that the decoder layers of a file have the model's order: MS-DETR's read the memory first.
 
-    The auxiliary block of MS-DETR reveals the order; without it the flags of the run do. Official files without flags
-    are accepted.
+    MS-DETR's second feed-forward block shows the order; without it the flags of the run do. Official files
+    without flags are accepted.
 
     Raises:
         UserError: the order is another one.
@@ -241,7 +239,7 @@ def check_layer_order(model: nn.Module, layout: str, recorded: dict, state: Stat
 
 
 def check_shared_heads(model: nn.Module, state: State) -> None:
-    """Require that a file without flags shares its box heads among the decoder layers as a model of one stage does.
+    """Require that a file without flags shares box heads among decoder layers if a model of one stage does.
 
     Raises:
         UserError: with --with_box_refine each layer has its own heads, without it all layers share one.
@@ -270,10 +268,10 @@ def check_finite(state: State) -> None:
         UserError: some are NaN or infinite; the message names the first entries.
     """
     if bad := [name for name, x in state.items() if x.is_floating_point() and not x.float().isfinite().all()]:
-        more = ', ...' if len(bad) > 3 else ''
+        dots = ', ...' if len(bad) > 3 else ''
         raise UserError(
-            f'{len(bad)} of {len(state)} entries are not finite ({", ".join(bad[:3])}{more}): the run that wrote them has '
-            'diverged, or the file is damaged; take an earlier checkpoint'
+            f'{len(bad)} of {len(state)} entries are not finite ({", ".join(bad[:3])}{dots}): the run that '
+            'wrote them has diverged, or the file is damaged; take an earlier checkpoint'
         )
 
 
@@ -283,32 +281,40 @@ def check_frozen(report: LoadReport) -> None:
     Raises:
         UserError: another part of the model is not in the file.
     """
-    if others := [name for name in report.reinitialised if not name.startswith(MASKS)]:
+    if missing := [name for name in report.reinitialised if not name.startswith(MASKS)]:
         raise UserError(
-            f'--frozen_weights must hold the whole detector of boxes, but {", ".join(others[:4])} would start from random values: give the '
-            '--num_queries and classes of its run'
+            f'--frozen_weights must hold the whole detector of boxes, but {", ".join(missing[:4])} would '
+            'start from random values: give the --num_queries and classes of its run'
         )
 
 
 def mismatch_text(
-    layout: str, state: State, own: State, missing: list[str], unexpected: list[str], refused: list[str]
+    layout: str,
+    state: State,
+    expected: State,
+    missing: list[str],
+    unexpected: list[str],
+    refused: list[str],
 ) -> str:
     lines = [
-        f'the checkpoint ({layout} names, {len(state)} entries) does not fit this model ({len(own)} entries):'
+        f'the checkpoint ({layout} names, {len(state)} entries) does not fit this model '
+        f'({len(expected)} entries):'
     ]
     for what, names in (('missing', missing), ('left over', unexpected)):
         if names:
             lines.append(f'  {what}: {len(names)}, such as {", ".join(names[:4])}')
     lines += [
-        f'  {name}: {tuple(state[name].shape)} there, {tuple(own[name].shape)} here' for name in refused[:4]
+        f'  {name}: {tuple(state[name].shape)} there, {tuple(expected[name].shape)} here'
+        for name in refused[:4]
     ]
     if any(name.startswith(RESIZABLE + SOURCES) for name in refused):
         lines.append(
-            'another number of classes or queries: train with --pretrained, which re-initialises these, or give the '
-            '--class_ids and --num_queries of its run'
+            'another number of classes or queries: train with --pretrained, which re-initialises these, or '
+            'give the --class_ids and --num_queries of its run'
         )
     else:
         lines.append(
-            'check the flags of the model: --backbone, --conditional, --dec_layers, --hidden_dim, --input_proj_bias ...'
+            'check the flags of the model: --backbone, --conditional, --dec_layers, --hidden_dim, '
+            '--input_proj_bias ...'
         )
     return '\n'.join(lines)

@@ -1,8 +1,9 @@
 """
 Names of the entries of a state dict here and in other projects, as tables that are read in both directions.
 
-A row holds our name and that of the other project. `{layer}` and `{i}` stand for a number, `{part}` for a word, `{rest}` for
-anything. The first row that fits a whole name wins; of rows with the same name on one side, the first is written.
+A row holds the name here and that in the other project. `{layer}` and `{i}` stand for a number, `{rest}` for
+anything. The first row that fits a whole name is used; of rows with the same name on one side, the first is
+written.
 """
 
 import re
@@ -10,7 +11,7 @@ from functools import cache
 
 Table = list[tuple[str, str]]
 
-HOLES = {'layer': r'\d+', 'i': r'\d+', 'part': r'\w+', 'rest': '.+'}
+HOLES = {'layer': r'\d+', 'i': r'\d+', 'rest': '.+'}
 
 
 @cache
@@ -24,30 +25,34 @@ def pattern(template: str) -> re.Pattern:
     return re.compile(''.join(texts))
 
 
-def rename(name: str, table: Table, to_ours: bool) -> str | None:
-    """Return the name on the other side of the first row that fits; None if no row fits."""
+def rename(name: str, table: Table, read: bool) -> str | None:
+    """Return the name on the other side of the first row that fits; None if no row fits.
+
+    read: the name is that in the other project.
+    """
     for row in table:
-        if match := pattern(row[to_ours]).fullmatch(name):
-            return row[not to_ours].format(**match.groupdict())
+        if match := pattern(row[read]).fullmatch(name):
+            return row[not read].format(**match.groupdict())
     return None
 
 
-def rows(ours: str, theirs: str, parts: dict[str, str]) -> Table:
-    """Return a row for each part: our prefix and our name of the part, their prefix and their name, then anything."""
-    return [(f'{ours}{part}.{{rest}}', f'{theirs}{other}.{{rest}}') for part, other in parts.items()]
+def rows(here: str, there: str, parts: dict[str, str]) -> Table:
+    """Return a row for each part: prefix and name of the part here, prefix and name there, then anything."""
+    return [(f'{here}{part}.{{rest}}', f'{there}{other}.{{rest}}') for part, other in parts.items()]
 
 
 def same(*parts: str) -> dict[str, str]:
     return dict(zip(parts, parts, strict=True))
 
 
-def layers(part: str, theirs: str, parts: dict[str, str]) -> Table:
-    """Return rows for the layers of the 'encoder' or 'decoder'; theirs: the prefix there."""
-    return rows(f'transformer.{part}.layers.{{layer}}.', f'{theirs}{part}.layers.{{layer}}.', parts)
+def layers(part: str, there: str, parts: dict[str, str]) -> Table:
+    """Return rows for the layers of the 'encoder' or 'decoder'; there: the prefix in the other project."""
+    return rows(f'transformer.{part}.layers.{{layer}}.', f'{there}{part}.layers.{{layer}}.', parts)
 
 
-# transformers --------------------------------------------------------------------------------------------------------
-# Other spellings of its names become those of its files: modules in memory since version 5, and its own ResNet.
+# transformers -----------------------------------------------------------------------------------------------
+# Other spellings of its names become those of its files: modules in memory since version 5, and its own
+# ResNet.
 TRANSFORMERS_SPELLINGS = [
     (r'^model\.backbone\.model\.', 'model.backbone.conv_encoder.model.'),
     (r'^model\.position_embedding\.', 'model.backbone.position_embedding.'),
@@ -118,7 +123,7 @@ TRANSFORMERS: dict[str, Table] = {
     ],
 }
 
-# detrex and mmdetection, whose layers are those of mmcv --------------------------------------------------------------
+# detrex and mmdetection, whose layers are those of mmcv -----------------------------------------------------
 FFN = {'linear1': 'ffns.0.layers.0.0', 'linear2': 'ffns.0.layers.1'}
 MMCV_ENCODER = FFN | {'self_attn': 'attentions.0', 'norm1': 'norms.0', 'norm2': 'norms.1'}
 MMCV_DECODER = FFN | {
@@ -131,12 +136,12 @@ MMCV_DECODER = FFN | {
 
 
 def neck(num_maps: int, norm: str) -> Table:
-    """Return the rows of a neck that projects `num_maps` maps of the backbone and makes the others."""
+    """Return the rows of a neck that projects `num_maps` maps of the backbone and makes further ones."""
     projections = [*(f'convs.{i}' for i in range(num_maps)), *(f'extra_convs.{i}' for i in range(9))]
     return [
         row
-        for level, theirs in enumerate(projections)
-        for row in rows(f'input_proj.{level}.', f'neck.{theirs}.', {'0': 'conv', '1': norm})
+        for level, projection in enumerate(projections)
+        for row in rows(f'input_proj.{level}.', f'neck.{projection}.', {'0': 'conv', '1': norm})
     ]
 
 
@@ -197,11 +202,11 @@ MMDETECTION: Table = [
     *rows(BRANCH, 'query_head.', same('downsample')),
     *(
         (
-            f'{BRANCH}{ours}.{{rest}}'.replace('{head}', head),
-            f'{QUERY_HEAD}{theirs}.{{rest}}'.replace('{index}', index),
+            f'{BRANCH}{here}.{{rest}}'.replace('{head}', head),
+            f'{QUERY_HEAD}{there}.{{rest}}'.replace('{index}', index),
         )
         for index, head in (('0', 'faster_rcnn'), ('1', 'atss'))
-        for ours, theirs in PROJECTIONS.items()
+        for here, there in PROJECTIONS.items()
     ),
     *rows(f'{BRANCH}heads.', '', AUXILIARY_HEADS),
     *rows('co_masks.', '', same('mask_head', 'mask_iou_head')),
@@ -211,13 +216,16 @@ DINO_QUERIES: Table = [('query_embed.weight', 'query_head.transformer.query_embe
 
 
 def mmdetection(num_maps: int, dino: bool) -> Table:
-    """Return the table of a Co-DETR whose neck projects `num_maps` maps of the backbone; 0: the pyramid of a ViT."""
+    """Return the table of a Co-DETR.
+
+    num_maps: maps of the backbone that its neck projects; 0: it has the pyramid of a ViT.
+    """
     queries = DINO_QUERIES + QUERIES if dino else QUERIES + DINO_QUERIES
     return queries + (neck(num_maps, 'gn') if num_maps else []) + MMDETECTION
 
 
 def idea_dino(num_layers: int) -> Table:
-    """Return the table of IDEA-Research's DINO, whose heads of proposals have names of their own; here they are the last."""
+    """Return the table of IDEA-Research's DINO; its heads of proposals have names, here they are the last."""
     return [
         *rows('', 'transformer.', {'query_embed': 'tgt_embed'}),
         *rows('', 'transformer.', {f'class_embed.{num_layers}': 'enc_out_class_embed'}),

@@ -1,8 +1,9 @@
 """
 Read files of weights of any project as plain data: numbers, text, lists, dictionaries and tensors.
 
-Nothing in a file is ever executed. A pickle may name any function; here it gets the few that make plain data, and
-inert stand-ins for everything else. Entries that would have held such objects are left out, and their names are printed.
+Nothing in a file is ever executed. A pickle may name any function; here it gets the few that make plain data,
+and inert stand-ins for everything else. Entries that would have held such objects are left out, and their
+names are printed.
 """
 
 import argparse
@@ -61,22 +62,9 @@ class Flags:
     """Stand-in for argparse.Namespace; a class of each reading, so that no file can change the real one."""
 
 
-PLAIN = (
-    Tensor
-    | torch.dtype
-    | str
-    | bytes
-    | complex
-    | float
-    | int
-    | dict
-    | list
-    | tuple
-    | set
-    | frozenset
-    | Flags
-    | None
-)
+NUMBERS = complex | float | int
+COLLECTIONS = dict | list | tuple | set | frozenset
+PLAIN = Tensor | torch.dtype | str | bytes | NUMBERS | COLLECTIONS | Flags | None
 
 
 class NumberType:
@@ -131,9 +119,10 @@ def plain_functions() -> dict[str, Any]:
 
 
 def restricted_pickle(refused: set[str]) -> types.ModuleType:
-    """Return what torch.load takes as `pickle_module`. Names that are not plain data are added to `refused`."""
+    """Return a `pickle_module` for torch.load. Names that are not plain data are added to `refused`."""
 
-    # The unpickler in Python: in the one in C a large memo index in a file of a hundred bytes allocates gigabytes.
+    # The unpickler in Python: in the one in C a large memo index in a file of a hundred bytes allocates
+    # gigabytes.
     class Unpickler(pickle._Unpickler):  # type: ignore[misc,name-defined]  # private, but as old as Python 3
         def __init__(self, file: IO[bytes], **options: Any) -> None:
             super().__init__(file, **options)
@@ -176,8 +165,8 @@ def plain(value: Any) -> Any:
 def read_checkpoint(source: str | Path) -> dict:
     """Read a file or folder of weights, or the file at an http(s) URL (kept in torch.hub's folder).
 
-    Known are files of torch.save (also of old versions), safetensors, and folders that transformers has saved. Objects
-    that are not plain data are left out and named in a printed line.
+    Known are files of torch.save (also of old versions), safetensors, and folders that transformers has
+    saved. Objects that are not plain data are left out and named in a printed line.
 
     Raises:
         UserError: there is no such file, or it holds no dictionary of weights; the message names it.
@@ -191,12 +180,9 @@ def read_checkpoint(source: str | Path) -> dict:
     try:
         checkpoint = read_safetensors(path) if is_safetensors(path) else plain(read_torch(path, refused))
         if not isinstance(checkpoint, dict):
-            found = (
-                'an object of a program'
-                if checkpoint is None and refused
-                else f'a {type(checkpoint).__name__}'
-            )
-            raise UserError(f'{path} holds {found}, not a dictionary of weights')
+            is_program = checkpoint is None and refused
+            content = 'an object of a program' if is_program else f'a {type(checkpoint).__name__}'
+            raise UserError(f'{path} holds {content}, not a dictionary of weights')
     except UserError as error:
         raise UserError(f'{error}{names_text(refused)}') from error
     except RecursionError:
@@ -229,8 +215,8 @@ def extract_weights(
     weights = {name: value for name, value in entries if isinstance(value, Tensor) and isinstance(name, str)}
     if not weights:
         raise UserError(
-            f'{source} holds no weights, but {", ".join(map(str, checkpoint)) or "nothing"}: expected a state dict, or one '
-            'below "model" or "state_dict"'
+            f'{source} holds no weights, but {", ".join(map(str, checkpoint)) or "nothing"}: expected a '
+            'state dict, or one below "model" or "state_dict"'
         )
     if all(name.startswith('module.') for name in weights):
         weights = {name.removeprefix('module.'): value for name, value in weights.items()}
@@ -240,8 +226,8 @@ def extract_weights(
 def names_text(refused: set[str]) -> str:
     """List what a file names that is not plain data, '' if nothing."""
     names = sorted(refused)
-    more = ', ...' if len(names) > 6 else ''
-    return f' (it names {", ".join(names[:6])}{more}; nothing of that was run)' if names else ''
+    dots = ', ...' if len(names) > 6 else ''
+    return f' (it names {", ".join(names[:6])}{dots}; nothing of that was run)' if names else ''
 
 
 def read_torch(path: Path, refused: set[str]) -> object:
@@ -293,7 +279,7 @@ def read_safetensors(path: Path) -> dict:
 
 
 def read_folder(folder: Path) -> dict:
-    """Read a folder of transformers: weights in one file or in several with an index, and its configuration as `config`."""
+    """Read a folder of transformers: weights in one file or in several with an index, and its `config`."""
     name = next((name for name in TRANSFORMERS_FILES if (folder / name).is_file()), None)
     if name is None:
         raise UserError(
@@ -317,9 +303,9 @@ def read_folder(folder: Path) -> dict:
 
 def read_json(path: Path) -> dict:
     try:
-        found = json.loads(path.read_text(encoding='utf-8'))
+        content = json.loads(path.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as error:
         raise UserError(f'{path} is not a readable JSON file ({error})') from error
-    if not isinstance(found, dict):
-        raise UserError(f'{path} holds a {type(found).__name__}, not an object')
-    return found
+    if not isinstance(content, dict):
+        raise UserError(f'{path} holds a {type(content).__name__}, not an object')
+    return content

@@ -1,4 +1,4 @@
-"""What a file of weights records besides them: the flags of its model, and the names of its classes."""
+"""Read what a file of weights records besides them: the flags of its model, and its classes."""
 
 from argparse import Namespace
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from util.errors import UserError
 
 
 def extract_flags(checkpoint: dict, resume: bool = False) -> dict:
-    """Return the flags of the run that wrote a checkpoint (or those in transformers' configuration), {} if it has none.
+    """Return the flags of the run that wrote a checkpoint, else of transformers' configuration, else {}.
 
-    resume: with the learning rate drops that the schedule of an official run has.
+    resume: add the learning rate drops of an official run, which its schedule has.
     """
     if 'config' in checkpoint and 'args' not in checkpoint:
         return read_config(checkpoint['config'])
@@ -30,8 +30,8 @@ def extract_flags(checkpoint: dict, resume: bool = False) -> dict:
     return flags | {'lr_drop': schedule['step_size']} if 'step_size' in schedule else flags
 
 
-# transformers' configuration ------------------------------------------------------------------------------------------
-# Its names of our flags. A configuration may leave out what has the usual value.
+# transformers' configuration --------------------------------------------------------------------------------
+# Flag here -> its name there. A configuration may leave out a default.
 CONFIG_NAMES = {
     'hidden_dim': 'd_model',
     'enc_layers': 'encoder_layers',
@@ -49,13 +49,10 @@ DEFORMABLE_CONFIG_NAMES = {
     'with_box_refine': 'with_box_refine',
     'two_stage': 'two_stage',
 }
-MODEL_TYPES = {
-    'detr': 'detr',
-    'conditional': 'conditional_detr',
-    'deformable': 'deformable_detr',
-}  # by our family
+# By the family of the model.
+MODEL_TYPES = {'detr': 'detr', 'conditional': 'conditional_detr', 'deformable': 'deformable_detr'}
 RESNET_LAYERS = {(3, 4, 6, 3): 'resnet50', (3, 4, 23, 3): 'resnet101', (2, 2, 2, 2): 'resnet18'}
-# Flags of which transformers knows one value alone.
+# Flags of which transformers has one value only.
 FIXED = {
     'pre_norm': False,
     'dino': False,
@@ -78,8 +75,8 @@ def read_config(config: Mapping) -> dict:
     heads = config.get('encoder_attention_heads', 8), config.get('decoder_attention_heads', 8)
     if heads[0] != heads[1]:
         raise UserError(
-            f'the configuration has {heads[0]} attention heads in the encoder and {heads[1]} in the decoder: here both '
-            'have --nheads'
+            f'the configuration has {heads[0]} attention heads in the encoder and {heads[1]} in the decoder: '
+            'here both have --nheads'
         )
     body = config.get('backbone_config') or {}
     backbone = config.get('backbone') or body.get('backbone')
@@ -115,8 +112,8 @@ def write_config(flags: Mapping, names: list[str | None]) -> dict:
         wrong.append('backbone')
     if wrong:
         raise UserError(
-            f'transformers has no detector of --{wrong[0]} {flags[wrong[0]]}: only DETR, Conditional DETR and Deformable DETR '
-            'with a ResNet can be written for it'
+            f'transformers has no detector of --{wrong[0]} {flags[wrong[0]]}: only DETR, Conditional DETR '
+            'and Deformable DETR with a ResNet can be written for it'
         )
     kind = MODEL_TYPES[flags['family']]
     known = CONFIG_NAMES | (DEFORMABLE_CONFIG_NAMES if kind == 'deformable_detr' else {})
@@ -135,11 +132,14 @@ def write_config(flags: Mapping, names: list[str | None]) -> dict:
     }
 
 
-# Classes -------------------------------------------------------------------------------------------------------------
+# Classes ----------------------------------------------------------------------------------------------------
 
 
 def extract_class_map(checkpoint: dict, source: str) -> ClassMap:
-    """Return the classes that a file records, else COCO's for heads of their number; others are called by their index.
+    """Return the classes that a file records.
+
+    Without a record, heads of 91, 80 or 250 classes have COCO's, and the classes of others are called by
+    their index.
 
     Raises:
         UserError: the file has no class head.
@@ -165,7 +165,7 @@ def extract_class_map(checkpoint: dict, source: str) -> ClassMap:
 
 
 def extract_class_names(checkpoint: dict) -> list[str]:
-    """Return the class names that mmdetection (2 and 3) or transformers keep in a file, [] if there are none."""
+    """Return the class names that mmdetection (2 and 3) or transformers keep in a file; [] without any."""
     meta = checkpoint.get('meta')
     meta = meta if isinstance(meta, dict) else {}
     dataset = meta.get('dataset_meta')
@@ -185,7 +185,7 @@ class SharedClasses:
     num_in_model: int
 
     def fill(self, head: Tensor, rows: Tensor) -> Tensor:
-        """Return a class head [K, ...] with the rows of a file for shared classes and for 'no object', if both have it."""
+        """Return a class head [K, ...] with a file's rows of shared classes, and of 'no object' in both."""
         if rows.shape[1:] != head.shape[1:]:
             return head
         filled = head.clone()
@@ -197,7 +197,7 @@ class SharedClasses:
 
 
 def shared_classes(checkpoint: dict, class_map: ClassMap) -> SharedClasses | None:
-    """Return the classes of a file that a dataset has too, by their names; None if all are equal, or no one is."""
+    """Return the classes of a file that a dataset has too, by their names; None if all or none are equal."""
     try:
         recorded = extract_class_map(checkpoint, '')
     except UserError:  # its class heads were removed

@@ -11,7 +11,9 @@ from util.files import save_atomically
 
 
 def write_safetensors(path: Path, checkpoint: dict) -> None:
-    """Write the weights in 'model', and as metadata flags and classes. Tensors that share memory are written one by one.
+    """Write the weights in 'model', and as metadata flags and classes.
+
+    Each of several tensors that share memory is written in full.
 
     Raises:
         OSError: the file cannot be written.

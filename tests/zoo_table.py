@@ -1,5 +1,7 @@
 """
-The table of docs/zoo.md: published weights, with the size of each model. `python -m models.weights.zoo` prints it.
+The table of docs/zoo.md: published weights, with the size of each model.
+
+`python -m tests.zoo_table` prints it.
 
 Rows are in `util/config/recipes.py`. `hubconf.py` has an entry for each with a name; `main.py --model` and
 `tools/predict.py --model` take the same names.
@@ -13,7 +15,7 @@ from util.config.recipes import ZOO, Row
 
 
 def counts(row: Row, height: int = 800, width: int = 1136) -> tuple[int, float]:
-    """Return parameters and multiply-adds (1e9) of a row's detector for one image, computed without memory for it."""
+    """Return parameters and multiply-adds (1e9) of a row's detector for one image, without building it."""
     if row.recipe.flags.backbone == 'vit_large_lsj':
         height = width = row.recipe.flags.img_size
     with torch.device('meta'):
@@ -24,7 +26,8 @@ def counts(row: Row, height: int = 800, width: int = 1136) -> tuple[int, float]:
 def table() -> str:
     """Return the table of docs/zoo.md."""
     lines = [
-        '| model | epochs | AP | parameters, M (published) | GFLOPs (published) | hub entry | recipe | weights |',
+        '| model | epochs | AP | parameters, M (published) | GFLOPs (published) | hub entry | recipe | '
+        'weights |',
         '| --- | --- | --- | --- | --- | --- | --- | --- |',
     ]
     known: dict[str, tuple[int, float]] = {}
