@@ -70,7 +70,7 @@ def test_onnx_equals_torch(
     assert first == second
     export.halve(half)
     detector = load_detector(weights=checkpoint)
-    program = export.make_program(detector, False)
+    program = export.build_program(detector, False)
     program.output_proposals()
     export.verify(detector, program, export.load(half), half=True)
     assert capsys.readouterr().out.count('largest difference of scores') == 3
@@ -80,7 +80,7 @@ def test_onnx_equals_torch(
 def test_other_proposals_move_every_query_and_are_judged_by_their_scores(tmp_path: Path) -> None:
     """PyTorch computes what it is asked for: in another order all queries move; others than the best are told by the scores."""
     detector = load_detector(weights=trained(tmp_path, 'hybrid'))
-    program = export.make_program(detector, False)
+    program = export.build_program(detector, False)
     program.output_proposals()
     images = export.draw_images(1, 96, 96)
     program.expected(images)

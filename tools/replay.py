@@ -1,11 +1,11 @@
 """
-Run the batch of a black box again, and say where the first value that is not finite comes up.
+Run the batch of a black box again, and name the first place of a value that is not finite.
 
   python tools/replay.py OUT/black_box/epoch_1_5_step_12_rank0.pth
-  python tools/replay.py FILE --amp off        in float32: is the precision to blame?
+  python tools/replay.py FILE --amp off        in float32: is the precision the cause?
 
-Training saves such a file when a step has a gradient that is not finite: batch, random states, flags and
-weights of a process.
+Training saves such a file when a step has a gradient that is not finite. It holds batch, random states, flags
+and weights of a process.
 """
 
 import argparse
@@ -31,9 +31,7 @@ from util.seeding import set_rng_state
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = FlagParser(
-        'replay.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser('replay.py', description=__doc__)
     parser.add_argument('file', help='file in OUT/black_box')
     parser.add_argument('--amp', choices=DTYPES, help='precision (default: that of the run)')
     parser.add_argument('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
@@ -41,15 +39,15 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def replay(args: argparse.Namespace) -> Diagnosis:
-    """Return where the first bad value of a saved step comes up.
+    """Return the first place of a value that is not finite in a saved step.
 
     Raises:
         UserError: the file is not one of a black box.
     """
     saved = read_checkpoint(args.file)
-    lacking = {'model', 'args', 'rng', 'batches', 'where'} - saved.keys()
-    if lacking:
-        raise UserError(f'{args.file} is not a file of a black box: it lacks {", ".join(sorted(lacking))}')
+    missing = {'model', 'args', 'rng', 'batches', 'where'} - saved.keys()
+    if missing:
+        raise UserError(f'{args.file} is not a file of a black box: it lacks {", ".join(sorted(missing))}')
     flags = argparse.Namespace(**saved['args'] | {'backbone_weights': 'none'})
     model, criterion, _ = build_model(flags)
     load_checkpoint(model, {'model': saved['model'], 'args': saved['args']}, resume=True, name=args.file)

@@ -4,15 +4,17 @@ import argparse
 import importlib
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
+from models import build_model
 from models.ops.functions import describe
+from tools.benchmarks.checkouts import time_once
 from util.config.networks import level_strides
 from util.config.settle import Settled, settle
 
@@ -40,17 +42,35 @@ PEERS = {
         {'with_box_refine': True, 'two_stage': True},
     ),
 }
-FLUSHED_BYTES = 2**29  # more than any cache holds; writing them takes 0.1 to 0.2 ms
 
 
-def add_flags(parser: argparse.ArgumentParser, rounds: int, size: tuple[int, int, int] | None = None) -> None:
-    """Declare the flags of all benchmarks and, with a size (batch, height, width), those of a batch."""
+def add_flags(
+    parser: argparse.ArgumentParser,
+    rounds: int,
+    size: tuple[int, int, int] | None = None,
+    against: bool = False,
+) -> None:
+    """Declare the flags of all benchmarks and, with a size (batch, height, width), those of a batch.
+
+    against: declare `--against` too.
+    """
     flag, threads = parser.add_argument, torch.get_num_threads()
     flag('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     flag('--threads', default=threads, type=int, help='CPU threads (default: %(default)s)')
     flag('--rounds', default=rounds, type=int, help='timed rounds of each contender (default: %(default)s)')
     for name, default in zip(('batch_size', 'height', 'width'), size or (), strict=False):
         flag(f'--{name}', default=default, type=int, help='(default: %(default)s)')
+    if against:
+        text = 'compare with another checkout alone, for example a worktree of an older commit'
+        flag('--against', type=checkout, metavar='DIR', help=text)
+
+
+def checkout(text: str) -> Path:
+    """Return the absolute folder of `--against`."""
+    folder = Path(text).resolve()
+    if not (folder / 'models').is_dir():
+        raise argparse.ArgumentTypeError(f'{text} has no models/: name a checkout of this repository')
+    return folder
 
 
 def start(args: argparse.Namespace, title: str) -> None:
@@ -75,11 +95,11 @@ def print_row(cells: Iterable[object]) -> None:
 
 
 def print_times(times: dict[str, float]) -> None:
-    """Print a row for each contender; the first one is ours."""
-    ours = next(iter(times.values()))
-    print_head(('contender', 'ms', 'ours is faster by'))
+    """Print a row for each contender; the others are compared with the first one."""
+    first = next(iter(times.values()))
+    print_head(('contender', 'ms', 'the first is faster by'))
     for name, ms in times.items():
-        print_row((name, f'{ms:.1f}', f'{ms / ours:.2f}'))
+        print_row((name, f'{ms:.1f}', f'{ms / first:.2f}'))
 
 
 def detector_flags(args: argparse.Namespace, **flags: object) -> Settled:
@@ -106,6 +126,22 @@ def training_batch(args: argparse.Namespace, objects: int = 7) -> tuple[Tensor, 
         labels = torch.randint(1, 91, (objects,))
         targets.append({'labels': labels.to(args.device), 'boxes': boxes.to(args.device)})
     return images.to(args.device), targets
+
+
+def detector_inputs(args: argparse.Namespace, task: str, objects: int = 7, **flags: object) -> dict:
+    """Return the inputs of `checkouts.detector_case` for a detector with these flags and without dropout."""
+    settled = detector_flags(args, **flags, dropout=0.0)
+    numbers = {
+        name: number for name in ('num_queries', 'hybrid_queries') if (number := getattr(settled, name))
+    }
+    images, targets = training_batch(args, objects)
+    return {
+        'task': task,
+        'flags': flags | numbers | {'dropout': 0.0, 'backbone_weights': 'none'},
+        'weights': build_model(settled)[0].state_dict(),
+        'images': images,
+        'targets': targets,
+    }
 
 
 @cache
@@ -145,28 +181,3 @@ def time_in_turn(
         for name, call in contenders.items():
             times[name].append(time_once(call, device))
     return {name: statistics.median(values[1:]) for name, values in times.items()}
-
-
-def time_once(call: Callable[[], object], device: str) -> float:
-    """Time one call; on a GPU by events, with empty caches.
-
-    While the caches are emptied, the host gets ahead. A single kernel is thus timed without its launch, and a
-    step of many with all its waits for the host.
-    """
-    if device != 'cuda':
-        start = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - start)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    flushed().zero_()
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end)
-
-
-@cache
-def flushed() -> Tensor:
-    return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device='cuda')

@@ -20,6 +20,7 @@ from models.cuda_graph import GraphedDetector
 from models.ops.functions import use_implementation
 from models.weights.load import load_checkpoint
 from tools.benchmarks import common
+from tools.benchmarks.checkouts import compare_checkouts
 from util.config.settle import Settled
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from util.precision import Precision, avoid_plans_per_shape, set_tf32
@@ -31,7 +32,7 @@ Outputs = tuple[Tensor, Tensor]
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser('model', help='inference of two-stage Deformable DETR against its peers')
-    common.add_flags(parser, rounds=7, size=(1, 480, 640))
+    common.add_flags(parser, rounds=7, size=(1, 480, 640), against=True)
     parser.set_defaults(run=benchmark_model)
     parser = commands.add_parser('fps', help='inference of each method, in images a second')
     common.add_flags(parser, rounds=20, size=(1, 800, 1333))
@@ -47,6 +48,10 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 def benchmark_model(args: argparse.Namespace) -> None:
     method = 'Deformable DETR, two stages'
     common.start(args, f'Inference of {method}')
+    if args.against:
+        inputs = common.detector_inputs(args, 'model', **common.MODELS[method])
+        compare_checkouts(args, [('inference', inputs)])
+        return
     model = build_model(common.detector_flags(args, **common.MODELS[method]))[0].eval()
     peer = None
     if transformers := common.import_transformers():
@@ -71,32 +76,32 @@ def model_contenders(
 ) -> dict[str, Callable[[], Outputs]]:
     """Return calls that compute logits and boxes. peer: the same model of the transformers library."""
 
-    def ours(run: Callable[[NestedTensor], dict] = model) -> Outputs:
+    def detect(run: Callable[[NestedTensor], dict] = model) -> Outputs:
         outputs = run(samples)
         return outputs['pred_logits'], outputs['pred_boxes']
 
-    def on_grid_sample() -> Outputs:
+    def detect_on_grid_sample() -> Outputs:
         with use_implementation('pytorch'):
-            return ours()
+            return detect()
 
-    def theirs() -> Outputs:
+    def detect_with_peer() -> Outputs:
         outputs = peer(pixel_values=samples.tensors, pixel_mask=(~samples.mask).long())
         return outputs.logits, outputs.pred_boxes
 
-    contenders = {'ours': ours, 'ours, grid_sample': on_grid_sample}
+    contenders = {'kernels': detect, 'grid_sample': detect_on_grid_sample}
     if samples.tensors.is_cuda:
         graphed = GraphedDetector(model, samples)
-        contenders['ours, CUDA graph'] = lambda: ours(graphed)
-    return contenders if peer is None else contenders | {'transformers': theirs}
+        contenders['kernels, CUDA graph'] = lambda: detect(graphed)
+    return contenders if peer is None else contenders | {'transformers': detect_with_peer}
 
 
 def check_agreement(contenders: dict[str, Callable[[], Outputs]]) -> None:
     """Raise ValueError if a contender's logits or boxes differ by more than 1e-3."""
-    expected = contenders['ours']()
+    expected = contenders['kernels']()
     for name, run in contenders.items():
         difference = max((a - b).abs().max().item() for a, b in zip(expected, run(), strict=True))
         if not difference <= 1e-3:
-            raise ValueError(f'{name} differs from ours by {difference:.1e}')
+            raise ValueError(f'{name} differs from the kernels by {difference:.1e}')
 
 
 def benchmark_fps(args: argparse.Namespace) -> None:
