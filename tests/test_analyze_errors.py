@@ -1,4 +1,4 @@
-"""The page of errors: known answers for hand-made detections, COCO's AP and TIDE's counts, and clicks in a browser."""
+"""The page of errors: results for hand-made detections, COCO's AP, TIDE's counts, clicks in a browser."""
 
 import json
 import re
@@ -210,8 +210,9 @@ def random_data(folder: Path) -> tuple[tool.Boxes, tool.Truth]:
 
 
 def check_ap(found: tool.Boxes, truth: tool.Truth) -> None:
-    """AP of every class from our matches is COCO's, at two IoUs. Equal scores are several points of its curves only, so that
-    all are made different here.
+    """AP of every class from these matches is COCO's, at two IoUs.
+
+    Equal scores are several points of COCO's curves only, so all are made different here.
     """
     rank = np.argsort(np.argsort(-found.scores, kind='stable'), kind='stable')
     found = replace(found, scores=1 - rank / len(rank))

@@ -105,7 +105,7 @@ def test_this_checkout_is_compared_with_another(tmp_path: Path, capfd: pytest.Ca
 
 def test_a_wrong_gradient_is_found_before_anything_is_timed() -> None:
     case = op.Case('160x192', 1, queries=20)
-    value, locations, weights = op.make_inputs(case, 'cpu')
+    value, locations, weights = op.draw_inputs(case, 'cpu')
     inputs = value, [side for shape in case.shapes() for side in shape], locations, weights
     grad = torch.randn(1, 20, op.HEADS * case.channels)
     peers = op.peer_calls(grad, inputs, None)
@@ -124,7 +124,7 @@ def test_a_wrong_gradient_is_found_before_anything_is_timed() -> None:
     'case', [op.Case('160x192', 2, spread=3.0, levels=5), op.Case('160x192', 1, 9, float('inf'))]
 )
 def test_points_stay_clear_of_the_middle_of_pixels(case: op.Case) -> None:
-    _, locations, weights = op.make_inputs(case, 'cpu')
+    _, locations, weights = op.draw_inputs(case, 'cpu')
     pixels = locations.double() * torch.tensor(case.shapes()).flip(-1)[:, None] - 0.5
     assert (pixels - pixels.round()).abs().min() > 0.009
     torch.testing.assert_close(weights.sum((-1, -2)), torch.ones(weights.shape[:3]))

@@ -340,7 +340,7 @@ def test_a_video(trained: Path, tmp_path: Path) -> None:
 
 
 def test_a_webcam_until_ctrl_c(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A generated source without an end stands for the device. All frames before the interrupt are in the video."""
+    """An endless generated source replaces the device. All frames before the interrupt are in the video."""
     av = pytest.importorskip('av')
     opened, drawn, frames = av.open, predict.draw, iter(range(5))
 

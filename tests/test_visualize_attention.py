@@ -252,7 +252,8 @@ def test_the_tool_draws_a_row_for_each_query(
      (['--queries', 'best', '1'], '--queries best: choose'), (['--num', '0'], '--num must be at least 1'),
      (['--output', 'out'], '--output out: let it end in .png'),
      (['--source', 'a.png', '--output', './a.png'], '--output ./a.png is the source'),
-     (['--source', 'none.png'], 'none.png'), (['--checkpoint', ''], 'give --checkpoint FILE, or --model NAME')],
+     (['--source', 'none.png'], 'none.png'),
+     (['--checkpoint', ''], 'give --checkpoint FILE, or --model NAME')],
 )  # fmt: skip
 def test_errors_say_what_is_possible(files: Path, more: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as stopped:

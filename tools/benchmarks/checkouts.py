@@ -142,10 +142,11 @@ class Worker:
     """A case in a process on the modules of a checkout.
 
     Attributes:
+        kernels: description of the operator's implementation.
         results: arrays that the case has computed.
 
     Raises:
-        UserError: the process ends; it has printed why.
+        UserError: the process has ended; it has printed the reason.
     """
 
     def __init__(self, checkout: Path, inputs: Path, args: Namespace) -> None:
@@ -155,23 +156,20 @@ class Worker:
         command = [sys.executable, __file__, *words]
         self.process = subprocess.Popen(command, cwd=checkout, pass_fds=[end.fileno()])
         end.close()
-        self.results = self.answer()
+        self.kernels, self.results = self.ask()
 
-    def answer(self) -> Any:
+    def ask(self) -> Any:
+        """Ask for the next message: kernels and results, then the milliseconds of one run each time."""
         from util.errors import UserError
 
         try:
+            self.connection.send(None)
             return self.connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise UserError(
                 f'{self.checkout} does not run this benchmark, its error is above: name a checkout of this '
                 'repository that has these flags'
             ) from None
-
-    def time(self) -> float:
-        """Return the milliseconds of one run."""
-        self.connection.send(None)
-        return self.answer()
 
     def __enter__(self) -> 'Worker':
         return self
@@ -194,8 +192,10 @@ def compare_checkouts(args: Namespace, cases: Iterable[tuple[str, dict]]) -> Non
         with tempfile.NamedTemporaryFile(suffix='.pt') as file:
             torch.save(inputs, file.name)
             with Worker(ROOT, file.name, args) as this, Worker(args.against, file.name, args) as other:
+                if this.kernels != other.kernels:
+                    print(f'this checkout: {this.kernels}; {args.against}: {other.kernels}')
                 check_agreement(name, this.results, other.results)
-                rounds = [(this.time(), other.time()) for _ in range(args.rounds)]
+                rounds = [(this.ask(), other.ask()) for _ in range(args.rounds)]
         new, old = map(median, zip(*rounds, strict=True))
         print_row((name, f'{new:.3f}', f'{old:.3f}', f'{old / new:.2f}'))
 
@@ -210,14 +210,17 @@ def check_agreement(name: str, results: list[np.ndarray], others: list[np.ndarra
 
 
 def main() -> None:
-    """Build a case on the modules of a checkout, send its results, then a time for each message."""
+    """Build a case on the modules of a checkout, and answer each message (see `Worker.ask`)."""
     checkout, inputs, device, threads, end = sys.argv[1:]
     sys.path[0] = checkout
     torch.set_num_threads(int(threads))
     call = build_case(torch.load(inputs, weights_only=True, map_location=device))
+    from models.ops.functions import describe
+
     connection = Connection(int(end))
-    connection.send([result.cpu().numpy() for result in call()])
     with contextlib.suppress(EOFError):
+        connection.recv()
+        connection.send((describe(device), [result.cpu().numpy() for result in call()]))
         while True:
             connection.recv()
             connection.send(time_once(call, device))

@@ -156,14 +156,14 @@ def import_transformers() -> ModuleType | None:
 
 def transformers_model(transformers: ModuleType, method: str, **options: object) -> nn.Module:
     """Build a method of PEERS in the transformers library, with R50 and random weights."""
-    family, stages, own = PEERS[method]
+    family, stages, variant = PEERS[method]
     backbone = transformers.ResNetConfig(out_features=[f'stage{stage}' for stage in stages])
     config = getattr(transformers, f'{family}Config')(
         use_timm_backbone=False,
         use_pretrained_backbone=False,
         backbone_config=backbone,
         num_labels=91,
-        **own,
+        **variant,
         **options,
     )
     return getattr(transformers, f'{family}ForObjectDetection')(config)
@@ -172,9 +172,9 @@ def transformers_model(transformers: ModuleType, method: str, **options: object)
 def time_in_turn(
     contenders: dict[str, Callable[[], object]], rounds: int, device: str = 'cpu'
 ) -> dict[str, float]:
-    """Return median milliseconds of each contender, after one more round to warm up.
+    """Return median milliseconds of each contender, after a round to warm up.
 
-    Each begins with the others' data in the cache, as in a real step.
+    Each begins with data of the others in the cache, as in a real step.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + 1):

@@ -73,8 +73,8 @@ def load_official(folder: Path) -> ModuleType:
         raise UserError(
             f'--official {folder} has no CUDA sources: give models/ops/src of an official repository'
         )
-    kept = os.environ.get('TORCH_EXTENSIONS_DIR')
-    copy = Path(kept, 'official_sources') if kept else Path(tempfile.mkdtemp())
+    cache_folder = os.environ.get('TORCH_EXTENSIONS_DIR')
+    copy = Path(cache_folder, 'official_sources') if cache_folder else Path(tempfile.mkdtemp())
     for path in sources:
         target = copy / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def official_path(extension: ModuleType | None = None) -> Iterator[None]:
 
 
 class OfficialAttention(torch.autograd.Function):
-    """The official extension in autograd, as its own repository has it."""
+    """The official extension in autograd, as in its repository."""
 
     @staticmethod
     def forward(ctx: object, extension: ModuleType, *tensors: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def benchmark_op(args: argparse.Namespace) -> None:
 
 def checkout_inputs(case: Case, device: str) -> dict:
     """Return the inputs of `checkouts.operator_case`."""
-    value, locations, weights = make_inputs(case, device)
+    value, locations, weights = draw_inputs(case, device)
     grad = torch.randn(case.batch, locations.shape[1], HEADS * case.channels, device=device)
     shapes = [side for shape in case.shapes() for side in shape]
     return {'value': value, 'shapes': shapes, 'locations': locations, 'weights': weights, 'grad': grad}
@@ -202,7 +202,7 @@ def check_agreement(case: str, contenders: dict[str, Calls], dtype: torch.dtype)
                 )
 
 
-def make_inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def draw_inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Draw values, points and weights; points lie around their query as in a new model, in eight directions.
 
     A decoder's queries are anywhere. Points are one to four pixels away, with noise. None lies near the

@@ -49,7 +49,7 @@ Batch = tuple[Tensor, list[dict[str, Tensor]]]
 
 @dataclass
 class Contender:
-    """Model in one precision; a peer's loss is its own."""
+    """Model in one precision, and a function that makes a step."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -90,7 +90,7 @@ def benchmark_train(args: argparse.Namespace) -> None:
         return
     batch = common.training_batch(args)
     settled = common.detector_flags(args, **flags, dropout=0.0)
-    contenders = make_contenders(settled, ['fp32', *['fp32 + compile'] * args.compile], batch)
+    contenders = build_contenders(settled, ['fp32', *['fp32 + compile'] * args.compile], batch)
     steps = {name: contender.step for name, contender in contenders.items()}
 
     def step_on_grid_sample() -> Tensor:
@@ -148,11 +148,11 @@ def benchmark_method(
     torch.manual_seed(0)
     batch = common.training_batch(args)
     flags = common.detector_flags(args, **common.MODELS[method])
-    contenders = own = make_contenders(flags, precisions, batch)
+    contenders = build_contenders(flags, precisions, batch)
     if method in OFFICIAL:
-        weights = own[precisions[0]].model.state_dict()
-        contenders = own | make_official(flags, precisions, batch, weights, extension)
-    contenders = contenders | make_peers(method, precisions, batch, flags)
+        weights = contenders[precisions[0]].model.state_dict()
+        contenders |= build_official(flags, precisions, batch, weights, extension)
+    contenders |= build_peers(method, precisions, batch, flags)
     losses = {name: contender.step().item() for name, contender in contenders.items()}
     expected = losses[precisions[0]]
     times = common.time_in_turn({name: c.step for name, c in contenders.items()}, args.rounds, args.device)
@@ -161,7 +161,7 @@ def benchmark_method(
         same_loss, difference = not name.startswith('transformers'), losses[name] / expected - 1
         if same_loss and not abs(difference) <= AGREE:
             problems.append(f'{method}: the loss in {name} is {losses[name]:g}, not {expected:g}')
-        if name in own and lacks_operator(flags, args.device, contender.step):
+        if name in precisions and lacks_operator(flags, args.device, contender.step):
             problems.append(f'{method}: {name} does not call the operator of deformable attention')
         common.print_row(
             (
@@ -186,7 +186,7 @@ def profile_step(args: argparse.Namespace) -> None:
     avoid_plans_per_shape()
     on_gpu = args.device == 'cuda'
     flags = common.detector_flags(args, **common.MODELS[args.method])
-    step = make_contenders(flags, [args.precision], common.training_batch(args))[args.precision].step
+    step = build_contenders(flags, [args.precision], common.training_batch(args))[args.precision].step
     for _ in range(args.rounds if on_gpu else 1):
         step()
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
@@ -200,7 +200,7 @@ def profile_step(args: argparse.Namespace) -> None:
         trace.export_chrome_trace(args.trace)
 
 
-def make_contenders(flags: Settled, precisions: list[str], batch: Batch) -> dict[str, Contender]:
+def build_contenders(flags: Settled, precisions: list[str], batch: Batch) -> dict[str, Contender]:
     """Build contenders with the same weights; a compiled model is a copy."""
     torch.manual_seed(0)
     model, criterion, _ = build_model(flags)
@@ -213,11 +213,11 @@ def make_contenders(flags: Settled, precisions: list[str], batch: Batch) -> dict
         if 'compile' in name:
             network = copy.deepcopy(model)
             compile_units(network)
-        contenders[name] = make_contender(network, loss_of(network, criterion, batch), name, batch[0])
+        contenders[name] = build_contender(network, build_loss(network, criterion, batch), name, batch[0])
     return contenders
 
 
-def loss_of(model: nn.Module, criterion: nn.Module, batch: Batch) -> Callable[[Precision], Tensor]:
+def build_loss(model: nn.Module, criterion: nn.Module, batch: Batch) -> Callable[[Precision], Tensor]:
     def loss(precision: Precision) -> Tensor:
         with precision.autocast():
             outputs = model(*batch)
@@ -226,7 +226,7 @@ def loss_of(model: nn.Module, criterion: nn.Module, batch: Batch) -> Callable[[P
     return loss
 
 
-def make_official(
+def build_official(
     flags: Settled,
     precisions: list[str],
     batch: Batch,
@@ -237,25 +237,25 @@ def make_official(
     model, criterion = official_model(flags, weights)
     model.to(batch[0].device).train()
     turn_off_dropout(model)
-    loss = loss_of(model, criterion, batch)
+    loss = build_loss(model, criterion, batch)
 
     def official_loss(precision: Precision) -> Tensor:
         with official_path(extension):
             return loss(precision)
 
     return {
-        f'official path, {name}': make_contender(model, official_loss, name, batch[0])
+        f'official path, {name}': build_contender(model, official_loss, name, batch[0])
         for name in precisions
         if name in ('fp32', 'tf32')
     }
 
 
-def make_peers(method: str, precisions: list[str], batch: Batch, flags: Settled) -> dict[str, Contender]:
+def build_peers(method: str, precisions: list[str], batch: Batch, flags: Settled) -> dict[str, Contender]:
     """Build the same method in the transformers library, in the precisions that need no compiler."""
     if method not in common.PEERS or not (transformers := common.import_transformers()):
         return {}
     try:
-        peers = build_peers(transformers, method, precisions, batch, flags)
+        peers = build_transformers_peers(transformers, method, precisions, batch, flags)
         for peer in peers.values():
             peer.step()
     except Exception as error:  # any version of another program: the others are timed without it
@@ -264,7 +264,7 @@ def make_peers(method: str, precisions: list[str], batch: Batch, flags: Settled)
     return peers
 
 
-def build_peers(
+def build_transformers_peers(
     transformers: ModuleType, method: str, precisions: list[str], batch: Batch, flags: Settled
 ) -> dict[str, Contender]:
     images, targets = batch
@@ -281,13 +281,13 @@ def build_peers(
             return model(pixel_values=images, pixel_mask=mask, labels=labels).loss
 
     return {
-        f'transformers {transformers.__version__}, {name}': make_contender(model, loss, name, images)
+        f'transformers {transformers.__version__}, {name}': build_contender(model, loss, name, images)
         for name in precisions
         if 'compile' not in name
     }
 
 
-def make_contender(
+def build_contender(
     model: nn.Module, forward: Callable[[Precision], Tensor], name: str, images: Tensor
 ) -> Contender:
     precision = Precision('bf16' if name.startswith('bf16') else 'off', images.device)
