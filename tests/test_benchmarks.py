@@ -95,12 +95,12 @@ def test_this_checkout_is_compared_with_another(tmp_path: Path, capfd: pytest.Ca
     """The other one is a link to this one; a checkout of another program is named."""
     (tmp_path / 'link').symlink_to(ROOT)
     args = Namespace(against=tmp_path / 'link', device='cpu', threads=1, rounds=1)
-    checkouts.compare_checkouts(args, [(task, case_inputs(task)) for task in ('op', 'train')])
+    common.compare_checkouts(args, [(task, case_inputs(task)) for task in ('op', 'train')])
     printed = capfd.readouterr().out
     assert '| op |' in printed and '| train |' in printed
     args.against = tmp_path
     with pytest.raises(UserError, match='does not run this benchmark'):
-        checkouts.compare_checkouts(args, [('op', case_inputs('op'))])
+        common.compare_checkouts(args, [('op', case_inputs('op'))])
 
 
 def test_a_wrong_gradient_is_found_before_anything_is_timed() -> None:

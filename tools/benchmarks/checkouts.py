@@ -10,15 +10,13 @@ import contextlib
 import dataclasses
 import subprocess
 import sys
-import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -179,28 +177,8 @@ class Worker:
         self.process.wait()
 
 
-def compare_checkouts(args: Namespace, cases: Iterable[tuple[str, dict]]) -> None:
-    """Print the times of this checkout and of `args.against` in each case (name, and inputs of `build_case`).
-
-    Raises:
-        ValueError: their results differ.
-    """
-    from tools.benchmarks.common import print_head, print_row
-
-    print_head(('case', 'this checkout, ms', f'{args.against}, ms', 'this checkout is faster by'))
-    for name, inputs in cases:
-        with tempfile.NamedTemporaryFile(suffix='.pt') as file:
-            torch.save(inputs, file.name)
-            with Worker(ROOT, file.name, args) as this, Worker(args.against, file.name, args) as other:
-                if this.kernels != other.kernels:
-                    print(f'this checkout: {this.kernels}; {args.against}: {other.kernels}')
-                check_agreement(name, this.results, other.results)
-                rounds = [(this.ask(), other.ask()) for _ in range(args.rounds)]
-        new, old = map(median, zip(*rounds, strict=True))
-        print_row((name, f'{new:.3f}', f'{old:.3f}', f'{old / new:.2f}'))
-
-
 def check_agreement(name: str, results: list[np.ndarray], others: list[np.ndarray]) -> None:
+    """Raise a ValueError if the results of two checkouts differ."""
     for number, (result, other) in enumerate(zip(results, others, strict=True)):
         difference = abs(result - other).max() / abs(other).max()
         if not difference <= TOLERANCE:

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import math
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from models import build_model
 from models.ops.functions import describe
-from tools.benchmarks.checkouts import time_once
+from tools.benchmarks import checkouts
 from util.config.networks import level_strides
 from util.config.settle import Settled, settle
 
@@ -77,7 +78,7 @@ def start(args: argparse.Namespace, title: str) -> None:
     """Seed, set the number of threads, and print what is measured, where, and on which kernels."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    size = f', R50, {args.batch_size} x {args.height} x {args.width}' if hasattr(args, 'height') else ''
+    size = f', {args.batch_size} x {args.height} x {args.width}' if hasattr(args, 'height') else ''
     where = torch.cuda.get_device_name() if args.device == 'cuda' else f'CPU, {args.threads} thread(s)'
     print(
         f'{title}{size}, {where}, PyTorch {torch.__version__}, median of {args.rounds} rounds in turn; '
@@ -107,7 +108,7 @@ def detector_flags(args: argparse.Namespace, **flags: object) -> Settled:
 
     Two stages need as many tokens as queries, so small images get fewer queries.
     """
-    settled = settle(argparse.Namespace(backbone_weights='none', **flags))
+    settled = settle(argparse.Namespace(**{'backbone_weights': 'none'} | flags))
     if settled.family != 'deformable':
         return settled
     strides = level_strides(settled)
@@ -142,6 +143,28 @@ def detector_inputs(args: argparse.Namespace, task: str, objects: int = 7, **fla
         'images': images,
         'targets': targets,
     }
+
+
+def compare_checkouts(args: argparse.Namespace, cases: Iterable[tuple[str, dict]]) -> None:
+    """Print the times of this checkout and of `args.against` in each case (name, and inputs of `build_case`).
+
+    Raises:
+        ValueError: their results differ.
+    """
+    print_head(('case', 'this checkout, ms', f'{args.against}, ms', 'this checkout is faster by'))
+    for name, inputs in cases:
+        with tempfile.NamedTemporaryFile(suffix='.pt') as file:
+            torch.save(inputs, file.name)
+            with (
+                checkouts.Worker(checkouts.ROOT, file.name, args) as this,
+                checkouts.Worker(args.against, file.name, args) as other,
+            ):
+                if this.kernels != other.kernels:
+                    print(f'this checkout: {this.kernels}; {args.against}: {other.kernels}')
+                checkouts.check_agreement(name, this.results, other.results)
+                rounds = [(this.ask(), other.ask()) for _ in range(args.rounds)]
+        new, old = map(statistics.median, zip(*rounds, strict=True))
+        print_row((name, f'{new:.3f}', f'{old:.3f}', f'{old / new:.2f}'))
 
 
 @cache
@@ -179,5 +202,5 @@ def time_in_turn(
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + 1):
         for name, call in contenders.items():
-            times[name].append(time_once(call, device))
+            times[name].append(checkouts.time_once(call, device))
     return {name: statistics.median(values[1:]) for name, values in times.items()}

@@ -20,7 +20,6 @@ from models.cuda_graph import GraphedDetector
 from models.ops.functions import use_implementation
 from models.weights.load import load_checkpoint
 from tools.benchmarks import common
-from tools.benchmarks.checkouts import compare_checkouts
 from util.config.settle import Settled
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from util.precision import Precision, avoid_plans_per_shape, set_tf32
@@ -47,10 +46,10 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 @torch.no_grad()
 def benchmark_model(args: argparse.Namespace) -> None:
     method = 'Deformable DETR, two stages'
-    common.start(args, f'Inference of {method}')
+    common.start(args, f'Inference of {method}, R50')
     if args.against:
         inputs = common.detector_inputs(args, 'model', **common.MODELS[method])
-        compare_checkouts(args, [('inference', inputs)])
+        common.compare_checkouts(args, [('inference', inputs)])
         return
     model = build_model(common.detector_flags(args, **common.MODELS[method]))[0].eval()
     peer = None
@@ -106,7 +105,7 @@ def check_agreement(contenders: dict[str, Callable[[], Outputs]]) -> None:
 
 def benchmark_fps(args: argparse.Namespace) -> None:
     """Print a table; a forward pass is from normalization to boxes in [0, 1], or to detections in pixels."""
-    common.start(args, 'Inference')
+    common.start(args, 'Inference, R50 unless flags name another backbone')
     avoid_plans_per_shape()
     on_gpu = args.device == 'cuda'
     columns = ('forward', 'with postprocessing', *(('recorded graph',) if on_gpu else ()))

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from models.ops.functions import KERNELS, available, ms_deform_attn_core_pytorch, pairs
 from tools.benchmarks import common
-from tools.benchmarks.checkouts import compare_checkouts
 from tools.benchmarks.official import add_official, load_official
 
 HEADS, POINTS = 8, 4
@@ -87,7 +86,9 @@ def benchmark_op(args: argparse.Namespace) -> None:
     gpu = args.device == 'cuda'
     cases = {name: case for name, case in (GPU_CASES if gpu else CPU_CASES).items() if args.only in name}
     if args.against:
-        compare_checkouts(args, ((name, checkout_inputs(case, args.device)) for name, case in cases.items()))
+        common.compare_checkouts(
+            args, ((name, checkout_inputs(case, args.device)) for name, case in cases.items())
+        )
         return
     official = load_official(args.official) if args.official else None
     titles = ['case', 'implementation', 'forward', 'backward', 'times grid_sample']

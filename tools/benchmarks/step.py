@@ -31,7 +31,7 @@ from models.ops.functions import implementation, use_implementation
 from models.training.criterion import weighted_sum
 from models.units import compile_units
 from tools.benchmarks import common
-from tools.benchmarks.checkouts import build_case, compare_checkouts
+from tools.benchmarks.checkouts import build_case
 from tools.benchmarks.official import add_official, load_official, official_model, official_path
 from util.config.settle import Settled
 from util.errors import UserError
@@ -83,10 +83,10 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def benchmark_train(args: argparse.Namespace) -> None:
-    common.start(args, 'A training step of H-Deformable-DETR')
+    common.start(args, 'A training step of H-Deformable-DETR, R50')
     flags = common.TRICKS | common.HYBRID
     if args.against:
-        compare_checkouts(args, [('training step', common.detector_inputs(args, 'train', **flags))])
+        common.compare_checkouts(args, [('training step', common.detector_inputs(args, 'train', **flags))])
         return
     batch = common.training_batch(args)
     settled = common.detector_flags(args, **flags, dropout=0.0)
@@ -111,14 +111,14 @@ def benchmark_criterion(args: argparse.Namespace) -> None:
     flags = common.TRICKS | common.HYBRID | narrow
     inputs = common.detector_inputs(args, 'criterion', args.objects, **flags)
     if args.against:
-        compare_checkouts(args, [('matching and losses', inputs)])
+        common.compare_checkouts(args, [('matching and losses', inputs)])
     else:
         case = {'matching and losses': build_case(inputs)}
         common.print_times(common.time_in_turn(case, args.rounds, args.device))
 
 
 def benchmark_steps(args: argparse.Namespace) -> None:
-    common.start(args, 'A training step')
+    common.start(args, 'A training step, R50')
     avoid_plans_per_shape()
     on_gpu = args.device == 'cuda'
     precisions = [name for name in args.precisions if on_gpu or name != 'tf32']  # CPUs have no TF32
@@ -182,7 +182,7 @@ def profile_step(args: argparse.Namespace) -> None:
 
     On a GPU the rows are sorted by the time of their kernels, on a CPU by that of the operators themselves.
     """
-    common.start(args, f'A training step of {args.method} in {args.precision}')
+    common.start(args, f'A training step of {args.method}, R50, in {args.precision}')
     avoid_plans_per_shape()
     on_gpu = args.device == 'cuda'
     flags = common.detector_flags(args, **common.MODELS[args.method])
