@@ -18,7 +18,7 @@ from tests.models import SMALL, TWO_STAGE, random_targets
 from tests.ops_check import module_inputs
 from tests.runs import ROOT
 from tools.benchmark import get_args_parser
-from tools.benchmarks import checkouts, common, op, step
+from tools.benchmarks import cases, checkouts, common, op, step
 from tools.benchmarks.official import official_path
 from util.errors import UserError
 from util.flags import run_command
@@ -29,9 +29,9 @@ COMMANDS = {
     'data': '--num_images 2 --rounds 1',
     'op': '--only 160x192 --rounds 0 --device cpu',
     'model': ONCE,
-    'fps': f'{ONCE} --models DETR --precisions fp32',
     'train': ONCE,
     'criterion': f'{ONCE} --objects 2',
+    'fps': f'{ONCE} --models DETR --precisions fp32',
     'step': f'{ONCE} --models H-Deformable-DETR --precisions fp32',
     'profile': f'{SIZE} --method DETR --device cpu',
 }
@@ -46,8 +46,8 @@ def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
         return settle(Namespace(**small | vars(flags) | {'num_classes': 91}))
 
     monkeypatch.setattr(common, 'settle', partial(shrink, common.settle))
-    monkeypatch.setattr(common, 'TRICKS', SMALL | common.TRICKS | {'num_classes': 91})
-    monkeypatch.setattr(common, 'import_transformers', lambda: None)
+    flags = {task: SMALL | flags | {'num_classes': 91} for task, flags in cases.FLAGS.items()}
+    monkeypatch.setattr(cases, 'FLAGS', flags)
 
 
 def test_every_command_is_listed() -> None:

@@ -5,9 +5,9 @@ they run in turn.
     python tools/benchmark.py data          loading of drawn images, or of those in --coco_path DIR
     python tools/benchmark.py op            deformable attention, forward and backward
     python tools/benchmark.py model         inference of two-stage Deformable DETR
-    python tools/benchmark.py fps           inference of each method, in images a second
     python tools/benchmark.py train         a training step of H-Deformable-DETR
     python tools/benchmark.py criterion     matching and losses of H-Deformable-DETR
+    python tools/benchmark.py fps           inference of each method, in images a second
     python tools/benchmark.py step          a training step of each method in each precision
     python tools/benchmark.py profile       where the time of a training step goes
 
@@ -22,14 +22,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.benchmarks import data, inference, op, step
+from tools.benchmarks import cases, data, inference, op, step
 from util.flags import FlagParser, run_command
 
 
 def get_args_parser() -> FlagParser:
     parser = FlagParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for part in (data, op, inference, step):
+    for part in (data, op, cases, inference, step):
         part.add_command(commands)
     return parser
 

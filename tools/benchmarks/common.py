@@ -1,17 +1,14 @@
 """What benchmarks share: flags, detectors, batches, tables, and timing of contenders in turn."""
 
 import argparse
-import importlib
 import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models import build_model
 from models.ops.functions import describe
@@ -32,16 +29,6 @@ MODELS = {
     'MS-DETR': WIDE | {'num_queries': 900, 'use_ms_detr': True, 'use_aux_ffn': True},
     'Co-Deformable-DETR': WIDE | HEADS,
     'Co-DINO, five levels': DINO | HEADS,
-}
-# The same methods in the transformers library: class, stages of the backbone that are read, options.
-PEERS = {
-    'DETR': ('Detr', [4], {}),
-    'Conditional DETR': ('ConditionalDetr', [4], {}),
-    'Deformable DETR, two stages': (
-        'DeformableDetr',
-        [2, 3, 4],
-        {'with_box_refine': True, 'two_stage': True},
-    ),
 }
 
 
@@ -165,31 +152,6 @@ def compare_checkouts(args: argparse.Namespace, cases: Iterable[tuple[str, dict]
                 rounds = [(this.ask(), other.ask()) for _ in range(args.rounds)]
         new, old = map(statistics.median, zip(*rounds, strict=True))
         print_row((name, f'{new:.3f}', f'{old:.3f}', f'{old / new:.2f}'))
-
-
-@cache
-def import_transformers() -> ModuleType | None:
-    """Return the transformers library; if it is not installed, print so once and return None."""
-    try:
-        return importlib.import_module('transformers')
-    except ImportError:
-        print('transformers is not installed: not compared with it')
-        return None
-
-
-def transformers_model(transformers: ModuleType, method: str, **options: object) -> nn.Module:
-    """Build a method of PEERS in the transformers library, with R50 and random weights."""
-    family, stages, variant = PEERS[method]
-    backbone = transformers.ResNetConfig(out_features=[f'stage{stage}' for stage in stages])
-    config = getattr(transformers, f'{family}Config')(
-        use_timm_backbone=False,
-        use_pretrained_backbone=False,
-        backbone_config=backbone,
-        num_labels=91,
-        **variant,
-        **options,
-    )
-    return getattr(transformers, f'{family}ForObjectDetection')(config)
 
 
 def time_in_turn(

@@ -1,16 +1,11 @@
 """
 Measure a training step: forward, losses, backward, clipping and optimizer.
 
-Models have R50 and random weights, images have 7 objects.
+Models have R50 and random weights, images have 7 objects. Deformable DETR and H-Deformable-DETR are also
+timed on the path of the official code (`official.py`).
 
     python tools/benchmark.py step        each method in each precision, as a table
-    python tools/benchmark.py train       H-Deformable-DETR against the same model on grid_sample
     python tools/benchmark.py profile     operators and kernels of one step by their time
-    python tools/benchmark.py criterion   matching and losses of H-Deformable-DETR, forward and backward
-
-`step` also times models of the transformers library with their losses, and Deformable DETR and
-H-Deformable-DETR on the path of the official code (`official.py`). With `--against`, `train` leaves the
-optimizer out.
 """
 
 import argparse
@@ -27,11 +22,10 @@ from torch.profiler import ProfilerActivity, profile
 from engine import build_optimizer
 from models import build_model
 from models.frozen_norm import FoldedNorm
-from models.ops.functions import implementation, use_implementation
+from models.ops.functions import implementation
 from models.training.criterion import weighted_sum
 from models.units import compile_units
 from tools.benchmarks import common
-from tools.benchmarks.checkouts import build_case
 from tools.benchmarks.official import add_official, load_official, official_model, official_path
 from util.config.settle import Settled
 from util.errors import UserError
@@ -57,14 +51,6 @@ class Contender:
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser('train', help='a training step of H-Deformable-DETR')
-    common.add_flags(parser, rounds=3, size=(2, 384, 512), against=True)
-    parser.add_argument('--compile', action='store_true', help='time a compiled copy too')
-    parser.set_defaults(run=benchmark_train)
-    parser = commands.add_parser('criterion', help='matching and losses of H-Deformable-DETR')
-    common.add_flags(parser, rounds=7, size=(2, 800, 1333), against=True)
-    parser.add_argument('--objects', default=20, type=int, help='objects in each image')
-    parser.set_defaults(run=benchmark_criterion)
     parser = commands.add_parser('step', help='a training step of each method in each precision')
     common.add_flags(parser, rounds=20, size=(2, 800, 1333))
     names = list(common.MODELS)
@@ -80,41 +66,6 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument('--precision', default='bf16', choices=PRECISIONS)
     parser.add_argument('--trace', metavar='FILE', help='write all events for chrome://tracing too')
     parser.set_defaults(run=profile_step)
-
-
-def benchmark_train(args: argparse.Namespace) -> None:
-    common.start(args, 'A training step of H-Deformable-DETR, R50')
-    flags = common.TRICKS | common.HYBRID
-    if args.against:
-        common.compare_checkouts(args, [('training step', common.detector_inputs(args, 'train', **flags))])
-        return
-    batch = common.training_batch(args)
-    settled = common.detector_flags(args, **flags, dropout=0.0)
-    contenders = build_contenders(settled, ['fp32', *['fp32 + compile'] * args.compile], batch)
-    steps = {name: contender.step for name, contender in contenders.items()}
-
-    def step_on_grid_sample() -> Tensor:
-        with use_implementation('pytorch'):
-            return steps['fp32']()
-
-    steps['grid_sample'] = step_on_grid_sample
-    losses = {name: step() for name, step in steps.items()}
-    for loss in losses.values():
-        torch.testing.assert_close(loss, losses['fp32'], rtol=1e-3, atol=0)
-    common.print_times(common.time_in_turn(steps, args.rounds, args.device))
-
-
-def benchmark_criterion(args: argparse.Namespace) -> None:
-    """Time the losses of a narrow model, whose predictions have the number and size of real ones."""
-    common.start(args, f'Criterion of H-Deformable-DETR, {args.objects} objects in each image')
-    narrow = {'backbone': 'resnet18', 'hidden_dim': 32, 'enc_layers': 1, 'dim_feedforward': 32}
-    flags = common.TRICKS | common.HYBRID | narrow
-    inputs = common.detector_inputs(args, 'criterion', args.objects, **flags)
-    if args.against:
-        common.compare_checkouts(args, [('matching and losses', inputs)])
-    else:
-        case = {'matching and losses': build_case(inputs)}
-        common.print_times(common.time_in_turn(case, args.rounds, args.device))
 
 
 def benchmark_steps(args: argparse.Namespace) -> None:
@@ -152,14 +103,13 @@ def benchmark_method(
     if method in OFFICIAL:
         weights = contenders[precisions[0]].model.state_dict()
         contenders |= build_official(flags, precisions, batch, weights, extension)
-    contenders |= build_peers(method, precisions, batch, flags)
     losses = {name: contender.step().item() for name, contender in contenders.items()}
     expected = losses[precisions[0]]
     times = common.time_in_turn({name: c.step for name, c in contenders.items()}, args.rounds, args.device)
     on_gpu, problems = args.device == 'cuda', []
     for name, contender in contenders.items():
-        same_loss, difference = not name.startswith('transformers'), losses[name] / expected - 1
-        if same_loss and not abs(difference) <= AGREE:
+        difference = losses[name] / expected - 1
+        if not abs(difference) <= AGREE:
             problems.append(f'{method}: the loss in {name} is {losses[name]:g}, not {expected:g}')
         if name in precisions and lacks_operator(flags, args.device, contender.step):
             problems.append(f'{method}: {name} does not call the operator of deformable attention')
@@ -171,7 +121,7 @@ def benchmark_method(
                 f'{1e3 * args.batch_size / times[name]:.1f}',
                 f'{peak_memory(contender) / 1e9:.1f}' if on_gpu else '-',
                 count_waits(contender.step) if on_gpu else '-',
-                f'{100 * difference:+.1f} %' if same_loss else '-',
+                f'{100 * difference:+.1f} %',
             )
         )
     return problems
@@ -247,43 +197,6 @@ def build_official(
         f'official path, {name}': build_contender(model, official_loss, name, batch[0])
         for name in precisions
         if name in ('fp32', 'tf32')
-    }
-
-
-def build_peers(method: str, precisions: list[str], batch: Batch, flags: Settled) -> dict[str, Contender]:
-    """Build the same method in the transformers library, in the precisions that need no compiler."""
-    if method not in common.PEERS or not (transformers := common.import_transformers()):
-        return {}
-    try:
-        peers = build_transformers_peers(transformers, method, precisions, batch, flags)
-        for peer in peers.values():
-            peer.step()
-    except Exception as error:  # any version of another program: the others are timed without it
-        print(f'{method}: transformers {transformers.__version__} does not train here ({error})')
-        return {}
-    return peers
-
-
-def build_transformers_peers(
-    transformers: ModuleType, method: str, precisions: list[str], batch: Batch, flags: Settled
-) -> dict[str, Contender]:
-    images, targets = batch
-    options = {'two_stage_num_proposals': flags.num_queries, 'auxiliary_loss': True, 'dropout': 0.0}
-    model = common.transformers_model(transformers, method, **options).to(images.device).train()
-    for name, parameter in model.named_parameters():  # it freezes a ResNet as a whole
-        if any(f'.stages.{stage}.' in name for stage in (1, 2, 3)) and 'normalization' not in name:
-            parameter.requires_grad_()
-    labels = [{'class_labels': target['labels'], 'boxes': target['boxes']} for target in targets]
-    mask = torch.ones_like(images[:, 0], dtype=torch.long)
-
-    def loss(precision: Precision) -> Tensor:
-        with precision.autocast():
-            return model(pixel_values=images, pixel_mask=mask, labels=labels).loss
-
-    return {
-        f'transformers {transformers.__version__}, {name}': build_contender(model, loss, name, images)
-        for name in precisions
-        if 'compile' not in name
     }
 
 
