@@ -2,15 +2,15 @@
 Detectors through torch.hub; an entry for each row of docs/zoo.md.
 
   detect = torch.hub.load(REPO, 'detector', 'detr_resnet50')
-  objects = detect('image.jpg')                  # [{'name': 'dog', 'score': 0.98, 'box': [x0, y0, x1, y1]}, ...]
+  objects = detect('image.jpg')            # [{'name': 'dog', 'score': 0.98, 'box': [x0, y0, x1, y1]}, ...]
 
   model, postprocess = torch.hub.load(REPO, 'detr_resnet50', pretrained=True, return_postprocessor=True)
   detections = postprocess(model.eval()(images), target_sizes)
 
 Each entry takes the arguments of `models.hub.build`.
 
-Other people's packages are called `datasets`, `models` and `util` too. Ours are therefore imported from this folder as
-parts of a package with a name of its own: `detr_1a2b3c4d.models.hub`, for example.
+Other projects also have packages named `datasets`, `models` and `util`. Those of this folder are therefore
+imported as parts of a package with a unique name: `detr_1a2b3c4d.models.hub`, for example.
 """
 
 import re as _re
@@ -32,16 +32,16 @@ _RENAMED = rb'\1%s.\2' % _PACKAGE.encode()
 
 
 class _Loader(_SourceFileLoader):
-    """Loader of a file of this folder. What it imports from our packages is that of this folder."""
+    """Loader of a file of this folder, whose imports from these packages stay in this folder."""
 
     def get_code(self, fullname: str) -> _CodeType:
-        """Compile the file, and leave alone the cached bytecode, whose imports are as they are written."""
+        """Compile the file with changed imports; cached bytecode has the original ones and is not used."""
         source = _re.sub(rb'(?m)^( *from )(datasets|models|util)\b', _RENAMED, self.get_data(self.path))
         return self.source_to_code(source, self.path)
 
 
 class _Finder:
-    """Finder of the modules of our package, and of no others."""
+    """Finder of the modules of this package alone."""
 
     @staticmethod
     def find_spec(name: str, path: list[str] | None, target: object = None) -> _ModuleSpec | None:

@@ -1,4 +1,4 @@
-"""What a model costs: operations and memory, counted on meta tensors, which have shapes but no values."""
+"""Operations and memory of a model, counted on meta tensors, which have shapes but no values."""
 
 import copy
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from util.nested_tensor import NestedTensor
 
 
 def if_known(count: Callable[[], str]) -> str:
-    """Return what `count` says, or in one line why it fails: some operations need values, such as NMS.
+    """Return the result of `count`, or in one line why it fails: some operations need values, such as NMS.
 
     Raises:
         UserError: as `count` does, since the run would too.
@@ -22,7 +22,7 @@ def if_known(count: Callable[[], str]) -> str:
         return count()
     except UserError:
         raise
-    except Exception as error:  # whatever a new operation raises on meta tensors, it may run on real ones
+    except Exception as error:  # an operation that fails on meta tensors may run on real ones
         reason = shorten(f'{type(error).__name__}: {error}', 150, placeholder=' ...')
         return f'not known, because without values the model raises {reason}'
 
@@ -35,31 +35,32 @@ def meta_batch(batch_size: int, height: int, width: int) -> NestedTensor:
 
 
 def count_flops(model: nn.Module, height: int, width: int) -> int:
-    """Count multiplications and additions of one image's forward pass without running it (two per multiply-accumulate)."""
-    shadow = copy.deepcopy(model).to('meta').eval().requires_grad_(False)
+    """Count multiplications and additions of one image's forward pass (two per multiply-accumulate)."""
+    meta_model = copy.deepcopy(model).to('meta').eval().requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shadow(meta_batch(1, height, width))
+        meta_model(meta_batch(1, height, width))
     return counter.get_total_flops()
 
 
 def activation_bytes(model: nn.Module, batch_size: int, height: int, width: int) -> int:
-    """Count the bytes that a training step keeps for the backward pass, without running it.
+    """Count the bytes that a training step stores for the backward pass.
 
-    Modules that add queries from the objects of a batch, and the losses, are left out: they depend on the data.
+    The losses, and modules that add queries from the objects of a batch, are left out: they depend on the
+    data.
     """
-    shadow = copy.deepcopy(model).to('meta').train()
-    shadow.query_sources = nn.ModuleDict()
-    weights = {p.untyped_storage()._cdata for p in shadow.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
+    meta_model = copy.deepcopy(model).to('meta').train()
+    meta_model.query_sources = nn.ModuleDict()
+    weights = {p.untyped_storage()._cdata for p in meta_model.parameters()}
+    activations: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            kept[storage._cdata] = storage
+            activations[storage._cdata] = storage
         return tensor
 
     samples = meta_batch(batch_size, height, width)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = shadow(samples)
+        outputs = meta_model(samples)
     del outputs
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in activations.values())

@@ -13,8 +13,8 @@ class GraphedDetector:
     """Evaluation of batches of one padded size, recorded once and replayed.
 
     samples: any batch of that size, on the GPU; padding may differ from batch to batch. context: context of
-    the forward, such as `Precision.autocast`. Weights may change in place, not be replaced. Auxiliary heads
-    by themselves (`--eval_module`) wait for the GPU and cannot be recorded.
+    the forward pass, such as `Precision.autocast`. Weights may change in place, but may not be replaced.
+    Auxiliary heads alone (`--eval_module`) wait for the GPU and cannot be recorded.
 
     Raises:
         ValueError: the model is in training mode, or not on a GPU.
@@ -48,13 +48,13 @@ class GraphedDetector:
         Raises:
             ValueError: the batch has another size or type.
         """
-        ours, given = self.samples.tensors, samples.tensors
-        if given.shape != ours.shape or given.dtype != ours.dtype:
+        recorded, new = self.samples.tensors, samples.tensors
+        if new.shape != recorded.shape or new.dtype != recorded.dtype:
             raise ValueError(
-                f'this graph is for batches of {tuple(ours.shape)} {ours.dtype}, not {tuple(given.shape)} '
-                f'{given.dtype}: pad to that size, or record another graph'
+                f'this graph is for batches of {tuple(recorded.shape)} {recorded.dtype}, not '
+                f'{tuple(new.shape)} {new.dtype}: pad to that size, or record another graph'
             )
-        ours.copy_(given, non_blocking=True)
+        recorded.copy_(new, non_blocking=True)
         self.samples.mask.copy_(samples.mask, non_blocking=True)
         self.graph.replay()
         return {name: value.clone() for name, value in self.outputs.items()}

@@ -1,4 +1,4 @@
-"""A detector with all that detection needs around it: image in, named boxes out."""
+"""A detector with its preparation of images and its postprocessing: image in, named boxes out."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
@@ -45,36 +45,39 @@ class Detector:
         self.model, self.postprocessors = model.eval(), postprocessors
         self.class_map, self.args = class_map, args
         device = next(model.parameters()).device
-        self.precision = Precision(half_mode(device) if half else 'off', device)
+        half_precision = 'fp16' if device.type == 'cuda' else 'bf16'
+        self.precision = Precision(half_precision if half else 'off', device)
         self.prepare = build_augmentation(args).transforms('val')
 
     def __call__(self, image: Tensor | str | Path, score_threshold: float = 0.3) -> list[dict]:
         """Detect objects in a uint8 image [3, H, W] or an image file.
 
         Returns:
-            Objects by falling score, each with its `name`, `score` and `box` (x0, y0, x1, y1 in pixels), and from a
-                detector with masks its `mask` [H, W] bool.
+            Objects by falling score, each with its `name`, `score` and `box` (x0, y0, x1, y1 in pixels), and
+                from a detector with masks its `mask` [H, W] bool.
         """
         image = image if isinstance(image, Tensor) else read_image(Path(image))
         result = self.detect(image)
-        order = result['scores'].argsort(descending=True)
-        found = []
-        for index in order.tolist():
+        objects = []
+        for index in result['scores'].argsort(descending=True).tolist():
             name, score = self.class_map.names[result['labels'][index]], result['scores'][index].item()
             if score >= score_threshold and name is not None:
-                found.append({'name': name, 'score': score, 'box': result['boxes'][index].tolist()})
-                found[-1] |= {'mask': result['masks'][index, 0].bool()} if 'masks' in result else {}
-        return found
+                detected = {'name': name, 'score': score, 'box': result['boxes'][index].tolist()}
+                if 'masks' in result:
+                    detected['mask'] = result['masks'][index, 0].bool()
+                objects.append(detected)
+        return objects
 
     def detect(self, image: Tensor) -> dict[str, Tensor]:
-        """Return `scores`, `labels` and `boxes` (xyxy in pixels of the image) of one uint8 image [3, H, W]."""
+        """Return `scores`, `labels` and `boxes` (xyxy in pixels) of one uint8 image [3, H, W]."""
         return self.detect_batch([image])[0]
 
     @torch.no_grad()
     def detect_batch(self, images: list[Tensor], encode: Encode | None = None) -> list[dict]:
-        """Return what `detect` does for each of several images; smaller ones are padded, which moves results a little.
+        """Return the result of `detect` for each image; padding of smaller ones changes results slightly.
 
-        encode: makes a list of run lengths of a few masks [n, 1, H, W]; these are `segmentation`, and there are no `masks`.
+        encode: returns the run lengths of a few masks [n, 1, H, W] as a list. With it the results have
+            these as `segmentation`, and no `masks`.
         """
         device = next(self.model.parameters()).device
         prepared = [self.prepare(image, {'orig_size': torch.tensor(image.shape[-2:])}) for image in images]
@@ -86,20 +89,15 @@ class Detector:
         return [to_cpu(result) for result in results]
 
 
-def half_mode(device: torch.device) -> str:
-    """Return the precision of `half` on a device, as `util.precision.Precision` names it."""
-    return 'fp16' if device.type == 'cuda' else 'bf16'
-
-
 def add_detector_args(parser: ArgumentParser, with_device: bool = True) -> None:
-    """Declare the flags that name a detector for a tool and, for `load_from_flags`, its precision and device."""
+    """Declare the flags that name a detector and, with_device, its precision and device."""
     flag = parser.add_argument
     flag(
         '--checkpoint',
         '--weights',
         default='',
         metavar='FILE',
-        help='path or URL of weights: those of main.py or another file with its flags, or with --model any other file',
+        help='path or URL of weights: a file of main.py or another one with flags, or with --model any file',
     )
     flag(
         '--model',
@@ -126,7 +124,7 @@ def load_detector(
     Args:
         model: name of a hub entry; '': the model of the flags in the file.
         weights: path or URL of weights; '': those published for `model`.
-        device: where the model goes; `auto` takes the first of cuda, mps and cpu that there is.
+        device: device of the model; `auto` takes the first of cuda, mps and cpu that is available.
         half: compute in 16 bits.
 
     Raises:
@@ -141,8 +139,8 @@ def load_detector(
     recorded = vars(row.recipe.flags) if row else extract_flags(checkpoint)
     if row is None and not recorded:
         raise UserError(
-            f'{source} holds weights alone, without the flags of its run: name its model too (--model NAME in a tool, '
-            'docs/zoo.md has the names)'
+            f'{source} holds weights alone, without the flags of its run: name its model too (--model NAME '
+            'in a tool, docs/zoo.md has the names)'
         )
     class_map = extract_class_map(checkpoint, source)
     network, args = build_network(recorded, class_map.num_classes)
@@ -154,7 +152,7 @@ def load_detector(
 def build_network(
     flags: Mapping, num_classes: int, backbone_weights: str = 'none'
 ) -> tuple[nn.Module, Settled]:
-    """Build a detector for inference, without what only training needs; return it with its settled flags."""
-    own = {'num_classes': num_classes, 'eval_module': 'detr', 'aux_loss': False}
-    args = settle_recorded({**flags, **own}).but(backbone_weights=backbone_weights)
+    """Build a detector for inference, without the modules of training; return it with its settled flags."""
+    fixed = {'num_classes': num_classes, 'eval_module': 'detr', 'aux_loss': False}
+    args = settle_recorded({**flags, **fixed}).but(backbone_weights=backbone_weights)
     return build_detector(args, {'one2one': args.num_queries}), args

@@ -31,9 +31,10 @@ def build(
 
     Args:
         pretrained: load the published weights.
-        num_classes: class indices, 'no object' not counted; None: those of the published weights (91 for COCO's ids, 1203
-            for LVIS). For another number their class heads start from random values, and a printed line says so.
-        return_postprocessor: return what turns outputs into detections too.
+        num_classes: number of class indices without 'no object'; None: that of the published weights (91 for
+            COCO's ids, 1203 for LVIS). For another number the class heads start from random values, and a
+            printed line says so.
+        return_postprocessor: also return the module that turns outputs into detections.
         weights: path or URL of weights to load instead, in any layout that `main.py --resume` reads.
 
     Raises:

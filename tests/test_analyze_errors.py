@@ -1,4 +1,4 @@
-"""The page of errors: known answers for hand-made detections, COCO's AP and TIDE's counts, and clicks in a browser."""
+"""The page of errors: results for hand-made detections, COCO's AP, TIDE's counts, clicks in a browser."""
 
 import json
 import re
@@ -77,7 +77,7 @@ def result(category: int, box: list, score: float = 0.5, **more: object) -> dict
 
 
 def kinds(found: tool.Boxes, truth: tool.Truth, iou: float = 0.5) -> list[str]:
-    judged, _ = tool.judge(found, truth.objects, iou, truth.class_map.names)
+    judged, _ = tool.classify(found, truth.objects, iou, truth.class_map.names)
     return [(*tool.KINDS, 'ignored')[kind] for kind in judged.kinds.tolist()]
 
 
@@ -117,18 +117,24 @@ def test_the_confusion_matrix_gives_an_object_to_the_best_detection_of_any_class
 
 def test_equal_scores_stand_or_fall_together() -> None:
     scores, right = np.array([0.5, 0.9, 0.5, 0.3]), np.array([True, True, False, False])
-    curve = tool.curve_of(scores, right, 3)
+    curve = tool.compute_curve(scores, right, 3)
     np.testing.assert_allclose(
         curve, [[0.9, 1, 1 / 3, 0.5], [0.5, 2 / 3, 2 / 3, 2 / 3], [0.3, 0.5, 2 / 3, 4 / 7]]
     )
-    assert tool.drawn(curve)['best'] == pytest.approx([0.5, 2 / 3, 2 / 3, 2 / 3])
-    assert tool.drawn(curve)['points'] == curve.round(4).tolist()
-    equal = tool.curve_of(np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, False, False, True]), 2)
-    assert equal[[0, 3], 3].tolist() == pytest.approx([2 / 3, 2 / 3]) and tool.drawn(equal)['best'][0] == 0.9
-    for nothing in (tool.curve_of(scores, ~right & right, 3), tool.curve_of(scores[:0], right[:0], 0)):
-        assert tool.drawn(nothing) == {'points': [], 'best': None}
+    assert tool.curve_to_json(curve)['best'] == pytest.approx([0.5, 2 / 3, 2 / 3, 2 / 3])
+    assert tool.curve_to_json(curve)['points'] == curve.round(4).tolist()
+    equal = tool.compute_curve(np.array([0.9, 0.8, 0.7, 0.6]), np.array([True, False, False, True]), 2)
+    assert (
+        equal[[0, 3], 3].tolist() == pytest.approx([2 / 3, 2 / 3])
+        and tool.curve_to_json(equal)['best'][0] == 0.9
+    )
+    for nothing in (
+        tool.compute_curve(scores, ~right & right, 3),
+        tool.compute_curve(scores[:0], right[:0], 0),
+    ):
+        assert tool.curve_to_json(nothing) == {'points': [], 'best': None}
     long = np.random.default_rng(0).random(5000)
-    points = tool.drawn(tool.curve_of(long, long > 0.4, 4000))['points']
+    points = tool.curve_to_json(tool.compute_curve(long, long > 0.4, 4000))['points']
     assert 150 < len(points) <= 2 * tool.PLOT_POINTS + 1
 
 
@@ -171,7 +177,9 @@ def test_report_from_higher_scores_on(tmp_path: Path) -> None:
 
 def test_nothing_found_and_nothing_to_find(tmp_path: Path) -> None:
     report = tool.analyze(*read(tmp_path, OBJECTS, []), 0.5)
-    assert report['threshold'] == tool.USUAL_SCORE and report['silent'] == 2 and np.sum(report['missed']) == 4
+    assert (
+        report['threshold'] == tool.DEFAULT_SCORE and report['silent'] == 2 and np.sum(report['missed']) == 4
+    )
     assert [curve['best'] for curve in report['curves']] == [None] * 3 and report['stats']['AP'] == 0
     report = tool.analyze(*read(tmp_path, [], RESULTS), 0.5)
     assert np.sum(report['false'], axis=0).tolist() == [0, 0, 0, 0, 7] and report['stats']['AP'] == -1
@@ -202,19 +210,20 @@ def random_data(folder: Path) -> tuple[tool.Boxes, tool.Truth]:
 
 
 def check_ap(found: tool.Boxes, truth: tool.Truth) -> None:
-    """AP of every class from our matches is COCO's, at two IoUs. Equal scores are several points of its curves only, so that
-    all are made different here.
+    """AP of every class from these matches is COCO's, at two IoUs.
+
+    Equal scores are several points of COCO's curves only, so all are made different here.
     """
     rank = np.argsort(np.argsort(-found.scores, kind='stable'), kind='stable')
     found = replace(found, scores=1 - rank / len(rank))
     names = truth.class_map.names
     summary = tool.average_precision(found, truth.objects, names)
     for iou, key in ((0.5, 'AP50'), (0.75, 'AP75')):
-        kinds = tool.judge(found, truth.objects, iou, names)[0].kinds
+        kinds = tool.classify(found, truth.objects, iou, names)[0].kinds
         for label, stats in enumerate(summary.per_class):
             mine = (found.labels == label) & (kinds != tool.IGNORED)
             if stats['objects']:
-                curve = tool.curve_of(found.scores[mine], kinds[mine] == tool.FOUND, stats['objects'])
+                curve = tool.compute_curve(found.scores[mine], kinds[mine] == tool.FOUND, stats['objects'])
                 best = np.append(np.maximum.accumulate(curve[::-1, 1])[::-1], 0)
                 places = np.searchsorted(curve[:, 2], np.linspace(0, 1, 101))
                 assert best[places].mean() == pytest.approx(stats[key], abs=1e-9), (label, key)
@@ -222,7 +231,7 @@ def check_ap(found: tool.Boxes, truth: tool.Truth) -> None:
 
 def test_matches_give_cocos_ap(tmp_path: Path) -> None:
     found, truth = random_data(tmp_path)
-    judged, _ = tool.judge(found, truth.objects, 0.5, truth.class_map.names)
+    judged, _ = tool.classify(found, truth.objects, 0.5, truth.class_map.names)
     assert judged.counted.sum() <= 4 * 100 < len(found.scores), 'more than COCO counts'
     check_ap(found, truth)
 
@@ -239,7 +248,7 @@ def test_a_hundred_coco_images_give_cocos_ap_and_tides_counts() -> None:
         assert np.sum(report['false'], axis=0).tolist() == counts
         confusion, shown = np.array(report['confusion']), found.scores >= threshold
         assert confusion[:-1].sum(1).tolist() == np.sum(report['objects'], axis=1).tolist()
-        judged, _ = tool.judge(found, truth.objects, 0.5, truth.class_map.names)
+        judged, _ = tool.classify(found, truth.objects, 0.5, truth.class_map.names)
         ignored = np.sum(judged.kinds[shown] == tool.IGNORED)
         assert confusion[:, :-1].sum() == shown.sum() - ignored
 

@@ -1,4 +1,4 @@
-"""Each command of tools/benchmark.py runs on its smallest input; contenders must agree before they are timed. Programs start."""
+"""Each command of tools/benchmark.py runs on its smallest input; contenders must agree. Programs start."""
 
 import os
 import subprocess
@@ -6,18 +6,21 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from models import build_model
 from models.ops.functions import backward_pytorch, forward_pytorch, implementation
-from tests.models import SMALL
+from tests.models import SMALL, TWO_STAGE, random_targets
 from tests.ops_check import module_inputs
 from tests.runs import ROOT
 from tools.benchmark import get_args_parser
-from tools.benchmarks import common, op, step
+from tools.benchmarks import cases, checkouts, common, op, step
 from tools.benchmarks.official import official_path
+from util.errors import UserError
 from util.flags import run_command
 
 SIZE = '--height 64 --width 96 --batch_size 1'
@@ -26,9 +29,9 @@ COMMANDS = {
     'data': '--num_images 2 --rounds 1',
     'op': '--only 160x192 --rounds 0 --device cpu',
     'model': ONCE,
-    'fps': f'{ONCE} --models DETR --precisions fp32',
-    'criterion': '--objects 2 --proposals 50 --rounds 1 --threads 1',
     'train': ONCE,
+    'criterion': f'{ONCE} --objects 2',
+    'fps': f'{ONCE} --models DETR --precisions fp32',
     'step': f'{ONCE} --models H-Deformable-DETR --precisions fp32',
     'profile': f'{SIZE} --method DETR --device cpu',
 }
@@ -43,7 +46,8 @@ def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
         return settle(Namespace(**small | vars(flags) | {'num_classes': 91}))
 
     monkeypatch.setattr(common, 'settle', partial(shrink, common.settle))
-    monkeypatch.setattr(common, 'import_transformers', lambda: None)
+    flags = {task: SMALL | flags | {'num_classes': 91} for task, flags in cases.FLAGS.items()}
+    monkeypatch.setattr(cases, 'FLAGS', flags)
 
 
 def test_every_command_is_listed() -> None:
@@ -62,9 +66,46 @@ def test_the_command_runs(name: str, small_models: None, capsys: pytest.CaptureF
     assert '| official path, fp32 |' in printed or name != 'step'
 
 
+def case_inputs(task: str) -> dict:
+    """Inputs of `checkouts.build_case` for a case that takes little time."""
+    if task == 'op':
+        return op.checkout_inputs(op.Case('160x192', 1, queries=5), 'cpu')
+    flags = SMALL | TWO_STAGE | {'dropout': 0.0}
+    model = build_model(Namespace(**flags))[0]
+    images = torch.rand(1, 3, 64, 96)
+    return {
+        'task': task,
+        'flags': flags,
+        'weights': model.state_dict(),
+        'images': images,
+        'targets': random_targets(2),
+    }
+
+
+@pytest.mark.parametrize('task', ['op', 'model', 'train', 'criterion'])
+def test_a_case_has_equal_results_each_time(task: str) -> None:
+    call = checkouts.build_case(case_inputs(task))
+    first, second = call(), call()
+    assert all(result.abs().max() > 0 for result in first)
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.slow
+def test_this_checkout_is_compared_with_another(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The other one is a link to this one; a checkout of another program is named."""
+    (tmp_path / 'link').symlink_to(ROOT)
+    args = Namespace(against=tmp_path / 'link', device='cpu', threads=1, rounds=1)
+    common.compare_checkouts(args, [(task, case_inputs(task)) for task in ('op', 'train')])
+    printed = capfd.readouterr().out
+    assert '| op |' in printed and '| train |' in printed
+    args.against = tmp_path
+    with pytest.raises(UserError, match='does not run this benchmark'):
+        common.compare_checkouts(args, [('op', case_inputs('op'))])
+
+
 def test_a_wrong_gradient_is_found_before_anything_is_timed() -> None:
     case = op.Case('160x192', 1, queries=20)
-    value, locations, weights = op.make_inputs(case, 'cpu')
+    value, locations, weights = op.draw_inputs(case, 'cpu')
     inputs = value, [side for shape in case.shapes() for side in shape], locations, weights
     grad = torch.randn(1, 20, op.HEADS * case.channels)
     peers = op.peer_calls(grad, inputs, None)
@@ -83,7 +124,7 @@ def test_a_wrong_gradient_is_found_before_anything_is_timed() -> None:
     'case', [op.Case('160x192', 2, spread=3.0, levels=5), op.Case('160x192', 1, 9, float('inf'))]
 )
 def test_points_stay_clear_of_the_middle_of_pixels(case: op.Case) -> None:
-    _, locations, weights = op.make_inputs(case, 'cpu')
+    _, locations, weights = op.draw_inputs(case, 'cpu')
     pixels = locations.double() * torch.tensor(case.shapes()).flip(-1)[:, None] - 0.5
     assert (pixels - pixels.round()).abs().min() > 0.009
     torch.testing.assert_close(weights.sum((-1, -2)), torch.ones(weights.shape[:3]))

@@ -11,17 +11,17 @@ from tests.runs import run
 from tools import compare_runs
 
 
-def test_detections_too_many_are_counted() -> None:
+def test_duplicate_detections_are_counted() -> None:
     boxes = torch.tensor([[10.0, 10, 30, 30], [50, 50, 90, 90]])
     labels = torch.tensor([1, 2])
     found = torch.tensor(
         [[10.0, 10, 30, 30], [11, 10, 30, 30], [12, 10, 30, 30], [50, 50, 90, 90], [0, 0, 5, 5]]
     )
     result = {'boxes': found, 'labels': torch.tensor([1, 1, 2, 2, 1]), 'scores': torch.full((5,), 0.5)}
-    assert compare_runs.num_surplus(result, labels, boxes) == 1, 'one of another class, one elsewhere'
+    assert compare_runs.count_duplicates(result, labels, boxes) == 1, 'one of another class, one elsewhere'
     result['scores'][1] = 0.1
-    assert compare_runs.num_surplus(result, labels, boxes) == 0, 'too low a score'
-    assert compare_runs.num_surplus(result, labels[:0], boxes[:0]) == 0
+    assert compare_runs.count_duplicates(result, labels, boxes) == 0, 'too low a score'
+    assert compare_runs.count_duplicates(result, labels[:0], boxes[:0]) == 0
 
 
 def test_losses_have_the_weights_that_the_run_trained_with(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     text = (tmp_path / 'out/comparison.md').read_text()
     assert text in capsys.readouterr().out
     head, _, plain, many = (line.split(' | ') for line in text.splitlines())
-    assert head[-2:] == ['queries changed', 'too many |']
+    assert head[-2:] == ['queries changed', 'duplicates |']
     assert plain[:2] == ['| plain', '1'] and plain[-2] == '-'
     assert many[:2] == ['| many', '2'] and 0 <= float(many[-2].split()[0]) <= 1
     assert PIL.Image.open(tmp_path / 'out/comparison.png').width == 1200, 'three panels in a row'

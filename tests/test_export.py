@@ -19,15 +19,17 @@ from util.flags import run_command
 
 PLAIN = ' '.join(word for word in TINY.split() if word != '--conditional')
 TRANSFORMER = PLAIN.replace('--backbone_norm batch', '').replace('--backbone_stages 3', '')
+TWO_STAGE = '--two_stage --with_box_refine'
+STAGES = f'{PLAIN} {TWO_STAGE}'
 FAMILIES = {
     'conditional': TINY,
     'detr': PLAIN,
-    'two stages': f'{PLAIN} --two_stage --with_box_refine --num_feature_levels 3',
+    'two stages': f'{STAGES} --num_feature_levels 3',
     'deformable': f'{PLAIN} --deformable --num_feature_levels 3',
-    'hybrid': f'{PLAIN} --two_stage --with_box_refine --mixed_selection --hybrid_k 2 --hybrid_queries 20 --num_feature_levels 2',
+    'hybrid': f'{STAGES} --mixed_selection --hybrid_k 2 --hybrid_queries 20 --num_feature_levels 2',
     'dino': f'{PLAIN} --dino --num_feature_levels 1 --dec_layers 1',
-    'mixed': f'{PLAIN} --two_stage --with_box_refine --use_ms_detr --num_feature_levels 3',
-    'swin': f'{TRANSFORMER.replace("resnet10", "swin_tiny")} --two_stage --with_box_refine --num_feature_levels 3',
+    'mixed': f'{STAGES} --use_ms_detr --num_feature_levels 3',
+    'swin': f'{TRANSFORMER.replace("resnet10", "swin_tiny")} {TWO_STAGE} --num_feature_levels 3',
     'vit': f'{TRANSFORMER.replace("resnet10", "vit_mini")} --dino --num_feature_levels 5',
 }
 needs_onnx = pytest.mark.skipif(
@@ -57,7 +59,7 @@ def exported(checkpoint: Path, output: Path, *more: str) -> None:
 def test_onnx_equals_torch(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At three sizes and two numbers of images, on the spot; then the AP of both, and the same with half the bits."""
+    """At three sizes and two numbers of images; then the AP of both, and the same in fp16."""
     half, drop = tmp_path / 'half.onnx', export.drop_proposals
     monkeypatch.setattr(export, 'drop_proposals', lambda path: (shutil.copy(path, half), drop(path)))
     checkpoint = trained(tmp_path / 'run', family)
@@ -69,7 +71,7 @@ def test_onnx_equals_torch(
     assert first == second
     export.halve(half)
     detector = load_detector(weights=checkpoint)
-    program = export.make_program(detector, False)
+    program = export.build_program(detector, False)
     program.output_proposals()
     export.verify(detector, program, export.load(half), half=True)
     assert capsys.readouterr().out.count('largest difference of scores') == 3
@@ -77,9 +79,9 @@ def test_onnx_equals_torch(
 
 
 def test_other_proposals_move_every_query_and_are_judged_by_their_scores(tmp_path: Path) -> None:
-    """PyTorch computes what it is asked for: in another order all queries move; others than the best are told by the scores."""
+    """In another order of proposals all queries change; the scores reveal proposals that are not the best."""
     detector = load_detector(weights=trained(tmp_path, 'hybrid'))
-    program = export.make_program(detector, False)
+    program = export.build_program(detector, False)
     program.output_proposals()
     images = export.draw_images(1, 96, 96)
     program.expected(images)

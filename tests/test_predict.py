@@ -1,4 +1,4 @@
-"""tools/predict.py: images, addresses and films in; drawings, JSON, CSV and YOLO's text out."""
+"""tools/predict.py: images, URLs and videos in; drawings, JSON, CSV and YOLO's text out."""
 
 import csv
 import functools
@@ -122,13 +122,13 @@ def test_a_kill_keeps_what_was_done(trained: Path, tmp_path: Path) -> None:
 
 
 def test_a_message_names_one_file(tmp_path: Path) -> None:
-    """A film is written while its results are."""
+    """A video is written while its results are."""
 
     def write(path: Path) -> None:
         raise FileError('predictions.json could not be written')
 
     with pytest.raises(FileError, match=r'^predictions.json could not be written$'):
-        save_atomically(tmp_path / 'film.mp4', write)
+        save_atomically(tmp_path / 'video.mp4', write)
 
 
 def test_a_full_disk_keeps_what_was_written(small_disk: Path) -> None:
@@ -293,27 +293,27 @@ def test_images_of_other_sizes_share_a_batch(trained: Path, tmp_path: Path) -> N
     assert len(list(tmp_path.rglob('*.png'))) == 3
 
 
-def test_an_address(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(trained))
     with served(handler) as server:
-        address = f'{server}/images'
+        url = f'{server}/images'
         for checkpoint in (trained / 'checkpoint.pth', f'{server}/checkpoint.pth'):
             with pytest.raises(SystemExit, match=r'http://.* is not downloaded, since .*add --allow_http'):
-                predicted(*words(trained, f'{address}/2.jpg', tmp_path, '--checkpoint', str(checkpoint)))
+                predicted(*words(trained, f'{url}/2.jpg', tmp_path, '--checkpoint', str(checkpoint)))
         monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'hub'))
         weights = ['--checkpoint', f'{server}/checkpoint.pth', '--allow_http']
-        predicted(*words(trained, f'{address}/2.jpg', tmp_path, *weights))
+        predicted(*words(trained, f'{url}/2.jpg', tmp_path, *weights))
         assert {row['file_name'] for row in json.loads((tmp_path / 'predictions.json').read_text())} == {
             '2.jpg'
         }
         with pytest.raises(SystemExit, match=r'gone\.jpg could not be downloaded'):
-            predicted(*words(trained, f'{address}/gone.jpg', tmp_path, '--allow_http'))
+            predicted(*words(trained, f'{url}/gone.jpg', tmp_path, '--allow_http'))
 
 
-def test_a_film(trained: Path, tmp_path: Path) -> None:
+def test_a_video(trained: Path, tmp_path: Path) -> None:
     av = pytest.importorskip('av')
     shapes = ShapesDetection(5, 'val', image_size=64)
-    with av.open(str(tmp_path / 'film.mp4'), 'w') as output:
+    with av.open(str(tmp_path / 'video.mp4'), 'w') as output:
         stream = output.add_stream('libx264', rate=5)
         stream.width, stream.height, stream.pix_fmt = 64, 48, 'yuv420p'
         for number in range(5):
@@ -322,25 +322,25 @@ def test_a_film(trained: Path, tmp_path: Path) -> None:
         output.mux(stream.encode())
     predicted(
         *words(
-            trained, tmp_path / 'film.mp4', tmp_path / 'out', '--formats', 'json', 'csv', '--batch_size', '2'
+            trained, tmp_path / 'video.mp4', tmp_path / 'out', '--formats', 'json', 'csv', '--batch_size', '2'
         )
     )
     rows = json.loads((tmp_path / 'out/predictions.json').read_text())
     assert [row['frame'] for row in rows] == [frame for frame in range(5) for _ in range(TOP)]
-    with av.open(str(tmp_path / 'out/film.mp4')) as film:
-        frames = [frame.to_ndarray(format='rgb24').shape for frame in film.decode(video=0)]
-        assert frames == [(384, 512, 3)] * 5 and film.streams.video[0].average_rate == 5
-    (tmp_path / 'broken.mp4').write_bytes(b'no film')
-    with pytest.raises(SystemExit, match=r'broken\.mp4 is not a readable film'):
+    with av.open(str(tmp_path / 'out/video.mp4')) as video:
+        frames = [frame.to_ndarray(format='rgb24').shape for frame in video.decode(video=0)]
+        assert frames == [(384, 512, 3)] * 5 and video.streams.video[0].average_rate == 5
+    (tmp_path / 'broken.mp4').write_bytes(b'no video')
+    with pytest.raises(SystemExit, match=r'broken\.mp4 is not a readable video'):
         predicted(*words(trained, tmp_path / 'broken.mp4', tmp_path / 'out'))
     with pytest.raises(SystemExit, match='--formats yolo is for images'):
-        predicted(*words(trained, tmp_path / 'film.mp4', tmp_path / 'out', '--formats', 'yolo'))
-    with pytest.raises(SystemExit, match='no film there'):
+        predicted(*words(trained, tmp_path / 'video.mp4', tmp_path / 'out', '--formats', 'yolo'))
+    with pytest.raises(SystemExit, match='no video there'):
         predicted(*words(trained, tmp_path / 'gone.mp4', tmp_path / 'out'))
 
 
 def test_a_webcam_until_ctrl_c(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A generated source without an end stands for the device. All frames before the interrupt are in the film."""
+    """An endless generated source replaces the device. All frames before the interrupt are in the video."""
     av = pytest.importorskip('av')
     opened, drawn, frames = av.open, predict.draw, iter(range(5))
 
@@ -360,8 +360,8 @@ def test_a_webcam_until_ctrl_c(trained: Path, tmp_path: Path, monkeypatch: pytes
     predicted(*words(trained, 'webcam:1', tmp_path))
     rows = json.loads((tmp_path / 'predictions.json').read_text())
     assert [row['frame'] for row in rows] == [frame for frame in range(5) for _ in range(TOP)]
-    with opened(str(tmp_path / 'webcam.mp4')) as film:
-        assert len(list(film.decode(video=0))) == 5
+    with opened(str(tmp_path / 'webcam.mp4')) as video:
+        assert len(list(video.decode(video=0))) == 5
     monkeypatch.setattr(av, 'open', opened)
     with pytest.raises(SystemExit, match='webcam:99 is no webcam that Linux can read'):
         predicted(*words(trained, 'webcam:99', tmp_path))

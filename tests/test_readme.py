@@ -135,7 +135,7 @@ def write_weights(name: str, path: Path) -> None:
     torch.save({'model': model.state_dict()}, path)
 
 
-def write_film(path: Path) -> None:
+def write_video(path: Path) -> None:
     av = pytest.importorskip('av')
     with av.open(str(path), 'w') as film:
         stream = film.add_stream('libx264', rate=5)
@@ -165,7 +165,7 @@ def test_none_is_left_out_in_silence() -> None:
 @pytest.mark.draws
 def test_commands(user: pytest.MonkeyPatch) -> None:
     """In the order of the text: what one leaves, the next reads."""
-    write_film(Path('film.mp4'))
+    write_video(Path('video.mp4'))
     for file, command in commands():
         if is_elsewhere(command):
             continue

@@ -29,9 +29,9 @@ from models.training.summary import statistics_text, supervision_table
 from models.weights.load import load_checkpoint
 from tests.models import HEADS, SMALL, TRICKS, TWO_STAGE, CountSyncs, random_targets
 from tests.parity import assignments, check_coefficients, check_pairs, float64, optimizer_of, to_targets
+from tests.reference_criterion import hybrid_batch, reference_losses
 from tests.runs import ROOT
 from tests.shared_data import SHARED, build_data, needs_shared, read_shared
-from tools.benchmarks.reference_criterion import hybrid_batch, reference_losses
 from util.box_ops import box_cxcywh_to_xyxy
 from util.config.settle import settle
 from util.nested_tensor import collate_fn

@@ -17,12 +17,12 @@ from tests.models import DENSE, FAMILIES, SMALL, TWO_STAGE
 from tools.visualize_attention import (
     LEGEND,
     PANEL,
-    attention_of,
-    detections_of,
+    compute_attention,
     draw_heat,
     draw_points,
     get_args_parser,
     main,
+    query_detections,
 )
 from util.config.recorded import settle_recorded
 from util.flags import run_command
@@ -71,7 +71,7 @@ def test_dense_weights_make_the_output_of_the_module(flags: dict, image: Tensor)
     detector = padded(flags)
     for layer in (0, -1):
         module, calls = note_calls(detector, layer)
-        found = attention_of(detector, image, layer)
+        found = compute_attention(detector, image, layer)
         ((args, options, output),) = calls
         hidden = options['key_padding_mask'][0] if options else args[3][0, 0, 0]  # [S]
         weights = found.weights.flatten(2)  # [M, Q, S]
@@ -103,7 +103,7 @@ def test_points_and_weights_make_the_output_of_the_module(flags: dict, image: Te
     detector = padded(flags)
     for layer in (0, -1):
         module, calls = note_calls(detector, layer)
-        found = attention_of(detector, image, layer)
+        found = compute_attention(detector, image, layer)
         ((args, options, output),) = calls
         queries = len(output[0])
         assert found.weights.shape == (queries, 4, len(found.shapes), module.n_points)
@@ -125,10 +125,10 @@ def test_references_are_positions_in_the_image_without_padding(image: Tensor) ->
     model = detector.model
     query_pos = model.query_embed.weight[:, : model.transformer.level_embed.shape[1]]
     expected = model.transformer.reference_points(query_pos).sigmoid()
-    torch.testing.assert_close(attention_of(detector, image).reference, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(compute_attention(detector, image).reference, expected, rtol=1e-5, atol=1e-5)
     detector = padded({'with_box_refine': True} | TWO_STAGE)
-    found = attention_of(detector, image)
-    layer = attention_of(detector, image, 1).reference
+    found = compute_attention(detector, image)
+    layer = compute_attention(detector, image, 1).reference
     assert layer.shape == (12, 4) and not torch.allclose(layer, found.reference)
 
 
@@ -137,9 +137,9 @@ def test_hooks_leave_nothing_behind_even_after_an_error(image: Tensor) -> None:
     before = detector.detect(image)
     detector.model.class_embed.forward, kept = None, detector.model.class_embed.forward
     with pytest.raises(TypeError):
-        attention_of(detector, image)
+        compute_attention(detector, image)
     detector.model.class_embed.forward = kept
-    attention_of(detector, image)
+    compute_attention(detector, image)
     hooks = [*detector.model.modules(), detector.postprocessors['bbox']]
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in hooks)
     assert all(torch.equal(value, before[name]) for name, value in detector.detect(image).items())
@@ -151,12 +151,12 @@ def test_hooks_leave_nothing_behind_even_after_an_error(image: Tensor) -> None:
 )  # fmt: skip
 def test_queries_have_the_boxes_and_scores_of_their_detections(flags: dict, image: Tensor) -> None:
     detector = small(flags)
-    found, result = attention_of(detector, image), detector.detect(image)
-    best = detections_of(detector, found, [], 4)
+    found, result = compute_attention(detector, image), detector.detect(image)
+    best = query_detections(detector, found, [], 4)
     named = torch.tensor([name is not None for name in NAMES])[result['labels']]
     scores = torch.stack([one['scores'] for one in best.values()])
     assert len(best) == 4 and scores[0] == result['scores'][named].max() and (scores.diff() <= 0).all()
-    alone = detections_of(detector, found, [5, 2], 4)
+    alone = query_detections(detector, found, [5, 2], 4)
     assert list(alone) == [5, 2]
     for query, one in (best | alone).items():
         x, y, width, height = (
@@ -177,10 +177,10 @@ def test_queries_without_a_detection_can_be_named(image: Tensor) -> None:
     """Soft-NMS drops pairs of nearly no score."""
     detector = small({'dino': True})
     nn.init.constant_(detector.model.class_embed[-2].bias, -20.0)
-    found = attention_of(detector, image)
-    assert list(detections_of(detector, found, [7], 1)) == [7]
+    found = compute_attention(detector, image)
+    assert list(query_detections(detector, found, [7], 1)) == [7]
     with pytest.raises(ValueError, match='nothing was detected in the image: name queries'):
-        detections_of(detector, found, [], 1)
+        query_detections(detector, found, [], 1)
 
 
 def test_heat_lies_where_the_cell_is() -> None:
@@ -252,7 +252,8 @@ def test_the_tool_draws_a_row_for_each_query(
      (['--queries', 'best', '1'], '--queries best: choose'), (['--num', '0'], '--num must be at least 1'),
      (['--output', 'out'], '--output out: let it end in .png'),
      (['--source', 'a.png', '--output', './a.png'], '--output ./a.png is the source'),
-     (['--source', 'none.png'], 'none.png'), (['--checkpoint', ''], 'give --checkpoint FILE, or --model NAME')],
+     (['--source', 'none.png'], 'none.png'),
+     (['--checkpoint', ''], 'give --checkpoint FILE, or --model NAME')],
 )  # fmt: skip
 def test_errors_say_what_is_possible(files: Path, more: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as stopped:

@@ -1,12 +1,12 @@
 """
-Show where a detector errs: one HTML page, without server or network, from predictions and annotations.
+Show the errors of a detector: one HTML page, without server or network, from predictions and annotations.
 
   python tools/analyze_errors.py --predictions predictions.json --ann val.json --images DIR
 
-Predictions have COCO's result form, as tools/predict.py writes it. Pairs of detections and objects, AP and
-the confusion matrix are hotcoco's. False positives have the kinds of TIDE (arXiv:2008.08115, Sec. 2.2), in
-the order of its official code, and count from a score on. Left out: masks, LVIS's images that are judged in
-part, and TIDE's loss of AP by kind.
+Predictions have COCO's result form, as tools/predict.py writes it. hotcoco computes the pairs of detections
+and objects, AP and the confusion matrix. False positives have the kinds of TIDE (arXiv:2008.08115, Sec. 2.2),
+in the order of its official code. Left out: masks, LVIS's rules for images that are annotated in part, and
+TIDE's loss of AP by kind.
 """
 
 import base64
@@ -33,15 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.annotations import AnnotationTable, labels_of
 from datasets.class_map import ClassMap
 from datasets.coco_eval import Summary, summarize_arrays
-from datasets.coco_json import (
-    as_id,
-    box_problem,
-    check_files,
-    decode,
-    numbers_of,
-    read_lists,
-    shorten,
-)
+from datasets.coco_json import as_id, box_problem, check_files, decode, numbers_of, read_lists, shorten
 from datasets.image_io import read_image
 from datasets.segmentations import is_finite
 from util.errors import UserError
@@ -50,21 +42,20 @@ from util.flags import FlagParser, float_range, run_command
 
 KINDS = ('wrong class', 'wrong place', 'wrong class and place', 'duplicate', 'background', 'missed', 'found')
 CLASS, PLACE, BOTH, DUPLICATE, BACKGROUND, MISSED, FOUND, IGNORED = range(8)
-SIZE_BOUNDS = (32**2, 96**2)  # areas from which objects are medium, and large
-NEAR = 0.1  # IoU with the nearest object under which a detection is background
-USUAL_SCORE = 0.3  # threshold where no detection is right, so that none is best
+SIZE_BOUNDS = (32**2, 96**2)  # smallest areas of medium and of large objects
+NEAR = 0.1  # a detection with a smaller IoU with every object is background
+DEFAULT_SCORE = 0.3  # threshold if no detection is right
 WORST, THUMBNAIL, PLOT_POINTS = 24, 480, 150
 PAGES = Path(__file__).parent / 'pages'
 
 
 @dataclass(frozen=True)
 class Boxes:
-    """N objects, or detections, in order of image; detections by falling score in each.
+    """N objects, or detections, in order of image; detections by falling score in each image.
 
-    images, labels: rows of image and class. boxes_xywh: [N, 4]; it and areas in pixels. scores: of an object
-    the score of its detection, -1 for none. kinds: numbers of KINDS, or IGNORED: crowd regions, their
-    detections, and those after the best 100 of a class in an image. Before `judge`, objects are missed or
-    ignored.
+    images, labels: rows of image and class. boxes_xywh: [N, 4]; it and areas in pixels. scores: for an object
+    the score of its detection, or -1. kinds: indices into KINDS, or IGNORED: crowd regions, their detections,
+    and those after the best 100 of a class in an image. Before `classify`, objects are missed or ignored.
     """
 
     images: np.ndarray
@@ -86,7 +77,7 @@ class Boxes:
 class Truth:
     """Annotations of I images and K classes.
 
-    files: [I] names. rows: of images by id, by name, and by the last part of the name where no other has it.
+    files: [I] names. rows: rows of images by id, by name, and by the last part of the name if it is unique.
     class_map: its labels are the rows of classes.
     """
 
@@ -96,10 +87,7 @@ class Truth:
     objects: Boxes
 
     def image_of(self, result: dict) -> int | None:
-        """Return the row of a result's image.
-
-        The name goes first: tools/predict.py takes a number in it for the id.
-        """
+        """Return the row of a result's image, by its name first: predict.py makes ids of numbers in names."""
         name = str(result.get('file_name'))
         keys = (name, name.rpartition('/')[2], as_id(result.get('image_id')))
         return next((self.rows[key] for key in keys if key in self.rows), None)
@@ -112,8 +100,8 @@ def read_truth(file: str | Path) -> Truth:
     ids = ids if numbers_of(ids) else sorted(ids)
     files, class_map, columns = list(table.file_names), ClassMap.contiguous(table.categories), table.objects
     bases = [name.rpartition('/')[2] for name in files]
-    often = Counter(bases)
-    rows = {base: row for row, base in enumerate(bases) if often[base] == 1}
+    counts = Counter(bases)
+    rows = {base: row for row, base in enumerate(bases) if counts[base] == 1}
     rows |= {key: row for keys in (files, ids) for row, key in enumerate(keys)}
     images = np.repeat(np.arange(len(files)), np.diff(table.starts))
     labels, scores = labels_of(columns, class_map), np.full(len(images), -1.0)
@@ -127,8 +115,8 @@ def read_results(file: str | Path, truth: Truth) -> Boxes:
     """Read detections in COCO's result form.
 
     Raises:
-        UserError: the file is no list of results, or one of them has a bad box or score, an unknown image or
-        category.
+        UserError: the file is not a list of results, or a result has an invalid box or score, or an unknown
+            image or category.
     """
     try:
         results = json.loads(Path(file).read_text(encoding='utf-8'))
@@ -146,19 +134,19 @@ def read_results(file: str | Path, truth: Truth) -> Boxes:
         if label is None:
             problem = f'has category {category!r}, but those of the annotations are {shorten(labels)}'
         if image is None:
-            given = {key: result.get(key) for key in ('image_id', 'file_name')}
-            problem = f'has image {given}, which is not among the {len(truth.files)} of the annotations'
+            names = {key: result.get(key) for key in ('image_id', 'file_name')}
+            problem = f'has image {names}, which is not among the {len(truth.files)} of the annotations'
         if problem:
             raise UserError(f'{file}: result {number} {problem}')
         rows.append((image, label, *result['bbox'], result['score']))
     columns = np.array(rows, dtype=np.float64).reshape(-1, 7)
     images, labels = columns[:, :2].astype(np.int64).T
     kinds = np.full(len(columns), FOUND)
-    found = Boxes(images, labels, columns[:, 2:6], columns[:, 4:6].prod(1), columns[:, 6], kinds)
-    return found[np.lexsort((-found.scores, images))]
+    detections = Boxes(images, labels, columns[:, 2:6], columns[:, 4:6].prod(1), columns[:, 6], kinds)
+    return detections[np.lexsort((-detections.scores, images))]
 
 
-def evaluator_of(found: Boxes, objects: Boxes, names: Sequence[str | None]) -> tuple[dict, Any]:
+def build_evaluator(detections: Boxes, objects: Boxes, names: Sequence[str | None]) -> tuple[dict, Any]:
     """Return the objects in COCO form, and a `hotcoco.COCOeval` of them.
 
     Ids are rows + 1. names: of K classes.
@@ -169,81 +157,88 @@ def evaluator_of(found: Boxes, objects: Boxes, names: Sequence[str | None]) -> t
     columns = objects.images, objects.labels, objects.boxes_xywh, objects.areas, ~objects.counted
     rows = zip(itertools.count(1), *(column.tolist() for column in columns))
     truth = {
-        'images': [{'id': image} for image in np.union1d(found.images, objects.images).tolist()],
+        'images': [{'id': image} for image in np.union1d(detections.images, objects.images).tolist()],
         'categories': [{'id': label, 'name': str(name)} for label, name in enumerate(names)],
         'annotations': [dict(zip(keys, row, strict=True)) for row in rows],
     }
     coco = hotcoco.COCO(truth)
-    results = np.column_stack([found.images, found.boxes_xywh, found.scores, found.labels])
+    results = np.column_stack(
+        [detections.images, detections.boxes_xywh, detections.scores, detections.labels]
+    )
     return truth, hotcoco.COCOeval(coco, coco.load_res(results), 'bbox')
 
 
-def average_precision(found: Boxes, objects: Boxes, names: Sequence[str | None]) -> Summary:
-    truth, evaluator = evaluator_of(found, objects, names)
+def average_precision(detections: Boxes, objects: Boxes, names: Sequence[str | None]) -> Summary:
+    truth, evaluator = build_evaluator(detections, objects, names)
     evaluator.evaluate()
     evaluator.accumulate()
     return summarize_arrays(truth, *(np.asarray(evaluator.eval[key]) for key in ('precision', 'recall')))
 
 
-def judge(found: Boxes, objects: Boxes, least: float, names: Sequence[str | None]) -> tuple[Boxes, Boxes]:
+def classify(
+    detections: Boxes, objects: Boxes, min_iou: float, names: Sequence[str | None]
+) -> tuple[Boxes, Boxes]:
     """Return detections and objects with their kinds, and objects with the scores of their detections.
 
-    COCO pairs them: detections choose by falling score; an object has at most one, a crowd region any number
-    of those that no object takes. Others have TIDE's order: what is in the wrong place is not of the wrong
-    class, which in turn is no duplicate. least: IoU of a pair.
+    By COCO's rules detections choose objects by falling score. An object has at most one detection; a crowd
+    region has any number of those without an object. The kinds of the others are tested in TIDE's order:
+    wrong place, wrong class, duplicate. min_iou: IoU of a pair.
     """
-    _, evaluator = evaluator_of(found, objects, names)
-    evaluator.params.iou_thrs = [least]
+    _, evaluator = build_evaluator(detections, objects, names)
+    evaluator.params.iou_thrs = [min_iou]
     evaluator.evaluate()
-    pairs = evaluator.image_diagnostics(least)
-    kinds = np.full(len(found.scores), IGNORED)  # these have no status
+    pairs = evaluator.image_diagnostics(min_iou)
+    kinds = np.full(len(detections.scores), IGNORED)  # these have no status
     for number, status in pairs['dt_status'].items():
         kinds[number - 1] = FOUND if status == 'tp' else BACKGROUND
-    for image in np.unique(found.images[kinds == BACKGROUND]):
-        mine, theirs = (slice(*np.searchsorted(x.images, (image, image + 1))) for x in (found, objects))
-        boxes = (found.boxes_xywh[mine], objects.boxes_xywh[theirs])
+    for image in np.unique(detections.images[kinds == BACKGROUND]):
+        rows, columns = (slice(*np.searchsorted(x.images, (image, image + 1))) for x in (detections, objects))
+        boxes = (detections.boxes_xywh[rows], objects.boxes_xywh[columns])
         iou = box_iou(*(box_convert(torch.from_numpy(x), 'xywh', 'xyxy') for x in boxes)).numpy()  # [n, t]
-        iou = np.where(objects.counted[theirs], np.nan_to_num(iou), 0)
-        same = found.labels[mine, None] == objects.labels[theirs]
-        own, other = (np.where(pair, iou, 0).max(axis=1, initial=0) for pair in (same, ~same))
-        rules = [(own >= NEAR) & (own < least), other >= least, own >= least, other >= NEAR]
-        wrong = np.select(rules, [PLACE, CLASS, DUPLICATE, BOTH], BACKGROUND)
-        kinds[mine] = np.where(kinds[mine] == BACKGROUND, wrong, kinds[mine])
+        iou = np.where(objects.counted[columns], np.nan_to_num(iou), 0)
+        same_class = detections.labels[rows, None] == objects.labels[columns]
+        same, other = (np.where(pair, iou, 0).max(axis=1, initial=0) for pair in (same_class, ~same_class))
+        rules = [(same >= NEAR) & (same < min_iou), other >= min_iou, same >= min_iou, other >= NEAR]
+        errors = np.select(rules, [PLACE, CLASS, DUPLICATE, BOTH], BACKGROUND)
+        kinds[rows] = np.where(kinds[rows] == BACKGROUND, errors, kinds[rows])
     scores, object_kinds = objects.scores.copy(), objects.kinds.copy()
     for number, detection in pairs['gt_match'].items():
-        scores[number - 1], object_kinds[number - 1] = found.scores[detection - 1], FOUND
-    return replace(found, kinds=kinds), replace(objects, scores=scores, kinds=object_kinds)
+        scores[number - 1], object_kinds[number - 1] = detections.scores[detection - 1], FOUND
+    return replace(detections, kinds=kinds), replace(objects, scores=scores, kinds=object_kinds)
 
 
-def confusion_matrix(found: Boxes, objects: Boxes, least: float, names: Sequence[str | None]) -> np.ndarray:
-    """Count objects (rows) by what they are detected as (columns), [K + 1, K + 1].
+def confusion_matrix(
+    detections: Boxes, objects: Boxes, min_iou: float, names: Sequence[str | None]
+) -> np.ndarray:
+    """Count objects by their class (rows) and that of their detections (columns), [K + 1, K + 1].
 
-    Last are background, and missed. An object goes to the detection of the highest score that overlaps it, of
-    whatever class.
+    The last row is background, the last column missed. An object belongs to the detection of the highest
+    score that overlaps it, of any class.
     """
-    _, evaluator = evaluator_of(found[found.counted], objects[objects.counted], names)
-    return evaluator.confusion_matrix(least, max_det=len(found.scores))['matrix']
+    _, evaluator = build_evaluator(detections[detections.counted], objects[objects.counted], names)
+    return evaluator.confusion_matrix(min_iou, max_det=len(detections.scores))['matrix']
 
 
 def tally(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Count how often each place of an array, by rows [N] and columns [N], occurs."""
+    """Return an array with the number of times that each pair of rows [N] and columns [N] occurs."""
     return np.bincount(rows * shape[1] + columns, minlength=shape[0] * shape[1]).reshape(shape)
 
 
-def curve_of(scores: np.ndarray, right: np.ndarray, num_objects: int) -> np.ndarray:
-    """Return score, precision, recall and F1 [P, 4] from each of the P different scores on.
+def compute_curve(scores: np.ndarray, right: np.ndarray, num_objects: int) -> np.ndarray:
+    """Return score, precision, recall and F1 [P, 4] with each of the P different scores as the threshold.
 
     scores: [N]. right: [N] bool, whether a detection has an object.
     """
     order = np.argsort(-scores, kind='stable')
     scores, hits = scores[order], np.cumsum(right[order])
     last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True)[: len(scores)])
-    hits, shown, all_ = hits[last], last + 1, max(num_objects, 1)
-    return np.stack([scores[last], hits / shown, hits / all_, 2 * hits / (shown + num_objects)], axis=1)
+    hits, total = hits[last], last + 1
+    recall, f1 = hits / max(num_objects, 1), 2 * hits / (total + num_objects)
+    return np.stack([scores[last], hits / total, recall, f1], axis=1)
 
 
-def drawn(curve: np.ndarray) -> dict:
-    """Return some `points` of a curve, even in score and recall, and the `best` by F1 and score."""
+def curve_to_json(curve: np.ndarray) -> dict:
+    """Return `points` of a curve at even steps of score and recall, and the `best` point by F1 and score."""
     if not curve[:, 3].any():
         return {'points': [], 'best': None}
     rows = [best := int(curve[:, 3].argmax())]
@@ -252,25 +247,29 @@ def drawn(curve: np.ndarray) -> dict:
     return {'points': curve[np.unique(rows)].round(4).tolist(), 'best': curve[best].tolist()}
 
 
-def curves_of(found: Boxes, objects: Boxes, num_classes: int) -> list[dict]:
-    """Return the curve of each class, and of all together, [K + 1], as `drawn` gives it."""
-    found, objects, curves = found[found.counted], objects[objects.counted], []
+def class_curves(detections: Boxes, objects: Boxes, num_classes: int) -> list[dict]:
+    """Return the curve of each class, and of all classes together, [K + 1]."""
+    detections, objects, curves = detections[detections.counted], objects[objects.counted], []
     for label in range(num_classes + 1):
-        mine, theirs = ((x.labels == label) | (label == num_classes) for x in (found, objects))
-        curves.append(drawn(curve_of(found.scores[mine], found.kinds[mine] == FOUND, int(theirs.sum()))))
+        chosen, num_objects = detections, len(objects.labels)
+        if label < num_classes:
+            chosen = detections[detections.labels == label]
+            num_objects = int((objects.labels == label).sum())
+        curves.append(curve_to_json(compute_curve(chosen.scores, chosen.kinds == FOUND, num_objects)))
     return curves
 
 
-def worst_images(found: Boxes, objects: Boxes, truth: Truth) -> list[dict]:
-    """Return the images with most errors: name, number of errors by kind [6], and marks of box [4], kind and
-    text.
+def worst_images(detections: Boxes, objects: Boxes, truth: Truth) -> list[dict]:
+    """Return the images with most errors: name, number of errors by kind [6], and marks.
+
+    A mark is a box [4], a kind and a text.
     """
     shape, names = (len(truth.files), IGNORED + 1), truth.class_map.names
-    errors = tally(found.images, found.kinds, shape) + tally(objects.images, objects.kinds, shape)
+    errors = tally(detections.images, detections.kinds, shape) + tally(objects.images, objects.kinds, shape)
     errors, worst = errors[:, : MISSED + 1], []
     for row in np.argsort(-errors.sum(1), kind='stable')[: min(WORST, int(errors.any(1).sum()))].tolist():
         marks = []
-        for boxes, shown in ((objects, objects.counted), (found, found.kinds < MISSED)):
+        for boxes, shown in ((objects, objects.counted), (detections, detections.kinds < MISSED)):
             for index in np.flatnonzero(shown & (boxes.images == row))[::-1].tolist():  # the best ones last
                 kind, text = int(boxes.kinds[index]), str(names[boxes.labels[index]])
                 text += '' if kind >= MISSED else f' {boxes.scores[index]:.2f}'
@@ -279,23 +278,25 @@ def worst_images(found: Boxes, objects: Boxes, truth: Truth) -> list[dict]:
     return worst
 
 
-def analyze(found: Boxes, truth: Truth, least: float, threshold: float | None = None) -> dict:
-    """Return the numbers of a report, as JSON has them and `pages/errors.js` shows them.
+def analyze(detections: Boxes, truth: Truth, min_iou: float, threshold: float | None = None) -> dict:
+    """Return the numbers of a report as plain values; `pages/errors.js` shows them.
 
-    threshold: score from which a detection counts; None: that of the best F1 of all classes together.
+    threshold: lowest score of a detection that counts; None: that of the best F1 of all classes together.
     """
-    names, silent = truth.class_map.names, len(truth.files) - len(np.unique(found.images))
-    summary = average_precision(found, truth.objects, names)
-    found, objects = judge(found, truth.objects, least, names)
-    curves = curves_of(found, objects, len(names))
+    names, silent = truth.class_map.names, len(truth.files) - len(np.unique(detections.images))
+    summary = average_precision(detections, truth.objects, names)
+    detections, objects = classify(detections, truth.objects, min_iou, names)
+    curves = class_curves(detections, objects, len(names))
     if threshold is None:
-        threshold = (curves[-1]['best'] or [USUAL_SCORE])[0]
-    found, lost = found[found.scores >= threshold], objects.counted & (objects.scores < threshold)
-    objects = replace(objects, kinds=np.where(lost, MISSED, objects.kinds))
+        threshold = (curves[-1]['best'] or [DEFAULT_SCORE])[0]
+    detections = detections[detections.scores >= threshold]
+    missed = objects.counted & (objects.scores < threshold)
+    objects = replace(objects, kinds=np.where(missed, MISSED, objects.kinds))
     sizes = np.digitize(objects.areas, SIZE_BOUNDS)
-    by_size = [tally(objects.labels[x], sizes[x], (len(names), 3)).tolist() for x in (objects.counted, lost)]
+    by_size = [tally(objects.labels[x], sizes[x], (len(names), 3)) for x in (objects.counted, missed)]
+    false = tally(detections.labels, detections.kinds, (len(names), IGNORED + 1))[:, :MISSED]
     return {
-        'iou': least,
+        'iou': min_iou,
         'threshold': threshold,
         'kinds': KINDS,
         'names': [*names, 'all classes'],
@@ -303,17 +304,17 @@ def analyze(found: Boxes, truth: Truth, least: float, threshold: float | None = 
         'silent': silent,  # images without detections
         'stats': summary.numbers,  # COCO's twelve numbers
         'classes': summary.per_class,  # [K]
-        'objects': by_size[0],  # [K, 3], small to large
-        'missed': by_size[1],
-        'false': tally(found.labels, found.kinds, (len(names), IGNORED + 1))[:, :MISSED].tolist(),  # [K, 5]
-        'confusion': confusion_matrix(found, objects, least, names).tolist(),
+        'objects': by_size[0].tolist(),  # [K, 3], small to large
+        'missed': by_size[1].tolist(),
+        'false': false.tolist(),  # [K, 5]
+        'confusion': confusion_matrix(detections, objects, min_iou, names).tolist(),
         'curves': curves,
-        'worst': worst_images(found, objects, truth),
+        'worst': worst_images(detections, objects, truth),
     }
 
 
 def page(report: dict, folder: str | Path, title: str) -> str:
-    """Return the page of a report, made of the files in PAGES; the images are read from a folder."""
+    """Return the page of a report from the files in PAGES; images are read from a folder."""
     images = []
     for entry in report['worst']:
         image = Image.fromarray(read_image(Path(folder, entry['name'])).permute(1, 2, 0).numpy())
@@ -323,9 +324,9 @@ def page(report: dict, folder: str | Path, title: str) -> str:
         images.append({**entry, 'size': size, 'jpeg': base64.b64encode(stream.getvalue()).decode()})
     data = json.dumps({**report, 'worst': images, 'title': title})
     html, style, script = ((PAGES / f'errors.{kind}').read_text() for kind in ('html', 'css', 'js'))
-    data = data.replace('<', '\\u003c')  # no name ends the script
+    data = data.replace('<', '\\u003c')  # so that no name ends the script
     parts = {'DATA': data, 'STYLE': style, 'SCRIPT': script}
-    return re.sub('|'.join(parts), lambda found: parts[found[0]], html)
+    return re.sub('|'.join(parts), lambda match: parts[match[0]], html)
 
 
 def get_args_parser() -> FlagParser:
@@ -335,15 +336,10 @@ def get_args_parser() -> FlagParser:
     flag('--ann', required=True, metavar='FILE', help='annotations in COCO form')
     flag('--images', required=True, metavar='DIR', help='folder of the images')
     flag('--output', default='report.html', metavar='FILE', help='page (default: %(default)s)')
-    flag(
-        '--iou',
-        default=0.5,
-        type=float_range(NEAR, 1.0),
-        help='IoU of a detection and its object (default: 0.5)',
-    )
-    flag(
-        '--score_thr', type=float_range(0, 1), help='lowest score that counts (default: that of the best F1)'
-    )
+    text = 'lowest IoU of a detection and its object (default: 0.5)'
+    flag('--iou', default=0.5, type=float_range(NEAR, 1.0), help=text)
+    text = 'lowest score that counts (default: that of the best F1)'
+    flag('--score_thr', type=float_range(0, 1), help=text)
     return parser
 
 
@@ -355,8 +351,9 @@ def main(args: Namespace) -> str:
     check_files([image['name'] for image in report['worst']], args.images, args.ann)
     text = page(report, args.images, Path(args.predictions).name)
     save_atomically(args.output, lambda path: path.write_text(text, encoding='utf-8'))
-    false, lost = np.sum(report['false']), np.sum(report['missed'])
-    return f'{args.output}: {false} false positives and {lost} missed, from score {report["threshold"]:g} on'
+    false, missed = np.sum(report['false']), np.sum(report['missed'])
+    threshold = report['threshold']
+    return f'{args.output}: {false} false positives and {missed} missed, from score {threshold:g} on'
 
 
 if __name__ == '__main__':

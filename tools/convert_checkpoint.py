@@ -1,11 +1,11 @@
 """
 Rewrite a checkpoint under the names of another project, or without entries that only training needs.
 
-  python tools/convert_checkpoint.py FILE OUT                    any known layout, to ours
-  python tools/convert_checkpoint.py FILE OUT --strip            without what only training needs
-  python tools/convert_checkpoint.py FILE OUT --to official      to the code of the DETR family (not Co-DETR)
-  python tools/convert_checkpoint.py FILE OUT --to mmdet         Co-DETR, to mmdetection's layout
-  python tools/convert_checkpoint.py FILE DIR --to transformers  to a folder for from_pretrained
+  python tools/convert_checkpoint.py FILE OUT                  any known layout, to that of this repository
+  python tools/convert_checkpoint.py FILE OUT --strip          for inference: nothing that only training needs
+  python tools/convert_checkpoint.py FILE OUT --to official    DETR to MS-DETR, for their official code
+  python tools/convert_checkpoint.py FILE OUT --to mmdet       Co-DETR, to mmdetection's layout
+  python tools/convert_checkpoint.py FILE DIR --to transformers    a folder for from_pretrained
 
 OUT ending in .safetensors is written in that format.
 """
@@ -41,9 +41,7 @@ PLAIN = {
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = FlagParser(
-        'convert_checkpoint.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser('convert_checkpoint.py', description=__doc__)
     parser.add_argument('source', metavar='FILE', help='checkpoint: a path or a URL')
     parser.add_argument('output', metavar='OUT', type=Path, help='file to write; it must not exist')
     parser.add_argument('--strip', action='store_true', help='leave out entries that only training needs')
@@ -57,7 +55,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         '--model',
         default='',
         metavar='NAME',
-        help='hub entry or recipe whose flags to take, for --to transformers and a file without flags',
+        help='hub entry or recipe with the flags of the weights, for --to transformers if the file has none',
     )
     add_http_flag(parser)
     return parser
@@ -66,7 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def strip(state: State, flags: dict) -> tuple[State, dict]:
     """Remove entries that only training reads, and their flags.
 
-    Queries beyond the inference group are removed if the flags of the run reveal which they are.
+    Queries of other groups than that of inference are removed if the flags of the run say how many there are.
     """
     masks = MASKS if flags.get('masks') or flags.get('co_masks') else ()
     state = {
@@ -115,7 +113,7 @@ def convert(source: str, output: Path, stripped: bool, to: str, model: str = '')
         written = output / f'model{SAFETENSORS}'
     else:
         if to == 'ours':
-            converted = our_file(checkpoint, layout, state, flags, whole_run)
+            converted = native_checkpoint(checkpoint, layout, state, flags, whole_run)
         elif to == 'official':
             converted = {'model': to_official_files(state)}
         else:
@@ -132,14 +130,14 @@ def convert(source: str, output: Path, stripped: bool, to: str, model: str = '')
     return f'{output}: {len(state)} of {num_entries} entries ({layout} names to {to}), {size:.1f} MB{note}'
 
 
-def our_file(checkpoint: dict, layout: str, state: State, flags: dict, whole_run: bool) -> dict:
-    """Return weights, flags and classes, and of a whole run its state too."""
+def native_checkpoint(checkpoint: dict, layout: str, state: State, flags: dict, whole_run: bool) -> dict:
+    """Return weights, flags and classes, and with whole_run the state of the run too."""
     converted = {'model': state} | ({'args': flags} if flags else {})
-    names: Iterable[str] = ('class_map', 'epoch', 'metrics')
+    entries: Iterable[str] = ('class_map', 'epoch', 'metrics')
     if whole_run and layout == 'official':
-        names = checkpoint.keys() - {'model', 'args', 'state_dict'}  # with averaged weights
-        converted['model'] = extract_weights(checkpoint, averaged=False)
-    return converted | {name: checkpoint[name] for name in names if name in checkpoint}
+        entries = checkpoint.keys() - {'model', 'args', 'state_dict'}
+        converted['model'] = extract_weights(checkpoint, averaged=False)  # the average is copied too
+    return converted | {name: checkpoint[name] for name in entries if name in checkpoint}
 
 
 def main(args: argparse.Namespace) -> str:

@@ -1,12 +1,12 @@
 """
-Show a detector in a local web page: drop an image, see boxes, where the queries look, and how long it took.
+Show a detector in a local web page: objects in an image, attention of the queries, and time.
 
   python tools/demo.py --checkpoint FILE          needs gradio (pip install gradio)
   python tools/demo.py --model detr_resnet50
 
-The page is served to this machine alone, unless --address names another interface, which asks for a password
-(DETR_DEMO_PASSWORD). Nothing is sent elsewhere; images and drawings are deleted after ten minutes, and at the
-end.
+The page is served to this machine alone, unless --address names another interface, which needs a password
+(DETR_DEMO_PASSWORD). Nothing is sent elsewhere. Images and drawings are deleted after ten minutes and when
+the program ends.
 """
 
 import argparse
@@ -31,14 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.image_io import FORMATS
 from datasets.results import select
 from models.detector import Detector, add_detector_args, load_from_flags
-from tools.visualize_attention import attention_of, panels_of, sheet_of
+from tools.visualize_attention import build_panels, build_sheet, compute_attention
 from util.errors import UserError
 from util.flags import FlagParser, int_range, run_command
 from util.visualize import class_name, draw_boxes
 
 COLUMNS = ['class', 'score', 'left', 'top', 'right', 'bottom']
-MOST_BYTES = 50_000_000  # of a request; of an image, therefore
-KEPT = (60, 600)  # seconds between two looks for old files, and their age
+MAX_BYTES = 50_000_000  # of a request, and therefore of an image
+DELETION = (60, 600)  # seconds between two searches for old files, and their age
 USER = 'detr'
 
 
@@ -57,14 +57,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def answer(
-    detector: Detector, pixels: np.ndarray, lowest: float, look: bool, layer: int
+    detector: Detector, pixels: np.ndarray, score_threshold: float, with_attention: bool, layer: int
 ) -> tuple[np.ndarray, list[list], Image.Image | None, str]:
     """Detect in an image.
 
     Args:
         pixels: [H, W, 3] uint8.
-        lowest: lowest score shown.
-        look: draw attention too.
+        score_threshold: lowest score shown.
+        with_attention: draw attention too.
         layer: decoder layer whose attention is drawn, from 0.
 
     Returns:
@@ -75,37 +75,37 @@ def answer(
     start = time.perf_counter()
     result = detector.detect(image)
     seconds = time.perf_counter() - start
-    found = select(result, lowest)
-    order = found['scores'].argsort(descending=True)
-    found = {key: value[order] for key, value in found.items()}
-    drawing = draw_boxes(image, found['boxes'], found['labels'], names, found['scores'], found.get('masks'))
-    columns = zip(*(found[key].tolist() for key in ('labels', 'scores', 'boxes')), strict=True)
+    chosen = select(result, score_threshold)
+    order = chosen['scores'].argsort(descending=True)
+    boxes, labels, scores = (chosen[key][order] for key in ('boxes', 'labels', 'scores'))
+    masks = chosen['masks'][order] if 'masks' in chosen else None
+    drawing = draw_boxes(image, boxes, labels, names, scores, masks)
     rows = [
         [class_name(names, label), round(score, 3), *(round(edge, 1) for edge in box)]
-        for label, score, box in columns
+        for label, score, box in zip(labels.tolist(), scores.tolist(), boxes.tolist(), strict=True)
     ]
     sheet = None
-    if look and rows:
-        attention = attention_of(detector, image, layer)
-        chosen = Namespace(queries=['best'], num=3, layer=layer, head='mean')
-        sheet = sheet_of(panels_of(detector, image, attention, chosen), attention)
+    if with_attention and rows:
+        attention = compute_attention(detector, image, layer)
+        options = Namespace(queries=['best'], num=3, layer=layer, head='mean')
+        sheet = build_sheet(build_panels(detector, image, attention, options), attention)
     height, width = image.shape[-2:]
-    text = f'{len(rows)} objects in {width} x {height} pixels, {1000 * seconds:.0f} ms with reading out'
+    text = f'{len(rows)} objects in {width} x {height} pixels, {1000 * seconds:.0f} ms with postprocessing'
     return drawing.permute(1, 2, 0).numpy(), rows, sheet, text
 
 
-def make_page(detector: Detector, title: str) -> Any:
-    """Make the page, a `gradio.Blocks`."""
+def build_page(detector: Detector, title: str) -> Any:
+    """Build the page, a `gradio.Blocks`."""
     import gradio
 
     layers = len(detector.model.transformer.decoder.layers)
-    with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=KEPT) as page:
+    with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=DELETION) as page:
         gradio.Markdown(f'## {title}')
         with gradio.Row():
             with gradio.Column():
                 image = gradio.Image(type='numpy', image_mode='RGB', label='image')
-                lowest = gradio.Slider(0, 1, 0.3, label='lowest score')
-                look = gradio.Checkbox(True, label='show where the best queries look')
+                threshold = gradio.Slider(0, 1, 0.3, label='lowest score')
+                with_attention = gradio.Checkbox(True, label='show attention of the best queries')
                 layer = gradio.Slider(0, layers - 1, layers - 1, step=1, label='decoder layer')
                 button = gradio.Button('detect', variant='primary')
             with gradio.Column():
@@ -120,9 +120,9 @@ def make_page(detector: Detector, title: str) -> Any:
             return answer(detector, pixels, *settings)
 
         gradio.on(
-            [button.click, image.upload, lowest.release, layer.release, look.input],
+            [button.click, image.upload, threshold.release, layer.release, with_attention.input],
             show,
-            inputs=[image, lowest, look, layer],
+            inputs=[image, threshold, with_attention, layer],
             outputs=[drawing, table, attention, text],
             api_name='detect',
         )
@@ -130,10 +130,9 @@ def make_page(detector: Detector, title: str) -> Any:
 
 
 class Guard:
-    """Refuses requests that the demo's own page does not send: from other pages, to other names, or very
-    large.
+    """Middleware that refuses requests of other pages, to other host names, and of too many bytes.
 
-    app: the server, as ASGI has it. hosts: names that the page is asked for by; none: any.
+    app: the ASGI server. hosts: allowed host names; empty: all.
     """
 
     def __init__(self, app: Any, hosts: tuple[str, ...]) -> None:
@@ -153,8 +152,8 @@ class Guard:
         if 'origin' in headers and urlsplit(headers['origin']).netloc != host:
             return 403
         if self.hosts and urlsplit(f'//{host}').hostname not in self.hosts:
-            return 403  # a foreign name for this machine: its pages would have the same origin
-        return 413 if 'transfer-encoding' in headers or int(length) > MOST_BYTES else 200
+            return 403  # pages of another name of this machine would have the same origin
+        return 413 if 'transfer-encoding' in headers or int(length) > MAX_BYTES else 200
 
 
 def is_this_machine(address: str) -> bool:
@@ -174,7 +173,7 @@ def serve(page: Any, address: str, port: int, password: str, **options: Any) -> 
     from starlette.middleware import Middleware
 
     Image.init()
-    Image.ID[:] = FORMATS  # gradio opens what it is sent by itself
+    Image.ID[:] = FORMATS  # gradio opens received files by itself
     hosts = ('localhost', '127.0.0.1', '::1', address) if is_this_machine(address) else ()
     try:
         page.launch(
@@ -182,7 +181,7 @@ def serve(page: Any, address: str, port: int, password: str, **options: Any) -> 
             server_port=port,
             share=False,
             auth=(USER, password) if password else None,
-            max_file_size=MOST_BYTES,
+            max_file_size=MAX_BYTES,
             app_kwargs={'middleware': [Middleware(Guard, hosts=hosts)]},
             **options,
         )
@@ -200,16 +199,16 @@ def main(args: Namespace) -> None:
     if not password and not is_this_machine(args.address):
         raise UserError(
             f'--address {args.address} lets other machines in: set DETR_DEMO_PASSWORD (or --password), or '
-            'leave it out'
+            'leave --address out'
         )
     detector = load_from_flags(args)
-    number = sum(parameter.numel() for parameter in detector.model.parameters())
-    name, classes = args.model or Path(args.checkpoint).name, detector.class_map.num_classes
-    title = f'{name}: {number:,} parameters, {classes} classes'
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder goes away then, too
+    num_parameters = sum(parameter.numel() for parameter in detector.model.parameters())
+    name, num_classes = args.model or Path(args.checkpoint).name, detector.class_map.num_classes
+    title = f'{name}: {num_parameters:,} parameters, {num_classes} classes'
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed then too
     with tempfile.TemporaryDirectory(prefix='detr_demo_') as folder:
         os.environ |= {'GRADIO_ANALYTICS_ENABLED': 'False', 'GRADIO_TEMP_DIR': folder}
-        serve(make_page(detector, title), args.address, args.port, password)
+        serve(build_page(detector, title), args.address, args.port, password)
 
 
 if __name__ == '__main__':

@@ -7,10 +7,10 @@ Export a trained detector as one program for batches of any size, and check that
   python tools/export.py --checkpoint FILE --output OUT.onnx --coco_path DATA      AP of both too
   python tools/export.py --checkpoint FILE --output OUT.onnx --half                products in fp16
 
-The input `images` is uint8 [B, 3, H, W], resized but not normalized; all of it is image, nothing is padding.
-The outputs are `pred_logits` and `pred_boxes`; with --postprocess `scores`, `labels` and `boxes` (xyxy in
-pixels of the input). Masks are left out. A file whose outputs differ from PyTorch's is removed. A pt2 file is
-run by `torch.export.load(FILE).module(check_guards=False)`: its guards fix the parity of the example's sides.
+The input `images` is uint8 [B, 3, H, W], resized but not normalized, and without padding. The outputs are
+`pred_logits` and `pred_boxes`; with --postprocess `scores`, `labels` and `boxes` (xyxy in pixels of the
+input). Masks are left out. A file whose outputs differ from those of PyTorch is removed. A pt2 file is run by
+`torch.export.load(FILE).module(check_guards=False)`: its guards fix whether the sides of images are even.
 """
 
 import argparse
@@ -43,10 +43,10 @@ Run = Callable[[Tensor], tuple[Tensor, ...]]
 
 TOLERANCE = 1e-4  # of scores, and of boxes in [0, 1]
 HALF_TOLERANCE = 5e-2
-HALVED = ('Conv', 'MatMul', 'Gemm')  # what autocast computes in 16 bits
+HALF_OPERATORS = ('Conv', 'MatMul', 'Gemm')  # that autocast computes in 16 bits
 OPSET = 20
 PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
-PROPOSALS = 'proposals'  # output that a file has only until it is verified
+PROPOSALS = 'proposals'  # output that a file has until it is verified
 OUTPUTS, DETECTIONS = ['pred_logits', 'pred_boxes'], ['scores', 'labels', 'boxes']
 
 
@@ -54,22 +54,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = FlagParser('export.py', description=__doc__)
     add_detector_args(parser, with_device=False)
     flag = parser.add_argument
-    flag(
-        '--output',
-        required=True,
-        type=Path,
-        metavar='OUT',
-        help='file to write, or a folder for detector.onnx',
-    )
+    text = 'file to write, or a folder for detector.onnx'
+    flag('--output', required=True, type=Path, metavar='OUT', help=text)
     flag('--format', default='onnx', choices=('onnx', 'pt2'), help='onnx, or a program of torch.export: pt2')
-    flag(
-        '--postprocess',
-        action='store_true',
-        help='let the program end in detections, not in logits and boxes',
-    )
-    flag(
-        '--half', action='store_true', help='compute products of an ONNX file in fp16; the rest stays float32'
-    )
+    flag('--postprocess', action='store_true', help='end in detections, not in logits and boxes')
+    text = 'compute products of an ONNX file in fp16; the rest stays float32'
+    flag('--half', action='store_true', help=text)
     group = parser.add_argument_group('AP of PyTorch and of the program, side by side')
     flag = group.add_argument
     flag('--coco_path', metavar='DIR', help='data in COCO form, as main.py reads it')
@@ -104,9 +94,9 @@ class AskedProposals:
 
 
 class Program(nn.Module):
-    """What is exported: images in, tensors in the order of `names` out, and after them perhaps proposals.
+    """Module that is exported: images in, tensors in the order of `names` out, then the proposals, if any.
 
-    postprocess: module whose detections end the program; None: it ends in logits and boxes.
+    postprocess: module that computes detections; None: the outputs are logits and boxes.
     """
 
     def __init__(self, model: nn.Module, postprocess: nn.Module | None) -> None:
@@ -123,37 +113,37 @@ class Program(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         outputs = self.model(images)
         logits, boxes = outputs['pred_logits'], outputs['pred_boxes']
-        more = () if self.selection is None else (self.selection.taken,)
+        proposals = () if self.selection is None else (self.selection.taken,)
         if self.postprocess is None:
-            return logits, boxes, *more
+            return logits, boxes, *proposals
         size = torch.stack([boxes.new_full((), side) for side in images.shape[-2:]])
         scores, labels, boxes, _ = self.postprocess.batched(outputs, size.expand(boxes.shape[0], 2))
-        return scores, labels, boxes, *more
+        return scores, labels, boxes, *proposals
 
     @torch.no_grad()
     def expected(self, images: Tensor, proposals: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return the outputs of the detector's own modules, from the best proposals or from these."""
+        """Return the outputs of the detector's own modules, from the best proposals or from given ones."""
         if self.selection is not None:
             self.selection.asked = proposals
         outputs = self.model(images)
         if self.postprocess is None:
             return outputs['pred_logits'], outputs['pred_boxes']
         size = torch.tensor(images.shape[-2:]).expand(len(images), 2)
-        found = self.postprocess(outputs, size)
-        return tuple(torch.stack([one[name] for one in found]) for name in self.names)
+        results = self.postprocess(outputs, size)
+        return tuple(torch.stack([result[name] for result in results]) for name in self.names)
 
 
-def make_program(detector: Detector, postprocess: bool) -> Program:
-    """Return what to export of a detector.
+def build_program(detector: Detector, postprocess: bool) -> Program:
+    """Build the program of a detector.
 
     Raises:
-        UserError: its detections cannot be computed inside a program.
+        UserError: a program cannot compute its detections.
     """
     module = detector.postprocessors['bbox']
     if postprocess and not isinstance(module, SoftmaxPostProcess | TopKPostProcess):
         raise UserError(
-            f'--postprocess: {type(module).__name__} keeps another number of detections in each image, which '
-            'cannot be exported: leave the flag out'
+            f'--postprocess: {type(module).__name__} gives a different number of detections for each image, '
+            'which cannot be exported: leave the flag out'
         )
     return Program(detector.model, module if postprocess else None).eval()
 
@@ -174,8 +164,8 @@ def export(program: Program, images: Tensor, path: Path) -> None:
     if path.suffix == '.pt2':
         torch.export.save(exported, path)
         return
-    more = [] if program.selection is None else [PROPOSALS]
-    names = {'input_names': ['images'], 'output_names': program.names + more}
+    outputs = program.names + [PROPOSALS] * (program.selection is not None)
+    names = {'input_names': ['images'], 'output_names': outputs}
     torch.onnx.export(exported, **names, opset_version=OPSET, dynamo=True, verbose=False).save(path)
     if (weights := path.with_name(f'{path.name}.data')).exists():
         weights.unlink()
@@ -183,42 +173,42 @@ def export(program: Program, images: Tensor, path: Path) -> None:
 
 
 def halve(path: Path) -> None:
-    """Let HALVED operators of an ONNX file, and their weights, be fp16; all other tensors stay float32."""
+    """Convert HALF_OPERATORS of an ONNX file, and their weights, to fp16; all other tensors stay float32."""
     import onnx
     from onnx import helper, numpy_helper
 
     model = onnx.load(path)
-    graph, nodes, made = model.graph, [], set()
+    graph, nodes, half_names = model.graph, [], set()
     weights = {weight.name: weight for weight in graph.initializer}
     for node in graph.node:
-        if node.op_type not in HALVED:
+        if node.op_type not in HALF_OPERATORS:
             nodes.append(node)
             continue
-        for place, name in enumerate(node.input):
+        for index, name in enumerate(node.input):
             if not name:  # an input that is left out
                 continue
             half = f'{name}.half'
-            if half not in made and name in weights:
+            if half not in half_names and name in weights:
                 values = numpy_helper.to_array(weights[name]).astype(np.float16)
                 graph.initializer.append(numpy_helper.from_array(values, half))
-            elif half not in made:
+            elif half not in half_names:
                 nodes.append(helper.make_node('Cast', [name], [half], to=onnx.TensorProto.FLOAT16))
-            made.add(half)
-            node.input[place] = half
+            half_names.add(half)
+            node.input[index] = half
         name = node.output[0]
         node.output[0] = f'{name}.half'
-        made.add(f'{name}.half')
+        half_names.add(f'{name}.half')
         nodes += [node, helper.make_node('Cast', [f'{name}.half'], [name], to=onnx.TensorProto.FLOAT)]
-    used = {name for node in nodes for name in node.input}
-    kept = [weight for weight in graph.initializer if weight.name in used]
-    for field, values in ((graph.node, nodes), (graph.initializer, kept)):
+    inputs = {name for node in nodes for name in node.input}
+    used_weights = [weight for weight in graph.initializer if weight.name in inputs]
+    for field, values in ((graph.node, nodes), (graph.initializer, used_weights)):
         del field[:]
         field.extend(values)
     onnx.save(model, path)
 
 
 def drop_proposals(path: Path) -> None:
-    """Take the output of proposals out of an ONNX file that has it."""
+    """Remove the output of proposals from an ONNX file that has it."""
     import onnx
 
     model = onnx.load(path)
@@ -228,7 +218,7 @@ def drop_proposals(path: Path) -> None:
 
 
 def load(path: Path) -> Run:
-    """Load a program that `export` has written."""
+    """Load a program written by `export`."""
     if path.suffix == '.pt2':
         make_module = torch.export.load(path).module
         guarded = 'check_guards' in signature(make_module).parameters  # from PyTorch 2.9 on
@@ -246,16 +236,18 @@ def draw_images(number: int, height: int, width: int) -> Tensor:
     return torch.cat(images).byte()
 
 
-def sizes(detector: Detector) -> list[tuple[int, int, int]]:
-    """Return number, height and width of the images of the example, and of those to compare."""
+def image_sizes(detector: Detector) -> list[tuple[int, int, int]]:
+    """Return number, height and width of the example's images, and of those to compare."""
     side, multiple = max(256, detector.args.img_size // 2), detector.model.multiple
-    wide = side * 5 // 4
-    chosen = [(2, side, wide), (1, side + 37, side - 19), (2, wide, side), (2, side - 51, side + 62)]
-    return [(number, *(-(-edge // multiple) * multiple for edge in edges)) for number, *edges in chosen]
+    long = side * 5 // 4
+    sizes = [(2, side, long), (1, side + 37, side - 19), (2, long, side), (2, side - 51, side + 62)]
+    return [(number, *(-(-edge // multiple) * multiple for edge in edges)) for number, *edges in sizes]
 
 
-def rows_of(program: Program, outputs: tuple[Tensor, ...], size: tuple[int, int], softmax: bool) -> Tensor:
-    """Return what is compared, [B, N, D]: the label of detections, then scores, then a box in [0, 1].
+def comparison_rows(
+    program: Program, outputs: tuple[Tensor, ...], size: tuple[int, int], softmax: bool
+) -> Tensor:
+    """Return rows to compare, [B, N, D]: the label of detections, then scores, then a box in [0, 1].
 
     size: height and width of the images.
     """
@@ -268,45 +260,47 @@ def rows_of(program: Program, outputs: tuple[Tensor, ...], size: tuple[int, int]
     )
 
 
-def largest_differences(ours: Tensor, theirs: Tensor, cut: bool, tolerance: float) -> tuple[float, float]:
-    """Return the largest difference of scores (and labels), and of boxes, between rows and their nearest
-    others.
+def largest_differences(
+    expected: Tensor, exported: Tensor, truncated: bool, tolerance: float
+) -> tuple[float, float]:
+    """Return the largest difference of scores (and labels), and of boxes, between rows and the nearest rows.
 
     The order may differ, because rounding chooses between detections whose scores are almost equal.
 
     Args:
-        cut: rows are the best of more, by score; those near the last one, within the tolerance, may be
-        others.
+        truncated: rows are the best of more, by score. Those within the tolerance of the last score may
+            differ.
     """
-    gaps = []
-    for these, others in ((ours, theirs), (theirs, ours)):
-        nearest = torch.cdist(these, others, p=torch.inf).argmin(2, keepdim=True)
-        gap = (these - others.gather(1, nearest.expand_as(these))).abs()
-        if cut:
-            scores = these[..., -5:-4]
-            gap *= scores > scores.amin(1, keepdim=True) + tolerance
-            gap[..., -5] = (ours - theirs)[..., -5].abs()
-        gaps.append(gap)
-    rows = torch.cat(gaps, dim=1)
-    return rows[..., :-4].amax().item(), rows[..., -4:].amax().item()
+    differences = []
+    for rows, others in ((expected, exported), (exported, expected)):
+        nearest = torch.cdist(rows, others, p=torch.inf).argmin(2, keepdim=True)
+        difference = (rows - others.gather(1, nearest.expand_as(rows))).abs()
+        if truncated:
+            scores = rows[..., -5:-4]
+            difference *= scores > scores.amin(1, keepdim=True) + tolerance
+            difference[..., -5] = (expected - exported)[..., -5].abs()
+        differences.append(difference)
+    largest = torch.cat(differences, dim=1)
+    return largest[..., :-4].amax().item(), largest[..., -4:].amax().item()
 
 
 def verify(detector: Detector, program: Program, run: Run, half: bool = False) -> None:
     """Compare a program in a file with the detector at several sizes, and print the largest differences.
 
     Raises:
-        UserError: one is above TOLERANCE (HALF_TOLERANCE).
+        UserError: a difference is above TOLERANCE (HALF_TOLERANCE).
     """
     tolerance = HALF_TOLERANCE if half else TOLERANCE
     module = detector.postprocessors['bbox']
-    softmax, cut = isinstance(module, SoftmaxPostProcess), isinstance(program.postprocess, TopKPostProcess)
-    for number, height, width in sizes(detector)[1:]:
+    softmax = isinstance(module, SoftmaxPostProcess)
+    truncated = isinstance(program.postprocess, TopKPostProcess)
+    for number, height, width in image_sizes(detector)[1:]:
         images = draw_images(number, height, width)
-        theirs = run(images)
-        ours = program.expected(images, *theirs[len(program.names) :])
-        outputs = ours, theirs[: len(program.names)]
-        rows = [rows_of(program, each, (height, width), softmax) for each in outputs]
-        scores, boxes = largest_differences(*rows, cut, tolerance)
+        outputs = run(images)
+        exported, proposals = outputs[: len(program.names)], outputs[len(program.names) :]
+        expected = program.expected(images, *proposals)
+        rows = [comparison_rows(program, x, (height, width), softmax) for x in (expected, exported)]
+        scores, boxes = largest_differences(*rows, truncated, tolerance)
         if program.selection is not None:
             scores = max(scores, program.selection.difference)
         line = f'largest difference of scores {scores:.1e}, of boxes {boxes:.1e}'
@@ -319,10 +313,10 @@ def verify(detector: Detector, program: Program, run: Run, half: bool = False) -
 
 
 def read_data(detector: Detector, args: Namespace) -> ImageDataset:
-    """Build the validation data of the command line, prepared as those of the detector's run."""
+    """Build the validation data of the command line, prepared as in the detector's run."""
     kind = 'lvis' if getattr(detector.args, 'dataset_file', '') == 'lvis' else 'coco'
-    given = {name: getattr(args, name) for name in ('coco_path', 'val_images', 'val_ann', 'allow_outside')}
-    flags = Namespace(**vars(detector.args) | given | {'dataset_file': kind, 'seed': 0, 'eval': True})
+    paths = {name: getattr(args, name) for name in ('coco_path', 'val_images', 'val_ann', 'allow_outside')}
+    flags = Namespace(**vars(detector.args) | paths | {'dataset_file': kind, 'seed': 0, 'eval': True})
     return build_dataset('val', data_settings(flags, masks=False), detector.class_map)
 
 
@@ -330,7 +324,7 @@ def read_data(detector: Detector, args: Namespace) -> ImageDataset:
 def average_precision(
     detector: Detector, program: Program, runs: dict[str, Run], dataset: ImageDataset, limit: int | None
 ) -> str:
-    """Return a line with AP and AP50 of each way to run a program, image by image."""
+    """Return a line with AP and AP50 of each run, image by image."""
     kind = 'lvis' if dataset.federated else 'coco'
     evaluators = {name: build_evaluator(kind, dataset) for name in runs}
     count = min(limit or len(dataset), len(dataset))
@@ -338,16 +332,18 @@ def average_precision(
         image, target = dataset[index]
         size = frame_size(target)
         for name, run in runs.items():
-            found = dict(zip(program.names, run(image[None]), strict=True))
+            outputs = dict(zip(program.names, run(image[None]), strict=True))
             if program.postprocess is None:
-                result = detector.postprocessors['bbox'](found, size[None])[0]
+                result = detector.postprocessors['bbox'](outputs, size[None])[0]
             else:
-                result = {key: value[0] for key, value in found.items()}
+                result = {key: value[0] for key, value in outputs.items()}
                 result['boxes'] *= (size / torch.tensor(image.shape[-2:])).flip(0).repeat(2)
             evaluators[name].update({int(target['image_id']): result})
-    found = {name: evaluator.summarize().numbers for name, evaluator in evaluators.items()}
-    lines = [f'{name} AP {100 * n["AP"]:.2f}, AP50 {100 * n["AP50"]:.2f}' for name, n in found.items()]
-    return f'{count} images: {"; ".join(lines)}'
+    texts = []
+    for name, evaluator in evaluators.items():
+        numbers = evaluator.summarize().numbers
+        texts.append(f'{name} AP {100 * numbers["AP"]:.2f}, AP50 {100 * numbers["AP50"]:.2f}')
+    return f'{count} images: {"; ".join(texts)}'
 
 
 def output_path(output: Path, suffix: str) -> Path:
@@ -375,20 +371,20 @@ def main(args: Namespace) -> str:
         raise UserError(f'--val_images {args.val_images}: give --val_ann too, or leave it out')
     path = output_path(args.output, f'.{args.format}')
     detector = load_detector(args.model, args.checkpoint)
-    program = make_program(detector, args.postprocess)
+    program = build_program(detector, args.postprocess)
     if args.format == 'onnx':
         program.output_proposals()
     dataset = read_data(detector, args) if args.coco_path or args.val_ann else None
 
     def save(partial: Path) -> None:
-        export(program, draw_images(*sizes(detector)[0]), partial)
+        export(program, draw_images(*image_sizes(detector)[0]), partial)
         if args.half:
             halve(partial)
         verify(detector, program, load(partial), args.half)
         if args.format == 'onnx':
             drop_proposals(partial)
 
-    logging.getLogger('onnxscript').setLevel(logging.ERROR)  # else it names each operator that it keeps
+    logging.getLogger('onnxscript').setLevel(logging.ERROR)  # it warns about each operator otherwise
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         save_atomically(path, save)

@@ -4,10 +4,10 @@ Find objects in images with a trained checkpoint, or with published weights.
   python tools/predict.py --checkpoint output/quickstart/checkpoint.pth --source IMAGE --output_dir OUT
   python tools/predict.py --model detr_resnet50 --source IMAGE               a row of docs/zoo.md
   python tools/predict.py --model ms_detr_resnet50 --weights FILE --source IMAGE
-  python tools/predict.py --checkpoint FILE --source film.mp4                needs PyAV (pip install av)
+  python tools/predict.py --checkpoint FILE --source video.mp4               needs PyAV (pip install av)
 
-This draws every image, or film, and writes `predictions.json` in COCO's result form. The model's flags, the
-classes and the image size come from the checkpoint, or from the row.
+It draws the objects into every image or frame, and writes `predictions.json` in COCO's result form. The flags
+of the model, the classes and the image size come from the checkpoint, or from the row.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from util.files import make_folder, save_atomically
 from util.flags import FlagParser, float_range, int_range, run_command
 from util.visualize import draw_boxes
 
-FILMS = ('.mp4', '.avi', '.mov', '.mkv', '.webm')
+VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm')
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -51,8 +51,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     flag(
         '--source',
         required=True,
-        help='an image, a folder of images, a pattern such as "*.jpg", the URL of an image, a film '
-        f'({", ".join(FILMS)}), or webcam (webcam:1 for the second), which Ctrl-C ends',
+        help='an image, a folder of images, a pattern such as "*.jpg", the URL of an image, a video '
+        f'({", ".join(VIDEOS)}), or webcam (webcam:1 for the second), which Ctrl-C ends',
     )
     flag(
         '--output_dir',
@@ -72,7 +72,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         nargs='+',
         default=[],
         metavar='NAME=SCORE',
-        help='lowest score drawn of single classes',
+        help='lowest score drawn, by class',
     )
     flag(
         '--formats',
@@ -80,20 +80,22 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=['json'],
         choices=('json', 'csv', 'yolo'),
         help="files beside the drawings: predictions.json in COCO's result form, predictions.csv, "
-        'labels/NAME.txt of YOLO with the score behind the box (default: json)',
+        'labels/NAME.txt of YOLO with the score after the box (default: json)',
     )
     flag(
         '--batch_size',
         default=1,
         type=int_range(1, 10**5),
         metavar='N',
-        help='images, or frames of a film, computed at once (default: 1); padding moves results a little',
+        help='images, or frames of a video, computed at once (default: 1); padding changes results slightly',
     )
     return parser
 
 
 def find_images(source: str) -> list[Path]:
-    """Return image files of a path, folder or pattern, sorted; those of the latter two by their suffix.
+    """Return the image files of a path, a folder or a pattern, sorted.
+
+    A folder, or a pattern without a suffix, gives the files with suffixes of images.
 
     Raises:
         UserError: there is no image, or a name that cannot be written into the results.
@@ -102,10 +104,10 @@ def find_images(source: str) -> list[Path]:
     if path.is_file():
         images = [path]
     else:
-        found = path.iterdir() if path.is_dir() else map(Path, glob.glob(source, recursive=True))
-        named = '*' not in path.suffix and path.suffix  # by the pattern: *.jfif
+        files = path.iterdir() if path.is_dir() else map(Path, glob.glob(source, recursive=True))
+        any_suffix = '*' not in path.suffix and path.suffix  # the pattern names it: *.jfif
         images = sorted(
-            file for file in found if (named or file.suffix.lower() in SUFFIXES) and not file.is_dir()
+            file for file in files if (any_suffix or file.suffix.lower() in SUFFIXES) and not file.is_dir()
         )
     if not images:
         raise UserError(f'--source {source}: no image there ({", ".join(SUFFIXES)})')
@@ -118,7 +120,7 @@ def find_images(source: str) -> list[Path]:
 
 
 def check_outside(images: list[Path], folder: Path) -> None:
-    """Refuse to write among the images: a drawing, a film or a label file could replace one of theirs.
+    """Refuse to write among the images, where a drawing, a video or a label file could replace a file.
 
     Raises:
         UserError: an image lies in the output folder.
@@ -137,13 +139,10 @@ def names_below(images: list[Path]) -> list[str]:
 
 
 def stems_of(names: list[str]) -> dict[str, str]:
-    """Return the name of each image's drawing and labels.
-
-    It is that of the image without suffix, or with it where two would be equal.
-    """
-    short = {name: str(Path(name).with_suffix('')) for name in names}
-    often = Counter(short.values())
-    return {name: stem if often[stem] == 1 and stem not in short else name for name, stem in short.items()}
+    """Return the name of each image's drawing and labels: without suffix unless two would be equal."""
+    stems = {name: str(Path(name).with_suffix('')) for name in names}
+    counts = Counter(stems.values())
+    return {name: stem if counts[stem] == 1 and stem not in stems else name for name, stem in stems.items()}
 
 
 def ids_of(names: list[str]) -> dict[str, int | str]:
@@ -153,14 +152,14 @@ def ids_of(names: list[str]) -> dict[str, int | str]:
     return ids if len(set(ids.values())) == len(ids) else {name: name for name in names}
 
 
-def thresholds_of(class_map: ClassMap, usual: float, single: list[str]) -> Tensor:
-    """Return the lowest score drawn of each class, [K]. single: `NAME=SCORE` for some.
+def class_thresholds(class_map: ClassMap, default: float, exceptions: list[str]) -> Tensor:
+    """Return the lowest score drawn of each class, [K]. exceptions: `NAME=SCORE` for some classes.
 
     Raises:
-        UserError: there is no such class, or no number from 0 to 1.
+        UserError: there is no such class, or the score is not a number from 0 to 1.
     """
-    thresholds = torch.full((class_map.num_classes,), usual)
-    for text in single:
+    thresholds = torch.full((class_map.num_classes,), default)
+    for text in exceptions:
         name, _, score = text.rpartition('=')
         if name not in class_map.names:
             known = ', '.join(str(each) for each in class_map.names if each is not None)[:300]
@@ -176,11 +175,11 @@ def thresholds_of(class_map: ClassMap, usual: float, single: list[str]) -> Tenso
 
 
 def draw(image: Tensor, result: dict, class_map: ClassMap, thresholds: Tensor) -> tuple[Tensor, int]:
-    """Draw detections of an image [3, H, W] from the thresholds [K] on; also return their number."""
-    drawn = select(result, thresholds)
-    masks = decode_masks(drawn['segmentation']) if 'segmentation' in drawn else None
-    drawing = draw_boxes(image, drawn['boxes'], drawn['labels'], class_map.names, drawn['scores'], masks)
-    return drawing, len(drawn['scores'])
+    """Draw the detections of an image [3, H, W] that reach the thresholds [K]; also return their number."""
+    chosen = select(result, thresholds)
+    masks = decode_masks(chosen['segmentation']) if 'segmentation' in chosen else None
+    drawing = draw_boxes(image, chosen['boxes'], chosen['labels'], class_map.names, chosen['scores'], masks)
+    return drawing, len(chosen['scores'])
 
 
 def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -193,15 +192,15 @@ def import_av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise UserError('films need PyAV: pip install av') from error
+        raise UserError('videos need PyAV: pip install av') from error
     return av
 
 
-def detect_film(detector: Detector, files: ResultFiles, thresholds: Tensor, args: Namespace) -> None:
-    """Detect in every frame of a film or a webcam (of Linux); write the drawn film, and rows with a `frame`.
+def detect_video(detector: Detector, files: ResultFiles, thresholds: Tensor, args: Namespace) -> None:
+    """Detect in every frame of a video or of a Linux webcam; write the drawn video, and rows with a `frame`.
 
     Raises:
-        UserError: it is not a film that can be read.
+        UserError: the video cannot be read.
     """
     av, source, class_map = import_av(), args.source, detector.class_map
     kind, _, number = source.partition(':')
@@ -213,11 +212,11 @@ def detect_film(detector: Detector, files: ResultFiles, thresholds: Tensor, args
         with av.open(str(path), 'w') as output:
             stream = None
             with contextlib.suppress(KeyboardInterrupt):
-                for count, (image, result) in enumerate(detected(detector, film, args)):
+                for count, (image, result) in enumerate(detect_frames(detector, video, args)):
                     drawing, _ = draw(image, result, class_map, thresholds)
-                    height, width = (side // 2 * 2 for side in drawing.shape[1:])  # codecs want even sides
+                    height, width = (side // 2 * 2 for side in drawing.shape[1:])  # codecs need even sides
                     if stream is None:
-                        stream = output.add_stream('libx264', rate=film.streams.video[0].average_rate or 25)
+                        stream = output.add_stream('libx264', rate=video.streams.video[0].average_rate or 25)
                         stream.height, stream.width, stream.pix_fmt = height, width, 'yuv420p'
                     array = drawing[:, :height, :width].permute(1, 2, 0).contiguous().numpy()
                     output.mux(stream.encode(av.VideoFrame.from_ndarray(array, format='rgb24')))
@@ -228,15 +227,15 @@ def detect_film(detector: Detector, files: ResultFiles, thresholds: Tensor, args
             output.mux(stream.encode())
 
     try:
-        with av.open(f'/dev/video{number or 0}', format='v4l2') if is_camera else av.open(source) as film:
+        with av.open(f'/dev/video{number or 0}', format='v4l2') if is_camera else av.open(source) as video:
             save_atomically(files.folder / f'{Path(name).stem}.mp4', write)
     except (av.error.FFmpegError, IndexError) as error:
-        known = 'no webcam that Linux can read' if is_camera else 'not a readable film'
-        raise UserError(f'--source {source} is {known} ({error})') from error
+        problem = 'no webcam that Linux can read' if is_camera else 'not a readable video'
+        raise UserError(f'--source {source} is {problem} ({error})') from error
 
 
-def detected(detector: Detector, film: Any, args: Namespace) -> Iterator[tuple[Tensor, dict]]:
-    """Yield each frame of a film, uint8 [3, H, W], with its detections."""
+def detect_frames(detector: Detector, video: Any, args: Namespace) -> Iterator[tuple[Tensor, dict]]:
+    """Yield each frame of a video, uint8 [3, H, W], with its detections."""
     from tqdm import tqdm
 
     def pixels(frame: Any) -> Tensor:
@@ -244,8 +243,8 @@ def detected(detector: Detector, film: Any, args: Namespace) -> Iterator[tuple[T
             check_pixels(frame.height, frame.width)
         return torch.from_numpy(frame.to_ndarray(format='rgb24')).permute(2, 0, 1)
 
-    stream = film.streams.video[0]
-    frames = tqdm(film.decode(stream), total=stream.frames or None, unit='frame', disable=None)
+    stream = video.streams.video[0]
+    frames = tqdm(video.decode(stream), total=stream.frames or None, unit='frame', disable=None)
     for images in in_batches(map(pixels, frames), args.batch_size):
         yield from zip(images, detector.detect_batch(images, encode_masks), strict=True)
 
@@ -253,7 +252,7 @@ def detected(detector: Detector, film: Any, args: Namespace) -> Iterator[tuple[T
 def detect_images(
     detector: Detector, images: list[Path], files: ResultFiles, thresholds: Tensor, args: Namespace
 ) -> list[str]:
-    """Detect in images, and write drawings and results; return why some could not be read.
+    """Detect in images, and write drawings and results; return the reasons why images could not be read.
 
     Raises:
         UserError: no image could be read.
@@ -274,8 +273,7 @@ def detect_images(
         for (name, image), result in zip(pixels.items(), detections, strict=True):
             drawing, number = draw(image, result, detector.class_map, thresholds)
             save_atomically(files.folder / f'{stems[name]}.png', partial(write_png, drawing))
-            shown = select(result, args.json_score_thr)
-            rows = coco_results(name, ids[name], shown, detector.class_map)
+            rows = coco_results(name, ids[name], select(result, args.json_score_thr), detector.class_map)
             files.add_image(rows, stems[name], image.shape[1:], paths[name])
             print(f'{paths[name]}: {number} objects of score {args.score_thr} or more')
     if len(left_out) == len(images):
@@ -290,28 +288,28 @@ def write_png(image: Tensor, path: Path) -> None:
 def main(args: Namespace) -> None:
     folder, source = Path(args.output_dir), args.source
     is_camera = source.partition(':')[0] == 'webcam'
-    is_film = is_camera or source.lower().endswith(FILMS)
-    images = [] if is_film or is_url(source) else find_images(source)
-    if is_film:
+    is_video = is_camera or source.lower().endswith(VIDEOS)
+    images = [] if is_video or is_url(source) else find_images(source)
+    if is_video:
         import_av()
         if 'yolo' in args.formats:
-            raise UserError('--formats yolo is for images, not for a film: choose json or csv')
+            raise UserError('--formats yolo is for images, not for a video: choose json or csv')
         if not is_camera and not Path(source).is_file():
-            raise UserError(f'--source {source}: no film there')
-    check_outside([Path(source)] if is_film and not is_camera else images, folder)
+            raise UserError(f'--source {source}: no video there')
+    check_outside([Path(source)] if is_video and not is_camera else images, folder)
     detector = load_from_flags(args)
-    thresholds = thresholds_of(detector.class_map, args.score_thr, args.class_thresholds)
+    thresholds = class_thresholds(detector.class_map, args.score_thr, args.class_thresholds)
     files, left_out = ResultFiles(make_folder(folder), args.formats, detector.class_map), []
-    if is_film:
-        detect_film(detector, files, thresholds, args)
-        print(f'the drawn film and {files.number} detections lie in {folder}')
+    if is_video:
+        detect_video(detector, files, thresholds, args)
+        print(f'the drawn video and {files.number} detections are in {folder}')
     else:
         if is_url(source):
             images = [folder / 'fetched' / (Path(urlparse(source).path).name or 'image')]
             fetch(source, images[0])
         left_out = detect_images(detector, images, files, thresholds, args)
         number = len(images) - len(left_out)
-        print(f'{number} drawn images and {", ".join(args.formats)} results lie in {folder}')
+        print(f'{number} drawn images and {", ".join(args.formats)} results are in {folder}')
     files.finish()
     if left_out:
         raise UserError(

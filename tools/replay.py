@@ -4,8 +4,8 @@ Run the batch of a skipped step again, and report where the first value that is 
   python tools/replay.py OUT/black_box/epoch_1_5_step_12_rank0.pth
   python tools/replay.py FILE --amp off        in float32: is the precision the reason?
 
-Training saves such a file when a step has a gradient that is not finite: batch, random states, flags and
-weights of a process.
+Training saves such a file when a step has a gradient that is not finite. It holds batch, random states, flags
+and weights of a process.
 """
 
 import argparse
@@ -31,9 +31,7 @@ from util.seeding import set_rng_state
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = FlagParser(
-        'replay.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser('replay.py', description=__doc__)
     parser.add_argument('file', help='file in OUT/black_box')
     parser.add_argument('--amp', choices=DTYPES, help='precision (default: that of the run)')
     parser.add_argument('--device', default='auto', help='auto, cuda, mps or cpu (default: %(default)s)')
@@ -47,10 +45,10 @@ def replay(args: argparse.Namespace) -> Diagnosis:
         UserError: the file does not hold such a step.
     """
     saved = read_checkpoint(args.file)
-    lacking = {'model', 'args', 'rng', 'batches', 'where'} - saved.keys()
-    if lacking:
+    missing = {'model', 'args', 'rng', 'batches', 'where'} - saved.keys()
+    if missing:
         raise UserError(
-            f'{args.file} is not a step that a training saved in black_box/: it lacks {", ".join(sorted(lacking))}'
+            f'{args.file} is not a step that a training saved in black_box/: it lacks {", ".join(sorted(missing))}'
         )
     flags = argparse.Namespace(**saved['args'] | {'backbone_weights': 'none'})
     model, criterion, _ = build_model(flags)

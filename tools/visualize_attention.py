@@ -1,11 +1,12 @@
 """
-Draw where the queries of a detector look: the cross-attention of one decoder layer, over an image.
+Draw the cross-attention of one decoder layer over an image: where the queries look.
 
   python tools/visualize_attention.py --checkpoint FILE --source IMAGE --output OUT.png
   python tools/visualize_attention.py --model detr_resnet50 --source IMAGE --output OUT.png --queries 3 17
 
-DETR and Conditional DETR attend to every cell of a map, drawn as heat. Deformable DETR and its descendants
-sample points: a dot each, coloured by weight, larger for coarser levels. `attention_of` gives the numbers.
+DETR and Conditional DETR attend to every cell of a map, which is drawn as heat. Deformable DETR and its
+descendants sample points, drawn as dots that are coloured by weight and larger on coarser levels.
+`compute_attention` returns the numbers.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,11 +32,12 @@ from util import visualize
 from util.errors import UserError
 from util.files import save_atomically
 from util.flags import FlagParser, int_range, run_command
+from util.visualize import PANEL, TITLE
 
 # Colours of weights from 0 to the largest.
 RAMP = torch.tensor([(70, 70, 255), (160, 40, 190), (235, 50, 60), (255, 160, 30), (255, 255, 160)]).float()
-PANEL, TITLE, MARGIN = (385, 396), 20, 6  # largest size of a panel, and its parts, pixels
-LEGEND = 56  # height of the sheet's foot, pixels
+MARGIN = 6  # around the image of a panel, pixels
+LEGEND = 56  # height of the legend below all panels, pixels
 
 
 @dataclass
@@ -50,49 +52,49 @@ class Attention:
     points: Tensor | None  # [Q, M, L, P, 2], may lie outside the image; None: dense attention
     reference: Tensor | None  # [Q, 2 or 4] reference points, or boxes cxcywh; None: dense attention
     shapes: list[tuple[int, int]]  # (H, W) of each level; dense attention has one
-    share: Tensor  # [L, 2] part of each map that shows the image; points * share are relative to the map
+    share: Tensor  # [L, 2] share of each map that shows the image; points * share are relative to the map
     outputs: dict[str, Tensor]  # of the model: `pred_logits` [1, Q, K], `pred_boxes` [1, Q, 4]
     frame: Tensor  # [1, 2] height and width that `pred_boxes` are relative to, in pixels of the image
 
 
 @torch.no_grad()
-def attention_of(detector: Detector, image: Tensor, layer: int = -1) -> Attention:
+def compute_attention(detector: Detector, image: Tensor, layer: int = -1) -> Attention:
     """Detect in a uint8 image [3, H, W], and return the cross-attention of a decoder layer.
 
-    layer: from 0, or from the end if negative. Hooks note what modules are given; nothing is changed.
+    layer: from 0, or from the end if negative. Hooks record the arguments of modules; results do not change.
 
     Raises:
         UserError: there is no such layer.
     """
-    decoder, seen = detector.model.transformer.decoder, {}
-    chosen = decoder.layers[number_of('layer', layer, -len(decoder.layers), len(decoder.layers) - 1)]
-    attention = chosen.cross_attn if hasattr(chosen, 'cross_attn') else chosen.multihead_attn
+    decoder, calls = detector.model.transformer.decoder, {}
+    decoder_layer = decoder.layers[parse_index('layer', layer, -len(decoder.layers), len(decoder.layers) - 1)]
+    attention = getattr(decoder_layer, 'cross_attn', None) or decoder_layer.multihead_attn
     postprocess = detector.postprocessors['bbox']
 
-    def note(module: nn.Module, args: tuple, options: dict) -> None:
-        seen[module] = args, options
+    def record(module: nn.Module, args: tuple, options: dict) -> None:
+        calls[module] = args, options
 
     with ExitStack() as hooks:
         for module in (decoder, attention, postprocess):
-            hooks.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
+            hooks.enter_context(module.register_forward_pre_hook(record, with_kwargs=True))
         detector.detect(image)
-    memory, (outputs, frame) = seen[decoder][0][1], seen[postprocess][0]
+    memory, (outputs, frame) = calls[decoder][0][1], calls[postprocess][0]
     ratios = memory.valid_ratios  # [1, L, 2]
     if ratios is None:
         ratios = valid_ratio(memory.padding_mask.unflatten(1, memory.shapes[0]))[:, None]
     share = ratios[0].cpu() * (torch.tensor(image.shape[-2:]) / frame[0].cpu()).flip(-1)
     points = reference = None
     if isinstance(attention, MSDeformAttn):
-        weights, points, reference = sampled(attention, *seen[attention])
+        weights, points, reference = sampling_points(attention, *calls[attention])
         points, reference = points / share[:, None], reference / share[0].repeat(reference.shape[-1] // 2)
     else:
-        weights = dense_weights(attention, *seen[attention]).unflatten(-1, memory.shapes[0])
+        weights = dense_weights(attention, *calls[attention]).unflatten(-1, memory.shapes[0])
     outputs = {name: outputs[name].cpu() for name in ('pred_logits', 'pred_boxes')}
     return Attention(weights, points, reference, memory.shapes, share, outputs, frame.cpu())
 
 
 def dense_weights(attention: nn.Module, args: tuple, options: dict) -> Tensor:
-    """Compute weights [M, Q, S] from what the attention of DETR or Conditional DETR was given."""
+    """Compute weights [M, Q, S] from the arguments of the attention of DETR or Conditional DETR."""
     if isinstance(attention, nn.MultiheadAttention):
         options = options | {'need_weights': True, 'average_attn_weights': False}
         return attention.forward(*args, **options)[1][0].float().cpu()
@@ -101,145 +103,153 @@ def dense_weights(attention: nn.Module, args: tuple, options: dict) -> Tensor:
     return scores.masked_fill(hidden, float('-inf')).softmax(-1)[0].float().cpu()
 
 
-def sampled(attention: MSDeformAttn, args: tuple, options: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute weights [Q, M, L, P], and relative to maps points [Q, M, L, P, 2], references [Q, 2 or 4]."""
+def sampling_points(attention: MSDeformAttn, args: tuple, options: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute weights [Q, M, L, P], points [Q, M, L, P, 2] and references [Q, 2 or 4], relative to maps."""
     query, reference, _, shapes = args
     heads, levels, points = attention.n_heads, attention.n_levels, attention.n_points
     weights = attention.attention_weights(query).unflatten(-1, (heads, -1)).float().softmax(-1)
     weights = weights.unflatten(-1, (levels, points))
     offsets = attention.sampling_offsets(query).unflatten(-1, (heads, levels, points, 2))
-    places = attention.locations(offsets, reference, shapes, options.get('sizes'))
-    return tuple(x[0].float().cpu() for x in (weights, places, reference[:, :, 0]))
+    locations = attention.locations(offsets, reference, shapes, options.get('sizes'))
+    return tuple(x[0].float().cpu() for x in (weights, locations, reference[:, :, 0]))
 
 
-def detections_of(detector: Detector, attention: Attention, queries: list[int], num: int) -> dict[int, dict]:
-    """Return score, label and box (xyxy, pixels) of the named queries, or of the `num` best without names."""
-    postprocess, names, kept = detector.postprocessors['bbox'], detector.class_map.names, {}
+def query_detections(
+    detector: Detector, attention: Attention, queries: list[int], num: int
+) -> dict[int, dict[str, Tensor]]:
+    """Return score, label and box (xyxy, pixels) of the named queries; without names of the `num` best."""
+    postprocess, names = detector.postprocessors['bbox'], detector.class_map.names
     mark = {'pred_masks': None}  # with this key, which is not read, detections have their query
     if queries:  # each alone, and without NMS
         alone = {name: value[0, queries, None] for name, value in attention.outputs.items()}
         frames = attention.frame.expand(len(queries), -1)
-        found = getattr(postprocess, 'best_pairs', postprocess)(alone | mark, frames)
-        return {queries[i]: {name: value[0] for name, value in one.items()} for i, one in enumerate(found)}
-    found = postprocess(attention.outputs | mark, attention.frame)[0]
-    for index in found['scores'].argsort(descending=True).tolist():
-        one = {name: value[index] for name, value in found.items()}
-        if names[one['labels']] is not None and len(kept) < num:
-            kept.setdefault(int(one['query']), one)
-    if not kept:
+        results = getattr(postprocess, 'best_pairs', postprocess)(alone | mark, frames)
+        first = [{name: value[0] for name, value in result.items()} for result in results]
+        return dict(zip(queries, first, strict=True))
+    result = postprocess(attention.outputs | mark, attention.frame)[0]
+    best: dict[int, dict[str, Tensor]] = {}
+    for index in result['scores'].argsort(descending=True).tolist():
+        detection = {name: value[index] for name, value in result.items()}
+        if names[detection['labels']] is not None and len(best) < num:
+            best.setdefault(int(detection['query']), detection)
+    if not best:
         raise UserError('nothing was detected in the image: name queries, for example --queries 0 1 2')
-    return kept
+    return best
 
 
-def number_of(flag: str, text: str | int, low: int, high: int, words: str = '') -> int:
-    """Return a number of the command line, or raise a UserError if it is not one, or out of bounds."""
+def parse_index(flag: str, text: str | int, low: int, high: int, words: str = '') -> int:
+    """Return the number of a flag; raise a UserError if it is not a number, or out of bounds."""
     number = int(text) if str(text).removeprefix('-').isdecimal() else low - 1
     if not low <= number <= high:
         raise UserError(f'{flag} {text}: choose {words}a number from {low} to {high} for this detector')
     return number
 
 
-def heads_of(text: str, num_heads: int, dense: bool) -> list[tuple[str, slice]]:
+def choose_heads(text: str, num_heads: int, dense: bool) -> list[tuple[str, slice]]:
     """Return title and heads of each panel of a query."""
     if text == 'mean':
         return [(f'{"mean of" if dense else "all"} {num_heads} heads', slice(None))]
-    only = None if text == 'all' else number_of('--head', text, 0, num_heads - 1, 'mean, all or ')
+    only = None if text == 'all' else parse_index('--head', text, 0, num_heads - 1, 'mean, all or ')
     return [(f'head {head}', slice(head, head + 1)) for head in range(num_heads) if only in (None, head)]
 
 
-def colours_of(values: Tensor) -> Tensor:
+def weight_colours(values: Tensor) -> Tensor:
     """Return the colours [..., 3] of values in [0, 1]."""
     position = values * (len(RAMP) - 1)
     low = position.long().clamp(max=len(RAMP) - 2)
     return torch.lerp(RAMP[low], RAMP[low + 1], (position - low)[..., None])
 
 
-def picture_from(pixels: Tensor) -> Image.Image:
-    """Turn [H, W, 3] in [0, 255] into a picture."""
+def to_pil(pixels: Tensor) -> Image.Image:
+    """Convert [H, W, 3] in [0, 255]."""
     return Image.fromarray(pixels.round().to(torch.uint8).contiguous().numpy())
 
 
-def faded(image: Tensor) -> Tensor:
-    """Return an image [3, H, W] as floats [H, W, 3], darker and paler so that drawings stand out."""
+def fade(image: Tensor) -> Tensor:
+    """Return an image [3, H, W] as floats [H, W, 3], darker and less coloured so that drawings stand out."""
     pixels = image.permute(1, 2, 0).float()
     return 0.75 * torch.lerp(pixels, pixels.mean(-1, keepdim=True), 0.7)
 
 
 def draw_heat(image: Tensor, weights: Tensor, share: Tensor) -> Image.Image:
-    """Blend weights [H, W] over an image [h, w, 3]; share: [2] part of the map that shows it."""
-    seen = [min(side, side * part) for side, part in zip(weights.shape[::-1], share.tolist(), strict=True)]
+    """Blend weights [H, W] over an image [h, w, 3]; share: [2] share of the map that shows it."""
+    width, height = (
+        min(side, side * part) for side, part in zip(weights.shape[::-1], share.tolist(), strict=True)
+    )
     heat = Image.fromarray((weights / weights.max()).numpy())
-    heat = heat.resize(image.shape[1::-1], Image.Resampling.BILINEAR, box=(0, 0, *seen))
+    heat = heat.resize(image.shape[1::-1], Image.Resampling.BILINEAR, box=(0, 0, width, height))
     value = torch.from_numpy(np.array(heat)).clamp(0, 1)
-    return picture_from(torch.lerp(image, colours_of(value), (2 * value).clamp(max=0.8)[..., None]))
+    return to_pil(torch.lerp(image, weight_colours(value), (2 * value).clamp(max=0.8)[..., None]))
 
 
 def draw_points(image: Tensor, weights: Tensor, points: Tensor, reference: Tensor) -> Image.Image:
     """Draw points [M, L, P, 2] over an image [h, w, 3], the heaviest last, and a cross at the reference."""
-    picture = picture_from(image)
-    unit, size = max(picture.size) / PANEL[0], torch.tensor(picture.size)
-    draw = ImageDraw.Draw(picture)
-    places, colours = (points * size).flatten(0, 2), colours_of(weights / weights.max()).flatten(0, 2)
+    canvas = to_pil(image)
+    unit, size = max(canvas.size) / PANEL[0], torch.tensor(canvas.size)
+    draw = ImageDraw.Draw(canvas)
+    centres, colours = (points * size).flatten(0, 2), weight_colours(weights / weights.max()).flatten(0, 2)
     for index in weights.flatten().argsort().tolist():
         level = index // weights.shape[2] % weights.shape[1]
-        draw_dot(draw, places[index].tolist(), level, unit, colours[index])
+        draw_dot(draw, centres[index].tolist(), level, unit, colours[index])
     x, y = (reference[:2] * size).tolist()
     for colour, reach, width in (('black', 7 * unit, 5 * unit), ('white', 6 * unit, 2 * unit)):
         draw.line((x - reach, y, x + reach, y), fill=colour, width=round(width))
         draw.line((x, y - reach, x, y + reach), fill=colour, width=round(width))
-    return picture
+    return canvas
 
 
 def draw_dot(draw: ImageDraw.ImageDraw, centre: list[float], level: int, unit: float, colour: Tensor) -> None:
-    """Draw the dot of a point; unit: pixels of the picture for one of the sheet."""
+    """Draw the dot of a point; unit: pixels of the image for each pixel of its panel."""
     (x, y), radius, fill = centre, unit * (3 + 1.5 * level), tuple(colour.int().tolist())
     draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill, 'black', max(1, round(unit / 2)))
 
 
-def panel_of(pixels: Tensor, title: str) -> Image.Image:
-    """Return an image [3, H, W] uint8 below its title, as wide as a panel and at most as high."""
-    (width, height), margin = PANEL, MARGIN
-    picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    scale = min((width - 2 * margin) / picture.width, (height - TITLE - 2 * margin) / picture.height)
-    picture = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
-    panel = Image.new('RGB', (width, TITLE + 2 * margin + picture.height), 'white')
-    panel.paste(picture, ((width - picture.width) // 2, margin + TITLE))
-    place = (width / 2, margin + TITLE / 2)
-    ImageDraw.Draw(panel).text(place, title, 'black', ImageFont.load_default(14), 'mm')
+def build_panel(image: Image.Image, title: str) -> Image.Image:
+    """Return an image below its title, as wide as a panel and at most as high."""
+    width, height = PANEL
+    image = ImageOps.contain(
+        image, (width - 2 * MARGIN, height - TITLE - 2 * MARGIN), Image.Resampling.LANCZOS
+    )
+    panel = Image.new('RGB', (width, TITLE + 2 * MARGIN + image.height), 'white')
+    panel.paste(image, ((width - image.width) // 2, MARGIN + TITLE))
+    centre = (width / 2, MARGIN + TITLE / 2)
+    ImageDraw.Draw(panel).text(centre, title, 'black', ImageFont.load_default(14), 'mm')
     return panel
 
 
-def panels_of(
+def build_panels(
     detector: Detector, image: Tensor, attention: Attention, args: Namespace
 ) -> list[list[Image.Image]]:
-    """Return the panels of each query, the detection first."""
+    """Return the panels of each query, the detection first.
+
+    args: `queries`, `num`, `layer` and `head` of the command line.
+    """
     dense, num_queries = attention.points is None, attention.outputs['pred_boxes'].shape[1]
-    heads = heads_of(args.head, attention.weights.shape[0 if dense else 1], dense)
+    heads = choose_heads(args.head, attention.weights.shape[0 if dense else 1], dense)
     words = [] if args.queries == ['best'] else args.queries
-    queries = [number_of('--queries', word, 0, num_queries - 1, 'best alone, or ') for word in words]
+    queries = [parse_index('--queries', word, 0, num_queries - 1, 'best alone, or ') for word in words]
     layer, names = args.layer % len(detector.model.transformer.decoder.layers), detector.class_map.names
-    canvas, factor = visualize.enlarged(image)
-    canvas, rows = faded(canvas), []
-    for query, one in detections_of(detector, attention, queries, args.num).items():
-        box, label, score = one['boxes'], one['labels'], one['scores']
-        drawn = visualize.draw_boxes(image, box[None], label[None], names, score[None])
-        rows.append([panel_of(drawn, f'query {query}')])
+    canvas, factor = visualize.enlarge(image)
+    canvas, rows = fade(canvas), []
+    for query, detection in query_detections(detector, attention, queries, args.num).items():
+        box, label, score = detection['boxes'], detection['labels'], detection['scores']
+        drawing = visualize.draw_boxes(image, box[None], label[None], names, score[None])
+        rows.append([build_panel(to_pil(drawing.permute(1, 2, 0)), f'query {query}')])
         for title, chosen in heads:
             if dense:
                 weights = attention.weights[chosen, query].mean(0)
-                picture = draw_heat(canvas, weights, attention.share[0])
+                drawing = draw_heat(canvas, weights, attention.share[0])
             else:
                 weights, points = attention.weights[query, chosen], attention.points[query, chosen]
-                picture = draw_points(canvas, weights, points, attention.reference[query])
-            edges = visualize.clipped((box * factor).tolist(), picture.size)
-            visualize.draw_box(ImageDraw.Draw(picture), edges, visualize.class_colour(int(label)))
+                drawing = draw_points(canvas, weights, points, attention.reference[query])
+            edges = visualize.clip_box((box * factor).tolist(), drawing.size)
+            visualize.draw_box(ImageDraw.Draw(drawing), edges, visualize.class_colour(int(label)))
             name = f'{visualize.class_name(names, int(label))[:20]} {100 * score:.0f}, layer {layer}'
-            pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-            rows[-1].append(panel_of(pixels, f'{name}, {title}, peak {weights.max():.2g}'))
+            rows[-1].append(build_panel(drawing, f'{name}, {title}, peak {weights.max():.2g}'))
     return rows
 
 
-def sheet_of(rows: list[list[Image.Image]], attention: Attention) -> Image.Image:
+def build_sheet(rows: list[list[Image.Image]], attention: Attention) -> Image.Image:
     """Return panels in one image, a row for each query, above a legend."""
     width, height = rows[0][0].size
     sheet = Image.new('RGB', (len(rows[0]) * width, len(rows) * height + LEGEND), 'white')
@@ -247,7 +257,7 @@ def sheet_of(rows: list[list[Image.Image]], attention: Attention) -> Image.Image
         for column, panel in enumerate(panels):
             sheet.paste(panel, (column * width, row * height))
     draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(14), len(rows) * height + 14
-    sheet.paste(picture_from(colours_of(torch.linspace(0, 1, 160)).expand(12, -1, -1)), (80, y - 6))
+    sheet.paste(to_pil(weight_colours(torch.linspace(0, 1, 160)).expand(12, -1, -1)), (80, y - 6))
     maps = [f'map of {height} x {width} cells' for height, width in attention.shapes]
     kind = maps[0] if attention.points is None else 'cross: reference point'
     draw.text((12, y), 'weight 0', 'black', font, 'lm')
@@ -264,9 +274,9 @@ def main(args: Namespace) -> None:
     if Path(args.output).suffix.lower() not in SUFFIXES:
         raise UserError(f'--output {args.output}: let it end in .png or .jpg')
     image, detector = read_image(args.source), load_from_flags(args)
-    attention = attention_of(detector, image, args.layer)
-    rows = panels_of(detector, image, attention, args)
-    save_atomically(args.output, sheet_of(rows, attention).save)
+    attention = compute_attention(detector, image, args.layer)
+    rows = build_panels(detector, image, attention, args)
+    save_atomically(args.output, build_sheet(rows, attention).save)
     print(f'{args.output}: {len(rows)} queries')
 
 

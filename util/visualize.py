@@ -1,8 +1,7 @@
 """
-Drawings for people: boxes in an image, ground truth beside predictions, curves of a run. Source: ours.
+Drawings: boxes in an image, ground truth beside predictions, curves of a run.
 
-Pillow and matplotlib are imported where they draw, so that training does not need them. Files appear whole or
-not at all: each is written beside its final path and then moved there.
+Pillow and matplotlib are imported where they draw, so that training does not need them.
 """
 
 import colorsys
@@ -27,7 +26,7 @@ Colour = tuple[int, int, int]
 Names = Sequence[str | None] | dict[int, str]
 
 MIN_SIDE = 480  # images whose longer side is shorter are enlarged, so that labels can be read
-PANEL, TITLE, MARGIN = (385, 396), 20, 6  # of a contact sheet, pixels
+PANEL, TITLE = (385, 396), 20  # size of a panel of a sheet, and height of its title, pixels
 LOSS_TERMS_SHOWN = 10
 PROMINENT = 2  # metrics drawn with a thick line
 PER_OBJECT = ('scores', 'labels', 'boxes', 'masks')
@@ -46,7 +45,7 @@ COLOURS = (
 
 
 def class_colour(label: int) -> Colour:
-    """Return a fixed colour per class: a few distinct ones, then hues a golden angle apart in two shades."""
+    """Return the colour of a class: a few distinct ones, then hues a golden angle apart in two shades."""
     if label < len(COLOURS):
         return COLOURS[label]
     saturation, value = (0.6, 1.0) if label % 2 else (0.95, 0.8)
@@ -63,24 +62,20 @@ def class_name(names: Names, label: int) -> str:
     return str(label if name is None else name)
 
 
-def enlarged(image: Tensor) -> tuple[Tensor, int]:
-    """Repeat the pixels of an image [3, H, W] to a longer side of at least MIN_SIDE; also return the whole
-    factor.
-    """
+def enlarge(image: Tensor) -> tuple[Tensor, int]:
+    """Repeat the pixels of an image [3, H, W] up to a side of at least MIN_SIDE; also return the factor."""
     factor = max(1, math.ceil(MIN_SIDE / max(image.shape[-2:])))
     return image.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1), factor
 
 
 def paint_masks(image: Tensor, masks: Iterable[Tensor], labels: list[int]) -> Tensor:
-    """Blend N masks [(1,) h, w], in any resolution, > 0.5 = object, into an image [3, H, W] uint8, one after
-    the other.
-    """
+    """Blend N masks [(1,) h, w] of any resolution (> 0.5 is object) into an image [3, H, W] uint8."""
     painted = image.float()
     for mask, label in zip(masks, labels, strict=True):
-        shown = mask.reshape(1, 1, *mask.shape[-2:]).to(painted)
-        shown = interpolate(shown, size=image.shape[-2:], mode='nearest')[0] > 0.5
+        mask = mask.reshape(1, 1, *mask.shape[-2:]).to(painted)
+        inside = interpolate(mask, size=image.shape[-2:], mode='nearest')[0] > 0.5
         colour = painted.new_tensor(class_colour(label))[:, None, None]
-        painted = torch.where(shown, 0.55 * painted + 0.45 * colour, painted)
+        painted = torch.where(inside, 0.55 * painted + 0.45 * colour, painted)
     return painted.round().to(torch.uint8)
 
 
@@ -97,21 +92,23 @@ def draw_boxes(
     Args:
         image: [3, H, W] uint8.
         boxes_xyxy: [N, 4] in pixels of the image, may reach outside.
-        labels, scores: [N]; better scores are drawn over worse ones.
-        masks: N of [(1,) H, W], bool or probabilities; they may be made one by one.
+        labels, scores: [N]; higher scores are drawn over lower ones.
+        masks: N of [(1,) H, W], bool or probabilities; an iterator may compute them one by one.
 
     Returns:
         [3, fH, fW] uint8 on the CPU.
     """
     from PIL import Image, ImageDraw
 
-    canvas, factor = enlarged(image.cpu())
+    canvas, factor = enlarge(image.cpu())
     if masks is not None and len(labels):
         canvas = paint_masks(canvas, masks, labels.tolist())
     pil = Image.fromarray(canvas.permute(1, 2, 0).contiguous().numpy())
     draw = ImageDraw.Draw(pil)
-    boxes = [clipped(box, pil.size) for box in (boxes_xyxy.detach().float().cpu() * factor).tolist()]
-    texts = texts_of(labels, names, scores)
+    boxes = [clip_box(box, pil.size) for box in (boxes_xyxy.detach().float().cpu() * factor).tolist()]
+    texts = [class_name(names, label) for label in labels.tolist()]
+    if scores is not None:
+        texts = [f'{text} {100 * score:.0f}' for text, score in zip(texts, scores.tolist(), strict=True)]
     colours = [class_colour(label) for label in labels.tolist()]
     order = list(range(len(boxes)) if scores is None else scores.argsort().tolist())
     for number in order:
@@ -122,15 +119,7 @@ def draw_boxes(
     return drawn.view(pil.height, pil.width, 3).permute(2, 0, 1)
 
 
-def texts_of(labels: Tensor, names: Names, scores: Tensor | None) -> list[str]:
-    """Return class names, followed by the score in percent if there is one."""
-    texts = [class_name(names, label) for label in labels.tolist()]
-    if scores is None:
-        return texts
-    return [f'{text} {100 * score:.0f}' for text, score in zip(texts, scores.tolist(), strict=True)]
-
-
-def clipped(box: list[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
+def clip_box(box: list[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
     """Return corner pixels x1, y1, x2 >= x1, y2 >= y1 of a box cut to an image of `size` (width, height)."""
     edges = [edge if math.isfinite(edge) else 0.0 for edge in box]
     x1, y1 = min(max(edges[0], 0), size[0] - 1), min(max(edges[1], 0), size[1] - 1)
@@ -138,7 +127,7 @@ def clipped(box: list[float], size: tuple[int, int]) -> tuple[float, float, floa
 
 
 def draw_box(draw: 'ImageDraw', box: tuple[float, float, float, float], colour: Colour) -> None:
-    """Draw the outline of a box, edged with black so that it is visible on any ground."""
+    """Draw the outline of a box with a black edge, so that it is visible on any background."""
     x1, y1, x2, y2 = box
     thickness = max(3, max(draw.im.size) // 240)
     draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=(0, 0, 0), width=thickness + 1)
@@ -167,7 +156,7 @@ def contact_sheet(
     names: Names,
     score_threshold: float = 0.5,
 ) -> None:
-    """Draw the ground truth and, right of it, the predictions of a few images, two images a line.
+    """Draw the ground truth and, right of it, the predictions of a few images, two images per line.
 
     rows: (image [3, H, W] uint8, prediction {'scores', 'labels', 'boxes'}, target {'labels', 'boxes'}), boxes
     xyxy in pixels of the image. `masks` [N, H, W] are drawn if present. Predictions with a score under
@@ -177,12 +166,11 @@ def contact_sheet(
         raise ValueError('a contact sheet needs at least one image')
     panels = []
     for image, prediction, target in rows:
-        drawn = draw_boxes(image, target['boxes'], target['labels'], names, masks=target.get('masks'))
-        panels.append((f'truth: {len(target["boxes"])}', drawn))
+        panels.append((f'truth: {len(target["boxes"])}', draw_objects(image, target, names)))
         chosen = prediction['scores'] >= score_threshold
-        kept = {name: values[chosen] for name, values in prediction.items() if name in PER_OBJECT}
-        drawn = draw_boxes(image, kept['boxes'], kept['labels'], names, kept['scores'], kept.get('masks'))
-        panels.append((f'found with score {score_threshold:g} or more: {len(kept["boxes"])}', drawn))
+        shown = {name: values[chosen] for name, values in prediction.items() if name in PER_OBJECT}
+        title = f'found with score {score_threshold:g} or more: {len(shown["boxes"])}'
+        panels.append((title, draw_objects(image, shown, names)))
     save_panels(path, panels)
 
 
@@ -191,41 +179,51 @@ def data_sheet(
     rows: list[tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor]]],
     names: Names,
 ) -> None:
-    """Draw images and objects as they are stored and, right of it, as training sees them, two images a line.
+    """Draw images and objects as they are stored and, right of it, after augmentation, two images per line.
 
-    rows: (image [3, H, W] uint8, target {'labels', 'boxes'}), twice; boxes xyxy in pixels of the image.
-    `masks` are drawn if present.
+    rows: (image [3, H, W] uint8, target {'labels', 'boxes'}), stored and augmented; boxes xyxy in pixels of
+    the image. `masks` are drawn if present.
     """
     panels = []
-    for stored, objects, image, target in rows:
-        for title, picture, truth in (('stored', stored, objects), ('after augmentation', image, target)):
-            drawn = draw_boxes(picture, truth['boxes'], truth['labels'], names, masks=truth.get('masks'))
-            height, width = picture.shape[-2:]
-            panels.append((f'{title}: {width} x {height}, {len(truth["boxes"])} objects', drawn))
+    for stored, stored_target, augmented, augmented_target in rows:
+        for title, image, target in (
+            ('stored', stored, stored_target),
+            ('after augmentation', augmented, augmented_target),
+        ):
+            height, width = image.shape[-2:]
+            text = f'{title}: {width} x {height}, {len(target["boxes"])} objects'
+            panels.append((text, draw_objects(image, target, names)))
     save_panels(path, panels)
 
 
+def draw_objects(image: Tensor, objects: dict[str, Tensor], names: Names) -> Tensor:
+    """Call `draw_boxes` with `boxes`, `labels` and, if present, `scores` and `masks`."""
+    return draw_boxes(
+        image, objects['boxes'], objects['labels'], names, objects.get('scores'), objects.get('masks')
+    )
+
+
 def save_panels(path: str | os.PathLike, panels: list[tuple[str, Tensor]]) -> None:
-    """Save pictures [3, H, W] uint8 under their titles as one image, four a line."""
+    """Save images [3, H, W] uint8 below their titles as one image, four per line."""
     columns = min(4, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    figure = new_figure(columns * PANEL[0] / 100, lines * PANEL[1] / 100, layout=None)
-    figure.subplots_adjust(left=0, right=1, bottom=0, top=1 - TITLE / PANEL[1] / lines, wspace=0.02)
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    rows = math.ceil(len(panels) / columns)
+    figure = build_figure(columns * PANEL[0] / 100, rows * PANEL[1] / 100, layout=None)
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1 - TITLE / PANEL[1] / rows, wspace=0.02)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.axis('off')
-    for axis, (title, picture) in zip(axes, panels, strict=False):
-        axis.imshow(picture.permute(1, 2, 0).numpy())
+    for axis, (title, image) in zip(axes, panels, strict=False):
+        axis.imshow(image.permute(1, 2, 0).numpy())
         axis.set_title(title, fontsize=9)
     save_atomically(path, lambda partial: figure.savefig(partial, dpi=100))
 
 
-def new_figure(
+def build_figure(
     width: float, height: float, layout: Literal['constrained'] | None = 'constrained'
 ) -> 'Figure':
-    """Make a matplotlib figure, sized in inches, that needs no display and no global state.
+    """Build a matplotlib figure, sized in inches, that needs no display and no global state.
 
-    layout: matplotlib's engine, which draws everything once more; None: margins are set by hand.
+    layout: matplotlib's layout engine, which draws everything twice; None: the caller sets the margins.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -236,7 +234,7 @@ def new_figure(
 
 
 def to_number(cell: Any) -> float:
-    """Return the number in a cell of metrics.csv; nan if there is none."""
+    """Return the number in a cell of metrics.csv; nan if the cell has no number."""
     try:
         return float(cell)
     except (TypeError, ValueError):
@@ -248,8 +246,8 @@ def plot_curves(
 ) -> None:
     """Plot loss, its terms, metrics and learning rate of a run over `epoch`.
 
-    rows: those of metrics.csv, numbers or text. metrics: names to draw, the first ones with thick lines; by
-    default all.
+    rows: rows of metrics.csv, numbers or text. metrics: names to draw, the first PROMINENT with thick lines;
+    by default all.
     """
     header = dict.fromkeys(name for row in rows for name in row)
     columns = {name: [to_number(row.get(name)) for row in rows] for name in header}
@@ -257,25 +255,25 @@ def plot_curves(
     terms = [name for name in columns if name.startswith('train_loss_')]
     panels = (
         ('loss', ['train_loss', 'test_loss'], 'linear'),
-        ('loss terms', terms_shown(terms), 'log'),
+        ('loss terms', final_terms(terms), 'log'),
         ('metrics', [name for name in tested if name != 'test_loss'], 'linear'),
         ('learning rate', [name for name in columns if short_name(name).split('_')[0] == 'lr'], 'linear'),
     )
-    figure = new_figure(11, 7, layout=None)
+    figure = build_figure(11, 7, layout=None)
     figure.subplots_adjust(left=0.06, right=0.985, bottom=0.07, top=0.95, hspace=0.3, wspace=0.2)
     for panel, (title, names, scale) in zip(figure.subplots(2, 2, sharex=True).ravel(), panels, strict=True):
         epochs = columns.get('epoch') or list(range(len(next(iter(columns.values()), []))))
         for number, name in enumerate(names):
             values, thin = columns.get(name, []), title == 'metrics' and number >= PROMINENT
-            if title == 'metrics':  # COCO's rules give -1 if there was nothing to find
+            if title == 'metrics':  # COCO's rules give -1 if there are no objects
                 values = [math.nan if value < 0 else value for value in values]
             plot_column(panel, epochs, values, short_name(name), 0.9 if thin else 1.8)
         finish_panel(panel, title, scale)
     save_atomically(path, lambda partial: figure.savefig(partial, dpi=110))
 
 
-def terms_shown(terms: list[str]) -> list[str]:
-    """Choose the terms of the last decoder layer and of other kinds, not those of intermediate layers."""
+def final_terms(terms: list[str]) -> list[str]:
+    """Return the first terms that are not of intermediate decoder layers, at most LOSS_TERMS_SHOWN."""
     final = [name for name in terms if not any(part.isdigit() for part in name.split('_'))]
     return final[:LOSS_TERMS_SHOWN]
 
@@ -312,6 +310,6 @@ def finish_panel(panel: 'Axes', title: str, scale: str) -> None:
     else:
         panel.ticklabel_format(axis='y', scilimits=(-2, 4))
         first = np.asarray(panel.lines[0].get_xdata())[0]
-        panel.update_datalim(np.array([(first, 0)]))  # zero is always in sight
+        panel.update_datalim(np.array([(first, 0)]))  # zero is always shown
         panel.autoscale_view()
     panel.legend(fontsize=8, edgecolor='none')

@@ -1,18 +1,18 @@
 """What benchmarks share: flags, detectors, batches, tables, and timing of contenders in turn."""
 
 import argparse
-import importlib
 import math
 import statistics
-import time
+import tempfile
 from collections.abc import Callable, Iterable
-from functools import cache
-from types import ModuleType
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from models import build_model
 from models.ops.functions import describe
+from tools.benchmarks import checkouts
 from util.config.networks import level_strides
 from util.config.settle import Settled, settle
 
@@ -30,34 +30,42 @@ MODELS = {
     'Co-Deformable-DETR': WIDE | HEADS,
     'Co-DINO, five levels': DINO | HEADS,
 }
-# The same methods in the transformers library: class, stages of the backbone that are read, options.
-PEERS = {
-    'DETR': ('Detr', [4], {}),
-    'Conditional DETR': ('ConditionalDetr', [4], {}),
-    'Deformable DETR, two stages': (
-        'DeformableDetr',
-        [2, 3, 4],
-        {'with_box_refine': True, 'two_stage': True},
-    ),
-}
-FLUSHED_BYTES = 2**29  # more than any cache holds; writing them takes 0.1 to 0.2 ms
 
 
-def add_flags(parser: argparse.ArgumentParser, rounds: int, size: tuple[int, int, int] | None = None) -> None:
-    """Declare the flags of all benchmarks and, with a size (batch, height, width), those of a batch."""
+def add_flags(
+    parser: argparse.ArgumentParser,
+    rounds: int,
+    size: tuple[int, int, int] | None = None,
+    against: bool = False,
+) -> None:
+    """Declare the flags of all benchmarks and, with a size (batch, height, width), those of a batch.
+
+    against: declare `--against` too.
+    """
     flag, threads = parser.add_argument, torch.get_num_threads()
     flag('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     flag('--threads', default=threads, type=int, help='CPU threads (default: %(default)s)')
     flag('--rounds', default=rounds, type=int, help='timed rounds of each contender (default: %(default)s)')
     for name, default in zip(('batch_size', 'height', 'width'), size or (), strict=False):
         flag(f'--{name}', default=default, type=int, help='(default: %(default)s)')
+    if against:
+        text = 'compare with another checkout alone, for example a worktree of an older commit'
+        flag('--against', type=checkout, metavar='DIR', help=text)
+
+
+def checkout(text: str) -> Path:
+    """Return the absolute folder of `--against`."""
+    folder = Path(text).resolve()
+    if not (folder / 'models').is_dir():
+        raise argparse.ArgumentTypeError(f'{text} has no models/: name a checkout of this repository')
+    return folder
 
 
 def start(args: argparse.Namespace, title: str) -> None:
     """Seed, set the number of threads, and print what is measured, where, and on which kernels."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    size = f', R50, {args.batch_size} x {args.height} x {args.width}' if hasattr(args, 'height') else ''
+    size = f', {args.batch_size} x {args.height} x {args.width}' if hasattr(args, 'height') else ''
     where = torch.cuda.get_device_name() if args.device == 'cuda' else f'CPU, {args.threads} thread(s)'
     print(
         f'{title}{size}, {where}, PyTorch {torch.__version__}, median of {args.rounds} rounds in turn; '
@@ -75,11 +83,11 @@ def print_row(cells: Iterable[object]) -> None:
 
 
 def print_times(times: dict[str, float]) -> None:
-    """Print a row for each contender; the first one is ours."""
-    ours = next(iter(times.values()))
-    print_head(('contender', 'ms', 'ours is faster by'))
+    """Print a row for each contender; the others are compared with the first one."""
+    first = next(iter(times.values()))
+    print_head(('contender', 'ms', 'the first is faster by'))
     for name, ms in times.items():
-        print_row((name, f'{ms:.1f}', f'{ms / ours:.2f}'))
+        print_row((name, f'{ms:.1f}', f'{ms / first:.2f}'))
 
 
 def detector_flags(args: argparse.Namespace, **flags: object) -> Settled:
@@ -87,7 +95,7 @@ def detector_flags(args: argparse.Namespace, **flags: object) -> Settled:
 
     Two stages need as many tokens as queries, so small images get fewer queries.
     """
-    settled = settle(argparse.Namespace(backbone_weights='none', **flags))
+    settled = settle(argparse.Namespace(**{'backbone_weights': 'none'} | flags))
     if settled.family != 'deformable':
         return settled
     strides = level_strides(settled)
@@ -108,65 +116,53 @@ def training_batch(args: argparse.Namespace, objects: int = 7) -> tuple[Tensor, 
     return images.to(args.device), targets
 
 
-@cache
-def import_transformers() -> ModuleType | None:
-    """Return the transformers library; if it is not installed, print so once and return None."""
-    try:
-        return importlib.import_module('transformers')
-    except ImportError:
-        print('transformers is not installed: not compared with it')
-        return None
+def detector_inputs(args: argparse.Namespace, task: str, objects: int = 7, **flags: object) -> dict:
+    """Return the inputs of `checkouts.detector_case` for a detector with these flags and without dropout."""
+    settled = detector_flags(args, **flags, dropout=0.0)
+    numbers = {
+        name: number for name in ('num_queries', 'hybrid_queries') if (number := getattr(settled, name))
+    }
+    images, targets = training_batch(args, objects)
+    return {
+        'task': task,
+        'flags': flags | numbers | {'dropout': 0.0, 'backbone_weights': 'none'},
+        'weights': build_model(settled)[0].state_dict(),
+        'images': images,
+        'targets': targets,
+    }
 
 
-def transformers_model(transformers: ModuleType, method: str, **options: object) -> nn.Module:
-    """Build a method of PEERS in the transformers library, with R50 and random weights."""
-    family, stages, own = PEERS[method]
-    backbone = transformers.ResNetConfig(out_features=[f'stage{stage}' for stage in stages])
-    config = getattr(transformers, f'{family}Config')(
-        use_timm_backbone=False,
-        use_pretrained_backbone=False,
-        backbone_config=backbone,
-        num_labels=91,
-        **own,
-        **options,
-    )
-    return getattr(transformers, f'{family}ForObjectDetection')(config)
+def compare_checkouts(args: argparse.Namespace, cases: Iterable[tuple[str, dict]]) -> None:
+    """Print the times of this checkout and of `args.against` in each case (name, and inputs of `build_case`).
+
+    Raises:
+        ValueError: their results differ.
+    """
+    print_head(('case', 'this checkout, ms', f'{args.against}, ms', 'this checkout is faster by'))
+    for name, inputs in cases:
+        with tempfile.NamedTemporaryFile(suffix='.pt') as file:
+            torch.save(inputs, file.name)
+            with (
+                checkouts.Worker(checkouts.ROOT, file.name, args) as this,
+                checkouts.Worker(args.against, file.name, args) as other,
+            ):
+                if this.kernels != other.kernels:
+                    print(f'this checkout: {this.kernels}; {args.against}: {other.kernels}')
+                checkouts.check_agreement(name, this.results, other.results)
+                rounds = [(this.ask(), other.ask()) for _ in range(args.rounds)]
+        new, old = map(statistics.median, zip(*rounds, strict=True))
+        print_row((name, f'{new:.3f}', f'{old:.3f}', f'{old / new:.2f}'))
 
 
 def time_in_turn(
     contenders: dict[str, Callable[[], object]], rounds: int, device: str = 'cpu'
 ) -> dict[str, float]:
-    """Return median milliseconds of each contender, after one more round to warm up.
+    """Return median milliseconds of each contender, after a round to warm up.
 
-    Each begins with the others' data in the cache, as in a real step.
+    Each begins with data of the others in the cache, as in a real step.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + 1):
         for name, call in contenders.items():
-            times[name].append(time_once(call, device))
+            times[name].append(checkouts.time_once(call, device))
     return {name: statistics.median(values[1:]) for name, values in times.items()}
-
-
-def time_once(call: Callable[[], object], device: str) -> float:
-    """Time one call; on a GPU by events, with empty caches.
-
-    While the caches are emptied, the host gets ahead. A single kernel is thus timed without its launch, and a
-    step of many with all its waits for the host.
-    """
-    if device != 'cuda':
-        start = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - start)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    flushed().zero_()
-    begin.record()
-    call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end)
-
-
-@cache
-def flushed() -> Tensor:
-    return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device='cuda')

@@ -1,15 +1,14 @@
-"""Loading of images, from a JPEG file to the network's input: Pillow and floats against our loader."""
+"""Loading of images, from a JPEG file to the network's input, at evaluation and at training."""
 
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import PIL.Image
 import torch
 from torch import Tensor
 from torchvision.io import write_jpeg
-from torchvision.transforms import functional as classic
 
 from datasets.augmentations import DETRAugmentation
 from datasets.image_io import read_image
@@ -18,11 +17,11 @@ from tools.benchmarks.common import time_in_turn
 from util.errors import UserError
 from util.seeding import local_seed
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGE_SETS = {'evaluation': 'val', 'training': 'train'}
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser('data', help='from JPEG file to network input: Pillow, or our loader')
+    parser = commands.add_parser('data', help='loading of images, from JPEG file to network input')
     parser.add_argument('--coco_path', help='folder searched for JPEGs; by default images are drawn')
     parser.add_argument('--num_images', default=32, type=int, help='number of images per round')
     parser.add_argument('--rounds', default=7, type=int, help='timed rounds of each contender')
@@ -35,21 +34,17 @@ def benchmark_data(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = find_images(args.coco_path) if args.coco_path else draw_images(folder, args)
         paths = paths[: args.num_images]
-        load = {image_set: loader(image_set, args.seed) for image_set in ('val', 'train')}
-        sizes = check_agreement(paths, load['val'])
-        contenders = {
-            'evaluation, Pillow and float32': lambda: [
-                load_with_pillow(*pair) for pair in zip(paths, sizes, strict=True)
-            ],
-            'evaluation, our loader': lambda: [load['val'](path) for path in paths],
-            'training, our loader': lambda: [load['train'](path) for path in paths],
-        }
+        loaders = {name: loader(image_set, args.seed) for name, image_set in IMAGE_SETS.items()}
+        contenders = {name: partial(load_all, load, paths) for name, load in loaders.items()}
         times = time_in_turn(contenders, args.rounds)
     print(f'{len(paths)} JPEG images, one thread, median of {args.rounds} rounds in turn')
     for name, ms in times.items():
-        print(f'  {name:<32}{1e3 * len(paths) / ms:8.1f} images/s a core')
-    slow, fast, _ = times.values()
-    print(f'  evaluation: our loader is faster by {slow / fast:.2f}')
+        print(f'  {name:<12}{1e3 * len(paths) / ms:8.1f} images/s a core')
+
+
+def load_all(load: Callable[[Path], Tensor], paths: list[Path]) -> None:
+    for path in paths:
+        load(path)
 
 
 def find_images(root: str) -> list[Path]:
@@ -72,7 +67,7 @@ def draw_images(folder: str, args: argparse.Namespace) -> list[Path]:
 
 
 def loader(image_set: str, seed: int) -> Callable[[Path], Tensor]:
-    """Return our loader of an image file: uint8 up to the batch; the model normalizes on its device."""
+    """Return the loader of an image file: uint8 up to the batch; the model normalizes on its device."""
     transforms = DETRAugmentation().transforms(image_set)
 
     def load(path: Path) -> Tensor:
@@ -91,27 +86,3 @@ def loader(image_set: str, seed: int) -> Callable[[Path], Tensor]:
             return transforms(image, target)[0]
 
     return load
-
-
-def load_with_pillow(path: Path, size: tuple[int, int]) -> Tensor:
-    """Load as the official code does at evaluation: Pillow resizes; float32, normalized, on the CPU."""
-    with PIL.Image.open(path) as opened:
-        image = opened.convert('RGB')
-    return classic.normalize(classic.to_tensor(classic.resize(image, list(size))), MEAN, STD)
-
-
-def check_agreement(paths: list[Path], load: Callable[[Path], Tensor]) -> list[tuple[int, int]]:
-    """Compare our images with Pillow's, and return the height and width of each.
-
-    Raises:
-        ValueError: a pixel differs by more than one grey level.
-    """
-    sizes = []
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-    for path in paths:
-        image = load(path)
-        sizes.append((image.shape[1], image.shape[2]))
-        levels = 255 * (load_with_pillow(path, sizes[-1]) * std + mean)
-        if (levels - image).abs().max() > 1.01:
-            raise ValueError(f'{path}: our image differs from that of Pillow by more than one grey level')
-    return sizes

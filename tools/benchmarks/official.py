@@ -1,10 +1,10 @@
 """
-The official code in place of ours: its CUDA extension, and its way through a training step.
+The official CUDA extension, and a model that computes as the official code does.
 
 The extension (`models/ops/src` of Deformable DETR, which H-Deformable-DETR and MS-DETR copy) is not part of
-this repository; it is compiled for the present PyTorch. The way through a step uses modules and weights of
-ours. It samples with grid_sample or the extension, lets all query groups attend under one mask, keeps frozen
-norms behind their convolutions, computes matching and losses layer by layer, and reads each term on the host.
+this repository; it is compiled for the installed PyTorch. The model has the modules and weights of this
+repository. It samples with the extension or grid_sample, lets all query groups attend under one mask, and
+keeps frozen norms behind their convolutions. Matching and losses are those of this repository.
 """
 
 import os
@@ -12,7 +12,7 @@ import re
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -26,11 +26,8 @@ from models import build_model
 from models.ops.functions import use_implementation
 from models.ops.modules import MSDeformAttn
 from models.structures import AttentionBlock, QueryGroup, attention_blocks
-from models.training.criterion import weighted_sum
 from models.transformer import Blocks
-from tools.benchmarks.reference_criterion import reference_losses
 from util.errors import UserError
-from util.precision import Precision
 
 # Names that PyTorch has changed: dtype and device of a tensor, its pointer, checks, and a removed header.
 SUBSTITUTIONS = (
@@ -76,8 +73,8 @@ def load_official(folder: Path) -> ModuleType:
         raise UserError(
             f'--official {folder} has no CUDA sources: give models/ops/src of an official repository'
         )
-    kept = os.environ.get('TORCH_EXTENSIONS_DIR')
-    copy = Path(kept, 'official_sources') if kept else Path(tempfile.mkdtemp())
+    cache_folder = os.environ.get('TORCH_EXTENSIONS_DIR')
+    copy = Path(cache_folder, 'official_sources') if cache_folder else Path(tempfile.mkdtemp())
     for path in sources:
         target = copy / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +116,7 @@ def official_path(extension: ModuleType | None = None) -> Iterator[None]:
 
 
 class OfficialAttention(torch.autograd.Function):
-    """The official extension in autograd, as its own repository has it."""
+    """The official extension in autograd, as in its repository."""
 
     @staticmethod
     def forward(ctx: object, extension: ModuleType, *tensors: Tensor) -> Tensor:
@@ -153,28 +150,9 @@ def under_one_mask(blocks: Blocks, device: torch.device | None = None) -> Attent
     return AttentionBlock(everything, [everything], hidden.to(device))
 
 
-def official_model(flags: Namespace, weights: dict[str, Tensor]) -> nn.Module:
-    """Build the model of the flags with frozen norms behind their convolutions."""
+def official_model(flags: Namespace, weights: dict[str, Tensor]) -> tuple[nn.Module, nn.Module]:
+    """Build the model of the flags, with frozen norms behind their convolutions, and its criterion."""
     with patch('models.backbone.fold_frozen_norms', lambda network: None):
-        model = build_model(flags)[0]
+        model, criterion, _ = build_model(flags)
     model.load_state_dict(weights)
-    return model
-
-
-def official_loss(
-    model: nn.Module, coefficients: dict[str, float], k: int, batch: tuple, extension: ModuleType | None
-) -> Callable[[Precision], Tensor]:
-    """Make the loss of Deformable DETR or, with every object `k` times, of H-DETR.
-
-    batch: images and their objects.
-    """
-
-    def loss(precision: Precision) -> Tensor:
-        with official_path(extension), precision.autocast():
-            outputs = model(*batch)
-        losses, _ = reference_losses(outputs['predictions'], batch[1], k)
-        for value in losses.values():
-            value.item()
-        return weighted_sum(losses, coefficients)
-
-    return loss
+    return model, criterion

@@ -1,9 +1,9 @@
 """
 Deformable attention at the shapes of real detectors, forward and backward.
 
-Every implementation of this machine is compared with grid_sample, the module of the transformers library and,
-if its sources are given, the official extension. On a GPU the share of a floor is printed too: the least time
-of the case's memory traffic at the rates below.
+Every implementation of this machine is compared with grid_sample and, if its sources are given, with the
+official extension. On a GPU the share of a floor is printed too: the least time of the case's memory traffic
+at the rates below.
 """
 
 import argparse
@@ -36,7 +36,7 @@ class Case(NamedTuple):
     channels: int = 32
 
     def shapes(self) -> list[tuple[int, int]]:
-        """Return the shapes of maps with strides 8, 16, 32 and 64; a fifth level is the first, of stride 4."""
+        """Return the shapes of maps with strides 8, 16, 32 and 64; five levels begin with stride 4."""
         height, width = IMAGES[self.image]
         strides = (4, 8, 16, 32, 64)[-self.levels :]
         return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in strides]
@@ -65,7 +65,6 @@ GPU_CASES = {
 # Bytes a second: memory by GPU, first-level cache, additions in the second-level cache (Hopper).
 DRAM = {'H200': 4.3e12, 'H100': 3.0e12}
 L1, REDUCTIONS = 33e12, 3.7e12
-PEERS = ('grid_sample', 'transformers', 'official')
 # Largest difference from grid_sample, as a share of the largest number.
 AGREE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 RESULTS = 'output', 'gradient of values', 'gradient of locations', 'gradient of weights'
@@ -75,7 +74,7 @@ Calls = tuple[Callable[[], object], Callable[[], object]]  # forward, backward
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser('op', help='deformable attention against its peers')
-    common.add_flags(parser, rounds=7)
+    common.add_flags(parser, rounds=7, against=True)
     parser.set_defaults(threads=1)
     parser.add_argument('--only', default='', help='cases whose names contain this')
     add_official(parser)
@@ -85,48 +84,58 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 def benchmark_op(args: argparse.Namespace) -> None:
     common.start(args, 'Deformable attention, milliseconds')
     gpu = args.device == 'cuda'
+    cases = {name: case for name, case in (GPU_CASES if gpu else CPU_CASES).items() if args.only in name}
+    if args.against:
+        common.compare_checkouts(
+            args, ((name, checkout_inputs(case, args.device)) for name, case in cases.items())
+        )
+        return
     official = load_official(args.official) if args.official else None
-    peers = [name for name in PEERS if name != 'official' or official is not None]
-    titles = ['case', 'implementation', 'forward', 'backward', *(f'times {peer}' for peer in peers)]
-    titles += ['share of the floor'] if gpu else []
+    titles = ['case', 'implementation', 'forward', 'backward', 'times grid_sample']
+    titles += ['times official'] * (official is not None) + ['share of the floor'] * gpu
     for dtype in (torch.float32, torch.bfloat16) if gpu else (torch.float32,):
         print(f'\n{str(dtype).removeprefix("torch.")} values (peers: float32)\n')
         common.print_head(titles)
-        for case, sizes in (GPU_CASES if gpu else CPU_CASES).items():
-            if args.only in case:
-                report(case, sizes, dtype, official, args)
+        for name, case in cases.items():
+            report(name, case, dtype, official, args)
 
 
-def report(case: str, sizes: Case, dtype: torch.dtype, official: object, args: argparse.Namespace) -> None:
+def checkout_inputs(case: Case, device: str) -> dict:
+    """Return the inputs of `checkouts.operator_case`."""
+    value, locations, weights = draw_inputs(case, device)
+    grad = torch.randn(case.batch, locations.shape[1], HEADS * case.channels, device=device)
+    shapes = [side for shape in case.shapes() for side in shape]
+    return {'value': value, 'shapes': shapes, 'locations': locations, 'weights': weights, 'grad': grad}
+
+
+def report(name: str, case: Case, dtype: torch.dtype, official: object, args: argparse.Namespace) -> None:
     """Print rows of one case; a ratio is the peer's time divided by the row's, forward and backward."""
-    shapes = sizes.shapes()
-    value, locations, weights = make_inputs(sizes, args.device)
-    grad = torch.randn(sizes.batch, locations.shape[1], HEADS * sizes.channels, device=args.device)
-    inputs = value, [side for shape in shapes for side in shape], locations, weights
+    value, shapes, locations, weights, grad = checkout_inputs(case, args.device).values()
+    inputs = value, shapes, locations, weights
     contenders = peer_calls(grad, inputs, official)
     peers = list(contenders)
-    for name in available(args.device):
-        if name != 'pytorch':
-            contenders[name] = kernel_calls(name, grad.to(dtype), (value.to(dtype), *inputs[1:]))
-        if name == 'cuda':
-            contenders['cuda, deterministic'] = tuple(map(deterministic, contenders[name]))
-    check_agreement(case, contenders, dtype)
+    for kernel in available(args.device):
+        if kernel != 'pytorch':
+            contenders[kernel] = kernel_calls(kernel, grad.to(dtype), (value.to(dtype), *inputs[1:]))
+        if kernel == 'cuda':
+            contenders['cuda, deterministic'] = tuple(map(deterministic, contenders[kernel]))
+    check_agreement(name, contenders, dtype)
     if args.rounds == 0:
         return
     times = [
         common.time_in_turn(
-            {name: calls[way] for name, calls in contenders.items()}, args.rounds, args.device
+            {contender: calls[way] for contender, calls in contenders.items()}, args.rounds, args.device
         )
         for way in range(2)
     ]
-    floor = floors(sizes, locations, dtype) if args.device == 'cuda' else None
-    for name in contenders:
-        cells = [f'{taken[name]:.3f}' for taken in times]
-        cells += [' + '.join(f'{taken[peer] / taken[name]:.2f}' for taken in times) for peer in peers]
+    floor = floors(case, locations, dtype) if args.device == 'cuda' else None
+    for contender in contenders:
+        cells = [f'{way[contender]:.3f}' for way in times]
+        cells += [' + '.join(f'{way[peer] / way[contender]:.2f}' for way in times) for peer in peers]
         if args.device == 'cuda':
             shares = zip(floor or (), times, strict=False)
-            cells.append(' + '.join(f'{100 * low / taken[name]:.0f} %' for low, taken in shares) or '-')
-        common.print_row((case, name, *cells))
+            cells.append(' + '.join(f'{100 * least / way[contender]:.0f} %' for least, way in shares) or '-')
+        common.print_row((name, contender, *cells))
 
 
 def kernel_calls(name: str, grad: Tensor, inputs: Inputs) -> Calls:
@@ -154,13 +163,6 @@ def peer_calls(grad: Tensor, inputs: Inputs, official: object) -> dict[str, Call
             lambda v, *x: ms_deform_attn_core_pytorch(v, pairs(flat_shapes), *x), grad, inputs
         )
     }
-    if common.import_transformers() is not None:
-        from transformers.models.deformable_detr import modeling_deformable_detr
-
-        module = modeling_deformable_detr.MultiScaleDeformableAttention()
-        peers['transformers'] = with_autograd(
-            lambda v, *x: module(v, shapes, pairs(flat_shapes), starts, *x, 64), grad, inputs
-        )
     if official is not None:
         tensors = value, shapes, starts, locations, weights
         peers['official'] = (
@@ -193,16 +195,16 @@ def check_agreement(case: str, contenders: dict[str, Calls], dtype: torch.dtype)
 
     expected = results('grid_sample')
     for name in contenders:
-        for what, ours, theirs in zip(RESULTS, results(name), expected, strict=True):
-            error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+        for what, result, reference in zip(RESULTS, results(name), expected, strict=True):
+            error = ((result - reference).abs().max() / reference.abs().max()).item()
             if not error <= AGREE[dtype]:
                 raise ValueError(
                     f'{case}: the {what} of {name} differs from that of grid_sample by {error:.1e}'
                 )
 
 
-def make_inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Make points around their query as in a freshly built model, in eight directions.
+def draw_inputs(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw values, points and weights; points lie around their query as in a new model, in eight directions.
 
     A decoder's queries are anywhere. Points are one to four pixels away, with noise. None lies near the
     middle of a pixel, where the slope jumps and rounding decides which side counts.

@@ -1,15 +1,4 @@
-"""
-Matching and losses the plain way, layer by layer and image by image, as the papers describe them.
-
-The stacked criterion is compared with them in numbers (tests) and in time:
-
-    python tools/benchmark.py criterion     H-Deformable-DETR at its training size, forward and backward
-
-The size is 6 layers, 300 + 1500 queries, 22,223 proposals and every object 6 times.
-"""
-
-import argparse
-from collections.abc import Callable
+"""Matching and losses the plain way, layer by layer and image by image, as the papers describe them."""
 
 import torch
 import torch.nn.functional as F
@@ -18,50 +7,15 @@ from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from models.structures import Prediction
-from models.training.criterion import loss_suffixes, weighted_sum
-from models.training.supervision import build_supervision
-from tools.benchmarks import common
+from models.training.criterion import loss_suffixes
 from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
-from util.config.settle import settle
 
-REPEATS = 6
 Pairs = list[tuple[Tensor, Tensor]]  # queries and objects of each image
-
-
-def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser('criterion', help='matching and losses of H-Deformable-DETR')
-    common.add_flags(parser, rounds=7)
-    parser.add_argument('--objects', default=20, type=int, help='objects in each of the two images')
-    parser.add_argument('--proposals', default=22223, type=int, help='proposals of the encoder')
-    parser.set_defaults(run=benchmark_criterion)
-
-
-def benchmark_criterion(args: argparse.Namespace) -> None:
-    common.start(args, f'Criterion of H-Deformable-DETR, {args.objects} objects an image')
-    flags = argparse.Namespace(two_stage=True, with_box_refine=True, hybrid_k=REPEATS)
-    criterion, _, _ = build_supervision(settle(flags))
-    predictions, targets = hybrid_batch((args.objects, args.objects), args.proposals)
-    leaves = [x for p in predictions.values() for x in (p.logits, p.boxes)]
-
-    def stacked() -> Tensor:
-        return weighted_sum(criterion({'predictions': predictions}, targets), criterion.weight_dict)
-
-    def plain() -> Tensor:
-        return weighted_sum(reference_losses(predictions, targets, REPEATS)[0], criterion.weight_dict)
-
-    def with_backward(forward: Callable[[], Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(forward(), leaves)
-
-    torch.testing.assert_close(stacked(), plain(), rtol=1e-5, atol=0)
-    for way in (lambda forward: forward, with_backward):
-        contenders = {'stacked': way(stacked), 'plain': way(plain)}
-        print('forward and backward' if way is with_backward else 'forward')
-        common.print_times(common.time_in_turn(contenders, args.rounds))
 
 
 @torch.no_grad()
 def match(logits: Tensor, boxes: Tensor, targets: list[dict]) -> Pairs:
-    """Hungarian matching of a layer: 2 class (focal) + 5 L1 - 2 GIoU, every query of the batch against every object."""
+    """Match a layer: 2 class (focal) + 5 L1 - 2 GIoU of every query of the batch with every object."""
     batch, num_queries = logits.shape[:2]
     p, boxes = logits.flatten(0, 1).sigmoid(), boxes.flatten(0, 1)
     labels = torch.cat([target['labels'] for target in targets])
@@ -72,8 +26,8 @@ def match(logits: Tensor, boxes: Tensor, targets: list[dict]) -> Pairs:
     corners = box_cxcywh_to_xyxy(boxes)[:, None], box_cxcywh_to_xyxy(target_boxes)[None]
     cost = (cost - 2 * generalized_box_iou(*corners)).view(batch, num_queries, -1).cpu()
     parts = cost.split([len(target['boxes']) for target in targets], dim=-1)
-    found = [linear_sum_assignment(part[image]) for image, part in enumerate(parts)]
-    return [(torch.as_tensor(query), torch.as_tensor(target)) for query, target in found]
+    pairs = [linear_sum_assignment(part[image]) for image, part in enumerate(parts)]
+    return [(torch.as_tensor(query), torch.as_tensor(target)) for query, target in pairs]
 
 
 def layer_losses(
@@ -120,18 +74,15 @@ def hybrid_batch(
     num_tokens: int = 22223,
     queries: tuple[int, int] = (300, 1500),
     layers: int = 6,
-    requires_grad: bool = True,
 ) -> tuple[dict[str, Prediction], list[dict]]:
-    """Draw predictions and objects of H-DETR's training size (91 classes); the logits are low, as trained
-    ones.
-    """
+    """Draw predictions and objects of H-DETR's training size (91 classes), with low logits as in training."""
     batch, predictions = len(num_objects), {}
     sizes = {'one2one': (layers, queries[0]), 'one2many': (layers, queries[1]), 'enc': (1, num_tokens)}
     for kind, (num_layers, size) in sizes.items():
         shape = num_layers, batch, size
-        logits = (torch.randn(*shape, 91) - 4).requires_grad_(requires_grad)
+        logits = (torch.randn(*shape, 91) - 4).requires_grad_()
         boxes = torch.cat([torch.rand(*shape, 2), 0.05 + 0.3 * torch.rand(*shape, 2)], dim=-1)
-        predictions[kind] = Prediction(logits, boxes.requires_grad_(requires_grad))
+        predictions[kind] = Prediction(logits, boxes.requires_grad_())
     targets = [
         {
             'labels': torch.randint(1, 91, (num,)),
