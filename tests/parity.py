@@ -117,13 +117,22 @@ class Case:
         return to_targets(self.record['targets'])
 
 
-def case_params(paths: Sequence[Path], quick: Sequence[str], folder: bool = False) -> list:
-    """Cases as parameters, named after their files (and folders); those that are not `quick` are slow."""
+def case_params(
+    paths: Sequence[Path], quick: Sequence[str], exhaustive: Sequence[str] = (), folder: bool = False
+) -> list:
+    """Return cases as parameters, named after their files (and folders); those that are not `quick` are slow.
+
+    Args:
+        exhaustive: cases whose flags are those of other cases, in other sizes.
+    """
+
+    def mark(name: str) -> tuple:
+        marks = pytest.mark.slow, pytest.mark.exhaustive
+        return marks if name in exhaustive else marks[: name not in quick]
+
     return [
         pytest.param(
-            path,
-            id=f'{path.parent.name}-{path.stem}' if folder else path.stem,
-            marks=() if path.stem in quick else pytest.mark.slow,
+            path, id=f'{path.parent.name}-{path.stem}' if folder else path.stem, marks=mark(path.stem)
         )
         for path in paths
     ]

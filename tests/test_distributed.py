@@ -86,9 +86,7 @@ def counts_of(name: str, steps: int = 20) -> list[list[int]]:
 @pytest.mark.parametrize(
     'name',
     [
-        name
-        if name in ('detr', 'hybrid', 'mixed', 'co_dino')
-        else pytest.param(name, marks=pytest.mark.exhaustive)
+        name if name in ('detr', 'mixed', 'co_dino') else pytest.param(name, marks=pytest.mark.exhaustive)
         for name in SCHEMES
     ],
 )

@@ -51,10 +51,7 @@ def exported(checkpoint: Path, output: Path, *more: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'family',
-    [
-        pytest.param(name, marks=() if name in ('hybrid', 'dino') else pytest.mark.exhaustive)
-        for name in FAMILIES
-    ],
+    [pytest.param(name, marks=() if name == 'hybrid' else pytest.mark.exhaustive) for name in FAMILIES],
 )
 def test_onnx_equals_torch(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

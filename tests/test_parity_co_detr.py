@@ -40,6 +40,7 @@ CASES = sorted(
     path for folder in ('co_deformable_detr', 'co_dino') for path in SHARED.glob(f'parity/{folder}/r50*.json')
 )
 QUICK = ('r50_cap_flags',)
+EXHAUSTIVE = ('r50_5scale_9enc_lsj_tiny_none', 'r50_normal_crowd')
 # Proposals are float32 logarithms, whose last bit depends on the processor and on MKL. With this setting MKL
 # gives the recorded ones.
 TIGHT = os.environ.get('MKL_CBWR') == 'COMPATIBLE'
@@ -188,7 +189,7 @@ def draw_by_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, 'randint_like', randint_like)
 
 
-@pytest.fixture(scope='module', params=case_params(CASES, QUICK, folder=True))
+@pytest.fixture(scope='module', params=case_params(CASES, QUICK, EXHAUSTIVE, folder=True))
 def case(request: pytest.FixtureRequest) -> Iterator[CollaborativeCase]:
     with float64():
         yield CollaborativeCase(request.param)

@@ -77,9 +77,10 @@ class DeformableCase(Case):
 
 
 QUICK = ('r50_box_refine_two_stage',)
+EXHAUSTIVE = ('r50_single_scale', 'ms_detr_300', 'ms_detr_pp_900')
 
 
-@pytest.fixture(scope='module', params=case_params(CASES, QUICK))
+@pytest.fixture(scope='module', params=case_params(CASES, QUICK, EXHAUSTIVE))
 def case(request: pytest.FixtureRequest) -> DeformableCase:
     return DeformableCase(request.param)
 
