@@ -1,8 +1,9 @@
 """
-Run one epoch of training, or one evaluation: plain loops that know no scheme by name.
+Run one epoch of training, or one evaluation. These loops are the same for all methods.
 
-A training step synchronises with the device twice: when the criterion copies the matching costs, and when the norm of the gradient
-decides whether the step is made. Co-DETR's heads and denoising add some.
+A training step waits for the device twice: when the criterion copies the matching costs, and when the norm of
+the gradient decides whether the optimizer makes the step. Denoising and the heads of Co-DETR add further
+waits.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,11 +19,11 @@ from datasets.coco_eval import encode_masks
 from datasets.evaluation import Evaluation, Evaluator
 from models.postprocess import postprocess_batch, to_cpu
 from models.training.criterion import weighted_sum
-from util.black_box import BlackBox
 from util.box_ops import box_cxcywh_to_xyxy
 from util.distributed.parallel import local_gradients
 from util.errors import UserError
 from util.logger import Progress
+from util.nan_guard import NonFiniteGuard
 from util.nested_tensor import NestedTensor, collate_fn
 from util.optim import build_optimizer as build_optimizer
 from util.precision import Precision
@@ -41,48 +42,50 @@ def train_one_epoch(
     precision: Precision | None = None,
     state: EpochState | None = None,
     end_step: Callable[[bool], None] = lambda made: None,
-    black_box: BlackBox | None = None,
+    guard: NonFiniteGuard | None = None,
 ) -> dict[str, float]:
     """Train on every batch once.
 
     Args:
-        max_norm: gradients are clipped to this total norm; 0 leaves them alone.
+        max_norm: largest norm of the gradient, which is clipped; 0 = no clipping.
         accum_steps: batches of one optimizer step; the gradient is that of one batch of all their images.
         print_freq: optimizer steps between two progress lines.
-        state: how far an interrupted epoch had come; the loader begins there.
-        end_step: called after each step, with whether the optimizer made one.
+        state: progress of an interrupted epoch, where the loader starts.
+        end_step: called after each step, with whether the optimizer made it.
+        guard: handles steps that are not finite.
 
     Returns:
         Means over epoch and processes of `loss` and every unweighted term, and `SetCriterion.statistics`.
 
     Raises:
-        UserError: too many steps in a row had to be left out.
+        UserError: too many steps in a row are not finite.
     """
     model.train()
     criterion.train()
     precision = precision or Precision('off', next(model.parameters()).device)
     state = state or EpochState()
     progress = Progress(title, len(data_loader) // accum_steps, print_freq, state.step)
-    black_box, bare = black_box or BlackBox(), getattr(model, 'module', model)
+    guard, bare_model = guard or NonFiniteGuard(), getattr(model, 'module', model)
     trained = [p for p in model.parameters() if p.requires_grad]
     for batches in grouped(data_loader, accum_steps):
         step_targets = [targets for _, targets in batches]
-        counted = criterion.pair_counts.copy()
+        pair_counts = criterion.pair_counts.copy()
         optimizer.zero_grad(set_to_none=True)
-        black_box.before(model)
-        found = []
+        guard.before_step(model)
+        terms = []
         for index, (samples, targets) in enumerate(batches):
             with local_gradients(model) if index + 1 < len(batches) else nullcontext():
                 _, losses, loss = losses_of(model, criterion, precision, step_targets, samples, targets)
                 precision.backward(loss / len(batches))
-            found.append({'loss': loss.detach()} | {name: value.detach() for name, value in losses.items()})
-        made, finite = precision.step(optimizer, trained, max_norm, [each['loss'] for each in found])
-        again = partial(losses_of, bare, criterion, precision, step_targets)
-        black_box.after(finite, bare, batches, again, f'{title} step {state.step + 1}')
-        if not finite:
-            criterion.pair_counts = counted
-        for each in found if finite else []:
-            state.meter.update(each)
+            terms.append({'loss': loss.detach()} | {name: value.detach() for name, value in losses.items()})
+        made, finite = precision.step(optimizer, trained, max_norm, [batch['loss'] for batch in terms])
+        loss_of = partial(losses_of, bare_model, criterion, precision, step_targets)
+        guard.after_step(finite, bare_model, batches, loss_of, f'{title} step {state.step + 1}')
+        if finite:
+            for batch_terms in terms:
+                state.meter.update(batch_terms)
+        else:
+            criterion.pair_counts = pair_counts
         state.step += 1
         progress.step(sum(len(targets) for targets in step_targets), state.meter)
         end_step(made)
@@ -116,15 +119,15 @@ def try_largest_batch(
     size: tuple[int, int],
     num_objects: int,
 ) -> None:
-    """Run forward and backward once on the largest batch that can come, with AdamW's two moments in memory.
+    """Run forward and backward on the largest possible batch, with memory for the moments of AdamW.
 
-    Nothing changes: no step is made, and random numbers, statistics and counts are put back.
+    The optimizer makes no step. Random states, buffers and counts are restored.
 
     Args:
         size: height and width of the images, pixels.
 
     Raises:
-        UserError: the memory does not suffice.
+        UserError: the batch does not fit into the memory.
     """
     model.train()
     device = next(model.parameters()).device
@@ -147,9 +150,9 @@ def try_largest_batch(
     except torch.OutOfMemoryError as error:
         height, width = size
         raise UserError(
-            f'{batch_size} images of {height} x {width} pixels with {num_objects} objects each, the worst batch that can '
-            'come, do not fit into the memory of the GPU: lower --batch_size (and keep --total_batch_size), or add --amp '
-            'bf16, --batches size, --use_checkpoint, --fsdp'
+            f'{batch_size} images of {height} x {width} pixels with {num_objects} objects each, the worst '
+            'batch that can come, do not fit into the memory of the GPU: lower --batch_size (and keep '
+            '--total_batch_size), or add --amp bf16, --batches size, --use_checkpoint, --fsdp'
         ) from error
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
@@ -167,7 +170,7 @@ def evaluate(
     precision: Precision | None = None,
     after_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Return the metrics of a model on a dataset; no targets go in, and no losses come out."""
+    """Return the metrics of a model on a dataset. The model gets no targets, and no losses are computed."""
     model.eval()
     device = next(model.parameters()).device
     precision = precision or Precision('off', device)
@@ -190,7 +193,7 @@ def evaluate(
 def sample_detections(
     model: nn.Module, postprocessors: dict[str, nn.Module], dataset: Dataset, count: int = 6
 ) -> list[tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]]:
-    """Return the first images of a dataset, what is detected in them, and their objects, to be drawn."""
+    """Return the first images of a dataset with their detections and their objects, for a drawing."""
     model.eval()
     device = next(model.parameters()).device
     rows = []
@@ -209,14 +212,14 @@ def sample_detections(
 
 
 def grouped(batches: Iterable, size: int) -> Iterator[list]:
-    """Yield runs of `size` batches; drop an incomplete run at the end."""
+    """Yield lists of `size` batches; drop an incomplete list at the end."""
     iterator = iter(batches)
-    while len(run := list(islice(iterator, size))) == size:
-        yield run
+    while len(group := list(islice(iterator, size))) == size:
+        yield group
 
 
 def targets_to(targets: list[dict[str, Tensor]], device: torch.device) -> list[dict[str, Tensor]]:
-    """Copy labels, boxes and masks, which losses and training branches read, to the device."""
+    """Copy the entries of targets that losses and training branches read to the device."""
     keys = ('labels', 'boxes', 'masks')
     return [
         {key: target[key].to(device, non_blocking=True) for key in keys if key in target}

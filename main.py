@@ -7,11 +7,11 @@ Train and evaluate detectors.
   python main.py --coco_path DATA --eval --model detr_resnet50       evaluate published weights
 """
 
-from util.config.parser import make_parser
+from util.config.parser import build_parser
 
-# PyTorch takes seconds to import: --help and mistyped flags are answered before.
+# PyTorch takes seconds to import: answer --help and mistyped flags before.
 if __name__ == '__main__':
-    make_parser(__doc__).parse_args()
+    build_parser(__doc__).parse_args()
 
 import json
 import time
@@ -32,8 +32,7 @@ from models import build_model, check_backbone
 from models.segmentation import freeze_all_but_masks
 from models.structures import Prediction
 from models.training import coefficients
-from models.training.report import statistics_text
-from models.training.summary import flops_text, print_dry_run, print_plan
+from models.training.summary import flops_text, print_dry_run, print_plan, statistics_text
 from models.units import all_units, compile_units
 from models.weights.load import check_frozen, load_checkpoint
 from models.weights.read import read_checkpoint
@@ -53,7 +52,7 @@ from util.distributed.collectives import (
 )
 from util.distributed.parallel import broadcast_from_main, replicate, shard
 from util.distributed.preemption import StopRequests, processes, was_restarted
-from util.errors import FileError, UserError
+from util.errors import UserError
 from util.files import or_warn, save_atomically
 from util.flags import HTTP_ALLOWED, FlagParser, given_of, run_command
 from util.logger import format_time, print_main
@@ -70,7 +69,7 @@ DRAWN_SCORE = 0.3  # focal losses keep scores low
 
 def get_args_parser() -> FlagParser:
     """Return the parser of all flags; `--help TOPIC` shows them by topic."""
-    return make_parser(__doc__)
+    return build_parser(__doc__)
 
 
 def main(args: Namespace) -> None:
@@ -90,36 +89,36 @@ def main(args: Namespace) -> None:
 
 
 def look(args: Settled) -> None:
-    """Print what a run would need, for --dry_run; with --check_data, report on all data first."""
-    if is_main_process():
-        number = None
-        if args.check_data:
-            datasets = build_datasets(args, None)
-            number = check_data(datasets, args.num_workers, args.output_dir, **data_limits(args))
-        print_dry_run(args, number)
+    """Print the size and the cost of a run, for --dry_run; with --check_data, check all data first."""
+    if not is_main_process():
+        return
+    num_images = None
+    if args.check_data:
+        datasets = build_datasets(args, None)
+        num_images = check_data(datasets, args.num_workers, args.output_dir, **data_limits(args))
+    print_dry_run(args, num_images)
 
 
 def configure(args: Namespace, restarted: bool = False) -> tuple[Settled, dict]:
-    """Settle all flags, those of the checkpoint in use included; return them and the checkpoint ({} if there is none).
+    """Settle all flags, with those of the checkpoint in use; return them and the checkpoint ({}: none).
 
-    restarted: this process takes the place of one that was preempted.
+    restarted: a launcher has started this job again.
 
     Raises:
         UserError: flags contradict each other or the checkpoint, or it cannot be read.
     """
     given = given_of(args)
-    settle(args, (RUN,))  # what is wrong already, before a large file is read
-    looks_only = args.dry_run or args.check_data
-    found = '' if args.resume == 'auto' else args.resume
-    if args.output_dir and not looks_only:
-        found = find_checkpoint(args.output_dir, args.resume, args.eval, restarted)
-    source = found or args.pretrained or args.frozen_weights or ''
+    settle(args, (RUN,))  # report errors before a large file is read
+    resume_file = '' if args.resume == 'auto' else args.resume
+    if args.output_dir and not (args.dry_run or args.check_data):
+        resume_file = find_checkpoint(args.output_dir, args.resume, args.eval, restarted)
+    source = resume_file or args.pretrained or args.frozen_weights or ''
     if args.dry_run and not Path(source).is_file():
-        source = ''  # nothing is fetched
+        source = ''  # a dry run downloads nothing
     checkpoint = read_checkpoint(source) if source else {}
-    resume = bool(found) and not args.eval
+    resume = bool(resume_file) and not args.eval
     check_entries(checkpoint, source, resume)
-    args = Namespace(**vars(args) | {'resume': found})
+    args = Namespace(**vars(args) | {'resume': resume_file})
     if recorded := extract_flags(checkpoint, resume):
         try:
             args = adopt(args, given, recorded, resume, strict=resume or args.eval)
@@ -149,27 +148,25 @@ def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
         seed_everything(args.seed + get_rank())
         class_map = ClassMap.from_dict(checkpoint['class_map']) if 'class_map' in checkpoint else None
         if args.eval and class_map is None and checkpoint:
-            found = extract_class_map(checkpoint, args.resume or args.pretrained)
-            class_map = found if found.num_classes == PANOPTIC_CLASSES else None
+            file_map = extract_class_map(checkpoint, args.resume or args.pretrained)
+            class_map = file_map if file_map.num_classes == PANOPTIC_CLASSES else None
         datasets = build_datasets(args, class_map)
         if is_main_process():
             print_inventory(datasets, **data_limits(args))
     facts = {f'{split} data': dataset.summary for split, dataset in datasets.items()}
-    images = checkpoint.get('within_epoch', {}).get('images', 0)
-    found = f'epoch {checkpoint.get("epoch")}, {images} images further' if checkpoint else 'none'
-    check_agreement(facts | {'the checkpoint': found})  # a folder that is not shared, for instance
+    num_images = checkpoint.get('within_epoch', {}).get('images', 0)
+    progress = f'epoch {checkpoint.get("epoch")}, {num_images} images further' if checkpoint else 'none'
+    check_agreement(facts | {'the checkpoint': progress})  # a folder may not be shared
     num_classes = list(datasets.values())[-1].class_map.num_classes
-    # A checkpoint holds the backbone.
-    args = args.but(num_classes=num_classes, **({'backbone_weights': 'none'} if checkpoint else {}))
-    return args, checkpoint, datasets
+    weights = {'backbone_weights': 'none'} if checkpoint else {}  # a checkpoint contains the backbone
+    return args.but(num_classes=num_classes, **weights), checkpoint, datasets
 
 
 def build_run(
     args: Settled, checkpoint: dict, datasets: dict[str, Dataset], device: torch.device, stops: StopRequests
 ) -> Run:
-    """Build everything that a run needs, with the weights and the progress of a checkpoint ({}: none)."""
+    """Build all parts of a run, with the weights and the progress of a checkpoint ({}: none)."""
     model, criterion, postprocessors = build_model(args)
-    resume = bool(args.resume) and not args.eval
     if checkpoint:
         load_weights(model, args, checkpoint, list(datasets.values())[-1].class_map)
     if args.frozen_weights:
@@ -189,17 +186,17 @@ def build_run(
     if not args.eval:
         check_steps(loaders['train'], len(datasets['train']), args.batch_size, args.accum_steps)
     precision = Precision(args.amp, device)
-    try_first = device.type == 'cuda' if args.worst_batch_first is None else args.worst_batch_first
-    if try_first and not args.eval:
+    default = device.type == 'cuda'
+    if not args.eval and (default if args.worst_batch_first is None else args.worst_batch_first):
         worst = worst_batch(datasets['train'], args.batch_size, args.batches == 'size')
         try_largest_batch(model, criterion, precision, args.batch_size, *worst)
     steps_per_epoch = 1 if args.eval else len(loaders['train']) // args.accum_steps
     schedule = build_schedule(args, model, steps_per_epoch)
     if get_world_size() > 1 and not args.fsdp:
         model = replicate(model, [Prediction], args.accum_steps)
-    parts = model, criterion, postprocessors, datasets, loaders, schedule, precision, stops
-    run = Run(args, *parts, average)
-    if resume:
+    parts = model, criterion, postprocessors, datasets, loaders, schedule, precision, stops, average
+    run = Run(args, *parts)
+    if args.resume and not args.eval:
         run.restore(checkpoint)
     if is_main_process():
         print_plan(args, run.bare_model, criterion, datasets, schedule, flops)
@@ -207,31 +204,26 @@ def build_run(
 
 
 def load_weights(model: nn.Module, args: Settled, checkpoint: dict, class_map: ClassMap) -> None:
-    """Load a checkpoint; where a new run begins, its class heads keep the classes that both have."""
-    name, resume = args.resume or args.pretrained or args.frozen_weights, bool(args.resume) and not args.eval
-    fresh = not (args.resume or args.eval)
-    classes = shared_classes(checkpoint, class_map) if fresh else None
-    report = load_checkpoint(model, checkpoint, resize=fresh, resume=resume, name=name, classes=classes)
+    """Load the weights of a checkpoint; class heads of a new run keep the rows of classes that both have."""
+    name, is_new = args.resume or args.pretrained or args.frozen_weights, not (args.resume or args.eval)
+    resume = bool(args.resume) and not args.eval
+    classes = shared_classes(checkpoint, class_map) if is_new else None
+    report = load_checkpoint(model, checkpoint, resize=is_new, resume=resume, name=name, classes=classes)
     print_main(f'{name}: {report}')
-    if args.frozen_weights and fresh:
+    if args.frozen_weights and is_new:
         check_frozen(report)
 
 
 def train(run: Run) -> None:
-    """Run the epochs that are left."""
-    args, best = run.args, main_column(run.args.evaluator)
+    """Run the remaining epochs."""
+    args = run.args
     if run.open_logs():
         finish_epoch(run, run.metrics)
     if run.epoch >= args.epochs:
         print_main(f'all {args.epochs} epochs are done; raise --epochs to train longer')
     if run.state.step:
         print_main(f'epoch {run.epoch + 1} goes on after step {run.state.step} of {run.steps_per_epoch}')
-    while run.epoch < args.epochs:
-        if args.patience and run.log.evaluations_since_best(best) >= args.patience:
-            print_main(
-                f'no better {best[5:]} in {args.patience} evaluations: stopping after {run.epoch} epochs'
-            )
-            break
+    while run.epoch < args.epochs and not run.out_of_patience(main_column(args.evaluator)):
         start = time.perf_counter()
         begin_epoch(run.loaders['train'], run.epoch, run.state.step * args.accum_steps)
         lr, lr_backbone, *_ = run.schedule.rates(run.epoch * run.steps_per_epoch)
@@ -247,20 +239,17 @@ def train(run: Run) -> None:
             precision=run.precision,
             state=run.state,
             end_step=run.end_step,
-            black_box=run.black_box,
+            guard=run.guard,
         )
         metrics = {'epoch': run.epoch + 1, 'lr': lr, 'lr_backbone': lr_backbone}
         metrics |= {f'train_{name}': value for name, value in averages.items()}
         run.end_epoch(metrics)
         finish_epoch(run, metrics, time.perf_counter() - start)
-    if not run.saved:
-        raise FileError(
-            f'{run.checkpoint_path} is not that of the last epoch: free some space, and go on with --resume auto'
-        )
+    run.check_saved()
 
 
 def finish_epoch(run: Run, metrics: dict, seconds: float = 0.0) -> None:
-    """Evaluate if an evaluation is due, and log the last epoch."""
+    """Evaluate every --eval_every epochs, and log the last epoch."""
     args, best = run.args, main_column(run.args.evaluator)
     title = f'epoch {run.epoch}/{args.epochs}'
     due = args.eval_every and (run.epoch % args.eval_every == 0 or run.epoch == args.epochs)
@@ -276,7 +265,7 @@ def finish_epoch(run: Run, metrics: dict, seconds: float = 0.0) -> None:
 
 
 def evaluate_once(run: Run, title: str = 'evaluate') -> Evaluation:
-    """Evaluate the validation images, print the metrics, and draw predictions into the output folder."""
+    """Evaluate the validation images, print the metrics, and draw some predictions."""
     dataset, model, args = run.datasets['val'], run.best_model, run.args
     kinds = ('bbox', 'segm') if 'segm' in run.postprocessors else ('bbox',)
     evaluator = build_evaluator(args.evaluator, dataset, kinds)

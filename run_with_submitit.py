@@ -1,6 +1,6 @@
 """
-Train in a Slurm cluster: main.py with all its flags as a job of submitit, which is continued after time-outs and
-preemptions where it stopped.
+Train in a Slurm cluster: main.py with all its flags as a job of submitit. After time-outs and preemptions the
+job resumes where it stopped.
 
   python run_with_submitit.py --nodes 1 --timeout 3000 --coco_path DATA --job_dir SHARED/%j
   python run_with_submitit.py --nodes 1 --ngpus 0 --tasks_per_node 2 ...      without GPUs
@@ -12,15 +12,14 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from util.bounds import check_bounds, float_range, int_range
-from util.config.parser import make_parser
+from util.config.parser import build_parser
 from util.config.recipes import with_named_flags
 from util.config.settle import EVERYTHING, settle
 from util.errors import UserError
-from util.flags import given_of, run_command
+from util.flags import check_bounds, float_range, given_of, int_range, run_command
 
-MAX_TIMEOUTS = 30  # times that a job is continued after its time was over; preemptions do not count
-CLUSTER_FLAGS = {  # of sbatch, where the cluster has defaults
+MAX_TIMEOUTS = 30  # number of times that a job resumes after its time limit; preemptions do not count
+CLUSTER_FLAGS = {  # of sbatch; the cluster has defaults for them
     'partition': 'partitions, separated by commas',
     'constraint': 'features that the nodes must have',
     'comment': 'remark that Slurm keeps with the job',
@@ -43,7 +42,7 @@ JOB_FLAGS = (  # name, type, default, help
 
 def get_submit_parser() -> argparse.ArgumentParser:
     """Return the parser of all flags of main.py and of the job."""
-    parser = make_parser(__doc__)
+    parser = build_parser(__doc__)
     parser.usage = 'python run_with_submitit.py [flags]'
     job = parser.add_argument_group('Slurm')
     for name, kind, default, text in JOB_FLAGS:
@@ -56,7 +55,7 @@ class Training:
     """Program of every task of the job. It is pickled; the tasks may start in another folder."""
 
     def __init__(self, args: Namespace, given: frozenset[str]) -> None:
-        self.args = Namespace(**vars(args))  # a plain one: when it is read, no module of ours is known yet
+        self.args = Namespace(**vars(args))  # plain, since it is unpickled before our modules can be imported
         self.given = given
         self.root = str(Path(__file__).resolve().parent)
 
@@ -67,16 +66,16 @@ class Training:
         import main
         from util.flags import ParsedFlags
 
-        args = ParsedFlags(**vars(self.args))  # a copy: `checkpoint` wants the flags of the user
+        args = ParsedFlags(**vars(self.args))  # a copy, since `checkpoint` needs the flags of the user
         args.given = self.given
         args.output_dir = args.output_dir.replace('%j', submitit.JobEnvironment().job_id)
         main.main(args)
 
     def checkpoint(self) -> object:
-        """Return what the job runs when Slurm starts it again: the same run, from its checkpoint.
+        """Return the program of the job when Slurm starts it again: the same run, from its checkpoint.
 
-        submitit calls this in the first task when time is over or another job preempts this one. `main` has saved the
-        state by then, or has nothing to save yet.
+        submitit calls this in the first task at the time limit or when another job preempts this one. `main`
+        has saved the state by then, or has nothing to save yet.
         """
         import submitit
 
@@ -85,7 +84,7 @@ class Training:
 
 
 def find_job_dir(args: Namespace) -> str:
-    """Return the folder of the job; raise UserError if none is named, or two are."""
+    """Return the folder of the job; raise UserError unless the flags name one folder."""
     if args.job_dir and args.output_dir and args.job_dir != args.output_dir:
         raise UserError('--job_dir is the output folder too: leave --output_dir out')
     if not (args.job_dir or args.output_dir):
@@ -94,7 +93,7 @@ def find_job_dir(args: Namespace) -> str:
 
 
 def job_parameters(args: Namespace) -> dict[str, object]:
-    """Return what submitit asks Slurm for; raise UserError for impossible numbers."""
+    """Return the parameters of the job for submitit; raise UserError for impossible numbers."""
     check_bounds(args, get_submit_parser())
     tasks = args.tasks_per_node or max(args.ngpus, 1)
     if args.ngpus and tasks != args.ngpus:
@@ -114,8 +113,9 @@ def job_parameters(args: Namespace) -> dict[str, object]:
         'mem_gb': args.mem_gb or 40 * args.ngpus or None,
         'timeout_min': args.timeout,
         'slurm_signal_delay_s': args.signal_delay,
-        'slurm_srun_args': ['--kill-on-bad-exit=1'],  # when a task fails, the others would wait for it
-        # Some clusters start no job again that does not ask for it.
+        # Otherwise the other tasks would wait for a task that failed.
+        'slurm_srun_args': ['--kill-on-bad-exit=1'],
+        # Some clusters start a job again only if it asks for it.
         'slurm_additional_parameters': {'requeue': True},
         **{f'slurm_{name}': getattr(args, name) for name in CLUSTER_FLAGS},
     }
@@ -123,10 +123,10 @@ def job_parameters(args: Namespace) -> dict[str, object]:
 
 
 def check_script(folder: str, parameters: dict[str, object]) -> None:
-    """Refuse values that would begin a line of their own in the script for sbatch, which a shell runs.
+    """Refuse values that would start a new line in the script for sbatch, which a shell runs.
 
     Raises:
-        UserError: one has a line break, or another character that is not printed.
+        UserError: a value has a line break or another control character.
     """
     for name, value in {'job_dir': folder, **parameters}.items():
         if isinstance(value, str) and not value.isprintable():

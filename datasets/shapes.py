@@ -24,8 +24,7 @@ from datasets.class_map import ClassMap
 from datasets.image_dataset import ImageDataset, Mix
 from datasets.shape_scenes import KINDS, SPLITS, Scene, draw_scene, scene_size
 from datasets.transforms import Transform
-from util.bounds import int_range
-from util.flags import FlagParser, run_command
+from util.flags import FlagParser, int_range, run_command
 
 IMAGE_SEED = 17  # a constant: all runs share the data, whatever their --seed
 # Ids in the order of KINDS, so that the class index of a category is its number there.

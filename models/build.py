@@ -39,7 +39,7 @@ from .postprocess import (
 from .refine_masks import DetectionMasks
 from .segmentation import build_mask_heads
 from .transformer import Transformer, TransformerEncoder, TransformerEncoderLayer
-from .units import freeze, recompute
+from .units import recompute
 from .vit import feature_pyramid
 
 
@@ -52,6 +52,8 @@ def build_model(args: Namespace) -> tuple[nn.Module, nn.Module, dict[str, nn.Mod
     Raises:
         UserError: flags contradict each other.
     """
+    from util.optim import freeze
+
     from .training import build_supervision
 
     args = args if isinstance(args, Settled) else settle(args)

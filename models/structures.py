@@ -38,15 +38,19 @@ class Memory:
 
 @dataclass
 class Assignment:
-    """Pairs of queries and objects, and the count that the losses of a prediction are divided by."""
+    """Pairs of queries and objects."""
 
     batch: Tensor  # [M] index of the image
     query: Tensor  # [M] index of the query in its image
     target: Tensor  # [M] index of the object in the whole batch
-    count: float  # count of this rank; counts are averaged over ranks, and their sum is at least 1
     # [M] bool: the pair sets the class of its query. A query with several pairs has one that does; None: all
     # pairs do.
     is_class_target: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """The number of pairs, M."""
+        return len(self.query)
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """
-List the units of a detector that `torch.compile`, FSDP2 and the recomputation of activations work on, and
-freeze parameters.
+List the units of a detector that `torch.compile`, FSDP2 and the recomputation of activations work on.
 
 The code between the units is not compiled: it has little to fuse, and would be compiled again for every
 combination of query groups.
@@ -78,30 +77,6 @@ def unchanged_statistics(unit: nn.Module) -> Iterator[None]:
 
 def batch_norms(module: nn.Module) -> list[nn.Module]:
     return [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
-
-
-def freeze(model: nn.Module, names: Sequence[str]) -> None:
-    """Freeze parameters by words between the dots of their names, such as `backbone` or `decoder.layers.0`.
-
-    Raises:
-        UserError: no parameter has such a name, nothing is left to train, or a batch norm's statistics would
-            still change.
-    """
-    for name in names:
-        found = [p for full, p in model.named_parameters() if f'.{name}.' in f'.{full}.']
-        if not found:
-            words = sorted({full.split('.')[0] for full, _ in model.named_parameters()} | set(PLACES))
-            raise UserError(
-                f'--freeze {name}: no parameter has this in its name; there are {", ".join(words)}'
-            )
-        for parameter in found:
-            parameter.requires_grad_(False)
-    if names and not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f'--freeze {" ".join(names)} leaves nothing to train: name fewer parts')
-    if names and any(not norm.weight.requires_grad for norm in batch_norms(model)):
-        raise UserError(
-            f'--freeze {" ".join(names)}: the statistics of batch norms would still change: add --backbone_norm frozen'
-        )
 
 
 def compile_units(model: nn.Module, **options: object) -> None:

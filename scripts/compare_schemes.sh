@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# How fast do the ways of supervision learn? Trains small detectors, every one with the same seeds and the same images, and compares
-# them: output/compare/comparison.png and comparison.md.
+# Compare how fast schemes of supervision learn: train small detectors with the same seeds and the same images, and write
+# output/compare/comparison.png and comparison.md.
 #
-#   bash scripts/compare_schemes.sh                       built-in images, from random numbers; about two hours on two CPU cores
+#   bash scripts/compare_schemes.sh                       built-in images, random weights; about two hours on two CPU cores
 #   JOBS=4 SEEDS="0 1 2" bash scripts/compare_schemes.sh --epochs 16
 #   NAMES="plain co-deformable co-dino" bash scripts/compare_schemes.sh
 #   NAMES="plain bf16 fp16" bash scripts/compare_schemes.sh       plain in 16 bits
 #
-# With DATA, flags that name photographs, the backbone is a MobileNetV2 with the weights of a file (or of ImageNet), which stay:
+# With DATA, flags of a dataset of photographs, the backbone is a frozen MobileNetV2 with the weights of a file (or of ImageNet):
 #
 #   DATA="--coco_path DIR" WEIGHTS=FILE NAMES="plain hybrid mixed hybrid+mixed all" bash scripts/compare_schemes.sh
 #   DATA="--coco_path DIR" WEIGHTS=FILE NAMES="detr conditional" bash scripts/compare_schemes.sh --epochs 150 --lr_drop 120
 #
-# DATA is split at spaces; quote what has one: DATA="--coco_path 'my data'".
+# DATA is split at spaces; quote words with spaces: DATA="--coco_path 'my data'".
 set -euo pipefail
 source "$(dirname "$0")/env.sh" requirements.txt
 bash scripts/build_ops.sh

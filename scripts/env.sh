@@ -1,4 +1,4 @@
-# Sourced by the other scripts: makes .venv once, installs what is asked for, and activates it.
+# Sourced by the other scripts: creates .venv once, installs a list of requirements, and activates it.
 #
 #   source scripts/env.sh requirements.txt
 #

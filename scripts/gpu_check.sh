@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Prove the code base on an NVIDIA GPU in two calls of at most seven minutes: kernels and speed; tests and real trainings.
+# Check the code base on an NVIDIA GPU in two calls of at most seven minutes: kernels and speed; tests and trainings.
 #
-#   bash scripts/gpu_check.sh kernels operator steps      what is fast comes first, each after a check that it is right
+#   bash scripts/gpu_check.sh kernels operator steps      correctness of each kernel first, then its speed
 #   bash scripts/gpu_check.sh tests train convergence
 #   bash scripts/gpu_check.sh                             every stage, in the environment of scripts/env.sh
-#   bash scripts/gpu_check.sh --cpu                       everything in a tiny size without a GPU: does the script work?
+#   bash scripts/gpu_check.sh --cpu                       every stage in a tiny size without a GPU, to test the script
 #
-#   --data DIR                COCO-format data for `train`; left out without it
+#   --data DIR                data in COCO form for `train`, which is skipped without them
 #   --backbone_weights FILE   pretrained MobileNetV2 (torchvision's names) for `train`; random weights without it
 #   --official DIR            models/ops/src of an official repository, compiled and timed in `operator` and `steps` too
 #   --wheels DIR              use the python of this machine and install these packages for the check only (no network)
-#   --limit SECONDS           of the whole call (420; 840 for every stage); each step has a limit of its own besides
+#   --limit SECONDS           of the whole call (420; 840 for every stage); each step has its own limit too
 #
 # The folder for --wheels, for a machine with Python 3.12, torch, torchvision, scipy, matplotlib, tqdm and pytest:
 #
@@ -67,18 +67,18 @@ if [ $device = cuda ] && ! python -c 'import sys, torch; sys.exit(not torch.cuda
     exit 2
 fi
 
-row() { # stage's step, what came of it, seconds, a note
+row() { # step, result, seconds, note
     printf '| %s | %s | %s | %s |\n' "$@" >> "$work/rows"
 }
 
-right_kernels() { # what is timed or trained on a GPU says which kernels it runs on
+right_kernels() { # the log of a step on a GPU names the kernels that it uses
     case $device/$1 in
         cuda/operator | cuda/*step* | cuda/fps | cuda/train_off | cuda/train_bf16 | cuda/quickstart)
             grep -q 'cuda kernels of deformable attention on cuda' "$work/logs/$1.txt" ;;
     esac
 }
 
-# step NAME SECONDS COMMAND...: run it within the time that is left, keep what it prints.
+# step NAME SECONDS COMMAND...: run a command within the remaining time, and save its output.
 step() {
     local name=$1 most=$2 begin=$SECONDS status log="$work/logs/$1.txt"
     shift 2
@@ -103,11 +103,11 @@ step() {
     if [ "$status" = ok ]; then grep '^|' "$log" || tail -n 3 "$log"; else grep '^|' "$log"; tail -n 15 "$log"; fi
 }
 
-only_gpu() { # the same on a GPU; without one the table says why it is left out
+only_gpu() { # a step that needs a GPU; without one the table gives this reason
     if [ $device = cuda ]; then step "$@"; else row "$1" 'left out' 0 'needs an NVIDIA GPU'; fi
 }
 
-pack() { # images beside the summary; everything but weights in one file
+pack() { # copy images into OUT, write files.tar.gz without weights, and the summary
     cp "$work"/runs/*.png "$OUT" 2> /dev/null
     tar czf "$OUT/files.tar.gz" -C "$work" --exclude='*.pth' --exclude=site --exclude=bin --exclude=official . 2> /dev/null
     {
@@ -121,7 +121,7 @@ pack() { # images beside the summary; everything but weights in one file
     } > "$OUT/summary.md"
 }
 
-# Compile with the assembler's report, and make sure that CUDA kernels came out.
+# Compile with the report of the assembler, and check that there are CUDA kernels.
 build='NVCC_APPEND_FLAGS="-Xptxas -v" python models/ops/setup.py build_ext --inplace --force 2>&1 || exit 1
 python - <<END
 import sys

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Train a small detector on built-in images, evaluate it, and draw what it finds: output/quickstart/.
+# Train a small detector on built-in images, evaluate it, and draw its detections: output/quickstart/.
 #
 #   bash scripts/quickstart.sh
 #
-# About 10 minutes on two CPU cores, 8 of them training, after the installation. Run it again and it goes on where it stopped.
+# About 10 minutes on two CPU cores, 8 of them training, after the installation. Run it again to resume where it stopped.
 set -euo pipefail
 source "$(dirname "$0")/env.sh" requirements.txt
 bash scripts/build_ops.sh

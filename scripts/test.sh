@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Lint and test, in an environment that this script makes:
+# Lint and test, in an environment that this script creates:
 #
 #   bash scripts/test.sh                 everything
 #   bash scripts/test.sh --quick         without the slow tests
-#   bash scripts/test.sh --exhaustive    with further cases of what a few cases show too
-#   bash scripts/test.sh -k matcher      more words go to pytest
+#   bash scripts/test.sh --exhaustive    with further cases of the same tests
+#   bash scripts/test.sh -k matcher      other arguments are for pytest
 #   TEST_JOBS=8 bash scripts/test.sh     tests at a time (3: some wait), each with one thread; up to 5 GB of memory each
 set -euo pipefail
 source "$(dirname "$0")/env.sh" requirements-dev.txt

@@ -1,4 +1,4 @@
-"""Tests marked `gpu` are skipped where there is no NVIDIA GPU, those marked `exhaustive` without --exhaustive."""
+"""Tests marked `gpu` are skipped without an NVIDIA GPU, those marked `exhaustive` without --exhaustive."""
 
 import subprocess
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def exhaustive(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(autouse=True)
 def plain_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let runs inside a test draw nothing and count no operations, half of their time, unless it is marked `draws`."""
+    """Let runs in a test draw nothing and count no operations, unless it is marked `draws`, to save time."""
     if not request.node.get_closest_marker('draws'):
         for name, module in EXTRAS.items():
             place = main if hasattr(main, name) else import_module(module)

@@ -1,6 +1,6 @@
 """
-Feed damaged files to the readers of annotations and of weights, guided by coverage: every one must be read, or refused by a
-ValueError. Not a part of the test suite.
+Feed damaged files to the readers of annotations and of weights, guided by coverage. Every file must be read,
+or refused by a ValueError. Not a part of the test suite.
 
   pip install atheris
   python tests/fuzz.py annotations --minutes 10
@@ -28,22 +28,35 @@ with atheris.instrument_imports(include=['datasets', 'models.weights', 'util']):
     from models.weights.read import extract_weights, read_checkpoint
     from models.weights.write import write_safetensors
 
+IMAGES = [
+    {'id': 1, 'file_name': 'a.jpg', 'height': 9, 'width': 8},
+    {'id': '2', 'file_name': 'b.jpg'},
+]
+POLYGON = [[1, 2, 3, 4, 5, 6]]
+COUNTS, COMPRESSED = {'size': [9, 8], 'counts': [30, 12, 30]}, {'size': [9, 8], 'counts': 'd02e0'}
+BOX, EMPTY = [1, 2, 3.5, 4], [0, 0, 0, 0]
+ANNOTATIONS = [
+    {
+        'id': 1,
+        'image_id': 1,
+        'category_id': 3,
+        'bbox': BOX,
+        'area': 14,
+        'iscrowd': 0,
+        'segmentation': POLYGON,
+    },
+    {'id': 2, 'image_id': '2', 'category_id': 3, 'segmentation': COUNTS},
+    {'id': 3, 'image_id': 1, 'category_id': 3.0, 'bbox': EMPTY, 'iscrowd': 1, 'segmentation': COMPRESSED},
+]
+WEIGHTS = {'a.weight': torch.ones(2, 3), 'b': torch.zeros(4, dtype=torch.int64)}
 SEEDS = {
-    'annotations': [
-        {
-            'images': [{'id': 1, 'file_name': 'a.jpg', 'height': 9, 'width': 8}, {'id': '2', 'file_name': 'b.jpg'}],
-            'annotations': [
-                {'id': 1, 'image_id': 1, 'category_id': 3, 'bbox': [1, 2, 3.5, 4], 'area': 14, 'iscrowd': 0,
-                 'segmentation': [[1, 2, 3, 4, 5, 6]]},
-                {'id': 2, 'image_id': '2', 'category_id': 3, 'segmentation': {'size': [9, 8], 'counts': [30, 12, 30]}},
-                {'id': 3, 'image_id': 1, 'category_id': 3.0, 'bbox': [0, 0, 0, 0], 'iscrowd': 1,
-                 'segmentation': {'size': [9, 8], 'counts': 'd02e0'}},
-            ],
-            'categories': [{'id': 3, 'name': 'cat'}],
-        }
-    ],
-    'weights': [{'model': {'a.weight': torch.ones(2, 3), 'b': torch.zeros(4, dtype=torch.int64)}, 'epoch': 3, 'args': {'lr': 1e-4}}],
-}  # fmt: skip
+    'annotations': {
+        'images': IMAGES,
+        'annotations': ANNOTATIONS,
+        'categories': [{'id': 3, 'name': 'cat'}],
+    },
+    'weights': {'model': WEIGHTS, 'epoch': 3, 'args': {'lr': 1e-4}},
+}
 
 
 def read_annotation_file(path: Path) -> None:
@@ -57,14 +70,14 @@ def read_weight_file(path: Path) -> None:
 
 def seeds(kind: str, folder: Path) -> None:
     """Write whole files to begin with."""
-    for number, seed in enumerate(SEEDS[kind]):
-        if kind == 'annotations':
-            (folder / f'{number}.json').write_text(json.dumps(seed))
-            (folder / f'{number}.indented.json').write_text(json.dumps(seed, indent=1))
-        else:
-            torch.save(seed, folder / f'{number}.pth')
-            torch.save(seed, folder / f'{number}.old.pth', _use_new_zipfile_serialization=False)
-            write_safetensors(folder / f'{number}.safetensors', seed)
+    seed = SEEDS[kind]
+    if kind == 'annotations':
+        (folder / '0.json').write_text(json.dumps(seed))
+        (folder / '0.indented.json').write_text(json.dumps(seed, indent=1))
+    else:
+        torch.save(seed, folder / '0.pth')
+        torch.save(seed, folder / '0.old.pth', _use_new_zipfile_serialization=False)
+        write_safetensors(folder / '0.safetensors', seed)
 
 
 def checked(read: Callable[[Path], None], path: Path) -> Callable[[bytes], None]:

@@ -12,9 +12,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from engine import build_optimizer
 from models import build_model
 from models.position_encoding import PositionEmbeddingSine
 from models.training import collaborative
+from models.training.criterion import weighted_sum
 from models.vit import VIT_SIZES, ViTSize
 from util.nested_tensor import NestedTensor
 
@@ -32,12 +34,16 @@ SMALL = {
     'num_queries': 12,
     'num_classes': 6,
 }
-# The same for any split of a batch into smaller ones.
-SMALLER = {
-    'hidden_dim': 32, 'nheads': 4, 'enc_layers': 1, 'dec_layers': 2, 'dim_feedforward': 32, 'num_queries': 9, 'dropout': 0.0,
-    'backbone': 'resnet10', 'backbone_weights': 'none', 'num_classes': 4, 'backbone_norm': 'group',
-    'backbone_stages': 3,
-}  # fmt: skip
+# Its gradients do not depend on how a batch is split into smaller ones.
+SMALLER = SMALL | {
+    'enc_layers': 1,
+    'dec_layers': 2,
+    'dim_feedforward': 32,
+    'num_queries': 9,
+    'num_classes': 4,
+    'dropout': 0.0,
+    'backbone_norm': 'group',
+}
 TWO_STAGE = {'with_box_refine': True, 'two_stage': True}
 TRICKS = TWO_STAGE | {'mixed_selection': True, 'look_forward_twice': True}
 HEADS = {'co_aux_heads': ['faster_rcnn', 'atss']}
@@ -86,6 +92,25 @@ def random_targets(*num_objects: int) -> list[dict[str, Tensor]]:
     ]
 
 
+def train_steps(
+    model: nn.Module,
+    criterion: nn.Module,
+    images: Tensor,
+    targets: list[dict],
+    steps: int,
+    max_norm: float = 1.0,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the losses of the first and of the last of some optimizer steps on one batch."""
+    optimizer, losses = build_optimizer(model, 1e-3, 1e-3, 1e-4), []
+    for _ in range(steps):
+        losses.append(criterion(model.train()(images, targets), targets))
+        optimizer.zero_grad()
+        weighted_sum(losses[-1], criterion.weight_dict).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+    return losses[0], losses[-1]
+
+
 def with_masks(targets: list[dict], size: tuple[int, int]) -> list[dict]:
     """Targets whose masks fill their boxes."""
     rows, columns = (torch.arange(side) + 0.5 for side in size)
@@ -109,10 +134,11 @@ class GivenFeatures(nn.Module):
 
 
 class CountSyncs(TorchDispatchMode):
-    """Counts what would make a GPU's host wait, on any device: scalars that are read, shapes that depend on values, boolean
-    indices, and copies between host and device, save those to the device with `non_blocking`.
+    """Counts what would make a GPU's host wait, on any device.
 
-    Tensors made without a device, or of such tensors alone, are the host's; all others count as the device's.
+    It counts scalars that are read, shapes that depend on values, boolean indices, and copies between host
+    and device, except those to the device with `non_blocking`. Tensors made without a device, or of such
+    tensors alone, are the host's; all others count as the device's.
     """
 
     names = (
@@ -217,8 +243,9 @@ def content_of(x: Tensor) -> Tensor:
 
 @contextmanager
 def no_chance() -> Iterator[None]:
-    """What is drawn follows from what it is drawn for, not from how images are dealt out; and a head has the same number of
-    queries in any batch.
+    """Random numbers follow from the values they are drawn for, not from the split of a batch.
+
+    A head has the same number of queries in any batch.
     """
 
     def randint_like(x: Tensor, low: int, high: int) -> Tensor:

@@ -53,7 +53,7 @@ class Pass:
 class Case:
     """A recorded case, and our model built and filled as its file says. Use under `float64()`.
 
-    Systems override what their files say in another way: the flags, how values get into the model, the images.
+    Systems override what their files record in another way: the flags, the values of the model, the images.
     """
 
     images_key, name_key = 'images', 'name'  # where the record lists its images, and the name of each
@@ -89,7 +89,7 @@ class Case:
 
     @cached_property
     def first_pass(self) -> Pass:
-        """A training pass of the filled model, which several tests look at; gradients stay at the parameters."""
+        """A training pass of the filled model for several tests; gradients stay at the parameters."""
         model, criterion, _ = self.built
         model.zero_grad()
         losses = criterion(self.outputs, self.targets)
@@ -168,7 +168,7 @@ def check_coefficients(criterion: nn.Module, official: dict[str, float]) -> None
 def check_pairs(
     pairs: Assignment, recorded: Sequence[tuple[list[int], list[int]]], targets: list[dict], what: str = ''
 ) -> None:
-    """Each image has the recorded queries and objects, in their order; objects are counted within the image."""
+    """Each image has the recorded queries and objects in their order; objects are numbered by image."""
     offset = 0
     for image, (query, target) in enumerate(recorded):
         here = pairs.batch == image
@@ -177,14 +177,23 @@ def check_pairs(
         offset += len(targets[image]['labels'])
 
 
-def check_losses(losses: dict[str, Tensor], weight_dict: dict[str, float], recorded: dict) -> Tensor:
+def check_losses(
+    losses: dict[str, Tensor], weight_dict: dict[str, float], recorded: dict, total: str = 'total'
+) -> Tensor:
     """The same terms with the same values as `recorded`, and the same total, which is returned."""
     assert set(losses) == set(recorded['losses'])
     for name, value in recorded['losses'].items():
         assert_close(losses[name], value, name)
-    total = weighted_sum(losses, weight_dict)
-    assert_close(total, recorded['total'], 'total')
-    return total
+    weighted = weighted_sum(losses, weight_dict)
+    assert_close(weighted, recorded[total], 'total')
+    return weighted
+
+
+def check_norms(norms: dict[str, Tensor], recorded: dict[str, float], **close: float) -> None:
+    """The same parameters have gradients, of the same norms."""
+    assert set(norms) == set(recorded)
+    for name, value in recorded.items():
+        assert_close(norms[name], value, f'gradient of {name}', **close)
 
 
 def assert_close(ours: object, official: object, what: str, rtol: float = 1e-6, atol: float = 1e-9) -> None:

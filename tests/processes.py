@@ -1,4 +1,4 @@
-"""Several processes for a test: forked from a server that has imported PyTorch once, so that each starts in no time."""
+"""Several processes for a test, forked from a server that has imported PyTorch to start them quickly."""
 
 import faulthandler
 import importlib
@@ -71,7 +71,7 @@ def member(folder: Path, rank: int, number: int, function: Callable, *args: obje
 
 
 def start_main(log: Path, argv: list[str], environment: dict[str, str]) -> multiprocessing.Process:
-    """`python main.py argv` without EXTRAS in a process of its own; what it prints goes to the end of `log`."""
+    """Start `python main.py argv` without EXTRAS in a process; its output is appended to `log`."""
     return start(environment, run_main, str(log), argv)
 
 

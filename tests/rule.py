@@ -16,7 +16,7 @@ CHUNK = 1 << 15  # numbers at a time, which stay in the processor's cache
 
 
 class Unfilled(TorchDispatchMode):
-    """Leave parameters without their random values, because others are written over them: most of the time of building."""
+    """Skip random values of parameters, which others overwrite: they take most of the time of building."""
 
     def __torch_dispatch__(
         self, func: object, types: tuple, args: tuple = (), kwargs: dict | None = None

@@ -10,9 +10,9 @@ import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = """--dataset_file shapes --shapes_train 12 --shapes_val 4 --shapes_size 64 --img_size 64 --max_size 64
-    --backbone resnet10 --backbone_weights none --backbone_norm batch --backbone_stages 3 --hidden_dim 32 --nheads 4
-    --enc_layers 1 --dec_layers 2 --dim_feedforward 64 --num_queries 10 --conditional --batch_size 4 --num_workers 0
-    --epochs 3 --lr_drop 2 --device cpu --lr 1e-3 --lr_backbone 1e-3"""
+    --backbone resnet10 --backbone_weights none --backbone_norm batch --backbone_stages 3 --hidden_dim 32
+    --nheads 4 --enc_layers 1 --dec_layers 2 --dim_feedforward 64 --num_queries 10 --conditional
+    --batch_size 4 --num_workers 0 --epochs 3 --lr_drop 2 --device cpu --lr 1e-3 --lr_backbone 1e-3"""
 
 
 def run(folder: Path | str, *more: str, flags: str = TINY) -> None:

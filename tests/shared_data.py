@@ -55,7 +55,8 @@ def recorded_fields(recorded: dict) -> list[str]:
     return [key.removesuffix('_dtype') for key in recorded if key.endswith('_dtype')]
 
 
-EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n'  # Pillow starts Ghostscript for it
+# Pillow starts Ghostscript to read this.
+EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n'
 
 
 def put_ghostscript(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

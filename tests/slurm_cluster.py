@@ -1,8 +1,8 @@
 """
-A real Slurm of one machine for tests: slurmctld and slurmd on free ports of the loopback interface, in a folder of
-their own. Nothing of a Slurm that the machine may already have is read or changed.
+A real Slurm of one machine for tests: slurmctld and slurmd on free ports of the loopback interface, in a
+folder of their own. Another Slurm of the machine is neither read nor changed.
 
-Where Slurm is missing it is installed only on request: INSTALL_SLURM=1, as root, with apt-get.
+A missing Slurm is installed only on request: INSTALL_SLURM=1, as root, with apt-get.
 """
 
 import getpass
@@ -23,8 +23,8 @@ import pytest
 PROGRAMS = ('slurmctld', 'slurmd', 'srun', 'sbatch', 'scontrol')
 PACKAGES = ('slurmctld', 'slurmd', 'slurm-client')
 INSTALL_SECONDS = 240
-# The node claims four CPUs whatever the machine has. Jobs of `main` give way to those of `urgent`: they are told so by
-# the signal that they asked for (--signal), have GRACE seconds to end, and start again later.
+# The node claims four CPUs on any machine. Jobs of `urgent` preempt those of `main`, which get the signal
+# that they asked for (--signal), have GRACE seconds to end, and start again later.
 GRACE = 30
 ENDS = ('BOOT_FAIL', 'CANCELLED', 'COMPLETED', 'FAILED', 'NODE_FAIL', 'OUT_OF_MEMORY', 'PREEMPTED', 'TIMEOUT')
 CONFIG = """
@@ -157,7 +157,11 @@ class SlurmCluster:
         return dict(word.split('=', 1) for word in shown.split() if '=' in word)
 
     def wait_for_state(self, job_id: str, state: str, seconds: float) -> dict[str, str]:
-        """What is known of a job once it is in this state. AssertionError: it ended in another one, or not in time."""
+        """Wait for the state of a job, and return the job.
+
+        Raises:
+            AssertionError: it ended in another state, or is not in it in time.
+        """
 
         def reached() -> bool:
             found = self.job(job_id)['JobState']

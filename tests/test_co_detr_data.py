@@ -30,7 +30,7 @@ from tests.runs import assert_same, load, run
 from tests.shared_data import build_data, needs_shared, read_shared, rule_image
 from util.config import flags
 from util.config.declare import DATA
-from util.config.settle import in_our_names, settle
+from util.config.settle import settle, use_current_names
 from util.nested_tensor import collate_fn
 from util.seeding import local_seed
 
@@ -537,9 +537,9 @@ def test_the_words_and_the_classes_of_augmentations_agree() -> None:
 
 def test_records_of_older_runs_are_read() -> None:
     old = {'aug': 'lsj', 'lsj_size': 512, 'img_size': 800, 'group_aspect_ratio': True, 'bucket_sizes': False}
-    assert in_our_names(old) == {'aug': 'lsj', 'img_size': 512, 'batches': 'aspect'}
+    assert use_current_names(old) == {'aug': 'lsj', 'img_size': 512, 'batches': 'aspect'}
     old |= {'aug': 'detr', 'group_aspect_ratio': False, 'bucket_sizes': True}
-    assert in_our_names(old) == {'aug': 'detr', 'img_size': 800, 'batches': 'size'}
+    assert use_current_names(old) == {'aug': 'detr', 'img_size': 800, 'batches': 'size'}
 
 
 def test_the_cache_of_files_is_the_operating_systems(

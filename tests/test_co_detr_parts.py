@@ -17,22 +17,22 @@ from models.training.collaborative import MIN_QUERIES, choose_samples
 from models.training.dense_heads import (
     BACKGROUND,
     assign_by_iou,
-    base_anchors,
     clip_boxes,
     decode_boxes,
     encode_boxes,
-    owned_anchors,
+    level_anchors,
     sample,
-    shifted_anchors,
     undo_rounding,
+    valid_anchors,
 )
 from models.training.faster_rcnn import RATIOS, SCALES, RoIHead
 from models.training.losses import FocalLoss, MatchedPredictions, QualityFocalLoss
 from models.weights.layouts import from_mmdetection
 from tests import rule
+from tests.models import HEADS, TRICKS
 from tests.parity import assert_close, float64
 from tests.shared_data import needs_shared, read_shared
-from util.box_ops import box_cxcywh_to_xyxy, box_iou, box_xyxy_to_cxcywh, generalized_box_iou
+from util.box_ops import box_cxcywh_to_xyxy, box_iou, box_xyxy_to_cxcywh
 
 PARTS = read_shared('parity/co_deformable_detr/components.json')
 
@@ -59,15 +59,15 @@ def test_anchors_equal_official(name: str) -> None:
     recorded = PARTS[f'anchors_{name}']
     scales, ratios = (SCALES, RATIOS) if name == 'rpn' else ([ANCHOR_STRIDES], [1.0])
     for index, stride in enumerate(recorded['strides']):
-        base = base_anchors(stride, scales, ratios)
+        (base,) = level_anchors([torch.empty(1, 1, 1, 1)], [stride], scales, ratios)
         assert_close(base, recorded['base'][index], 'base', rtol=1e-7)
-        grid = shifted_anchors(base.double(), stride, 2, 3)
+        (grid,) = level_anchors([torch.empty(1, 1, 2, 3)], [stride], scales, ratios)
         assert_close(grid.flatten(), np.ravel(recorded['grid_2x3'][index]), 'grid', rtol=1e-7)
         level, cells = torch.empty(1, 1, 4, 5), torch.zeros(20, dtype=torch.int64)
-        cells[owned_anchors([18.0, 13.0], [stride], [level])[0]] = 1
+        cells[valid_anchors([18.0, 13.0], [stride], [level])[0]] = 1
         assert cells.view(4, 5).tolist() == recorded['owned_cells_of_4x5_for_13x18'][index]
         every = torch.arange(20 * len(base)).view(4, 5, -1)[cells.view(4, 5) > 0].flatten()
-        _, second = owned_anchors([18.0, 13.0], [stride] * 2, [level] * 2, len(base))
+        _, second = valid_anchors([18.0, 13.0], [stride] * 2, [level] * 2, len(base))
         assert torch.equal(second, 20 * len(base) + every)
 
 
@@ -95,10 +95,8 @@ def test_assignment_by_overlap_equals_official() -> None:
 @needs_shared
 def test_adaptive_assignment_equals_official() -> None:
     recorded = PARTS['atss']
-    anchors = [
-        shifted_anchors(base_anchors(stride, [ANCHOR_STRIDES], [1.0]).double(), stride, *size)
-        for stride, size in zip(recorded['strides'], recorded['maps'], strict=True)
-    ]
+    maps = [torch.empty(1, 1, *size) for size in recorded['maps']]
+    anchors = level_anchors(maps, recorded['strides'], [ANCHOR_STRIDES], [1.0])
     found = assign_adaptively(anchors, torch.tensor(recorded['gt']))
     places = (found != BACKGROUND).nonzero()[:, 0]
     assert places.tolist() == recorded['positive_anchor_index']
@@ -129,13 +127,6 @@ def test_losses_equal_official() -> None:
     )
     assert_close(FocalLoss()(matched)[0] / 3, recorded['focal'], 'focal', rtol=1e-6)
     assert_close(QualityFocalLoss()(matched)[0] / 3, recorded['quality_focal'], 'quality', rtol=1e-6)
-
-
-@needs_shared
-def test_generalised_iou_equals_official() -> None:
-    rois = boxes_of('rois', 6, 50, 5, 50)
-    boxes = rois + 2 * (unit('gt', 6, 4) - 1)
-    assert_close(generalized_box_iou(rois, boxes), PARTS['losses']['giou'], 'giou', rtol=1e-12)
 
 
 @needs_shared
@@ -193,12 +184,12 @@ def test_roi_features_equal_official() -> None:
         for level, stride in enumerate(recorded['strides'])
     ]
     rois = torch.tensor(recorded['rois'])[:, 1:]
-    found = RoIHead(2, 3, recorded['strides']).align(maps, [rois])
+    found, _, _ = RoIHead(2, 3, recorded['strides'])(maps, [rois])
     assert_close(found[:, 0, 3], recorded['features_channel0_row3'], 'features', rtol=1e-9)
 
 
 def test_boxes_of_annotations_survive_normalising() -> None:
-    """Multiples of an eighth of a pixel, and thirds of one, divided by an image's size and multiplied again."""
+    """Multiples of 1/8 and 1/24 of a pixel, divided by an image's size and multiplied by it again."""
     torch.manual_seed(0)
     for dtype, close in ((torch.float32, 2e-4), (torch.float64, 1e-8)):
         start = torch.randint(0, 700 * 8, (1000, 2)).to(dtype) / 8
@@ -227,7 +218,7 @@ def test_samples_become_queries_positives_first() -> None:
 
 
 def test_draws_of_samples_are_the_official_ones() -> None:
-    """A permutation of all positives, and one of all negatives, in this order and only where some are left out."""
+    """A permutation of positives, then one of negatives, each only where some are left out."""
     assigned = torch.randint(-2, 3, (2, 60))
     positives, negatives = (
         (found.nonzero()[:, 0]) for found in (assigned[0] >= 0, assigned[0] == BACKGROUND)
@@ -251,12 +242,9 @@ def test_draws_of_samples_are_the_official_ones() -> None:
 
 
 INITIAL = {
-    'co_deformable_detr': {
-        'with_box_refine': True, 'two_stage': True, 'mixed_selection': True, 'look_forward_twice': True,
-        'co_aux_heads': ['faster_rcnn', 'atss'],
-    },
-    'co_dino': {'dino': True, 'num_feature_levels': 5, 'dn_number': 100, 'co_aux_heads': ['faster_rcnn', 'atss']},
-}  # fmt: skip
+    'co_deformable_detr': TRICKS | HEADS,
+    'co_dino': HEADS | {'dino': True, 'num_feature_levels': 5, 'dn_number': 100},
+}
 
 
 @pytest.mark.slow

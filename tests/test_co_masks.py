@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torchvision.ops import roi_align
 
-from engine import build_optimizer
 from models import build_model
 from models.postprocess import paste, postprocess_batch
 from models.refine_masks import MaskIoUHead, RefineMaskHead, boundary, refined, roi_features
@@ -19,7 +18,7 @@ from models.training.masks import MaskBranch, iou_loss, iou_targets, mask_target
 from models.weights.layouts import to_mmdetection, translate
 from models.weights.load import load_checkpoint
 from tests import rule
-from tests.models import HEADS, SMALL, TRICKS, build, random_targets, with_masks
+from tests.models import HEADS, SMALL, TRICKS, build, random_targets, train_steps, with_masks
 from tests.parity import assert_close
 from tests.runs import run
 from tests.shared_data import SHARED, needs_shared
@@ -81,7 +80,7 @@ def test_heads_targets_and_losses_equal_official() -> None:
 
 @pytest.mark.parametrize('pixels', ['no', 'few'])
 def test_objects_of_no_or_few_pixels_have_finite_losses(pixels: str) -> None:
-    """A crop can cut all of a mask away, and a thin object is in no cell of the target. Predictions are empty too."""
+    """A crop can remove a whole mask, and a thin object is in no cell of the target."""
     model, criterion, _ = build(TRICKS | {'co_masks': True})
     images, targets = torch.randn(2, 3, 96, 96), with_masks(random_targets(2, 1), (96, 96))
     targets[0]['boxes'][:] = torch.tensor([0.5, 0.5, 1.0, 1.0])
@@ -99,7 +98,7 @@ def test_objects_of_no_or_few_pixels_have_finite_losses(pixels: str) -> None:
 
 
 def test_iou_targets_without_pixels() -> None:
-    """Regions that nothing is in and nothing is predicted in count as no overlap, which the loss leaves out."""
+    """Regions without an object and without a prediction have no overlap, and the loss leaves them out."""
     masks, rois = torch.zeros(3, 100, 300), torch.tensor([[0.0, 0.0, 300.0, 100.0]]).repeat(3, 1)
     masks[1, 50] = 1
     masks[2, 20:60, 100:200] = 1
@@ -171,17 +170,9 @@ def test_masks_train_and_boxes_stay(kind: str) -> None:
     torch.manual_seed(0)
     flags = SMALL | KINDS[kind] | {'co_masks': True, 'dropout': 0.0}
     model, criterion, postprocessors = build_model(Namespace(**flags))
-    optimizer = build_optimizer(model, 1e-3, 1e-3, 1e-4)
     images, targets = torch.randn(2, 3, 96, 96), with_masks(random_targets(2, 1), (96, 96))
-    first = None
-    for _ in range(10):
-        losses = criterion(model.train()(images, targets), targets)
-        optimizer.zero_grad()
-        weighted_sum(losses, criterion.weight_dict).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        first = first if first is not None else losses['loss_comask'].item()
-    assert losses['loss_comask'].item() < 0.5 * first and 'loss_comask_iou' in losses
+    first, last = train_steps(model, criterion, images, targets, steps=10)
+    assert last['loss_comask'] < 0.5 * first['loss_comask'] and 'loss_comask_iou' in last
     nothing = with_masks(random_targets(0, 0), (96, 96))
     empty = criterion(model(images, nothing), nothing)
     assert empty['loss_comask'] == 0 and empty['loss_comask'].requires_grad
@@ -218,9 +209,10 @@ def test_official_names_of_the_heads() -> None:
 @pytest.mark.slow
 @pytest.mark.draws
 def test_a_run_evaluates_masks_by_their_own_scores(tmp_path: Path) -> None:
-    flags = """--dataset_file shapes --shapes_train 8 --shapes_val 4 --shapes_size 128 --img_size 128 --max_size 128 --backbone resnet10
-        --backbone_weights none --backbone_norm batch --hidden_dim 32 --nheads 4 --enc_layers 1 --dec_layers 2 --num_queries 10
-        --dim_feedforward 64 --dino --num_feature_levels 5 --batch_size 4 --num_workers 0 --epochs 1 --device cpu"""
+    flags = """--dataset_file shapes --shapes_train 8 --shapes_val 4 --shapes_size 128 --img_size 128
+        --max_size 128 --backbone resnet10 --backbone_weights none --backbone_norm batch --hidden_dim 32
+        --nheads 4 --enc_layers 1 --dec_layers 2 --num_queries 10 --dim_feedforward 64 --dino
+        --num_feature_levels 5 --batch_size 4 --num_workers 0 --epochs 1 --device cpu"""
     run(tmp_path / 'out', '--co_masks', '--worst_batch_first', flags=flags)
     record = json.loads((tmp_path / 'out/log.jsonl').read_text().splitlines()[-1])
     assert len(record['test_coco_eval_masks']) == 12 and 'train_loss_comask' in record
@@ -240,7 +232,7 @@ RCNN_MASKS = TRICKS | HEADS | {'co_rcnn_masks': True}
 
 
 def test_the_mask_branch_of_mask_rcnn_equals_its_formula() -> None:
-    """One loss over all pixels of the positives' own classes, targets as RoIAlign gives them; and the official names."""
+    """One loss over all pixels of the positives' own classes, with targets of RoIAlign."""
     torch.manual_seed(0)
     branch = MaskBranch(32, 6, [8, 16]).double()
     maps = [torch.randn(2, 32, 12, 12, dtype=torch.float64), torch.randn(2, 32, 6, 6, dtype=torch.float64)]
@@ -271,17 +263,9 @@ def test_roi_masks_train_and_the_rcnn_head_predicts_them() -> None:
     flags = SMALL | RCNN_MASKS | {'dropout': 0.0}
     model, criterion, _ = build_model(Namespace(**flags))
     assert criterion.weight_dict['loss_rcnn_mask'] == 2 * flags['dec_layers']  # 12 with six layers
-    optimizer = build_optimizer(model, 1e-3, 1e-3, 1e-4)
     images, targets = torch.randn(2, 3, 96, 96), with_masks(random_targets(2, 1), (96, 96))
-    first = None
-    for _ in range(10):
-        losses = criterion(model.train()(images, targets), targets)
-        optimizer.zero_grad()
-        weighted_sum(losses, criterion.weight_dict).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        first = first if first is not None else losses['loss_rcnn_mask'].item()
-    assert losses['loss_rcnn_mask'].item() < 0.7 * first
+    first, last = train_steps(model, criterion, images, targets, steps=10)
+    assert last['loss_rcnn_mask'] < 0.7 * first['loss_rcnn_mask']
     nothing = with_masks(random_targets(0, 0), (96, 96))
     empty = criterion(model(images, nothing), nothing)
     assert empty['loss_rcnn_mask'] == 0 and empty['loss_rcnn_mask'].requires_grad

@@ -16,29 +16,35 @@ from models.backbone import NORM_LAYERS
 from models.postprocess import AUXILIARY_HEADS
 from models.training.losses import BOX_LOSSES
 from tests.runs import ROOT, TINY, run
-from util.config.declare import DATA
+from util.config.declare import DATA, read_texts
 from util.config.flags import BOX_TERMS, FLAGS, NO_OPTIONS, TRUST
-from util.config.parser import make_parser
+from util.config.parser import build_parser
 from util.config.recipes import ZOO, find_recipe, recipe_names, with_named_flags
-from util.config.recorded import SOURCES, adopt, changes_text
-from util.config.settle import EVERYTHING, OLD, Settled, chosen_by, in_our_names, settle
+from util.config.recorded import VAL_DATA, adopt, changes_text
+from util.config.settle import EVERYTHING, OLD, Settled, chosen_by, settle, use_current_names
+from util.flags import Bounded, float_range, int_range
 
 RECORDED = Path(__file__).parent / 'recorded'
 # Of a recipe that was another reading of its config.
 CHANGED = {'swin_large_co_dino_5scale_lsj_lvis_36ep': {'drop_path_rate': 0.3}}
-# Added since: --evaluator, which LVIS chooses. Merged since: --lsj_size into --img_size, whose default was 1024; --group_aspect_ratio and --bucket_sizes into --batches.
+# Added since: --evaluator, which LVIS chooses. Merged since: --lsj_size into --img_size, whose default was
+# 1024; --group_aspect_ratio and --bucket_sizes into --batches.
 USUAL_THEN = {'lsj_size': 1024}
 BATCH = ('total_batch_size', 'batch_size')  # a recipe states its batch, which was a comment before
-# Flags of the main.py of DETR, Conditional, Deformable, H-Deformable and MS-DETR. Ours has what they train and evaluate with.
-OFFICIAL = """lr lr_backbone lr_backbone_names lr_linear_proj_names lr_linear_proj_mult batch_size weight_decay epochs lr_drop
-    lr_drop_epochs clip_max_norm sgd with_box_refine two_stage frozen_weights backbone dilation position_embedding
-    position_embedding_scale num_feature_levels enc_layers dec_layers dim_feedforward hidden_dim dropout nheads num_queries
-    dec_n_points enc_n_points pre_norm masks no_aux_loss set_cost_class set_cost_bbox set_cost_giou mask_loss_coef dice_loss_coef
-    cls_loss_coef bbox_loss_coef giou_loss_coef eos_coef focal_alpha dataset_file coco_path output_dir device seed resume eval
-    num_workers dist_url cache_mode num_queries_one2one num_queries_one2many k_one2many lambda_one2many mixed_selection
-    look_forward_twice topk drop_path_rate pretrained_backbone_path use_checkpoint use_ms_detr use_aux_ffn o2m_matcher_threshold
-    o2m_matcher_k use_indices_merge o2m_cls_loss_coef o2m_bbox_loss_coef o2m_giou_loss_coef enc_cls_loss_coef enc_bbox_loss_coef
-    enc_giou_loss_coef"""
+# Flags of the main.py of DETR, Conditional, Deformable, H-Deformable and MS-DETR. Ours has what they train
+# and evaluate with.
+OFFICIAL = """
+    lr lr_backbone lr_backbone_names lr_linear_proj_names lr_linear_proj_mult batch_size weight_decay epochs
+    lr_drop lr_drop_epochs clip_max_norm sgd with_box_refine two_stage frozen_weights backbone dilation
+    position_embedding position_embedding_scale num_feature_levels enc_layers dec_layers dim_feedforward
+    hidden_dim dropout nheads num_queries dec_n_points enc_n_points pre_norm masks no_aux_loss
+    set_cost_class set_cost_bbox set_cost_giou mask_loss_coef dice_loss_coef cls_loss_coef bbox_loss_coef
+    giou_loss_coef eos_coef focal_alpha dataset_file coco_path output_dir device seed resume eval
+    num_workers dist_url cache_mode num_queries_one2one num_queries_one2many k_one2many lambda_one2many
+    mixed_selection look_forward_twice topk drop_path_rate pretrained_backbone_path use_checkpoint
+    use_ms_detr use_aux_ffn o2m_matcher_threshold o2m_matcher_k use_indices_merge o2m_cls_loss_coef
+    o2m_bbox_loss_coef o2m_giou_loss_coef enc_cls_loss_coef enc_bbox_loss_coef enc_giou_loss_coef
+"""
 
 
 def parse(line: str) -> Namespace:
@@ -48,7 +54,7 @@ def parse(line: str) -> Namespace:
 @pytest.mark.parametrize('name', recipe_names())
 def test_a_recipe_settles_as_recorded(name: str) -> None:
     """The flags in force before there was a table, but for the batch."""
-    recorded = in_our_names(USUAL_THEN | json.loads((RECORDED / 'recipes.json').read_text())[name])
+    recorded = use_current_names(USUAL_THEN | json.loads((RECORDED / 'recipes.json').read_text())[name])
     settled = json.loads(json.dumps(vars(settle(with_named_flags(parse(f'--recipe {name}')), EVERYTHING))))
     usual = json.loads(json.dumps(vars(settle(Namespace(), EVERYTHING))))
     added = {flag: settled[flag] for flag in (*BATCH, 'evaluator')}
@@ -65,14 +71,14 @@ def test_a_model_is_its_recipe(name: str) -> None:
     row = next(row for row in ZOO if row.name == name)
     recipe = row.recipe.flags
     settled = settle(with_named_flags(parse(f'--model {name} --pretrained FILE --lr 7e-5')), EVERYTHING)
-    for flag in recipe.given - set(SOURCES) - {'lr'}:
+    for flag in recipe.given - set(VAL_DATA) - {'lr'}:
         assert getattr(settled, flag) == getattr(recipe, flag), flag
     assert settled.lr == 7e-5 and settled.dataset_file == 'coco' and settled.pretrained == 'FILE'
 
 
 def test_a_fine_tuning_by_name_has_scheme_schedule_and_batch(capsys: pytest.CaptureFixture[str]) -> None:
-    line = '--model h_deformable_detr_resnet50 --pretrained FILE --dataset_file shapes --dry_run --total_batch_size 16'
-    main.main(parse(line))
+    line = '--model h_deformable_detr_resnet50 --pretrained FILE --dataset_file shapes --dry_run'
+    main.main(parse(f'{line} --total_batch_size 16'))
     said = capsys.readouterr().out
     assert 'one2many' in said and 'in 12 epochs' in said and '16 images a step' in said
     assert 'family  Deformable DETR (chosen by --' in said
@@ -114,6 +120,7 @@ def test_names_in_the_table_are_those_of_the_code() -> None:
     )
     assert list(FLAGS['co_aux_heads'].type) == list(AUXILIARY_HEADS)
     assert list(BOX_TERMS) == list(BOX_LOSSES)
+    assert set(read_texts()) <= set(FLAGS), 'every text is that of a flag'
 
 
 @pytest.mark.parametrize(
@@ -261,5 +268,42 @@ def test_old_names_in_records_are_read_and_on_a_command_line_refused(capsys: pyt
     assert not any(hasattr(settled, name) for name in OLD)
     for name in OLD:
         with pytest.raises(SystemExit):
-            make_parser('').parse_args([f'--{name}', 'x'])
+            build_parser('').parse_args([f'--{name}', 'x'])
         assert OLD[name].instead in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('kind', 'value', 'problem'),
+    [
+        (int_range(1, 5), 0, 'must be at least 1, not 0'),
+        (int_range(1, 5), 6, 'must be at most 5, not 6'),
+        (int_range(1, 5), 2.5, 'must be a whole number, not 2.5'),
+        (int_range(1, 5), True, 'must be a whole number, not True'),
+        (int_range(1, 5), '3', "must be a whole number, not '3'"),
+        (float_range(0, 1, below=True), 1, 'must be less than 1, not 1'),
+        (float_range(), float('nan'), 'must be a finite number, not nan'),
+        (float_range(), -1e-9, 'must be at least 0, not -1e-09'),
+        (int_range(1, 5), 5.0, None),
+        (float_range(0, 1), 1, None),
+    ],
+)
+def test_bounds(kind: Bounded, value: object, problem: str | None) -> None:
+    assert kind.problem(value) == problem
+
+
+def test_every_number_has_bounds_wherever_it_comes_from() -> None:
+    for action in main.get_args_parser()._actions:
+        assert isinstance(action.type, Bounded) or action.type is None or action.choices, action.dest
+    for line, message in (
+        ('--num_queries 1000000000', '--num_queries must be at most 100000, not 1e\\+09'),
+        ('--clip_max_norm nan', '--clip_max_norm must be a finite number, not nan'),
+        ('--lr_drop_epochs 3 0', '--lr_drop_epochs must be at least 1, not 0'),
+        ('--img_size 1', '--img_size must be at least 16, not 1'),
+        ('--print_freq 0', '--print_freq must be at least 1, not 0'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settle(parse(line), EVERYTHING)
+    with pytest.raises(ValueError, match='--nheads must be a whole number'):
+        settle(Namespace(nheads='8'))
+    with pytest.raises(SystemExit):
+        parse('--img_size 800px')

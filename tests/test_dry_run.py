@@ -13,7 +13,7 @@ from models import build_model
 from models.costs import activation_bytes
 from models.detr import DETR
 from models.ops.functions import use_implementation
-from tests.models import SMALL, TRICKS
+from tests.models import FAMILIES, SMALL, build
 from tests.runs import parse
 
 
@@ -59,7 +59,7 @@ def test_nothing_is_read_downloaded_or_written(
 def test_classes_and_images_are_those_of_the_data(
     named: str, parameters: str, images: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """1203 classes of LVIS v1, which a row of the zoo stands for too; 80 of COCO with --class_ids contiguous."""
+    """1203 classes of LVIS v1, also for a row of the zoo; 80 of COCO with --class_ids contiguous."""
     rows = printed(named, capsys)
     assert rows['parameters'].startswith(parameters) and f'of {images} images' in rows['steps']
 
@@ -73,13 +73,10 @@ def test_contradictions_are_refused_too() -> None:
         main.main(parse('', flags='--dry_run --model resnet'))
 
 
-@pytest.mark.parametrize(
-    'flags',
-    [{}, {'conditional': True}, {'deformable': True}, TRICKS | {'use_ms_detr': True, 'use_aux_ffn': True}, {'dino': True}],
-)  # fmt: skip
-def test_estimated_activations_are_those_of_a_real_step(flags: dict) -> None:
-    """Measured on the CPU: what autograd keeps, parameters not counted. The operator keeps its inputs, built or not."""
-    model = build_model(Namespace(**SMALL | flags))[0].train()
+@pytest.mark.parametrize('name', ['detr', 'conditional', 'deformable', 'mixed', 'dino'])
+def test_estimated_activations_are_those_of_a_real_step(name: str) -> None:
+    """Of what autograd keeps on the CPU, without parameters. The operator keeps its inputs."""
+    model = build(FAMILIES[name])[0].train()
     estimated = activation_bytes(model, 2, 128, 160)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}

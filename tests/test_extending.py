@@ -31,8 +31,8 @@ TASKS = {
 LEFT_OUT = shutil.ignore_patterns('.git', '.venv', 'venv', 'output', 'exps', 'build', '.*_cache')
 STEPS = {
     'DETR': '',
-    'H-Deformable-DETR': '--two_stage --with_box_refine --mixed_selection --num_feature_levels 3 --hidden_dim 64 '
-    '--hybrid_k 2 --hybrid_queries 12',
+    'H-Deformable-DETR': '--two_stage --with_box_refine --mixed_selection --num_feature_levels 3 '
+    '--hidden_dim 64 --hybrid_k 2 --hybrid_queries 12',
 }
 SIZES = re.search(r'```\n(--.*?)```', TEXT, re.DOTALL)[1].split()
 

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, restarted, or started twice: nothing is lost, and everybody is told why."""
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -18,7 +19,7 @@ from tests.processes import end_group, group_environment, run_main, start, start
 from tests.runs import ROOT, TINY, assert_same, fill_disk, load
 from util.distributed.preemption import UNFINISHED
 from util.errors import FileError, UserError
-from util.files import lock_folder, unlock
+from util.files import lock_folder
 from util.run import Run
 
 # Twelve steps an epoch for one process, six for two.
@@ -147,8 +148,8 @@ def test_saving_every_few_steps_is_enough_for_a_run_that_is_killed(tmp_path: Pat
 
 
 def end_as_a_launcher(processes: list) -> list[int]:
-    """Exit codes; once one process has failed, the others are killed a little later, as torchrun and srun do: one that still
-    waits for the others to come would wait for minutes.
+    """Exit codes; once one process has failed, the others are killed a little later, as torchrun and srun do:
+    one that still waits for the others to come would wait for minutes.
     """
     while all(process.is_alive() for process in processes):
         time.sleep(0.05)
@@ -161,7 +162,9 @@ def end_as_a_launcher(processes: list) -> list[int]:
 
 @pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(tmp_path: Path, exhaustive: bool) -> None:
-    """Two processes; one of them is killed, or both, or one is asked to stop, again and again until the run has ended."""
+    """Two processes; one of them is killed, or both, or one is asked to stop, again and again until the run
+    has ended.
+    """
     kills = 40 if exhaustive else 4
     flags = ['--checkpoint_steps', '1', '--epochs', str(6 * kills // 5), '--eval_every', str(kills // 3)]
     command = [*LONG, *flags, '--output_dir', str(tmp_path / 'parts'), '--resume', 'auto']
@@ -219,23 +222,27 @@ def test_the_process_that_fails_is_the_first_to_say_why(tmp_path: Path) -> None:
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
-    first = lock_folder(tmp_path)
-    with pytest.raises(
-        ValueError, match=f'is in use by process {os.getpid()} on .*choose another --output_dir'
-    ):
-        lock_folder(tmp_path, wait=0.1)
-    with subprocess.Popen(['sleep', '30'], pass_fds=[first.fileno()]) as child:  # as a loader's worker
-        unlock(first)
-        unlock(lock_folder(tmp_path, wait=0.1))
+    with lock_folder(tmp_path):
+        with (
+            pytest.raises(
+                ValueError, match=f'is in use by process {os.getpid()} on .*choose another --output_dir'
+            ),
+            lock_folder(tmp_path, wait=0.1),
+        ):
+            pass
+        child = multiprocessing.get_context('fork').Process(
+            target=time.sleep, args=(30,)
+        )  # as a loader worker
+        child.start()
+    with lock_folder(tmp_path, wait=0.1):
         child.kill()
+    child.join()
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    holder = lock_folder(tmp_path)
     monkeypatch.setattr('util.run.lock_folder', lambda folder: lock_folder(folder, wait=0.1))
-    with pytest.raises(ValueError, match='is in use by process'):
+    with lock_folder(tmp_path), pytest.raises(ValueError, match='is in use by process'):
         main.main(main.get_args_parser().parse_args([*LONG, '--output_dir', str(tmp_path)]))
-    unlock(holder)
     assert {path.name for path in tmp_path.iterdir()} == {'run.lock'}
 
 
@@ -319,7 +326,9 @@ def test_a_pause_changes_nothing(tmp_path: Path) -> None:
 def test_a_full_disk_keeps_the_last_checkpoint(
     small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run goes on, says so each time, and ends with an error; with space again it goes on to the same end."""
+    """The run goes on, says so each time, and ends with an error; with space again it goes on to the same
+    end.
+    """
     out, flags = small_disk / 'out', [*LONG, '--epochs', '3', '--resume', 'auto']
     arguments = main.get_args_parser().parse_args([*flags, '--epochs', '1', '--output_dir', str(out)])
     main.main(arguments)

@@ -40,8 +40,8 @@ CASES = sorted(
     path for folder in ('co_deformable_detr', 'co_dino') for path in SHARED.glob(f'parity/{folder}/r50*.json')
 )
 QUICK = ('r50_cap_flags',)
-# Proposals are float32 logarithms, whose last bit depends on the processor and on MKL; this choice of MKL's gives the
-# recorded ones.
+# Proposals are float32 logarithms, whose last bit depends on the processor and on MKL. With this setting MKL
+# gives the recorded ones.
 TIGHT = os.environ.get('MKL_CBWR') == 'COMPATIBLE'
 CLOSE = {'rtol': 1e-9, 'atol': 1e-9} if TIGHT else {'rtol': 1e-6, 'atol': 1e-6}
 GRADIENT = {'rtol': 1e-8, 'atol': 1e-9} if TIGHT else {'rtol': 1e-5, 'atol': 1e-6}
@@ -50,10 +50,14 @@ PIXELS = {'rtol': 1e-8, 'atol': 1e-8} if TIGHT else {'rtol': 1e-6, 'atol': 1e-5}
 # Official name -> ours; the rest of a name is the layer or the auxiliary head.
 TERMS = {'loss_cls': 'loss_ce', 'loss_bbox': 'loss_bbox', 'loss_iou': 'loss_giou'}
 HEAD_TERMS = {
-    'loss_rpn_cls': 'loss_rpn_cls', 'loss_rpn_bbox': 'loss_rpn_bbox', 'loss_cls0': 'loss_rcnn_cls',
-    'loss_bbox0': 'loss_rcnn_bbox', 'loss_cls1': 'loss_atss_cls', 'loss_bbox1': 'loss_atss_bbox',
+    'loss_rpn_cls': 'loss_rpn_cls',
+    'loss_rpn_bbox': 'loss_rpn_bbox',
+    'loss_cls0': 'loss_rcnn_cls',
+    'loss_bbox0': 'loss_rcnn_bbox',
+    'loss_cls1': 'loss_atss_cls',
+    'loss_bbox1': 'loss_atss_bbox',
     'loss_centerness1': 'loss_atss_centerness',
-}  # fmt: skip
+}
 
 
 def our_name(official: str) -> str:

@@ -22,6 +22,8 @@ from tests.parity import (
     assignments,
     case_params,
     check_coefficients,
+    check_losses,
+    check_norms,
     check_pairs,
     float64,
 )
@@ -96,16 +98,8 @@ def test_evaluation_equals_official(case: DenseCase) -> None:
 @needs_shared
 def test_training_equals_official(case: DenseCase) -> None:
     _, criterion, _ = case.built
-    losses = case.first_pass.losses
-    assert set(losses) == set(case.record['losses'])
-    for name, value in case.record['losses'].items():
-        assert_close(losses[name], value, name)
-    total = weighted_sum(losses, criterion.weight_dict)
-    assert_close(total, case.record['total_loss'], 'total')
-    norms = case.first_pass.norms
-    assert set(norms) == set(case.record['grad_l2_norms'])
-    for name, value in case.record['grad_l2_norms'].items():
-        assert_close(norms[name], value, f'gradient of {name}')
+    check_losses(case.first_pass.losses, criterion.weight_dict, case.record, 'total_loss')
+    check_norms(case.first_pass.norms, case.record['grad_l2_norms'])
     if 'aux_pred_boxes' in case.arrays:
         every = case.record['npz']['aux_boxes_every_k_th_query']
         aux = torch.stack([layer['pred_boxes'][:, ::every] for layer in case.outputs['aux_outputs']])
@@ -152,7 +146,7 @@ def test_optimizer_steps_equal_official(case: DenseCase, exhaustive: bool) -> No
 
 @pytest.mark.parametrize('system', ['detr', pytest.param('conditional_detr', marks=pytest.mark.slow)])
 def test_recorded_numbers_equal_official(system: str) -> None:
-    """A part of the same, from numbers that lie in this repository."""
+    """Some of the same, from numbers in this repository."""
     with float64():
         case = DenseCase(Path(__file__).parent / f'recorded/{system}_r50_empty.json', system)
         model = case.built[0]

@@ -1,4 +1,4 @@
-"""What a run says of its model before it starts: counted for every family, and no reason to end where it cannot be."""
+"""A run counts the operations of its model before it starts, in every family, and goes on where it cannot."""
 
 import re
 from pathlib import Path

@@ -76,13 +76,14 @@ def test_bf16_trains(flags: dict) -> None:
     assert outputs['pred_boxes'].dtype == outputs['pred_logits'].dtype == torch.float32
     boxes = outputs['pred_boxes']
     assert (boxes - boxes.bfloat16()).abs().max() > 1e-4, 'they have float32 numbers, not only the type'
-    # Numbers of 8 bits err by 0.2 % each, mostly to both sides; other proposals and pairs may be chosen for that.
+    # Numbers of 8 bits err by 0.2 % each, mostly to both sides; other proposals and pairs may be chosen for
+    # that.
     torch.testing.assert_close(loss, training_pass(flags, 'off')[2], rtol=0.02, atol=0)
 
 
 def calls_of_the_operator(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """Filled as the model runs: `offsets` and `references` as the module has them, `places` and `weights` as the operator
-    gets them.
+    """Filled as the model runs: `offsets` and `references` as the module has them, `places` and `weights` as
+    the operator gets them.
     """
     calls: list[dict] = []
     original = modules.ms_deform_attn
@@ -180,7 +181,7 @@ class Tiny(nn.Module):
             loss = weighted_sum(terms, self.criterion.weight_dict)
             optimizer.zero_grad(set_to_none=True)
             precision.backward(loss)
-            precision.step(optimizer, self.detector, max_norm=0.1)
+            precision.step(optimizer, self.detector.parameters(), max_norm=0.1)
             losses.append(loss.item())
         return losses
 
@@ -218,7 +219,7 @@ def test_fp16_steps_of_whole_models(flags: dict) -> None:
         loss = weighted_sum(criterion(outputs, targets), criterion.weight_dict)
         optimizer.zero_grad(set_to_none=True)
         precision.backward(loss)
-        made.append(precision.step(optimizer, model, max_norm=0.1)[0])
+        made.append(precision.step(optimizer, model.parameters(), max_norm=0.1)[0])
         assert loss.isfinite()
     assert all(p.isfinite().all() for p in model.parameters())
     assert optimizer.state and made[-1], 'some step was taken'
@@ -250,7 +251,7 @@ def test_gradients_are_clipped_as_if_unscaled() -> None:
         layer = nn.Linear(4, 4)
         precision = Precision(mode, CPU)
         precision.backward(layer(torch.ones(1, 4)).square().sum())
-        precision.step(torch.optim.SGD(layer.parameters(), lr=1.0), layer, max_norm=0.1)
+        precision.step(torch.optim.SGD(layer.parameters(), lr=1.0), layer.parameters(), max_norm=0.1)
         assert layer.weight.grad.norm() < 0.1001
         results.append(layer.weight.detach())
     torch.testing.assert_close(*results)

@@ -56,7 +56,6 @@ ELSEWHERE = {
     './tools/run_dist_slurm.sh': 'test_slurm.py',
     'python run_with_submitit.py': 'test_submit.py and test_slurm.py',
     'python tools/convert_checkpoint.py co_dino': 'test_convert_checkpoint.py, with files of that layout',
-    'python tools/convert_checkpoint.py ours.pth': 'test_convert_checkpoint.py, with files of that layout',
     'python tools/demo.py': 'test_demo.py, in a browser',
     'python tools/export.py': 'test_export.py',
     'python tools/predict.py --model ms_detr_resnet50': 'test_zoo.py, with a smaller row',

@@ -13,24 +13,26 @@ from models.weights.load import load_checkpoint
 from models.weights.records import extract_flags
 from tests.models import SMALL, TRICKS
 from tests.runs import load, run
-from util.bounds import float_range
 from util.config.declare import DETECTION, NETWORK, Flag
 from util.config.flags import FLAGS
 from util.config.recorded import NetworkFlags, adopt, settle_recorded
+from util.flags import float_range
 
 # Values that differ while all shapes are equal, and flags that both models have.
 SILENT = {
     'dilation': (
-        {'dilation': True}, {'backbone': 'resnet50', 'backbone_stages': 4, 'enc_layers': 1, 'dec_layers': 1},
+        {'dilation': True},
+        {'backbone': 'resnet50', 'backbone_stages': 4, 'enc_layers': 1, 'dec_layers': 1},
     ),
     'nheads': ({'nheads': 8}, {}),
     'pe_temperature': ({'pe_temperature': 20.0}, {'conditional': True}),
     'position_embedding_scale': ({'position_embedding_scale': 3.0}, {}),
     'enc_n_points': (
-        {'nheads': 2, 'enc_n_points': 8, 'dec_n_points': 8}, {'deformable': True, 'enc_layers': 1, 'dec_layers': 2},
+        {'nheads': 2, 'enc_n_points': 8, 'dec_n_points': 8},
+        {'deformable': True, 'enc_layers': 1, 'dec_layers': 2},
     ),
     'with_box_refine': ({'with_box_refine': True}, {'deformable': True, 'enc_layers': 1, 'dec_layers': 2}),
-}  # fmt: skip
+}
 
 
 def build(flags: dict) -> nn.Module:
@@ -70,7 +72,9 @@ def test_another_value_is_refused_with_both(flag: str, written: str) -> None:
 
 
 def test_every_flag_is_compared_or_has_a_reason() -> None:
-    """The compared ones are those that change evaluated numbers; the rest only train, detect, or show in names."""
+    """The compared ones are those that change evaluated numbers; the rest only train, detect, or show in
+    names.
+    """
     compared = {name for flags in ({'dino': True}, {}) for name in NetworkFlags.of(settle_recorded(flags))}
     assert compared >= {
         *SILENT,
@@ -105,10 +109,18 @@ def test_families_are_told_from_official_flags() -> None:
 
 def test_transformers_configuration_is_compared(tmp_path: Path) -> None:
     config = {
-        'model_type': 'deformable_detr', 'd_model': 32, 'encoder_layers': 2, 'decoder_layers': 3, 'encoder_ffn_dim': 64,
-        'encoder_attention_heads': 8, 'decoder_attention_heads': 8, 'num_queries': 12, 'two_stage': True,
-        'with_box_refine': True, 'backbone': 'resnet10',
-    }  # fmt: skip
+        'model_type': 'deformable_detr',
+        'd_model': 32,
+        'encoder_layers': 2,
+        'decoder_layers': 3,
+        'encoder_ffn_dim': 64,
+        'encoder_attention_heads': 8,
+        'decoder_attention_heads': 8,
+        'num_queries': 12,
+        'two_stage': True,
+        'with_box_refine': True,
+        'backbone': 'resnet10',
+    }
     model = build(TRICKS | {'mixed_selection': False, 'backbone_stages': 4})
     with pytest.raises(ValueError, match='--nheads 8 there, 4 here'):
         load_checkpoint(model, {'model': model.state_dict(), 'config': config})
@@ -170,7 +182,9 @@ def test_the_names_of_files_tell_which_queries_only_train(tmp_path: Path) -> Non
 
 
 def test_a_flag_that_is_newer_than_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of detections contradicts no weights; one of the network is compared with its default, and the message says so."""
+    """One of detections contradicts no weights; one of the network is compared with its default, and the
+    message says so.
+    """
     old = vars(settle_recorded(SMALL))
     for flag in (
         Flag('score_power', float_range(), None, 'new', kind=DETECTION),

@@ -38,7 +38,6 @@ def test_threads_find_the_same_pairs(repeats: int, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(matcher, 'WORTH_THREADS', worth)
         found.append(matcher.HungarianMatcher(repeats=repeats).solve(cost, sizes))
     for ours, theirs in zip(*found, strict=True):
-        assert ours.count == theirs.count == repeats * sum(sizes)
         for name in ('batch', 'query', 'target'):
             assert torch.equal(getattr(ours, name), getattr(theirs, name))
             assert getattr(ours, name).dtype == torch.int64

@@ -35,8 +35,9 @@ from util.config.recorded import settle_recorded
 from util.nested_tensor import NestedTensor
 
 PUBLISHED = [row for row in ZOO if row.size]
-# Published GFLOPs of Deformable DETR with one level fit an image that is 3 % smaller than all others'; and the table has one
-# number for all with four levels, though the heads that choose proposals in two stages cost 1.4 more.
+# Published GFLOPs of Deformable DETR with one level fit an image that is 3 % smaller than all others'; and
+# the table has one number for all with four levels, though the heads that choose proposals in two stages cost
+# 1.4 more.
 SIZES = {'num_feature_levels': (800, 1104)}
 MORE = {'two_stage': 1.4}
 
@@ -58,7 +59,9 @@ def test_counts_are_the_published(row: Row) -> None:
 
 @pytest.mark.slow
 def test_every_entry_builds_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is built once with every set of flags, without memory; weights that have an address are asked for there."""
+    """Each is built once with every set of flags, without memory; weights that have an address are asked for
+    there.
+    """
     asked, build = [], functools.cache(lambda name: zoo_build(find_row(name)))
     first = {row.network: row.name for row in reversed(ZOO) if row.name}
     zoo_build = hub.build_row
@@ -151,7 +154,7 @@ def small_row_of(flags: dict) -> Row:
                 f'--{name}',
                 *map(str, () if value is True else value if isinstance(value, list) else [value]),
             ]
-    return Row('small', '', title='small', own=' '.join(words), epochs=1)
+    return Row('small', '', title='small', flags=' '.join(words), epochs=1)
 
 
 @pytest.fixture
@@ -201,8 +204,9 @@ def test_a_name_stands_for_model_and_weights(
     file, out = tmp_path / 'alone.pth', tmp_path / 'out'
     torch.save(small_model(small_row, 6).state_dict(), file)
     monkeypatch.setattr(Row, 'source', lambda row: str(file))
-    data = """--dataset_file shapes --shapes_train 4 --shapes_val 2 --shapes_size 64 --img_size 64 --batch_size 2 --num_workers 0
-        --device cpu --epochs 1 --backbone_weights none --model small"""
+    data = """--dataset_file shapes --shapes_train 4 --shapes_val 2 --shapes_size 64 --img_size 64
+        --batch_size 2 --num_workers 0 --device cpu --epochs 1 --backbone_weights none --model
+        small"""
     run(out / 'eval', '--eval', flags=data)
     assert len(json.loads((out / 'eval/eval.json').read_text())['test_coco_eval_bbox']) == 12
     assert 'no flags in the file' in capsys.readouterr().out
@@ -330,7 +334,8 @@ def through_main(
     monkeypatch.setattr(main, 'load_checkpoint', load_and_note)
     monkeypatch.setattr(main, 'evaluate_alone', stop)
     monkeypatch.setattr(main, 'train', stop)
-    data = """--dataset_file shapes --shapes_train 2 --shapes_val 2 --shapes_size 128 --img_size 128 --num_workers 0 --device cpu"""
+    data = """--dataset_file shapes --shapes_train 2 --shapes_val 2 --shapes_size 128 --img_size 128
+        --num_workers 0 --device cpu"""
     words = []
     for flag, value in flags.items():
         if flag not in ('num_classes', 'backbone_weights', 'dn_number'):
@@ -363,8 +368,9 @@ def test_no_door_runs_what_a_file_holds(
     proof, good, bad = tmp_path / 'proof', tmp_path / 'good.pth', tmp_path / 'bad.pth'
     torch.save({'model': small_model(small_row, 6).state_dict(), 'more': Program(proof)}, good)
     torch.save(Program(proof), bad)
-    data = """--dataset_file shapes --shapes_train 4 --shapes_val 2 --shapes_size 64 --img_size 64 --batch_size 2 --num_workers 0
-        --device cpu --epochs 1 --backbone_weights none --model small"""
+    data = """--dataset_file shapes --shapes_train 4 --shapes_val 2 --shapes_size 64 --img_size 64
+        --batch_size 2 --num_workers 0 --device cpu --epochs 1 --backbone_weights none --model
+        small"""
     doors = {
         'hub': lambda file: hub.build(small_row, num_classes=6, weights=file),
         'predict': lambda file: load_detector('small', file),
@@ -443,8 +449,10 @@ def test_hub_gives_recorded_outputs_for_official_files(
         state[step['parameter']] *= step['multiply_in_place_by']
     flags = Namespace(**record.get('args') or record['arguments'])
     torch.save({'model': state, 'args': flags, 'epoch': 49}, tmp_path / 'official.pth')
-    images = [rule.image(record['rule']['salt'] + i['name'], i['height'], i['width'])
-              for i in record.get('pictures') or record['images']]  # fmt: skip
+    images = [
+        rule.image(record['rule']['salt'] + i['name'], i['height'], i['width'])
+        for i in record.get('pictures') or record['images']
+    ]
     with np.load(path.with_suffix('.npz')) as arrays, float64(), torch.no_grad():
         for model in (
             hub.entries()[entry](weights=tmp_path / 'official.pth'),

@@ -44,10 +44,9 @@ from datasets.coco_json import (
 )
 from datasets.image_io import read_image
 from datasets.segmentations import is_finite
-from util.bounds import float_range
 from util.errors import UserError
 from util.files import save_atomically
-from util.flags import FlagParser, run_command
+from util.flags import FlagParser, float_range, run_command
 
 KINDS = ('wrong class', 'wrong place', 'wrong class and place', 'duplicate', 'background', 'missed', 'found')
 CLASS, PLACE, BOTH, DUPLICATE, BACKGROUND, MISSED, FOUND, IGNORED = range(8)

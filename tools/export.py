@@ -36,10 +36,9 @@ from datasets.shapes import ShapesDetection
 from models.deformable_detr import AskedProposals
 from models.detector import Detector, add_detector_args, load_detector
 from models.postprocess import SoftmaxPostProcess, TopKPostProcess, frame_size
-from util.bounds import int_range
 from util.errors import UserError
 from util.files import save_atomically
-from util.flags import FlagParser, run_command
+from util.flags import FlagParser, int_range, run_command
 
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 

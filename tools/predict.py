@@ -35,11 +35,10 @@ from datasets.coco_eval import decode_masks, encode_masks
 from datasets.image_io import SUFFIXES, check_pixels, naming, read_image
 from datasets.results import ResultFiles, coco_results, select
 from models.detector import Detector, add_detector_args, load_from_flags
-from util.bounds import float_range, int_range
 from util.download import fetch, is_url
 from util.errors import UserError
 from util.files import make_folder, save_atomically
-from util.flags import FlagParser, run_command
+from util.flags import FlagParser, float_range, int_range, run_command
 from util.visualize import draw_boxes
 
 FILMS = ('.mp4', '.avi', '.mov', '.mkv', '.webm')

@@ -1,8 +1,8 @@
 """
-Run the batch of a black box again, and say where the first value that is not finite comes up.
+Run the batch of a skipped step again, and report where the first value that is not finite appears.
 
   python tools/replay.py OUT/black_box/epoch_1_5_step_12_rank0.pth
-  python tools/replay.py FILE --amp off        in float32: is the precision to blame?
+  python tools/replay.py FILE --amp off        in float32: is the precision the reason?
 
 Training saves such a file when a step has a gradient that is not finite: batch, random states, flags and
 weights of a process.
@@ -21,10 +21,10 @@ from engine import losses_of
 from models import build_model
 from models.weights.load import load_checkpoint
 from models.weights.read import read_checkpoint
-from util.black_box import Diagnosis, diagnose
 from util.distributed.collectives import choose_device
 from util.errors import UserError
 from util.flags import FlagParser, run_command
+from util.nan_guard import Diagnosis, diagnose
 from util.nested_tensor import NestedTensor
 from util.precision import DTYPES, Precision
 from util.seeding import set_rng_state
@@ -41,15 +41,17 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def replay(args: argparse.Namespace) -> Diagnosis:
-    """Return where the first bad value of a saved step comes up.
+    """Return where the first value that is not finite appears in a saved step.
 
     Raises:
-        UserError: the file is not one of a black box.
+        UserError: the file does not hold such a step.
     """
     saved = read_checkpoint(args.file)
     lacking = {'model', 'args', 'rng', 'batches', 'where'} - saved.keys()
     if lacking:
-        raise UserError(f'{args.file} is not a file of a black box: it lacks {", ".join(sorted(lacking))}')
+        raise UserError(
+            f'{args.file} is not a step that a training saved in black_box/: it lacks {", ".join(sorted(lacking))}'
+        )
     flags = argparse.Namespace(**saved['args'] | {'backbone_weights': 'none'})
     model, criterion, _ = build_model(flags)
     load_checkpoint(model, {'model': saved['model'], 'args': saved['args']}, resume=True, name=args.file)

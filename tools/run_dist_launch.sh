@@ -9,7 +9,7 @@
 #   MASTER_ADDR=10.0.0.1 NODE_RANK=1 GPUS_PER_NODE=8 ./tools/run_dist_launch.sh 16 COMMAND
 #
 # Environment: GPUS_PER_NODE (GPUS, at most 8), MASTER_ADDR (127.0.0.1), MASTER_PORT (29500), NODE_RANK (0). The processes
-# get what torchrun gives: RANK, WORLD_SIZE, LOCAL_RANK, ... When one of them fails, the others are ended.
+# get the variables of torchrun: RANK, WORLD_SIZE, LOCAL_RANK, ... When one of them fails, the others are ended.
 set -euo pipefail
 
 refuse() {
@@ -29,7 +29,8 @@ node=${NODE_RANK:-0}
 [[ $node =~ ^[0-9]+$ ]] && ((10#$node < gpus / per_node)) || refuse "NODE_RANK must be less than the $((gpus / per_node)) nodes, not '$node'"
 [[ $1 != *.sh || -x $1 ]] || set -- bash "$@"
 
-# SIGUSR1 and SIGUSR2 (time is nearly up) are for the processes; by itself torchrun would die of them. Older PyTorch ignores it.
+# SIGUSR1 and SIGUSR2 (the time limit is near) are for the processes; by default they would end torchrun. Older PyTorch
+# ignores this variable.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}
 exec python -m torch.distributed.run --nnodes "$((gpus / per_node))" --node_rank "$node" --nproc_per_node "$per_node" \
     --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" --no_python "$@"

@@ -28,10 +28,9 @@ from models.deformable_transformer import valid_ratio
 from models.detector import Detector, add_detector_args, load_from_flags
 from models.ops.modules import MSDeformAttn
 from util import visualize
-from util.bounds import int_range
 from util.errors import UserError
 from util.files import save_atomically
-from util.flags import FlagParser, run_command
+from util.flags import FlagParser, int_range, run_command
 
 # Colours of weights from 0 to the largest.
 RAMP = torch.tensor([(70, 70, 255), (160, 40, 190), (235, 50, 60), (255, 160, 30), (255, 255, 160)]).float()

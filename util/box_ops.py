@@ -1,4 +1,4 @@
-"""Conversions and overlaps of boxes as tensors. House format: cxcywh in [0, 1]; xyxy where the name says so."""
+"""Conversions and overlaps of boxes. The format is cxcywh in [0, 1], or xyxy where a name says so."""
 
 import torch
 from torch import Tensor
@@ -24,10 +24,11 @@ def box_area(boxes_xyxy: Tensor) -> Tensor:
 
 
 def box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Compute intersection over union, and the union, of broadcast boxes: [..., 4] with [..., 4] to [...] twice.
+    """Compute IoU and union of broadcast boxes: [..., 4] with [..., 4] to [...] twice.
 
-    Pairs are element by element; a matrix of all pairs comes from `boxes1[:, None]` and `boxes2[None]`. Torchvision's
-    functions only make matrices or add an epsilon, which would move the numbers. eps: the smallest union.
+    Pairs are element by element; a matrix of all pairs comes from `boxes1[:, None]` and `boxes2[None]`.
+    Torchvision's functions only make matrices or add an epsilon, which would move the numbers. eps: the
+    smallest union.
     """
     # Coordinate by coordinate: elementwise work over matrices of boxes then runs along their long sides.
     left1, top1, right1, bottom1 = boxes1_xyxy.unbind(-1)
@@ -44,8 +45,8 @@ def box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor, eps: float = 0.0) -> tuple
 def generalized_box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor, eps: float = 0.0) -> Tensor:
     """Compute the generalised IoU (arXiv:1902.09630) of broadcast boxes, [..., 4] with [..., 4] to [...].
 
-    Boxes of no size give NaN, unless `eps` is the smallest area that union and hull count as. Predictions are not
-    checked here: the matcher reports numbers that are not finite.
+    Boxes of no size give NaN, unless `eps` is the smallest area that union and hull count as. Predictions are
+    not checked here: the matcher reports numbers that are not finite.
     """
     iou, union = box_iou(boxes1_xyxy, boxes2_xyxy, eps)
     left1, top1, right1, bottom1 = boxes1_xyxy.unbind(-1)

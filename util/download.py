@@ -1,10 +1,13 @@
-"""Download weights and images: whole or not at all, with a time limit, from https URLs unless the user allows others."""
+"""Download weights and images: completely or not at all, with a time limit, and by https unless the user
+allows http.
+"""
 
 import hashlib
 import re
 import urllib.request
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,7 +17,7 @@ import torch
 
 from util.distributed.preemption import interruptible
 from util.errors import FileError, UserError
-from util.files import lock_folder, save_atomically, unlock
+from util.files import lock_folder, save_atomically
 from util.flags import HTTP_ALLOWED
 
 TIMEOUT = 30.0  # seconds of silence after which a server counts as lost
@@ -25,7 +28,7 @@ def is_url(source: object) -> bool:
     """Return whether a source is a URL and not a path.
 
     Raises:
-        UserError: it begins like a URL and is not valid.
+        UserError: it begins like a URL but is not valid.
     """
     try:
         return str(source).startswith(('http://', 'https://')) and bool(urlparse(str(source)))
@@ -34,7 +37,7 @@ def is_url(source: object) -> bool:
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follow a redirection only to URLs that may be downloaded themselves."""
+    """Follow redirections to URLs that `check_url` allows."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         check_url(newurl)
@@ -45,16 +48,18 @@ def check_url(url: str) -> None:
     """Refuse a URL without encryption.
 
     Raises:
-        UserError: it is not https, nor http with --allow_http.
+        UserError: it is neither https nor http with --allow_http.
     """
     scheme = urlparse(url).scheme
     if scheme != 'https' and not (scheme == 'http' and HTTP_ALLOWED.get()):
-        more = ', or add --allow_http' * (scheme == 'http')
-        raise UserError(f'{url} is not downloaded, since anybody on the way could change it: use https{more}')
+        remedy = ', or add --allow_http' * (scheme == 'http')
+        raise UserError(
+            f'{url} is not downloaded, since anybody on the way could change it: use https{remedy}'
+        )
 
 
 def pieces(url: str, timeout: float) -> Iterator[bytes]:
-    """Yield the content of a URL piece by piece.
+    """Yield the content of a URL in pieces.
 
     Raises:
         UserError: it may not or cannot be downloaded, or ends before its length is reached.
@@ -78,8 +83,8 @@ def pieces(url: str, timeout: float) -> Iterator[bytes]:
         raise
     except (OSError, HTTPException, ValueError) as error:
         raise UserError(
-            f'{url} could not be downloaded ({error or type(error).__name__}): check the URL, or download it by hand and '
-            'pass its path'
+            f'{url} could not be downloaded ({error or type(error).__name__}): check the URL, or download it '
+            'by hand and pass its path'
         ) from error
 
 
@@ -103,8 +108,8 @@ def fetch(url: str, path: Path, digits: str = '', timeout: float = TIMEOUT) -> N
                 file.write(piece)
         if not checksum.hexdigest().startswith(digits):
             raise UserError(
-                f'{url} could not be downloaded (its hash is {checksum.hexdigest()[: len(digits)]}, its name says {digits}): try '
-                'again, or download it by hand and pass its path'
+                f'{url} could not be downloaded (its hash is {checksum.hexdigest()[: len(digits)]}, its name '
+                f'says {digits}): try again, or download it by hand and pass its path'
             )
 
     save_atomically(path, save)
@@ -112,9 +117,10 @@ def fetch(url: str, path: Path, digits: str = '', timeout: float = TIMEOUT) -> N
 
 @interruptible()
 def download(url: str, timeout: float = TIMEOUT) -> Path:
-    """Return the path of a file of weights in torch.hub's folder. One process downloads it, others of the machine wait.
+    """Return the path of a file of weights in the folder of torch.hub. One process downloads it.
 
-    Eight or more hex digits at the end of its name are checked against its SHA-256.
+    Other processes of the machine wait. Eight or more hex digits at the end of its name are checked against
+    its SHA-256.
 
     Raises:
         UserError: `fetch` fails, or the folder cannot be written.
@@ -127,14 +133,14 @@ def download(url: str, timeout: float = TIMEOUT) -> Path:
     path = Path(torch.hub.get_dir()) / 'checkpoints' / name
     if path.is_file():
         return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(path.parent, wait=float('inf'))
-    except OSError as error:
-        raise FileError(f'{url} could not be saved ({error}): set TORCH_HOME to another folder') from error
-    try:
-        if not path.is_file():
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_folder(path.parent, wait=float('inf')))
+        except OSError as error:
+            raise FileError(
+                f'{url} could not be saved ({error}): set TORCH_HOME to another folder'
+            ) from error
+        if not path.is_file():  # another process may have downloaded it
             fetch(url, path, digits[1] if digits else '', timeout)
-    finally:
-        unlock(lock)
     return path

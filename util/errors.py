@@ -1,8 +1,8 @@
-"""The errors that are meant for users. Every other exception is a fault of the code and keeps its traceback."""
+"""Errors for users. Every other exception is an error of the code and keeps its traceback."""
 
 
 class UserError(ValueError):
-    """Flags, data or a file are wrong. The message names them and says what to do; programs print it alone."""
+    """Flags, data or a file are wrong. The message names them and the remedy; programs print it alone."""
 
 
 class FileError(UserError, OSError):

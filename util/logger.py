@@ -1,8 +1,8 @@
 """
 Progress on the terminal, and `metrics.csv` and `log.jsonl` on disk.
 
-Loss terms stay on the device until they are shown. Reading them synchronises, so it happens once per window,
-in one copy.
+Loss terms stay on the device until they are shown. A read waits for the device, so it happens once per
+window, in one copy.
 """
 
 import csv
@@ -22,7 +22,7 @@ from util.files import save_atomically
 
 
 class Meter:
-    """Means of named scalars over an epoch, accumulated on the device and read a window at a time."""
+    """Means of named scalars over an epoch, which are summed on the device and read in windows."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -33,14 +33,14 @@ class Meter:
         self.count = 0
 
     def update(self, values: dict[str, Tensor]) -> None:
-        """Add scalars, with the same names each time, without synchronising."""
+        """Add scalars, with the same names each time, without waiting for the device."""
         stacked = torch.stack([value.detach().float() for value in values.values()])
         self.names, self.device = list(values), stacked.device
         self.pending = stacked if self.pending is None else self.pending + stacked
         self.num_pending += 1
 
     def state_dict(self) -> dict:
-        """Return plain values, including those of the current window, so that it continues after a restart."""
+        """Return plain values and tensors on the CPU, with those of the current window."""
         pending = None if self.pending is None else self.pending.cpu()
         return {
             'names': self.names,
@@ -58,7 +58,7 @@ class Meter:
             self.pending = self.pending.to(device)
 
     def joined(self, other: 'Meter') -> 'Meter':
-        """Add the sums of another meter to this one; nothing is pending afterwards."""
+        """Add the sums of another meter to this one, and end its window."""
         self.read_window()
         other.read_window()
         self.names = self.names or other.names
@@ -67,10 +67,10 @@ class Meter:
         return self
 
     def read_window(self) -> dict[str, float]:
-        """Return means since the last call, with one copy from the device.
+        """Return the means since the last call, with one copy from the device.
 
         Raises:
-            UserError: one of them is not finite.
+            UserError: a mean is not finite.
         """
         if self.pending is None:
             return {}
@@ -83,13 +83,13 @@ class Meter:
         broken = [name for name, value in window.items() if not math.isfinite(value)]
         if broken:
             raise UserError(
-                f'loss is not finite, stopping training: {", ".join(broken)}. The last checkpoint is untouched; a lower '
-                '--lr or --clip_max_norm 0.1 usually helps'
+                f'loss is not finite, stopping training: {", ".join(broken)}. The last checkpoint is '
+                'untouched; a lower --lr or --clip_max_norm 0.1 usually helps'
             )
         return window
 
     def averages(self) -> dict[str, float]:
-        """Return means of the epoch over all ranks."""
+        """Return the means of the epoch over all ranks."""
         self.read_window()
         totals = torch.tensor([self.totals[name] for name in self.names] + [self.count], dtype=torch.float64)
         if get_world_size() > 1:
@@ -99,9 +99,9 @@ class Meter:
 
 
 class Progress:
-    """Progress bar (tqdm) on a terminal, plain lines elsewhere; only the main process shows it.
+    """Progress bar (tqdm) on a terminal, plain lines otherwise; only the main process shows it.
 
-    every: steps between two readings of the shown numbers. done: steps that an interrupted run has done.
+    every: steps between two reads of the numbers. done: number of steps before the run was interrupted.
     """
 
     def __init__(self, title: str, total: int, every: int = 10, done: int = 0) -> None:
@@ -116,7 +116,7 @@ class Progress:
             self.bar = tqdm(total=total, desc=title, dynamic_ncols=True, leave=False, initial=done)
 
     def step(self, num_images: int, meter: Meter | None = None) -> None:
-        """Count one step of `num_images`, and show the meter if it is time."""
+        """Count a step of `num_images`, and show the meter at the end of a window."""
         self.done += 1
         self.num_images += num_images
         if self.bar is not None:
@@ -125,9 +125,8 @@ class Progress:
             self.show(meter.read_window() if meter else {})
 
     def show(self, values: dict[str, float]) -> None:
-        shown = {
-            name: values[name] for name in ('loss', 'loss_ce', 'loss_bbox', 'loss_giou') if name in values
-        }
+        terms = ('loss', 'loss_ce', 'loss_bbox', 'loss_giou')
+        shown = {name: values[name] for name in terms if name in values}
         text = '  '.join(f'{name.removeprefix("loss_")} {value:.4g}' for name, value in shown.items())
         if self.bar is not None:
             self.bar.set_postfix_str(f'{text}  {self.speed():.3g} img/s')
@@ -180,11 +179,11 @@ def read_records(path: Path) -> list[dict]:
 
 
 class RunLog:
-    """Log with one row per epoch: `metrics.csv` (numbers only, equal for equal runs) and `log.jsonl` (all
-    values, also times). Epochs count from 1.
+    """Log with one row per epoch, counted from 1, which the main process writes.
 
-    epochs_done: rows of later epochs are dropped, because those epochs will run again. The main process
-    writes the files.
+    `metrics.csv` has only numbers, and is equal for equal runs. `log.jsonl` has all values, also times.
+
+    epochs_done: rows of later epochs are removed, because these epochs will run again.
     """
 
     def __init__(self, folder: Path, epochs_done: int = 0) -> None:
@@ -198,15 +197,15 @@ class RunLog:
         return any(int(row['epoch']) == epoch for row in self.rows)
 
     def values(self, column: str) -> list[float]:
-        """Return the values of a column in order; epochs without one are left out."""
+        """Return the values of a column in order, without epochs that have none."""
         return [float(row[column]) for row in self.rows if row.get(column, '') != '']
 
     def best(self, column: str) -> float:
-        """Return the largest value of a column so far; minus infinity if there is none."""
+        """Return the largest value of a column so far; minus infinity if it has no value."""
         return max(self.values(column), default=-math.inf)
 
     def evaluations_since_best(self, column: str) -> int:
-        """Return how many values of a column came after the first of its largest."""
+        """Return how many values of a column came after its first largest value."""
         values = self.values(column)
         return len(values) - 1 - values.index(max(values)) if values else 0
 
@@ -216,11 +215,11 @@ class RunLog:
         self.records.append(record)
         if not is_main_process():
             return
-        columns = list(dict.fromkeys(name for each in self.rows for name in each))
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
         writer.writeheader()
         writer.writerows(self.rows)
         save_atomically(self.csv_path, lambda path: path.write_text(text.getvalue()))
-        lines = ''.join(json.dumps(each) + '\n' for each in self.records)
+        lines = ''.join(json.dumps(record) + '\n' for record in self.records)
         save_atomically(self.jsonl_path, lambda path: path.write_text(lines))

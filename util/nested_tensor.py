@@ -38,10 +38,10 @@ def as_batch(samples: NestedTensor | Sequence[Tensor] | Tensor, multiple: int = 
     if not isinstance(samples, NestedTensor):
         samples = nested_tensor_from_tensor_list(samples)
     height, width = samples.mask.shape[-2:]
-    more = (0, -width % multiple, 0, -height % multiple)
-    if not any(more):
+    padding = (0, -width % multiple, 0, -height % multiple)
+    if not any(padding):
         return samples
-    return NestedTensor(F.pad(samples.tensors, more), F.pad(samples.mask, more, value=True))
+    return NestedTensor(F.pad(samples.tensors, padding), F.pad(samples.mask, padding, value=True))
 
 
 def nested_tensor_from_tensor_list(images: Sequence[Tensor] | Tensor) -> NestedTensor:
@@ -65,7 +65,7 @@ def nested_tensor_from_tensor_list(images: Sequence[Tensor] | Tensor) -> NestedT
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a padding mask [B, H, W] to the size (h, w) of a feature map: nearest neighbour, as the official code."""
+    """Resize a padding mask [B, H, W] to (h, w): nearest neighbour, as the official code."""
     return F.interpolate(mask[None].float(), size=size)[0].bool()
 
 

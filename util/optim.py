@@ -1,5 +1,5 @@
-"""How weights change in training: optimizers, their parameter groups, the learning-rate schedule, and the moving
-average of the weights (EMA).
+"""How weights change in training: frozen parameters, optimizers, parameter groups, learning rates, and the
+EMA.
 """
 
 import copy
@@ -14,10 +14,36 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 
-from util.config.settle import Settled
+from util.config.settle import PLACES, Settled
 from util.errors import UserError
 
-Places = list[tuple[dict[str, Any], str]]
+Slots = list[tuple[dict[str, Any], str]]
+
+
+def freeze(model: nn.Module, names: Sequence[str]) -> None:
+    """Freeze parameters by words between the dots of their names, such as `backbone` or `decoder.layers.0`.
+
+    Raises:
+        UserError: no parameter has such a name, no parameter is left to train, or the statistics of a batch
+            norm would still change.
+    """
+    for name in names:
+        parameters = [p for full, p in model.named_parameters() if f'.{name}.' in f'.{full}.']
+        if not parameters:
+            words = sorted({full.split('.')[0] for full, _ in model.named_parameters()} | set(PLACES))
+            raise UserError(
+                f'--freeze {name}: no parameter has this in its name; there are {", ".join(words)}'
+            )
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    if names and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f'--freeze {" ".join(names)} leaves nothing to train: name fewer parts')
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    if names and any(not norm.weight.requires_grad for norm in norms):
+        raise UserError(
+            f'--freeze {" ".join(names)}: the statistics of batch norms would still change: add '
+            '--backbone_norm frozen'
+        )
 
 
 def build_adamw(groups: list[dict], **options: Any) -> Optimizer:
@@ -25,7 +51,7 @@ def build_adamw(groups: list[dict], **options: Any) -> Optimizer:
 
 
 def build_sgd(groups: list[dict], fused: bool, **options: Any) -> Optimizer:
-    # PyTorch has no fused SGD for parts of weights, and steps them one by one where some are whole.
+    # PyTorch has no fused SGD for sharded weights; foreach would step them one by one where some are whole.
     sharded = any(isinstance(p, DTensor) for group in groups for p in group['params'])
     return SGD(groups, momentum=0.9, **options, **({'foreach': False} if sharded else {'fused': fused}))
 
@@ -46,8 +72,8 @@ def build_optimizer(
 ) -> Optimizer:
     """Build one of `OPTIMIZERS` with the official parameter groups.
 
-    The backbone learns at `lr_backbone`, parameters of `slow_names` at `lr * slow_factor`, the rest at `lr`. A parameter belongs
-    to a group if its name contains one of the group's names.
+    The learning rate of the backbone is `lr_backbone`, that of `slow_names` is `lr * slow_factor`, that of
+    all others is `lr`. A parameter belongs to a group if its name contains one of the group's names.
 
     layer_decay: factor of `layer_decay_groups`, which then makes the groups.
 
@@ -55,19 +81,16 @@ def build_optimizer(
         UserError: a parameter belongs to two groups.
     """
     params: dict[str, list[nn.Parameter]] = {'rest': [], 'backbone': [], 'slow': []}
+    names = {'backbone': backbone_names, 'slow': slow_names}
     for name, parameter in model.named_parameters():
-        found = [
-            group
-            for group, parts in (('backbone', backbone_names), ('slow', slow_names))
-            if any(part in name for part in parts)
-        ]
-        if len(found) == 2:
+        matches = [group for group, parts in names.items() if any(part in name for part in parts)]
+        if len(matches) == 2:
             raise UserError(
                 f'{name} fits --lr_backbone_names {" ".join(backbone_names)} and --lr_linear_proj_names '
                 f'{" ".join(slow_names)}: make the names disjoint'
             )
         if parameter.requires_grad:
-            params[found[0] if found else 'rest'].append(parameter)
+            params[matches[0] if matches else 'rest'].append(parameter)
     rates = {'rest': lr, 'backbone': lr_backbone, 'slow': lr * slow_factor}
     if not slow_names:
         del rates['slow']
@@ -79,10 +102,10 @@ def build_optimizer(
 
 
 def layer_decay_groups(model: nn.Module, lr: float, weight_decay: float, factor: float) -> list[dict]:
-    """Return parameter groups whose rate falls by `factor` with each block of a ViT (Co-DETR; BEiT, arXiv:2106.08254).
+    """Return parameter groups whose rate falls by `factor` with each block of a ViT (arXiv:2106.08254).
 
-    All that is no block and no embedding learns at `lr`. Biases, norms and other vectors are not decayed. The first group
-    is the rest of the model, the second the backbone's last block.
+    The rate of all modules outside the blocks and the embedding is `lr`. Biases, norms and other vectors have
+    no weight decay. The first group is the rest of the model, the second one the last block of the backbone.
     """
     body, prefix = cast(Any, model).backbone[0].body, 'backbone.0.body.'
     last = len(body.units()) + 1
@@ -103,7 +126,7 @@ def layer_decay_groups(model: nn.Module, lr: float, weight_decay: float, factor:
 
 
 def build_schedule(args: Settled, model: nn.Module, steps_per_epoch: int) -> 'Schedule':
-    """Build the optimizer that settled flags ask for, and its learning rates."""
+    """Build the optimizer of settled flags, and the schedule of its learning rates."""
     optimizer = build_optimizer(
         model,
         lr=args.lr,
@@ -134,11 +157,11 @@ SCHEDULES: dict[str, Callable[['Schedule', int], float]] = {'step': step_factor,
 
 @dataclass
 class Schedule:
-    """Learning rates of an optimizer at each step of a run; skipped steps count.
+    """Learning rates of an optimizer at each step of a run.
 
-    kind: `step` multiplies by 0.1 after the epochs of `drops`, or after every `drop_every`; `cosine` falls to 0 over `epochs`.
-    Both follow the images that were seen. warmup_steps: over the first of them that the optimizer makes, the rate rises
-    linearly from `warmup_start`.
+    kind: `step` multiplies by 0.1 after the epochs of `drops`, or after every `drop_every` epochs; `cosine`
+    falls to 0 over `epochs`. Both count skipped steps too. warmup_steps: number of steps, without skipped
+    ones, over which the rate rises linearly from `warmup_start`.
     """
 
     optimizer: Optimizer
@@ -188,9 +211,9 @@ class Schedule:
         return {'skipped': list(self.skipped)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over skipped steps. Older checkpoints hold them in the state of a LambdaLR, official files nowhere."""
-        (old, *_) = state.get('lr_lambdas') or [{}]
-        self.skipped = list(state.get('skipped', old.get('left_out', [])))
+        """Load the skipped steps. Older checkpoints have them in a LambdaLR, official files not at all."""
+        (lambda_state, *_) = state.get('lr_lambdas') or [{}]
+        self.skipped = list(state.get('skipped', lambda_state.get('left_out', [])))
 
     def __str__(self) -> str:
         warm = f'warm-up over {self.warmup_steps} steps, ' if self.warmup_steps else ''
@@ -202,21 +225,22 @@ class Schedule:
 
 
 class WeightAverage:
-    """Copy of a model that holds the EMA of its weights.
+    """Exponential moving average (EMA) of the weights of a model, kept in a copy of it.
 
-    An update moves the copy by 1 - decay; the n-th one by 9 / (10 + n) if that is more, so that initial values are
-    forgotten early. With `warmup`, the n-th moves it by the mean of 1 - decay and 1, weighted with 1 - exp(-n / warmup) and
-    exp(-n / warmup) (mmdetection's exponential momentum). Floating-point buffers are averaged too, counters copied. (PyTorch's AveragedModel counts on the
+    An update moves the copy by 1 - decay; the n-th update by 9 / (10 + n) if that is more, so that initial
+    values are forgotten early. With `warmup`, the n-th update moves it by the mean of 1 - decay and 1,
+    weighted with 1 - exp(-n / warmup) and exp(-n / warmup) (mmdetection's exponential momentum).
+    Floating-point buffers are averaged too, counters are copied. (PyTorch's AveragedModel counts on the
     device, and waits for it in every step.)
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup: int = 0) -> None:
         self.module = copy.deepcopy(model).requires_grad_(False)
         self.decay, self.warmup, self.num_updates = decay, warmup, 0
-        self.followed: nn.Module | None = None
+        self.source: nn.Module | None = None
 
     def step_size(self) -> float:
-        """Return the share of the weights in the average of the update that is counted last."""
+        """Return the weight of the model in the last counted update."""
         number = self.num_updates
         if self.warmup:
             early = math.exp(-number / self.warmup)
@@ -225,30 +249,31 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average towards a model, the same one each time or one built alike."""
+        """Move the average towards a model with the same modules."""
         self.num_updates += 1
         step = self.step_size()
-        if self.followed is not model:
-            self.followed, self.places = model, [places_of(m) for m in (self.module, model)]
-        pairs = list(zip(*map(tensors_at, self.places), strict=True))
-        for cut in (False, True):  # whole tensors and parts (FSDP2) cannot be moved in one call
-            alike = [(x, y) for x, y in pairs if x.is_floating_point() and isinstance(x, DTensor) == cut]
-            if alike:
-                torch._foreach_lerp_([x for x, _ in alike], [y for _, y in alike], step)
+        if self.source is not model:
+            self.source, self.slots = model, [tensor_slots(m) for m in (self.module, model)]
+        pairs = list(zip(*map(read_slots, self.slots), strict=True))
+        for sharded in (False, True):  # whole and sharded tensors (FSDP2) cannot be moved in one call
+            group = [(x, y) for x, y in pairs if x.is_floating_point() and isinstance(x, DTensor) == sharded]
+            if group:
+                torch._foreach_lerp_([x for x, _ in group], [y for _, y in group], step)
         for x, y in pairs:
             if not x.is_floating_point():
                 x.copy_(y)
 
 
-def places_of(model: nn.Module) -> Places:
-    """Return where the parameters and buffers of a model stand: walking through its modules takes longer than moving them.
+def tensor_slots(model: nn.Module) -> Slots:
+    """Return the dictionaries and keys of the parameters and buffers of a model.
 
-    What stands there may be replaced, as by `.to()`, FSDP2 or `load_state_dict(assign=True)`.
+    A walk through its modules takes longer than an update. The tensors themselves may be replaced, as by
+    `.to()`, FSDP2 or `load_state_dict(assign=True)`.
     """
     tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
     return [(table, name) for table in tables for name, value in table.items() if value is not None]
 
 
-def tensors_at(places: Places) -> list[Tensor]:
-    """Return the tensors at some places, shared ones once."""
-    return list({id(tensor): tensor for tensor in (table[name] for table, name in places)}.values())
+def read_slots(slots: Slots) -> list[Tensor]:
+    """Return the tensors of some slots, shared tensors once."""
+    return list({id(tensor): tensor for tensor in (table[name] for table, name in slots)}.values())

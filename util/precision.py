@@ -1,8 +1,8 @@
 """
 Mixed precision (arXiv:1710.03740) and TensorFloat-32 in a training step.
 
-Parameters, and whatever places or compares boxes, stay float32: the modules that need it say so themselves
-(`without_autocast`, `full_precision`).
+Parameters, and all computations on boxes, stay float32. The modules that need this use `without_autocast` and
+`full_precision`.
 """
 
 import warnings
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from util.distributed.collectives import all_reduce_sum, get_world_size
+from util.distributed.collectives import all_reduce_sum
 from util.errors import UserError
 
 DTYPES = {'off': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -22,8 +22,8 @@ DTYPES = {'off': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 class Precision:
     """Precision of forward, backward and optimizer step on a device.
 
-    mode: `off`, `bf16` or `fp16`. The gradients of fp16 are scaled so that small ones do not vanish; if they overflow,
-    the step is left out and the scale halved.
+    mode: `off`, `bf16` or `fp16`. The gradients of fp16 are scaled so that small ones do not vanish. If they
+    overflow, the step is skipped and the scale is halved.
 
     Raises:
         UserError: the device does not support the mode.
@@ -35,7 +35,7 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type) if mode == 'fp16' else None
 
     def autocast(self) -> AbstractContextManager:
-        """Return a context for the forward of the model, and for nothing else."""
+        """Return a context for the forward pass of the model alone."""
         return nullcontext() if self.dtype is None else torch.autocast(self.device_type, self.dtype)
 
     def backward(self, loss: Tensor) -> None:
@@ -44,37 +44,33 @@ class Precision:
     def step(
         self,
         optimizer: torch.optim.Optimizer,
-        trained: nn.Module | Iterable[Tensor],
+        parameters: Iterable[Tensor],
         max_norm: float = 0.0,
         losses: Sequence[Tensor] = (),
     ) -> tuple[bool, bool]:
-        """Unscale and clip gradients, then step the optimizer, unless gradient or losses are not finite on any rank.
+        """Unscale and clip gradients, then step the optimizer if gradient and losses are finite on all ranks.
 
         Args:
-            trained: the model or its parameters.
+            parameters: trained parameters of the model.
             max_norm: largest norm of their gradient; 0 = no clipping.
             losses: losses of the step, scalars.
 
         Returns:
-            Whether the optimizer made a step, and whether all is finite; both the same on all ranks. The device is waited for.
-            Gradients that only the scale of fp16 makes too large count as finite.
+            Whether the optimizer made a step, and whether all values are finite; both the same on all ranks.
+            This waits for the device. With fp16 a gradient that is not finite counts as finite if the losses
+            are finite, since its scale may be the reason.
         """
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
-        parameters = list(trained.parameters() if isinstance(trained, nn.Module) else trained)
+        parameters = list(parameters)
         if max_norm > 0:
             norm = nn.utils.clip_grad_norm_(parameters, max_norm)
         else:
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        total = (
-            torch.stack([loss.detach().to(norm) for loss in losses]).sum()
-            if losses
-            else torch.zeros_like(norm)
-        )
-        bad = (~torch.stack([norm, total]).isfinite()).float()
-        bad_norm, bad_loss = (all_reduce_sum(bad) if get_world_size() > 1 else bad).tolist()
-        made = not (bad_norm or bad_loss)
+        values = torch.stack([norm, *(loss.detach().to(norm) for loss in losses)])
+        bad_norm, *bad_losses = all_reduce_sum((~values.isfinite()).float()).tolist()
+        made = not (bad_norm or any(bad_losses))
         if self.scaler is None:
             if made:
                 optimizer.step()
@@ -82,14 +78,14 @@ class Precision:
         if made:
             self.scaler.step(optimizer)
         self.scaler.update()
-        return made, not bad_loss
+        return made, not any(bad_losses)
 
     def state_dict(self) -> dict:
-        """Return the scaler's state; empty without one."""
+        """Return the state of the scaler; {} without one."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Load the scaler's state; an empty one, of a run in another precision, leaves the initial scale."""
+        """Load the state of the scaler. {}, of a run in another precision, keeps the initial scale."""
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)
 
@@ -117,14 +113,15 @@ def set_tf32(allowed: bool | None) -> None:
     if allowed is None:
         return
     with warnings.catch_warnings():
-        # PyTorch 2.9 and 2.10 announce another interface here; its compiler still reads this one, and not both at once.
+        # PyTorch 2.9 and 2.10 recommend a new interface here, but their compiler reads this one, and refuses
+        # both together.
         warnings.filterwarnings('ignore', message='.*TF32')
         torch.set_float32_matmul_precision('high' if allowed else 'highest')
         torch.backends.cudnn.allow_tf32 = allowed
 
 
 def avoid_plans_per_shape() -> None:
-    """Turn off cuDNN's attention, which Hopper would prefer in 16 bits.
+    """Turn off the attention of cuDNN, which PyTorch prefers on Hopper in 16 bits.
 
     It builds a plan for every new shape, and images and query groups have many shapes.
     """
@@ -133,12 +130,12 @@ def avoid_plans_per_shape() -> None:
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Return a context in which operations on the device of x keep the precision of their inputs."""
-    # Nothing where nothing changes: exported programs have no place for it.
+    # Exported programs cannot contain a context, so there is none where it would change nothing.
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """Convert 16-bit numbers to float32; leave others."""
+    """Convert 16-bit numbers to float32; return others unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

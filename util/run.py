@@ -1,11 +1,11 @@
-"""A run: its parts, how far it has come, and how it is saved and restored."""
+"""A run: its parts, its progress, and how it is saved and restored."""
 
 import re
 import shutil
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from util.black_box import BlackBox
 from util.config.recorded import as_json
 from util.config.settle import Settled
 from util.distributed.collectives import (
@@ -28,7 +27,7 @@ from util.distributed.collectives import (
 )
 from util.distributed.parallel import gather, load_model_state, load_optimizer_state
 from util.distributed.preemption import Interrupted, StopRequests
-from util.errors import UserError
+from util.errors import FileError, UserError
 from util.files import (
     code_checksum,
     lock_folder,
@@ -37,9 +36,9 @@ from util.files import (
     remove_partial_files,
     save_atomically,
     save_checkpoint,
-    unlock,
 )
 from util.logger import Meter, RunLog, print_main
+from util.nan_guard import NonFiniteGuard
 from util.optim import Schedule, WeightAverage
 from util.precision import Precision
 from util.run_entries import damage_named
@@ -49,7 +48,7 @@ from util.visualize import plot_curves
 
 
 class ImageData(Protocol):
-    """Part of `datasets.image_dataset.ImageDataset` that util reads."""
+    """Part of `datasets.image_dataset.ImageDataset` that a run reads."""
 
     class_map: Any
     federated: int
@@ -79,7 +78,7 @@ class EpochState:
 
 @dataclass
 class Run:
-    """A training or evaluation: its parts, and how far it has come. `checkpoint.pth` in its folder holds both."""
+    """A training or evaluation: its parts and its progress. `checkpoint.pth` in its folder holds both."""
 
     args: Settled
     model: nn.Module  # wrapped, if there are several processes
@@ -87,21 +86,21 @@ class Run:
     postprocessors: dict[str, nn.Module]
     datasets: Mapping[str, ImageData]
     loaders: dict[str, DataLoader]
-    schedule: Schedule  # and the optimizer whose rates it sets
+    schedule: Schedule  # with the optimizer whose rates it sets
     precision: Precision
     stops: StopRequests
     average: WeightAverage | None = None
-    epoch: int = 0  # epochs that are done
-    state: EpochState = field(default_factory=EpochState)  # of the epoch after them
-    metrics: dict | None = None  # of the last epoch, while they are not logged
-    saved: bool = True  # checkpoint.pth is that of the last epoch
+    epoch: int = 0  # number of complete epochs
+    state: EpochState = field(default_factory=EpochState)  # of the next epoch
+    metrics: dict | None = None  # of the last complete epoch in a resumed run
+    saved: bool = True  # checkpoint.pth is that of the last complete epoch
     log: RunLog | None = None
     trackers: list[Tracker] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         args = self.args
         self.folder = Path(args.output_dir) if args.output_dir else None
-        self.black_box = BlackBox(None if args.fsdp else self.folder, args.bad_steps, vars(args))
+        self.guard = NonFiniteGuard(None if args.fsdp else self.folder, args.bad_steps, vars(args))
 
     @property
     def optimizer(self) -> Optimizer:
@@ -130,7 +129,7 @@ class Run:
         return self.folder / 'checkpoint.pth'
 
     def open_logs(self) -> bool:
-        """Open log files and trackers; return whether the last epoch is missing there, since the run ended before it was logged."""
+        """Open log files and trackers. Return whether the last epoch is missing in the log."""
         if self.folder is None:
             return False
         self.log = RunLog(self.folder, self.epoch)
@@ -140,16 +139,15 @@ class Run:
                 save_atomically(self.folder / 'flags.json', lambda path: path.write_text(as_json(self.args)))
         if self.epoch == 0 or self.metrics is None or self.log.has_epoch(self.epoch):
             return False
-        other_folder = Path(self.args.resume).resolve() != self.checkpoint_path.resolve()
-        if other_folder:
+        if Path(self.args.resume).resolve() != self.checkpoint_path.resolve():
             self.save(self.metrics)
         self.keep_numbered()
         return True
 
     def end_step(self, made: bool) -> None:
-        """Move the schedule, update the EMA, save every --checkpoint_steps, and stop if a signal asked for it.
+        """Move the schedule, update the EMA, save every --checkpoint_steps, and stop after a signal.
 
-        made: the optimizer made this step; EMA and warm-up do not count others, while epochs count their images.
+        made: the optimizer made this step. EMA and warm-up do not count a skipped step, but the epoch does.
         """
         args, steps_done = self.args, self.epoch * self.steps_per_epoch + self.state.step
         if not made:
@@ -168,19 +166,37 @@ class Run:
             raise
 
     def end_epoch(self, metrics: dict) -> None:
-        """Count an epoch, and save it with its metrics."""
+        """Count an epoch, and save the run with its metrics."""
         self.epoch, self.state = self.epoch + 1, EpochState()
         self.saved = self.folder is None or self.save(metrics)
         if self.folder and self.saved:
             self.keep_numbered()
 
-    def log_epoch(self, row: dict[str, float], record: dict, best: str, drawn: Sequence[str]) -> None:
+    def out_of_patience(self, best: str) -> bool:
+        """Return whether --patience evaluations have not improved the main metric of this name."""
+        patience = self.args.patience
+        if not patience or not self.log or self.log.evaluations_since_best(best) < patience:
+            return False
+        name = best.removeprefix('test_')
+        print_main(f'no better {name} in {patience} evaluations: stopping after {self.epoch} epochs')
+        return True
+
+    def check_saved(self) -> None:
+        """Raise a FileError if the checkpoint is not that of the last epoch."""
+        if not self.saved:
+            raise FileError(
+                f'{self.checkpoint_path} is not that of the last epoch: free some space, and go on with '
+                '--resume auto'
+            )
+
+    def log_epoch(self, row: dict[str, float], record: dict, best: str, curves: Sequence[str]) -> None:
         """Log the last epoch, draw the curves, and keep its checkpoint if it is the best.
 
         Args:
             row: numbers of the epoch. record: JSON values.
-            best: name of the number that is best where it is largest; missing: the epoch was not evaluated.
-            drawn: names of the numbers that curves show.
+            best: name of the main metric, whose largest value is the best. Without it the epoch was not
+                evaluated.
+            curves: names of the numbers that are drawn.
         """
         if self.log:
             evaluated = is_main_process() and best in row
@@ -189,29 +205,42 @@ class Run:
             with or_warn():
                 self.log.append(row, record)
                 if evaluated:
-                    plot_curves(self.checkpoint_path.with_name('curves.png'), self.log.rows, drawn)
+                    plot_curves(self.checkpoint_path.with_name('curves.png'), self.log.rows, curves)
         for tracker in self.trackers:
             with or_warn():
                 tracker.add(self.epoch, row)
 
     def save(self, metrics: dict | None = None) -> bool:
-        """Write `checkpoint.pth`, after an epoch or in the middle of one. All ranks must call it.
+        """Write `checkpoint.pth`, after an epoch or within one. All ranks must call it.
 
         Args:
             metrics: results of the last epoch.
 
         Returns:
-            False if it could not be written, for instance since the disk is full: a warning says so, and the former one stays.
+            False if it could not be written, for instance because the disk is full. Then a warning is
+            printed, and the former checkpoint stays.
 
         Raises:
-            UserError: losses since the last reading are not finite; the former checkpoint stays.
+            UserError: losses of the current window are not finite; the former checkpoint stays.
         """
-        within = self.state if self.state.step else None
-        own = {'rng': get_rng_state()}
-        if within:
-            own |= {'meter': within.meter.state_dict(), 'tally': dict(self.criterion.pair_counts)}
-        ranks = all_gather_object(own)
-        pending = [rank['meter']['pending'] for rank in ranks if within]
+        checkpoint = self.state_dict(metrics)
+        if is_main_process():
+            try:
+                save_checkpoint(self.checkpoint_path, checkpoint)
+            except OSError as error:
+                print(f'warning: {error}; the run goes on, and saves again later', flush=True)
+                return False
+        return True
+
+    def state_dict(self, metrics: dict | None) -> dict:
+        """Return the entries of a checkpoint, on the CPU. All ranks must call it."""
+        within_epoch = self.state.step > 0
+        rank_state: dict = {'rng': get_rng_state()}
+        if within_epoch:
+            meter = self.state.meter.state_dict()
+            rank_state |= {'meter': meter, 'tally': dict(self.criterion.pair_counts)}
+        ranks = all_gather_object(rank_state)
+        pending = [rank['meter']['pending'] for rank in ranks if within_epoch]
         if any(values is not None and not values.isfinite().all() for values in pending):
             raise UserError('loss is not finite, stopping training; the last checkpoint is untouched')
         data = self.datasets['train']
@@ -232,19 +261,13 @@ class Run:
             checkpoint['ema_updates'] = self.average.num_updates
         if metrics is not None:
             checkpoint['metrics'] = metrics
-        if within:
+        if within_epoch:
             checkpoint['within_epoch'] = {
-                'images': within.step * self.images_per_step,
+                'images': self.state.step * self.images_per_step,
                 'meters': [rank['meter'] for rank in ranks],
                 'tallies': [rank['tally'] for rank in ranks],
             }
-        if is_main_process():
-            try:
-                save_checkpoint(self.checkpoint_path, checkpoint)
-            except OSError as error:
-                print(f'warning: {error}; the run goes on, and saves again later', flush=True)
-                return False
-        return True
+        return checkpoint
 
     def keep_copy(self, name: str) -> None:
         """Copy the newest checkpoint to another name."""
@@ -253,7 +276,7 @@ class Run:
             save_atomically(path.with_name(name), lambda copy: shutil.copyfile(path, copy))
 
     def keep_numbered(self) -> None:
-        """Keep a numbered copy every --save_every epochs, and at learning-rate drops, if that flag is given.
+        """Keep a numbered copy every --save_every epochs and at drops of the rate, if that flag is given.
 
         The oldest copies are removed if there are more than --keep_checkpoints.
         """
@@ -271,14 +294,15 @@ class Run:
                 self.checkpoint_path.with_name(old).unlink()
 
     def restore(self, checkpoint: dict) -> None:
-        """Restore everything but the model's own weights, which are loaded already.
+        """Restore everything but the weights of the model, which are loaded already.
 
-        Files that hold weights only (official ones) start at epoch 0. The number of ranks may change: images that were
-        seen are not seen again, if a step has as many as before. This does not hold for streams and --batches aspect,
-        whose order depends on the ranks.
+        A file with weights only (an official one) starts at epoch 0. The number of ranks may differ. Then no
+        image of an epoch is seen twice, if a step has the same number of images; this does not hold for
+        streams and --batches aspect, whose order depends on the ranks.
 
         Raises:
-            UserError: the checkpoint has an average or an optimizer that this run has not, or other images.
+            UserError: the checkpoint has an average or an optimizer that this run does not have, or other
+                images.
         """
         name = self.args.resume
         if 'optimizer' not in checkpoint:
@@ -305,14 +329,14 @@ class Run:
         if len(states) == get_world_size():
             with damage_named(name, 'rng'):
                 set_rng_state(states[get_rank()])
-        else:  # another number of processes, or an official file: repeatable, though not as if undisturbed
+        else:  # another number of processes, or an official file: repeatable, but with other numbers
             seed_everything(self.args.seed + get_rank() + 1000 * (self.epoch + 1) + self.state.step)
 
     def check_data(self, checkpoint: dict) -> None:
-        """Compare the training images with those that a checkpoint names.
+        """Compare the training images with those of a checkpoint.
 
         Raises:
-            UserError: an epoch was to be continued with other images.
+            UserError: other images would continue an epoch.
         """
         recorded, summary = checkpoint.get('data'), self.datasets['train'].summary
         if recorded in (None, summary):
@@ -320,13 +344,13 @@ class Run:
         text = f'{self.args.resume} was trained on {recorded}, and here are {summary}'
         if 'within_epoch' in checkpoint:
             raise UserError(
-                f'{text}: the epoch cannot go on with other images; give those of its run, or start from its weights with '
-                '--pretrained'
+                f'{text}: the epoch cannot go on with other images; give those of its run, or start from its '
+                'weights with --pretrained'
             )
         print_main(f'warning: {text}')
 
     def restore_epoch(self, saved: dict) -> None:
-        """Restore the progress within an epoch. A rank takes over the sums of its number, and of ranks that no longer exist."""
+        """Restore the progress within an epoch. A rank adds the sums of ranks that no longer exist."""
         self.state = EpochState(saved['images'] // self.images_per_step)
         device = next(self.model.parameters()).device
         names = saved['meters'][0]['names']
@@ -342,10 +366,10 @@ def check_same_start(flags: Namespace) -> None:
     """Require that all processes were started with the same flags and code.
 
     Raises:
-        UserError: they were not.
+        UserError: they differ.
     """
-    own = ('device', 'num_workers')
-    facts = {f'--{name}': value for name, value in vars(flags).items() if name not in own}
+    may_differ = ('device', 'num_workers')
+    facts = {f'--{name}': value for name, value in vars(flags).items() if name not in may_differ}
     code = code_checksum(Path(__file__).parents[1])
     check_agreement(facts | {'PyTorch': torch.__version__, 'the code': code})
 
@@ -354,7 +378,7 @@ def find_checkpoint(output_dir: str, resume: str, evaluate: bool, restarted: boo
     """Create the output folder; return the checkpoint to resume or evaluate, '' if there is none.
 
     Args:
-        resume: path or URL, '' or `auto`: that of the folder, if it has one.
+        resume: path or URL, '', or `auto` for the checkpoint of the folder, if it has one.
         restarted: a launcher has started this job again.
 
     Raises:
@@ -362,7 +386,7 @@ def find_checkpoint(output_dir: str, resume: str, evaluate: bool, restarted: boo
     """
     existing = Path(output_dir) / 'checkpoint.pth'
     if restarted and existing.is_file() and not evaluate:
-        resume = 'auto'  # the same command as at first, and this run's own checkpoint
+        resume = 'auto'  # the command is that of the first start, and the checkpoint is of this run
     if resume == 'auto':
         resume = str(existing) if existing.is_file() else ''
         if evaluate and not resume:
@@ -371,8 +395,8 @@ def find_checkpoint(output_dir: str, resume: str, evaluate: bool, restarted: boo
         existing.is_file() and not evaluate and not (resume and Path(resume).resolve() == existing.resolve())
     ):
         raise UserError(
-            f'{output_dir} holds the checkpoint of a run: add --resume auto to go on with it, or choose another '
-            '--output_dir'
+            f'{output_dir} holds the checkpoint of a run: add --resume auto to go on with it, or choose '
+            'another --output_dir'
         )
     make_folder(output_dir)
     return resume
@@ -380,18 +404,15 @@ def find_checkpoint(output_dir: str, resume: str, evaluate: bool, restarted: boo
 
 @contextmanager
 def only_run_of(folder: str) -> Iterator[None]:
-    """Lock an output folder ('': none) while the block runs; all ranks enter it.
+    """Lock an output folder ('': none) during the block; all ranks enter it.
 
     Raises:
-        UserError: another run holds it.
+        UserError: another run holds the lock.
     """
-    with fail_together():
-        lock = None
-        if folder and is_main_process():
-            make_folder(folder)
-            lock = lock_folder(folder)
-            remove_partial_files(folder)
-    try:
+    with ExitStack() as stack:
+        with fail_together():
+            if folder and is_main_process():
+                make_folder(folder)
+                stack.enter_context(lock_folder(folder))
+                remove_partial_files(folder)
         yield
-    finally:
-        unlock(lock)

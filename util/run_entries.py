@@ -1,4 +1,4 @@
-"""Types and ranges of the entries of a run's checkpoint, so that a damaged file is refused before anything reads it."""
+"""Types and ranges of the entries of a checkpoint. A damaged file is refused before anything uses it."""
 
 import math
 from argparse import Namespace
@@ -17,15 +17,16 @@ from util.errors import UserError
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number, or a tensor of such, of at least `low`. whole: an integer."""
+    """A finite number that is at least `low`, or a tensor of such numbers. whole: an integer."""
 
     low: float = -math.inf
     whole: bool = False
 
 
 COUNT, NOT_NEGATIVE, FINITE = Number(0, whole=True), Number(0), Number()
-# In a dictionary, names with `?` may be missing, and `...` stands for all other names. A list has what every element must be. A
-# value must be an instance of a type or of one in a tuple.
+SCALER = ('scale', 'growth_factor', 'backoff_factor', 'growth_interval', '_growth_tracker')
+# What a value must be: an instance of a type, or of one in a tuple; a list of elements like the given one; or
+# a dictionary. There a name with `?` may be missing, and `...` stands for all other names.
 WEIGHTS = {
     'args?': (dict, Namespace),
     'class_map?': {'category_ids': [COUNT], 'names': [(str, type(None))]},
@@ -51,34 +52,33 @@ STATE = {
     },
     'within_epoch?': {'images': COUNT, 'meters': [METER], 'tallies': [{...: FINITE}]},
     'rng?': [{'python': tuple, 'numpy': list, 'torch': Tensor}],
-    'scaler?': dict.fromkeys(('scale', 'growth_factor', 'backoff_factor', 'growth_interval', '_growth_tracker'), NOT_NEGATIVE),
+    'scaler?': dict.fromkeys(SCALER, NOT_NEGATIVE),
     'ema_updates?': COUNT,
     'model_ema?': {...: FINITE},
     'metrics?': {'train_loss': FINITE, ...: (int, float)},
-}  # fmt: skip
-TWINS = {'class_map': ('category_ids', 'names'), 'within_epoch': ('meters', 'tallies')}
+}
+SAME_LENGTH = {'class_map': ('category_ids', 'names'), 'within_epoch': ('meters', 'tallies')}
 
 
-def faults(value: Any, expected: Any, name: str = '') -> Iterator[str]:
-    """Yield the entries of a value that are not as expected, and why. name: name of the value in messages."""
+def problems(value: Any, expected: Any, name: str = '') -> Iterator[str]:
+    """Yield the problems of a value and its elements. name: name of the value in messages."""
     if isinstance(expected, Number):
-        yield from number_faults(value, expected, name)
+        yield from number_problems(value, expected, name)
     elif isinstance(expected, dict) and isinstance(value, Mapping):
-        start = f'{name}.' if name else ''
-        known = {str(key).removesuffix('?'): each for key, each in expected.items() if key is not ...}
-        needed = [key for key in known if key in expected]
-        yield from (f'{start}{key} is missing' for key in needed if key not in value)
-        for key, each in value.items():
-            if key in known or ... in expected:
-                yield from faults(each, known.get(key, expected.get(...)), f'{start}{key}')
+        prefix = f'{name}.' if name else ''
+        entries = {str(key).removesuffix('?'): entry for key, entry in expected.items() if key is not ...}
+        yield from (f'{prefix}{key} is missing' for key in entries if key in expected and key not in value)
+        for key, element in value.items():
+            if key in entries or ... in expected:
+                yield from problems(element, entries.get(key, expected.get(...)), f'{prefix}{key}')
     elif isinstance(expected, list) and isinstance(value, list | tuple):
-        for index, each in enumerate(value):
-            yield from faults(each, expected[0], f'{name}[{index}]')
+        for index, element in enumerate(value):
+            yield from problems(element, expected[0], f'{name}[{index}]')
     elif isinstance(expected, dict | list) or not isinstance(value, expected):
         yield f'{name} is of type {type(value).__name__}'
 
 
-def number_faults(value: Any, expected: Number, name: str) -> Iterator[str]:
+def number_problems(value: Any, expected: Number, name: str) -> Iterator[str]:
     if isinstance(value, Tensor) and not expected.whole:
         if not value.isfinite().all() or (value < expected.low).any():
             yield f'{name} holds values that are not finite{" or negative" * (expected.low == 0)}'
@@ -89,37 +89,36 @@ def number_faults(value: Any, expected: Number, name: str) -> Iterator[str]:
 
 
 def check_entries(checkpoint: Mapping, source: str, resume: bool) -> None:
-    """Require that the entries of a checkpoint other than its weights have the right type, and are finite.
+    """Require that the entries of a checkpoint, except its weights, have the right type and are finite.
 
-    resume: check also the state of a run that is resumed, unless the file holds weights alone.
+    resume: check also the state of a run that is resumed, unless the file has weights only.
 
     Raises:
         UserError: the checkpoint is damaged; the message names the file and the entry.
     """
-    expected = WEIGHTS | (
-        STATE if resume and {'epoch', 'optimizer', 'lr_scheduler'} & checkpoint.keys() else {}
-    )
+    has_state = resume and {'epoch', 'optimizer', 'lr_scheduler'} & checkpoint.keys()
+    expected = WEIGHTS | (STATE if has_state else {})
     lengths = (
         f'{name}.{one} and {name}.{other} are not of one length'
-        for name, (one, other) in TWINS.items()
-        if name in checkpoint
-        and name + '?' in expected
-        and len(checkpoint[name][one]) != len(checkpoint[name][other])
+        for name, (one, other) in SAME_LENGTH.items()
+        if name in checkpoint and f'{name}?' in expected
+        if len(checkpoint[name][one]) != len(checkpoint[name][other])
     )
-    if problem := next(chain(faults(checkpoint, expected), lengths), None):
+    if problem := next(chain(problems(checkpoint, expected), lengths), None):
         raise damaged(source, problem, resume)
 
 
 def damaged(source: str, problem: str, resume: bool) -> UserError:
-    return UserError(
-        f'{source} is damaged: {problem}. Go on from another checkpoint of its run'
-        + (', or start from its weights with --pretrained' if resume else '')
-    )
+    remedy = ', or start from its weights with --pretrained' if resume else ''
+    return UserError(f'{source} is damaged: {problem}. Go on from another checkpoint of its run{remedy}')
 
 
 @contextmanager
 def damage_named(source: str, entry: str) -> Iterator[None]:
-    """Name file and entry if a state that is restored in the block does not fit this run, which `check_entries` cannot see."""
+    """Name file and entry if a state that is restored in the block does not fit this run.
+
+    `check_entries` cannot know this.
+    """
     try:
         yield
     except (UserError, torch.OutOfMemoryError):

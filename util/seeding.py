@@ -1,4 +1,4 @@
-"""Random numbers for one piece of work, without effect on the rest of the program."""
+"""Seeds and states of random number generators."""
 
 import hashlib
 import random
@@ -10,7 +10,7 @@ import torch
 
 
 def mixed(*numbers: int) -> int:
-    """Hash any numbers to one seed of 63 bits."""
+    """Hash numbers to one seed of 63 bits."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, 'little') >> 1
 
@@ -19,7 +19,7 @@ def mixed(*numbers: int) -> int:
 def local_seed(*numbers: int) -> Iterator[None]:
     """Seed Python's `random` and torch's CPU generator in the block, and restore both afterwards.
 
-    NumPy's and the devices' generators are not touched.
+    The generators of NumPy and of devices do not change.
     """
     seed = mixed(*numbers)
     python_state = random.getstate()
@@ -40,7 +40,7 @@ def seed_everything(seed: int) -> None:
 
 
 def get_rng_state() -> dict:
-    """Return the states of this process's random number generators as plain values and tensors."""
+    """Return the states of all generators of this process as plain values and tensors."""
     twister = np.random.get_state(legacy=False)
     keys, pos = twister['state']['key'].tolist(), twister['state']['pos']
     state = {

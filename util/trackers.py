@@ -2,41 +2,33 @@
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from util.errors import UserError
 
 
 class Tracker(Protocol):
-    """A receiver of the numbers of each epoch, on the main process."""
+    """Receives the numbers of each epoch on the main process.
+
+    module, package: what it imports, and the package that has this module.
+    """
+
+    module: str
+    package: str
 
     def __init__(self, folder: Path, flags: dict) -> None: ...
 
     def add(self, epoch: int, numbers: dict[str, float]) -> None:
-        """Take the numbers of an epoch, counted from 1: the row of metrics.csv."""
-
-
-def import_extra(module: str, package: str, flag: str) -> Any:
-    """Import a package that only one flag needs.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise UserError(f'{flag} needs the package {package}: pip install {package}') from error
+        """Log the numbers of an epoch, counted from 1: the row of metrics.csv."""
 
 
 class TensorBoard:
     """Events of TensorBoard in the output folder."""
 
-    def __init__(self, folder: Path, flags: dict) -> None:
-        self.writer = self.load().SummaryWriter(folder)
+    module, package = 'torch.utils.tensorboard', 'tensorboard'
 
-    @staticmethod
-    def load() -> Any:
-        return import_extra('torch.utils.tensorboard', 'tensorboard', '--tensorboard')
+    def __init__(self, folder: Path, flags: dict) -> None:
+        self.writer = import_module(self.module).SummaryWriter(folder)
 
     def add(self, epoch: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():
@@ -45,12 +37,12 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases in the project that the flag names; its environment variables apply
-    (WANDB_MODE=offline).
-    """
+    """A run of Weights & Biases. Its environment variables apply (WANDB_MODE=offline)."""
+
+    module = package = 'wandb'
 
     def __init__(self, folder: Path, flags: dict) -> None:
-        wandb = self.load()
+        wandb = import_module(self.module)
         try:
             self.run = wandb.init(
                 project=flags['wandb'], name=folder.name, dir=folder, config=flags, resume='auto'
@@ -58,30 +50,31 @@ class WandB:
         except wandb.Error as error:
             raise UserError(f'--wandb {flags["wandb"]}: {error} Or set WANDB_MODE=offline') from error
 
-    @staticmethod
-    def load() -> Any:
-        return import_extra('wandb', 'wandb', '--wandb')
-
     def add(self, epoch: int, numbers: dict[str, float]) -> None:
         self.run.log(numbers, step=epoch)
 
 
-TRACKERS: dict[str, Any] = {'tensorboard': TensorBoard, 'wandb': WandB}
+TRACKERS: dict[str, type[Tracker]] = {'tensorboard': TensorBoard, 'wandb': WandB}
 
 
 def build_trackers(folder: Path, flags: dict) -> list[Tracker]:
-    """Start the trackers that the flags ask for."""
+    """Build the trackers that the flags ask for."""
     return [build(folder, flags) for flag, build in TRACKERS.items() if flags[flag]]
 
 
 def check_trackers(folder: str, flags: dict) -> None:
-    """Refuse trackers without an output folder, or whose package is not installed.
+    """Check the trackers that the flags ask for.
 
     Raises:
-        UserError: it lacks one of these.
+        UserError: a package is not installed, or there is no output folder.
     """
     for flag, tracker in TRACKERS.items():
-        if flags[flag]:
-            tracker.load()
-            if not folder:
-                raise UserError(f'--{flag} writes into --output_dir: give it')
+        if not flags[flag]:
+            continue
+        try:
+            import_module(tracker.module)
+        except ImportError as error:
+            package = tracker.package
+            raise UserError(f'--{flag} needs the package {package}: pip install {package}') from error
+        if not folder:
+            raise UserError(f'--{flag} writes into --output_dir: give it')

@@ -1,8 +1,7 @@
 """
 ATSS (arXiv:1912.02424) on the encoder's output, as Co-DETR (arXiv:2211.12860) trains it beside the decoder.
 
-Each cell has one square anchor. Positives are chosen by statistics of the IoUs, and every box has a
-centerness.
+Each cell has one square anchor. Positives are chosen by statistics of the IoUs. Every box has a centerness.
 """
 
 import math
@@ -17,22 +16,22 @@ from .dense_heads import (
     BACKGROUND,
     EPS,
     SMALLEST_AREA,
+    STDS,
     Images,
     Samples,
     Tower,
     anchor_major,
     average,
+    best_boxes,
     center_and_size,
-    clip_boxes,
     decode_boxes,
     level_anchors,
-    owned_anchors,
+    valid_anchors,
 )
 from .losses import FocalLoss
 from .matcher import from_host
 
 ANCHOR_STRIDES = 8.0  # side of an anchor in strides
-STDS = (0.1, 0.1, 0.2, 0.2)  # standard deviations of box offsets
 PADDING = BACKGROUND - 1  # in place of an object, for cells that are not in their image
 NEAREST = 9  # number of candidates per object and level
 INSIDE = 0.01  # smallest distance in pixels of a positive's centre from the edges of its object
@@ -50,10 +49,11 @@ class Scale(nn.Module):
 
 
 class ATSS(nn.Module):
-    """A dense head that predicts class, box and centerness of every cell. strides: strides of the maps in
-    pixels.
+    """A dense head that predicts class, box and centerness of every cell.
 
     Losses are averages over the positives of all ranks. Box losses are weighted by the target's centerness.
+
+    strides: of the maps in pixels.
     """
 
     coef = {'atss_cls': 1.0, 'atss_bbox': 2.0, 'atss_centerness': 1.0}
@@ -93,28 +93,25 @@ class ATSS(nn.Module):
         """Return the anchors of every level, [H W, 4]."""
         return level_anchors(maps, self.strides, [ANCHOR_STRIDES], [1.0])
 
-    def forward(
-        self, maps: list[Tensor], images: Images, with_features: bool = True
-    ) -> tuple[dict[str, Tensor], Samples]:
+    def forward(self, maps: list[Tensor], images: Images) -> tuple[dict[str, Tensor], Samples]:
         """Return unweighted losses, and every anchor with its object. Anchors in the padding are 0."""
         anchors = torch.cat(self.anchors(maps))
         assigned = torch.full((len(images.boxes), len(anchors)), PADDING, device=anchors.device)
-        for found, extent, objects in zip(assigned, images.extents, images.boxes, strict=True):
-            owned = owned_anchors(extent, self.strides, maps)
-            found[torch.cat(owned)] = assign_adaptively([anchors[level] for level in owned], objects)
+        for row, extent, objects in zip(assigned, images.extents, images.boxes, strict=True):
+            valid = valid_anchors(extent, self.strides, maps)
+            row[torch.cat(valid)] = assign_adaptively([anchors[index] for index in valid], objects)
         offsets = from_host(images.offsets(), assigned)[:, None]
         target = torch.where(assigned >= 0, assigned + offsets, BACKGROUND)
-        owned = assigned != PADDING
-        losses = self.losses(self.read(maps), anchors, owned, target, images)
-        boxes = anchors * owned[..., None]
-        features = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1) if with_features else None
-        return losses, Samples(boxes, target, features)
+        valid = assigned != PADDING
+        losses = self.losses(self.read(maps), anchors, valid, target, images)
+        features = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
+        return losses, Samples(anchors * valid[..., None], target, features)
 
     def losses(
         self,
         outputs: tuple[list[Tensor], list[Tensor], list[Tensor]],
         anchors: Tensor,
-        owned: Tensor,
+        valid: Tensor,
         target: Tensor,
         images: Images,
     ) -> dict[str, Tensor]:
@@ -123,23 +120,23 @@ class ATSS(nn.Module):
         Args:
             outputs: those of `read`.
             anchors: [S, 4].
-            owned: [B, S] whether a cell is not padding.
+            valid: [B, S] whether a cell is not padding.
             target: [B, S] index of the object in the batch, or BACKGROUND.
         """
         logits, deltas, centerness = (
             anchor_major(maps, width) for maps, width in zip(outputs, (self.num_classes, 4, 1), strict=True)
         )
-        batch, place = (target != BACKGROUND).nonzero().unbind(1)
-        objects = target[batch, place]
+        batch, index = (target != BACKGROUND).nonzero().unbind(1)
+        objects = target[batch, index]
         boxes, labels = torch.cat(images.boxes)[objects], torch.cat(images.labels)[objects]
-        wanted = target_centerness(anchors[place], boxes)
+        quality = target_centerness(anchors[index], boxes)
         counts = (target != BACKGROUND).sum(1).clamp(min=1).sum()
-        count, weight = average(torch.stack([counts.to(wanted), wanted.sum()]))
-        negatives = (self.focal.unweighted(logits).sum(-1) * owned).sum()
-        cls = self.focal.weights[1] * negatives + self.focal.correction(logits[batch, place, labels]).sum()
-        decoded = decode_boxes(anchors[place], deltas[batch, place], STDS)
-        bbox = (wanted * (1 - generalized_box_iou(decoded, boxes, SMALLEST_AREA))).sum()
-        center = F.binary_cross_entropy_with_logits(centerness[batch, place, 0], wanted, reduction='sum')
+        count, weight = average(torch.stack([counts.to(quality), quality.sum()]))
+        negatives = (self.focal.unweighted(logits).sum(-1) * valid).sum()
+        cls = self.focal.weights[1] * negatives + self.focal.correction(logits[batch, index, labels]).sum()
+        decoded = decode_boxes(anchors[index], deltas[batch, index], STDS)
+        bbox = (quality * (1 - generalized_box_iou(decoded, boxes, SMALLEST_AREA))).sum()
+        center = F.binary_cross_entropy_with_logits(centerness[batch, index, 0], quality, reduction='sum')
         return {
             'loss_atss_cls': cls / (count + EPS),
             'loss_atss_bbox': bbox / (1 + EPS) / weight,
@@ -149,23 +146,15 @@ class ATSS(nn.Module):
     @torch.no_grad()
     def detect(self, maps: list[Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
         """Return candidates of each image: scores [N], labels [N], and boxes [N, 4] in pixels."""
-        found = [[] for _ in sizes]
+        levels = []
         for anchors, logits, deltas, centerness in zip(self.anchors(maps), *self.read(maps), strict=True):
-            scores = anchor_major([logits], self.num_classes).sigmoid().flatten(1)  # [B, H W K]
-            scores, index = scores.topk(min(self.num_candidates, scores.shape[1]))
-            place, labels = index // self.num_classes, index % self.num_classes
-            deltas = anchor_major([deltas], 4).gather(1, place[..., None].expand(-1, -1, 4))
-            boxes = clip_boxes(decode_boxes(anchors[place], deltas, STDS), sizes[:, None])
-            scores = scores * anchor_major([centerness], 1)[..., 0].sigmoid().gather(1, place)
-            for image, *parts in zip(found, scores, labels, boxes, strict=True):
-                image.append(parts)
-        return [
-            {
-                key: torch.cat(parts)
-                for key, parts in zip(('scores', 'labels', 'boxes'), zip(*levels, strict=True), strict=True)
-            }
-            for levels in found
-        ]
+            scores, labels, boxes, index = best_boxes(
+                logits, deltas, anchors, sizes, self.num_candidates, STDS
+            )
+            scores = scores * anchor_major([centerness], 1)[..., 0].sigmoid().gather(1, index)
+            levels.append((scores, labels, boxes))
+        images = zip(*(torch.cat(parts, dim=1) for parts in zip(*levels, strict=True)), strict=True)
+        return [dict(zip(('scores', 'labels', 'boxes'), image, strict=True)) for image in images]
 
 
 def target_centerness(anchors: Tensor, boxes: Tensor) -> Tensor:
@@ -204,5 +193,5 @@ def assign_adaptively(anchors: list[Tensor], objects: Tensor) -> Tensor:
     positive = (overlap >= threshold) & (margin > INSIDE)
     best = overlap.new_full((len(objects), len(flat)), -1.0)
     best.scatter_(1, candidates.T, torch.where(positive.T, overlap.T, -1.0))
-    overlap, found = best.max(0)
-    return found.masked_fill(overlap < 0, BACKGROUND)
+    overlap, assigned = best.max(0)
+    return assigned.masked_fill(overlap < 0, BACKGROUND)

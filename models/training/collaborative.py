@@ -32,9 +32,8 @@ class CollaborativeHeads(TrainingBranch):
         strides: strides of the encoder's maps in pixels.
         max_queries: largest number of positives of an image that become queries.
         with_features: add the feature that the head saw to the content of a query.
-        rcnn_head, rcnn_masks: RoI head of `FasterRCNN`, and whether it has a mask branch.
-        derived_positions: leave the position of a query to the decoder, which computes it from the box
-            (DINO).
+        derived_positions: the decoder computes the position of a query from its box (DINO).
+        rcnn_head, rcnn_masks: kind of the RoI head of `FasterRCNN`, and whether it has a mask branch.
     """
 
     def __init__(
@@ -54,11 +53,9 @@ class CollaborativeHeads(TrainingBranch):
         self.downsample = nn.Sequential(
             nn.Conv2d(hidden_dim, hidden_dim, 3, stride=2, padding=1), nn.GroupNorm(32, hidden_dim)
         )
-        strides = [*strides, 2 * strides[-1]]
-        options = {'faster_rcnn': {'head': rcnn_head, 'masks': rcnn_masks}}
-        self.heads = nn.ModuleDict(
-            {name: HEADS[name](hidden_dim, num_classes, strides, **options.get(name, {})) for name in names}
-        )
+        sizes = hidden_dim, num_classes, [*strides, 2 * strides[-1]]
+        options = {'faster_rcnn': {'head': rcnn_head, 'masks': rcnn_masks}, 'atss': {}}
+        self.heads = nn.ModuleDict({name: HEADS[name](*sizes, **options[name]) for name in names})
         width = hidden_dim if derived_positions else 2 * hidden_dim
         self.aux_pos_trans = nn.ModuleDict({name: BoxPositions(hidden_dim, width) for name in names})
         self.pos_feats_trans = None
@@ -74,9 +71,9 @@ class CollaborativeHeads(TrainingBranch):
         with without_autocast(memory.tokens):  # pixel coordinates and losses need more than 16 bits
             maps, images = self.maps(memory), Images.of(memory, targets)
             for name, head in self.heads.items():
-                terms, samples[name] = head(maps, images, self.pos_feats_trans is not None)
-                losses |= terms
-            groups = [self.query_group(name, chosen, images.sizes) for name, chosen in samples.items()]
+                head_losses, samples[name] = head(maps, images)
+                losses |= head_losses
+            groups = [self.query_group(name, boxes, images.sizes) for name, boxes in samples.items()]
         return groups, losses
 
     def maps(self, memory: Memory) -> list[Tensor]:
@@ -89,18 +86,18 @@ class CollaborativeHeads(TrainingBranch):
 
         sizes: [B, 2] width and height of the images.
         """
-        chosen = choose_samples(samples.target, self.max_queries)  # [B, M]
-        boxes = gather_rows(samples.boxes, chosen) / sizes.repeat(1, 2)[:, None]
+        index = choose_samples(samples.target, self.max_queries)  # [B, M]
+        boxes = gather_rows(samples.boxes, index) / sizes.repeat(1, 2)[:, None]
         reference = box_xyxy_to_cxcywh(boxes)  # may lie outside the image
         encoded = self.aux_pos_trans[name](inverse_sigmoid(reference).sigmoid())  # [B, M, C or 2 C]
         query_pos, tgt = (None, encoded) if self.derived_positions else encoded.chunk(2, dim=-1)
         if self.pos_feats_trans is not None:
-            tgt = tgt + self.pos_feats_trans[name](gather_rows(samples.features, chosen))
+            tgt = tgt + self.pos_feats_trans[name](gather_rows(samples.features, index))
             if query_pos is not None:
                 query_pos = query_pos + self.head_pos_embed.weight[list(HEADS).index(name)]
-        target = samples.target.gather(1, chosen).cpu()
+        target = samples.target.gather(1, index).cpu()
         image, query = (target != BACKGROUND).nonzero().unbind(1)
-        positives = Assignment(image, query, target[image, query], float(len(query)))
+        positives = Assignment(image, query, target[image, query])
         return QueryGroup(self.heads[name].kind, tgt, query_pos, reference, assignment=positives)
 
     @torch.no_grad()
@@ -113,10 +110,10 @@ class CollaborativeHeads(TrainingBranch):
         """
         with without_autocast(memory.tokens):
             sizes = Images.of(memory, None).sizes
-            found = self.heads[name].detect(self.maps(memory), sizes)
-        for candidates, size in zip(found, sizes, strict=True):
-            candidates['boxes'] = box_xyxy_to_cxcywh(candidates['boxes'] / size.repeat(2))
-        return {'candidates': found}
+            candidates = self.heads[name].detect(self.maps(memory), sizes)
+        for image, size in zip(candidates, sizes, strict=True):
+            image['boxes'] = box_xyxy_to_cxcywh(image['boxes'] / size.repeat(2))
+        return {'candidates': candidates}
 
 
 @torch.no_grad()
@@ -130,14 +127,14 @@ def choose_samples(target: Tensor, most: int) -> Tensor:
     target: [B, N] objects, BACKGROUND for negatives.
     """
     num_positives = (target != BACKGROUND).sum(1).tolist()
-    wanted = min(max(MIN_QUERIES, min(most, max(num_positives))), target.shape[1])
+    num_queries = min(max(MIN_QUERIES, min(most, max(num_positives))), target.shape[1])
     positives_first = (target == BACKGROUND).byte().argsort(dim=1, stable=True)
     rows = []
     for order, count in zip(positives_first, num_positives, strict=True):
-        chosen, negatives = order[:count], order[count:]
-        if count > wanted:
-            chosen = shuffled(chosen, wanted)
-        elif count < wanted:
-            chosen = torch.cat([chosen, shuffled(negatives, wanted - count)])
-        rows.append(chosen)
+        row, negatives = order[:count], order[count:]
+        if count > num_queries:
+            row = shuffled(row, num_queries)
+        elif count < num_queries:
+            row = torch.cat([row, shuffled(negatives, num_queries - count)])
+        rows.append(row)
     return torch.stack(rows)

@@ -1,7 +1,7 @@
 """
 The losses of all predictions of a model. One table says how each kind of prediction is supervised.
 
-The criterion has no branch on the kind. A new scheme is a new row of the table.
+A new scheme is a new row of the table; the criterion does not change.
 """
 
 from collections import Counter
@@ -33,22 +33,23 @@ from .matcher import Matcher, Targets, from_host, merge_pairs
 class Supervision:
     """The supervision of one kind of prediction: a row of the table."""
 
-    matcher: Matcher | None  # None: the predictions have their assignment already
+    matcher: Matcher | None  # None: predictions have their assignment already
     coef: dict[str, float]  # coefficient of each loss term, such as {'ce': 2, 'bbox': 5, 'giou': 2}
     class_loss: ClassLoss
     class_agnostic: bool = False  # treat every object as class 0
     scale: float = 1.0  # factor of every term
     description: str = ''  # origin of the queries in words, unless they are learned queries of their own
-    merge_pairs_from: str | None = (
-        None  # kind whose pairs are added for queries that have no pair of this kind
-    )
-    # `Assignment.count` as a function of the numbers of objects, without a matcher; None: only the model
-    # knows it.
+    merge_pairs_from: str | None = None  # kind whose pairs are added where a query has none of this kind
+    # Without a matcher: the number of pairs as a function of the numbers of objects of the images; None: only
+    # the model knows it.
     count: Callable[[list[int]], float] | None = None
 
 
 def loss_suffixes(kind: str, num_layers: int) -> list[str]:
-    """Return the ends of official loss names: layer but for the last, kind but for 'one2one' (`_3_o2m`)."""
+    """Return the ends of official loss names, of each layer.
+
+    They name the layer, except for the last, and the kind, except for 'one2one': `_3_o2m`.
+    """
     end = '' if kind == 'one2one' else f'_{kind}'
     return [*(f'_{layer}{end}' for layer in range(num_layers - 1)), end]
 
@@ -71,8 +72,7 @@ class SetCriterion(nn.Module):
         self.table = table
         self.eps = eps
         self.weight_dict = weight_dict
-        # Number of pairs of each kind (mean over its layers) and of objects, since the last call of
-        # `statistics`.
+        # Pairs of each kind (mean over its layers) and objects, counted since the last call of `statistics`.
         self.pair_counts: Counter[str] = Counter()
 
     def forward(
@@ -92,35 +92,32 @@ class SetCriterion(nn.Module):
             'one2one': Prediction(outputs['pred_logits'][None], outputs['pred_boxes'][None])
         }
         step_sizes = [[len(target['labels']) for target in batch] for batch in step_targets or [targets]]
-        matched, counts = self.match(predictions, targets)
-        divisors = self.divisors(matched, counts, step_sizes)
+        matched = self.match(predictions, targets)
+        divisors = self.divisors(matched, step_sizes)
         losses = dict(outputs.get('losses', {}))
-        computed = [term for term in BOX_LOSSES if any(term in self.table[kind].coef for kind in matched)]
-        boxes = box_losses([*matched.values()], computed)
-        for (kind, found), box_terms, (class_divisor, box_divisor) in zip(
-            matched.items(), boxes, divisors, strict=True
-        ):
-            row, suffixes = self.table[kind], loss_suffixes(kind, len(found.logits))
-            terms = {'loss_ce': row.class_loss(found) / class_divisor} if 'ce' in row.coef else {}
-            values = zip(computed, (box_terms / box_divisor).unbind(), strict=True)
+        box_terms = [term for term in BOX_LOSSES if any(term in self.table[kind].coef for kind in matched)]
+        box_sums = box_losses([*matched.values()], box_terms)
+        for kind, sums, (class_divisor, box_divisor) in zip(matched, box_sums, divisors, strict=True):
+            row, pairs = self.table[kind], matched[kind]
+            suffixes = loss_suffixes(kind, len(pairs.logits))
+            terms = {'loss_ce': row.class_loss(pairs) / class_divisor} if 'ce' in row.coef else {}
+            values = zip(box_terms, (sums / box_divisor).unbind(), strict=True)
             terms |= {f'loss_{term}': value for term, value in values if term in row.coef}
-            terms['cardinality_error'] = cardinality_error(found) * row.scale
+            terms['cardinality_error'] = cardinality_error(pairs) * row.scale
             for name, layers in terms.items():
                 losses |= zip([name + suffix for suffix in suffixes], layers.unbind(), strict=True)
-            mask_terms = [term for term in MASK_LOSSES if term in row.coef and found.masks is not None]
+            mask_terms = [term for term in MASK_LOSSES if term in row.coef and pairs.masks is not None]
             if mask_terms:
-                values = mask_losses(found, [target['masks'] for target in targets], mask_terms)
+                values = mask_losses(pairs, [target['masks'] for target in targets], mask_terms)
                 losses |= {f'loss_{term}{suffixes[-1]}': x / box_divisor for term, x in values.items()}
             if not row.class_agnostic:
-                losses[f'class_error{suffixes[-1]}'] = class_error(found) * row.scale
+                losses[f'class_error{suffixes[-1]}'] = class_error(pairs) * row.scale
         return losses
 
-    def match(
-        self, predictions: dict[str, Prediction], targets: list[dict]
-    ) -> tuple[dict[str, MatchedPredictions], dict[str, float]]:
-        """Match every kind, and return `Assignment.count` of each too.
+    def match(self, predictions: dict[str, Prediction], targets: list[dict]) -> dict[str, MatchedPredictions]:
+        """Match every kind of prediction.
 
-        All costs are copied to the host at once, and so are all pairs back to the device.
+        The costs of all kinds are copied to the host at once, and so are all pairs back to the device.
         """
         objects = Targets.pack(targets)
         packed = {
@@ -139,59 +136,49 @@ class SetCriterion(nn.Module):
         for kind in unknown:
             if other := self.table[kind].merge_pairs_from:
                 assignments[kind] = list(map(merge_pairs, assignments[kind], assignments[other]))
+        packed_pairs = [pack_pairs(layers) for layers in assignments.values()]
+        on_device = torch.cat(packed_pairs, dim=1).to(objects.boxes.device, non_blocking=True)
+        parts = on_device.split([part.shape[1] for part in packed_pairs], dim=1)
+        matched = {}
+        for (kind, layers), part in zip(assignments.items(), parts, strict=True):
+            layer, batch, query, target, is_class_target = part
+            num_pairs, matcher = [pairs.count for pairs in layers], self.table[kind].matcher
+            matched[kind] = MatchedPredictions(
+                logits=exact[kind].logits,
+                boxes=exact[kind].boxes,
+                index=(layer, batch, query),
+                labels=packed[kind].labels[target],
+                target_boxes=objects.boxes[target],
+                num_pairs=num_pairs,
+                num_objects=[(1 if matcher is None else matcher.repeats) * size for size in objects.sizes],
+                is_class_target=None if layers[0].is_class_target is None else is_class_target,
+                target=target,
+                masks=exact[kind].masks,
+            )
+            self.pair_counts[kind] += sum(num_pairs) / len(layers)
         self.pair_counts['objects'] += sum(objects.sizes)
-        self.pair_counts.update(
-            {kind: sum(len(a.query) for a in layers) / len(layers) for kind, layers in assignments.items()}
-        )
-        pairs = [pack_pairs(layers) for layers in assignments.values()]
-        on_device = torch.cat(pairs, dim=1).to(objects.boxes.device, non_blocking=True)
-        parts = on_device.split([part.shape[1] for part in pairs], dim=1)
-        matched = {
-            kind: self.with_pairs(kind, exact[kind], packed[kind], layers, part)
-            for (kind, layers), part in zip(assignments.items(), parts, strict=True)
-        }
-        return matched, {kind: layers[0].count for kind, layers in assignments.items()}
+        return matched
 
-    def with_pairs(
-        self, kind: str, prediction: Prediction, objects: Targets, layers: list[Assignment], pairs: Tensor
-    ) -> MatchedPredictions:
-        """Collect predictions, pairs and objects of a kind. pairs: [5, N] of `pack_pairs`, on the device."""
-        layer, batch, query, target, is_class_target = pairs
-        matcher, sizes = self.table[kind].matcher, objects.sizes
-        return MatchedPredictions(
-            logits=prediction.logits,
-            boxes=prediction.boxes,
-            index=(layer, batch, query),
-            labels=objects.labels[target],
-            target_boxes=objects.boxes[target],
-            num_pairs=[len(each.query) for each in layers],
-            num_objects=sizes if matcher is None else [matcher.count([size]) for size in sizes],
-            is_class_target=None if layers[0].is_class_target is None else is_class_target,
-            target=target,
-            masks=prediction.masks,
-        )
-
-    def divisors(
-        self, matched: dict[str, MatchedPredictions], counts: dict[str, float], step_sizes: list[list[int]]
-    ) -> Tensor:
+    def divisors(self, matched: dict[str, MatchedPredictions], step_sizes: list[list[int]]) -> Tensor:
         """Return the divisors of class and box losses of each kind, [kinds, 2], averaged over ranks and a
         step's batches.
 
         A total count is at least 1. The official code clamps the average instead, which differs only if there
-        is less than one object per rank; clamping the total keeps the gradient independent of the number of
+        is less than one object per rank. With a clamped total the gradient does not depend on the number of
         ranks. If only the model knows the assignments (positives of Co-DETR's heads), this batch's count
         stands for the step's other batches.
         """
         totals, smallest = [], []
-        for kind, found in matched.items():
-            row, num_queries = self.table[kind], found.logits.shape[2]
+        for kind, pairs in matched.items():
+            row = self.table[kind]
             smallest.append([row.class_loss.smallest_divisor, 1.0])
             if row.matcher is None:
-                known = [counts[kind] if row.count is None else row.count(sizes) for sizes in step_sizes]
-                totals.append([sum(known)] * 2)
+                counts = [row.count(sizes) if row.count else pairs.num_pairs[-1] for sizes in step_sizes]
+                totals.append([sum(counts)] * 2)
                 continue
-            classes = [row.class_loss.divisor(row.matcher, sizes, num_queries) for sizes in step_sizes]
-            totals.append([sum(classes), sum(map(row.matcher.count, step_sizes))])
+            batches = [[row.matcher.repeats * size for size in sizes] for sizes in step_sizes]
+            class_total = sum(row.class_loss.divisor(batch, pairs.logits.shape[2]) for batch in batches)
+            totals.append([class_total, sum(map(sum, batches))])
         like = next(iter(matched.values())).logits
         totals = torch.maximum(all_reduce_sum(from_host(totals, like)), from_host(smallest, like))
         parts = get_world_size() * len(step_sizes)
@@ -205,25 +192,20 @@ class SetCriterion(nn.Module):
 
         averages: average of each loss term over that time.
         """
-        tally: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for part in all_gather_object(self.pair_counts):
-            tally.update(part)
+            counts.update(part)
         self.pair_counts = Counter()
         shares: Counter[str] = Counter()
         for name, coef in self.weight_dict.items():
-            shares[self.kind_of(name)] += coef * averages.get(name, 0.0)
+            # A head's losses belong to the kind of the queries that are made from its positives.
+            parts = name.replace('rpn', 'rcnn').split('_')
+            kind = next((part for part in parts if part in self.table), 'one2one')
+            shares[kind] += coef * averages.get(name, 0.0)
         total = sum(shares.values())
-        kinds = [kind for kind in self.table if kind in tally]
-        positives = {f'positives_{kind}': tally[kind] / max(tally['objects'], 1) for kind in kinds}
+        kinds = [kind for kind in self.table if kind in counts]
+        positives = {f'positives_{kind}': counts[kind] / max(counts['objects'], 1) for kind in kinds}
         return positives | {f'share_{kind}': shares[kind] / total if total else 0.0 for kind in kinds}
-
-    def kind_of(self, name: str) -> str:
-        """Return the kind of prediction that a loss belongs to, by its official name.
-
-        The own losses of Co-DETR's heads belong to the kind of the queries made from their positives.
-        """
-        parts = ['rcnn' if part == 'rpn' else part for part in name.split('_')]
-        return next((part for part in parts if part in self.table), 'one2one')
 
 
 def to_host(tensors: list[Tensor]) -> list[np.ndarray]:
@@ -237,7 +219,7 @@ def to_host(tensors: list[Tensor]) -> list[np.ndarray]:
 
 def pack_pairs(layers: list[Assignment]) -> Tensor:
     """Pack the pairs of all layers as [5, N]: layer, batch, query, target, is_class_target."""
-    num_pairs = torch.tensor([len(pairs.query) for pairs in layers])
+    num_pairs = torch.tensor([pairs.count for pairs in layers])
     layer = torch.arange(len(layers)).repeat_interleave(num_pairs)
     if layers[0].is_class_target is None:
         is_class_target = torch.ones_like(layer)

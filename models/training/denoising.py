@@ -38,8 +38,8 @@ class BoxPositions(LinearNorm):
 class Denoising(TrainingBranch):
     """Queries at noised objects, in groups that do not see each other.
 
-    A group has a positive and a negative copy of every object. The negative copy is moved further, and its
-    target is background.
+    A group has a positive and a negative copy of every object. The negative copy is moved farther, and its
+    target is the background.
 
     Args:
         box_code: that of the decoder.
@@ -67,33 +67,29 @@ class Denoising(TrainingBranch):
 
     def queries(self, memory: Memory, targets: list[dict]) -> tuple[list[QueryGroup], dict[str, Tensor]]:
         """Return one query group, which is empty without objects."""
-        counts = [len(target['labels']) for target in targets]
-        most, total, num_groups = max(counts), sum(counts), self.num_groups(counts)
+        sizes = [len(target['labels']) for target in targets]
+        most, total, num_groups = max(sizes), sum(sizes), self.num_groups(sizes)
         labels, codes = self.noised(
             torch.cat([target['labels'] for target in targets]),
             torch.cat([target['boxes'] for target in targets]),
             num_groups,
         )
-        # Row `copy * total + object` goes to slot `copy * most + number`, the object's number in its image.
-        number = torch.tensor([index for count in counts for index in range(count)], dtype=torch.int64)
-        image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-        copies = torch.arange(2 * num_groups)[:, None]
-        slot = (copies * most + number).flatten()
-        place = (
-            torch.stack([image.repeat(2 * num_groups), slot]).to(labels.device, non_blocking=True).unbind()
-        )
-        shape = len(counts), 2 * num_groups * most
+        # Copy c of an object is query c * most + its number in its image. `noised` has all objects of a copy
+        # one after the other.
+        number = torch.tensor([index for size in sizes for index in range(size)], dtype=torch.int64)
+        image = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        query = torch.arange(2 * num_groups)[:, None] * most + number  # [copies, objects]
+        index = torch.stack([image.repeat(2 * num_groups), query.flatten()])
+        index = index.to(labels.device, non_blocking=True).unbind()
+        shape = len(sizes), 2 * num_groups * most
         embedded = self.label_embedding(labels)
-        tgt = embedded.new_zeros(*shape, embedded.shape[-1]).index_put(place, embedded)
-        reference = self.box_code.decode(codes.new_zeros(*shape, 4).index_put(place, codes))
-        positives = Assignment(
-            image.repeat(num_groups),
-            (copies[::2] * most + number).flatten(),
-            torch.arange(total).repeat(num_groups),
-            self.count(counts),
-        )
+        tgt = embedded.new_zeros(*shape, embedded.shape[-1]).index_put(index, embedded)
+        reference = self.box_code.decode(codes.new_zeros(*shape, 4).index_put(index, codes))
         with without_autocast(reference):
             query_pos = None if self.positions is None else self.positions(reference)
+        positives = Assignment(
+            image.repeat(num_groups), query[::2].flatten(), torch.arange(total).repeat(num_groups)
+        )
         group = QueryGroup(
             'dn', tgt, query_pos, reference, sees=('one2one',), block=2 * most, assignment=positives
         )
@@ -103,26 +99,26 @@ class Denoising(TrainingBranch):
         """Return the number of groups. sizes: number of objects of each image."""
         return max(1, self.num_queries // max(*sizes, 1))
 
-    def count(self, sizes: list[int]) -> float:
+    def count(self, sizes: list[int]) -> int:
         """Return the number of positives, the divisor of losses. sizes: number of objects of each image."""
-        return float(self.num_groups(sizes) * sum(sizes))
+        return self.num_groups(sizes) * sum(sizes)
 
     @torch.no_grad()
     def noised(self, labels: Tensor, boxes: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-        """Return labels [N] and encoded boxes [N, 4] of all copies, one copy of all objects after the other.
+        """Return labels [N] and encoded boxes [N, 4] of all copies: all objects, then all objects again.
 
         Random numbers come from the generator of the objects' device, in this order: labels to replace, new
         labels, signs and sizes of displacements.
         """
         copies = 2 * num_groups
         labels, boxes = labels.repeat(copies), boxes.repeat(copies, 1)
-        chosen = (torch.rand_like(labels, dtype=boxes.dtype) < 0.5 * self.label_noise).nonzero()[:, 0]
-        drawn = torch.randint_like(chosen, 0, self.label_embedding.num_embeddings)
-        labels = labels.index_put((chosen,), drawn)
+        replaced = (torch.rand_like(labels, dtype=boxes.dtype) < 0.5 * self.label_noise).nonzero()[:, 0]
+        new_labels = torch.randint_like(replaced, 0, self.label_embedding.num_embeddings)
+        labels = labels.index_put((replaced,), new_labels)
         sign = 2 * torch.randint_like(boxes, 0, 2) - 1
-        part = torch.rand_like(boxes)
+        share = torch.rand_like(boxes)
         negative = torch.arange(len(boxes), device=boxes.device) // max(len(boxes) // copies, 1) % 2
-        part = part + negative[:, None]
+        share = share + negative[:, None]
         half = boxes[:, 2:].repeat(1, 2) / 2
-        corners = box_cxcywh_to_xyxy(boxes) + sign * part * half * self.box_noise
+        corners = box_cxcywh_to_xyxy(boxes) + sign * share * half * self.box_noise
         return labels, self.box_code.encode(box_xyxy_to_cxcywh(corners.clamp(0, 1)))

@@ -1,8 +1,8 @@
 """
 Functions that dense detectors share: anchors, box offsets, assignment by IoU, and sampling.
 
-Boxes are xyxy in pixels of the network's input. Constants are those of mmdetection 2, on which Co-DETR was
-built. Random numbers come from torch's CPU generator.
+Boxes are xyxy in pixels of the network's input. Constants are those of mmdetection 2, which Co-DETR is built
+on. Random numbers come from torch's CPU generator.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.deformable_transformer import valid_sizes
+from models.deformable_transformer import gather_rows, valid_sizes
 from models.structures import Memory
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
 from util.distributed.collectives import all_reduce_sum, get_world_size
@@ -25,6 +25,7 @@ from .matcher import from_host
 EPS = torch.finfo(torch.float32).eps  # added to every divisor, whatever the precision
 SMALLEST_AREA = 1e-6  # in square pixels, of unions and of enclosing boxes
 MAX_LOG_RATIO = abs(math.log(16 / 1000))  # a decoded box has at most 62.5 times the side of its anchor
+STDS = (0.1, 0.1, 0.2, 0.2)  # standard deviations that box offsets of ATSS and of RoI heads are divided by
 BACKGROUND = -1
 
 
@@ -89,55 +90,52 @@ class Samples:
     """The boxes that an auxiliary head was trained on, and their objects."""
 
     boxes: Tensor  # [B, N, 4]
-    target: Tensor  # [B, N] index of the object in the batch, BACKGROUND for none
-    features: Tensor | None  # [B, N, C] if they are needed
-
-
-def base_anchors(stride: int, scales: Sequence[float], ratios: Sequence[float]) -> Tensor:
-    """Return anchors around the origin, [R S, 4] float32 as officially, ratio (height / width) by ratio."""
-    ratio, scale = (torch.tensor(numbers, dtype=torch.float32) for numbers in (ratios, scales))
-    half_height = (0.5 * (stride * ratio.sqrt()[:, None] * scale)).flatten()
-    half_width = (0.5 * (stride * (1 / ratio.sqrt())[:, None] * scale)).flatten()
-    return torch.stack([-half_width, -half_height, half_width, half_height], dim=-1)
-
-
-def shifted_anchors(base: Tensor, stride: int, height: int, width: int) -> Tensor:
-    """Return anchors of every cell, [H W A, 4], centred on the cell's upper left corner."""
-    x = torch.arange(width, dtype=base.dtype, device=base.device) * stride
-    y = torch.arange(height, dtype=base.dtype, device=base.device) * stride
-    corners = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=-1).flatten(0, 1)
-    return (corners.repeat(1, 2)[:, None] + base).flatten(0, 1)
+    target: Tensor  # [B, N] index of the object in the batch, or BACKGROUND
+    features: Tensor  # [B, N, C]
 
 
 def level_anchors(
     maps: list[Tensor], strides: list[int], scales: Sequence[float], ratios: Sequence[float]
 ) -> list[Tensor]:
-    """Return anchors of every cell of maps [B, C, H, W], [H W A, 4] for each level."""
-    return [
-        shifted_anchors(base_anchors(stride, scales, ratios).to(x, non_blocking=True), stride, *x.shape[-2:])
-        for stride, x in zip(strides, maps, strict=True)
-    ]
+    """Return the anchors of every cell of maps [B, C, H, W], [H W A, 4] for each level.
+
+    They are centred on the upper left corner of their cell. The A anchors of a cell are in the order of the
+    ratios (height / width), then of the scales (side in strides).
+    """
+    ratio, scale = (torch.tensor(numbers, dtype=torch.float32) for numbers in (ratios, scales))
+    levels = []
+    for x, stride in zip(maps, strides, strict=True):
+        half_height = (0.5 * (stride * ratio.sqrt()[:, None] * scale)).flatten()
+        half_width = (0.5 * (stride * (1 / ratio.sqrt())[:, None] * scale)).flatten()
+        base = torch.stack([-half_width, -half_height, half_width, half_height], dim=-1)  # [A, 4]
+        rows, columns = (torch.arange(side, dtype=x.dtype, device=x.device) * stride for side in x.shape[-2:])
+        corners = torch.stack(torch.meshgrid(columns, rows, indexing='xy'), dim=-1).repeat(
+            1, 1, 2
+        )  # [H, W, 4]
+        levels.append((corners[:, :, None] + base.to(x, non_blocking=True)).flatten(0, 2))
+    return levels
 
 
-def owned_anchors(
+def valid_anchors(
     extent: list[float], strides: list[int], maps: list[Tensor], per_cell: int = 1
 ) -> list[Tensor]:
-    """Return the anchors of each level whose cells are in an image, not in its padding, as indices among all
-    levels' anchors.
+    """Return the anchors of each level whose cells are not in the padding of an image.
+
+    They are indices among the anchors of all levels.
 
     Args:
         extent: width and height of the image.
         maps: [B, C, H, W] of every level.
         per_cell: number of anchors of a cell.
     """
-    found, start = [], 0
+    levels, start = [], 0
     for stride, x in zip(strides, maps, strict=True):
         columns, rows = (math.ceil(side / stride) for side in extent)
         shape = *x.shape[-2:], per_cell
-        level = torch.arange(start, start + math.prod(shape), device=x.device).view(shape)
-        found.append(level[:rows, :columns].flatten())
-        start += level.numel()
-    return found
+        index = torch.arange(start, start + math.prod(shape), device=x.device).view(shape)
+        levels.append(index[:rows, :columns].flatten())
+        start += index.numel()
+    return levels
 
 
 def encode_boxes(anchors: Tensor, boxes: Tensor, stds: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
@@ -189,10 +187,10 @@ def assign_by_iou(
     if not low_quality:
         return assigned
     best_of_object = iou.amax(1, keepdim=True)
-    given = (iou == best_of_object) & (best_of_object >= negative)
-    # 16 bits: a quarter of the memory and of the time.
+    is_best = (iou == best_of_object) & (best_of_object >= negative)
+    # 16 bits take a quarter of the memory and of the time.
     numbers = torch.arange(len(objects), dtype=torch.int16, device=objects.device)[:, None]
-    last = torch.where(given, numbers, -1).amax(0)  # -1: no object's best box
+    last = torch.where(is_best, numbers, -1).amax(0)  # -1: the best box of no object
     return torch.where(last >= 0, last, assigned)
 
 
@@ -211,12 +209,12 @@ def sample_regions(
     Returns:
         Boxes [M, 4], the object of each or BACKGROUND [M], and the number of positives.
     """
+    numbers = torch.arange(len(objects), device=objects.device)
     assigned = assign_by_iou(regions, objects, overlap, overlap, low_quality=False)
-    own = torch.arange(len(objects), device=objects.device)
-    assigned, boxes = torch.cat([own, assigned]), torch.cat([objects, regions])
+    assigned, boxes = torch.cat([numbers, assigned]), torch.cat([objects, regions])
     positives, negatives = sample(assigned, num, positive_fraction)
-    chosen = torch.cat([positives, negatives])
-    return boxes[chosen], assigned[chosen], len(positives)
+    index = torch.cat([positives, negatives])
+    return boxes[index], assigned[index], len(positives)
 
 
 def sample(assigned: Tensor, num: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
@@ -236,6 +234,32 @@ def shuffled(index: Tensor, num: int) -> Tensor:
     return index[torch.randperm(len(index))[:num].to(index.device, non_blocking=True)]
 
 
+def best_boxes(
+    logits: Tensor,
+    deltas: Tensor,
+    anchors: Tensor,
+    sizes: Tensor,
+    num: int,
+    stds: Sequence[float] = (1, 1, 1, 1),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Find the `num` highest scores of a level, and decode their boxes.
+
+    Args:
+        logits: [B, A K, H, W]. deltas: [B, 4 A, H, W]. anchors: [H W A, 4].
+        sizes: width and height of the images [B, 2], which boxes are clipped to.
+        stds: as in `decode_boxes`.
+
+    Returns:
+        Scores, labels, boxes and indices of their anchors: [B, N], [B, N], [B, N, 4], [B, N].
+    """
+    num_classes = logits[0].numel() // len(anchors)
+    scores = anchor_major([logits], num_classes).sigmoid().flatten(1)  # [B, H W A K]
+    scores, best = scores.topk(min(num, scores.shape[1]))
+    index, labels = best // num_classes, best % num_classes
+    boxes = decode_boxes(anchors[index], gather_rows(anchor_major([deltas], 4), index), stds)
+    return scores, labels, clip_boxes(boxes, sizes[:, None]), index
+
+
 def anchor_major(maps: list[Tensor], width: int) -> Tensor:
     """Concatenate outputs [B, A width, H, W] of all levels to [B, sum of H W A, width]."""
     return torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), -1, width) for x in maps], dim=1)
@@ -244,7 +268,7 @@ def anchor_major(maps: list[Tensor], width: int) -> Tensor:
 def average(counts: Tensor) -> Tensor:
     """Average the divisors of losses over ranks, with totals of at least 1.
 
-    The number of ranks then does not change the gradient. In the official code the mean is at least 1, and
+    The gradient then does not depend on the number of ranks. In the official code the mean is at least 1, and
     Faster R-CNN divides by the samples of each rank.
     """
     return all_reduce_sum(counts.detach()).clamp(min=1) / get_world_size()

@@ -19,34 +19,36 @@ from .dense_heads import (
     BACKGROUND,
     EPS,
     SMALLEST_AREA,
+    STDS,
     Images,
     Samples,
     Tower,
     anchor_major,
     assign_by_iou,
     average,
+    best_boxes,
     clip_boxes,
     decode_boxes,
     encode_boxes,
     level_anchors,
-    owned_anchors,
     sample,
     sample_regions,
+    valid_anchors,
 )
 from .masks import MaskBranch
 from .matcher import from_host
 
 SCALES = tuple(4 * 2 ** (octave / 3) for octave in range(3))
 RATIOS = (0.5, 1.0, 2.0)
-ROI_STDS = (0.1, 0.1, 0.2, 0.2)
 ROI_SIZE = 7
 
 
 class RegionProposals(nn.Module):
-    """An RPN, which predicts objectness and boxes of nine anchors per cell. strides: strides of the maps in
-    pixels.
+    """An RPN, which predicts objectness and boxes of nine anchors per cell.
 
     Losses are sums over 256 sampled anchors per image, divided by their number.
+
+    strides: of the maps in pixels.
     """
 
     num_samples, positive_fraction = 256, 0.5
@@ -77,16 +79,16 @@ class RegionProposals(nn.Module):
         flat_logits, flat_deltas = anchor_major(logits, 1)[..., 0], anchor_major(deltas, 4)
         cls = bbox = flat_logits.new_zeros(())
         count = 0
-        for index, objects in enumerate(images.boxes):
-            owned = owned_anchors(images.extents[index], self.strides, logits, per_cell=logits[0].shape[1])
-            place = torch.cat(owned)
-            assigned = assign_by_iou(anchors[place], objects, 0.7, 0.3, low_quality=True)
+        for image, objects in enumerate(images.boxes):
+            valid = valid_anchors(images.extents[image], self.strides, logits, per_cell=logits[0].shape[1])
+            index = torch.cat(valid)
+            assigned = assign_by_iou(anchors[index], objects, 0.7, 0.3, low_quality=True)
             positives, negatives = sample(assigned, self.num_samples, self.positive_fraction)
             count += max(len(positives), 1) + max(len(negatives), 1)
-            wanted = encode_boxes(anchors[place[positives]], objects[assigned[positives]])
-            bbox = bbox + (flat_deltas[index, place[positives]] - wanted).abs().sum()
-            cls = cls + F.softplus(-flat_logits[index, place[positives]]).sum()
-            cls = cls + F.softplus(flat_logits[index, place[negatives]]).sum()
+            target = encode_boxes(anchors[index[positives]], objects[assigned[positives]])
+            bbox = bbox + (flat_deltas[image, index[positives]] - target).abs().sum()
+            cls = cls + F.softplus(-flat_logits[image, index[positives]]).sum()
+            cls = cls + F.softplus(flat_logits[image, index[negatives]]).sum()
         divisor = average(from_host([count], cls)) + EPS
         return {'loss_rpn_cls': cls / divisor[0], 'loss_rpn_bbox': bbox / divisor[0]}
 
@@ -95,31 +97,29 @@ class RegionProposals(nn.Module):
         self, logits: list[Tensor], deltas: list[Tensor], sizes: Tensor, num_candidates: int
     ) -> list[Tensor]:
         """Return up to 1,000 boxes per image, [N_i, 4], best first. num_candidates: of a level before NMS."""
-        scores, boxes, levels = [], [], []
+        levels = []
         for level, anchors in enumerate(self.anchors(logits)):
-            score = anchor_major([logits[level]], 1)[..., 0].sigmoid()  # [B, H W 9]
-            score, best = score.topk(min(num_candidates, score.shape[1]))
-            delta = anchor_major([deltas[level]], 4).gather(1, best[..., None].expand(-1, -1, 4))
-            scores.append(score)
-            boxes.append(clip_boxes(decode_boxes(anchors[best], delta), sizes[:, None]))
-            levels.append(torch.full_like(best, level))
-        scores, boxes, levels = (torch.cat(parts, dim=1) for parts in (scores, boxes, levels))
-        kept = []
-        for score, box, level in zip(scores, boxes, levels, strict=True):
-            real = (box[:, 2:] > box[:, :2]).all(-1).nonzero()[:, 0]
-            score, box, level = score[real], box[real], level[real]
-            kept.append(box[batched_nms(box, score, level, self.nms_threshold)[: self.num_proposals]])
-        return kept
+            scores, _, boxes, index = best_boxes(logits[level], deltas[level], anchors, sizes, num_candidates)
+            levels.append((scores, boxes, torch.full_like(index, level)))
+        images = zip(*(torch.cat(parts, dim=1) for parts in zip(*levels, strict=True)), strict=True)
+        proposals = []
+        for scores, boxes, level in images:
+            solid = (boxes[:, 2:] > boxes[:, :2]).all(-1).nonzero()[:, 0]
+            best = batched_nms(boxes[solid], scores[solid], level[solid], self.nms_threshold)
+            proposals.append(boxes[solid[best[: self.num_proposals]]])
+        return proposals
 
 
 class RoIHead(nn.Module):
     """A head that predicts classes of regions, and boxes, from 7 x 7 RoI features.
 
-    It has hidden layers of 4 x channels (1024 in the official code).
+    Hidden layers have 4 x channels (1024 in the official code).
 
-    kind: `2fc` has two hidden layers and a box for each class. `4conv1fc` has four convolutions, one hidden
-        layer, and one box for all classes. strides: strides of the maps in pixels. Regions are read from the
-        finest map up to sides of 28 of its strides.
+    Args:
+        strides: strides of the maps in pixels. Regions with sides of up to 28 strides of the finest map are
+            read from it.
+        kind: `2fc` has two hidden layers and a box for each class. `4conv1fc` has four convolutions, one
+            hidden layer, and one box for all classes.
     """
 
     def __init__(self, channels: int, num_classes: int, strides: list[int], kind: str = '2fc') -> None:
@@ -128,7 +128,7 @@ class RoIHead(nn.Module):
         self.strides = strides
         convolutional = kind == '4conv1fc'
         self.num_boxes = 1 if convolutional else num_classes
-        self.stds = tuple(std / 2 for std in ROI_STDS) if convolutional else ROI_STDS
+        self.stds = tuple(std / 2 for std in STDS) if convolutional else STDS
         self.shared_convs = nn.ModuleList(Tower(channels) for _ in range(4 if convolutional else 0))
         for layer in self.shared_convs:
             nn.init.kaiming_normal_(layer.conv.weight, mode='fan_out', nonlinearity='relu')
@@ -149,7 +149,7 @@ class RoIHead(nn.Module):
 
         regions: [N_i, 4] of each image.
         """
-        features = self.align(maps, regions)
+        features = roi_features(maps, self.strides, regions, ROI_SIZE, 2 * ROI_SIZE * self.strides[0])
         x = features
         for convolution in self.shared_convs:
             x = convolution(x)
@@ -157,9 +157,6 @@ class RoIHead(nn.Module):
         for layer in self.shared_fcs:
             x = F.relu(layer(x))
         return features, self.fc_cls(x), self.fc_reg(x).unflatten(1, (self.num_boxes, 4))
-
-    def align(self, maps: list[Tensor], regions: list[Tensor]) -> Tensor:
-        return roi_features(maps, self.strides, regions, ROI_SIZE, 14 * self.strides[0])
 
 
 class FasterRCNN(nn.Module):
@@ -183,9 +180,7 @@ class FasterRCNN(nn.Module):
         self.masks = MaskBranch(channels, num_classes, strides[:-1]) if masks else None
         self.coef = {term: coef for term, coef in self.coef.items() if masks or term != 'rcnn_mask'}
 
-    def forward(
-        self, maps: list[Tensor], images: Images, with_features: bool = True
-    ) -> tuple[dict[str, Tensor], Samples]:
+    def forward(self, maps: list[Tensor], images: Images) -> tuple[dict[str, Tensor], Samples]:
         """Return unweighted losses, and the RoIs that the head was trained on. maps: [B, C, H, W]."""
         proposed = self.rpn(maps)
         losses = self.rpn.losses(*proposed, images)
@@ -195,26 +190,22 @@ class FasterRCNN(nn.Module):
         regions, objects, num_positives = zip(*sampled, strict=True)
         features, logits, deltas = self.roi(maps, list(regions))
         target = [
-            torch.where(found == BACKGROUND, found, found + offset)
-            for found, offset in zip(objects, images.offsets(), strict=True)
+            torch.where(assigned == BACKGROUND, assigned, assigned + offset)
+            for assigned, offset in zip(objects, images.offsets(), strict=True)
         ]
         losses |= self.losses(logits, deltas, torch.cat(regions), torch.cat(target), images)
         if self.masks is not None:
-            positives = [found[:number] for found, number in zip(objects, num_positives, strict=True)]
+            positives = [assigned[:num] for assigned, num in zip(objects, num_positives, strict=True)]
             losses['loss_rcnn_mask'] = self.masks.loss(
                 maps,
-                [boxes[:number] for boxes, number in zip(regions, num_positives, strict=True)],
-                torch.cat([labels[found] for labels, found in zip(images.labels, positives, strict=True)]),
-                [masks[found] for masks, found in zip(images.masks, positives, strict=True)],
+                [boxes[:num] for boxes, num in zip(regions, num_positives, strict=True)],
+                torch.cat([labels[index] for labels, index in zip(images.labels, positives, strict=True)]),
+                [masks[index] for masks, index in zip(images.masks, positives, strict=True)],
             )
-        shortest = min(len(boxes) for boxes in regions)
-        means = features.mean((2, 3)).split([len(boxes) for boxes in regions]) if with_features else None
-        return losses, Samples(
-            *(
-                None if parts is None else torch.stack([x[:shortest] for x in parts])
-                for parts in (regions, target, means)
-            )
-        )
+        means = features.mean((2, 3)).split([len(boxes) for boxes in regions])
+        smallest = min(len(boxes) for boxes in regions)
+        parts = (torch.stack([x[:smallest] for x in part]) for part in (regions, target, means))
+        return losses, Samples(*parts)
 
     def losses(
         self, logits: Tensor, deltas: Tensor, regions: Tensor, target: Tensor, images: Images
@@ -227,11 +218,11 @@ class FasterRCNN(nn.Module):
         box_of_class = classes[positive].clamp(max=deltas.shape[1] - 1)  # 0 where all classes share a box
         decoded = decode_boxes(regions[positive], deltas[positive, box_of_class], self.roi.stds)
         divisor = average(from_host([len(classes)], logits))[0] + EPS
-        right = (logits.detach().argmax(1) == classes).sum()
+        correct = (logits.detach().argmax(1) == classes).sum()
         return {
             'loss_rcnn_cls': F.cross_entropy(logits, classes, reduction='sum') / divisor,
             'loss_rcnn_bbox': (1 - generalized_box_iou(decoded, boxes, SMALLEST_AREA)).sum() / divisor,
-            'rcnn_accuracy': right * (100 / max(len(classes), 1)),
+            'rcnn_accuracy': correct * (100 / max(len(classes), 1)),
         }
 
     @torch.no_grad()
@@ -240,13 +231,13 @@ class FasterRCNN(nn.Module):
         proposals = self.rpn.proposals(*self.rpn(maps), sizes, self.test_candidates)
         _, logits, deltas = self.roi(maps, proposals)
         counts = [len(boxes) for boxes in proposals]
-        found = []
-        for boxes, score, delta, size in zip(
+        detections = []
+        for boxes, scores, delta, size in zip(
             proposals, logits.softmax(-1)[:, :-1].split(counts), deltas.split(counts), sizes, strict=True
         ):
             decoded = clip_boxes(decode_boxes(boxes[:, None], delta, self.roi.stds), size)  # [N, K or 1, 4]
-            labels = torch.arange(score.shape[1], device=score.device).expand_as(score)
-            decoded = decoded.expand(-1, score.shape[1], -1)
-            candidates = {'scores': score, 'labels': labels, 'boxes': decoded}
-            found.append({key: value.flatten(0, 1) for key, value in candidates.items()})
-        return found
+            labels = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+            decoded = decoded.expand(-1, scores.shape[1], -1)
+            candidates = {'scores': scores, 'labels': labels, 'boxes': decoded}
+            detections.append({key: value.flatten(0, 1) for key, value in candidates.items()})
+        return detections

@@ -14,10 +14,11 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
 
 from util.box_ops import box_cxcywh_to_xyxy, box_iou, generalized_box_iou
 
-from .matcher import HungarianMatcher, Matcher, from_host
+from .matcher import from_host
 
 
 @dataclass
@@ -30,7 +31,7 @@ class MatchedPredictions:
     labels: Tensor  # [N] class of the pair's object
     target_boxes: Tensor  # [N, 4]
     num_pairs: list[int]  # number of pairs of each layer
-    num_objects: list[int]  # number of objects of each image, times the matcher's repeats
+    num_objects: list[int]  # number of objects of each image, times `Matcher.repeats`
     is_class_target: Tensor | None = None  # [N] 1 if the pair sets its query's class, else 0; None: all do
     target: Tensor | None = None  # [N] index of the pair's object in the whole batch
     masks: Tensor | None = None  # [B, Q, h, w] logits of the last layer
@@ -55,11 +56,11 @@ class ClassLoss(Protocol):
     def __call__(self, matched: MatchedPredictions) -> Tensor:
         """Return the sum of each layer, [L]."""
 
-    def divisor(self, matcher: Matcher, sizes: list[int], num_queries: int) -> float:
+    def divisor(self, num_objects: list[int], num_queries: int) -> float:
         """Return the divisor of a batch, from the targets alone.
 
         Args:
-            sizes: number of objects of each image.
+            num_objects: number of objects of each image, times `Matcher.repeats`.
             num_queries: number of queries of an image.
         """
 
@@ -67,8 +68,8 @@ class ClassLoss(Protocol):
 class FocalLoss:
     """Sigmoid focal loss over all queries and classes (RetinaNet Sec. 3), divided by the number of objects.
 
-    It sums the loss of every logit as a negative, and then corrects the few positives. No mask of the size of
-    the logits is needed.
+    It sums the loss of every logit as a negative, and then corrects the few positives. This needs no mask of
+    the size of the logits.
     """
 
     smallest_divisor = 1.0
@@ -93,8 +94,8 @@ class FocalLoss:
         positive, negative = self.unweighted(torch.stack([-x, x]))
         return torch.sub(self.weights[0] * positive, negative, alpha=self.weights[1])
 
-    def divisor(self, matcher: Matcher, sizes: list[int], num_queries: int) -> float:
-        return matcher.count(sizes)
+    def divisor(self, num_objects: list[int], num_queries: int) -> float:
+        return sum(num_objects)
 
 
 class QualityFocalLoss(FocalLoss):
@@ -104,14 +105,10 @@ class QualityFocalLoss(FocalLoss):
         super().__init__(alpha=-1, gamma=beta)
 
     def correction(self, x: Tensor, matched: MatchedPredictions | None = None) -> Tensor:
-        quality = box_quality(matched.boxes[matched.index].detach(), matched.target_boxes)
+        boxes = matched.boxes[matched.index].detach()
+        quality, _ = box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(matched.target_boxes), eps=1e-6)
         positive = F.binary_cross_entropy_with_logits(x, quality, reduction='none')
         return positive * (quality - x.sigmoid()).abs() ** self.gamma - self.unweighted(x)
-
-
-def box_quality(boxes: Tensor, target_boxes: Tensor) -> Tensor:
-    """Return the IoU of pairs of boxes cxcywh in [0, 1], [N, 4] to [N]. Unions are at least 1e-6."""
-    return box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes), eps=1e-6)[0]
 
 
 class SoftmaxLoss:
@@ -135,12 +132,12 @@ class SoftmaxLoss:
         loss = F.cross_entropy(matched.logits.flatten(0, 2), classes.flatten(), weight, reduction='none')
         return loss.view(len(classes), -1).sum(1)
 
-    def divisor(self, matcher: HungarianMatcher, sizes: list[int], num_queries: int) -> float:
-        num_pairs = sum(min(num_queries, matcher.repeats * size) for size in sizes)
-        return num_pairs + self.eos_coef * (num_queries * len(sizes) - num_pairs)
+    def divisor(self, num_objects: list[int], num_queries: int) -> float:
+        num_pairs = sum(min(num_queries, number) for number in num_objects)
+        return num_pairs + self.eos_coef * (num_queries * len(num_objects) - num_pairs)
 
 
-# Class losses by name, each built from the flags.
+# --class_loss -> what builds the loss from the flags.
 CLASS_LOSSES: dict[str, Callable[[Namespace], ClassLoss]] = {
     'focal': lambda args: FocalLoss(args.focal_alpha),
     'quality_focal': lambda args: QualityFocalLoss(),
@@ -195,10 +192,7 @@ def class_error(matched: MatchedPredictions) -> Tensor:
 
 def focal_mask_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Return the mean sigmoid focal loss of masks with P pixels, [N, P] to [N] (DETR Sec. 4.4)."""
-    p = logits.sigmoid()
-    loss = F.binary_cross_entropy_with_logits(logits, target, reduction='none')
-    loss = loss * (1 - (p * target + (1 - p) * (1 - target))) ** 2
-    return (loss * (0.25 * target + 0.75 * (1 - target))).mean(1)
+    return sigmoid_focal_loss(logits, target, reduction='none').mean(1)
 
 
 def dice_loss(logits: Tensor, target: Tensor) -> Tensor:

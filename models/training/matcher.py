@@ -1,9 +1,9 @@
 """
 Matchers, which assign objects to queries. Training only.
 
-A matcher first computes the costs of all layers and images on the device (`cost`), then solves them on the
-host (`solve`). In between, the criterion copies the costs of all kinds of predictions at once, with one
-synchronisation per step.
+A matcher computes the costs of all layers and images on the device (`cost`), and finds the pairs on the host
+(`solve`). In between, the criterion copies the costs of all kinds of predictions at once. This is the only
+synchronisation of a step.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,7 @@ from util.errors import UserError
 from util.threads import in_parallel
 
 LARGEST_COST = 1e6
-# Threads save time from this size of a matrix of costs on; smaller ones are solved before the threads have
-# woken up.
-WORTH_THREADS = 25_000
+WORTH_THREADS = 25_000  # number of costs in a matrix from which on threads save time
 
 
 def from_host(values: list, like: Tensor) -> Tensor:
@@ -67,16 +65,15 @@ class Targets:
 
 
 class Matcher(Protocol):
-    """The interface of matchers, which compute costs on the device and pairs on the host."""
+    """The interface of matchers."""
+
+    repeats: int  # divisors of losses count every object so often
 
     def cost(self, prediction: Prediction, targets: Targets) -> Tensor:
         """Return the costs [L, B, T_max, Q] of all layers; rows beyond an image's objects are meaningless."""
 
     def solve(self, cost: np.ndarray, sizes: list[int]) -> list[Assignment]:
         """Return the assignment of each layer, on the host. sizes: number of objects of each image."""
-
-    def count(self, sizes: list[int]) -> float:
-        """Return `Assignment.count`, the divisor of losses. sizes: number of objects of each image."""
 
 
 def match(matcher: Matcher, prediction: Prediction, targets: list[dict]) -> list[Assignment]:
@@ -88,18 +85,16 @@ def match(matcher: Matcher, prediction: Prediction, targets: list[dict]) -> list
     return matcher.solve(matcher.cost(prediction, packed).cpu().numpy(), packed.sizes)
 
 
-def focal_cost(
-    logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0, eps: float = 1e-8
-) -> Tensor:
+def focal_cost(logits: Tensor, labels: Tensor, eps: float = 1e-8) -> Tensor:
     """Return the class cost of sigmoid heads: the focal loss as a positive minus that as a negative.
 
-    Logits [L, B, Q, K] and labels [B, T] give [L, B, T, Q]. alpha and gamma are fixed in the official code:
-    `--focal_alpha` changes the loss only.
+    Logits [L, B, Q, K] and labels [B, T] give [L, B, T, Q]. Alpha is 0.25 and gamma 2 as in the official
+    code: `--focal_alpha` changes the loss only.
     """
     p = gather_classes(logits, labels).sigmoid()
     q = 1 - p
-    negative, positive = p**gamma * (q + eps).log(), q**gamma * (p + eps).log()  # both with the sign reversed
-    return torch.sub((1 - alpha) * negative, positive, alpha=alpha)
+    negative, positive = p**2 * (q + eps).log(), q**2 * (p + eps).log()  # both with the sign reversed
+    return torch.sub(0.75 * negative, positive, alpha=0.25)
 
 
 def softmax_cost(logits: Tensor, labels: Tensor) -> Tensor:
@@ -127,7 +122,7 @@ def broadcast_pairs(boxes: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class HungarianMatcher:
-    """A one-to-one matcher with the least total cost (DETR Sec. 3.1).
+    """A one-to-one matcher with the smallest total cost (DETR Sec. 3.1).
 
     Args:
         cost_class, cost_bbox, cost_giou: weights of the costs.
@@ -136,6 +131,9 @@ class HungarianMatcher:
             pairs.
         on: predicted boxes that are compared with the objects, `boxes` or `anchors` (proposals before
             refinement).
+
+    Raises:
+        UserError: all weights are 0.
     """
 
     def __init__(
@@ -167,31 +165,25 @@ class HungarianMatcher:
         """Return the weighted matching costs, [L, B, T_max, Q]."""
         cost_class, cost_bbox, cost_giou = self.weights
         boxes = getattr(prediction, self.on).to(prediction.boxes.dtype)
-        predicted, real = broadcast_pairs(boxes, targets.padded_boxes)
-        differences = zip(predicted.unbind(-1), real.unbind(-1), strict=True)
-        l1 = reduce(torch.add, ((x - target).abs() for x, target in differences))
-        predicted, real = broadcast_pairs(box_cxcywh_to_xyxy(boxes), targets.padded_corners)
-        cost = torch.sub(cost_bbox * l1, generalized_box_iou(predicted, real), alpha=cost_giou)
+        pairs = broadcast_pairs(boxes, targets.padded_boxes)
+        coordinates = zip(*(x.unbind(-1) for x in pairs), strict=True)
+        l1 = reduce(torch.add, ((x - target).abs() for x, target in coordinates))
+        corners = broadcast_pairs(box_cxcywh_to_xyxy(boxes), targets.padded_corners)
+        cost = torch.sub(cost_bbox * l1, generalized_box_iou(*corners), alpha=cost_giou)
         if not cost_class:
             return cost
         return cost.add_(self.class_cost(prediction.logits, targets.padded_labels), alpha=cost_class)
 
     def solve(self, cost: np.ndarray, sizes: list[int]) -> list[Assignment]:
-        """Find the pairs of least total cost; queries are in ascending order within an image.
+        """Find the pairs of the smallest total cost; queries are in ascending order within an image.
 
         Threads solve layers and images side by side, unless all are small.
         """
         blocks = [layer[image, :num_objects] for layer in cost for image, num_objects in enumerate(sizes)]
         largest = self.repeats * max(block.size for block in blocks)
         solved = list((in_parallel if largest >= WORTH_THREADS else map)(self.pairs, blocks))
-        offsets, assignments = np.cumsum([0, *sizes[:-1]]), []
-        for start in range(0, len(solved), len(sizes)):
-            layer = solved[start : start + len(sizes)]
-            image = np.repeat(np.arange(len(sizes)), [pairs.shape[1] for pairs in layer])
-            query, target = np.concatenate(layer, axis=1)
-            rows = torch.from_numpy(np.stack([image, query, target + offsets[image]]))
-            assignments.append(Assignment(*rows, self.count(sizes)))
-        return assignments
+        layers = range(0, len(solved), len(sizes))
+        return [join_images(solved[start : start + len(sizes)], sizes) for start in layers]
 
     def pairs(self, cost: np.ndarray) -> np.ndarray:
         """Return queries and objects of an image, [2, N]. cost: [T, Q]."""
@@ -200,35 +192,25 @@ class HungarianMatcher:
         order = query.argsort()
         return np.stack([query[order], target[order] % max(len(cost), 1)])
 
-    def count(self, sizes: list[int]) -> float:
-        return float(self.repeats * sum(sizes))
-
 
 class OneToManyMatcher:
     """A one-to-many matcher by IoU and class score (MS-DETR, arXiv:2401.03989, Sec. 3, with details of the
     official code).
 
     A query is positive for its best object if its score there is at least `threshold`, or if it is the best
-    query of any object. At most `positive_fraction` of all queries stay positive, drawn at random. An object
-    with n positives then gets the min(n, k) queries of its largest scores. A query can get several objects;
-    the one of the largest score sets its class.
+    query of any object. At most a quarter of all queries stay positive, drawn at random. An object with n
+    positives then gets the min(n, k) queries of its largest scores. A query can get several objects; the one
+    of the largest score sets its class.
 
     `cost` returns these scores, of which larger ones are better.
     """
 
-    def __init__(
-        self,
-        k: int = 6,
-        threshold: float = 0.4,
-        iou_weight: float = 0.7,
-        score_weight: float = 0.3,
-        positive_fraction: float = 0.25,
-    ) -> None:
+    repeats = 1
+    iou_weight, score_weight, positive_fraction = 0.7, 0.3, 0.25
+
+    def __init__(self, k: int = 6, threshold: float = 0.4) -> None:
         self.k = k
         self.threshold = threshold
-        self.iou_weight = iou_weight
-        self.score_weight = score_weight
-        self.positive_fraction = positive_fraction
 
     def __str__(self) -> str:
         return (
@@ -249,22 +231,14 @@ class OneToManyMatcher:
         Random numbers come from torch's CPU generator: two permutations per image, whether they are needed or
         not, the last layer first.
         """
-        last = len(cost) - 1
-        solved = {layer: self.solve_layer(layer, cost[layer], sizes) for layer in (last, *range(last))}
+        last, solved = len(cost) - 1, {}
+        for layer in (last, *range(last)):
+            blocks = (scores[:size] for scores, size in zip(cost[layer], sizes, strict=True))
+            solved[layer] = join_images([self.pairs(finite(block, worst=0.0)) for block in blocks], sizes)
         return [solved[layer] for layer in range(len(cost))]
 
-    def solve_layer(self, layer: int, scores: np.ndarray, sizes: list[int]) -> Assignment:
-        parts, offset = [np.zeros((4, 0), dtype=np.int64)], 0
-        for image, num_objects in enumerate(sizes):
-            block = finite(scores[image, :num_objects], worst=0.0)  # [T_i, Q]
-            query, target, is_class_target = self.pairs(block)
-            parts.append(np.stack([np.full_like(query, image), query, offset + target, is_class_target]))
-            offset += num_objects
-        batch, query, target, is_class_target = torch.from_numpy(np.concatenate(parts, axis=1))
-        return Assignment(batch, query, target, self.count(sizes), is_class_target.bool())
-
-    def pairs(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return query, object, and whether the pair sets the query's class, for an image. scores: [T, Q]."""
+    def pairs(self, scores: np.ndarray) -> np.ndarray:
+        """Return query, object, and whether the pair sets the query's class, [3, N]. scores: [T, Q]."""
         num_objects, num_queries = scores.shape
         positive = np.zeros(num_queries, dtype=bool)
         if num_objects:
@@ -273,40 +247,51 @@ class OneToManyMatcher:
         candidates = positive.nonzero()[0]
         order = torch.randperm(len(candidates)).numpy()
         torch.randperm(num_queries - len(candidates))  # the official code draws unused negatives too
-        kept = candidates[order[: int(self.positive_fraction * num_queries)]]
+        positives = candidates[order[: int(self.positive_fraction * num_queries)]]
         if not num_objects:
-            return (np.zeros(0, dtype=np.int64),) * 3
-        num_pairs = np.bincount(scores.argmax(0)[kept], minlength=num_objects)  # for each object
+            return np.zeros((3, 0), dtype=np.int64)
+        num_pairs = np.bincount(scores.argmax(0)[positives], minlength=num_objects)  # for each object
         values, queries = torch.from_numpy(scores).topk(min(self.k, num_queries), dim=1)
         target, rank = (np.arange(values.shape[1]) < num_pairs[:, None]).nonzero()
         ascending = values.numpy()[target, rank].argsort(kind='stable')
         target, query = target[ascending], queries.numpy()[target, rank][ascending]
         best_pair = np.zeros(num_queries, dtype=np.int64)
         best_pair[query] = np.arange(len(query))  # the last pair of a query, that of its largest score, stays
-        return query, target, best_pair[query] == np.arange(len(query))
+        return np.stack([query, target, best_pair[query] == np.arange(len(query))])
 
-    def count(self, sizes: list[int]) -> float:
-        return float(sum(sizes))
+
+def join_images(pairs: list[np.ndarray], sizes: list[int]) -> Assignment:
+    """Join the pairs of the images of a layer.
+
+    Args:
+        pairs: [2, N_i] query and object, or [3, N_i] with whether the pair sets the query's class.
+        sizes: number of objects of each image.
+    """
+    image = np.repeat(np.arange(len(sizes)), [part.shape[1] for part in pairs])
+    query, target, *is_class_target = np.concatenate(pairs, axis=1)
+    offsets = np.cumsum([0, *sizes[:-1]])
+    rows = torch.from_numpy(np.stack([image, query, target + offsets[image]]))
+    return Assignment(*rows, *(torch.from_numpy(flags).bool() for flags in is_class_target))
 
 
 def merge_pairs(pairs: Assignment, others: Assignment) -> Assignment:
     """Add to `pairs` those of `others` whose query has no pair yet."""
     taken = set(zip(pairs.batch.tolist(), pairs.query.tolist(), strict=True))
-    places = zip(others.batch.tolist(), others.query.tolist(), strict=True)
-    free = torch.tensor([i for i, place in enumerate(places) if place not in taken], dtype=torch.int64)
-    own, added = (
+    queries = zip(others.batch.tolist(), others.query.tolist(), strict=True)
+    free = torch.tensor([i for i, query in enumerate(queries) if query not in taken], dtype=torch.int64)
+    class_targets, others_class_targets = (
         torch.ones_like(x.query, dtype=torch.bool) if x.is_class_target is None else x.is_class_target
         for x in (pairs, others)
     )
     rows = [torch.cat([getattr(pairs, x), getattr(others, x)[free]]) for x in ('batch', 'query', 'target')]
-    return Assignment(*rows, pairs.count, torch.cat([own, added[free]]))
+    return Assignment(*rows, torch.cat([class_targets, others_class_targets[free]]))
 
 
 def finite(block: np.ndarray, worst: float) -> np.ndarray:
     """Replace infinite numbers and NaN by a value that no pair should have.
 
-    Invalid predictions get pairs too. Their loss is not finite, and the run leaves the step out
-    (`util.black_box`).
+    Invalid predictions get pairs too. Their loss is not finite, and the run skips the step
+    (`util.nan_guard`).
     """
     if np.isfinite(block).all():
         return block

@@ -1,4 +1,4 @@
-"""The table that says how each kind of prediction is supervised, and all that training adds, from flags."""
+"""The table that says how each kind of prediction is supervised, and all that training adds to a detector."""
 
 from argparse import Namespace
 from dataclasses import dataclass, field, replace
@@ -21,10 +21,10 @@ from .matcher import HungarianMatcher, OneToManyMatcher, focal_cost, softmax_cos
 
 @dataclass
 class Plan:
-    """The schemes of a run, which the functions of `SCHEMES` add to one after the other."""
+    """What a run trains. The functions of `SCHEMES` add to it one after the other."""
 
     decoder: type[nn.Module]
-    one2one: Supervision  # supervision that others are variants of
+    one2one: Supervision  # other rows are variants of this one
     table: dict[str, Supervision]
     num_queries: dict[str, int]  # learned queries of each group, the inference group first
     branches: dict[str, TrainingBranch] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Plan:
 
 
 def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn.ModuleDict]:
-    """Build the table of supervision, and all that training adds.
+    """Build the table of supervision, and all that training adds to a detector.
 
     Args:
         args: settled flags.
@@ -41,11 +41,8 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
         The criterion with the table, the number of learned queries of each group (the inference group first),
         and the training branches by their names.
     """
-    one2one = Supervision(
-        hungarian(args),
-        coefficients(args),
-        CLASS_LOSSES['softmax' if args.family == 'detr' else args.class_loss](args),
-    )
+    class_loss = CLASS_LOSSES['softmax' if args.family == 'detr' else args.class_loss](args)
+    one2one = Supervision(build_hungarian(args), coefficients(args), class_loss)
     plan = Plan(decoder_class(args), one2one, {'one2one': one2one}, {'one2one': args.num_queries})
     for scheme in SCHEMES:
         scheme(plan, args)
@@ -54,9 +51,10 @@ def build_supervision(args: Namespace) -> tuple[SetCriterion, dict[str, int], nn
     return SetCriterion(plan.table, weight_dict, eps), plan.num_queries, nn.ModuleDict(plan.branches)
 
 
-def hungarian(args: Namespace, repeats: int = 1) -> HungarianMatcher:
-    focal = partial(focal_cost, eps=1e-12 if follows_mmdetection(args) else 1e-8)
-    class_cost = softmax_cost if args.family == 'detr' else focal
+def build_hungarian(args: Namespace, repeats: int = 1) -> HungarianMatcher:
+    class_cost = partial(focal_cost, eps=1e-12 if follows_mmdetection(args) else 1e-8)
+    if args.family == 'detr':
+        class_cost = softmax_cost
     return HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou, class_cost, repeats)
 
 
@@ -70,14 +68,14 @@ def coefficients(args: Namespace, prefix: str = '') -> dict[str, float]:
 def loss_coefficients(plan: Plan, args: Namespace) -> dict[str, float]:
     """Return the coefficient of every loss of the table by its official name.
 
-    The official programs count proposals among the auxiliary outputs: without these the proposals have no
-    coefficient, except in MS-DETR and DINO.
+    The official programs count proposals among the auxiliary outputs: with --no_aux_loss the proposals have
+    no coefficient, except in MS-DETR and DINO.
     """
     weight_dict = {}
     for kind, row in plan.table.items():
-        suffixes = loss_suffixes(kind, args.dec_layers if args.aux_loss and kind != 'enc' else 1)
         if kind == 'enc' and not (args.aux_loss or plan.decoder.proposals_by_class or args.use_ms_detr):
             continue
+        suffixes = loss_suffixes(kind, args.dec_layers if args.aux_loss and kind != 'enc' else 1)
         for term, coef in row.coef.items():
             layers = suffixes[-1:] if term in MASK_LOSSES else suffixes
             weight_dict |= {f'loss_{term}{suffix}': coef for suffix in layers}
@@ -101,15 +99,15 @@ def add_proposals(plan: Plan, args: Namespace) -> None:
 
 
 def add_hybrid(plan: Plan, args: Namespace) -> None:
-    """Add a group of learned queries; every object gets several (H-DETR, arXiv:2207.13080, Sec. 3.2)."""
+    """Add learned queries, several of which match each object (H-DETR, arXiv:2207.13080, Sec. 3.2)."""
     if args.hybrid_queries:
         plan.num_queries['one2many'] = args.hybrid_queries
-        matcher = hungarian(args, repeats=args.hybrid_k)
+        matcher = build_hungarian(args, repeats=args.hybrid_k)
         plan.table['one2many'] = replace(plan.one2one, matcher=matcher, scale=args.hybrid_lambda)
 
 
 def add_one_to_many(plan: Plan, args: Namespace) -> None:
-    """Supervise the inference group one-to-many too (MS-DETR)."""
+    """Supervise the inference group one-to-many too (MS-DETR, arXiv:2401.03989)."""
     if args.use_ms_detr:
         matcher = OneToManyMatcher(args.o2m_matcher_k, args.o2m_matcher_threshold)
         plan.table['o2m'] = replace(
@@ -122,7 +120,7 @@ def add_one_to_many(plan: Plan, args: Namespace) -> None:
 
 
 def add_groups(plan: Plan, args: Namespace) -> None:
-    """Add groups of learned queries that are supervised as the first is (Group DETR, arXiv:2207.13085)."""
+    """Add groups of learned queries with the supervision of the first (Group DETR, arXiv:2207.13085)."""
     if args.group_detr > 1:
         coef = {term: value / args.group_detr for term, value in plan.one2one.coef.items()}
         names = ['one2one', *(f'group{index}' for index in range(1, args.group_detr))]
@@ -176,8 +174,8 @@ def add_masks(plan: Plan, args: Namespace) -> None:
         plan.coef |= {'loss_comask': args.co_mask_loss_coef, 'loss_comask_iou': args.co_mask_iou_loss_coef}
     if args.masks:
         row = plan.table['one2one']
-        masks = {term: getattr(args, f'{term}_loss_coef') for term in MASK_LOSSES}
-        plan.table['one2one'] = replace(row, coef=row.coef | masks)
+        mask_coef = {term: getattr(args, f'{term}_loss_coef') for term in MASK_LOSSES}
+        plan.table['one2one'] = replace(row, coef=row.coef | mask_coef)
 
 
 SCHEMES = (

@@ -1,9 +1,9 @@
 """
-What settings need to know of decoders and backbones before they are built, and defaults that depend on them.
+Facts about decoders and backbones that flags depend on.
 
-`DECODERS` has one record for each decoder: a new variant of Deformable DETR's is a record here and the module
-that it names. `KINDS` has one record for all backbones whose names start alike; `models.backbone.BACKBONES`
-builds them, and a test compares the networks with it. Nothing here imports PyTorch.
+`DECODERS` has one record for each decoder. A new variant of the decoder of Deformable DETR needs a record
+here and the class that it names. `KINDS` has one record for all backbones with the same prefix;
+`models.backbone.BACKBONES` builds them, and a test compares the networks with their records.
 """
 
 from argparse import Namespace
@@ -16,7 +16,7 @@ TITLES = {'detr': 'DETR', 'conditional': 'Conditional DETR', 'deformable': 'Defo
 
 @dataclass(frozen=True)
 class Usual:
-    """A default that depends on other flags: in words, and computed from flags that are settled before it."""
+    """A default that depends on other flags: in words, and as a function of flags that are settled before."""
 
     text: str
     of: Callable[[Namespace], object]
@@ -26,13 +26,14 @@ class Usual:
 class Decoder:
     """All facts about a decoder that are needed before it is built.
 
-    name: of the record, and of the switch that chooses the decoder. family: what the rest of the detector is.
+    name: name of the record, and of the switch that chooses the decoder.
+    family: family of the rest of the detector.
     build_with: module and class in `models`, such as `dino.DinoDecoder`.
-    help: what its switch does; '' if the family alone chooses it. implies: switches that it turns on.
-    defaults: flag to default, where that is not the default of the family.
+    help: effect of its switch; '' if the family alone chooses the decoder.
+    implies: switches that it turns on.
+    defaults: flag to default, where that differs from the default of the family.
     encoding_offset: number added to positions in cells before they are encoded.
-    as_mmdetection: classes are matched, and losses averaged, with the small numbers of mmdetection instead of
-    DETR's.
+    as_mmdetection: matching of classes and averages of losses use mmdetection's epsilons, not DETR's.
     """
 
     name: str
@@ -55,8 +56,8 @@ DECODERS = {
             'dino',
             'deformable',
             'dino.DinoDecoder',
-            help="use DINO's decoder (arXiv:2203.03605), which computes positions from boxes and chooses proposals by "
-            'their best class',
+            help="use DINO's decoder (arXiv:2203.03605), which computes positions from boxes and chooses "
+            'proposals by their best class',
             implies=('with_box_refine', 'two_stage', 'mixed_selection', 'look_forward_twice'),
             defaults={
                 'finest_stride': Usual(
@@ -85,23 +86,23 @@ VARIANTS = [decoder for decoder in DECODERS.values() if decoder.help]
 
 
 def decoder_of(args: Namespace) -> Decoder:
-    """Return the record of the decoder that flags choose, of which `family` is settled."""
+    """Return the record of the decoder that flags choose; `family` must be settled."""
     chosen = (decoder for decoder in VARIANTS if getattr(args, decoder.name, False))
     return next(chosen, DECODERS[args.family])
 
 
 def follows_mmdetection(args: Namespace) -> bool:
-    """Return whether a detector has Co-DETR's heads or a decoder that is trained as mmdetection trains it."""
+    """Return whether a detector is trained with the epsilons of mmdetection."""
     return decoder_of(args).as_mmdetection or bool(args.co_aux_heads)
 
 
 @dataclass(frozen=True)
 class BackboneKind:
-    """Facts about all backbones whose names start alike.
+    """Facts about all backbones whose names have the same prefix.
 
-    supports: flags that are for some backbones only, and for these; `use_checkpoint` means its `backbone`.
-    stages: those that have a map; stage s has stride 2^(s + 1), half of it in the last one with --dilation.
-    pyramid: strides of the levels that are made from the only map; () if they are made from several.
+    supports: flags for some backbones only that these have; `use_checkpoint` means its `backbone`.
+    stages: stages with a feature map. Stage s has stride 2^(s + 1), or half of it with --dilation if last.
+    pyramid: strides of the levels that are computed from the only map; () if there are several maps.
     """
 
     supports: tuple[str, ...]
@@ -110,7 +111,7 @@ class BackboneKind:
 
 
 CONVOLUTIONAL = ('dilation', 'backbone_norm', 'backbone_stages')
-# By the beginning of a name; the last is for all others, which torchvision has.
+# By the prefix of a name. The last record is for all others, which torchvision has.
 KINDS = {
     'timm/': BackboneKind(CONVOLUTIONAL),
     'swin_': BackboneKind(('drop_path_rate', 'backbone_stages', 'use_checkpoint')),
@@ -126,7 +127,7 @@ def kind_of(name: str) -> BackboneKind:
 
 
 def backbone_maps(args: Namespace) -> range:
-    """Return the stages whose maps the detector reads: the last one, or all from the first or second on."""
+    """Return the stages whose maps the detector reads: the last, or all from the first or second on."""
     stages = kind_of(args.backbone).stages
     if len(stages) == 1:
         return stages
@@ -138,18 +139,18 @@ def backbone_maps(args: Namespace) -> range:
 
 
 def returned_maps(args: Namespace) -> range:
-    """Return the stages whose maps the backbone returns: those that the detector reads; for masks all."""
+    """Return the stages whose maps the backbone returns: those that the detector reads, or all for masks."""
     maps = backbone_maps(args)
     return range(1, maps[-1] + 1) if args.masks else maps
 
 
 def has_pyramid(args: Namespace) -> bool:
-    """Return whether all levels are made from the only map of the backbone."""
+    """Return whether all levels are computed from the only map of the backbone."""
     return bool(kind_of(args.backbone).pyramid) and (args.num_feature_levels or 1) > 1
 
 
 def level_strides(args: Namespace) -> list[int]:
-    """Return the strides of Deformable DETR's feature maps, finest first."""
+    """Return the strides of the feature maps of Deformable DETR, finest first."""
     if has_pyramid(args):
         return list(kind_of(args.backbone).pyramid)
     strides = [2 ** (stage + 1) for stage in backbone_maps(args)]

@@ -4,7 +4,7 @@ import argparse
 import sys
 import textwrap
 from argparse import ArgumentParser
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from util.flags import FlagParser
 
@@ -15,7 +15,7 @@ REFUSED = NO_OPTIONS | {name: old.instead for name, old in OLD.items()}
 
 
 class NoOption(argparse.Action):
-    """Action of a flag that was an option once, or is one of a class alone: refuse it, and say what to do instead."""
+    """Refuse a former option, or an argument of a class that never was one, and name the alternative."""
 
     def __call__(
         self, parser: ArgumentParser, namespace: object, values: object, option: str | None = None
@@ -24,7 +24,7 @@ class NoOption(argparse.Action):
 
 
 class HelpByTopic(argparse.Action):
-    """Action of `--help` (flags of a first run), `--help all`, `--help hidden`, and `--help WORD` (topics with that word)."""
+    """Print the help of --help, --help all, --help hidden, or --help WORD (topics with that word)."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **options: object) -> None:
         options |= {'nargs': '?', 'const': '', 'default': argparse.SUPPRESS, 'metavar': 'TOPIC'}
@@ -41,13 +41,14 @@ def help_text(parser: ArgumentParser, topic: str) -> str:
     """Return the help of a topic: '' for a first run, 'all', 'hidden', or a word of a group's title."""
     formatter = parser.formatter_class(prog=parser.prog)
     groups = [group for group in parser._action_groups if group._group_actions]
-    hidden = topic == 'hidden'
-    chosen = groups if topic in ('all', 'hidden') else []
-    if topic and not chosen:
+    if topic in ('', 'all', 'hidden'):
+        chosen = groups if topic else []
+    else:
         chosen = [group for group in groups if topic.lower() in str(group.title).lower()]
     for group in chosen:
         formatter.start_section(group.title)
-        formatter.add_arguments([one for one in group._group_actions if is_hidden(one.dest) == hidden])
+        actions = group._group_actions
+        formatter.add_arguments([a for a in actions if is_hidden(a.dest) == (topic == 'hidden')])
         formatter.end_section()
     if chosen:
         return formatter.format_help()
@@ -57,9 +58,7 @@ def help_text(parser: ArgumentParser, topic: str) -> str:
         formatter.add_usage(parser.usage, [], [])
         formatter.add_text(parser.description)
         formatter.start_section('what a first run needs')
-        formatter.add_arguments(
-            [one for one in parser._actions if one.dest in FLAGS and FLAGS[one.dest].first]
-        )
+        formatter.add_arguments([a for a in parser._actions if a.dest in FLAGS and FLAGS[a.dest].first])
         formatter.end_section()
     titles = [str(group.title).split(' (')[0] for group in groups if group.title != 'options']
     formatter.start_section(
@@ -74,8 +73,8 @@ def is_hidden(name: str) -> bool:
     return name in FLAGS and FLAGS[name].hidden
 
 
-def make_parser(description: str | None) -> FlagParser:
-    """Make the parser of main.py, whose help goes by topics."""
+def build_parser(description: str | None) -> FlagParser:
+    """Build the parser of main.py, whose help is by topic."""
     parser = FlagParser(usage='python main.py [flags]', description=description, add_help=False)
     parser.add_argument(
         '-h',
@@ -83,19 +82,14 @@ def make_parser(description: str | None) -> FlagParser:
         action=HelpByTopic,
         help='show what a first run needs; all: every flag; else flags of a topic',
     )
-    add_flags(parser)
+    groups: dict[str, object] = {}
+    for flag in FLAGS.values():
+        if flag.command:
+            if flag.topic not in groups:
+                groups[flag.topic] = parser.add_argument_group(flag.topic)
+            flag.add_to(groups[flag.topic])
     for name in REFUSED:
         parser.add_argument(
             f'--{name}', action=NoOption, nargs='*', help=argparse.SUPPRESS, default=argparse.SUPPRESS
         )
     return parser
-
-
-def add_flags(parser: ArgumentParser, kinds: Collection[str] = ()) -> None:
-    """Declare the flags of these kinds, all if none is named, in groups by topic."""
-    groups: dict[str, object] = {}
-    for flag in FLAGS.values():
-        if flag.command and (not kinds or flag.kind in kinds):
-            if flag.topic not in groups:
-                groups[flag.topic] = parser.add_argument_group(flag.topic)
-            flag.add_to(groups[flag.topic])

@@ -1,4 +1,4 @@
-"""Settle flags: name the family, fill in defaults, and refuse flags that contradict each other."""
+"""Settle flags: choose the family, fill in defaults, and refuse flags that contradict each other."""
 
 from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping
@@ -7,16 +7,7 @@ from typing import Any, NoReturn
 
 from util.errors import UserError
 
-from .declare import (
-    ALWAYS,
-    DATA,
-    DETECTION,
-    NETWORK,
-    RUN,
-    TRAINING,
-    UNLESS_CONDITIONAL,
-    Flag,
-)
+from .declare import ALWAYS, DATA, DETECTION, NETWORK, RUN, TRAINING, UNLESS_CONDITIONAL, Flag
 from .flags import FLAGS
 from .networks import TITLES, VARIANTS, Usual, decoder_of, kind_of
 from .rules import PROBLEMS
@@ -30,36 +21,40 @@ PLACES = ('backbone', 'encoder', 'decoder')  # parts of a network that --use_che
 
 @dataclass(frozen=True)
 class OldFlag:
-    """A flag that only older records hold.
+    """A flag that exists only in older records.
 
-    instead: what the command line answers to a user who gives it. today: the flags that have its meaning today, from its
-    value and the whole record; they replace those of the record.
+    instead: what the command line answers to a user who gives it. convert: returns the flags that replace it,
+    from its value and the whole record.
     """
 
     instead: str
-    today: Callable[[Any, Mapping], dict]
+    convert: Callable[[Any, Mapping], dict] = lambda value, record: {}
+
+
+def rename_if_set(name: str) -> Callable[[Any, Mapping], dict]:
+    return lambda value, record: {name: value} if value else {}
+
+
+def replace_if_on(name: str, new_value: object) -> Callable[[Any, Mapping], dict]:
+    return lambda value, record: {name: new_value} if value else {}
 
 
 OLD = {
-    'train_shards': OldFlag(
-        'give --train_ann shards.json or its folder', lambda place, _: {'train_ann': place} if place else {}
-    ),
-    'val_shards': OldFlag(
-        'give --val_ann shards.json or its folder', lambda place, _: {'val_ann': place} if place else {}
-    ),
+    'train_shards': OldFlag('give --train_ann shards.json or its folder', rename_if_set('train_ann')),
+    'val_shards': OldFlag('give --val_ann shards.json or its folder', rename_if_set('val_ann')),
     'backbone_frozen_stages': OldFlag(
-        'give --freeze body.patch_embed body.layers.0 ...', lambda number, _: freeze_stages(number)
+        'give --freeze body.patch_embed body.layers.0 ...', lambda number, record: freeze_stages(number)
     ),
-    'o2m_iou_weight': OldFlag('it is 0.7: leave it out', lambda *_: {}),
-    'o2m_score_weight': OldFlag('it is 0.3: leave it out', lambda *_: {}),
+    'o2m_iou_weight': OldFlag('it is 0.7: leave it out'),
+    'o2m_score_weight': OldFlag('it is 0.3: leave it out'),
     'lsj_size': OldFlag(
         'give --img_size, the side of the squares of --aug lsj',
         lambda size, record: {'img_size': size} if record.get('aug') == 'lsj' else {},
     ),
-    'group_aspect_ratio': OldFlag('give --batches aspect', lambda on, _: {'batches': 'aspect'} if on else {}),
-    'coco_eval': OldFlag('leave it out: hotcoco computes all metrics', lambda *_: {}),
-    'bucket_sizes': OldFlag('give --batches size', lambda on, _: {'batches': 'size'} if on else {}),
-    'no_validate': OldFlag('give --eval_every 0', lambda on, _: {'eval_every': 0} if on else {}),
+    'group_aspect_ratio': OldFlag('give --batches aspect', replace_if_on('batches', 'aspect')),
+    'coco_eval': OldFlag('leave it out: hotcoco computes all metrics'),
+    'bucket_sizes': OldFlag('give --batches size', replace_if_on('batches', 'size')),
+    'no_validate': OldFlag('give --eval_every 0', replace_if_on('eval_every', 0)),
 }
 
 
@@ -68,18 +63,18 @@ def freeze_stages(number: int) -> dict:
     return {'freeze': parts} if number >= 0 else {}
 
 
-def in_our_names(record: Mapping) -> dict:
-    """Return the flags of a namespace or a record under today's names, instead of official names and those in `OLD`."""
-    named = {OFFICIAL_NAMES.get(name, name): value for name, value in record.items()}
-    flags = {name: value for name, value in named.items() if name not in OLD}
+def use_current_names(record: Mapping) -> dict:
+    """Return flags with current names instead of official names and those in `OLD`."""
+    renamed = {OFFICIAL_NAMES.get(name, name): value for name, value in record.items()}
+    flags = {name: value for name, value in renamed.items() if name not in OLD}
     for name, old in OLD.items():
-        if name in named:
-            flags |= old.today(named[name], named)
+        if name in renamed:
+            flags |= old.convert(renamed[name], renamed)
     return flags
 
 
 class Settled(Namespace):
-    """Settled flags, which nobody changes: `but` returns a copy with other values."""
+    """Settled flags, which do not change: `but` returns a copy with other values."""
 
     def __init__(self, **values: Any) -> None:
         vars(self).update(values)
@@ -92,12 +87,12 @@ class Settled(Namespace):
 
 
 def settle(args: Namespace, kinds: Collection[str] = MODEL) -> Settled:
-    """Return a copy of flags, or of some of them, with every flag of these kinds settled, and `family`. Others stay as they are.
+    """Return a copy of flags in which all flags of these kinds, and `family`, are settled.
 
     Raises:
-        UserError: a value makes no sense, or flags contradict each other.
+        UserError: a value is invalid, or flags contradict each other.
     """
-    given = in_our_names({name: value for name, value in vars(args).items() if value is not None})
+    given = use_current_names({name: value for name, value in vars(args).items() if value is not None})
     others = {name: value for name, value in vars(args).items() if name not in OLD}
     flags = [flag for flag in FLAGS.values() if flag.kind in kinds]
     settle_checkpointing(given)
@@ -114,20 +109,20 @@ def settle(args: Namespace, kinds: Collection[str] = MODEL) -> Settled:
 
 
 def settle_checkpointing(given: dict) -> None:
-    """Make a list of parts, or nothing, of `use_checkpoint`. Official namespaces, and older ones of ours, hold a bool."""
+    """Make `use_checkpoint` a list, or remove it. Official namespaces and older records have a bool."""
     value = given.get('use_checkpoint')
     if value is False:
         del given['use_checkpoint']
     elif value is True or value == []:  # networks of timm cannot be recomputed in parts
-        whole = 'use_checkpoint' not in kind_of(str(given.get('backbone', ''))).supports
-        given['use_checkpoint'] = list(PLACES[whole:])
+        without_backbone = 'use_checkpoint' not in kind_of(str(given.get('backbone', ''))).supports
+        given['use_checkpoint'] = list(PLACES[without_backbone:])
 
 
 def family_of(given: dict) -> str:
     """Return the family that given flags choose.
 
     Raises:
-        UserError: they choose two.
+        UserError: they choose two families.
     """
     chosen = [flag.name for flag in FLAGS.values() if flag.chooses == ALWAYS and given.get(flag.name)]
     decoders = [f'--{variant.name}' for variant in VARIANTS if variant.name in chosen]
@@ -137,12 +132,9 @@ def family_of(given: dict) -> str:
         if chosen:
             raise UserError(f'--conditional and --{chosen[0]} choose different models: leave one of them out')
         return 'conditional'
-    # --hybrid_k 0 does so too, as in H-DETR's baselines.
-    chosen += [
-        f.name
-        for f in FLAGS.values()
-        if f.chooses == UNLESS_CONDITIONAL and given.get(f.name, False) is not False
-    ]
+    # A value of 0 counts too: --hybrid_k 0 is for the baselines of H-DETR.
+    others = [flag.name for flag in FLAGS.values() if flag.chooses == UNLESS_CONDITIONAL]
+    chosen += [name for name in others if given.get(name, False) is not False]
     return 'deformable' if chosen else 'detr'
 
 
@@ -155,23 +147,21 @@ def chosen_by(args: Settled) -> str:
         return f'{title} (--conditional)'
     flags = [flag for flag in FLAGS.values() if flag.chooses and getattr(args, flag.name, None) is not None]
     chosen = [flag for flag in flags if getattr(args, flag.name) != flag.default_of(args)]
-    chosen += [
-        flag for flag in flags if isinstance(flag.default, Usual)
-    ]  # one that says what is usual beside it
+    chosen += [flag for flag in flags if isinstance(flag.default, Usual)]  # they have their default
     chosen += [FLAGS['num_feature_levels']]
     value = getattr(args, chosen[0].name)
     return f'{title} (chosen by --{chosen[0].name}{"" if value is True else f" {value}"})'
 
 
 def check_values(values: Mapping, flags: Collection[Flag]) -> None:
-    """Refuse values that make no sense, each by itself."""
+    """Refuse invalid values, each by itself."""
     for flag in flags:
         if problem := flag.problem(values.get(flag.name)):
             raise UserError(f'--{flag.name} {problem}')
 
 
 def check(args: Namespace, flags: Collection[Flag]) -> None:
-    """Refuse flags of other families and backbones, or without what they need, and what `rules.PROBLEMS` names."""
+    """Refuse flags of other families and backbones, without flags they need, and `rules.PROBLEMS`."""
     for flag in flags:
         value = getattr(args, flag.name)
         if value == flag.default_of(args):
@@ -193,10 +183,10 @@ def check(args: Namespace, flags: Collection[Flag]) -> None:
 
 
 def check_processes(args: Namespace, world_size: int) -> int:
-    """Return the batches of an optimizer step, from --total_batch_size and what is known only when the processes run.
+    """Return the number of batches of an optimizer step, from --total_batch_size and the processes.
 
     Raises:
-        UserError: so many processes do not fit the flags.
+        UserError: the number of processes contradicts the flags.
     """
     if args.fsdp and world_size == 1:
         raise UserError(
@@ -207,6 +197,7 @@ def check_processes(args: Namespace, world_size: int) -> int:
     at_a_time = args.batch_size * world_size
     if args.total_batch_size % at_a_time:
         raise UserError(
-            f'--total_batch_size {args.total_batch_size} is not a multiple of --batch_size {args.batch_size} x {world_size} processes'
+            f'--total_batch_size {args.total_batch_size} is not a multiple of --batch_size {args.batch_size} '
+            f'x {world_size} processes'
         )
     return args.total_batch_size // at_a_time

@@ -14,9 +14,9 @@ from torch import Tensor
 from util.distributed.launch import export_launcher_environment
 from util.errors import UserError
 
-# In a collective, for instance of those that do not compute metrics for the one that does. A launcher ends the others at once
-# when a process dies; this is for one that hangs.
-LONGEST_WAIT = timedelta(hours=1)
+# For a collective, for instance while the main process computes metrics. If a process dies, the launcher ends
+# the others at once; this limit is for a process that hangs.
+TIMEOUT = timedelta(hours=1)
 
 
 def is_distributed() -> bool:
@@ -31,11 +31,6 @@ def get_rank() -> int:
     return dist.get_rank() if is_distributed() else 0
 
 
-def get_local_rank() -> int:
-    """Return the rank of this process on its machine, as the launcher set it."""
-    return int(os.environ.get('LOCAL_RANK', 0)) if is_distributed() else 0
-
-
 def get_local_size() -> int:
     """Return the number of processes on this machine (LOCAL_WORLD_SIZE of torchrun, LOCAL_SIZE of others)."""
     if not is_distributed():
@@ -48,7 +43,7 @@ def is_main_process() -> bool:
 
 
 def choose_device(name: str) -> torch.device:
-    """Choose a device. `auto` takes the first of cuda, mps, cpu; each of several ranks on a machine takes its own GPU.
+    """Choose a device. `auto` takes the first of cuda, mps, cpu. Each rank of a machine takes its own GPU.
 
     Raises:
         UserError: there is no such device.
@@ -64,7 +59,7 @@ def choose_device(name: str) -> torch.device:
         return device
     if not torch.cuda.is_available():
         raise UserError(f'--device {name}: no usable NVIDIA GPU here; use --device auto')
-    # Slurm may show a process its own GPU only.
+    # Slurm may show a process only its own GPU.
     local = int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()
     index = device.index if device.index is not None else local
     torch.cuda.set_device(index)
@@ -72,7 +67,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def init_distributed(device: torch.device, dist_url: str = 'env://') -> None:
-    """Join the process group of the launcher (RANK, WORLD_SIZE), if there is one: NCCL between GPUs, else gloo."""
+    """Join the process group of the launcher (RANK, WORLD_SIZE), if any: NCCL for GPUs, else gloo."""
     if 'RANK' not in os.environ or 'WORLD_SIZE' not in os.environ or is_distributed():
         return
     backend = 'nccl' if device.type == 'cuda' else 'gloo'
@@ -80,21 +75,22 @@ def init_distributed(device: torch.device, dist_url: str = 'env://') -> None:
         int(os.environ.get(name, 0)) for name in ('RANK', 'WORLD_SIZE', 'TORCHELASTIC_RESTART_COUNT')
     )
     place: dict[str, Any] = {'init_method': dist_url}
-    # On several machines the counts of restarts may differ.
+    # Machines may have different counts of restarts.
     one_machine = os.environ.get('LOCAL_WORLD_SIZE') == str(size)
     if attempt and one_machine and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
-        # torchrun's store still holds the addresses of the processes that have ended.
+        # The store of torchrun still holds the addresses of the processes that have ended.
         address = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
         store = dist.TCPStore(*address, size, is_master=False)
         place = {'store': dist.PrefixStore(f'attempt{attempt}', store), 'rank': rank, 'world_size': size}
-    dist.init_process_group(backend, timeout=LONGEST_WAIT, **place)
+    dist.init_process_group(backend, timeout=TIMEOUT, **place)
 
 
 def leave_distributed() -> None:
-    """Leave the process group together with all other ranks. No variable may hold a model of DistributedDataParallel any more.
+    """Leave the process group with all other ranks. No variable may refer to a model of DDP any more.
 
-    Such a model would be the last to hold the group. Its end would then wait for the group's threads with Python's lock, and one
-    of them may wait for that lock, to free a tensor. `destroy_process_group` waits without the lock.
+    Such a model would be the last owner of the group. When it is freed, it waits for the threads of the group
+    while it holds the lock of Python, and one of them may wait for that lock to free a tensor.
+    `destroy_process_group` waits without the lock.
     """
     if is_distributed():
         dist.barrier()
@@ -103,7 +99,7 @@ def leave_distributed() -> None:
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum a tensor in place over all ranks."""
+    """Sum a tensor over all ranks, in place."""
     if get_world_size() > 1:
         dist.all_reduce(values)
     return values
@@ -119,7 +115,7 @@ def all_gather_object(value: object) -> list:
 
 
 def gather_object(value: object) -> list:
-    """Gather one picklable value of every rank on the main process, in rank order; return [] on the others."""
+    """Gather one picklable value of every rank on the main process, in rank order; [] on the others."""
     if get_world_size() == 1:
         return [value]
     gathered = [None] * get_world_size() if is_main_process() else None
@@ -144,8 +140,8 @@ def fail_together() -> Iterator[None]:
     error: Exception | None = None
     try:
         yield
-    except Exception as found:
-        error = found
+    except Exception as raised:
+        error = raised
     texts = all_gather_object(None if error is None else str(error))
     if error is not None:
         raise error
@@ -158,13 +154,13 @@ def check_agreement(facts: dict[str, object]) -> None:
     """Require that all ranks give the same facts (name to value).
 
     Raises:
-        UserError: they do not; the message names the first difference.
+        UserError: they differ; the message names the first difference.
     """
     first, *others = all_gather_object(facts)
-    for rank, theirs in enumerate(others, start=1):
-        for name in [*first, *(name for name in theirs if name not in first)]:
-            if first.get(name) != theirs.get(name):
+    for rank, other in enumerate(others, start=1):
+        for name in [*first, *(name for name in other if name not in first)]:
+            if first.get(name) != other.get(name):
                 raise UserError(
-                    f'the processes disagree: {name} is {first.get(name)} in process 0 and {theirs.get(name)} in process {rank}. '
-                    'Start all of them with the same command, data and versions'
+                    f'the processes disagree: {name} is {first.get(name)} in process 0 and {other.get(name)} '
+                    f'in process {rank}. Start all of them with the same command, data and versions'
                 )

@@ -1,4 +1,6 @@
-"""Values that are not finite: the step is left out, the report names layer and images, and replay shows the same."""
+"""Values that are not finite: the step is left out, the report names layer and images, and replay shows the
+same.
+"""
 
 import re
 from argparse import Namespace
@@ -19,8 +21,8 @@ from tests.models import HEADS, SCHEMES, SMALL, random_targets, with_masks
 from tests.processes import in_processes
 from tests.runs import load, run
 from tools import replay
-from util.black_box import BlackBox
 from util.errors import UserError
+from util.nan_guard import NonFiniteGuard
 from util.nested_tensor import collate_fn
 
 BAD = float('nan')
@@ -203,7 +205,7 @@ def test_a_bad_gradient_names_its_parameter(capsys: pytest.CaptureFixture[str]) 
     parameter = model.transformer.encoder.layers[1].linear2.bias
     parameter.register_hook(lambda gradient: gradient * BAD)
     with pytest.raises(UserError, match='2 steps in a row'):
-        train_one_epoch(model, criterion, batches(), optimizer, black_box=BlackBox(limit=2))
+        train_one_epoch(model, criterion, batches(), optimizer, guard=NonFiniteGuard(limit=2))
     assert 'gradient of transformer.encoder.layers.1.linear2.bias; images 0, 1' in capsys.readouterr().out
 
 
