@@ -90,6 +90,11 @@ class CocoEvaluator(Evaluator):
 
     limit = 0  # detections of an image that count by LVIS's rules; 0: COCO's rules
 
+    def __init__(self, ground_truth: dict, class_map: ClassMap, kinds: tuple[str, ...] = ('bbox',)) -> None:
+        super().__init__(ground_truth, class_map, kinds)
+        if unknown := set(kinds) - set(KINDS):
+            raise ValueError(f'kinds {sorted(unknown)} are not known: choose from bbox and segm')
+
     def read(self, prediction: dict) -> Detections:
         """Keep detections of real categories; class indices that no category uses are dropped."""
         if not prediction:

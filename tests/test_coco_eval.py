@@ -230,6 +230,8 @@ def test_numbers_are_those_of_pycocotools(capfd: pytest.CaptureFixture[str]) -> 
 
 def test_wrong_input_is_refused() -> None:
     truth = tiny_ground_truth()
+    with pytest.raises(ValueError, match='bbox and segm'):
+        CocoEvaluator(truth, CLASS_MAP, kinds=('keypoints',))
     evaluator = CocoEvaluator(truth, CLASS_MAP)
     with pytest.raises(ValueError, match='image 17 is not among the 3'):
         evaluator.update({17: {}})
