@@ -103,6 +103,22 @@ def test_adaptive_assignment_equals_official() -> None:
     assert found[places].tolist() == recorded['target']
 
 
+def test_adaptive_thresholds_are_the_mean_plus_the_sample_deviation() -> None:
+    torch.manual_seed(0)
+    maps = [torch.empty(1, 1, 16, 16), torch.empty(1, 1, 8, 8)]
+    levels = level_anchors(maps, [8, 16], [ANCHOR_STRIDES], [1.0])
+    anchors, start = torch.cat(levels), torch.tensor([0, len(levels[0])])
+    for corner, side in zip(20 + 40 * torch.rand(300, 2), 20 + 40 * torch.rand(300, 2), strict=True):
+        box = torch.cat([corner, corner + side])[None]
+        far = [((x[:, :2] + x[:, 2:] - box[:, :2] - box[:, 2:]) / 2).norm(dim=1) for x in levels]
+        candidates = torch.cat([x.argsort()[:9] + first for x, first in zip(far, start, strict=True)])
+        overlap, _ = box_iou(anchors[candidates], box)
+        center = (anchors[candidates, :2] + anchors[candidates, 2:]) / 2
+        inside = ((center > box[:, :2] + 0.01) & (center < box[:, 2:] - 0.01)).all(1)
+        expected = candidates[inside & (overlap >= overlap.mean() + np.std(overlap.tolist(), ddof=1))]
+        assert set((assign_adaptively(levels, box) >= 0).nonzero()[:, 0].tolist()) == set(expected.tolist())
+
+
 def boxes_with_iou(quality: Tensor) -> tuple[Tensor, Tensor]:
     """Pairs of boxes cxcywh whose IoU is `quality` (above 0)."""
     target = torch.tensor([[0.5, 0.5, 0.4, 0.4]]).repeat(len(quality), 1)
