@@ -177,7 +177,7 @@ def test_every_program_starts_from_any_folder() -> None:
     ]
     code = f"""
 import os, runpy, sys
-import torch, torchvision
+import torch, torchvision, torch.distributed.fsdp, torchvision.transforms.v2, scipy.optimize
 for program in {programs}:
     if os.fork() == 0:
         sys.argv = [program, '--help']

@@ -290,11 +290,11 @@ def test_the_usual_formats_are_read(tmp_path: Path) -> None:
 def test_frames_of_too_many_pixels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     av = pytest.importorskip('av')
     frame = av.VideoFrame.from_ndarray(rule_image('x', 8, 12), format='rgb24')
-    film = Namespace(streams=Namespace(video=[Namespace(frames=1)]), decode=lambda stream: [frame])
+    video = Namespace(streams=Namespace(video=[Namespace(frames=1)]), decode=lambda stream: [frame])
     detector = Namespace(detect_batch=lambda images, encode: [{} for _ in images])
-    args = Namespace(source='film.mp4', batch_size=1)
-    ((image, _),) = predict.detected(detector, film, args)
+    args = Namespace(source='video.mp4', batch_size=1)
+    ((image, _),) = predict.detect_frames(detector, video, args)
     assert image.shape == (3, 8, 12)
     monkeypatch.setattr('datasets.image_io.MAX_PIXELS', 95)
-    with pytest.raises(UserError, match=r'film.mp4 .*\(8 x 12 pixels\): at most 95 pixels'):
-        list(predict.detected(detector, film, args))
+    with pytest.raises(UserError, match=r'video.mp4 .*\(8 x 12 pixels\): at most 95 pixels'):
+        list(predict.detect_frames(detector, video, args))
