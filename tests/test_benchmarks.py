@@ -22,6 +22,7 @@ from tools.benchmarks import cases, checkouts, common, op, step
 from tools.benchmarks.official import official_path
 from util.errors import UserError
 from util.flags import run_command
+from util.precision import Precision
 
 SIZE = '--height 64 --width 96 --batch_size 1'
 ONCE = f'{SIZE} --rounds 1 --threads 1 --device cpu'
@@ -53,6 +54,24 @@ def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_command_is_listed() -> None:
     commands = next(action for action in get_args_parser()._actions if action.choices)
     assert list(commands.choices) == list(COMMANDS)
+
+
+def test_usual_threads_are_those_of_pytorch() -> None:
+    assert get_args_parser().parse_args(['step']).threads == torch.get_num_threads()
+
+
+@pytest.mark.parametrize('name', step.PRECISIONS)
+def test_a_step_computes_in_the_precision_of_its_name(name: str) -> None:
+    model, found = torch.nn.Linear(2, 1), []
+
+    def forward(precision: Precision) -> torch.Tensor:
+        with precision.autocast():
+            output = model(torch.ones(1, 2))
+        found.append(output.dtype)
+        return output.float().sum()
+
+    step.build_contender(model, forward, name, torch.ones(1)).step()
+    assert found == [torch.bfloat16 if 'bf16' in name else torch.float32]
 
 
 @pytest.mark.parametrize('name', COMMANDS)
@@ -151,6 +170,7 @@ def test_the_official_extension_takes_the_place_of_the_operator() -> None:
     results = []
     for way in (extension, None):
         with official_path(way):
+            assert way or implementation('cpu') == 'pytorch'
             output = module(query, *rest)
         results.append([output, *torch.autograd.grad(output.square().sum(), list(module.parameters()))])
     assert calls == ['forward', 'backward']

@@ -222,6 +222,16 @@ def test_a_run_is_repeated_from_its_flags(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    'name', ['--model h_deformable_detr_resnet50 --pretrained FILE', '--recipe r50_deformable_detr']
+)
+def test_flags_of_a_file_go_before_those_of_a_model_or_recipe(tmp_path: Path, name: str) -> None:
+    file = tmp_path / 'mine.json'
+    file.write_text('{"lr": 0.5, "epochs": 7}')
+    settled = settle(with_named_flags(parse(f'--config {file} --epochs 4 {name}')), EVERYTHING)
+    assert (settled.lr, settled.epochs, settled.family) == (0.5, 4, 'deformable')
+
+
+@pytest.mark.parametrize(
     ('program', 'words'),
     [
         ('main.py', '--help'),

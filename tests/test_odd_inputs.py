@@ -351,6 +351,18 @@ def test_val_equal_to_train_is_said(data: Path, capsys: pytest.CaptureFixture[st
     assert (data / 'out/data_train.png').is_file() and (data / 'out/data_val.png').is_file()
 
 
+def test_objects_too_small_for_the_image_size_are_said(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three of five objects have a side below the stride of 16 at 32 x 43 pixels, two at 64 x 85."""
+    said = '60% of the training objects are narrower or lower than the finest stride of 16 pixels at --img_size 32'
+    for size in ('32', '64'):
+        sizes = '--img_size', size, '--max_size', '128'
+        main.main(main.get_args_parser().parse_args(flags(data, *sizes, '--check_data')))
+        printed = capsys.readouterr().out
+        assert said in printed if size == '32' else 'narrower or lower' not in printed
+
+
 def test_check_data_counts_all_that_is_bad(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = content()
     bad['annotations'][0]['bbox'] = [1, 2]

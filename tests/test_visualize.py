@@ -51,6 +51,9 @@ def test_a_box_is_drawn_in_the_colour_of_its_class_around_its_pixels(image):
     for y, x in ((30 * 6, 35 * 6), (45 * 6 - 1, 35 * 6), (40 * 6, 20 * 6), (40 * 6, 50 * 6 - 1)):
         assert torch.equal(drawn[:, y, x], colour)
     assert (drawn[:, 35 * 6, 35 * 6] == 0).all()
+    drawn = draw_boxes(torch.full_like(image, 255), truth['boxes'], truth['labels'], NAMES)
+    for y, x in ((30 * 6 - 1, 48 * 6), (45 * 6, 35 * 6), (40 * 6, 20 * 6 - 1), (40 * 6, 50 * 6)):
+        assert (drawn[:, y, x] == 0).all(), 'a black edge shows it on any background'
 
 
 @pytest.mark.parametrize(
