@@ -52,13 +52,10 @@ def train_one_epoch(
         print_freq: optimizer steps between two progress lines.
         state: progress of an interrupted epoch, where the loader starts.
         end_step: called after each step, with whether the optimizer made it.
-        guard: handles steps that are not finite.
+        guard: handles steps that are not finite; too many in a row raise a UserError.
 
     Returns:
         Means over epoch and processes of `loss` and every unweighted term, and `SetCriterion.statistics`.
-
-    Raises:
-        UserError: too many steps in a row are not finite.
     """
     model.train()
     criterion.train()
