@@ -37,6 +37,7 @@ from models.units import all_units, compile_units
 from models.weights.load import check_frozen, load_checkpoint
 from models.weights.read import read_checkpoint
 from models.weights.records import extract_class_map, extract_flags, shared_classes
+from util.command_line import HTTP_ALLOWED, FlagParser, given_of, run_command
 from util.config.declare import RUN
 from util.config.recipes import with_named_flags
 from util.config.recorded import adopt, changes_text, data_of
@@ -54,7 +55,6 @@ from util.distributed.parallel import broadcast_from_main, replicate, shard
 from util.distributed.preemption import StopRequests, processes, was_restarted
 from util.errors import UserError
 from util.files import or_warn, save_atomically
-from util.flags import HTTP_ALLOWED, FlagParser, given_of, run_command
 from util.logger import format_time, print_main
 from util.optim import WeightAverage, build_schedule
 from util.precision import Precision, avoid_plans_per_shape, set_tf32

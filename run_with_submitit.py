@@ -12,11 +12,11 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+from util.command_line import check_bounds, float_range, given_of, int_range, run_command
 from util.config.parser import build_parser
 from util.config.recipes import with_named_flags
 from util.config.settle import EVERYTHING, settle
 from util.errors import UserError
-from util.flags import check_bounds, float_range, given_of, int_range, run_command
 
 MAX_TIMEOUTS = 30  # number of times that a job resumes after its time limit; preemptions do not count
 CLUSTER_FLAGS = {  # of sbatch; the cluster has defaults for them
@@ -64,7 +64,7 @@ class Training:
 
         sys.path.insert(0, self.root)
         import main
-        from util.flags import ParsedFlags
+        from util.command_line import ParsedFlags
 
         args = ParsedFlags(**vars(self.args))  # a copy, since `checkpoint` needs the flags of the user
         args.given = self.given

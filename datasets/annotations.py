@@ -24,7 +24,7 @@ from datasets.coco_json import (
     box_problem,
     check_categories,
     check_image,
-    decode,
+    decode_entry,
     encode,
     errors_in,
     numbers_of,
@@ -99,7 +99,7 @@ class PackedList(Sequence):
         return len(self.starts)
 
     def __getitem__(self, idx: Any) -> Any:
-        return decode(Raw(bytes(self.data[self.starts[idx] : self.stops[idx]])))
+        return decode_entry(Raw(bytes(self.data[self.starts[idx] : self.stops[idx]])))
 
 
 def read_columns(
@@ -126,14 +126,14 @@ def read_columns(
         try:
             annotations = BLOCK_DECODER.decode(b'[' + b','.join(block) + b']')
             rows: Columns = columns[size : size + len(block)]
-            fill(rows, annotations)
+            fill_columns(rows, annotations)
             is_valid = numbers is None and are_pixels(rows)
         except (ValueError, OverflowError):  # one of them has another type
             is_valid = False
         if not is_valid:
             annotations = list(repaired(block, issues, numbers, problems))
             rows = columns[size : size + len(annotations)]
-            fill(rows, annotations)
+            fill_columns(rows, annotations)
         if segmentations is not None:
             lengths = [len(memoryview(annotation.segmentation)) for annotation in annotations]
             rows.stops = len(segmentations) + np.cumsum(lengths)
@@ -143,7 +143,7 @@ def read_columns(
     return columns[:size]
 
 
-def fill(rows: Columns, annotations: list[Annotation]) -> None:
+def fill_columns(rows: Columns, annotations: list[Annotation]) -> None:
     """Write annotations into rows of COLUMNS; a missing area is that of the box."""
     rows.image_ids = [a.image_id for a in annotations]
     rows.category_ids = [a.category_id for a in annotations]
@@ -151,7 +151,7 @@ def fill(rows: Columns, annotations: list[Annotation]) -> None:
     rows.areas = [a.bbox[2] * a.bbox[3] if a.area is UNSET else a.area for a in annotations]
     rows.crowd = [a.iscrowd == 1 for a in annotations]
     texts = (a.segmentation for a in annotations)
-    rows.segmented = [len(memoryview(text)) > SHORTEST or bool(decode(text)) for text in texts]
+    rows.segmented = [len(memoryview(text)) > SHORTEST or bool(decode_entry(text)) for text in texts]
 
 
 def are_pixels(objects: Columns) -> bool:
@@ -172,7 +172,7 @@ def repaired(
 ) -> Iterator[Annotation]:
     """Yield annotations one by one; arguments and errors are those of `read_columns`."""
     for raw in raws:
-        entry = repair('annotations', decode(raw), issues)
+        entry = repair('annotations', decode_entry(raw), issues)
         if problem := box_problem(entry):
             if problems is None:
                 raise UserError(f'{title_of(entry)} {problem}')
@@ -217,7 +217,9 @@ class AnnotationTable:
         self.file, self.read, self.issues, self.problems = file, read, Issues(), problems
         lists = read(file)
         with errors_in(file):
-            self.categories = [repair('categories', decode(raw), self.issues) for raw in lists['categories']]
+            self.categories = [
+                repair('categories', decode_entry(raw), self.issues) for raw in lists['categories']
+            ]
             names = names_by_id(self.categories)
             if class_map is not None:
                 check_categories(names, class_map)
@@ -228,7 +230,7 @@ class AnnotationTable:
 
     def read_image(self, raw: Raw) -> tuple:
         """Return id, file name, height and width, 0 where the file has none."""
-        image = repair('images', decode(raw), self.issues)
+        image = repair('images', decode_entry(raw), self.issues)
         check_image(image)
         return image['id'], image['file_name'], int(image.get('height') or 0), int(image.get('width') or 0)
 
@@ -266,7 +268,7 @@ class AnnotationTable:
         if invalid.any():
             if self.problems is None:
                 first = int(invalid.argmax())
-                annotation = repair('annotations', decode(raws[first]), Issues())
+                annotation = repair('annotations', decode_entry(raws[first]), Issues())
                 problem = (
                     'belongs to an image that "images" does not list: add the image or remove the annotation'
                 )
@@ -290,7 +292,7 @@ class AnnotationTable:
         """Raise a `UserError` if one of these objects has neither polygons nor run lengths."""
         without = rows[~self.objects.segmented[rows]]
         if len(without):
-            first = decode(self.read(self.file)['annotations'][int(self.order[without].min())])
+            first = decode_entry(self.read(self.file)['annotations'][int(self.order[without].min())])
             raise UserError(
                 f'{self.file}: {title_of(first)} has no segmentation, which masks are made of: add polygons '
                 'or run-length masks, or train without --masks'

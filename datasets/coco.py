@@ -204,11 +204,13 @@ def annotation_options(part: str, settings: DataSettings, class_map: ClassMap | 
     """Return the options of a dataset in COCO form, in files or in shards."""
     augmentation, options = build_augmentation(settings), image_options(part, settings)
     min_side = augmentation.min_image_side if part == 'train' else 0
+    return_masks: bool | None = settings.masks
+    if options['mix'] and not settings.masks:
+        return_masks = None  # mixing pastes objects if all of them have a mask
     return options | {
         'class_map': class_map,
         'reading': Reading(settings.class_ids, augmentation.drop_tiny, min_side),
-        # An augmentation that mixes images pastes objects if all of them have a mask.
-        'return_masks': True if settings.masks else None if options['mix'] else False,
+        'return_masks': return_masks,
     }
 
 

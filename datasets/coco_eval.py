@@ -149,7 +149,7 @@ class CocoEvaluator(Evaluator):
         results = {}
         for kind in self.kinds:
             truth = prepare_ground_truth(self.ground_truth, set(self.detections), kind)
-            arrays = evaluate(truth, result_rows(self.detections, kind), kind, self.limit)
+            arrays = compute_metrics(truth, result_rows(self.detections, kind), kind, self.limit)
             results[kind] = summarize_arrays(truth, *arrays, self.limit)
         return results
 
@@ -255,7 +255,7 @@ def result_rows(detections: dict[int, Detections], kind: str) -> np.ndarray | li
     return np.concatenate([np.zeros((0, 7)), *parts])
 
 
-def evaluate(
+def compute_metrics(
     truth: dict, rows: np.ndarray | list[dict], kind: str, limit: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Evaluate all detections; nothing is printed.
@@ -279,7 +279,7 @@ def evaluate(
 
 
 def summarize_arrays(truth: dict, precision: np.ndarray, recall: np.ndarray, limit: int = 0) -> Summary:
-    """Average what is defined, as the official code does; -1 where nothing is. Arguments: see `evaluate`."""
+    """Average what is defined, as the official code does; -1 where nothing is. Arguments: see `compute_metrics`."""
     frequency = np.array([category.get('frequency', '') for category in truth['categories']])
     stats = [
         *precisions(precision),

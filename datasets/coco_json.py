@@ -115,7 +115,7 @@ def encode(entries: Iterable[object]) -> list[Raw]:
     return [Raw(json.dumps(entry).encode()) for entry in entries]
 
 
-def decode(raw: Raw) -> Any:
+def decode_entry(raw: Raw) -> Any:
     """Decode a JSON text as Python does, which knows NaN and integers of any size.
 
     Raises:
@@ -143,7 +143,7 @@ def read_annotations(file: File, read: Read = read_lists) -> Annotations:
     """
     lists = read(file)
     with errors_in(file):
-        data = {name: [repair(name, decode(raw), Issues()) for raw in lists[name]] for name in LISTS}
+        data = {name: [repair(name, decode_entry(raw), Issues()) for raw in lists[name]] for name in LISTS}
     numbers = numbers_of([image['id'] for image in data['images']])
     if numbers:
         for image in data['images']:
@@ -213,8 +213,7 @@ def numbers_of(ids: list) -> dict | None:
 
 
 def title_of(annotation: dict) -> str:
-    """Return the name of an annotation for messages: its `source` (file and line) if it has one, or its "
-    "ids."""
+    """Return the name of an annotation for messages: its `source` (file and line), or else its ids."""
     if 'source' in annotation:
         return annotation['source']
     return f'annotation {annotation.get("id")} (image {annotation.get("image_id")})'

@@ -53,7 +53,7 @@ class LargeScaleJitter:
         if 'masks' not in target:
             return image, target
         source, source_target = self.jittered(*random_item(), random_item)
-        image, target = paste(image, target, source, pick(source_target))
+        image, target = paste_objects(image, target, source, pick(source_target))
         return image, {key: value for key, value in target.items() if self.keep_masks or key != 'masks'}
 
     def jittered(self, image: Tensor, target: Target, random_item: Callable[[], Sample]) -> Sample:
@@ -115,7 +115,7 @@ def pick(target: Target) -> Target:
     return keep_objects(target, torch.randperm(objects)[:count])
 
 
-def paste(image: Tensor, target: Target, source: Tensor, source_target: Target) -> Sample:
+def paste_objects(image: Tensor, target: Target, source: Tensor, source_target: Target) -> Sample:
     """Paste all objects of a source of the same size over the image, by their masks.
 
     An object stays if no side of its box moves far, or if many of its pixels are left. It is dropped if no

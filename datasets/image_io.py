@@ -37,13 +37,13 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
         UserError: the file is missing or not a whole image; the message names it.
     """
     with naming(path):
-        return decode(Path(path).read_bytes())
+        return decode_image(Path(path).read_bytes())
 
 
 def decode_file(path: str | os.PathLike[str], data: bytes) -> Tensor:
     """Decode a file's bytes as `read_image` does; `path` is for messages only."""
     with naming(path):
-        return decode(data)
+        return decode_image(data)
 
 
 def stored_size(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -101,7 +101,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise UserError(f'{path} is not a readable image ({error}): fetch it again, or remove it') from error
 
 
-def decode(data: bytes) -> Tensor:
+def decode_image(data: bytes) -> Tensor:
     """Decode JPEGs with torchvision (equal pixels, faster), and with Pillow what torchvision refuses."""
     if data.startswith(JPEG_START):
         open_image(io.BytesIO(data))  # for the number of pixels

@@ -4,7 +4,7 @@ from datasets.build import DataSettings
 from datasets.class_map import ClassMap
 from datasets.coco import CocoDetection, coco_options, find_path
 from datasets.coco_eval import FEDERATED, LVIS_DETECTIONS
-from datasets.coco_json import File, Lists, decode, errors_in, read_lists
+from datasets.coco_json import File, Lists, decode_entry, errors_in, read_lists
 from util.errors import UserError
 
 
@@ -27,7 +27,7 @@ class LvisDetection(CocoDetection):
         lists = read_lists(annotation_file)
         with errors_in(annotation_file):
             for name, check in (('images', check_image), ('categories', check_category)):
-                for entry in map(decode, lists[name]):
+                for entry in map(decode_entry, lists[name]):
                     if isinstance(entry, dict):  # others are refused later
                         check(entry)
         return lists

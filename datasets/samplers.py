@@ -23,7 +23,7 @@ class TrainBatches(Sampler[list[int]]):
     """Batches of one rank in random order, that of PyTorch's DistributedSampler.
 
     Every rank has equally many. The order depends on the seed and the epoch. Images that fill no batch are
-    left out, others in every epoch.
+    left out, different ones in each epoch.
     """
 
     def __init__(

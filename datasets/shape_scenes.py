@@ -136,7 +136,7 @@ KINDS = (disc, ring, square, triangle, star, cross)
 # Textures: how much of the second colour, [h, w] in [0, 1]; u, v in pixels from the shape's centre.
 
 
-def plain(dice: Dice, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def plain_texture(dice: Dice, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.zeros_like(u)
 
 
@@ -174,7 +174,7 @@ def grain(dice: Dice, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 # The first half suits small objects too.
-TEXTURES = (plain, slope, plain, slope, stripes, checker, dots, grain)
+TEXTURES = (plain_texture, slope, plain_texture, slope, stripes, checker, dots, grain)
 
 
 def smooth_noise(dice: Dice, height: int, width: int, cell: float) -> np.ndarray:

@@ -24,7 +24,7 @@ from datasets.class_map import ClassMap
 from datasets.image_dataset import ImageDataset, Mix
 from datasets.shape_scenes import KINDS, SPLITS, Scene, draw_scene, scene_size
 from datasets.transforms import Transform
-from util.flags import FlagParser, int_range, run_command
+from util.command_line import FlagParser, int_range, run_command
 
 IMAGE_SEED = 17  # a constant: all runs share the data, whatever their --seed
 # Ids in the order of KINDS, so that the class index of a category is its number there.
@@ -150,7 +150,7 @@ def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) 
     )
 
 
-def export(folder: Path, dataset: ShapesDetection) -> None:
+def export_shapes(folder: Path, dataset: ShapesDetection) -> None:
     """Write {split}2017/*.png and annotations/instances_{split}2017.json, COCO's layout on disk."""
     from PIL import Image
 
@@ -174,7 +174,7 @@ def get_args_parser() -> FlagParser:
 
 
 def main(args: Namespace) -> None:
-    export(args.out, ShapesDetection(args.count, args.split, image_size=args.size))
+    export_shapes(args.out, ShapesDetection(args.count, args.split, image_size=args.size))
     print(f'{args.count} images of the {args.split} split are in {args.out}')
 
 

@@ -86,7 +86,7 @@ def read_index(place: str | os.PathLike[str], allow_pipe: bool = False) -> Shard
     except (ValueError, RecursionError) as error:
         raise UserError(f'{path} is not an index of shards ({error}): {WRITE_AGAIN}') from error
     for shard in index.shards:
-        check_url(shard.url, path, allow_pipe)
+        check_shard_url(shard.url, path, allow_pipe)
         if is_local(shard.url):
             file = (path.parent / shard.url).absolute()
             if not file.is_file():
@@ -104,7 +104,7 @@ def is_local(url: str) -> bool:
     return re.match(r'[a-z][a-z0-9+.-]*:', url, re.IGNORECASE) is None
 
 
-def check_url(url: str, source: object, allow_pipe: bool) -> None:
+def check_shard_url(url: str, source: object, allow_pipe: bool) -> None:
     """Refuse a shard that is neither a file, nor an https URL, nor an allowed command.
 
     Raises:

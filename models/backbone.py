@@ -32,7 +32,7 @@ from .frozen_norm import fold_frozen_norms
 from .swin import SWIN_SIZES, WEIGHTS_URL, SwinTransformer
 from .units import call_unit
 from .vit import VIT_SIZES, VisionTransformer
-from .weights.backbones import fetch_imagenet, load_weights, no_download, read_weights
+from .weights.backbones import fetch_imagenet, load_backbone, no_download, read_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Every ResNet, ResNeXt and Wide ResNet of torchvision, and a smaller one.
@@ -223,7 +223,7 @@ def torchvision_network(name: str, weights: str, **options: object) -> nn.Module
         return network
     if weights == 'imagenet':
         weights = fetch_imagenet(name, torchvision.models.get_model_weights(name)['IMAGENET1K_V1'].url)
-    load_weights(network, check_file(weights), whole=True)
+    load_backbone(network, check_file(weights), name, whole=True)
     return network
 
 
@@ -243,7 +243,7 @@ def build_swin(name: str, weights: str, stages: range, drop_path_rate: float, **
     body = SwinTransformer(SWIN_SIZES[name], stages, drop_path_rate)
     source = WEIGHTS_URL.format(SWIN_SIZES[name].weights) if weights == 'imagenet' else weights
     if source != 'none' and (is_main_process() or not is_url(source)):
-        load_weights(body, source)
+        load_backbone(body, source, name)
     return Backbone(body, body.num_channels)
 
 
@@ -256,7 +256,7 @@ def build_vit(name: str, weights: str, drop_path_rate: float, **_: object) -> Ba
         )
     body = VisionTransformer(VIT_SIZES[name], drop_path_rate)
     if weights != 'none':
-        load_weights(body, weights, averaged=True)
+        load_backbone(body, weights, name, averaged=True)
     return Backbone(body, body.num_channels)
 
 

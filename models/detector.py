@@ -15,12 +15,12 @@ from models.postprocess import Encode, postprocess_batch, to_cpu
 from models.weights.load import load_checkpoint
 from models.weights.read import read_checkpoint
 from models.weights.records import extract_class_map, extract_flags
+from util.command_line import add_http_flag
 from util.config.recipes import find_row
 from util.config.recorded import settle_recorded
 from util.config.settle import Settled
 from util.distributed.collectives import choose_device
 from util.errors import UserError
-from util.flags import add_http_flag
 from util.nested_tensor import nested_tensor_from_tensor_list
 from util.precision import Precision
 from util.run_entries import check_entries

@@ -297,10 +297,10 @@ class RegionMaskPostProcess(MaskPostProcess):
         return masks, fields | {'mask_scores': fields['scores'] * quality.to(fields['scores'])}
 
     def draw(self, masks: Tensor, boxes: Tensor, original: list[int], *sizes: object) -> Tensor:
-        return (paste(masks, boxes, *original) >= self.threshold)[:, None].byte()
+        return (paste_masks(masks, boxes, *original) >= self.threshold)[:, None].byte()
 
 
-def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
+def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
     """Draw masks [N, h, w] of boxes [N, 4] xyxy in pixels into images, [N, height, width], 0 outside."""
     x0, y0, x1, y1 = boxes.to(masks)[:, :, None].unbind(1)
     columns, rows = (torch.arange(side, device=masks.device) + 0.5 for side in (width, height))

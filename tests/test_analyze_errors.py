@@ -16,8 +16,8 @@ from datasets.class_map import ClassMap
 from datasets.results import coco_results
 from tests.shared_data import SHARED, needs_shared
 from tools import analyze_errors as tool
+from util.command_line import run_command
 from util.errors import FileError
-from util.flags import run_command
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 CAT, DOG, CROWD = 3, 7, {'iscrowd': 1}
@@ -217,7 +217,7 @@ def check_ap(found: tool.Boxes, truth: tool.Truth) -> None:
     rank = np.argsort(np.argsort(-found.scores, kind='stable'), kind='stable')
     found = replace(found, scores=1 - rank / len(rank))
     names = truth.class_map.names
-    summary = tool.average_precision(found, truth.objects, names)
+    summary = tool.compute_summary(found, truth.objects, names)
     for iou, key in ((0.5, 'AP50'), (0.75, 'AP75')):
         kinds = tool.classify(found, truth.objects, iou, names)[0].kinds
         for label, stats in enumerate(summary.per_class):

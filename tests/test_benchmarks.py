@@ -20,8 +20,8 @@ from tests.runs import ROOT
 from tools.benchmark import get_args_parser
 from tools.benchmarks import cases, checkouts, common, op, step
 from tools.benchmarks.official import official_path
+from util.command_line import run_command
 from util.errors import UserError
-from util.flags import run_command
 from util.precision import Precision
 
 SIZE = '--height 64 --width 96 --batch_size 1'
@@ -134,9 +134,9 @@ def test_a_wrong_gradient_is_found_before_anything_is_timed() -> None:
         of_value, of_locations, of_weights = backward()
         return of_value, of_locations / 2, of_weights
 
-    op.check_agreement('small', peers, torch.float32)
+    op.check_contenders('small', peers, torch.float32)
     with pytest.raises(ValueError, match='gradient of locations of mine differs from that of grid_sample'):
-        op.check_agreement('small', peers | {'mine': (forward, halved)}, torch.float32)
+        op.check_contenders('small', peers | {'mine': (forward, halved)}, torch.float32)
 
 
 @pytest.mark.parametrize(

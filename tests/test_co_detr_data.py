@@ -19,7 +19,7 @@ from datasets import transforms as T
 from datasets.augmentations import AUGMENTATIONS, CoDETRAugmentation, SquareJitter
 from datasets.class_map import COCO_IDS, ClassMap
 from datasets.coco_eval import CocoEvaluator
-from datasets.copy_paste import TRIES, LargeScaleJitter, jitter, mask_extents, paste, pick
+from datasets.copy_paste import TRIES, LargeScaleJitter, jitter, mask_extents, paste_objects, pick
 from datasets.loaders import build_loader
 from datasets.samplers import BATCHES, AspectBatches
 from datasets.shapes import ShapesDetection
@@ -258,15 +258,15 @@ def test_pasted_objects_cover_and_what_is_hidden_goes() -> None:
     boxes = [[0, 20, 5, 25], [30, 10, 50, 15], [29, 15, 51, 25], [29, 25, 51, 65], [2, 2, 9, 9]]
     image, target = sample_of(boxes, 10, size=80)
     source, source_target = sample_of([[40, 0, 60, 75], [0, 0, 10, 10]], 200, size=80)
-    result, merged = paste(image, target, source, source_target)
+    result, merged = paste_objects(image, target, source, source_target)
     assert (result[:, 0:75, 40:60] == 200).all() and int((result == 200).sum()) == 3 * 1600
     assert merged['labels'].tolist() == [0, 1, 3, 0, 1]
     assert merged['boxes'][:3].tolist() == [[0, 20, 5, 25], [30, 10, 40, 15], [29, 25, 40, 65]]
     assert merged['boxes'].tolist() == [extent(mask) for mask in merged['masks']]
     assert merged['image_id'].tolist() == [10]
     nothing = sample_of([], 200, size=80)
-    assert paste(image, target, *nothing)[1] is target
-    assert paste(*nothing, source, source_target)[1]['labels'].tolist() == [0, 1]
+    assert paste_objects(image, target, *nothing)[1] is target
+    assert paste_objects(*nothing, source, source_target)[1]['labels'].tolist() == [0, 1]
 
 
 def test_every_number_of_objects_is_picked_and_none_twice() -> None:

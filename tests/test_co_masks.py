@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.ops import roi_align
 
 from models import build_model
-from models.postprocess import paste, postprocess_batch
+from models.postprocess import paste_masks, postprocess_batch
 from models.refine_masks import MaskIoUHead, RefineMaskHead, boundary, refined, roi_features
 from models.training.criterion import weighted_sum
 from models.training.masks import MaskBranch, iou_loss, iou_targets, mask_targets, refine_loss
@@ -140,7 +140,7 @@ def test_finer_stages_redraw_boundaries_only() -> None:
 def test_masks_are_pasted_into_their_boxes() -> None:
     masks = torch.ones(2, 28, 28)
     masks[1, :14] = 0
-    drawn = paste(masks, torch.tensor([[2.0, 3.0, 12.0, 9.0], [0.0, 0.0, 20.0, 10.0]]), 10, 20) >= 0.5
+    drawn = paste_masks(masks, torch.tensor([[2.0, 3.0, 12.0, 9.0], [0.0, 0.0, 20.0, 10.0]]), 10, 20) >= 0.5
     assert drawn[0, 3:9, 2:12].all() and drawn[0].sum() == 60
     assert not drawn[1, :5].any() and drawn[1, 5:10].all()
 

@@ -272,7 +272,7 @@ def gather_in_two_processes(rank: int) -> list[float]:
     truth = tiny_ground_truth()
     evaluator = CocoEvaluator(truth, CLASS_MAP)
     if rank:
-        coco_eval.evaluate = coco_eval.prepare_ground_truth = None  # the main process alone computes
+        coco_eval.compute_metrics = coco_eval.prepare_ground_truth = None  # the main process alone computes
     # Image 2 comes twice, as a sampler that fills up gives it; the copy of rank 0 counts.
     evaluator.update({1: perfect(truth, 1), 2: perfect(truth, 2)} if rank == 0 else {3: {}, 2: {}})
     evaluator.synchronize()

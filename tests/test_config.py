@@ -16,13 +16,13 @@ from models.backbone import NORM_LAYERS
 from models.postprocess import AUXILIARY_HEADS
 from models.training.losses import BOX_LOSSES
 from tests.runs import ROOT, TINY, run
+from util.command_line import Bounded, float_range, int_range
 from util.config.declare import DATA, read_texts
 from util.config.flags import BOX_TERMS, FLAGS, NO_OPTIONS, TRUST
 from util.config.parser import build_parser
 from util.config.recipes import ZOO, find_recipe, recipe_names, with_named_flags
 from util.config.recorded import VAL_DATA, adopt, changes_text
 from util.config.settle import EVERYTHING, OLD, Settled, chosen_by, settle, use_current_names
-from util.flags import Bounded, float_range, int_range
 
 RECORDED = Path(__file__).parent / 'recorded'
 # Of a recipe that was another reading of its config.

@@ -18,8 +18,8 @@ from tests.models import HEADS, SMALL, TRICKS
 from tests.runs import fill_disk
 from tools import convert_checkpoint
 from tools.convert_checkpoint import convert
+from util.command_line import run_command
 from util.config.settle import settle
-from util.flags import run_command
 from util.nested_tensor import NestedTensor
 
 CO_DEFORMABLE, CO_DINO = TRICKS | HEADS, {'dino': True, 'dn_number': 10} | HEADS

@@ -21,8 +21,8 @@ from models.detector import load_detector
 from tests.runs import ROOT, run
 from tests.shared_data import EPS, put_ghostscript
 from tools import demo
+from util.command_line import run_command
 from util.errors import UserError
-from util.flags import run_command
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 MISSING = [name for name in ('gradio', 'playwright') if find_spec(name) is None]

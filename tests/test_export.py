@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from datasets.shapes import ShapesDetection
-from datasets.shapes import export as write_shapes
+from datasets.shapes import export_shapes as write_shapes
 from models.detector import load_detector
 from tests.models import FAMILIES as MODELS
 from tests.models import build
 from tests.runs import TINY, run
 from tools import export
-from util.flags import run_command
+from util.command_line import run_command
 
 PLAIN = ' '.join(word for word in TINY.split() if word != '--conditional')
 TRANSFORMER = PLAIN.replace('--backbone_norm batch', '').replace('--backbone_stages 3', '')

@@ -22,12 +22,12 @@ from datasets.annotations import AnnotationTable
 from datasets.coco_eval import CocoEvaluator
 from datasets.coco_json import Issues
 from datasets.image_io import orientation, read_image, stored_size
-from datasets.shapes import ShapesDetection, export
+from datasets.shapes import ShapesDetection, export_shapes
 from tests.runs import TINY, load
 from tests.shared_data import build_data
 from tools import convert_dataset
+from util.command_line import run_command
 from util.errors import FileError, UserError
-from util.flags import run_command
 
 
 def arguments(kind: str, root: Path) -> Namespace:
@@ -91,7 +91,7 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp('copies')
     places = {kind: root / kind for kind in ('coco', 'voc', 'yolo')}
     for split, count in (('train', 8), ('val', 6)):
-        export(places['coco'], ShapesDetection(count, split, image_size=64))
+        export_shapes(places['coco'], ShapesDetection(count, split, image_size=64))
         file = places['coco'] / f'annotations/instances_{split}2017.json'
         data = json.loads(file.read_text())
         ordered = sorted(category['name'] for category in data['categories'])

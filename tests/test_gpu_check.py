@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from datasets.shapes import ShapesDetection, export
+from datasets.shapes import ShapesDetection, export_shapes
 from tools.benchmarks.official import modernise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ def test_every_stage_runs_without_a_gpu(tmp_path: Path, exhaustive: bool) -> Non
     """The others are benchmarks, which have tests of their own, and more trainings."""
     stages = STAGES if exhaustive else ('kernels', 'operator', 'tests')
     for split, count in (('train', 8), ('val', 4)):
-        export(tmp_path / 'data', ShapesDetection(count, split))
+        export_shapes(tmp_path / 'data', ShapesDetection(count, split))
     status, results, printed = gpu_check(
         tmp_path / 'out', '--data', str(tmp_path / 'data'), '--limit', '900', *stages
     )

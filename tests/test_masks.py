@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from datasets.augmentations import build_augmentation
 from datasets.coco_eval import decode_masks, encode_masks
-from datasets.shapes import ShapesDetection, export
+from datasets.shapes import ShapesDetection, export_shapes
 from engine import build_optimizer, evaluate
 from models import build_model, postprocess
 from models.detector import Detector, load_detector
@@ -249,7 +249,7 @@ def test_a_run_trains_evaluates_draws_and_predicts_masks(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_masks_need_segmentations(tmp_path: Path) -> None:
     for split in ('train', 'val'):
-        export(tmp_path, ShapesDetection(4, split, image_size=64))
+        export_shapes(tmp_path, ShapesDetection(4, split, image_size=64))
     path = tmp_path / 'annotations/instances_train2017.json'
     data = json.loads(path.read_text())
     del data['annotations'][0]['segmentation']
@@ -276,7 +276,7 @@ def test_panoptic_files_give_boxes_and_masks_of_things(tmp_path: Path) -> None:
     found = detector(torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8))
     assert {each['name'] for each in found} == {'cat'} and found[0]['mask'].shape == (48, 64)
     for split in ('train', 'val'):
-        export(tmp_path, ShapesDetection(2, split, image_size=64))
+        export_shapes(tmp_path, ShapesDetection(2, split, image_size=64))
     for split in ('train', 'val'):
         path = tmp_path / f'annotations/instances_{split}2017.json'
         data = json.loads(path.read_text())
@@ -339,7 +339,7 @@ def test_masks_are_made_a_few_at_a_time(kind: str, monkeypatch: pytest.MonkeyPat
         one, outputs = one | {'query': query}, {'pred_masks': low[None]}
     else:
         make, quality = postprocess.RegionMaskPostProcess(), torch.rand(number)
-        expected = (postprocess.paste(low.sigmoid(), boxes, *size) >= 0.5)[:, None].byte()
+        expected = (postprocess.paste_masks(low.sigmoid(), boxes, *size) >= 0.5)[:, None].byte()
         outputs = {'region_masks': [(low.sigmoid(), quality)]}
     arguments = outputs, torch.tensor([size]), torch.tensor([seen]), canvas
     pixels = 2 * size[0] * size[1]

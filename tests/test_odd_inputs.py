@@ -23,8 +23,8 @@ from models.weights.write import write_safetensors
 from tests.runs import TINY
 from tests.shared_data import rule_image
 from tools import compare_runs, convert_checkpoint, make_shards, predict
+from util.command_line import is_of_user, run_command
 from util.errors import UserError
-from util.flags import is_of_user, run_command
 
 PROGRAMS = {
     'main': (main.main, main.get_args_parser),

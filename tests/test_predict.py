@@ -23,9 +23,9 @@ from tests.processes import start
 from tests.runs import TINY, fill_disk, load, run
 from tests.web import served
 from tools import predict
+from util.command_line import run_command
 from util.errors import FileError
 from util.files import GrowingFile, save_atomically
-from util.flags import run_command
 
 TOP = 60  # detections of an image: 10 queries of 6 classes
 
@@ -342,7 +342,7 @@ def test_a_video(trained: Path, tmp_path: Path) -> None:
 def test_a_webcam_until_ctrl_c(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An endless generated source replaces the device. All frames before the interrupt are in the video."""
     av = pytest.importorskip('av')
-    opened, drawn, frames = av.open, predict.draw, iter(range(5))
+    opened, drawn, frames = av.open, predict.draw_detections, iter(range(5))
 
     def open_source(path: str, *args: str, **options: str) -> object:
         if options.get('format') != 'v4l2':
@@ -356,7 +356,7 @@ def test_a_webcam_until_ctrl_c(trained: Path, tmp_path: Path, monkeypatch: pytes
         return drawn(*args)
 
     monkeypatch.setattr(av, 'open', open_source)
-    monkeypatch.setattr(predict, 'draw', draw)
+    monkeypatch.setattr(predict, 'draw_detections', draw)
     predicted(*words(trained, 'webcam:1', tmp_path))
     rows = json.loads((tmp_path / 'predictions.json').read_text())
     assert [row['frame'] for row in rows] == [frame for frame in range(5) for _ in range(TOP)]

@@ -20,7 +20,7 @@ import torch
 import main
 from datasets.class_map import ClassMap
 from datasets.shapes import ShapesDetection
-from datasets.shapes import export as write_shapes
+from datasets.shapes import export_shapes as write_shapes
 from models import build_model, hub
 from tests.runs import ROOT
 from util.config.recipes import find_row

@@ -13,10 +13,10 @@ from models.weights.load import load_checkpoint
 from models.weights.records import extract_flags
 from tests.models import SMALL, TRICKS
 from tests.runs import load, run
+from util.command_line import float_range
 from util.config.declare import DETECTION, NETWORK, Flag
 from util.config.flags import FLAGS
 from util.config.recorded import NetworkFlags, adopt, settle_recorded
-from util.flags import float_range
 
 # Values that differ while all shapes are equal, and flags that both models have.
 SILENT = {

@@ -11,9 +11,9 @@ import torch
 
 import main
 from tests.runs import load, run
+from util.command_line import run_command
 from util.config.recorded import adopt, changes_text
 from util.config.settle import settle
-from util.flags import run_command
 from util.logger import Meter
 
 SMALL = ('--shapes_train', '4', '--eval_every', '0')

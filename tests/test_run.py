@@ -13,7 +13,7 @@ import torch
 import engine
 import main
 from datasets.class_map import ClassMap
-from datasets.shapes import ShapesDetection, export
+from datasets.shapes import ShapesDetection, export_shapes
 from tests.processes import end_group, start_group
 from tests.runs import TINY, assert_same, load, run
 from tools import predict
@@ -335,7 +335,7 @@ def test_overfits_8_images(tmp_path: Path, family: str, epochs: int) -> None:
     An epoch is 10 steps of 8, in which each image comes 10 times: with epochs of a step, most of the time would go to
     checkpoints.
     """
-    export(tmp_path / 'data', ShapesDetection(8, image_size=64))
+    export_shapes(tmp_path / 'data', ShapesDetection(8, image_size=64))
     images = tmp_path / 'data/train2017'
     once = tmp_path / 'data/annotations/instances_train2017.json'
     often = tmp_path / 'often.json'

@@ -15,9 +15,9 @@ from datasets import shapes
 from datasets.shape_scenes import KINDS, MAX_OBJECTS, Dice, draw_scene
 from datasets.shapes import IMAGE_SEED, ShapesDetection
 from tests.shared_data import build_data
+from util.command_line import run_command
 from util.config.declare import DATA
 from util.config.settle import settle
-from util.flags import run_command
 
 RECORDED = {  # (split, number, size): crc32 of image, labels, boxes and areas
     ('train', 0, 128): 1560046643,

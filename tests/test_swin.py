@@ -21,7 +21,7 @@ from models.swin import (
     SwinTransformer,
     WindowAttention,
 )
-from models.weights.backbones import load_weights, resize_table
+from models.weights.backbones import load_backbone, resize_table
 from models.weights.layouts import translate
 from tests import rule
 from tests.models import TWO_STAGE
@@ -179,7 +179,7 @@ def test_official_files_of_another_window_are_read(wrap: str, tmp_path: Path) ->
     key = {'state_dict': 'state_dict', 'bare': None}.get(wrap, 'model')
     torch.save({key: state} if key else state, tmp_path / 'official.pth')
     ours = SwinTransformer(SMALL, range(2, 5))
-    load_weights(ours, str(tmp_path / 'official.pth'))
+    load_backbone(ours, str(tmp_path / 'official.pth'))
     expected = theirs.state_dict()
     for name, x in ours.state_dict().items():
         if name.endswith('bias_table'):
@@ -197,9 +197,9 @@ def test_files_of_other_networks_are_refused_by_name(tmp_path: Path) -> None:
     for state in (lacking, official_file(wider)):
         torch.save({'model': {name: x + 1 for name, x in state.items()}}, path)
         with pytest.raises(ValueError, match=r'--backbone_weights .*other\.pth does not fit SwinTransformer'):
-            load_weights(model, str(path))
+            load_backbone(model, str(path))
     with pytest.raises(ValueError, match='--backbone_weights: no checkpoint at nowhere'):
-        load_weights(model, 'nowhere.pth')
+        load_backbone(model, 'nowhere.pth')
     for name, x in model.state_dict().items():
         assert torch.equal(x, before[name])
 

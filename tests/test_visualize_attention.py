@@ -24,8 +24,8 @@ from tools.visualize_attention import (
     main,
     query_detections,
 )
+from util.command_line import run_command
 from util.config.recorded import settle_recorded
-from util.flags import run_command
 
 PREPARED = {'img_size': 96, 'max_size': None, 'aug': 'detr'}
 DENSE_FAMILIES = DENSE | {'pre-norm': {'pre_norm': True}, 'all, conditional': FAMILIES['all, conditional']}

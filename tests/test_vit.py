@@ -16,7 +16,7 @@ from models import build_model
 from models.training.criterion import weighted_sum
 from models.training.faster_rcnn import FasterRCNN
 from models.vit import VIT_SIZES, VisionTransformer, ViTSize, build_feature_pyramid
-from models.weights.backbones import load_weights
+from models.weights.backbones import load_backbone
 from models.weights.layouts import to_mmdetection, translate
 from models.weights.load import load_checkpoint
 from tests import rule
@@ -195,7 +195,7 @@ def test_weights_of_other_patches_and_grids_fit(tmp_path: Path) -> None:
     state |= {'backbone.rope_win.freqs_cos': torch.ones(3), 'head.weight': torch.ones(2, 2)}
     torch.save({'module': state}, tmp_path / 'eva.pth')
     other = VisionTransformer(VIT_SIZES['vit_mini'])
-    load_weights(other, str(tmp_path / 'eva.pth'), averaged=True)
+    load_backbone(other, str(tmp_path / 'eva.pth'), averaged=True)
     assert torch.equal(other.blocks[2].mlp.w3.weight, network.blocks[2].mlp.w3.weight)
     assert torch.equal(other.pos_embed[:, 0], state['backbone.pos_embed'][:, 0])
     kernel = F.interpolate(state['backbone.patch_embed.proj.weight'], size=16, mode='bicubic')
@@ -203,7 +203,7 @@ def test_weights_of_other_patches_and_grids_fit(tmp_path: Path) -> None:
     del state['backbone.blocks.1.norm1.bias']
     torch.save(state, tmp_path / 'eva.pth')
     with pytest.raises(ValueError, match=r'1 of \d+ entries are missing.*blocks\.1\.norm1\.bias'):
-        load_weights(other, str(tmp_path / 'eva.pth'), averaged=True)
+        load_backbone(other, str(tmp_path / 'eva.pth'), averaged=True)
 
 
 @pytest.mark.parametrize(

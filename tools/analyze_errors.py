@@ -5,8 +5,8 @@ Show the errors of a detector: one HTML page, without server or network, from pr
 
 Predictions have COCO's result form, as tools/predict.py writes it. hotcoco computes the pairs of detections
 and objects, AP and the confusion matrix. False positives have the kinds of TIDE (arXiv:2008.08115, Sec. 2.2),
-in the order of its official code. Left out: masks, LVIS's rules for images that are annotated in part, and
-TIDE's loss of AP by kind.
+in the order of its official code, and count from --score_thr on. Left out: masks, LVIS's rules for images
+that are annotated in part, and TIDE's loss of AP by kind.
 """
 
 import base64
@@ -33,12 +33,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.annotations import AnnotationTable, labels_of
 from datasets.class_map import ClassMap
 from datasets.coco_eval import Summary, summarize_arrays
-from datasets.coco_json import as_id, box_problem, check_files, decode, numbers_of, read_lists, shorten
+from datasets.coco_json import as_id, box_problem, check_files, decode_entry, numbers_of, read_lists, shorten
 from datasets.image_io import read_image
 from datasets.segmentations import is_finite
+from util.command_line import FlagParser, float_range, run_command
 from util.errors import UserError
 from util.files import save_atomically
-from util.flags import FlagParser, float_range, run_command
 
 KINDS = ('wrong class', 'wrong place', 'wrong class and place', 'duplicate', 'background', 'missed', 'found')
 CLASS, PLACE, BOTH, DUPLICATE, BACKGROUND, MISSED, FOUND, IGNORED = range(8)
@@ -96,7 +96,7 @@ class Truth:
 def read_truth(file: str | Path) -> Truth:
     """Read annotations in COCO form; ids of images may be text."""
     table = AnnotationTable(file)
-    ids = [as_id(decode(raw)['id']) for raw in read_lists(file)['images']]
+    ids = [as_id(decode_entry(raw)['id']) for raw in read_lists(file)['images']]
     ids = ids if numbers_of(ids) else sorted(ids)
     files, class_map, columns = list(table.file_names), ClassMap.contiguous(table.categories), table.objects
     bases = [name.rpartition('/')[2] for name in files]
@@ -146,7 +146,7 @@ def read_results(file: str | Path, truth: Truth) -> Boxes:
     return detections[np.lexsort((-detections.scores, images))]
 
 
-def build_evaluator(detections: Boxes, objects: Boxes, names: Sequence[str | None]) -> tuple[dict, Any]:
+def evaluate_boxes(detections: Boxes, objects: Boxes, names: Sequence[str | None]) -> tuple[dict, Any]:
     """Return the objects in COCO form, and a `hotcoco.COCOeval` of them.
 
     Ids are rows + 1. names: of K classes.
@@ -168,8 +168,8 @@ def build_evaluator(detections: Boxes, objects: Boxes, names: Sequence[str | Non
     return truth, hotcoco.COCOeval(coco, coco.load_res(results), 'bbox')
 
 
-def average_precision(detections: Boxes, objects: Boxes, names: Sequence[str | None]) -> Summary:
-    truth, evaluator = build_evaluator(detections, objects, names)
+def compute_summary(detections: Boxes, objects: Boxes, names: Sequence[str | None]) -> Summary:
+    truth, evaluator = evaluate_boxes(detections, objects, names)
     evaluator.evaluate()
     evaluator.accumulate()
     return summarize_arrays(truth, *(np.asarray(evaluator.eval[key]) for key in ('precision', 'recall')))
@@ -184,7 +184,7 @@ def classify(
     region has any number of those without an object. The kinds of the others are tested in TIDE's order:
     wrong place, wrong class, duplicate. min_iou: IoU of a pair.
     """
-    _, evaluator = build_evaluator(detections, objects, names)
+    _, evaluator = evaluate_boxes(detections, objects, names)
     evaluator.params.iou_thrs = [min_iou]
     evaluator.evaluate()
     pairs = evaluator.image_diagnostics(min_iou)
@@ -215,7 +215,7 @@ def confusion_matrix(
     The last row is background, the last column missed. An object belongs to the detection of the highest
     score that overlaps it, of any class.
     """
-    _, evaluator = build_evaluator(detections[detections.counted], objects[objects.counted], names)
+    _, evaluator = evaluate_boxes(detections[detections.counted], objects[objects.counted], names)
     return evaluator.confusion_matrix(min_iou, max_det=len(detections.scores))['matrix']
 
 
@@ -284,7 +284,7 @@ def analyze(detections: Boxes, truth: Truth, min_iou: float, threshold: float | 
     threshold: lowest score of a detection that counts; None: that of the best F1 of all classes together.
     """
     names, silent = truth.class_map.names, len(truth.files) - len(np.unique(detections.images))
-    summary = average_precision(detections, truth.objects, names)
+    summary = compute_summary(detections, truth.objects, names)
     detections, objects = classify(detections, truth.objects, min_iou, names)
     curves = class_curves(detections, objects, len(names))
     if threshold is None:

@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.benchmarks import cases, data, inference, op, step
-from util.flags import FlagParser, run_command
+from util.command_line import FlagParser, run_command
 
 
 def get_args_parser() -> FlagParser:

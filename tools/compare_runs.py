@@ -35,12 +35,12 @@ from models.training.matcher import Matcher, match
 from models.weights.read import read_checkpoint
 from models.weights.records import extract_flags
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
+from util.command_line import FlagParser, run_command
 from util.config.flags import FLAGS, TRUST
 from util.config.settle import settle
 from util.distributed.collectives import choose_device
 from util.errors import UserError
 from util.files import make_folder, save_atomically
-from util.flags import FlagParser, run_command
 from util.logger import read_records
 from util.nested_tensor import collate_fn
 from util.visualize import build_figure
@@ -50,7 +50,8 @@ MIN_SCORE, MIN_IOU = 0.3, 0.5  # of a detection that belongs to an object of its
 
 # Measurements after an epoch by name; those that were not made are missing. `epoch`; `images` and `minutes`
 # of training so far; `loss`, the weighted one of the last layer's one-to-one queries; metrics by their names
-# in the log; `changes`, the share of objects whose query differs from the epoch before; `duplicates` per object.
+# in the log; `changes`, the share of objects whose query differs from the epoch before; `duplicates` per
+# object.
 Epoch = dict[str, float]
 
 
@@ -188,7 +189,7 @@ def count_duplicates(result: dict[str, Tensor], labels: Tensor, boxes: Tensor) -
     return len(objects) - len(objects.unique())
 
 
-def draw(path: Path, schemes: list[Scheme], by: list[str]) -> None:
+def plot_schemes(path: Path, schemes: list[Scheme], by: list[str]) -> None:
     metric = schemes[0].metric
     panels = [(metric.removeprefix('test_'), metric, x) for x in by]
     panels += [('one-to-one loss', 'loss', x) for x in by]
@@ -222,7 +223,7 @@ def draw(path: Path, schemes: list[Scheme], by: list[str]) -> None:
     save_atomically(path, lambda partial: figure.savefig(partial, dpi=100))
 
 
-def table(schemes: list[Scheme]) -> str:
+def build_table(schemes: list[Scheme]) -> str:
     """Return a Markdown table; ranges are between repetitions, and the first scheme is the reference."""
     metric = schemes[0].metric
     epochs = [epoch for scheme in schemes for run in scheme.runs for epoch in run]
@@ -269,8 +270,8 @@ def main(args: argparse.Namespace) -> None:
         print(f'{folder}: {len(epochs)} epochs', flush=True)
     output = Path(args.output)
     make_folder(output)
-    text = table(list(schemes.values()))
-    draw(output / 'comparison.png', list(schemes.values()), args.by)
+    text = build_table(list(schemes.values()))
+    plot_schemes(output / 'comparison.png', list(schemes.values()), args.by)
     save_atomically(output / 'comparison.md', lambda path: path.write_text(text))
     print(f'\n{text}\ncomparison.png and comparison.md are in {output}')
 

@@ -3,7 +3,7 @@ Rewrite a checkpoint under the names of another project, or without entries that
 
   python tools/convert_checkpoint.py FILE OUT                  any known layout, to that of this repository
   python tools/convert_checkpoint.py FILE OUT --strip          for inference: nothing that only training needs
-  python tools/convert_checkpoint.py FILE OUT --to official    DETR to MS-DETR, for their official code
+  python tools/convert_checkpoint.py FILE OUT --to official    DETR, ..., MS-DETR (not Co-DETR): official code
   python tools/convert_checkpoint.py FILE OUT --to mmdet       Co-DETR, to mmdetection's layout
   python tools/convert_checkpoint.py FILE DIR --to transformers    a folder for from_pretrained
 
@@ -23,11 +23,11 @@ from models.weights.load import MASKS, TRAINING_ONLY
 from models.weights.read import SAFETENSORS, extract_weights, read_checkpoint
 from models.weights.records import extract_class_map, extract_flags
 from models.weights.write import write_safetensors, write_transformers
+from util.command_line import FlagParser, add_http_flag, run_command
 from util.config.recipes import find_row
 from util.config.recorded import settle_recorded
 from util.errors import UserError
 from util.files import save_atomically, save_checkpoint
-from util.flags import FlagParser, add_http_flag, run_command
 
 # Flags of a run without schemes that only train.
 PLAIN = {

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.annotations import AnnotationTable
 from datasets.coco_json import check_files, object_area, read_annotations
 from datasets.foreign import places_of
+from util.command_line import FlagParser, run_command
 from util.errors import UserError
 from util.files import save_atomically
-from util.flags import FlagParser, run_command
 
 
 def get_args_parser() -> argparse.ArgumentParser:

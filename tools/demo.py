@@ -32,8 +32,8 @@ from datasets.image_io import FORMATS
 from datasets.results import select
 from models.detector import Detector, add_detector_args, load_from_flags
 from tools.visualize_attention import build_panels, build_sheet, compute_attention
+from util.command_line import FlagParser, int_range, run_command
 from util.errors import UserError
-from util.flags import FlagParser, int_range, run_command
 from util.visualize import class_name, draw_boxes
 
 COLUMNS = ['class', 'score', 'left', 'top', 'right', 'bottom']

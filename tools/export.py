@@ -35,9 +35,9 @@ from datasets.image_dataset import ImageDataset
 from datasets.shapes import ShapesDetection
 from models.detector import Detector, add_detector_args, load_detector
 from models.postprocess import SoftmaxPostProcess, TopKPostProcess, frame_size
+from util.command_line import FlagParser, int_range, run_command
 from util.errors import UserError
 from util.files import save_atomically
-from util.flags import FlagParser, int_range, run_command
 
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -312,7 +312,7 @@ def verify(detector: Detector, program: Program, run: Run, half: bool = False) -
             )
 
 
-def read_data(detector: Detector, args: Namespace) -> ImageDataset:
+def build_val_data(detector: Detector, args: Namespace) -> ImageDataset:
     """Build the validation data of the command line, prepared as in the detector's run."""
     kind = 'lvis' if getattr(detector.args, 'dataset_file', '') == 'lvis' else 'coco'
     paths = {name: getattr(args, name) for name in ('coco_path', 'val_images', 'val_ann', 'allow_outside')}
@@ -321,7 +321,7 @@ def read_data(detector: Detector, args: Namespace) -> ImageDataset:
 
 
 @torch.no_grad()
-def average_precision(
+def compare_precision(
     detector: Detector, program: Program, runs: dict[str, Run], dataset: ImageDataset, limit: int | None
 ) -> str:
     """Return a line with AP and AP50 of each run, image by image."""
@@ -374,7 +374,7 @@ def main(args: Namespace) -> str:
     program = build_program(detector, args.postprocess)
     if args.format == 'onnx':
         program.output_proposals()
-    dataset = read_data(detector, args) if args.coco_path or args.val_ann else None
+    dataset = build_val_data(detector, args) if args.coco_path or args.val_ann else None
 
     def save(partial: Path) -> None:
         export(program, draw_images(*image_sizes(detector)[0]), partial)
@@ -390,7 +390,7 @@ def main(args: Namespace) -> str:
         save_atomically(path, save)
     if dataset is not None:
         runs = {'PyTorch': program.expected, 'exported': load(path)}
-        print(average_precision(detector, program, runs, dataset, args.limit))
+        print(compare_precision(detector, program, runs, dataset, args.limit))
     return f'{path}: {path.stat().st_size / 1e6:.1f} MB'
 
 

@@ -28,11 +28,11 @@ from datasets.annotations import AnnotationTable
 from datasets.coco import find_files
 from datasets.coco_json import Annotations, check_files, read_annotations
 from datasets.image_io import stored_size
-from datasets.shard_index import ANNOTATIONS, INDEX, VERSION, check_url, import_webdataset
+from datasets.shard_index import ANNOTATIONS, INDEX, VERSION, check_shard_url, import_webdataset
 from datasets.targets import Reading, check_size, is_trained_on
+from util.command_line import FlagParser, run_command
 from util.errors import UserError
 from util.files import save_atomically
-from util.flags import FlagParser, run_command
 
 UNITS = {'MB': 10**6, 'GB': 10**9}
 
@@ -149,7 +149,7 @@ def make_shards(args: Namespace) -> str:
         raise UserError(f'{output} exists: choose another --output, or remove it')
     if '{file}' not in args.url:
         raise UserError(f'--url {args.url} needs {{file}} where the name of a shard goes')
-    check_url(args.url, '--url', allow_pipe=True)
+    check_shard_url(args.url, '--url', allow_pipe=True)
     folder, file = find_files(args.image_set, args.coco_path, args.images, args.ann)
     table = AnnotationTable(file)
     check_files(table.file_names, folder, file, args.allow_outside)

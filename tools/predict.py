@@ -35,10 +35,10 @@ from datasets.coco_eval import decode_masks, encode_masks
 from datasets.image_io import SUFFIXES, check_pixels, naming, read_image
 from datasets.results import ResultFiles, coco_results, select
 from models.detector import Detector, add_detector_args, load_from_flags
+from util.command_line import FlagParser, float_range, int_range, run_command
 from util.download import fetch, is_url
 from util.errors import UserError
 from util.files import make_folder, save_atomically
-from util.flags import FlagParser, float_range, int_range, run_command
 from util.visualize import draw_boxes
 
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm')
@@ -174,7 +174,9 @@ def class_thresholds(class_map: ClassMap, default: float, exceptions: list[str])
     return thresholds
 
 
-def draw(image: Tensor, result: dict, class_map: ClassMap, thresholds: Tensor) -> tuple[Tensor, int]:
+def draw_detections(
+    image: Tensor, result: dict, class_map: ClassMap, thresholds: Tensor
+) -> tuple[Tensor, int]:
     """Draw the detections of an image [3, H, W] that reach the thresholds [K]; also return their number."""
     chosen = select(result, thresholds)
     masks = decode_masks(chosen['segmentation']) if 'segmentation' in chosen else None
@@ -213,7 +215,7 @@ def detect_video(detector: Detector, files: ResultFiles, thresholds: Tensor, arg
             stream = None
             with contextlib.suppress(KeyboardInterrupt):
                 for count, (image, result) in enumerate(detect_frames(detector, video, args)):
-                    drawing, _ = draw(image, result, class_map, thresholds)
+                    drawing, _ = draw_detections(image, result, class_map, thresholds)
                     height, width = (side // 2 * 2 for side in drawing.shape[1:])  # codecs need even sides
                     if stream is None:
                         stream = output.add_stream('libx264', rate=video.streams.video[0].average_rate or 25)
@@ -271,7 +273,7 @@ def detect_images(
                 print(f'left out: {error}')
         detections = detector.detect_batch(list(pixels.values()), encode_masks) if pixels else []
         for (name, image), result in zip(pixels.items(), detections, strict=True):
-            drawing, number = draw(image, result, detector.class_map, thresholds)
+            drawing, number = draw_detections(image, result, detector.class_map, thresholds)
             save_atomically(files.folder / f'{stems[name]}.png', partial(write_png, drawing))
             rows = coco_results(name, ids[name], select(result, args.json_score_thr), detector.class_map)
             files.add_image(rows, stems[name], image.shape[1:], paths[name])

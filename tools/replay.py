@@ -21,9 +21,9 @@ from engine import losses_of
 from models import build_model
 from models.weights.load import load_checkpoint
 from models.weights.read import read_checkpoint
+from util.command_line import FlagParser, run_command
 from util.distributed.collectives import choose_device
 from util.errors import UserError
-from util.flags import FlagParser, run_command
 from util.nan_guard import Diagnosis, diagnose
 from util.nested_tensor import NestedTensor
 from util.precision import DTYPES, Precision
@@ -48,7 +48,8 @@ def replay(args: argparse.Namespace) -> Diagnosis:
     missing = {'model', 'args', 'rng', 'batches', 'where'} - saved.keys()
     if missing:
         raise UserError(
-            f'{args.file} is not a step that a training saved in black_box/: it lacks {", ".join(sorted(missing))}'
+            f'{args.file} is not a step that a training saved in black_box/: it lacks '
+            f'{", ".join(sorted(missing))}'
         )
     flags = argparse.Namespace(**saved['args'] | {'backbone_weights': 'none'})
     model, criterion, _ = build_model(flags)

@@ -29,9 +29,9 @@ from models.deformable_transformer import valid_ratio
 from models.detector import Detector, add_detector_args, load_from_flags
 from models.ops.modules import MSDeformAttn
 from util import visualize
+from util.command_line import FlagParser, int_range, run_command
 from util.errors import UserError
 from util.files import save_atomically
-from util.flags import FlagParser, int_range, run_command
 from util.visualize import PANEL, TITLE
 
 # Colours of weights from 0 to the largest.

@@ -15,10 +15,10 @@ from urllib.parse import urlparse
 
 import torch
 
+from util.command_line import HTTP_ALLOWED
 from util.distributed.preemption import interruptible
 from util.errors import FileError, UserError
 from util.files import lock_folder, save_atomically
-from util.flags import HTTP_ALLOWED
 
 TIMEOUT = 30.0  # seconds of silence after which a server counts as lost
 CHUNK = 2**20  # bytes

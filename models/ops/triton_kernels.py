@@ -169,7 +169,7 @@ def forward(
 ) -> Tensor:
     """Return [N, Q, M D]. Inputs are those of `ms_deform_attn`, with flat shapes: H0, W0, H1, W1 ..."""
     inputs = value, sampling_locations, attention_weights
-    check(spatial_shapes, *inputs)
+    check_inputs(spatial_shapes, *inputs)
     output = value.new_empty(output_shape(value, sampling_locations))
     if output.numel() > 0:
         launch(forward_kernel, FORWARD_BLOCK, spatial_shapes, inputs, [output])
@@ -189,7 +189,7 @@ def backward(
     not matter. It is then NaN everywhere if grad_output or the weights contain a number that is not finite.
     """
     inputs = value, sampling_locations, attention_weights
-    check(spatial_shapes, *inputs)
+    check_inputs(spatial_shapes, *inputs)
     if grad_output.shape != output_shape(value, sampling_locations):
         raise RuntimeError(
             f'ms_deform_attn: grad_output {[*grad_output.shape]} does not fit {[*value.shape]}'
@@ -212,7 +212,7 @@ def output_shape(value: Tensor, locations: Tensor) -> tuple[int, int, int]:
     return batch, locations.shape[1], heads * channels
 
 
-def check(shapes: Sequence[int], value: Tensor, locations: Tensor, weights: Tensor) -> None:
+def check_inputs(shapes: Sequence[int], value: Tensor, locations: Tensor, weights: Tensor) -> None:
     """Refuse tensors that do not fit each other, because kernels would read outside of them."""
     batch, num_tokens, heads, _ = value.shape
     _, num_queries, _, _, num_points, _ = locations.shape
@@ -257,7 +257,7 @@ def launch(
     with torch.cuda.device_of(value):
         kernel[(batch * heads * triton.cdiv(num_queries, block_q),)](
             value,
-            level_sizes(tuple(shapes), value.device),
+            cached_level_sizes(tuple(shapes), value.device),
             locations,
             weights,
             *others,
@@ -273,7 +273,7 @@ def launch(
         )
 
 
-def level_sizes(shapes: tuple[int, ...], device: torch.device) -> Tensor:
+def cached_level_sizes(shapes: tuple[int, ...], device: torch.device) -> Tensor:
     """Return level sizes [2 L] int32, cached except for CUDA graphs, which own the memory they use."""
     if device.type != 'cuda' or torch.cuda.is_current_stream_capturing():
         return new_level_sizes(shapes, device)

@@ -104,8 +104,11 @@ class ATSS(nn.Module):
         target = torch.where(assigned >= 0, assigned + offsets, BACKGROUND)
         valid = assigned != PADDING
         losses = self.losses(self.read(maps), anchors, valid, target, images)
-        features = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
-        return losses, Samples(anchors * valid[..., None], target, features)
+        return losses, Samples(
+            anchors * valid[..., None],
+            target,
+            lambda: torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1),
+        )
 
     def losses(
         self,

@@ -54,8 +54,8 @@ class CollaborativeHeads(TrainingBranch):
             nn.Conv2d(hidden_dim, hidden_dim, 3, stride=2, padding=1), nn.GroupNorm(32, hidden_dim)
         )
         sizes = hidden_dim, num_classes, [*strides, 2 * strides[-1]]
-        options = {'faster_rcnn': {'head': rcnn_head, 'masks': rcnn_masks}, 'atss': {}}
-        self.heads = nn.ModuleDict({name: HEADS[name](*sizes, **options[name]) for name in names})
+        options = {'faster_rcnn': {'head': rcnn_head, 'masks': rcnn_masks}}
+        self.heads = nn.ModuleDict({name: HEADS[name](*sizes, **options.get(name, {})) for name in names})
         width = hidden_dim if derived_positions else 2 * hidden_dim
         self.aux_pos_trans = nn.ModuleDict({name: BoxPositions(hidden_dim, width) for name in names})
         self.pos_feats_trans = None
@@ -92,7 +92,7 @@ class CollaborativeHeads(TrainingBranch):
         encoded = self.aux_pos_trans[name](inverse_sigmoid(reference).sigmoid())  # [B, M, C or 2 C]
         query_pos, tgt = (None, encoded) if self.derived_positions else encoded.chunk(2, dim=-1)
         if self.pos_feats_trans is not None:
-            tgt = tgt + self.pos_feats_trans[name](gather_rows(samples.features, index))
+            tgt = tgt + self.pos_feats_trans[name](gather_rows(samples.features(), index))
             if query_pos is not None:
                 query_pos = query_pos + self.head_pos_embed.weight[list(HEADS).index(name)]
         target = samples.target.gather(1, index).cpu()

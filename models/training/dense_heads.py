@@ -6,7 +6,7 @@ on. Random numbers come from torch's CPU generator.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -91,7 +91,7 @@ class Samples:
 
     boxes: Tensor  # [B, N, 4]
     target: Tensor  # [B, N] index of the object in the batch, or BACKGROUND
-    features: Tensor  # [B, N, C]
+    features: Callable[[], Tensor]  # computes [B, N, C] where queries need it
 
 
 def level_anchors(
@@ -219,12 +219,12 @@ def sample_regions(
 
 def sample(assigned: Tensor, num: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
     """Draw at most `num` positives and negatives at random, and return their indices in ascending order."""
-    positives = draw((assigned >= 0).nonzero()[:, 0], int(num * positive_fraction))
-    negatives = draw((assigned == BACKGROUND).nonzero()[:, 0], num - len(positives))
+    positives = draw_indices((assigned >= 0).nonzero()[:, 0], int(num * positive_fraction))
+    negatives = draw_indices((assigned == BACKGROUND).nonzero()[:, 0], num - len(positives))
     return positives, negatives
 
 
-def draw(index: Tensor, num: int) -> Tensor:
+def draw_indices(index: Tensor, num: int) -> Tensor:
     """Draw at most `num` entries of an ascending index, in order. Fewer need no random number."""
     return index if len(index) <= num else shuffled(index, num).sort().values
 

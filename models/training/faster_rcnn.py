@@ -204,8 +204,10 @@ class FasterRCNN(nn.Module):
             )
         means = features.mean((2, 3)).split([len(boxes) for boxes in regions])
         smallest = min(len(boxes) for boxes in regions)
-        parts = (torch.stack([x[:smallest] for x in part]) for part in (regions, target, means))
-        return losses, Samples(*parts)
+        boxes, target, means = (
+            torch.stack([x[:smallest] for x in part]) for part in (regions, target, means)
+        )
+        return losses, Samples(boxes, target, lambda: means)
 
     def losses(
         self, logits: Tensor, deltas: Tensor, regions: Tensor, target: Tensor, images: Images

@@ -166,7 +166,7 @@ def print_dry_run(args: Settled, num_images: int | None) -> None:
             'model': f'{args.family}, {args.backbone}, {sum(queries.values())} learned queries in training',
             'parameters': parameters_text(model),
             'FLOPs': if_known(lambda: published_flops_text(args, model)),
-            'memory': if_known(lambda: memory_text(args, model)),
+            'memory': if_known(lambda: estimated_memory(args, model)),
             'groups': '; '.join(groups),
             'batch': batch_text(args),
             'steps': f'{steps} an epoch of {num_images:,} images, '
@@ -187,7 +187,7 @@ def published_flops_text(args: Settled, model: nn.Module) -> str:
     )
 
 
-def memory_text(args: Settled, model: nn.Module) -> str:
+def estimated_memory(args: Settled, model: nn.Module) -> str:
     """Describe the memory of a training step with the largest images."""
     height, width = build_augmentation(args).largest_size()
     total, trained = count_parameters(model)

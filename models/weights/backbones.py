@@ -51,12 +51,15 @@ def read_weights(source: str, averaged: bool = False) -> dict[str, Tensor]:
         raise UserError(f'--backbone_weights: {error}') from error
 
 
-def load_weights(network: nn.Module, source: str, averaged: bool = False, whole: bool = False) -> None:
+def load_backbone(
+    network: nn.Module, source: str, name: str = '', averaged: bool = False, whole: bool = False
+) -> None:
     """Fill a network with the weights in a file (path or URL), resized to its windows, patches and positions.
 
     Self-supervised files have the names of the network behind `encoder.` (MoBY), `backbone.` or `module.`.
 
     Args:
+        name: the network's, for messages.
         averaged: take an average of weights if the file has one.
         whole: refuse entries that the network lacks.
 
@@ -65,10 +68,10 @@ def load_weights(network: nn.Module, source: str, averaged: bool = False, whole:
     """
     expected = network.state_dict()
     state = {
-        re.sub(r'^(encoder|backbone|module)\.', '', name): value
-        for name, value in read_weights(source, averaged).items()
+        re.sub(r'^(encoder|backbone|module)\.', '', entry): value
+        for entry, value in read_weights(source, averaged).items()
     }
-    refusal = f'--backbone_weights {source} does not fit {type(network).__name__}'
+    refusal = f'--backbone_weights {source} does not fit {name or type(network).__name__}'
     unknown = [name for name in state if name not in expected and not DISPENSABLE.match(name)]
     if whole and unknown:
         raise UserError(

@@ -91,12 +91,12 @@ def load_checkpoint(
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
     name = name or ('' if isinstance(source, dict) else str(source))
     try:
-        return fill(model, checkpoint, resize, resume, name, classes)
+        return fill_model(model, checkpoint, resize, resume, name, classes)
     except UserError as error:
         raise UserError(f'{name}: {error}' if name else str(error)) from error
 
 
-def fill(
+def fill_model(
     model: nn.Module, checkpoint: dict, resize: bool, resume: bool, name: str, classes: SharedClasses | None
 ) -> LoadReport:
     """Do the work of `load_checkpoint`, which describes the arguments."""

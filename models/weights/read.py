@@ -143,22 +143,22 @@ def restricted_pickle(refused: set[str]) -> types.ModuleType:
     return module
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Return `value` without the entries that are not plain data."""
     if isinstance(value, torch.dtype):
         return str(value)
     if isinstance(value, Flags):
-        return argparse.Namespace(**plain(vars(value)))
+        return argparse.Namespace(**to_plain(vars(value)))
     if isinstance(value, dict):
         pairs = {
-            key: plain(entry)
+            key: to_plain(entry)
             for key, entry in value.items()
             if isinstance(key, PLAIN) and isinstance(entry, PLAIN)
         }
         return Counter(pairs) if isinstance(value, Counter) else pairs
     if isinstance(value, list | tuple | set | frozenset):
         kind = list if isinstance(value, list) else tuple
-        return kind(plain(entry) for entry in value if isinstance(entry, PLAIN))
+        return kind(to_plain(entry) for entry in value if isinstance(entry, PLAIN))
     return value if isinstance(value, PLAIN) else None
 
 
@@ -178,7 +178,7 @@ def read_checkpoint(source: str | Path) -> dict:
         raise UserError(f'no checkpoint at {path}: check the path')
     refused: set[str] = set()
     try:
-        checkpoint = read_safetensors(path) if is_safetensors(path) else plain(read_torch(path, refused))
+        checkpoint = read_safetensors(path) if is_safetensors(path) else to_plain(read_torch(path, refused))
         if not isinstance(checkpoint, dict):
             is_program = checkpoint is None and refused
             content = 'an object of a program' if is_program else f'a {type(checkpoint).__name__}'

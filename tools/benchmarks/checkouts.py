@@ -177,7 +177,7 @@ class Worker:
         self.process.wait()
 
 
-def check_agreement(name: str, results: list[np.ndarray], others: list[np.ndarray]) -> None:
+def check_results(name: str, results: list[np.ndarray], others: list[np.ndarray]) -> None:
     """Raise a ValueError if the results of two checkouts differ."""
     for number, (result, other) in enumerate(zip(results, others, strict=True)):
         difference = abs(result - other).max() / abs(other).max()

@@ -148,7 +148,7 @@ def compare_checkouts(args: argparse.Namespace, cases: Iterable[tuple[str, dict]
             ):
                 if this.kernels != other.kernels:
                     print(f'this checkout: {this.kernels}; {args.against}: {other.kernels}')
-                checkouts.check_agreement(name, this.results, other.results)
+                checkouts.check_results(name, this.results, other.results)
                 rounds = [(this.ask(), other.ask()) for _ in range(args.rounds)]
         new, old = map(statistics.median, zip(*rounds, strict=True))
         print_row((name, f'{new:.3f}', f'{old:.3f}', f'{old / new:.2f}'))

@@ -32,7 +32,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 def benchmark_data(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        paths = find_images(args.coco_path) if args.coco_path else draw_images(folder, args)
+        paths = find_files(args.coco_path) if args.coco_path else write_images(folder, args)
         paths = paths[: args.num_images]
         loaders = {name: loader(image_set, args.seed) for name, image_set in IMAGE_SETS.items()}
         contenders = {name: partial(load_all, load, paths) for name, load in loaders.items()}
@@ -47,14 +47,14 @@ def load_all(load: Callable[[Path], Tensor], paths: list[Path]) -> None:
         load(path)
 
 
-def find_images(root: str) -> list[Path]:
+def find_files(root: str) -> list[Path]:
     paths = sorted(Path(root).rglob('*.jpg'))
     if not paths:
         raise UserError(f'--coco_path {root} has no .jpg file in it or below: give the folder of a dataset')
     return paths
 
 
-def draw_images(folder: str, args: argparse.Namespace) -> list[Path]:
+def write_images(folder: str, args: argparse.Namespace) -> list[Path]:
     """Write built-in images as JPEGs, the longer side 640 pixels, with the noise of a sensor."""
     generator = torch.Generator().manual_seed(args.seed)
     images = ShapesDetection(args.num_images, seed=args.seed, image_size=640)

@@ -119,7 +119,7 @@ def report(name: str, case: Case, dtype: torch.dtype, official: object, args: ar
             contenders[kernel] = kernel_calls(kernel, grad.to(dtype), (value.to(dtype), *inputs[1:]))
         if kernel == 'cuda':
             contenders['cuda, deterministic'] = tuple(map(deterministic, contenders[kernel]))
-    check_agreement(name, contenders, dtype)
+    check_contenders(name, contenders, dtype)
     if args.rounds == 0:
         return
     times = [
@@ -182,7 +182,7 @@ def with_autograd(call: Callable[..., Tensor], grad: Tensor, inputs: Inputs) -> 
     )
 
 
-def check_agreement(case: str, contenders: dict[str, Calls], dtype: torch.dtype) -> None:
+def check_contenders(case: str, contenders: dict[str, Calls], dtype: torch.dtype) -> None:
     """Compare outputs and gradients with those of grid_sample.
 
     Raises:

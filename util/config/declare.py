@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from util.flags import Bounded
+from util.command_line import Bounded
 
 from .networks import TITLES, VARIANTS, Usual, decoder_of, kind_of
 

@@ -9,7 +9,7 @@ OUT/flags.json come from this table. `declare.py` explains the facts. Rules betw
 import math
 from argparse import Namespace
 
-from util.flags import float_range, int_range
+from util.command_line import float_range, int_range
 
 from .declare import (
     ALWAYS,

@@ -6,7 +6,7 @@ import textwrap
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
-from util.flags import FlagParser
+from util.command_line import FlagParser
 
 from .flags import FLAGS, NO_OPTIONS
 from .settle import OLD

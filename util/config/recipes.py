@@ -16,8 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from util.command_line import ParsedFlags, did_you_mean, given_of
 from util.errors import UserError
-from util.flags import ParsedFlags, did_you_mean, given_of
 
 from .declare import NETWORK
 from .flags import FLAGS

@@ -172,7 +172,7 @@ def run_command(
 
 
 def is_of_user(error: OSError, args: Namespace) -> bool:
-    """Return whether the disk is full, or the error is about a path near one that a flag names."""
+    """Return whether the disk is full, or the error is about the path of a flag, or one above or below."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     values = [value if isinstance(value, list | tuple) else [value] for value in vars(args).values()]
