@@ -8,6 +8,8 @@ processes. It imports from a checkout only what all versions have: `models.build
 
 import contextlib
 import dataclasses
+import math
+import statistics
 import subprocess
 import sys
 import time
@@ -25,6 +27,9 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-3  # largest difference of results, as a share of the largest number
+ROUND = (
+    300  # milliseconds of a round at least, so that what other processes leave in the caches counts little
+)
 FLUSHED_BYTES = 2**29  # more than any cache holds; writing them takes 0.1 to 0.2 ms
 
 Call = Callable[[], tuple[Tensor, ...]]
@@ -157,7 +162,7 @@ class Worker:
         self.kernels, self.results = self.ask()
 
     def ask(self) -> Any:
-        """Ask for the next message: kernels and results, then the milliseconds of one run each time."""
+        """Ask for the next message: kernels and results, then the median milliseconds of a round each time."""
         from util.errors import UserError
 
         try:
@@ -199,9 +204,10 @@ def main() -> None:
     with contextlib.suppress(EOFError):
         connection.recv()
         connection.send((describe(device), [result.cpu().numpy() for result in call()]))
+        repeats = math.ceil(ROUND / time_once(call, device))
         while True:
             connection.recv()
-            connection.send(time_once(call, device))
+            connection.send(statistics.median(time_once(call, device) for _ in range(repeats)))
 
 
 if __name__ == '__main__':
