@@ -279,7 +279,7 @@ def compute_metrics(
 
 
 def summarize_arrays(truth: dict, precision: np.ndarray, recall: np.ndarray, limit: int = 0) -> Summary:
-    """Average what is defined, as the official code does; -1 where nothing is. Arguments: see `compute_metrics`."""
+    """Average what is defined, as the official code does; -1 where nothing is. See `compute_metrics`."""
     frequency = np.array([category.get('frequency', '') for category in truth['categories']])
     stats = [
         *precisions(precision),

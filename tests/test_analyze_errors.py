@@ -155,9 +155,12 @@ def test_report_from_the_lowest_score_on(tmp_path: Path) -> None:
     names = [(report['kinds'][kind], text) for _, kind, text in first['marks']]
     assert names[:3] == [('missed', 'cat'), ('found', 'dog'), ('found', 'cat')]
     assert names[3:] == [
-        ('background', 'dog 0.40'), ('wrong class and place', 'dog 0.50'), ('wrong place', 'dog 0.60'),
-        ('wrong class', 'cat 0.70'), ('duplicate', 'cat 0.80'),
-    ]  # fmt: skip
+        ('background', 'dog 0.40'),
+        ('wrong class and place', 'dog 0.50'),
+        ('wrong place', 'dog 0.60'),
+        ('wrong class', 'cat 0.70'),
+        ('duplicate', 'cat 0.80'),
+    ]
 
 
 def test_report_from_higher_scores_on(tmp_path: Path) -> None:
@@ -301,13 +304,16 @@ def test_results_of_predict_are_understood(tmp_path: Path) -> None:
     [
         ({'annotations': []}, r'results\.json is not a list of results, which COCO has as \[\{"image_id": 1'),
         ([RESULTS], 'is not a list of results'),
-        ([*RESULTS, result(CAT, [0, 0, 9, 9], image_id=5)], r"result 8 has image \{'image_id': 5, .* not among the 2 of"),
+        (
+            [*RESULTS, result(CAT, [0, 0, 9, 9], image_id=5)],
+            r"result 8 has image \{'image_id': 5, .* not among the 2 of",
+        ),
         ([result(4, [0, 0, 9, 9])], 'result 0 has category 4, but those of the annotations are 3, 7'),
         ([result(CAT, [0, 0, -9, 9])], r'result 0 has bbox \[0, 0, -9, 9\]: it must be four finite numbers'),
         ([{'image_id': 1, 'category_id': CAT, 'score': 1}], 'result 0 has bbox None'),
         ([result(CAT, [0, 0, 9, 9], float('nan'))], 'result 0 has score nan: it must be a finite number'),
     ],
-)  # fmt: skip
+)
 def test_results_that_cannot_be_used_are_named(tmp_path: Path, results: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(tmp_path, OBJECTS, results)

@@ -53,9 +53,10 @@ def test_every_stage_runs_without_a_gpu(tmp_path: Path, exhaustive: bool) -> Non
     assert status == 0, printed
     ran = {name for name, result in results.items() if result == 'ok'}
     assert ran == {
-        'operator_test', 'operator',
+        'operator_test',
+        'operator',
         *(TRAININGS if exhaustive else ()),
-    }  # fmt: skip
+    }
     left_out = {
         'build',
         'compiler_report',

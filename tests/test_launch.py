@@ -15,8 +15,15 @@ from util.distributed.launch import export_launcher_environment, first_host, is_
 
 NAMES = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
 # As Slurm 22.05 sets them.
-BATCH = {'SLURM_JOB_ID': '7', 'SLURM_JOB_NODELIST': 'n[1-2]', 'SLURM_NTASKS': '4', 'SLURM_PROCID': '0',
-         'SLURM_LOCALID': '0', 'SLURM_GTIDS': '0', 'SLURM_NODEID': '0'}  # fmt: skip
+BATCH = {
+    'SLURM_JOB_ID': '7',
+    'SLURM_JOB_NODELIST': 'n[1-2]',
+    'SLURM_NTASKS': '4',
+    'SLURM_PROCID': '0',
+    'SLURM_LOCALID': '0',
+    'SLURM_GTIDS': '0',
+    'SLURM_NODEID': '0',
+}
 STEP = {'SLURM_STEP_ID': '1', 'SLURM_STEP_NODELIST': 'n[1-2]', 'SLURM_STEP_NUM_TASKS': '4'}
 TASK = BATCH | STEP | {'SLURM_PROCID': '3', 'SLURM_LOCALID': '1', 'SLURM_GTIDS': '2,3', 'SLURM_NODEID': '1'}
 

@@ -453,8 +453,19 @@ def test_address_sanitizer_finds_nothing(tmp_path: Path) -> None:
     shutil.copytree(ROOT / 'util', copy / 'util', ignore=shutil.ignore_patterns('__pycache__'))
     environment = os.environ | {'CFLAGS': '-fsanitize=address -g -O1', 'LDFLAGS': '-fsanitize=address'}
     environment.pop('TORCH_CUDA_ARCH_LIST', None)
-    subprocess.run([sys.executable, 'setup.py', 'build_ext', '--inplace'], cwd=copy / 'models/ops',
-                   env=environment, capture_output=True, check=True)  # fmt: skip
-    done = subprocess.run([sys.executable, '-c', ODD_PLACES], cwd=copy, capture_output=True, text=True, check=False,
-                          env=os.environ | {'LD_PRELOAD': runtime, 'ASAN_OPTIONS': 'detect_leaks=0'})  # fmt: skip
+    subprocess.run(
+        [sys.executable, 'setup.py', 'build_ext', '--inplace'],
+        cwd=copy / 'models/ops',
+        env=environment,
+        capture_output=True,
+        check=True,
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', ODD_PLACES],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {'LD_PRELOAD': runtime, 'ASAN_OPTIONS': 'detect_leaks=0'},
+    )
     assert done.stdout.endswith('clean\n') and 'AddressSanitizer' not in done.stderr, done.stderr[-3000:]

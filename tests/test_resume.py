@@ -146,8 +146,14 @@ DAMAGE = [
     ('optimizer is missing', drop('optimizer')),
     ('optimizer.param_groups is missing', drop('optimizer', 'param_groups')),
     ('optimizer.state is of type list', put('optimizer', 'state', [])),
-    ('optimizer.state.0.exp_avg holds values that are not finite', put('optimizer', 'state', 0, 'exp_avg', torch.full((2,), nan))),
-    ('optimizer.state.0.exp_avg_sq holds values that are not finite or negative', put('optimizer', 'state', 0, 'exp_avg_sq', -torch.ones(2))),
+    (
+        'optimizer.state.0.exp_avg holds values that are not finite',
+        put('optimizer', 'state', 0, 'exp_avg', torch.full((2,), nan)),
+    ),
+    (
+        'optimizer.state.0.exp_avg_sq holds values that are not finite or negative',
+        put('optimizer', 'state', 0, 'exp_avg_sq', -torch.ones(2)),
+    ),
     ('optimizer.state.0.step is -3.0', put('optimizer', 'state', 0, 'step', -3.0)),
     ('within_epoch is of type list', put('within_epoch', [4])),
     ('within_epoch.images is missing', drop('within_epoch', 'images')),
@@ -155,26 +161,44 @@ DAMAGE = [
     ('within_epoch.meters is of type int', put('within_epoch', 'meters', 4)),
     ('within_epoch.meters[0].names is missing', drop('within_epoch', 'meters', 0, 'names')),
     ('within_epoch.tallies is missing', drop('within_epoch', 'tallies')),
-    ('within_epoch.meters and within_epoch.tallies are not of one length', put('within_epoch', 'tallies', [])),
+    (
+        'within_epoch.meters and within_epoch.tallies are not of one length',
+        put('within_epoch', 'tallies', []),
+    ),
     ('rng[0] is of type int', put('rng', [4])),
     ('ema_updates is -1', put('ema_updates', -1)),
     ('model_ema is of type int', put('model_ema', 3)),
     ('in args, --lr_drop must be one value, not [1]', put('args', 'lr_drop', [1])),
-    ("in args, --aug must be one of detr, flip, none, co_detr, lsj, not {'a': 1}", put('args', 'aug', {'a': 1})),
+    (
+        "in args, --aug must be one of detr, flip, none, co_detr, lsj, not {'a': 1}",
+        put('args', 'aug', {'a': 1}),
+    ),
     ('in args, --lr_backbone_names must be text, not None', put('args', 'lr_backbone_names', [None])),
     ('epoch is of type Tensor', put('epoch', torch.zeros(2))),
     ('lr_scheduler.lr_lambdas is of type int', put('lr_scheduler', 'lr_lambdas', 3)),
     ('lr_scheduler.skipped is of type NoneType', put('lr_scheduler', 'skipped', None)),
-    ('lr_scheduler.lr_lambdas[0].left_out is of type NoneType', put('lr_scheduler', 'lr_lambdas', [{'left_out': None}])),
-    ('optimizer (ValueError: a tensor is [2] instead of', put('optimizer', 'state', 0, 'exp_avg', torch.ones(2))),
+    (
+        'lr_scheduler.lr_lambdas[0].left_out is of type NoneType',
+        put('lr_scheduler', 'lr_lambdas', [{'left_out': None}]),
+    ),
+    (
+        'optimizer (ValueError: a tensor is [2] instead of',
+        put('optimizer', 'state', 0, 'exp_avg', torch.ones(2)),
+    ),
     ("optimizer (KeyError: 'step')", drop('optimizer', 'state', 0, 'step')),
     ('rng (ValueError: not enough values', put('rng', 0, 'numpy', [])),
     ("model_ema or ema_updates (KeyError: 'ema_updates')", drop('ema_updates')),
-    ('model_ema.query_embed.weight holds values that are not finite', put('model_ema', 'query_embed.weight', torch.full((2,), nan))),
+    (
+        'model_ema.query_embed.weight holds values that are not finite',
+        put('model_ema', 'query_embed.weight', torch.full((2,), nan)),
+    ),
     ('model_ema or ema_updates (KeyError: ', put('model_ema', {})),
-    ('model_ema or ema_updates (ValueError: a tensor is [2] instead of', put('model_ema', 'query_embed.weight', torch.ones(2))),
+    (
+        'model_ema or ema_updates (ValueError: a tensor is [2] instead of',
+        put('model_ema', 'query_embed.weight', torch.ones(2)),
+    ),
     ('scaler.scale is missing', put('scaler', {'a': 1.0})),
-]  # fmt: skip
+]
 
 
 def copied(value: object) -> object:

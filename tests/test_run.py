@@ -78,8 +78,15 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path) -> None:
     pytest.importorskip('tensorboard')
     run(tmp_path, '--epochs', '2', '--eval_every', '2', '--save_every', '1', '--tensorboard')
     names = {path.name for path in tmp_path.iterdir()}
-    assert {'checkpoint.pth', 'checkpoint0000.pth', 'checkpoint0001.pth', 'metrics.csv', 'log.jsonl', 'curves.png',
-            'predictions.png'} <= names  # fmt: skip
+    assert {
+        'checkpoint.pth',
+        'checkpoint0000.pth',
+        'checkpoint0001.pth',
+        'metrics.csv',
+        'log.jsonl',
+        'curves.png',
+        'predictions.png',
+    } <= names
     assert any(name.startswith('events.out') for name in names)
     assert not [name for name in names if name.startswith('.')]
     with (tmp_path / 'metrics.csv').open() as file:

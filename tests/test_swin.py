@@ -32,9 +32,12 @@ from util.errors import UserError
 
 RECORD = read_shared('parity/h_deformable_detr/swin_features.json')
 NAMES = {
-    'tiny_w7': 'swin_tiny', 'small_w7': 'swin_small', 'base_w12': 'swin_base_window12', 'large_w7': 'swin_large',
+    'tiny_w7': 'swin_tiny',
+    'small_w7': 'swin_small',
+    'base_w12': 'swin_base_window12',
+    'large_w7': 'swin_large',
     'large_w12': 'swin_large_window12',
-}  # fmt: skip
+}
 SMALL = SwinSize(16, (2, 2, 2, 2), (1, 2, 4, 8), 5)
 
 
@@ -260,9 +263,16 @@ def test_flags_choose_swin_in_every_family(
     """Every parameter gets a gradient: stages that are not read are not built."""
     monkeypatch.setitem(SWIN_SIZES, 'swin_tiny', SMALL)
     flags = {
-        'backbone': 'swin_tiny', 'backbone_weights': 'none', 'backbone_stages': num_stages, 'drop_path_rate': 0.4,
-        'use_checkpoint': True, 'hidden_dim': 32, 'enc_layers': 1, 'dec_layers': 2, 'num_queries': 8,
-    }  # fmt: skip
+        'backbone': 'swin_tiny',
+        'backbone_weights': 'none',
+        'backbone_stages': num_stages,
+        'drop_path_rate': 0.4,
+        'use_checkpoint': True,
+        'hidden_dim': 32,
+        'enc_layers': 1,
+        'dec_layers': 2,
+        'num_queries': 8,
+    }
     model, criterion, _ = build_model(Namespace(**flags | family))
     body = model.backbone[0].body
     assert all(block.recompute for block in body.units())

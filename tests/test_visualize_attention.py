@@ -146,9 +146,10 @@ def test_hooks_leave_nothing_behind_even_after_an_error(image: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    'flags', [{}, {'conditional': True}, {'conditional': True, 'nms_iou_threshold': 0.3}, {'dino': True}],
+    'flags',
+    [{}, {'conditional': True}, {'conditional': True, 'nms_iou_threshold': 0.3}, {'dino': True}],
     ids=['softmax', 'best pairs', 'nms', 'soft nms'],
-)  # fmt: skip
+)
 def test_queries_have_the_boxes_and_scores_of_their_detections(flags: dict, image: Tensor) -> None:
     detector = small(flags)
     found, result = compute_attention(detector, image), detector.detect(image)
@@ -245,16 +246,20 @@ def test_the_tool_draws_a_row_for_each_query(
 
 @pytest.mark.parametrize(
     ('more', 'message'),
-    [(['--layer', '3'], 'layer 3: choose a number from -3 to 2'), (['--layer', '-4'], 'layer -4: choose'),
-     (['--head', '4'], '--head 4: choose mean, all or a number from 0 to 3'),
-     (['--head', 'x'], '--head x: choose'),
-     (['--queries', '12'], '--queries 12: choose best alone, or a number from 0 to 11'),
-     (['--queries', 'best', '1'], '--queries best: choose'), (['--num', '0'], '--num must be at least 1'),
-     (['--output', 'out'], '--output out: let it end in .png'),
-     (['--source', 'a.png', '--output', './a.png'], '--output ./a.png is the source'),
-     (['--source', 'none.png'], 'none.png'),
-     (['--checkpoint', ''], 'give --checkpoint FILE, or --model NAME')],
-)  # fmt: skip
+    [
+        (['--layer', '3'], 'layer 3: choose a number from -3 to 2'),
+        (['--layer', '-4'], 'layer -4: choose'),
+        (['--head', '4'], '--head 4: choose mean, all or a number from 0 to 3'),
+        (['--head', 'x'], '--head x: choose'),
+        (['--queries', '12'], '--queries 12: choose best alone, or a number from 0 to 11'),
+        (['--queries', 'best', '1'], '--queries best: choose'),
+        (['--num', '0'], '--num must be at least 1'),
+        (['--output', 'out'], '--output out: let it end in .png'),
+        (['--source', 'a.png', '--output', './a.png'], '--output ./a.png is the source'),
+        (['--source', 'none.png'], 'none.png'),
+        (['--checkpoint', ''], 'give --checkpoint FILE, or --model NAME'),
+    ],
+)
 def test_errors_say_what_is_possible(files: Path, more: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as stopped:
         run_command(main, get_args_parser(), words(files, 'sampled', *more))

@@ -28,9 +28,19 @@ from util.nested_tensor import as_batch, nested_tensor_from_tensor_list
 
 CASES = ('vit_sfp_small', 'vit_sfp_lsj_small')
 MINI = {
-    'backbone': 'vit_mini', 'backbone_weights': 'none', 'hidden_dim': 32, 'nheads': 4, 'enc_layers': 1, 'dec_layers': 2,
-    'dim_feedforward': 64, 'num_queries': 12, 'num_classes': 6, 'num_feature_levels': 5, 'dino': True, 'drop_path_rate': 0.0,
-}  # fmt: skip
+    'backbone': 'vit_mini',
+    'backbone_weights': 'none',
+    'hidden_dim': 32,
+    'nheads': 4,
+    'enc_layers': 1,
+    'dec_layers': 2,
+    'dim_feedforward': 64,
+    'num_queries': 12,
+    'num_classes': 6,
+    'num_feature_levels': 5,
+    'dino': True,
+    'drop_path_rate': 0.0,
+}
 
 
 def recorded(case: str) -> tuple[nn.ModuleDict, dict, dict]:
@@ -39,8 +49,15 @@ def recorded(case: str) -> tuple[nn.ModuleDict, dict, dict]:
     record = json.loads(path.read_text())
     flags = record['arguments']['backbone']
     grid = flags['img_size'] // 16 if flags['use_lsj'] else None
-    size = ViTSize(flags['embed_dim'], flags['depth'], flags['num_heads'], flags['pretrain_img_size'] // 16,
-                   flags['window_size'], (1, 3), grid)  # fmt: skip
+    size = ViTSize(
+        flags['embed_dim'],
+        flags['depth'],
+        flags['num_heads'],
+        flags['pretrain_img_size'] // 16,
+        flags['window_size'],
+        (1, 3),
+        grid,
+    )
     neck = build_feature_pyramid(flags['embed_dim'], record['arguments']['neck']['out_channels'])
     levels = nn.ModuleDict({f'p{index}': level for index, level in enumerate(neck, start=2)})
     model = nn.ModuleDict({'backbone': VisionTransformer(size), 'neck': levels}).double()
@@ -87,8 +104,9 @@ def test_groups_of_learning_rates_equal_official() -> None:
     whole = nn.Module()
     whole.backbone, whole.neck = nn.ModuleList([nn.Module()]), model['neck']
     whole.backbone[0].body = model['backbone']
-    optimizer = build_optimizer(whole, official['base_lr'], 0.0, official['weight_decay'],
-                                layer_decay=official['layer_decay_rate'])  # fmt: skip
+    optimizer = build_optimizer(
+        whole, official['base_lr'], 0.0, official['weight_decay'], layer_decay=official['layer_decay_rate']
+    )
     names = {id(p): name.replace('backbone.0.body', 'backbone') for name, p in whole.named_parameters()}
     ours = {
         (round(group['lr'], 12), group['weight_decay'], frozenset(names[id(p)] for p in group['params']))
@@ -154,8 +172,13 @@ def test_co_dino_with_its_own_heads_trains_and_keeps_its_names() -> None:
         and head.fc_reg.out_features == 4
     )
     theirs = to_mmdetection(model.state_dict())
-    for name in ('neck.p2.11.weight', 'neck.p6.7.weight', 'backbone.blocks.3.attn.q_bias', 'backbone.out_norm.weight',
-                 'roi_head.0.bbox_head.shared_convs.3.gn.bias'):  # fmt: skip
+    for name in (
+        'neck.p2.11.weight',
+        'neck.p6.7.weight',
+        'backbone.blocks.3.attn.q_bias',
+        'backbone.out_norm.weight',
+        'roi_head.0.bbox_head.shared_convs.3.gn.bias',
+    ):
         assert name in theirs
     tables = {
         'backbone.rope_win.freqs_cos': torch.ones(2),

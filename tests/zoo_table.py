@@ -39,9 +39,15 @@ def table() -> str:
         entry, script = (f'`{name}`' if name else '' for name in (row.name, row.script))
         title = row.title or recipe.title + ' (LVIS)' * (recipe.data == 'LVIS v1 val')
         cells = (
-            title, recipe.epochs, row.ap or recipe.ap or 'not published', f'{parameters / 1e6:.1f}{published[0]}',
-            f'{gflops:.0f}{published[1]}', entry, script, where,
-        )  # fmt: skip
+            title,
+            recipe.epochs,
+            row.ap or recipe.ap or 'not published',
+            f'{parameters / 1e6:.1f}{published[0]}',
+            f'{gflops:.0f}{published[1]}',
+            entry,
+            script,
+            where,
+        )
         lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
     return '\n'.join(lines)
 

@@ -162,7 +162,7 @@ class Worker:
         self.kernels, self.results = self.ask()
 
     def ask(self) -> Any:
-        """Ask for the next message: kernels and results, then the median milliseconds of a round each time."""
+        """Ask for the next message: kernels and results, then the median milliseconds of a round."""
         from util.errors import UserError
 
         try:
