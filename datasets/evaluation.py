@@ -85,7 +85,7 @@ class Evaluator(ABC):
         return prediction
 
     def synchronize(self) -> None:
-        """Gather the detections on the main process. If several ranks have an image, the lowest rank's count."""
+        """Gather detections on the main process. If several ranks have an image, the lowest rank's count."""
         merged: dict[int, Any] = {}
         for detections in gather_object(self.detections):
             merged = {**detections, **merged}
