@@ -179,7 +179,7 @@ def test_weights_from_a_file(name: str, file: str) -> None:
 
 def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
     torch.save({'conv1.weight': torch.zeros(64, 3, 7, 7)}, tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match=r'does not fit ResNet: .* missing'):
+    with pytest.raises(ValueError, match=r'does not fit resnet18: .* missing'):
         build_backbone('resnet18', str(tmp_path / 'other.pth'), False, 'frozen', LAST, train=True)
 
 
