@@ -2,8 +2,8 @@
 Matchers, which assign objects to queries. Training only.
 
 A matcher computes the costs of all layers and images on the device (`cost`), and finds the pairs on the host
-(`solve`). In between, the criterion copies the costs of all kinds of predictions at once. This is the only
-synchronisation of a step.
+(`solve`). In between, the criterion copies the costs of all kinds of predictions at once, which is its
+only synchronisation.
 """
 
 from collections.abc import Callable
