@@ -23,7 +23,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-stages=() device=cuda data='' weights=none official='' wheels='' limit=''
+arguments=("$@") stages=() device=cuda data='' weights=none official='' wheels='' limit=''
 while [ $# -gt 0 ]; do
     case $1 in
         --cpu) device=cpu ;;
@@ -43,12 +43,15 @@ limit=${limit:-420}
 OUT=${OUT:-output/gpu_check}
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
+if [ -z "${GPU_CHECK_LOGGED:-}" ]; then # once more, with all output in log.txt too
+    GPU_CHECK_LOGGED=yes OUT=$OUT bash "scripts/${BASH_SOURCE[0]##*/}" "${arguments[@]}" 2>&1 | tee "$OUT/log.txt"
+    exit "${PIPESTATUS[0]}"
+fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir "$work/logs" "$work/runs"
 export PATH="$PATH:/usr/local/cuda/bin" # compute-sanitizer, ncu
 export TORCH_EXTENSIONS_DIR="$work/official"
-exec > >(tee "$OUT/log.txt") 2>&1
 
 if [ -n "$wheels" ]; then
     VENV=none

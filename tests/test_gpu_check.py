@@ -35,7 +35,7 @@ def gpu_check(
         'PATH': f'{programs}:{os.environ["PATH"]}',
     }
     command = ['bash', str(ROOT / 'scripts/gpu_check.sh'), *device.split(), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd='/')
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd='/', timeout=1200)
     table = (folder / 'summary.md').read_text().split('| --- |')[-1]
     cells = [row.strip('| ').split(' | ') for row in table.splitlines() if row.startswith('| ')]
     return done.returncode, {name: result for name, result, *_ in cells}, done.stdout
