@@ -215,7 +215,7 @@ class AnnotationTable:
         problems: Issues | None = None,
     ) -> None:
         self.file, self.read, self.issues, self.problems = file, read, Issues(), problems
-        lists = read(file)
+        lists = read(file, self.issues)
         with errors_in(file):
             self.categories = [
                 repair('categories', decode_entry(raw), self.issues) for raw in lists['categories']
@@ -292,7 +292,9 @@ class AnnotationTable:
         """Raise a `UserError` if one of these objects has neither polygons nor run lengths."""
         without = rows[~self.objects.segmented[rows]]
         if len(without):
-            first = decode_entry(self.read(self.file)['annotations'][int(self.order[without].min())])
+            first = decode_entry(
+                self.read(self.file, Issues())['annotations'][int(self.order[without].min())]
+            )
             raise UserError(
                 f'{self.file}: {title_of(first)} has no segmentation, which masks are made of: add polygons '
                 'or run-length masks, or train without --masks'

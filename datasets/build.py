@@ -19,8 +19,8 @@ from util.config.settle import Settled, settle
 DATASETS = {
     'coco': 'datasets.coco',
     'lvis': 'datasets.lvis',
-    'voc': 'datasets.foreign',
-    'yolo': 'datasets.foreign',
+    'voc': 'datasets.voc',
+    'yolo': 'datasets.yolo',
     'shapes': 'datasets.shapes',
 }
 # Value of --evaluator -> what computes the metrics.

@@ -19,7 +19,7 @@ from datasets.build import DataSettings, image_options
 from datasets.class_map import ClassMap
 from datasets.coco_json import Annotations, File, Issues, Lists, check_files, read_annotations, read_lists
 from datasets.image_dataset import ImageDataset, Mix
-from datasets.image_io import read_image, stored_size
+from datasets.image_io import DEFAULT_READER, ImageReader
 from datasets.inventory import find_unusual_boxes
 from datasets.targets import AS_DETR, Objects, Reading, check_size, is_trained_on, make_target
 from datasets.transforms import Target, Transform
@@ -40,10 +40,12 @@ class CocoDetection(ImageDataset):
         problems: where to count what is invalid, which is then left out; None: the first problem is an error.
     """
 
-    @classmethod
-    def read_lists(cls, annotation_file: File) -> Lists:
-        """Return the lists of the annotation file in COCO form; other formats override this."""
-        return read_lists(annotation_file)
+    def read_lists(self, annotation_file: File, issues: Issues) -> Lists:
+        """Return the lists of the annotation file in COCO form; other formats override this.
+
+        issues: where to count what is repaired or left out.
+        """
+        return read_lists(annotation_file, issues)
 
     def __init__(
         self,
@@ -58,8 +60,10 @@ class CocoDetection(ImageDataset):
         repeat_threshold: float = 0.0,
         allow_outside: bool = False,
         problems: Issues | None = None,
+        reader: ImageReader = DEFAULT_READER,
     ) -> None:
         super().__init__(transforms, mix, seed)
+        self.reader = reader
         self.image_dir, self.annotation_file = Path(image_dir), Path(annotation_file)
         table = AnnotationTable(
             annotation_file, class_map, return_masks is not False, self.read_lists, problems
@@ -107,7 +111,7 @@ class CocoDetection(ImageDataset):
         """Copy sizes [N, 2]; where one is 0, it is read from the header of the image."""
         sizes = sizes.copy()
         for idx in np.flatnonzero((sizes <= 0).any(axis=1)).tolist():
-            sizes[idx] = stored_size(self.image_dir / names[idx])
+            sizes[idx] = self.reader.size(self.image_dir / names[idx])
         return sizes
 
     def inventory(self) -> Inventory:
@@ -130,14 +134,14 @@ class CocoDetection(ImageDataset):
         content = read_annotations(self.annotation_file, self.read_lists)
         for image in content['images'] if self.return_masks else []:
             if not (image.get('height') and image.get('width')):  # masks need them
-                image['height'], image['width'] = stored_size(self.image_dir / image['file_name'])
+                image['height'], image['width'] = self.reader.size(self.image_dir / image['file_name'])
         return content
 
     def untransformed(self, idx: int) -> tuple[Tensor, Target]:
-        """Return the image as it is stored, and its objects."""
+        """Return the image as its file has it, and its objects."""
         row = int(self._rows[idx])
         name = self._file_names[row]
-        image = read_image(self.image_dir / name)
+        image = self.reader.read(self.image_dir / name, self._json_sizes[row])
         check_size(self.image_dir / name, image.shape[1:], self._json_sizes[row], self.annotation_file)
         objects = self._objects[self._starts[row] : self._starts[row + 1]]
         try:
@@ -226,6 +230,13 @@ def find_files(
     files = [f'annotations/instances_{name}.json' for name in names]
     annotation_file = find_path(root, annotations, files, f'--{part}_ann')
     return find_path(root, images, folders, f'--{part}_images'), annotation_file
+
+
+def given_root(root: str | os.PathLike[str] | None, dataset_file: str) -> Path:
+    """Return --coco_path, which this --dataset_file needs."""
+    if root is None:
+        raise UserError(f'where is the data? Give --coco_path, the folder of --dataset_file {dataset_file}')
+    return Path(root)
 
 
 def find_path(root: str | None, explicit: str | None, usual: list[str], option: str) -> Path:

@@ -27,7 +27,6 @@ Annotations = dict[str, list[dict]]
 File = str | os.PathLike[str]
 # The three lists of a file. An entry is a JSON text: memory never holds all entries as Python objects.
 Lists = dict[str, Sequence[Raw]]
-Read = Callable[[File], Lists]
 LISTS = ('images', 'annotations', 'categories')
 EXAMPLES = 3
 
@@ -54,6 +53,9 @@ class Issues:
         ]
 
 
+Read = Callable[[File, Issues], Lists]  # reads a format; Issues: where to count what it repairs or leaves out
+
+
 @contextmanager
 def errors_in(file: File) -> Iterator[None]:
     """Begin the message of a `UserError` with the name of a file."""
@@ -71,8 +73,10 @@ class CocoFile(msgspec.Struct):
     categories: list[Raw] | None = None
 
 
-def read_lists(file: File) -> Lists:
+def read_lists(file: File, issues: Issues) -> Lists:
     """Return the lists of a file in COCO form.
+
+    issues: not used here; see `Read`.
 
     Raises:
         FileError: the file does not exist, or is a folder.
@@ -141,7 +145,7 @@ def read_annotations(file: File, read: Read = read_lists) -> Annotations:
         FileError: the file does not exist.
         UserError: it is not JSON, or lacks one of the lists.
     """
-    lists = read(file)
+    lists = read(file, Issues())
     with errors_in(file):
         data = {name: [repair(name, decode_entry(raw), Issues()) for raw in lists[name]] for name in LISTS}
     numbers = numbers_of([image['id'] for image in data['images']])
@@ -265,10 +269,21 @@ def box_problem(annotation: dict) -> str | None:
     return None
 
 
+def unusable(problem: str) -> dict:
+    """Return fields of an annotation that is refused, or counted by --check_data."""
+    return {'bbox': None, 'segmentation': None, 'problem': problem}
+
+
 def object_area(annotation: dict) -> float:
     """Return the file's own area (for COCO that of the segment), or that of the box if there is none."""
     _, _, width, height = annotation['bbox']
     return annotation.get('area', width * height)
+
+
+def read_text_lines(file: Path) -> list[str]:
+    if not file.is_file():
+        raise FileError(f'{file} does not exist: check the path')
+    return file.read_text(encoding='utf-8-sig', errors='replace').splitlines()
 
 
 def shorten(ids: Iterable[int], most: int = 10) -> str:

@@ -7,8 +7,9 @@ EXIF rotation is ignored, because COCO's boxes are drawn on the stored pixels.
 import io
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,38 +19,51 @@ import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from util.errors import FileError, UserError
+from util.errors import FileError
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')  # of image files, in small letters
 JPEG_START = b'\xff\xd8\xff'
+UNKNOWN = (0, 0)  # height and width that annotations do not have
 # What Pillow may open; some other formats start programs (EPS).
 FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'PPM', 'WEBP', 'TIFF', 'JPEG2000')
 # Pillow's own limit. A JPEG of 1.5 kB can declare so many pixels that its decoder takes 12 GB.
 MAX_PIXELS = 2 * (1024**3 // 4 // 3)
 
 
-def read_image(path: str | os.PathLike[str]) -> Tensor:
-    """Read an image as uint8 [3, H, W]; all modes of Pillow become RGB, 16-bit grey by its upper byte.
+class UnreadableImage(FileError):
+    """An image file is missing, damaged or not an image."""
 
-    The three values of a pixel are adjacent in memory (the strides of a permuted [H, W, 3]).
 
-    Raises:
-        UserError: the file is missing or not a whole image; the message names it.
+@dataclass(frozen=True)
+class ImageReader:
+    """How image files become pixels.
+
+    `annotated` is the (height, width) that the annotations have for an image, 0 if they have none.
     """
-    with naming(path):
-        return decode_image(Path(path).read_bytes())
+
+    def read(self, path: str | os.PathLike[str], annotated: Sequence[int] = UNKNOWN) -> Tensor:
+        """Read an image as uint8 [3, H, W]; all modes of Pillow become RGB, 16-bit grey by its upper byte.
+
+        The three values of a pixel are adjacent in memory (the strides of a permuted [H, W, 3]).
+
+        Raises:
+            UnreadableImage: the file is missing or not a whole image; the message names it.
+        """
+        with naming(path):
+            return decode_image(Path(path).read_bytes())
+
+    def decode(self, name: str, data: bytes, annotated: Sequence[int] = UNKNOWN) -> Tensor:
+        """Decode a file's bytes as `read` does; `name` is for messages only."""
+        with naming(name):
+            return decode_image(data)
+
+    def size(self, path: str | os.PathLike[str], annotated: Sequence[int] = UNKNOWN) -> tuple[int, int]:
+        """Return the (height, width) of the image that `read` returns, from the file's header."""
+        with naming(path), open_image(path) as image:
+            return image.height, image.width
 
 
-def decode_file(path: str | os.PathLike[str], data: bytes) -> Tensor:
-    """Decode a file's bytes as `read_image` does; `path` is for messages only."""
-    with naming(path):
-        return decode_image(data)
-
-
-def stored_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Return (height, width) from the file's header; nothing is decoded."""
-    with naming(path), open_image(path) as image:
-        return image.height, image.width
+DEFAULT_READER = ImageReader()
 
 
 def orientation(path: str | os.PathLike[str]) -> int:
@@ -80,25 +94,27 @@ def open_image(file: str | os.PathLike[str] | io.BytesIO) -> PIL.Image.Image:
 
 
 def check_pixels(height: int, width: int) -> None:
-    """Raise PIL.Image.DecompressionBombError for more than MAX_PIXELS; `naming` turns it into a UserError."""
+    """Raise PIL.Image.DecompressionBombError for more than MAX_PIXELS; `naming` converts it."""
     if height * width > MAX_PIXELS:
         raise PIL.Image.DecompressionBombError(f'{height} x {width} pixels')
 
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn an error of a file or of its decoder inside the block into a UserError that names the file."""
+    """Turn an error of a file or of its decoder inside the block into UnreadableImage, which names the file."""
     try:
         yield
     except PIL.Image.DecompressionBombError as error:
-        raise UserError(
+        raise UnreadableImage(
             f'{path} is not a readable image ({error}): at most {MAX_PIXELS:,} pixels are decoded; cut it '
             'into tiles'
         ) from error
     except (OSError, SyntaxError, TypeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the file system
-            raise FileError(f'{path} cannot be read ({error.strerror})') from error
-        raise UserError(f'{path} is not a readable image ({error}): fetch it again, or remove it') from error
+            raise UnreadableImage(f'{path} cannot be read ({error.strerror})') from error
+        raise UnreadableImage(
+            f'{path} is not a readable image ({error}): fetch it again, or remove it'
+        ) from error
 
 
 def decode_image(data: bytes) -> Tensor:

@@ -4,7 +4,7 @@ from datasets.build import DataSettings
 from datasets.class_map import ClassMap
 from datasets.coco import CocoDetection, coco_options, find_path
 from datasets.coco_eval import FEDERATED, LVIS_DETECTIONS
-from datasets.coco_json import File, Lists, decode_entry, errors_in, read_lists
+from datasets.coco_json import File, Issues, Lists, decode_entry, errors_in, read_lists
 from util.errors import UserError
 
 
@@ -17,14 +17,13 @@ class LvisDetection(CocoDetection):
 
     federated = LVIS_DETECTIONS
 
-    @classmethod
-    def read_lists(cls, annotation_file: File) -> Lists:
+    def read_lists(self, annotation_file: File, issues: Issues) -> Lists:
         """Return the lists of the file.
 
         Raises:
             UserError: fields that federated evaluation reads are missing.
         """
-        lists = read_lists(annotation_file)
+        lists = read_lists(annotation_file, issues)
         with errors_in(annotation_file):
             for name, check in (('images', check_image), ('categories', check_category)):
                 for entry in map(decode_entry, lists[name]):

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from datasets.class_map import ClassMap
-from datasets.foreign import shown_box
 from datasets.image_io import orientation
+from datasets.yolo import shown_box
 from util.files import GrowingFile, save_atomically
 
 # Of predictions.csv, before the four columns of the box.

@@ -30,7 +30,7 @@ from datasets.class_map import ClassMap, names_by_id
 from datasets.coco import annotation_options
 from datasets.coco_json import Annotations, Issues, check_categories, errors_in, read_annotations
 from datasets.image_dataset import ImageDataset, Mix, loader_options
-from datasets.image_io import decode_file
+from datasets.image_io import DEFAULT_READER, ImageReader
 from datasets.samplers import EvalBatches
 from datasets.shard_index import (
     ANNOTATIONS,
@@ -83,8 +83,10 @@ class ShardedCoco(ImageDataset):
         mix: Mix | None = None,
         buffer: int = SHUFFLE_BUFFER,
         allow_pipe: bool = False,
+        reader: ImageReader = DEFAULT_READER,
     ) -> None:
         super().__init__(transforms, mix, seed)
+        self.reader = reader
         import_webdataset()
         self.index_file, self.reading, self.buffer = index_file(place), reading, buffer
         index = read_index(place, allow_pipe)
@@ -188,7 +190,7 @@ class ShardedCoco(ImageDataset):
 
     def decoded(self, stored: StoredImage) -> Sample:
         """Decode the image, and read its objects as `CocoDetection` does."""
-        image = decode_file(stored.name, stored.image)
+        image = self.reader.decode(stored.name, stored.image, self._row_sizes[stored.row])
         height, width = image.shape[1:]
         check_size(stored.name, (height, width), self._row_sizes[stored.row], self.index_file)
         try:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from datasets.augmentations import build_augmentation
 from datasets.class_map import ClassMap
-from datasets.image_io import read_image
+from datasets.image_io import ImageReader
 from models import build_detector, build_postprocessors
 from models.postprocess import Encode, postprocess_batch, to_cpu
 from models.weights.load import load_checkpoint
@@ -56,7 +56,7 @@ class Detector:
             Objects by falling score, each with its `name`, `score` and `box` (x0, y0, x1, y1 in pixels), and
                 from a detector with masks its `mask` [H, W] bool.
         """
-        image = image if isinstance(image, Tensor) else read_image(Path(image))
+        image = image if isinstance(image, Tensor) else ImageReader().read(image)
         result = self.detect(image)
         objects = []
         for index in result['scores'].argsort(descending=True).tolist():

@@ -20,7 +20,7 @@ from datasets.augmentations import DETRAugmentation
 from datasets.class_map import COCO_IDS, ClassMap
 from datasets.coco import CocoDetection, find_files
 from datasets.coco_eval import prepare_ground_truth
-from datasets.image_io import read_image
+from datasets.image_io import ImageReader
 from tests.shared_data import (
     SHARED,
     assert_target_equals,
@@ -258,7 +258,7 @@ ODD_IMAGES = {
 def test_images_of_every_kind_decode_as_pillow_does(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(ODD_IMAGES[name]())
-    image = read_image(path)
+    image = ImageReader().read(path)
     with PIL.Image.open(path) as opened:
         expected = torch.from_numpy(np.array(opened.convert('RGB'))).permute(2, 0, 1)
     assert image.dtype == torch.uint8
@@ -268,7 +268,7 @@ def test_images_of_every_kind_decode_as_pillow_does(tmp_path: Path, name: str) -
 
 def test_sixteen_bits_become_eight_and_not_white(tmp_path: Path) -> None:
     PIL.Image.fromarray(GREY.astype(np.uint16) * 256 + 77).save(tmp_path / 'deep.png')
-    image = read_image(tmp_path / 'deep.png')
+    image = ImageReader().read(tmp_path / 'deep.png')
     assert np.array_equal(image.numpy(), np.stack([GREY] * 3))
 
 
@@ -278,7 +278,7 @@ def test_broken_images_are_named(tmp_path: Path, name: str) -> None:
     for content in (data[: len(data) // 2], b'', b'no image at all'):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f'{name} is not a readable image'):
-            read_image(tmp_path / name)
+            ImageReader().read(tmp_path / name)
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_only(tmp_path: Path) -> None:

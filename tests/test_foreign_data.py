@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 import main
-from datasets import foreign
+from datasets import yolo
 from datasets.annotations import AnnotationTable
 from datasets.coco_eval import CocoEvaluator
 from datasets.coco_json import Issues
-from datasets.image_io import orientation, read_image, stored_size
+from datasets.image_io import ImageReader, orientation
 from datasets.shapes import ShapesDetection, export_shapes
+from datasets.voc import read_voc_lists
 from tests.runs import TINY, load
 from tests.shared_data import build_data
 from tools import convert_dataset
@@ -229,7 +230,7 @@ def test_boxes_of_yolo_belong_to_the_image_as_it_is_shown(
     rows, columns = (pixels[0] > 127).nonzero(as_tuple=True)
     edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     same(target['boxes'], torch.stack(edges).float().expand(2, 4))
-    again = foreign.shown_box(foreign.turned_box(shares, orientation), orientation)
+    again = yolo.shown_box(yolo.turned_box(shares, orientation), orientation)
     assert again == pytest.approx(shares)
 
 
@@ -274,7 +275,7 @@ def test_lists_of_voc(copies: dict[str, Path], tmp_path: Path) -> None:
     last = tmp_path / f'Annotations/{(tmp_path / "ImageSets/Main/val.txt").read_text().split()[-1]}.xml'
     last.write_text(re.sub('<name>[a-z]+</name>', '<name>cow</name>', last.read_text()))
     problems, counted = Issues(), last.read_text().count('<name>cow')
-    AnnotationTable(file.with_name('val.txt'), read=foreign.VocDetection.read_lists, problems=problems)
+    AnnotationTable(file.with_name('val.txt'), read=lambda path, _: read_voc_lists(path), problems=problems)
     assert problems.counts == {'annotations that cannot be used': counted}
     with pytest.raises(
         ValueError, match=f"{last.name} has the class 'cow', which no image of .*train.txt has"
@@ -297,7 +298,9 @@ def test_pillow_turns_tiff_images_itself(tmp_path: Path) -> None:
     exif[PIL.ExifTags.Base.Orientation] = 6
     PIL.Image.new('L', (40, 60)).save(tmp_path / 'a.tif', exif=exif)
     assert orientation(tmp_path / 'a.tif') == 1
-    assert read_image(tmp_path / 'a.tif').shape[1:] == stored_size(tmp_path / 'a.tif') == (40, 60)
+    assert (
+        ImageReader().read(tmp_path / 'a.tif').shape[1:] == ImageReader().size(tmp_path / 'a.tif') == (40, 60)
+    )
 
 
 @pytest.mark.parametrize('flag', ['val_images', 'train_ann'])

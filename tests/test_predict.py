@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import main
-from datasets.foreign import read_yolo
 from datasets.shapes import ShapesDetection
+from datasets.yolo import read_yolo
 from models.detector import Detector, load_detector
 from tests.processes import start
 from tests.runs import TINY, fill_disk, load, run

@@ -33,8 +33,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.annotations import AnnotationTable, labels_of
 from datasets.class_map import ClassMap
 from datasets.coco_eval import Summary, summarize_arrays
-from datasets.coco_json import as_id, box_problem, check_files, decode_entry, numbers_of, read_lists, shorten
-from datasets.image_io import read_image
+from datasets.coco_json import (
+    Issues,
+    as_id,
+    box_problem,
+    check_files,
+    decode_entry,
+    numbers_of,
+    read_lists,
+    shorten,
+)
+from datasets.image_io import ImageReader
 from datasets.segmentations import is_finite
 from util.command_line import FlagParser, float_range, run_command
 from util.errors import UserError
@@ -96,7 +105,7 @@ class Truth:
 def read_truth(file: str | Path) -> Truth:
     """Read annotations in COCO form; ids of images may be text."""
     table = AnnotationTable(file)
-    ids = [as_id(decode_entry(raw)['id']) for raw in read_lists(file)['images']]
+    ids = [as_id(decode_entry(raw)['id']) for raw in read_lists(file, Issues())['images']]
     ids = ids if numbers_of(ids) else sorted(ids)
     files, class_map, columns = list(table.file_names), ClassMap.contiguous(table.categories), table.objects
     bases = [name.rpartition('/')[2] for name in files]
@@ -317,7 +326,7 @@ def page(report: dict, folder: str | Path, title: str) -> str:
     """Return the page of a report from the files in PAGES; images are read from a folder."""
     images = []
     for entry in report['worst']:
-        image = Image.fromarray(read_image(Path(folder, entry['name'])).permute(1, 2, 0).numpy())
+        image = Image.fromarray(ImageReader().read(Path(folder, entry['name'])).permute(1, 2, 0).numpy())
         size, stream = image.size, io.BytesIO()
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         image.save(stream, 'JPEG', quality=85)

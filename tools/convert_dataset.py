@@ -14,9 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.annotations import AnnotationTable
-from datasets.coco_json import check_files, object_area, read_annotations
-from datasets.foreign import places_of
+from datasets.build import build_dataset, data_settings
+from datasets.coco_json import object_area
 from util.command_line import FlagParser, run_command
 from util.errors import UserError
 from util.files import save_atomically
@@ -48,15 +47,15 @@ def convert(args: argparse.Namespace) -> str:
     """
     if args.output.exists():
         raise UserError(f'{args.output} exists: choose another --output, or remove it')
-    kind, image_dir, file = places_of(args.image_set, args.dataset_file, args.coco_path)
-    check_files(AnnotationTable(file, read=kind.read_lists).file_names, image_dir, file)
-    data = read_annotations(file, kind.read_lists)
+    flags = {'dataset_file': args.dataset_file, 'coco_path': args.coco_path}
+    dataset = build_dataset(args.image_set, data_settings(argparse.Namespace(**flags)))
+    data = dataset.ground_truth
     for annotation in data['annotations']:
         annotation.pop('source')
         annotation |= {'iscrowd': annotation.get('iscrowd', 0), 'area': object_area(annotation)}
     save_atomically(args.output, lambda path: path.write_text(json.dumps(data)))
     numbers = ', '.join(f'{len(entries)} {name}' for name, entries in data.items())
-    return f'{args.output}: {numbers}; the images are in {image_dir}'
+    return f'{args.output}: {numbers}; the images are in {dataset.image_dir}'
 
 
 if __name__ == '__main__':

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.annotations import AnnotationTable
 from datasets.coco import find_files
 from datasets.coco_json import Annotations, check_files, read_annotations
-from datasets.image_io import stored_size
+from datasets.image_io import ImageReader
 from datasets.shard_index import ANNOTATIONS, INDEX, VERSION, check_shard_url, import_webdataset
 from datasets.targets import Reading, check_size, is_trained_on
 from util.command_line import FlagParser, run_command
@@ -106,7 +106,7 @@ def image_records(data: Annotations, folder: Path, file: Path, seed: int | None)
         random.Random(seed).shuffle(images)
     for image in images:
         path = folder / image['file_name']
-        height, width = stored_size(path)
+        height, width = ImageReader().size(path)
         check_size(path, (height, width), (image.get('height') or 0, image.get('width') or 0), file)
         record = {'image_id': image['id'], 'file_name': image['file_name'], 'height': height, 'width': width}
         yield record | {'annotations': annotations[image['id']]}

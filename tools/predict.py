@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.class_map import ClassMap
 from datasets.coco_eval import decode_masks, encode_masks
-from datasets.image_io import SUFFIXES, check_pixels, naming, read_image
+from datasets.image_io import SUFFIXES, ImageReader, check_pixels, naming
 from datasets.results import ResultFiles, coco_results, select
 from models.detector import Detector, add_detector_args, load_from_flags
 from util.command_line import FlagParser, float_range, int_range, run_command
@@ -265,7 +265,7 @@ def detect_images(
         pixels = {}
         for name in batch:
             try:
-                pixels[name] = read_image(paths[name])
+                pixels[name] = ImageReader().read(paths[name])
             except (UserError, OSError) as error:
                 if len(names) == 1:
                     raise

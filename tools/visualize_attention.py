@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.image_io import SUFFIXES, read_image
+from datasets.image_io import SUFFIXES, ImageReader
 from models.deformable_transformer import valid_ratio
 from models.detector import Detector, add_detector_args, load_from_flags
 from models.ops.modules import MSDeformAttn
@@ -273,7 +273,7 @@ def main(args: Namespace) -> None:
         raise UserError(f'--output {args.output} is the source: choose another')
     if Path(args.output).suffix.lower() not in SUFFIXES:
         raise UserError(f'--output {args.output}: let it end in .png or .jpg')
-    image, detector = read_image(args.source), load_from_flags(args)
+    image, detector = ImageReader().read(args.source), load_from_flags(args)
     attention = compute_attention(detector, image, args.layer)
     rows = build_panels(detector, image, attention, args)
     save_atomically(args.output, build_sheet(rows, attention).save)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.io import write_jpeg
 
 from datasets.augmentations import DETRAugmentation
-from datasets.image_io import read_image
+from datasets.image_io import ImageReader
 from datasets.shapes import ShapesDetection
 from tools.benchmarks.common import time_in_turn
 from util.errors import UserError
@@ -71,7 +71,7 @@ def loader(image_set: str, seed: int) -> Callable[[Path], Tensor]:
     transforms = DETRAugmentation().transforms(image_set)
 
     def load(path: Path) -> Tensor:
-        image = read_image(path)
+        image = ImageReader().read(path)
         height, width = image.shape[-2:]
         # Seven boxes, the average of a COCO image.
         corners = torch.rand(7, 2, 2, generator=torch.Generator().manual_seed(0)).sort(dim=1).values

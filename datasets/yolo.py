@@ -1,126 +1,22 @@
 """
-Datasets in the formats of other tools, Pascal VOC and YOLO, read as COCO form: the same checks, targets and
-metrics.
+Datasets in YOLO's format, as ultralytics' tools write it, read as COCO form: the same checks, targets and metrics.
 
-Categories get the ids 1 to K. Of VOC they are the names in the training part in alphabetical order, of YOLO
-those of data.yaml.
+Categories get the ids 1 to K, in the order of data.yaml.
 """
 
 import math
 import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
-from xml.etree import ElementTree
 
 from msgspec import Raw
 
 from datasets.build import DataSettings
 from datasets.class_map import ClassMap
-from datasets.coco import CocoDetection, coco_options
-from datasets.coco_json import File, Lists, box_problem, encode, shorten
-from datasets.image_io import SUFFIXES, orientation, stored_size
+from datasets.coco import CocoDetection, coco_options, given_root
+from datasets.coco_json import File, Issues, Lists, encode, read_text_lines, shorten, unusable
+from datasets.image_io import SUFFIXES, orientation
 from util.errors import FileError, UserError
-
-
-class VocDetection(CocoDetection):
-    """Images with annotations in Pascal VOC's XML, one file each; the annotation file lists their names.
-
-    Pixels are counted from 1 and corners belong to the box, as VOC's development kit says. Objects marked
-    `difficult` become crowd regions: not trained on, and ignored in evaluation.
-    """
-
-    @classmethod
-    def read_lists(cls, annotation_file: File) -> Lists:
-        """Return images, annotations and categories of a list in ImageSets/Main."""
-        file = Path(annotation_file)
-        folder, training = file.parents[2] / 'Annotations', file.with_name('train.txt')
-        files = voc_files(file, folder)
-        contents = trained_on = [read_voc(path) for path in files]
-        if training != file and training.is_file():
-            trained_on = [read_voc(path) for path in voc_files(training, folder)] or contents
-        classes = sorted({each['class'] for _, objects in trained_on for each in objects})
-        ids = {name: number for number, name in enumerate(classes, start=1)}
-        images: list[dict] = []
-        annotations: list[dict] = []
-        for number, (path, (image, objects)) in enumerate(zip(files, contents, strict=True), start=1):
-            images.append(image | {'id': number})
-            for each in objects:
-                label = each.pop('class')
-                if label not in ids:
-                    each |= unusable(
-                        f'has the class {label!r}, which no image of {training} has: correct it, or add an '
-                        'image with it there'
-                    )
-                numbers = {'id': len(annotations) + 1, 'image_id': number, 'category_id': ids.get(label)}
-                annotations.append(each | numbers | {'source': str(path)})
-        categories = [{'id': number, 'name': name} for name, number in ids.items()]
-        return {
-            'images': encode(images),
-            'annotations': encode(annotations),
-            'categories': encode(categories),
-        }
-
-
-def unusable(problem: str) -> dict:
-    """Return fields of an annotation that is refused, or counted by --check_data."""
-    return {'bbox': None, 'segmentation': None, 'problem': problem}
-
-
-def read_lines(file: Path) -> list[str]:
-    if not file.is_file():
-        raise FileError(f'{file} does not exist: check the path')
-    return file.read_text(encoding='utf-8-sig', errors='replace').splitlines()
-
-
-def voc_files(file: Path, folder: Path) -> list[Path]:
-    """Return the annotation files of a list.
-
-    A line is a name if such a file exists, else its first word is a name: VOC's own lists of a class say
-    after it whether the image has the class.
-    """
-    files = []
-    for line in filter(None, map(str.strip, read_lines(file))):
-        path = folder / f'{line}.xml'
-        files.append(path if path.is_file() else folder / f'{line.split()[0]}.xml')
-    return files
-
-
-def read_voc(file: Path) -> tuple[dict, list[dict]]:
-    """Return an image, and its objects with class, bbox and iscrowd.
-
-    Raises:
-        UserError: the file is not an annotation of VOC; the message names it.
-    """
-    if not file.is_file():
-        raise FileError(f'{file} does not exist: write it, or take its name out of the list')
-    try:
-        tree = ElementTree.parse(file).getroot()
-    except (ElementTree.ParseError, ValueError) as error:
-        raise UserError(f'{file} is not XML ({error}): write it again') from error
-    name = tree.findtext('filename') or ''
-    image: dict[str, Any] = {'file_name': name}
-    if not Path(name).suffix:
-        raise UserError(f'{file} has the filename {name!r}: it must name the image file')
-    objects = []
-    try:
-        for key in ('height', 'width'):
-            image[key] = int(float(tree.findtext(f'size/{key}') or 0))
-        for each in tree.findall('object'):
-            corners = [
-                float(each.findtext(f'bndbox/{key}') or 'nan') for key in ('xmin', 'ymin', 'xmax', 'ymax')
-            ]
-            left, top, right, bottom = corners
-            box = [left - 1, top - 1, right - left + 1, bottom - top + 1]
-            label = (each.findtext('name') or '').strip()
-            if not label:
-                raise ValueError('an object without a name')
-            objects.append({'class': label, 'bbox': box, 'iscrowd': int(each.findtext('difficult') or 0)})
-            if box_problem(objects[-1]):
-                objects[-1] |= unusable(f'has an object of the corners {corners}: correct them')
-    except (ValueError, OverflowError) as error:
-        raise UserError(f'{file} is not an annotation of VOC ({error}): correct it') from error
-    return image, objects
 
 
 class YoloDetection(CocoDetection):
@@ -131,8 +27,7 @@ class YoloDetection(CocoDetection):
     without a label file have no objects.
     """
 
-    @classmethod
-    def read_lists(cls, annotation_file: File) -> Lists:
+    def read_lists(self, annotation_file: File, issues: Issues) -> Lists:
         """Return images, annotations and categories of one part, whose name follows a '#'."""
         yaml_file, _, part = str(annotation_file).rpartition('#')
         settings = read_yaml(Path(yaml_file))
@@ -148,7 +43,7 @@ class YoloDetection(CocoDetection):
         images: list[Raw] = []
         annotations: list[Raw] = []
         for number, (file, label) in enumerate(zip(files, labels, strict=True), start=1):
-            (height, width), turn = stored_size(file), orientation(file)
+            (height, width), turn = self.reader.size(file), orientation(file)
             image = {'id': number, 'file_name': file.relative_to(folder).as_posix()}
             images += encode([image | {'height': height, 'width': width}])
             objects = enumerate(read_yolo(label, height, width, names, turn), start=len(annotations) + 1)
@@ -233,7 +128,7 @@ def read_yolo(file: Path, height: int, width: int, names: Collection[int], turn:
     if not file.is_file():
         return []
     objects: list[dict] = []
-    for number, line in enumerate(read_lines(file), start=1):
+    for number, line in enumerate(read_text_lines(file), start=1):
         words = line.split()
         if not words:
             continue
@@ -287,26 +182,17 @@ def shown_box(box: Sequence[float], turn: int) -> list[float]:
     return turned_box(box, {6: 8, 8: 6}.get(turn, turn))
 
 
-def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> CocoDetection:
-    """Build the 'train' or 'val' part of --dataset_file voc or yolo in --coco_path.
+def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> YoloDetection:
+    """Build the 'train' or 'val' part of --dataset_file yolo in --coco_path."""
+    return YoloDetection(*find_files(part, settings.coco_path), **coco_options(part, settings, class_map))
+
+
+def find_files(part: str, root: str | os.PathLike[str] | None) -> tuple[Path, Path]:
+    """Return the image folder of a part, and data.yaml with the name of the part after a '#'.
 
     Raises:
-        UserError: --coco_path is missing.
+        UserError: there is no root, or it lacks the part.
     """
-    if settings.coco_path is None:
-        raise UserError(
-            f'where is the data? Give --coco_path, the folder of --dataset_file {settings.dataset_file}'
-        )
-    kind, image_dir, annotation_file = places_of(part, settings.dataset_file, settings.coco_path)
-    return kind(image_dir, annotation_file, **coco_options(part, settings, class_map))
-
-
-def places_of(
-    part: str, dataset_file: str, root: str | os.PathLike
-) -> tuple[type[CocoDetection], Path, Path]:
-    """Return class, image folder and annotation file of a part of VOC's or YOLO's folder."""
-    folder = Path(root)
-    if dataset_file == 'voc':
-        return VocDetection, folder / 'JPEGImages', folder / f'ImageSets/Main/{part}.txt'
+    folder = given_root(root, 'yolo')
     file = folder if folder.suffix in ('.yaml', '.yml') else folder / 'data.yaml'
-    return YoloDetection, yolo_images(read_yaml(file), file, part), Path(f'{file}#{part}')
+    return yolo_images(read_yaml(file), file, part), Path(f'{file}#{part}')
