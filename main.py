@@ -23,9 +23,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from datasets.build import build_evaluator, data_limits, main_column
+from datasets.check_data import check_data
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.evaluation import Evaluation
-from datasets.inventory import check_data, print_inventory
+from datasets.inventory import print_inventory, take_inventories
 from datasets.loaders import begin_epoch, build_datasets, build_loader, check_steps, worst_batch
 from engine import evaluate, sample_detections, train_one_epoch, try_largest_batch
 from models import build_model, check_backbone
@@ -152,7 +153,8 @@ def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
             class_map = file_map if file_map.num_classes == PANOPTIC_CLASSES else None
         datasets = build_datasets(args, class_map)
         if is_main_process():
-            print_inventory(datasets, **data_limits(args))
+            names = list(datasets.values())[-1].class_map.names
+            print_inventory(take_inventories(datasets), names, **data_limits(args))
     facts = {f'{split} data': dataset.summary for split, dataset in datasets.items()}
     num_images = checkpoint.get('within_epoch', {}).get('images', 0)
     progress = f'epoch {checkpoint.get("epoch")}, {num_images} images further' if checkpoint else 'none'

@@ -128,6 +128,11 @@ class CocoDetection(ImageDataset):
             self.problems,
         )
 
+    @property
+    def reading_order(self) -> Sequence[int]:
+        """Return an index of each image: rare ones have several."""
+        return np.unique(self._rows, return_index=True)[1].tolist()
+
     @cached_property
     def ground_truth(self) -> Annotations:
         """Return the annotation file's content; training never reads it."""
@@ -137,11 +142,15 @@ class CocoDetection(ImageDataset):
                 image['height'], image['width'] = self.reader.size(self.image_dir / image['file_name'])
         return content
 
+    def pixels(self, idx: int) -> Tensor:
+        """Return the image as its file has it."""
+        row = int(self._rows[idx])
+        return self.reader.read(self.image_dir / self._file_names[row], self._json_sizes[row])
+
     def untransformed(self, idx: int) -> tuple[Tensor, Target]:
         """Return the image as its file has it, and its objects."""
         row = int(self._rows[idx])
-        name = self._file_names[row]
-        image = self.reader.read(self.image_dir / name, self._json_sizes[row])
+        name, image = self._file_names[row], self.pixels(idx)
         check_size(self.image_dir / name, image.shape[1:], self._json_sizes[row], self.annotation_file)
         objects = self._objects[self._starts[row] : self._starts[row + 1]]
         try:
