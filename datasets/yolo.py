@@ -6,7 +6,8 @@ Categories get the ids 1 to K, in the order of data.yaml.
 
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from msgspec import Raw
@@ -15,7 +16,7 @@ from datasets.build import DataSettings
 from datasets.class_map import ClassMap
 from datasets.coco import CocoDetection, coco_options, given_root
 from datasets.coco_json import File, Issues, Lists, encode, read_text_lines, shorten, unusable
-from datasets.image_io import SUFFIXES, orientation
+from datasets.image_io import SUFFIXES, ImageReader
 from util.errors import FileError, UserError
 
 
@@ -23,9 +24,13 @@ class YoloDetection(CocoDetection):
     """Images with annotations as ultralytics' tools write them; the annotation file is data.yaml.
 
     A line of a label file is a class and a box (centre, size), or a class and a polygon, in shares of the
-    image as it is shown: turned as its EXIF data say, while pixels are read as they are stored. Images
-    without a label file have no objects.
+    image as it is read: upright, unless the reader has `exif='stored'`. Images without a label file have no
+    objects.
     """
+
+    def use_reader(self, reader: ImageReader) -> None:
+        """Read images by this reader, upright instead of 'auto': labels have no sizes."""
+        super().use_reader(replace(reader, exif='upright') if reader.exif == 'auto' else reader)
 
     def read_lists(self, annotation_file: File, issues: Issues) -> Lists:
         """Return images, annotations and categories of one part, whose name follows a '#'."""
@@ -43,10 +48,10 @@ class YoloDetection(CocoDetection):
         images: list[Raw] = []
         annotations: list[Raw] = []
         for number, (file, label) in enumerate(zip(files, labels, strict=True), start=1):
-            (height, width), turn = self.reader.size(file), orientation(file)
+            height, width = self.reader.size(file)
             image = {'id': number, 'file_name': file.relative_to(folder).as_posix()}
             images += encode([image | {'height': height, 'width': width}])
-            objects = enumerate(read_yolo(label, height, width, names, turn), start=len(annotations) + 1)
+            objects = enumerate(read_yolo(label, height, width, names), start=len(annotations) + 1)
             annotations += encode({'id': row, 'image_id': number, **each} for row, each in objects)
         categories = encode({'id': number + 1, 'name': name} for number, name in names.items())
         return {'images': images, 'annotations': annotations, 'categories': categories}
@@ -117,13 +122,12 @@ def label_file(image: Path, folder: Path) -> Path:
     return next((path for path in candidates if path.is_file()), candidates[0])
 
 
-def read_yolo(file: Path, height: int, width: int, names: Collection[int], turn: int = 1) -> list[dict]:
+def read_yolo(file: Path, height: int, width: int, names: Collection[int]) -> list[dict]:
     """Return category_id and bbox, or segmentation for a polygon, or `problem`, of each line.
 
     Args:
-        height, width: of the stored image, in pixels.
+        height, width: of the image, in pixels.
         names: the valid class numbers.
-        turn: orientation of the image.
     """
     if not file.is_file():
         return []
@@ -144,42 +148,18 @@ def read_yolo(file: Path, height: int, width: int, names: Collection[int], turn:
             problem = f'is {line[:60]!r}, which is neither a box nor a polygon ({error}): correct it'
             objects.append(unusable(problem))
         else:
-            objects.append({'category_id': label + 1, **shape_of(values, height, width, turn)})
+            objects.append({'category_id': label + 1, **shape_of(values, height, width)})
         objects[-1]['source'] = f'{file}, line {number}'
     return objects
 
 
-def shape_of(values: list[float], height: int, width: int, turn: int) -> dict:
+def shape_of(values: list[float], height: int, width: int) -> dict:
     """Return bbox or segmentation, in pixels, of a box or a polygon in shares."""
     if len(values) == 4:
-        x, y, w, h = turned_box(values, turn)
+        x, y, w, h = values
         return {'bbox': [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]}
-    corners = [TURNS[turn](*corner) for corner in zip(values[::2], values[1::2], strict=True)]
+    corners = zip(values[::2], values[1::2], strict=True)
     return {'segmentation': [[value for x, y in corners for value in (x * width, y * height)]]}
-
-
-# EXIF tag Orientation -> place in the stored image of a point (x, y) of the shown one, in shares of sides.
-TURNS: dict[int, Callable[[float, float], tuple[float, float]]] = {
-    1: lambda x, y: (x, y),
-    2: lambda x, y: (1 - x, y),
-    3: lambda x, y: (1 - x, 1 - y),
-    4: lambda x, y: (x, 1 - y),
-    5: lambda x, y: (y, x),
-    6: lambda x, y: (y, 1 - x),
-    7: lambda x, y: (1 - y, 1 - x),
-    8: lambda x, y: (1 - y, x),
-}
-
-
-def turned_box(box: Sequence[float], turn: int) -> list[float]:
-    """Return the stored box (centre, size) of one in the image as it is shown."""
-    x, y, w, h = box
-    return [*TURNS[turn](x, y), *((h, w) if turn >= 5 else (w, h))]
-
-
-def shown_box(box: Sequence[float], turn: int) -> list[float]:
-    """Invert `turned_box`."""
-    return turned_box(box, {6: 8, 8: 6}.get(turn, turn))
 
 
 def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> YoloDetection:
