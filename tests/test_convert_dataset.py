@@ -339,11 +339,11 @@ def test_there_and_back(coco: Path, to: str, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ('to', 'lines', 'pattern', 'number'),
     [
-        ('voc', ['2 crowd regions are written as difficult objects', '4 masks are left out'], '<object>', 11),
-        ('yolo', ['2 crowd regions are left out', '2 masks', '2 boxes are cut off', '1 boxes outside'], r'^\d ', 8),
-        ('cvat', ['2 crowd regions are left out', '1 objects of several polygons'], 'occluded', 10),
-        ('dota', ['2 crowd regions are written as difficult objects', '4 masks are left out'], r' [01]$', 11),
-        ('oid', ['2 crowd regions are written as groups', '2 boxes are cut off', '1 boxes outside'], r',[01]$', 10),
+        ('voc', ['2 crowd regions and ignored objects are written as difficult objects', '4 masks are left out'], '<object>', 11),
+        ('yolo', ['2 crowd regions and ignored objects are left out', '2 masks', '2 boxes are cut off', '1 boxes outside'], r'^\d ', 8),
+        ('cvat', ['2 crowd regions and ignored objects are left out', '1 objects of several polygons'], 'occluded', 10),
+        ('dota', ['2 crowd regions and ignored objects are written as difficult objects', '4 masks are left out'], r' [01]$', 11),
+        ('oid', ['2 crowd regions and ignored objects are written as groups', '2 boxes are cut off', '1 boxes outside'], r',[01]$', 10),
     ],
 )
 def test_what_a_format_cannot_hold_is_said(

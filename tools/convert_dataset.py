@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.annotations import AnnotationTable
 from datasets.build import build_dataset, data_settings
+from datasets.class_map import names_by_id
 from datasets.coco import find_files
 from datasets.coco_json import (
     Annotations,
@@ -54,11 +55,12 @@ KEPT = frozenset(('id', 'image_id', 'category_id', 'bbox', 'area', 'iscrowd'))
 
 @dataclass(frozen=True)
 class Target:
-    """What a format holds. suffix: of its file; '' for a folder.
+    """What a format holds.
 
-    digits: to what boxes are rounded. crowd: what crowd regions become; '' if they are left out. masks: which
-    segmentations it holds, if it holds any. relative: boxes are shares of their image, so none may leave it. empty: it has
-    images and classes without objects.
+    suffix: of its file; '' for a folder. digits: to what boxes are rounded. crowd: what crowd regions and
+    ignored objects become; '' if they are left out. masks: which segmentations it holds, if it holds any.
+    relative: boxes are shares of their image, so none may leave it. empty: it has images and classes without
+    objects. images: where images belong, below its folder.
     """
 
     suffix: str
@@ -67,12 +69,13 @@ class Target:
     masks: str = ''
     relative: bool = False
     empty: bool = True
+    images: str = ''
 
 
 TARGETS = {
     'coco': Target('.json', crowd='crowd regions', masks='all'),
-    'voc': Target('', 'whole pixels', 'difficult objects'),
-    'yolo': Target('', 'millionths of the sides of their image', relative=True),
+    'voc': Target('', 'whole pixels', 'difficult objects', images='JPEGImages'),
+    'yolo': Target('', 'millionths of the sides of their image', relative=True, images='images/PART'),
     'cvat': Target('.xml', 'hundredths of a pixel', masks='polygons'),
     'dota': Target('', 'tenths of a pixel', 'difficult objects', empty=False),
     'oid': Target('.csv', 'millionths of the sides of their image', 'groups', relative=True, empty=False),
@@ -155,6 +158,8 @@ def read_source(args: Namespace) -> tuple[Annotations, AnnotationTable, Path | N
     for line in [*issues.lines(), *table.issues.lines()]:
         print(line)
     data = read_annotations(file, read_again)
+    names = names_by_id(data['categories'])
+    data['categories'] = [each | {'name': names[each['id']]} for each in data['categories']]
     for image in data['images']:
         if folder is not None and not (image.get('height') and image.get('width')):
             image['height'], image['width'] = ImageReader().size(folder / image['file_name'])
@@ -208,6 +213,8 @@ def fit(data: Annotations, to: str) -> tuple[Annotations, Counter[str]]:
         kept = fit_object(each, target, sizes[each['image_id']], lost)
         if kept is not None:
             annotations.append(kept)
+    if to == 'dota':
+        lost['classes have spaces in their names, which other readers may refuse'] += sum(' ' in each['name'] for each in data['categories'])
     if not target.empty:
         used = [{each[key] for each in annotations} for key in ('image_id', 'category_id')]
         for name, ids in zip(('images', 'categories'), used, strict=True):
@@ -219,21 +226,23 @@ def fit(data: Annotations, to: str) -> tuple[Annotations, Counter[str]]:
 
 def fit_object(annotation: dict, target: Target, size: tuple[int, int], lost: Counter[str]) -> dict | None:
     """Return an annotation as hotcoco writes it; None if the format cannot hold it."""
-    if annotation['iscrowd'] and not target.crowd:
-        lost['crowd regions are left out'] += 1
+    is_crowd = bool(annotation['iscrowd'] or annotation.get('ignore'))
+    fate = f'written as {target.crowd}' if target.crowd else 'left out'
+    lost[f'crowd regions and ignored objects are {fate}'] += is_crowd
+    if is_crowd and not target.crowd:
         return None
-    if annotation['iscrowd']:
-        lost[f'crowd regions are written as {target.crowd}'] += 1
     x, y, w, h = annotation['bbox']
     if target.relative:
         left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, size[0]), min(y + h, size[1])
-        if left > right or top > bottom:
+        is_seen = right >= left and bottom >= top and (right > left or not w) and (bottom > top or not h)
+        if not is_seen:
             lost['boxes outside of their image are left out'] += 1
             return None
-        if [left, top, right, bottom] != [x, y, x + w, y + h]:
-            lost['boxes are cut off at the border of their image'] += 1
-            x, y, w, h = left, top, right - left, bottom - top
-    fields = {'bbox': [x, y, w, h], 'obb': [x + w / 2, y + h / 2, w, h, 0.0]}
+        cut = max(left - x, top - y, x + w - right, y + h - bottom)
+        lost['boxes are cut off at the border of their image'] += cut > 0.01
+        x, y, w, h = left, top, right - left, bottom - top
+    fields = {'iscrowd': int(is_crowd), 'is_group_of': is_crowd, 'bbox': [x, y, w, h]}
+    fields |= {'obb': [x + w / 2, y + h / 2, w, h, 0.0]}
     masks = annotation.get('segmentation') or []
     polygons = polygons_of(masks) if target.masks == 'polygons' and isinstance(masks, list) else []
     if polygons:
@@ -241,8 +250,8 @@ def fit_object(annotation: dict, target: Target, size: tuple[int, int], lost: Co
         lost['objects of several polygons become an object for each'] += len(polygons) > 1
     elif masks:
         lost['masks are left out, and only their boxes are written'] += 1
-    lost['annotations have other fields, which are left out'] += bool(annotation.keys() - KEPT - {'segmentation'})
-    return {name: annotation[name] for name in KEPT} | fields | {'is_group_of': bool(annotation['iscrowd'])}
+    lost['annotations have other fields, which are left out'] += bool(annotation.keys() - KEPT - {'segmentation', 'ignore'})
+    return {name: annotation[name] for name in KEPT} | fields
 
 
 def write_parts(parts: dict[str, Annotations], to: str, is_divided: bool, output: Path) -> None:
@@ -313,18 +322,19 @@ def convert(args: Namespace) -> str:
     """
     check_flags(args)
     data, table, folder = read_source(args)
-    parts = {args.image_set: data}
-    if args.split:
-        parts = divide(data, table, args.split, args.seed)
-    total = Counter[str]()
-    for part in parts if args.to != 'coco' else ():
-        parts[part], lost = fit(parts[part], args.to)
-        total += lost
+    lost = Counter[str]()
+    if args.to != 'coco':
+        data, lost = fit(data, args.to)
+    parts = divide(data, table, args.split, args.seed) if args.split else {args.image_set: data}
     save_atomically(args.output, partial(write_parts, parts, args.to, bool(args.split)))
-    for text, number in sorted(total.items()):
+    for text, number in sorted(lost.items()):
         print(f'{number} {text}')
-    if digits := TARGETS[args.to].digits:
-        print(f'boxes are rounded to {digits}')
+    target = TARGETS[args.to]
+    if target.digits:
+        print(f'boxes are rounded to {target.digits}')
+    if target.images:
+        places = dict.fromkeys(target.images.replace('PART', part) for part in parts)
+        print(f'images belong into {" and ".join(f"{args.output}/{place}" for place in places)}')
     names = ('images', 'annotations', 'categories')
     numbers = [', '.join(f'{len(each[name])} {name}' for name in names) for each in parts.values()]
     texts = [f'{part} with {text}' for part, text in zip(parts, numbers, strict=True)] if args.split else numbers
