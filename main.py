@@ -26,7 +26,14 @@ from datasets.build import build_evaluator, data_limits, main_column
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.evaluation import Evaluation
 from datasets.inventory import check_data, print_inventory
-from datasets.loaders import begin_epoch, build_datasets, build_loader, check_steps, worst_batch
+from datasets.loaders import (
+    begin_epoch,
+    build_datasets,
+    build_loader,
+    check_steps,
+    count_train_images,
+    worst_batch,
+)
 from engine import evaluate, sample_detections, train_one_epoch, try_largest_batch
 from models import build_model, check_backbone
 from models.segmentation import freeze_all_but_masks
@@ -92,10 +99,11 @@ def look(args: Settled) -> None:
     """Print the size and the cost of a run, for --dry_run; with --check_data, check all data first."""
     if not is_main_process():
         return
-    num_images = None
     if args.check_data:
         datasets = build_datasets(args, None)
         num_images = check_data(datasets, args.num_workers, args.output_dir, **data_limits(args))
+    else:
+        num_images = None if args.eval else count_train_images(args)
     print_dry_run(args, num_images)
 
 
