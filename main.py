@@ -26,7 +26,14 @@ from datasets.build import build_evaluator, data_limits, main_column
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.evaluation import Evaluation
 from datasets.inventory import check_data, print_inventory
-from datasets.loaders import begin_epoch, build_datasets, build_loader, check_steps, worst_batch
+from datasets.loaders import (
+    begin_epoch,
+    build_datasets,
+    build_loader,
+    check_steps,
+    handle_unreadable,
+    worst_batch,
+)
 from engine import evaluate, sample_detections, train_one_epoch, try_largest_batch
 from models import build_model, check_backbone
 from models.segmentation import freeze_all_but_masks
@@ -153,6 +160,7 @@ def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
         datasets = build_datasets(args, class_map)
         if is_main_process():
             print_inventory(datasets, **data_limits(args))
+    handle_unreadable(datasets, args.skip_unreadable, args.output_dir)
     facts = {f'{split} data': dataset.summary for split, dataset in datasets.items()}
     num_images = checkpoint.get('within_epoch', {}).get('images', 0)
     progress = f'epoch {checkpoint.get("epoch")}, {num_images} images further' if checkpoint else 'none'

@@ -19,11 +19,13 @@ from datasets.build import DataSettings, image_options
 from datasets.class_map import ClassMap
 from datasets.coco_json import Annotations, File, Issues, Lists, check_files, read_annotations, read_lists
 from datasets.image_dataset import ImageDataset, Mix
-from datasets.image_io import DEFAULT_READER, ImageReader
+from datasets.image_io import DEFAULT_READER, ImageReader, UnreadableImage
 from datasets.inventory import find_unusual_boxes
 from datasets.targets import AS_DETR, Objects, Reading, check_size, is_trained_on, make_target
 from datasets.transforms import Target, Transform
 from util.errors import FileError, UserError
+
+USUAL_SIZE = (480, 640)  # of an image whose header cannot be read
 
 
 class CocoDetection(ImageDataset):
@@ -111,7 +113,10 @@ class CocoDetection(ImageDataset):
         """Copy sizes [N, 2]; where one is 0, it is read from the header of the image."""
         sizes = sizes.copy()
         for idx in np.flatnonzero((sizes <= 0).any(axis=1)).tolist():
-            sizes[idx] = self.reader.size(self.image_dir / names[idx])
+            try:
+                sizes[idx] = self.reader.size(self.image_dir / names[idx])
+            except UnreadableImage:  # reading it is an error, or another image replaces it
+                sizes[idx] = USUAL_SIZE
         return sizes
 
     def inventory(self) -> Inventory:
@@ -136,6 +141,9 @@ class CocoDetection(ImageDataset):
             if not (image.get('height') and image.get('width')):  # masks need them
                 image['height'], image['width'] = self.reader.size(self.image_dir / image['file_name'])
         return content
+
+    def image_name(self, idx: int) -> str:
+        return str(self.image_dir / self._file_names[int(self._rows[idx])])
 
     def untransformed(self, idx: int) -> tuple[Tensor, Target]:
         """Return the image as its file has it, and its objects."""

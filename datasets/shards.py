@@ -14,7 +14,7 @@ stream that begins later has the same one.
 import math
 import random
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count, groupby
@@ -203,12 +203,22 @@ class ShardedCoco(ImageDataset):
         except (ValueError, LookupError, RecursionError) as error:
             raise UserError(f'{stored.name} has bad annotations ({error}): {WRITE_AGAIN}') from error
 
-    def item(self, stored: StoredImage, others: Sequence[StoredImage]) -> Sample:
-        """Return the item that indexing gives, except that --aug lsj takes its second image from `others`."""
+    def item(self, stored: StoredImage, others: Callable[[], list[StoredImage]]) -> Sample:
+        """Return the item that indexing gives.
+
+        others: returns the images from which --aug lsj takes its second one, and that replace an unreadable one.
+        """
+
+        def index_of(stored: StoredImage) -> int:
+            return bisect_left(self.ids, self._row_ids[stored.row])
+
+        def readable(wanted: StoredImage) -> Sample:
+            return self.first_readable(
+                wanted, others, self.decoded, lambda stored: self.image_name(index_of(stored))
+            )
+
         return self.transformed(
-            bisect_left(self.ids, self._row_ids[stored.row]),
-            partial(self.decoded, stored),
-            lambda: self.decoded(random.choice(others)),
+            index_of(stored), partial(readable, stored), lambda: readable(random.choice(others()))
         )
 
 
@@ -293,8 +303,7 @@ class ShardStream(IterableDataset):
                 held[position] = stored
                 if position + 1 >= pool.taken:
                     break
-            others = [held[position] for position in pool.slots] if data.mix is not None else ()
-            yield data.item(held[drawn], others)
+            yield data.item(held[drawn], lambda: [held[position] for position in pool.slots])
             if pool.taken < len(rows):
                 del held[drawn]
 

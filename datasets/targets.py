@@ -99,12 +99,12 @@ def check_size(path: object, size: Sequence[int], annotated: Sequence[int], sour
 
 
 def is_trained_on(reading: Reading, objects: Columns) -> np.ndarray:
-    """Leave out crowd regions and, if the reading says so, tiny objects; [A] bool.
+    """Leave out crowd regions, ignored objects and, if the reading says so, tiny objects; [A] bool.
 
     An object is tiny by mmdetection's rule, which looks at its box before that is clamped.
     """
     tiny = (objects.boxes_xywh[:, 2:] < 1).any(axis=1) | (objects.areas <= 0)
-    return ~objects.crowd & ~(tiny & reading.drop_tiny)
+    return ~objects.crowd & ~objects.ignored & ~(tiny & reading.drop_tiny)
 
 
 def rasterize(segmentation: list | dict, height: int, width: int) -> Tensor:
