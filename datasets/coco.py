@@ -18,6 +18,7 @@ from datasets.augmentations import build_augmentation
 from datasets.build import DataSettings, image_options
 from datasets.class_map import ClassMap
 from datasets.coco_json import Annotations, File, Issues, Lists, check_files, read_annotations, read_lists
+from datasets.headers import Survey
 from datasets.image_dataset import ImageDataset, Mix
 from datasets.image_io import DEFAULT_READER, ImageReader, UnreadableImage
 from datasets.inventory import find_unusual_boxes
@@ -65,7 +66,7 @@ class CocoDetection(ImageDataset):
         reader: ImageReader = DEFAULT_READER,
     ) -> None:
         super().__init__(transforms, mix, seed)
-        self.reader = reader
+        self.use_reader(reader)
         self.image_dir, self.annotation_file = Path(image_dir), Path(annotation_file)
         table = AnnotationTable(
             annotation_file, class_map, return_masks is not False, self.read_lists, problems
@@ -118,6 +119,12 @@ class CocoDetection(ImageDataset):
             except UnreadableImage:  # reading it is an error, or another image replaces it
                 sizes[idx] = USUAL_SIZE
         return sizes
+
+    @cached_property
+    def survey(self) -> Survey:
+        """Return the headers of the images, each once."""
+        paths = [self.image_dir / name for name in self._file_names]
+        return Survey.of(paths, self._json_sizes)
 
     def inventory(self) -> Inventory:
         """Return all objects, before repetition of rare classes."""

@@ -4,7 +4,7 @@ import random
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 from datasets.annotations import Inventory
 from datasets.class_map import ClassMap
 from datasets.coco_json import Annotations
-from datasets.image_io import UnreadableImage
+from datasets.headers import Survey
+from datasets.image_io import DEFAULT_READER, ImageReader, UnreadableImage
 from datasets.transforms import Mix, Sample, Transform, size_after
 from datasets.unreadable import UnreadableImages
 from util.errors import UserError
@@ -48,6 +49,7 @@ class ImageDataset(Dataset[Sample], ABC):
     class_map: ClassMap  # class index of the model for each category of the annotations
     most_objects = 100  # in one image; for the trial of the largest batch
     return_masks = False  # targets have masks
+    reader = DEFAULT_READER  # of its image files
     # List of the images that could not be read, which others replace; None: such an image is an error.
     unreadable: UnreadableImages | None = None
     # If not 0, only some classes of an image are annotated, and this many detections count (`LvisEvaluator`).
@@ -78,14 +80,24 @@ class ImageDataset(Dataset[Sample], ABC):
     def image_sizes(self) -> Sequence[Sequence[int]] | np.ndarray:
         """Return height and width of every image, [N, 2]."""
 
+    @cached_property
+    def survey(self) -> Survey:
+        """Return the headers of its image files, of a part of them if there are many; by default it has none."""
+        return Survey()
+
+    def use_reader(self, reader: ImageReader) -> None:
+        """Read images by this reader from now on."""
+        self.reader = reader
+
     @property
     @abstractmethod
     def ground_truth(self) -> Annotations:
         """Return the annotations in COCO form that evaluation compares with."""
 
     def __getstate__(self) -> dict:
-        """Leave out a cached ground truth: spawned workers do not need it."""
-        return {name: value for name, value in self.__dict__.items() if name != 'ground_truth'}
+        """Leave out a cached ground truth and survey: spawned workers do not need them."""
+        left_out = ('ground_truth', 'survey')
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __len__(self) -> int:
         return len(self.ids)

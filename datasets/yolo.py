@@ -7,6 +7,7 @@ Categories get the ids 1 to K, in the order of data.yaml.
 import math
 import os
 from collections.abc import Collection
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from datasets.coco_json import (
     shorten,
     unusable,
 )
-from datasets.image_io import SUFFIXES, UnreadableImage
+from datasets.image_io import SUFFIXES, ImageReader, UnreadableImage
 from datasets.image_names import find_images, parts_of
 from datasets.transforms import Target
 from util.errors import FileError, UserError
@@ -41,9 +42,14 @@ class YoloDetection(CocoDetection):
     """Images with annotations as ultralytics' tools write them; the annotation file is data.yaml.
 
     A line of a label file is a class and a box (centre, size), or a class and a polygon, in shares of the
-    image. Images without a label file have no objects. A training image without a readable header is kept:
-    reading it is an error, which --skip_unreadable handles.
+    image as it is read: upright, unless the reader has `exif='stored'`. Images without a label file have no
+    objects. A training image without a readable header is kept: reading it is an error, which
+    --skip_unreadable handles.
     """
+
+    def use_reader(self, reader: ImageReader) -> None:
+        """Read images by this reader, upright instead of 'auto': labels have no sizes."""
+        super().use_reader(replace(reader, exif='upright') if reader.exif == 'auto' else reader)
 
     def read_lists(self, annotation_file: File, issues: Issues) -> Lists:
         """Return images, annotations and categories of one part, whose name follows a '#'."""

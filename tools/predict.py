@@ -276,7 +276,7 @@ def detect_images(
             drawing, number = draw_detections(image, result, detector.class_map, thresholds)
             save_atomically(files.folder / f'{stems[name]}.png', partial(write_png, drawing))
             rows = coco_results(name, ids[name], select(result, args.json_score_thr), detector.class_map)
-            files.add_image(rows, stems[name], image.shape[1:], paths[name])
+            files.add_image(rows, stems[name], image.shape[1:])
             print(f'{paths[name]}: {number} objects of score {args.score_thr} or more')
     if len(left_out) == len(images):
         raise UserError(f'no image could be read, the first because {left_out[0]}')
