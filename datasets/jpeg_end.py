@@ -20,14 +20,15 @@ def with_end_marker(data: bytes) -> bytes | None:
     """Return a JPEG file with the end marker of which it lacks one byte or both.
 
     Pixels are missing if other bytes in place of the missing ones change the image. The last byte must be
-    needed too, so that zeros behind a part of a file do not pass for pixels.
+    needed too, and two zeros are at no end, so that what a disk has behind a part of a file does not pass for
+    pixels.
 
     Returns:
         None: the file has an end marker, or lacks more, or is of a kind that is not known here.
     """
-    body = data.removesuffix(b'\xff')
+    body = data.rstrip(b'\xff')
     start = last_scan(body)
-    if start is None:
+    if start is None or body.endswith(b'\x00\x00'):
         return None
     shorter = body[:-2] if body.endswith(b'\xff\x00') else body[:-1]
     return body + END if has_all_pixels(body, start) and not has_all_pixels(shorter, start) else None

@@ -60,6 +60,7 @@ class UnreadableImages:
     def _append(self, line: str) -> None:
         """Append a line at once, so that those of other processes stay whole."""
         try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
             number = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             try:
                 os.write(number, f'{line}\n'.encode(errors='surrogateescape'))
