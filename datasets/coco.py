@@ -26,7 +26,7 @@ from datasets.targets import AS_DETR, Objects, Reading, check_size, is_trained_o
 from datasets.transforms import Target, Transform
 from util.errors import FileError, UserError
 
-USUAL_SIZE = (480, 640)  # of an image whose header cannot be read
+USUAL_SIZE = (480, 640)  # height and width in place of those of an unreadable image
 
 
 class CocoDetection(ImageDataset):
@@ -101,7 +101,7 @@ class CocoDetection(ImageDataset):
         Raises:
             UserError: there is no such image.
         """
-        sizes = self._known_sizes(table.sizes, table.file_names) if min_side else table.sizes
+        sizes = self._known_sizes(table.sizes, table.file_names, keep_unreadable=True) if min_side else table.sizes
         rows = np.flatnonzero(sizes.min(axis=1) >= min_side)
         if not len(rows):
             raise UserError(
@@ -110,13 +110,18 @@ class CocoDetection(ImageDataset):
             )
         return rows
 
-    def _known_sizes(self, sizes: np.ndarray, names: Sequence[str]) -> np.ndarray:
-        """Copy sizes [N, 2]; where one is 0, it is read from the header of the image."""
+    def _known_sizes(self, sizes: np.ndarray, names: Sequence[str], keep_unreadable: bool) -> np.ndarray:
+        """Copy sizes [N, 2]; where one is 0, it is read from the header of the image.
+
+        keep_unreadable: give an image without a readable header a usual size.
+        """
         sizes = sizes.copy()
         for idx in np.flatnonzero((sizes <= 0).any(axis=1)).tolist():
             try:
                 sizes[idx] = self.reader.size(self.image_dir / names[idx])
-            except UnreadableImage:  # reading it is an error, or another image replaces it
+            except UnreadableImage:
+                if not keep_unreadable:
+                    raise
                 sizes[idx] = USUAL_SIZE
         return sizes
 
@@ -166,7 +171,8 @@ class CocoDetection(ImageDataset):
 
     def image_sizes(self) -> np.ndarray:
         """Return height and width of all images, [N, 2]."""
-        return self._known_sizes(self._json_sizes, self._file_names)[self._rows]
+        is_replaced = self.unreadable is not None
+        return self._known_sizes(self._json_sizes, self._file_names, is_replaced)[self._rows]
 
 
 def objects_of(table: AnnotationTable, images: np.ndarray, reading: Reading) -> tuple[np.ndarray, np.ndarray]:

@@ -173,7 +173,7 @@ class ImageDataset(Dataset[Sample], ABC):
         """Put an image on the list of unreadable ones, and return it; without a list, raise the error."""
         if self.unreadable is None:
             raise error
-        if self.unreadable.add(name, error):
+        if self.unreadable.add((name, error)):
             print(f'warning: {error}; another image takes its place', flush=True)
         self.unreadable.check()
         return self.unreadable

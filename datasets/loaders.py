@@ -79,8 +79,7 @@ def list_unreadable(part: str, dataset: ImageDataset) -> None:
             raise FileError(f'{len(found)} {part} images cannot be read, the first is: {found[0][1]}')
         return
     dataset.unreadable.begin()
-    for path, error in found:
-        dataset.unreadable.add(str(path), error)
+    dataset.unreadable.add(*((str(path), error) for path, error in found))
     dataset.unreadable.check()
     if found:
         print(

@@ -1,6 +1,5 @@
 """Training images that cannot be read: another one takes the place of each, and a file lists them."""
 
-import os
 import time
 from pathlib import Path
 
@@ -24,7 +23,7 @@ class UnreadableImages:
     def begin(self) -> None:
         """Count from 0 again. The entries of earlier starts stay in the file."""
         if self.file.is_file():
-            self._append(f'start of {time.strftime("%Y-%m-%d %H:%M:%S")}')
+            self._append([f'start of {time.strftime("%Y-%m-%d %H:%M:%S")}'])
 
     def names(self) -> list[str]:
         """Return the names of the images that count, each once."""
@@ -38,13 +37,17 @@ class UnreadableImages:
                 names.clear()
         return list(names)
 
-    def add(self, name: str, error: Exception) -> bool:
-        """Add an image with its error, and return whether it is new."""
-        name, reason = (' '.join(text.split()) for text in (name, str(error).removeprefix(name)))
-        is_new = name not in self.names()
-        if is_new:
-            self._append(f'{name}\t{reason}')
-        return is_new
+    def add(self, *images: tuple[str, Exception]) -> bool:
+        """Add images, the name and the error of each, and return whether one of them is new."""
+        known = set(self.names())
+        lines = []
+        for image, error in images:
+            name, reason = (' '.join(text.split()) for text in (image, str(error).removeprefix(image)))
+            if name not in known:
+                lines.append(f'{name}\t{reason}')
+        if lines:
+            self._append(lines)
+        return bool(lines)
 
     def check(self) -> None:
         """Raise a UserError if these are more than `limit` images."""
@@ -57,15 +60,12 @@ class UnreadableImages:
                 'them from the annotations, or raise --skip_unreadable'
             )
 
-    def _append(self, line: str) -> None:
-        """Append a line at once, so that those of other processes stay whole."""
+    def _append(self, lines: list[str]) -> None:
+        """Append lines at once, so that those of other processes stay whole."""
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            number = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            try:
-                os.write(number, f'{line}\n'.encode(errors='surrogateescape'))
-            finally:
-                os.close(number)
+            with self.file.open('ab', buffering=0) as file:
+                file.write(''.join(f'{line}\n' for line in lines).encode(errors='surrogateescape'))
         except OSError as error:
             raise FileError(
                 f'{self.file}, the list of unreadable images, cannot be written ({error.strerror})'

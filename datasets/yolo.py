@@ -165,7 +165,7 @@ class DataYaml:
         found = next((path for path in candidates if path.exists()), None) or self.tail(text)
         if found is None:
             raise FileError(
-                f'{self.file}: the {part} images {text!r} are in none of {", ".join(map(str, candidates))}, '
+                f'{self.file}: the {part} images {text!r} are in none of {", ".join(map(str, dict.fromkeys(candidates)))}, '
                 f'and {self.folder} has no tail of these: correct path and {part} in it'
             )
         others = [other for name in PARTS for other in self.texts(name) if str(other).strip() != text.strip()]

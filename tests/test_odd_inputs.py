@@ -434,7 +434,7 @@ def test_images_that_are_none(name: str, data: Path, capsys: pytest.CaptureFixtu
 UNREADABLE = {
     'one without a header': ({0: b''}, '', "warning: 1 train images cannot be read, and others take", 1),
     'one cut off': ({0: png()[:-99]}, '', "0.png is not a readable image", 1),
-    'one and two workers': ({0: png()[:-99]}, '--num_workers 2', "another image takes its place", 1),
+    'one and two workers': ({0: png()[:-99]}, '--num_workers 2', '', 1),
     'one and --batches size': ({0: png()[:-99]}, '--batches size', "another image takes its place", 1),
     'one and --aug lsj': ({0: png()[:-99]}, '--aug lsj', "another image takes its place", 1),
     'two': ({0: png()[:-99], 2: b''}, '--skip_unreadable 2', "another image takes its place", 2),
@@ -493,15 +493,15 @@ def test_the_list_of_unreadable_images_is_shared(tmp_path: Path) -> None:
     """By processes; a new start of the run counts from 0 again."""
     first, second = (UnreadableImages(tmp_path / 'out/list.txt', 2) for _ in range(2))
     first.begin()
-    assert first.add('a  b.png', OSError('a  b.png is\nnone')) and second.add('c.png', OSError('c.png is none'))
-    assert not second.add('a  b.png', OSError('a  b.png is gone'))
+    assert first.add(('a  b.png', OSError('a  b.png is\nnone'))) and second.add(('c.png', OSError('c.png is none')))
+    assert not second.add(('a  b.png', OSError('a  b.png is gone')))
     first.check()
     assert (tmp_path / 'out/list.txt').read_text() == 'a b.png\tis none\nc.png\tis none\n'
-    assert first.add('d\udcff.png', OSError('d\udcff.png is none'))
+    assert first.add(('d\udcff.png', OSError('d\udcff.png is none')))
     with pytest.raises(UserError, match=r'^3 training images .* more than --skip_unreadable 2: a b.png, c.png, d'):
         second.check()
     second.begin()
-    assert not second.names() and second.add('c.png', OSError('c.png is none'))
+    assert not second.names() and second.add(('c.png', OSError('c.png is none')))
     assert len((tmp_path / 'out/list.txt').read_text('utf-8', 'surrogateescape').splitlines()) == 5
 
 
