@@ -23,6 +23,7 @@ from datasets.copy_paste import TRIES, LargeScaleJitter, jitter, mask_extents, p
 from datasets.loaders import build_loader
 from datasets.samplers import BATCHES, AspectBatches
 from datasets.shapes import ShapesDetection
+from datasets.unreadable import UnreadableImages
 from engine import evaluate, sample_detections
 from models.detector import Detector
 from models.postprocess import TopKPostProcess, frame_size, scale_boxes
