@@ -27,6 +27,7 @@ from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.evaluation import Evaluation
 from datasets.inventory import check_data, print_inventory
 from datasets.loaders import begin_epoch, build_datasets, build_loader, check_steps, worst_batch
+from datasets.readers import settle_reading, use_readers
 from engine import evaluate, sample_detections, train_one_epoch, try_largest_batch
 from models import build_model, check_backbone
 from models.segmentation import freeze_all_but_masks
@@ -44,6 +45,7 @@ from util.config.recorded import adopt, changes_text, data_of
 from util.config.settle import EVERYTHING, Settled, check_processes, settle
 from util.distributed.collectives import (
     all_gather_object,
+    broadcast_object,
     check_agreement,
     choose_device,
     fail_together,
@@ -95,6 +97,7 @@ def look(args: Settled) -> None:
     num_images = None
     if args.check_data:
         datasets = build_datasets(args, None)
+        settle_reading(args, datasets)
         num_images = check_data(datasets, args.num_workers, args.output_dir, **data_limits(args))
     print_dry_run(args, num_images)
 
@@ -153,6 +156,10 @@ def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
         datasets = build_datasets(args, class_map)
         if is_main_process():
             print_inventory(datasets, **data_limits(args))
+    with fail_together():
+        found = settle_reading(args, datasets) if is_main_process() else {}
+    args = args.but(**broadcast_object(found))
+    use_readers(args, datasets.values())
     facts = {f'{split} data': dataset.summary for split, dataset in datasets.items()}
     num_images = checkpoint.get('within_epoch', {}).get('images', 0)
     progress = f'epoch {checkpoint.get("epoch")}, {num_images} images further' if checkpoint else 'none'
