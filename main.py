@@ -34,6 +34,7 @@ from datasets.loaders import (
     handle_unreadable,
     worst_batch,
 )
+from datasets.readers import settle_reading, use_readers
 from engine import evaluate, sample_detections, train_one_epoch, try_largest_batch
 from models import build_model, check_backbone
 from models.segmentation import freeze_all_but_masks
@@ -51,6 +52,7 @@ from util.config.recorded import adopt, changes_text, data_of
 from util.config.settle import EVERYTHING, Settled, check_processes, settle
 from util.distributed.collectives import (
     all_gather_object,
+    broadcast_object,
     check_agreement,
     choose_device,
     fail_together,
@@ -102,6 +104,7 @@ def look(args: Settled) -> None:
     num_images = None
     if args.check_data:
         datasets = build_datasets(args, None)
+        settle_reading(args, datasets)
         num_images = check_data(datasets, args.num_workers, args.output_dir, **data_limits(args))
     print_dry_run(args, num_images)
 
@@ -161,6 +164,10 @@ def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
         if is_main_process():
             print_inventory(datasets, **data_limits(args))
     handle_unreadable(datasets, args.skip_unreadable, args.output_dir)
+    with fail_together():
+        found = settle_reading(args, datasets) if is_main_process() else {}
+    args = args.but(**broadcast_object(found))
+    use_readers(args, datasets.values())
     facts = {f'{split} data': dataset.summary for split, dataset in datasets.items()}
     num_images = checkpoint.get('within_epoch', {}).get('images', 0)
     progress = f'epoch {checkpoint.get("epoch")}, {num_images} images further' if checkpoint else 'none'

@@ -22,6 +22,7 @@ from datasets.headers import Survey
 from datasets.image_dataset import ImageDataset, Mix
 from datasets.image_io import DEFAULT_READER, ImageReader, UnreadableImage
 from datasets.inventory import find_unusual_boxes
+from datasets.readers import build_reader
 from datasets.targets import AS_DETR, Objects, Reading, check_size, is_trained_on, make_target
 from datasets.transforms import Target, Transform
 from util.errors import FileError, UserError
@@ -161,13 +162,19 @@ class CocoDetection(ImageDataset):
         """Return the image as its file has it, and its objects."""
         row = int(self._rows[idx])
         name = self._file_names[row]
-        image = self.reader.read(self.image_dir / name, self._json_sizes[row])
-        check_size(self.image_dir / name, image.shape[1:], self._json_sizes[row], self.annotation_file)
+        file, size = self.image_dir / name, self._json_sizes[row]
+        image = self.reader.read(file, size)
+        check_size(file, image.shape[1:], size, self.annotation_file, self.reader.exif)
         objects = self._objects[self._starts[row] : self._starts[row + 1]]
         try:
             return image, make_target(objects, self.ids[idx], *image.shape[1:])
         except UserError as error:
             raise UserError(f'{self.annotation_file}: image {self.ids[idx]} ({name}) {error}') from error
+
+    def turn_left(self, idx: int) -> int:
+        """Return the orientation with which `image_io.turned` makes image idx upright, for drawings of it."""
+        row = int(self._rows[idx])
+        return self.reader.turn_left(self.image_dir / self._file_names[row], self._json_sizes[row])
 
     def image_sizes(self) -> np.ndarray:
         """Return height and width of all images, [N, 2]."""
@@ -236,6 +243,7 @@ def annotation_options(part: str, settings: DataSettings, class_map: ClassMap | 
         'class_map': class_map,
         'reading': Reading(settings.class_ids, augmentation.drop_tiny, min_side),
         'return_masks': return_masks,
+        'reader': build_reader(settings),
     }
 
 

@@ -85,6 +85,10 @@ class ImageDataset(Dataset[Sample], ABC):
         """Return the headers of its image files, of a part of them if there are many; by default it has none."""
         return Survey()
 
+    def turn_left(self, idx: int) -> int:
+        """Return the orientation with which `image_io.turned` makes image idx upright, for drawings of it."""
+        return 1
+
     def use_reader(self, reader: ImageReader) -> None:
         """Read images by this reader from now on."""
         self.reader = reader

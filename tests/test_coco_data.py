@@ -259,7 +259,7 @@ ODD_IMAGES = {
 def test_images_of_every_kind_decode_as_pillow_does(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(ODD_IMAGES[name]())
-    image = ImageReader().read(path)
+    image = ImageReader(exif='stored').read(path)
     with PIL.Image.open(path) as opened:
         expected = torch.from_numpy(np.array(opened.convert('RGB'))).permute(2, 0, 1)
     assert image.dtype == torch.uint8

@@ -22,7 +22,7 @@ from datasets import shape_scenes, yolo
 from datasets.annotations import AnnotationTable
 from datasets.coco_eval import CocoEvaluator
 from datasets.coco_json import Issues
-from datasets.image_io import ImageReader, UnreadableImage, orientation
+from datasets.image_io import UnreadableImage, read_header
 from datasets.shapes import ShapesDetection, export_shapes
 from datasets.voc import read_voc_lists
 from datasets.yolo import YoloDetection
@@ -210,7 +210,7 @@ def test_polygons_of_yolo_have_boxes_and_masks(copies: dict[str, Path], tmp_path
 def test_boxes_of_yolo_belong_to_the_image_as_it_is_shown(
     tmp_path: Path, orientation: int, suffix: str
 ) -> None:
-    """As a viewer turns it by its EXIF data; the stored pixels are found, and written in the same way."""
+    """As a viewer turns it by its EXIF data."""
     stored = PIL.Image.new('L', (40, 60))
     stored.paste(255, (4, 12, 16, 30))
     exif = PIL.Image.Exif()
@@ -235,8 +235,6 @@ def test_boxes_of_yolo_belong_to_the_image_as_it_is_shown(
     rows, columns = (pixels[0] > 127).nonzero(as_tuple=True)
     edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     same(target['boxes'], torch.stack(edges).float().expand(2, 4))
-    again = yolo.shown_box(yolo.turned_box(shares, orientation), orientation)
-    assert again == pytest.approx(shares)
 
 
 def test_label_files_do_not_depend_on_the_folder_of_the_program(
@@ -426,20 +424,10 @@ def test_broken_exif_data_cost_nothing(tmp_path: Path) -> None:
     """Nor are a PNG's pixels decoded to look for some behind them."""
     for data in (b'Exif\0\0II*\0', b'Exif\0\0' + bytes(range(200))):
         PIL.Image.new('L', (4, 6)).save(tmp_path / 'a.jpg', exif=data)
-        assert orientation(tmp_path / 'a.jpg') == 1
+        assert read_header(tmp_path / 'a.jpg').orientation == 1
     PIL.Image.new('L', (400, 600)).save(tmp_path / 'a.png')
     (tmp_path / 'cut.png').write_bytes((tmp_path / 'a.png').read_bytes()[:60])
-    assert orientation(tmp_path / 'cut.png') == 1
-
-
-def test_pillow_turns_tiff_images_itself(tmp_path: Path) -> None:
-    exif = PIL.Image.Exif()
-    exif[PIL.ExifTags.Base.Orientation] = 6
-    PIL.Image.new('L', (40, 60)).save(tmp_path / 'a.tif', exif=exif)
-    assert orientation(tmp_path / 'a.tif') == 1
-    assert (
-        ImageReader().read(tmp_path / 'a.tif').shape[1:] == ImageReader().size(tmp_path / 'a.tif') == (40, 60)
-    )
+    assert read_header(tmp_path / 'cut.png').orientation == 1
 
 
 @pytest.mark.parametrize('flag', ['val_images', 'train_ann'])
