@@ -31,6 +31,7 @@ from datasets.loaders import (
     build_datasets,
     build_loader,
     check_steps,
+    count_train_images,
     handle_unreadable,
     worst_batch,
 )
@@ -101,11 +102,12 @@ def look(args: Settled) -> None:
     """Print the size and the cost of a run, for --dry_run; with --check_data, check all data first."""
     if not is_main_process():
         return
-    num_images = None
     if args.check_data:
         datasets = build_datasets(args, None)
         settle_reading(args, datasets)
         num_images = check_data(datasets, args.num_workers, args.output_dir, **data_limits(args))
+    else:
+        num_images = None if args.eval else count_train_images(args)
     print_dry_run(args, num_images)
 
 

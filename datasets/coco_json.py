@@ -10,7 +10,7 @@ import json
 import mmap
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -291,45 +291,3 @@ def read_text_lines(file: Path) -> list[str]:
 def shorten(ids: Iterable[int], most: int = 10) -> str:
     ids = sorted(ids)
     return ', '.join(map(str, ids[:most])) + (', ...' if len(ids) > most else '')
-
-
-def check_files(
-    names: Collection[str],
-    image_dir: File,
-    file: File,
-    allow_outside: bool = False,
-    problems: Issues | None = None,
-) -> None:
-    """Check that the image files are in the folder, each of whose folders is listed once.
-
-    problems: where to count missing images.
-
-    Raises:
-        FileError: an image is missing, and problems is None.
-        UserError: a name leads out of the folder, and allow_outside is not set.
-    """
-    image_dir = Path(image_dir)
-    if not image_dir.is_dir():
-        raise FileError(f'image folder {image_dir} does not exist: check the path')
-    present: dict[str, set[str]] = {}
-    missing = []
-    for path in names:
-        folder, name = os.path.split(path)
-        if folder not in present:
-            if not allow_outside and (os.path.isabs(folder) or '..' in Path(folder).parts):
-                raise UserError(
-                    f'{file}: file_name {path!r} leads out of the image folder {image_dir}: correct it, or '
-                    'trust the file with --allow_outside'
-                )
-            inside = image_dir / folder
-            present[folder] = set(os.listdir(inside)) if inside.is_dir() else set()
-        if name not in present[folder]:
-            missing.append(path)
-    if problems is not None:
-        for path in missing:
-            problems.add('images that are missing', path)
-    elif missing:
-        raise FileError(
-            f'{len(missing)} of {len(names)} images of {file} are not in {image_dir}, the first is '
-            f'{missing[0]}: fetch them, give the right folder, or remove them from the file'
-        )

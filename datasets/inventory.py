@@ -168,7 +168,7 @@ def sample_rows(dataset: ImageDataset, count: int = 12) -> list[tuple]:
 
 def check_data(
     datasets: Mapping[str, ImageDataset], num_workers: int, folder: str | None, **limits: Any
-) -> int:
+) -> int | None:
     """Read and decode all data of a run, print what is unusual, and draw some images (--check_data).
 
     Args:
@@ -177,7 +177,7 @@ def check_data(
         limits: arguments of `find_warnings`.
 
     Returns:
-        The number of training images.
+        The number of training images; None: there is no training part.
 
     Raises:
         UserError: something would stop a run. All problems are counted, and the first of each kind are named.
@@ -202,15 +202,19 @@ def check_data(
             data_sheet(path, sample_rows(dataset), dataset.class_map.names)
             print(f'{path}: images as they are stored, and as the {split} part of a run sees them')
     print('all images, boxes and masks can be read')
-    return len(datasets['train'])
+    return len(datasets['train']) if 'train' in datasets else None
 
 
-def find_unusual_boxes(issues: Issues, table: AnnotationTable, rows: np.ndarray) -> None:
-    """Count objects that training leaves out or changes."""
+def find_unusual_boxes(issues: Issues, table: AnnotationTable, used: np.ndarray, rows: np.ndarray) -> None:
+    """Count objects that training leaves out or changes.
+
+    used, rows: rows of the images of a dataset, and of its objects, in the table.
+    """
     objects = table.objects[rows]
     all_images = np.searchsorted(table.image_ids, table.objects.image_ids)
-    crowd = all_images[table.objects.crowd]
-    ignored = all_images[table.objects.ignored & ~table.objects.crowd]
+    is_used = np.isin(all_images, used)
+    crowd = all_images[is_used & table.objects.crowd]
+    ignored = all_images[is_used & table.objects.ignored & ~table.objects.crowd]
     images = np.searchsorted(table.image_ids, objects.image_ids)
     height, width = table.sizes[images].T
     x, y, w, h = objects.boxes_xywh.T

@@ -359,7 +359,12 @@ def without_dots(path: Path) -> Path:
 
 def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> YoloDetection:
     """Build the 'train' or 'val' part of --dataset_file yolo in --coco_path."""
-    return YoloDetection(*find_files(part, settings.coco_path), **coco_options(part, settings, class_map))
+    return YoloDetection(*find_files(settings.source(part), settings.coco_path), **coco_options(part, settings, class_map))
+
+
+def has_part(part: str, root: str | os.PathLike[str]) -> bool:
+    """Return whether data.yaml names a place for a part."""
+    return bool(read_yaml(Path(root)).get(part))
 
 
 def find_files(part: str, root: str | os.PathLike[str] | None) -> tuple[Path, Path]:

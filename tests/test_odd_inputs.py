@@ -191,6 +191,10 @@ REFUSED = {
     'image missing': (put('images.0.file_name', 'gone.png'), 'the first is gone.png'),
     'image in a missing folder': (put('images.0.file_name', 'gone/0.png'), 'the first is gone/0.png'),
     'absolute image': (put('images.0.file_name', '/etc/passwd'), 'leads out of the image folder'),
+    'two image names for one file': (
+        put('images.0.file_name', 'C:\\x\\1.png'),
+        "'1.png' and 'C:\\\\x\\\\1.png' both fit 1.png",
+    ),
     'image above': (put('images.0.file_name', '../val/0.png'), 'leads out of the image folder'),
     'category without id': (put('categories.0.id', ...), 'integer id'),
     'category id twice': (put('categories.0.id', 2), 'category id 2 occurs twice'),
@@ -287,6 +291,10 @@ HANDLED = {
     'more objects than queries': (
         lambda d: d['annotations'].extend({**d['annotations'][0], 'id': 100 + n} for n in range(20)),
         'more objects than',
+    ),
+    'image names of Windows': (
+        lambda d: [i.update(file_name=f'..\\set\\{i["file_name"]}') for i in d['images']],
+        '3 image names found by their last parts (..\\set\\0.png is 0.png',
     ),
     'no area': (lambda d: [a.pop('area') for a in d['annotations']], '5 objects'),
     'no sizes': (lambda d: [i.pop('height') for i in d['images']], '3 images'),

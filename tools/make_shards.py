@@ -25,10 +25,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.annotations import AnnotationTable
+from datasets.build import data_settings, locate
 from datasets.coco import find_files
-from datasets.coco_json import Annotations, check_files, read_annotations
+from datasets.coco_json import Annotations, Issues, read_annotations
 from datasets.headers import Survey
 from datasets.image_io import ImageReader
+from datasets.image_names import find_images
 from datasets.readers import add_reader_args, build_reader, describe_headers, find_reading
 from datasets.shard_index import ANNOTATIONS, INDEX, VERSION, check_shard_url, import_webdataset
 from datasets.targets import Reading, check_size, is_trained_on
@@ -144,6 +146,23 @@ def write_shards(
     return shards, image_ids, sizes
 
 
+def find_part(args: Namespace) -> tuple[Path, Path]:
+    """Return image folder and annotation file of the part.
+
+    Raises:
+        UserError: the data are not found, or not in COCO form.
+    """
+    part = args.image_set
+    files = {f'{part}_images': args.images, f'{part}_ann': args.ann}
+    settings = locate(data_settings(Namespace(coco_path=args.coco_path, **files)))
+    if settings.dataset_file != 'coco':
+        raise UserError(
+            f'{settings.found}: shards are written of data in COCO form; write its annotations with '
+            'tools/convert_dataset.py, and name them with --images and --ann'
+        )
+    return find_files(part, args.coco_path, settings.images(part), settings.annotations(part))
+
+
 def make_shards(args: Namespace) -> str:
     """Write the folder, and return a summary.
 
@@ -156,13 +175,18 @@ def make_shards(args: Namespace) -> str:
     if '{file}' not in args.url:
         raise UserError(f'--url {args.url} needs {{file}} where the name of a shard goes')
     check_shard_url(args.url, '--url', allow_pipe=True)
-    folder, file = find_files(args.image_set, args.coco_path, args.images, args.ann)
-    table = AnnotationTable(file)
-    check_files(table.file_names, folder, file, args.allow_outside)
+    folder, file = find_part(args)
+    table, issues = AnnotationTable(file), Issues()
+    names = find_images(table.file_names, folder, file, args.allow_outside, issues=issues)
+    for line in issues.lines():
+        print(line)
+    names_by_id = dict(zip(table.image_ids.tolist(), names, strict=True))
     needs_segmentation = is_trained_on(Reading(drop_tiny=True), table.objects)
     unsegmented = table.objects.image_ids[needs_segmentation & ~table.objects.segmented]
     data = read_annotations(file)
-    survey = Survey.of([folder / name for name in table.file_names], table.sizes)
+    for image in data['images']:
+        image['file_name'] = names_by_id[image['id']]
+    survey = Survey.of([folder / name for name in names], table.sizes)
     reading = Namespace(**{'upright': None} | vars(args))
     reading = Namespace(**vars(reading) | find_reading(reading, [survey]))
     reader = build_reader(reading)

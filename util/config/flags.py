@@ -109,12 +109,20 @@ USUAL = {
 FLAGS = table(
     Flag('num_classes', int_range(1, 10**6), 91, kind=NETWORK, launch=True, command=False),
     *group(DATA)(
-        Flag('dataset_file', ('coco', 'lvis', 'voc', 'yolo', 'shapes'), 'coco', first=True),
+        Flag(
+            'dataset_file',
+            ('auto', 'coco', 'lvis', 'voc', 'yolo', 'shapes'),
+            'auto',
+            same={'coco': 'auto'},
+            first=True,
+        ),
         Flag('coco_path', TEXT, None, first=True),
         Flag('train_images', TEXT, None),
         Flag('train_ann', TEXT, None),
         Flag('val_images', TEXT, None),
         Flag('val_ann', TEXT, None),
+        Flag('val_share', float_range(0, 1, below=True), 0.0),
+        Flag('split_seed', int_range(0, 2**32 - 1), 0, needs='val_share'),
         Flag('class_ids', ('auto', 'contiguous'), 'auto'),
         Flag('check_data', SWITCH, False, launch=True),
         Flag('allow_outside', SWITCH, False, launch=True),

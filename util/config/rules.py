@@ -111,10 +111,21 @@ def data_problems(a: Namespace) -> Iterator[str]:
             f'--dataset_file {a.dataset_file} is one folder: give --coco_path instead of images and '
             'annotations'
         )
-    if a.dataset_file != 'coco' and (is_shards(a.train_ann) or is_shards(a.val_ann)):
+    if a.dataset_file not in ('auto', 'coco') and (is_shards(a.train_ann) or is_shards(a.val_ann)):
         yield f'tar shards hold data in COCO form: leave --dataset_file {a.dataset_file} out'
     if (is_shards(a.train_ann) and a.train_images) or (is_shards(a.val_ann) and a.val_images):
         yield 'tar shards hold their images: leave --train_images and --val_images out'
+    if a.val_share:
+        yield from split_problems(a)
+
+
+def split_problems(a: Namespace) -> Iterator[str]:
+    if a.dataset_file not in ('auto', 'coco', 'voc', 'yolo'):
+        yield f'--val_share is not for --dataset_file {a.dataset_file}, which has a validation part: leave it out'
+    if a.val_images or a.val_ann:
+        yield '--val_share makes a validation part, and --val_images and --val_ann name one: give one of them'
+    if is_shards(a.train_ann):
+        yield '--val_share divides image files, not tar shards: write shards of two parts, or leave it out'
 
 
 def range_problem(pixel_range: Sequence[float] | None) -> str | None:
