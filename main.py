@@ -32,8 +32,10 @@ from datasets.loaders import (
     build_loader,
     check_steps,
     count_train_images,
+    handle_unreadable,
     worst_batch,
 )
+from datasets.readers import settle_reading, use_readers
 from engine import evaluate, sample_detections, train_one_epoch, try_largest_batch
 from models import build_model, check_backbone
 from models.segmentation import freeze_all_but_masks
@@ -51,6 +53,7 @@ from util.config.recorded import adopt, changes_text, data_of
 from util.config.settle import EVERYTHING, Settled, check_processes, settle
 from util.distributed.collectives import (
     all_gather_object,
+    broadcast_object,
     check_agreement,
     choose_device,
     fail_together,
@@ -101,6 +104,7 @@ def look(args: Settled) -> None:
         return
     if args.check_data:
         datasets = build_datasets(args, None)
+        settle_reading(args, datasets)
         num_images = check_data(datasets, args.num_workers, args.output_dir, **data_limits(args))
     else:
         num_images = None if args.eval else count_train_images(args)
@@ -161,6 +165,11 @@ def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
         datasets = build_datasets(args, class_map)
         if is_main_process():
             print_inventory(datasets, **data_limits(args))
+    handle_unreadable(datasets, args.skip_unreadable, args.output_dir)
+    with fail_together():
+        found = settle_reading(args, datasets) if is_main_process() else {}
+    args = args.but(**broadcast_object(found))
+    use_readers(args, datasets.values())
     facts = {f'{split} data': dataset.summary for split, dataset in datasets.items()}
     num_images = checkpoint.get('within_epoch', {}).get('images', 0)
     progress = f'epoch {checkpoint.get("epoch")}, {num_images} images further' if checkpoint else 'none'

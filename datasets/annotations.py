@@ -53,6 +53,7 @@ class Annotation(msgspec.Struct, gc=False):
     bbox: tuple[float, float, float, float]
     area: float | UnsetType = UNSET
     iscrowd: Literal[0, 1] | None = None
+    ignore: Literal[0, 1] | None = None
     segmentation: Raw = Raw(b'null')
 
 
@@ -66,6 +67,7 @@ COLUMNS = np.dtype(
         ('boxes_xywh', np.float64, 4),
         ('areas', np.float64),
         ('crowd', np.bool_),
+        ('ignored', np.bool_),
         ('segmented', np.bool_),
         ('starts', np.int64),
         ('stops', np.int64),
@@ -150,6 +152,7 @@ def fill_columns(rows: Columns, annotations: list[Annotation]) -> None:
     rows.boxes_xywh = [a.bbox for a in annotations]
     rows.areas = [a.bbox[2] * a.bbox[3] if a.area is UNSET else a.area for a in annotations]
     rows.crowd = [a.iscrowd == 1 for a in annotations]
+    rows.ignored = [a.ignore == 1 for a in annotations]
     texts = (a.segmentation for a in annotations)
     rows.segmented = [len(memoryview(text)) > SHORTEST or bool(decode_entry(text)) for text in texts]
 
@@ -186,6 +189,7 @@ def repaired(
             tuple(map(float, entry['bbox'])),  # type: ignore[arg-type]  # four
             float(entry['area']) if 'area' in entry else UNSET,
             entry.get('iscrowd'),
+            entry.get('ignore'),
             encode([entry.get('segmentation')])[0],
         )
 

@@ -18,14 +18,18 @@ from datasets.augmentations import build_augmentation
 from datasets.build import DataSettings, image_options
 from datasets.class_map import ClassMap
 from datasets.coco_json import Annotations, File, Issues, Lists, read_annotations, read_lists
+from datasets.headers import Survey
 from datasets.image_dataset import ImageDataset, Mix
-from datasets.image_io import DEFAULT_READER, ImageReader
+from datasets.image_io import DEFAULT_READER, ImageReader, UnreadableImage
 from datasets.image_names import find_images
 from datasets.inventory import find_unusual_boxes
+from datasets.readers import build_reader
 from datasets.split import Split
 from datasets.targets import AS_DETR, Objects, Reading, check_size, is_trained_on, make_target
 from datasets.transforms import Target, Transform
 from util.errors import FileError, UserError
+
+USUAL_SIZE = (480, 640)  # height and width in place of those of an unreadable image
 
 
 class CocoDetection(ImageDataset):
@@ -67,7 +71,7 @@ class CocoDetection(ImageDataset):
         split: Split | None = None,
     ) -> None:
         super().__init__(transforms, mix, seed)
-        self.reader = reader
+        self.use_reader(reader)
         self.image_dir, self.annotation_file = Path(image_dir), Path(annotation_file)
         table = AnnotationTable(
             annotation_file, class_map, return_masks is not False, self.read_lists, problems
@@ -108,7 +112,7 @@ class CocoDetection(ImageDataset):
         Raises:
             UserError: there is no such image.
         """
-        sizes = self._known_sizes(table.sizes, table.file_names) if min_side else table.sizes
+        sizes = self._known_sizes(table.sizes, table.file_names, keep_unreadable=True) if min_side else table.sizes
         rows = np.flatnonzero(sizes.min(axis=1) >= min_side)
         if not len(rows):
             raise UserError(
@@ -117,12 +121,26 @@ class CocoDetection(ImageDataset):
             )
         return rows
 
-    def _known_sizes(self, sizes: np.ndarray, names: Sequence[str]) -> np.ndarray:
-        """Copy sizes [N, 2]; where one is 0, it is read from the header of the image."""
+    def _known_sizes(self, sizes: np.ndarray, names: Sequence[str], keep_unreadable: bool) -> np.ndarray:
+        """Copy sizes [N, 2]; where one is 0, it is read from the header of the image.
+
+        keep_unreadable: give an image without a readable header a usual size.
+        """
         sizes = sizes.copy()
         for idx in np.flatnonzero((sizes <= 0).any(axis=1)).tolist():
-            sizes[idx] = self.reader.size(self.image_dir / names[idx])
+            try:
+                sizes[idx] = self.reader.size(self.image_dir / names[idx])
+            except UnreadableImage:
+                if not keep_unreadable:
+                    raise
+                sizes[idx] = USUAL_SIZE
         return sizes
+
+    @cached_property
+    def survey(self) -> Survey:
+        """Return the headers of the images, each once."""
+        paths = [self.image_dir / name for name in self._file_names]
+        return Survey.of(paths, self._json_sizes)
 
     def inventory(self) -> Inventory:
         """Return all objects, before repetition of rare classes."""
@@ -152,21 +170,31 @@ class CocoDetection(ImageDataset):
                 image['height'], image['width'] = self.reader.size(self.image_dir / image['file_name'])
         return content
 
+    def image_name(self, idx: int) -> str:
+        return str(self.image_dir / self._file_names[int(self._rows[idx])])
+
     def untransformed(self, idx: int) -> tuple[Tensor, Target]:
         """Return the image as its file has it, and its objects."""
         row = int(self._rows[idx])
         name = self._file_names[row]
-        image = self.reader.read(self.image_dir / name, self._json_sizes[row])
-        check_size(self.image_dir / name, image.shape[1:], self._json_sizes[row], self.annotation_file)
+        file, size = self.image_dir / name, self._json_sizes[row]
+        image = self.reader.read(file, size)
+        check_size(file, image.shape[1:], size, self.annotation_file, self.reader.exif)
         objects = self._objects[self._starts[row] : self._starts[row + 1]]
         try:
             return image, make_target(objects, self.ids[idx], *image.shape[1:])
         except UserError as error:
             raise UserError(f'{self.annotation_file}: image {self.ids[idx]} ({name}) {error}') from error
 
+    def turn_left(self, idx: int) -> int:
+        """Return the orientation with which `image_io.turned` makes image idx upright, for drawings of it."""
+        row = int(self._rows[idx])
+        return self.reader.turn_left(self.image_dir / self._file_names[row], self._json_sizes[row])
+
     def image_sizes(self) -> np.ndarray:
         """Return height and width of all images, [N, 2]."""
-        return self._known_sizes(self._json_sizes, self._file_names)[self._rows]
+        is_replaced = self.unreadable is not None
+        return self._known_sizes(self._json_sizes, self._file_names, is_replaced)[self._rows]
 
 
 def objects_of(table: AnnotationTable, images: np.ndarray, reading: Reading) -> tuple[np.ndarray, np.ndarray]:
@@ -233,6 +261,7 @@ def annotation_options(part: str, settings: DataSettings, class_map: ClassMap | 
         'class_map': class_map,
         'reading': Reading(settings.class_ids, augmentation.drop_tiny, min_side),
         'return_masks': return_masks,
+        'reader': build_reader(settings),
     }
 
 

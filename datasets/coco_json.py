@@ -161,7 +161,7 @@ def repair(name: str, entry: Any, issues: Issues) -> dict:
     """Repair an entry of a list in place: numbers written as text or as 1.0, and missing names and boxes.
 
     Raises:
-        UserError: it is not a JSON object, or has an invalid segmentation or iscrowd.
+        UserError: it is not a JSON object, or has an invalid segmentation, iscrowd or ignore.
     """
     if not isinstance(entry, dict):
         raise UserError(f'"{name}" has {str(entry)[:40]!r}, which is not an object in braces')
@@ -174,8 +174,9 @@ def repair(name: str, entry: Any, issues: Issues) -> dict:
     if name == 'annotations':
         if not entry.get('bbox') and entry.get('segmentation'):
             repair_box(entry, issues)
-        if entry.get('iscrowd') is not None:
-            repair_crowd(entry, issues)
+        for key in ('iscrowd', 'ignore'):
+            if entry.get(key) is not None:
+                repair_mark(entry, key, issues)
     return entry
 
 
@@ -190,13 +191,14 @@ def repair_box(annotation: dict, issues: Issues) -> None:
     issues.add('annotations without bbox, which was made from the segmentation', title_of(annotation))
 
 
-def repair_crowd(annotation: dict, issues: Issues) -> None:
-    crowd = annotation['iscrowd']
-    if type(crowd) is not int:
-        issues.add('iscrowd of annotations not written as integers', repr(crowd))
-        annotation['iscrowd'] = int(crowd) if isinstance(crowd, bool) else as_id(crowd)
-    if annotation['iscrowd'] not in (0, 1):
-        raise UserError(f'{title_of(annotation)} has iscrowd {str(crowd)[:40]!r}: it must be 0 or 1')
+def repair_mark(annotation: dict, key: str, issues: Issues) -> None:
+    """Repair iscrowd or ignore."""
+    mark = annotation[key]
+    if type(mark) is not int:
+        issues.add(f'{key} of annotations not written as integers', repr(mark))
+        annotation[key] = int(mark) if isinstance(mark, bool) else as_id(mark)
+    if annotation[key] not in (0, 1):
+        raise UserError(f'{title_of(annotation)} has {key} {str(mark)[:40]!r}: it must be 0 or 1')
 
 
 def as_id(value: Any) -> int | str | None:

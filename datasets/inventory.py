@@ -69,7 +69,7 @@ def find_warnings(
         if not len(train.labels):
             raise UserError(
                 f'the training data ({train.folder}) have no object to learn from: check the annotation file '
-                '(crowd regions are not trained on)'
+                '(crowd regions and objects with ignore 1 are not trained on)'
             )
         if crowded := int((train.counts > num_queries).sum()):
             texts.append(
@@ -211,8 +211,10 @@ def find_unusual_boxes(issues: Issues, table: AnnotationTable, used: np.ndarray,
     used, rows: rows of the images of a dataset, and of its objects, in the table.
     """
     objects = table.objects[rows]
-    crowd = np.searchsorted(table.image_ids, table.objects.image_ids[table.objects.crowd])
-    crowd = crowd[np.isin(crowd, used)]
+    all_images = np.searchsorted(table.image_ids, table.objects.image_ids)
+    is_used = np.isin(all_images, used)
+    crowd = all_images[is_used & table.objects.crowd]
+    ignored = all_images[is_used & table.objects.ignored & ~table.objects.crowd]
     images = np.searchsorted(table.image_ids, objects.image_ids)
     height, width = table.sizes[images].T
     x, y, w, h = objects.boxes_xywh.T
@@ -221,6 +223,10 @@ def find_unusual_boxes(issues: Issues, table: AnnotationTable, used: np.ndarray,
     over = known & sized & ~outside & ((x < -1) | (y < -1) | (x + w > width + 1) | (y + h > height + 1))
     for kind, rows_of_images in (
         ('crowd regions, which training leaves out', crowd),
+        (
+            'objects with ignore 1, which training leaves out, and evaluation treats as the official code',
+            ignored,
+        ),
         ('boxes of no size, which training leaves out', images[~sized]),
         ('boxes wholly outside their image, which training leaves out', images[outside]),
         ('boxes that leave their image, which are cut off at its border', images[over]),

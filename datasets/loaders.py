@@ -1,7 +1,10 @@
 """Datasets of a run and their batches. Classes are set once; every rank gets its share of the batches."""
 
+import tempfile
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -15,9 +18,16 @@ from datasets.image_dataset import ImageDataset, loader_options
 from datasets.samplers import BATCHES, EvalBatches, TrainBatches
 from datasets.shard_index import read_index
 from datasets.shards import ShardedCoco, ShardStream, build_shard_loader
+from datasets.unreadable import UnreadableImages
 from util.config.rules import is_shards
-from util.distributed.collectives import get_rank, get_world_size
-from util.errors import UserError
+from util.distributed.collectives import (
+    broadcast_object,
+    fail_together,
+    get_rank,
+    get_world_size,
+    is_main_process,
+)
+from util.errors import FileError, UserError
 from util.logger import print_main
 
 
@@ -43,6 +53,42 @@ def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Ima
     if (args.resume or args.eval) and class_map is not None:
         check_classes(list(datasets.values())[-1].class_map, class_map, args.resume or args.pretrained)
     return datasets
+
+
+def handle_unreadable(datasets: Mapping[str, ImageDataset], limit: int, output_dir: str | None) -> None:
+    """Let other images take the place of unreadable training images, and look for some. All ranks call it.
+
+    limit: how many training images may be unreadable (--skip_unreadable).
+
+    Raises:
+        UserError: the headers of more training images, or of a validation image, cannot be read.
+    """
+    train = datasets.get('train')
+    if train is not None and limit:
+        temporary = Path(tempfile.gettempdir()) / broadcast_object(f'unreadable.{uuid4().hex}.txt')
+        train.unreadable = UnreadableImages(
+            Path(output_dir) / 'unreadable.txt' if output_dir else temporary, limit
+        )
+    with fail_together():
+        for part, dataset in datasets.items() if is_main_process() else ():
+            list_unreadable(part, dataset)
+
+
+def list_unreadable(part: str, dataset: ImageDataset) -> None:
+    """List images without a readable header, or refuse them if the dataset has no list for them."""
+    found = dataset.survey.unreadable
+    if dataset.unreadable is None:
+        if found:
+            raise FileError(f'{len(found)} {part} images cannot be read, the first is: {found[0][1]}')
+        return
+    dataset.unreadable.begin()
+    dataset.unreadable.add(*((str(path), error) for path, error in found))
+    dataset.unreadable.check()
+    if found:
+        print(
+            f'warning: {len(found)} {part} images cannot be read, and others take their place '
+            f'({dataset.unreadable.file} has the reasons); the first is {found[0][0]}'
+        )
 
 
 def parts_to_read(args: Namespace, settings: DataSettings) -> list[str]:

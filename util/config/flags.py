@@ -9,7 +9,7 @@ OUT/flags.json come from this table. `declare.py` explains the facts. Rules betw
 import math
 from argparse import Namespace
 
-from util.command_line import float_range, int_range
+from util.command_line import MOST, float_range, int_range
 
 from .declare import (
     ALWAYS,
@@ -127,6 +127,9 @@ FLAGS = table(
         Flag('check_data', SWITCH, False, launch=True),
         Flag('allow_outside', SWITCH, False, launch=True),
         Flag('allow_pipe', SWITCH, False, launch=True),
+        Flag('exif', ('auto', 'stored', 'upright'), 'auto'),
+        Flag('upright', YES_NO, None, command=False),
+        Flag('pixel_range', float_range(-MOST), None, nargs=2),
         Flag('repeat_threshold', float_range(0, 1), 0.0),
         Flag('img_size', int_range(16, 10**5), USUAL['img_size']),
         Flag('max_size', int_range(16, 10**5), None),
@@ -145,6 +148,7 @@ FLAGS = table(
     *group(DATA)(
         Flag('num_workers', int_range(0, 10**4), 2, launch=True),
         Flag('batches', ('random', 'aspect', 'size'), 'random'),
+        Flag('skip_unreadable', int_range(0), 20),
         Flag('cache_mode', SWITCH, False, launch=True, hidden=True),
         Flag('shard_buffer', int_range(1), 1000, hidden=True),
     ),

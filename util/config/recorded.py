@@ -23,7 +23,9 @@ CHOOSE_FAMILY = ('conditional', 'deformable')
 VAL_DATA = ('dataset_file', 'coco_path', 'val_images', 'val_ann', 'shapes_val', 'shapes_size')
 SPLIT = ('train_images', 'train_ann', 'val_share', 'split_seed')  # validation data that are a share of others
 DATA_PATHS = {'dataset_file', 'coco_path', 'train_images', 'train_ann', 'val_images', 'val_ann'}
-VIEW = ('img_size', 'max_size', 'aug', 'class_ids', 'batch_size')  # how images and classes reach the model
+TURNS = ('exif', 'upright')  # belong to the images of the data, like DATA_PATHS
+# How images and classes reach the model.
+VIEW = ('img_size', 'max_size', 'aug', 'class_ids', 'batch_size', 'pixel_range')
 # Flags that may not be adopted if one of these has been given another value: it would contradict the value or
 # undo it.
 RIVALS = {
@@ -129,7 +131,7 @@ def training_flags(args: Namespace, given: Set[str], recorded: Mapping) -> dict:
     Raises:
         UserError: a value is invalid.
     """
-    excluded = given | (DATA_PATHS if given & DATA_PATHS else set())
+    excluded = given | (DATA_PATHS.union(TURNS) if given & DATA_PATHS else set())
     for name, rivals in RIVALS.items():
         if any(rival in given and getattr(args, rival) != recorded.get(rival) for rival in rivals):
             excluded |= {name}
@@ -184,7 +186,7 @@ def data_of(args: Namespace, given: Collection[str], recorded: Mapping) -> dict:
     """Return the flags of a run that its evaluation adopts: sizes, and the data unless others are given."""
     recorded = use_current_names(recorded)
     split = SPLIT if 'val_share' not in given else ()
-    names: tuple[str, ...] = (*VAL_DATA, *split, *VIEW)
+    names: tuple[str, ...] = (*VAL_DATA, *split, *TURNS, *VIEW)
     dataset, shapes = recorded.get('dataset_file'), {'shapes_val', 'shapes_size'}
     if set(VAL_DATA) - shapes & set(given):
         same = args.dataset_file == dataset if 'dataset_file' in given else dataset == 'lvis'

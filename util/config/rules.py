@@ -1,7 +1,7 @@
 """Rules between several settled flags. Each function yields messages with flags, values and remedy."""
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .declare import DATA, NETWORK, RUN, TRAINING
@@ -95,6 +95,8 @@ def data_problems(a: Namespace) -> Iterator[str]:
     files = a.train_images, a.train_ann, a.val_images, a.val_ann
     if a.train_scales and a.train_scales[0] > a.train_scales[1]:
         yield f'--train_scales {a.train_scales[0]} {a.train_scales[1]}: give the smaller size first'
+    if problem := range_problem(a.pixel_range):
+        yield problem
     if a.aug not in RANDOM_SCALES and (a.train_scales or a.train_max_size):
         yield (
             f'--train_scales and --train_max_size are not for --aug {a.aug}, which scales otherwise: leave '
@@ -124,6 +126,14 @@ def split_problems(a: Namespace) -> Iterator[str]:
         yield '--val_share makes a validation part, and --val_images and --val_ann name one: give one of them'
     if is_shards(a.train_ann):
         yield '--val_share divides image files, not tar shards: write shards of two parts, or leave it out'
+
+
+def range_problem(pixel_range: Sequence[float] | None) -> str | None:
+    """Return what is wrong with a --pixel_range of numbers, or None."""
+    if not pixel_range or (len(pixel_range) == 2 and pixel_range[0] < pixel_range[1]):
+        return None
+    values = ' '.join(f'{value:g}' for value in pixel_range)
+    return f'--pixel_range {values}: give the value of black, and a larger one of white'
 
 
 def run_problems(a: Namespace) -> Iterator[str]:
