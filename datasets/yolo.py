@@ -362,11 +362,6 @@ def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) 
     return YoloDetection(*find_files(settings.source(part), settings.coco_path), **coco_options(part, settings, class_map))
 
 
-def has_part(part: str, root: str | os.PathLike[str]) -> bool:
-    """Return whether data.yaml names a place for a part."""
-    return bool(read_yaml(Path(root)).get(part))
-
-
 def find_files(part: str, root: str | os.PathLike[str] | None) -> tuple[Path, Path]:
     """Return the image folder of a part, and data.yaml with the name of the part after a '#'.
 
