@@ -55,6 +55,7 @@ class Annotation(msgspec.Struct, gc=False):
     bbox: tuple[float, float, float, float]
     area: float | UnsetType = UNSET
     iscrowd: Literal[0, 1] | None = None
+    ignore: Literal[0, 1] | None = None
     segmentation: Raw = Raw(b'null')
 
 
@@ -68,6 +69,7 @@ COLUMNS = np.dtype(
         ('boxes_xywh', np.float64, 4),
         ('areas', np.float64),
         ('crowd', np.bool_),
+        ('ignored', np.bool_),
         ('segmented', np.bool_),
         ('starts', np.int64),
         ('stops', np.int64),
@@ -152,6 +154,7 @@ def fill_columns(rows: Columns, annotations: list[Annotation]) -> None:
     rows.boxes_xywh = [a.bbox for a in annotations]
     rows.areas = [a.bbox[2] * a.bbox[3] if a.area is UNSET else a.area for a in annotations]
     rows.crowd = [a.iscrowd == 1 for a in annotations]
+    rows.ignored = [a.ignore == 1 for a in annotations]
     texts = (a.segmentation for a in annotations)
     rows.segmented = [len(memoryview(text)) > SHORTEST or bool(decode_entry(text)) for text in texts]
 
@@ -161,6 +164,12 @@ def are_pixels(objects: Columns) -> bool:
     boxes = objects.boxes_xywh
     in_range = (np.abs(boxes) <= LARGEST).all() and (boxes[:, 2:] >= 0).all()
     return bool(in_range and np.isfinite(objects.areas).all())
+
+
+def places_in(objects: Columns) -> Iterator[Place]:
+    """Yield images and boxes of objects."""
+    for each in objects:
+        yield Place(int(each.image_ids), each.boxes_xywh.tolist())
 
 
 def labels_of(objects: Columns, class_map: ClassMap) -> np.ndarray:
@@ -188,6 +197,7 @@ def repaired(
             tuple(map(float, entry['bbox'])),  # type: ignore[arg-type]  # four
             float(entry['area']) if 'area' in entry else UNSET,
             entry.get('iscrowd'),
+            entry.get('ignore'),
             encode([entry.get('segmentation')])[0],
         )
 
@@ -228,10 +238,10 @@ class AnnotationTable:
             numbers = self.set_images([self.read_image(raw) for raw in lists['images']])
             self.segmentations, raws = bytearray() if with_masks else None, lists['annotations']
             objects = read_columns(raws, self.issues, self.segmentations, numbers, problems)
+            for found in (self.issues, problems) if numbers else ():
+                if found is not None:
+                    found.renumber(numbers)
             self.set_objects(objects, raws, names)
-        for found in (self.issues, problems) if numbers else ():
-            if found is not None:
-                found.renumber(numbers)
 
     def read_image(self, raw: Raw) -> tuple:
         """Return id, file name, height and width, 0 where the file has none."""
@@ -286,19 +296,13 @@ class AnnotationTable:
                 raise UserError(f'{title_of(annotation)} {problem}')
             for kind, which in (('image', no_image), ('category', no_category)):
                 if which.any():
-                    places = self.places_of(objects[which & ~no_image])
+                    places = places_in(objects[which & ~no_image])
                     kind = f'annotations whose {kind} is not listed'
                     self.problems.add(kind, str(self.file), int(which.sum()), places)
             objects, rows = objects[~invalid], rows[~invalid]
         self.order = np.argsort(rows, kind='stable')
         self.objects = objects[self.order]
         self.starts = np.searchsorted(rows[self.order], np.arange(len(self.image_ids) + 1))
-
-    def places_of(self, objects: Columns) -> Iterator[Place]:
-        """Yield images and boxes of objects."""
-        for each in objects:
-            row = int(np.searchsorted(self.image_ids, each.image_ids))
-            yield Place(self.file_names[row], each.boxes_xywh.tolist())
 
     def check_segmentations(self, rows: np.ndarray) -> None:
         """Raise a `UserError` if one of these objects has neither polygons nor run lengths."""

@@ -130,7 +130,7 @@ def crowded_images(part: Part, num_queries: int) -> Issues:
 
 def check_data(
     datasets: Mapping[str, ImageDataset], num_workers: int, folder: str | None, **limits: Any
-) -> int:
+) -> int | None:
     """Read and decode all data of a run, and print and show what is unusual (--check_data).
 
     Args:
@@ -139,7 +139,7 @@ def check_data(
         limits: arguments of `datasets.inventory.find_warnings`.
 
     Returns:
-        The number of training images.
+        The number of training images; None: there is no training part.
 
     Raises:
         UserError: something would stop a run. All problems are counted, and the first of each kind are named.
@@ -178,4 +178,4 @@ def check_data(
     if refused:
         raise UserError('\n  '.join(['a run would stop at these data:', *refused]))
     print('all images, boxes and masks can be read')
-    return len(datasets['train'])
+    return len(datasets['train']) if 'train' in datasets else None

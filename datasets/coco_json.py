@@ -10,7 +10,7 @@ import json
 import mmap
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -182,7 +182,7 @@ def repair(name: str, entry: Any, issues: Issues) -> dict:
     """Repair an entry of a list in place: numbers written as text or as 1.0, and missing names and boxes.
 
     Raises:
-        UserError: it is not a JSON object, or has an invalid segmentation or iscrowd.
+        UserError: it is not a JSON object, or has an invalid segmentation, iscrowd or ignore.
     """
     if not isinstance(entry, dict):
         raise UserError(f'"{name}" has {str(entry)[:40]!r}, which is not an object in braces')
@@ -195,8 +195,9 @@ def repair(name: str, entry: Any, issues: Issues) -> dict:
     if name == 'annotations':
         if not entry.get('bbox') and entry.get('segmentation'):
             repair_box(entry, issues)
-        if entry.get('iscrowd') is not None:
-            repair_crowd(entry, issues)
+        for key in ('iscrowd', 'ignore'):
+            if entry.get(key) is not None:
+                repair_mark(entry, key, issues)
     return entry
 
 
@@ -212,14 +213,15 @@ def repair_box(annotation: dict, issues: Issues) -> None:
     issues.add(kind, title_of(annotation), places=places_of(annotation))
 
 
-def repair_crowd(annotation: dict, issues: Issues) -> None:
-    crowd = annotation['iscrowd']
-    if type(crowd) is not int:
-        kind = 'iscrowd of annotations not written as integers'
-        issues.add(kind, repr(crowd), places=places_of(annotation))
-        annotation['iscrowd'] = int(crowd) if isinstance(crowd, bool) else as_id(crowd)
-    if annotation['iscrowd'] not in (0, 1):
-        raise UserError(f'{title_of(annotation)} has iscrowd {str(crowd)[:40]!r}: it must be 0 or 1')
+def repair_mark(annotation: dict, key: str, issues: Issues) -> None:
+    """Repair iscrowd or ignore."""
+    mark = annotation[key]
+    if type(mark) is not int:
+        kind = f'{key} of annotations not written as integers'
+        issues.add(kind, repr(mark), places=places_of(annotation))
+        annotation[key] = int(mark) if isinstance(mark, bool) else as_id(mark)
+    if annotation[key] not in (0, 1):
+        raise UserError(f'{title_of(annotation)} has {key} {str(mark)[:40]!r}: it must be 0 or 1')
 
 
 def as_id(value: Any) -> int | str | None:
@@ -319,45 +321,3 @@ def read_text_lines(file: Path) -> list[str]:
 def shorten(ids: Iterable[int], most: int = 10) -> str:
     ids = sorted(ids)
     return ', '.join(map(str, ids[:most])) + (', ...' if len(ids) > most else '')
-
-
-def check_files(
-    names: Collection[str],
-    image_dir: File,
-    file: File,
-    allow_outside: bool = False,
-    problems: Issues | None = None,
-) -> None:
-    """Check that the image files are in the folder, each of whose folders is listed once.
-
-    problems: where to count missing images.
-
-    Raises:
-        FileError: an image is missing, and problems is None.
-        UserError: a name leads out of the folder, and allow_outside is not set.
-    """
-    image_dir = Path(image_dir)
-    if not image_dir.is_dir():
-        raise FileError(f'image folder {image_dir} does not exist: check the path')
-    present: dict[str, set[str]] = {}
-    missing = []
-    for path in names:
-        folder, name = os.path.split(path)
-        if folder not in present:
-            if not allow_outside and (os.path.isabs(folder) or '..' in Path(folder).parts):
-                raise UserError(
-                    f'{file}: file_name {path!r} leads out of the image folder {image_dir}: correct it, or '
-                    'trust the file with --allow_outside'
-                )
-            inside = image_dir / folder
-            present[folder] = set(os.listdir(inside)) if inside.is_dir() else set()
-        if name not in present[folder]:
-            missing.append(path)
-    if problems is not None:
-        for path in missing:
-            problems.add('images that are missing', path)
-    elif missing:
-        raise FileError(
-            f'{len(missing)} of {len(names)} images of {file} are not in {image_dir}, the first is '
-            f'{missing[0]}: fetch them, give the right folder, or remove them from the file'
-        )

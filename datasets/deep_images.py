@@ -70,15 +70,15 @@ def deep_values(image: PIL.Image.Image) -> np.ma.MaskedArray:
     """Decode the values [H, W] of a deep image; those that are not finite or mean "no data" are masked."""
     tags = getattr(image, 'tag_v2', {})
     unsigned = image.format == 'TIFF' and image.mode == 'I' and tags.get(SAMPLEFORMAT, (1,))[0] == 1
-    empty = str(tags.get(NO_DATA, '')).strip('\0 ')
     values = np.asarray(image)
     if unsigned and tags.get(BITSPERSAMPLE, (0,))[0] == 32:
         values = values.view(np.uint32)
     masked: Any = np.ma.masked_invalid(values) if image.mode == 'F' else np.ma.asarray(values)
     try:
-        return np.ma.masked_equal(masked, values.dtype.type(float(empty)))
-    except (ValueError, OverflowError):  # no number, or one that no pixel can have
+        no_data = float(str(tags.get(NO_DATA, '')).strip('\0 '))
+    except ValueError:
         return masked
+    return np.ma.masked_where(values == no_data, masked)
 
 
 def extremes_of(values: np.ma.MaskedArray) -> Extremes | None:

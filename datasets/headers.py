@@ -24,12 +24,15 @@ class Survey:
 
     total: number of its files. paths: [n] those that were read, evenly chosen. annotated: [n] (height, width)
     of their annotations, 0 if unknown. headers: [n], for a file that has none that can be read the error.
+    upright, pixel_range: of images that are not files, if something else has them (the index of shards).
     """
 
     total: int = 0
     paths: Sequence[Path] = ()
     annotated: Sequence[tuple[int, int]] = ()
     headers: Sequence[Header | UnreadableImage] = ()
+    upright: bool | None = None
+    pixel_range: Range | None = None
 
     @classmethod
     def of(cls, paths: Sequence[Path], annotated: Any = None) -> 'Survey':

@@ -5,7 +5,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,11 +16,14 @@ from datasets.annotations import Inventory
 from datasets.class_map import ClassMap
 from datasets.coco_json import Annotations
 from datasets.headers import Survey
-from datasets.image_io import DEFAULT_READER, ImageReader
+from datasets.image_io import DEFAULT_READER, ImageReader, UnreadableImage
 from datasets.transforms import Mix, Sample, Transform, size_after
+from datasets.unreadable import UnreadableImages
 from util.errors import UserError
 from util.nested_tensor import collate_fn
 from util.seeding import local_seed
+
+T = TypeVar('T')
 
 
 def loader_options(num_workers: int) -> dict[str, Any]:
@@ -48,6 +51,8 @@ class ImageDataset(Dataset[Sample], ABC):
     most_objects = 100  # in one image; for the trial of the largest batch
     return_masks = False  # targets have masks
     reader = DEFAULT_READER  # of its image files
+    # List of the images that could not be read, which others replace; None: such an image is an error.
+    unreadable: UnreadableImages | None = None
     # If not 0, only some classes of an image are annotated, and this many detections count (`LvisEvaluator`).
     federated = 0
 
@@ -101,6 +106,10 @@ class ImageDataset(Dataset[Sample], ABC):
         """Return the headers of its image files, of a part of them if there are many; by default it has none."""
         return Survey()
 
+    def turn_left(self, idx: int) -> int:
+        """Return the orientation with which `image_io.turned` makes image idx upright, for drawings of it."""
+        return 1
+
     def use_reader(self, reader: ImageReader) -> None:
         """Read images by this reader from now on."""
         self.reader = reader
@@ -124,7 +133,7 @@ class ImageDataset(Dataset[Sample], ABC):
 
     def __getitem__(self, idx: int) -> Sample:
         idx = range(len(self))[idx]
-        return self.transformed(idx, partial(self.untransformed, idx), self.random_item)
+        return self.transformed(idx, partial(self.readable_item, idx), self.random_item)
 
     def transformed(self, idx: int, item: Callable[[], Sample], random_item: Callable[[], Sample]) -> Sample:
         """Return image idx after mix and transforms, under the seed of (seed, epoch, idx).
@@ -148,4 +157,48 @@ class ImageDataset(Dataset[Sample], ABC):
 
     def random_item(self) -> Sample:
         """Return any image, untransformed, drawn from Python's `random`."""
-        return self.untransformed(random.randrange(len(self)))
+        return self.readable_item(random.randrange(len(self)))
+
+    def readable_item(self, idx: int) -> Sample:
+        """Return image idx, untransformed, or a random one if it cannot be read."""
+        return self.first_readable(idx, lambda: range(len(self)), self.untransformed, self.image_name)
+
+    def image_name(self, idx: int) -> str:
+        """Return the name of image idx in lists."""
+        return f'image {self.ids[idx]}'
+
+    def first_readable(
+        self,
+        wanted: T,
+        others: Callable[[], Sequence[T]],
+        read: Callable[[T], Sample],
+        name_of: Callable[[T], str],
+    ) -> Sample:
+        """Return what `read` makes of an image, or of one of `others` if it cannot be read.
+
+        The other one is drawn from Python's `random`, so that the same seed gives the same one.
+
+        Raises:
+            UnreadableImage: an image cannot be read, and there is no list of such images.
+            UserError: too many images cannot be read, or none can.
+        """
+        try:
+            return read(wanted)
+        except UnreadableImage as error:
+            unreadable = self.skip(name_of(wanted), error)
+        candidates = others()
+        for other in random.sample(candidates, min(len(candidates), unreadable.limit + 1)):
+            try:
+                return read(other)
+            except UnreadableImage as error:
+                self.skip(name_of(other), error)
+        raise UserError(f'no other image can be read ({unreadable.file} has the reasons): fetch them again')
+
+    def skip(self, name: str, error: UnreadableImage) -> UnreadableImages:
+        """Put an image on the list of unreadable ones, and return it; without a list, raise the error."""
+        if self.unreadable is None:
+            raise error
+        if self.unreadable.add((name, error)):
+            print(f'warning: {error}; another image takes its place', flush=True)
+        self.unreadable.check()
+        return self.unreadable

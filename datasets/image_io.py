@@ -8,7 +8,7 @@ annotation tools draw boxes in the image as it is shown; COCO's are drawn in the
 import io
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from datasets.deep_images import as_bytes, is_deep, stated_range
+from datasets.jpeg_end import with_end_marker
 from util.errors import FileError
 
 File = str | os.PathLike[str]
@@ -111,9 +112,9 @@ class ImageReader:
             upright = self.upright if upright is None else upright
         return header.orientation if upright else 1
 
-    def turn_left(self, path: File, annotated: Sequence[int] = UNKNOWN) -> int:
+    def turn_left(self, file: File | io.BytesIO, annotated: Sequence[int] = UNKNOWN) -> int:
         """Return the orientation with which `turned` makes an image that `read` returns upright."""
-        header = read_header(path)
+        header = read_header(file)
         return 1 if self.turn(header, annotated) == header.orientation else header.orientation
 
     def _decoded(self, data: bytes, annotated: Sequence[int]) -> Tensor:
@@ -126,13 +127,13 @@ class ImageReader:
 DEFAULT_READER = ImageReader()
 
 
-def read_header(path: File) -> Header:
+def read_header(file: File | io.BytesIO) -> Header:
     """Read the header of an image file.
 
     Raises:
         UnreadableImage: the file is missing or not an image; the message names it.
     """
-    with naming(path), open_image(path) as image:
+    with naming(file), open_image(file) as image:
         return header_of(image)
 
 
@@ -189,6 +190,16 @@ def turned_boxes(boxes_xyxy: Tensor, orientation: int, size: Sequence[int]) -> T
     return torch.stack([x0, y0, x1, y1], dim=-1)
 
 
+def turned_sample(
+    pixels: Tensor, objects: Mapping[str, Tensor], orientation: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Turn an image [3, H, W] with its `boxes` [N, 4] xyxy in pixels and, if it has them, `masks`."""
+    shown = {**objects, 'boxes': turned_boxes(objects['boxes'], orientation, pixels.shape[1:])}
+    if 'masks' in objects:  # [N, (1,) H, W]
+        shown['masks'] = turned(objects['masks'].flatten(0, -3), orientation)
+    return turned(pixels, orientation), shown
+
+
 def is_flat(pixels: Tensor) -> bool:
     """Return whether nearly all pixels of an image [3, H, W] have nearly the same value."""
     sample = pixels[:, :: max(1, pixels.shape[1] // 128), :: max(1, pixels.shape[2] // 128)].flatten(1)
@@ -215,7 +226,7 @@ def check_pixels(height: int, width: int) -> None:
 
 
 @contextmanager
-def naming(path: File) -> Iterator[None]:
+def naming(path: object) -> Iterator[None]:
     """Turn an error of a file or of its decoder inside the block into UnreadableImage, which names the file."""
     try:
         yield
@@ -249,6 +260,9 @@ def decode_stored(
                 torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED
             )
         except RuntimeError:
+            if whole := with_end_marker(data):
+                with open_image(io.BytesIO(whole)) as opened:
+                    return decode_stored(opened, whole, pixel_range, orientation)
             return decode_with_pillow(image, pixel_range)
         if pixels.shape[0] == 3:
             return pixels

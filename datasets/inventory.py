@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from datasets.annotations import AnnotationTable, Inventory
+from datasets.annotations import AnnotationTable, Inventory, places_in
 from datasets.coco_json import EXAMPLES, Issues
 from datasets.image_dataset import ImageDataset
 from util.errors import UserError
@@ -81,7 +81,7 @@ def find_warnings(
             folder = f' ({train.folder})' if train.folder else ''
             raise UserError(
                 f'the training data{folder} have no object to learn from: check the annotation file '
-                '(crowd regions are not trained on)'
+                '(crowd regions and objects with ignore 1 are not trained on)'
             )
         if crowded := int((train.counts > num_queries).sum()):
             texts.append(
@@ -121,9 +121,14 @@ def small_share(inventory: Inventory, stride: int, img_size: int, max_size: int)
     return float(small.sum() / max(np.repeat(known, inventory.counts).sum(), 1))
 
 
-def find_unusual_boxes(issues: Issues, table: AnnotationTable, rows: np.ndarray) -> None:
-    """Count objects that training leaves out or changes."""
+def find_unusual_boxes(issues: Issues, table: AnnotationTable, used: np.ndarray, rows: np.ndarray) -> None:
+    """Count objects that training leaves out or changes.
+
+    used, rows: rows of the images of a dataset, and of its objects, in the table.
+    """
     objects = table.objects[rows]
+    is_used = np.isin(table.objects.image_ids, table.image_ids[used])
+    crowd, ignored = table.objects.crowd & is_used, table.objects.ignored & is_used
     images = np.searchsorted(table.image_ids, objects.image_ids)
     height, width = table.sizes[images].T
     x, y, w, h = objects.boxes_xywh.T
@@ -131,7 +136,11 @@ def find_unusual_boxes(issues: Issues, table: AnnotationTable, rows: np.ndarray)
     outside = known & sized & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
     over = known & sized & ~outside & ((x < -1) | (y < -1) | (x + w > width + 1) | (y + h > height + 1))
     for kind, found in (
-        ('crowd regions, which training leaves out', table.objects[table.objects.crowd]),
+        ('crowd regions, which training leaves out', table.objects[crowd]),
+        (
+            'objects with ignore 1, which training leaves out, and evaluation treats as the official code',
+            table.objects[ignored & ~crowd],
+        ),
         ('boxes of no size, which training leaves out', objects[~sized]),
         ('boxes wholly outside their image, which training leaves out', objects[outside]),
         ('boxes that leave their image, which are cut off at its border', objects[over]),
@@ -139,4 +148,4 @@ def find_unusual_boxes(issues: Issues, table: AnnotationTable, rows: np.ndarray)
         if len(found):
             first = np.searchsorted(table.image_ids, found.image_ids[:EXAMPLES])
             names = ', '.join(f'in {table.file_names[row]}' for row in first.tolist())
-            issues.add(kind, names, len(found), table.places_of(found))
+            issues.add(kind, names, len(found), places_in(found))

@@ -11,11 +11,12 @@ shard. It differs from the one that files would give, and depends on the numbers
 stream that begins later has the same one.
 """
 
+import io
 import math
 import random
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import count, groupby
 
@@ -30,6 +31,8 @@ from datasets.build import DataSettings
 from datasets.class_map import ClassMap, names_by_id
 from datasets.coco import annotation_options, objects_of
 from datasets.coco_json import Annotations, Issues, check_categories, errors_in, read_annotations
+from datasets.deep_images import WHOLE
+from datasets.headers import Survey
 from datasets.image_dataset import ImageDataset, Mix, loader_options
 from datasets.image_io import DEFAULT_READER, ImageReader
 from datasets.inventory import find_unusual_boxes
@@ -90,10 +93,12 @@ class ShardedCoco(ImageDataset):
         reader: ImageReader = DEFAULT_READER,
     ) -> None:
         super().__init__(transforms, mix, seed)
-        self.reader, self.problems = reader, problems
+        self.problems = problems
         import_webdataset()
         self.index_file, self.reading, self.buffer = index_file(place), reading, buffer
         index = read_index(place, allow_pipe)
+        self.survey = Survey(upright=index.upright, pixel_range=index.pixel_range)
+        self.use_reader(reader)
         if class_map is not None:
             with errors_in(self.index_file):
                 check_categories(names_by_id(index.categories), class_map)
@@ -114,6 +119,14 @@ class ShardedCoco(ImageDataset):
         self.return_masks = not unsegmented if return_masks is None else return_masks
         self._start = torch.zeros((), dtype=torch.int64).share_memory_()  # as the epoch
 
+    def use_reader(self, reader: ImageReader) -> None:
+        """Read images by this reader; where their sizes do not show how, as the index says.
+
+        An older index says nothing: its images were read as they are stored, and by their upper byte.
+        """
+        pixel_range = reader.pixel_range or self.survey.pixel_range or (0, WHOLE)
+        super().use_reader(replace(reader, upright=bool(self.survey.upright), pixel_range=pixel_range))
+
     @cached_property
     def ground_truth(self) -> Annotations:
         """Return the annotation file beside the index."""
@@ -129,7 +142,7 @@ class ShardedCoco(ImageDataset):
         if len(images) < len(self.ids):
             raise UserError(f'{file} lacks images of {self.index_file}: {WRITE_AGAIN}')
         rows, starts = objects_of(table, images, self.reading)
-        find_unusual_boxes(table.issues, table, rows)
+        find_unusual_boxes(table.issues, table, images, rows)
         objects, names = Objects.of(table.objects[rows], self.class_map, None), table.file_names.chosen(images)
         return Inventory(
             objects.boxes_xywh.numpy(),
@@ -196,6 +209,12 @@ class ShardedCoco(ImageDataset):
             except UserError as error:
                 yield from ((idx, error) for idx in waiting[done:] or waiting[-1:])
 
+    def turn_left(self, idx: int) -> int:
+        """Return the orientation with which `image_io.turned` makes image idx upright. This is slow too."""
+        row = int(self._rows[idx])
+        file = io.BytesIO(next(self.read([row])).image)
+        return self.reader.turn_left(file, self._row_sizes[row])
+
     def training_rows(self, total: int) -> np.ndarray:
         """Return [total] rows of the index, shard by shard in the epoch's order; random ones are left out."""
         generator = random.Random(mixed(self.seed, int(self._epoch)))
@@ -246,7 +265,8 @@ class ShardedCoco(ImageDataset):
         """Decode the image, and read its objects as `CocoDetection` does."""
         image = self.reader.decode(stored.name, stored.image, self._row_sizes[stored.row])
         height, width = image.shape[1:]
-        check_size(stored.name, (height, width), self._row_sizes[stored.row], self.index_file)
+        size = self._row_sizes[stored.row]
+        check_size(stored.name, (height, width), size, self.index_file, self.reader.exif)
         try:
             segmentations = bytearray() if self.return_masks else None
             annotations = msgspec.json.decode(stored.record, type=Record).annotations
@@ -257,12 +277,22 @@ class ShardedCoco(ImageDataset):
         except (ValueError, LookupError, RecursionError) as error:
             raise UserError(f'{stored.name} has bad annotations ({error}): {WRITE_AGAIN}') from error
 
-    def item(self, stored: StoredImage, others: Sequence[StoredImage]) -> Sample:
-        """Return the item that indexing gives, except that --aug lsj takes its second image from `others`."""
+    def item(self, stored: StoredImage, others: Callable[[], list[StoredImage]]) -> Sample:
+        """Return the item that indexing gives.
+
+        others: returns the images from which --aug lsj takes its second one, and that replace an unreadable one.
+        """
+
+        def index_of(stored: StoredImage) -> int:
+            return bisect_left(self.ids, self._row_ids[stored.row])
+
+        def readable(wanted: StoredImage) -> Sample:
+            return self.first_readable(
+                wanted, others, self.decoded, lambda stored: self.image_name(index_of(stored))
+            )
+
         return self.transformed(
-            bisect_left(self.ids, self._row_ids[stored.row]),
-            partial(self.decoded, stored),
-            lambda: self.decoded(random.choice(others)),
+            index_of(stored), partial(readable, stored), lambda: readable(random.choice(others()))
         )
 
 
@@ -347,8 +377,7 @@ class ShardStream(IterableDataset):
                 held[position] = stored
                 if position + 1 >= pool.taken:
                     break
-            others = [held[position] for position in pool.slots] if data.mix is not None else ()
-            yield data.item(held[drawn], others)
+            yield data.item(held[drawn], lambda: [held[position] for position in pool.slots])
             if pool.taken < len(rows):
                 del held[drawn]
 

@@ -15,6 +15,9 @@ from datasets.coco import CocoDetection, coco_options, given_root
 from datasets.coco_json import File, Issues, Lists, box_problem, encode, read_text_lines, unusable
 from util.errors import FileError, UserError
 
+# Lists of training images, and for each those of validation images.
+LISTS: dict[str, tuple[str, ...]] = {'train': ('val', 'valid'), 'trainval': ('test',), 'default': ()}
+
 
 class VocDetection(CocoDetection):
     """Images with annotations in Pascal VOC's XML, one file each; the annotation file lists their names.
@@ -31,10 +34,11 @@ class VocDetection(CocoDetection):
 def read_voc_lists(annotation_file: File) -> Lists:
     """Return images, annotations and categories of a list in ImageSets/Main."""
     file = Path(annotation_file)
-    folder, training = file.parents[2] / 'Annotations', file.with_name('train.txt')
+    folder = file.parents[2] / 'Annotations'
+    training = find_list(file.parents[2], 'train') or file
     files = voc_files(file, folder)
     contents = trained_on = [read_voc(path) for path in files]
-    if training != file and training.is_file():
+    if training != file:
         trained_on = [read_voc(path) for path in voc_files(training, folder)] or contents
     classes = sorted({each['class'] for _, objects in trained_on for each in objects})
     ids = {name: number for number, name in enumerate(classes, start=1)}
@@ -111,7 +115,7 @@ def read_voc(file: Path) -> tuple[dict, list[dict]]:
 
 def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> VocDetection:
     """Build the 'train' or 'val' part of --dataset_file voc in --coco_path."""
-    return VocDetection(*find_files(part, settings.coco_path), **coco_options(part, settings, class_map))
+    return VocDetection(*find_files(settings.source(part), settings.coco_path), **coco_options(part, settings, class_map))
 
 
 def find_files(part: str, root: str | os.PathLike[str] | None) -> tuple[Path, Path]:
@@ -121,4 +125,19 @@ def find_files(part: str, root: str | os.PathLike[str] | None) -> tuple[Path, Pa
         UserError: there is no root.
     """
     folder = given_root(root, 'voc')
-    return folder / 'JPEGImages', folder / f'ImageSets/Main/{part}.txt'
+    usual = folder / f'ImageSets/Main/{part}.txt'
+    return folder / 'JPEGImages', find_list(folder, part) or usual
+
+
+def find_list(root: Path, part: str) -> Path | None:
+    """Return the list of the images of 'train' or 'val'; None if there is none.
+
+    As VOC 2007 is used, trainval goes with test. CVAT writes one part, default.
+    """
+    folder = root / 'ImageSets/Main'
+    for training, validation in LISTS.items():
+        if (file := folder / f'{training}.txt').is_file():
+            files = [file] if part == 'train' else [folder / f'{name}.txt' for name in validation]
+            return next((path for path in files if path.is_file()), None)
+    file = folder / f'{part}.txt'
+    return file if file.is_file() else None

@@ -19,7 +19,7 @@ import torch
 
 import main
 from datasets import shard_index
-from datasets.image_io import FORMATS, MAX_PIXELS, ImageReader, orientation
+from datasets.image_io import FORMATS, MAX_PIXELS, ImageReader, read_header
 from datasets.shard_index import read_index, read_samples
 from datasets.shards import ShardedCoco
 from tests.runs import run
@@ -252,7 +252,7 @@ def huge_png() -> bytes:
 def test_images_of_too_many_pixels_are_not_decoded(make: Callable, tmp_path: Path) -> None:
     (tmp_path / 'huge.jpg').write_bytes(make())
     assert (tmp_path / 'huge.jpg').stat().st_size < 1000
-    for read in (ImageReader().read, ImageReader().size, orientation):
+    for read in (ImageReader().read, ImageReader().size, read_header):
         with pytest.raises(
             UserError, match=r'huge.jpg is not a readable image .*178,956,970 pixels are decoded; cut it'
         ):

@@ -33,13 +33,13 @@ from datasets.coco_json import (
     Issues,
     as_id,
     box_problem,
-    check_files,
     decode_entry,
     numbers_of,
     read_lists,
     shorten,
 )
 from datasets.image_io import ImageReader
+from datasets.image_names import find_images
 from datasets.segmentations import is_finite
 from util.command_line import FlagParser, float_range, run_command
 from util.errors import UserError
@@ -344,7 +344,9 @@ def main(args: Namespace) -> str:
         raise UserError(f'--output {args.output}: let it end in .html')
     truth = read_truth(args.ann)
     report = analyze(read_results(args.predictions, truth), truth, args.iou, args.score_thr)
-    check_files([image['name'] for image in report['worst']], args.images, args.ann)
+    names = find_images([image['name'] for image in report['worst']], args.images, args.ann)
+    for image, name in zip(report['worst'], names, strict=True):
+        image['name'] = name
     text = page(report, args.images, Path(args.predictions).name)
     save_atomically(args.output, lambda path: path.write_text(text, encoding='utf-8'))
     false, missed = np.sum(report['false']), np.sum(report['missed'])
