@@ -238,8 +238,8 @@ class AnnotationTable:
             numbers = self.set_images([self.read_image(raw) for raw in lists['images']])
             self.segmentations, raws = bytearray() if with_masks else None, lists['annotations']
             objects = read_columns(raws, self.issues, self.segmentations, numbers, problems)
-            for found in (self.issues, problems) if numbers else ():
-                if found is not None:
+            for found in (self.issues, problems):
+                if numbers and found is not None:
                     found.renumber(numbers)
             self.set_objects(objects, raws, names)
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from datasets.annotations import Inventory
 from datasets.coco_json import Issues, Place
 from datasets.image_dataset import ImageDataset
-from datasets.transforms import Target
+from datasets.transforms import Sample, Target
 from util.box_ops import box_cxcywh_to_xyxy
 from util.errors import UserError
 from util.page import build_page, thumbnail
@@ -22,9 +22,18 @@ from util.visualize import class_colour, paint_masks
 SAMPLES = 12  # images of a part
 Key = tuple[str, int]  # part and index of an image
 # Title -> inner bounds of the bins, and their names.
-SIZES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7), ('under 2 %', '2 to 5', '5 to 10', '10 to 20', '20 to 40', '40 to 70', '70 or more')
-SHAPES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8), ('under 1:8', '1:8', '1:4', '1:2', '1:1', '2:1', '4:1', '8:1 or more')
-COUNTS = (1, 2, 3, 5, 9, 17, 33, 65), ('0', '1', '2', '3 to 4', '5 to 8', '9 to 16', '17 to 32', '33 to 64', 'more')
+SIZES = (
+    (0.02, 0.05, 0.1, 0.2, 0.4, 0.7),
+    ('under 2 %', '2 to 5', '5 to 10', '10 to 20', '20 to 40', '40 to 70', '70 or more'),
+)
+SHAPES = (
+    (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8),
+    ('under 1:8', '1:8', '1:4', '1:2', '1:1', '2:1', '4:1', '8:1 or more'),
+)
+COUNTS = (
+    (1, 2, 3, 5, 9, 17, 33, 65),
+    ('0', '1', '2', '3 to 4', '5 to 8', '9 to 16', '17 to 32', '33 to 64', 'more'),
+)
 
 
 @dataclass
@@ -129,12 +138,17 @@ def draw_part(
         with suppress(UserError, OSError):
             image, target = (dataset.pixels(idx), {}) if isinstance(item, Exception) else item
             stored[idx] = {'name': part.name_of[idx]} | draw(image, target)
-            if idx in samples:
-                image, target = dataset.transformed(idx, partial(tuple, item), dataset.random_item)
-                height, width = target['size'].tolist()
-                boxes = box_cxcywh_to_xyxy(target['boxes']) * torch.tensor([width, height, width, height])
-                seen[idx] = draw(image, target | {'boxes': boxes})
+            if idx in samples and not isinstance(item, Exception):
+                seen[idx] = draw_as_seen(dataset, idx, item)
     return stored, seen
+
+
+def draw_as_seen(dataset: ImageDataset, idx: int, item: Sample) -> dict:
+    """Return the picture of an item after mix and transforms."""
+    image, target = dataset.transformed(idx, lambda: item, dataset.random_item)
+    height, width = target['size'].tolist()
+    boxes = box_cxcywh_to_xyxy(target['boxes']) * torch.tensor([width, height, width, height])
+    return draw(image, target | {'boxes': boxes})
 
 
 def draw(image: Tensor, target: Target) -> dict:

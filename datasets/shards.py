@@ -143,14 +143,14 @@ class ShardedCoco(ImageDataset):
             raise UserError(f'{file} lacks images of {self.index_file}: {WRITE_AGAIN}')
         rows, starts = objects_of(table, images, self.reading)
         find_unusual_boxes(table.issues, table, images, rows)
-        objects, names = Objects.of(table.objects[rows], self.class_map, None), table.file_names.chosen(images)
+        objects = Objects.of(table.objects[rows], self.class_map, None)
         return Inventory(
             objects.boxes_xywh.numpy(),
             objects.labels.numpy(),
             np.diff(starts),
             table.sizes[images],
             self.index_file.parent,
-            list(names),
+            list(table.file_names.chosen(images)),
             table.issues,
             self.problems,
         )

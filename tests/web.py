@@ -27,7 +27,9 @@ def served(handler: Callable) -> Iterator[str]:
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason='needs chromium, which shows the page and clicks in it')
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason='needs chromium, which shows the page and clicks in it'
+)
 
 
 def clicked(page: Path, script: str) -> dict:

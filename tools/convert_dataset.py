@@ -35,12 +35,12 @@ from datasets.coco_json import (
     Lists,
     Read,
     as_id,
-    check_files,
     object_area,
     read_annotations,
     read_lists,
 )
 from datasets.image_io import ImageReader
+from datasets.image_names import find_images
 from datasets.segmentations import polygons_of
 from datasets.split import choose_images, classes_of
 from tools.dataset_formats import read_cvat, read_dota, read_labelme, read_oid
@@ -107,12 +107,18 @@ def check_flags(args: Namespace) -> None:
     if args.output.exists():
         raise UserError(f'{args.output} exists: choose another --output, or remove it')
     suffix = '' if args.split else TARGETS[args.to].suffix
-    if args.split and (len(args.split) not in (2, 3) or min(args.split) <= 0 or abs(sum(args.split) - 1) > 1e-6):
+    if args.split and (
+        len(args.split) not in (2, 3) or min(args.split) <= 0 or abs(sum(args.split) - 1) > 1e-6
+    ):
         shares = ' '.join(f'{share:g}' for share in args.split)
         raise UserError(f'--split {shares}: give two or three shares above 0 that sum to 1, such as 0.9 0.1')
-    if args.output.suffix.lower() != suffix and (suffix or args.output.suffix.lower() in ('.json', '.xml', '.csv')):
+    if args.output.suffix.lower() != suffix and (
+        suffix or args.output.suffix.lower() in ('.json', '.xml', '.csv')
+    ):
         kind = f'a file that ends in {suffix}' if suffix else 'a folder'
-        raise UserError(f'--output {args.output}: --to {args.to}{" with --split" * bool(args.split)} writes {kind}')
+        raise UserError(
+            f'--output {args.output}: --to {args.to}{" with --split" * bool(args.split)} writes {kind}'
+        )
     if args.class_names and args.dataset_file != 'oid':
         raise UserError(f'--class_names is for --dataset_file oid: leave it out for {args.dataset_file}')
 
@@ -153,18 +159,22 @@ def read_source(args: Namespace) -> tuple[Annotations, AnnotationTable, Path | N
         return lists
 
     table = AnnotationTable(file, read=read_again)
+    data = read_annotations(file, read_again)
     if folder is not None:
-        check_files(table.file_names, folder, file)
+        names = [image['file_name'] for image in data['images']]
+        for image, name in zip(data['images'], find_images(names, folder, file, issues=issues), strict=True):
+            image['file_name'] = name
     for line in [*issues.lines(), *table.issues.lines()]:
         print(line)
-    data = read_annotations(file, read_again)
-    names = names_by_id(data['categories'])
-    data['categories'] = [each | {'name': names[each['id']]} for each in data['categories']]
+    classes = names_by_id(data['categories'])
+    data['categories'] = [each | {'name': classes[each['id']]} for each in data['categories']]
     for image in data['images']:
         if folder is not None and not (image.get('height') and image.get('width')):
             image['height'], image['width'] = ImageReader().size(folder / image['file_name'])
     ids = {as_id(annotation.get('id')) for annotation in data['annotations']}
-    are_unique = len(ids) == len(data['annotations']) and all(isinstance(each, int) and each > 0 for each in ids)
+    are_unique = len(ids) == len(data['annotations']) and all(
+        isinstance(each, int) and each > 0 for each in ids
+    )
     for number, annotation in enumerate(data['annotations'], start=1):
         annotation.pop('source', None)
         annotation |= {'iscrowd': annotation.get('iscrowd') or 0, 'area': object_area(annotation)}
@@ -172,7 +182,9 @@ def read_source(args: Namespace) -> tuple[Annotations, AnnotationTable, Path | N
     return data, table, folder
 
 
-def divide(data: Annotations, table: AnnotationTable, shares: list[float], seed: int) -> dict[str, Annotations]:
+def divide(
+    data: Annotations, table: AnnotationTable, shares: list[float], seed: int
+) -> dict[str, Annotations]:
     """Divide the images into train, val and perhaps test, each class about by these shares.
 
     Raises:
@@ -214,7 +226,9 @@ def fit(data: Annotations, to: str) -> tuple[Annotations, Counter[str]]:
         if kept is not None:
             annotations.append(kept)
     if to == 'dota':
-        lost['classes have spaces in their names, which other readers may refuse'] += sum(' ' in each['name'] for each in data['categories'])
+        lost['classes have spaces in their names, which other readers may refuse'] += sum(
+            ' ' in each['name'] for each in data['categories']
+        )
     if not target.empty:
         used = [{each[key] for each in annotations} for key in ('image_id', 'category_id')]
         for name, ids in zip(('images', 'categories'), used, strict=True):
@@ -250,7 +264,9 @@ def fit_object(annotation: dict, target: Target, size: tuple[int, int], lost: Co
         lost['objects of several polygons become an object for each'] += len(polygons) > 1
     elif masks:
         lost['masks are left out, and only their boxes are written'] += 1
-    lost['annotations have other fields, which are left out'] += bool(annotation.keys() - KEPT - {'segmentation', 'ignore'})
+    lost['annotations have other fields, which are left out'] += bool(
+        annotation.keys() - KEPT - {'segmentation', 'ignore'}
+    )
     return {name: annotation[name] for name in KEPT} | fields
 
 
@@ -259,7 +275,10 @@ def write_parts(parts: dict[str, Annotations], to: str, is_divided: bool, output
     if is_divided or not TARGETS[to].suffix:
         output.mkdir()
     if to == 'voc':
-        whole = {name: [each for data in parts.values() for each in data[name]] for name in ('images', 'annotations')}
+        whole = {
+            name: [each for data in parts.values() for each in data[name]]
+            for name in ('images', 'annotations')
+        }
         write(next(iter(parts.values())) | whole, to, output)
         (output / 'ImageSets/Main').mkdir(parents=True)
     for part, data in parts.items():
@@ -305,7 +324,9 @@ def write_texts(data: Annotations, to: str, folder: Path) -> None:
         raise UserError(f'--to {to}: two images would have the labels {twice}: rename one of them')
     outside = [name for name in names.values() if name.is_absolute() or '..' in name.parts]
     if outside:
-        raise UserError(f'--to {to}: the labels {outside[0]} would be outside of {folder}: correct the name of the image')
+        raise UserError(
+            f'--to {to}: the labels {outside[0]} would be outside of {folder}: correct the name of the image'
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     numbered = [image | {'file_name': f'.{image["id"]}.jpg'} for image in data['images']]
     write(data | {'images': numbered}, to, folder)
@@ -337,7 +358,9 @@ def convert(args: Namespace) -> str:
         print(f'images belong into {" and ".join(f"{args.output}/{place}" for place in places)}')
     names = ('images', 'annotations', 'categories')
     numbers = [', '.join(f'{len(each[name])} {name}' for name in names) for each in parts.values()]
-    texts = [f'{part} with {text}' for part, text in zip(parts, numbers, strict=True)] if args.split else numbers
+    texts = (
+        [f'{part} with {text}' for part, text in zip(parts, numbers, strict=True)] if args.split else numbers
+    )
     place = f'; the images are in {folder}' if folder else ''
     return f'{args.output}: {"; ".join(texts)}{place}'
 

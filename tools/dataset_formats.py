@@ -196,7 +196,9 @@ def read_labelme(file: File, issues: Issues) -> Lists:
         name = str(content['imagePath']).replace('\\', '/')
         beside = os.path.normpath(path.parent.relative_to(folder) / name).replace('\\', '/')
         image = {'file_name': beside if (folder / beside).is_file() else name}
-        images.append(image | {side: content.get(f'image{side.title()}') or 0 for side in ('height', 'width')})
+        images.append(
+            image | {side: content.get(f'image{side.title()}') or 0 for side in ('height', 'width')}
+        )
         for each in labelme_objects(content['shapes'], images[-1], path, issues):
             objects.append(each | {'image_id': number})
     return coco_lists(images, objects, sorted({each['class'] for each in objects}))
@@ -211,7 +213,9 @@ def read_labelme_file(path: Path) -> dict:
         raise UserError(f'{path} is not JSON ({error}): write it again') from error
     is_known = isinstance(content, dict) and isinstance(content.get('imagePath'), str)
     if not is_known or not isinstance(content.get('shapes'), list):
-        raise UserError(f'{path} is no file of LabelMe, which has imagePath and shapes: take it out of the folder')
+        raise UserError(
+            f'{path} is no file of LabelMe, which has imagePath and shapes: take it out of the folder'
+        )
     return content
 
 
@@ -284,7 +288,9 @@ def images_by_stem(folder: Path | None, file: File) -> dict[str, str]:
     names: dict[str, str] = {}
     for path in sorted(path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES):
         if path.stem in names:
-            raise UserError(f'{folder} has {names[path.stem]} and {path.name}: annotations name {path.stem} alone')
+            raise UserError(
+                f'{folder} has {names[path.stem]} and {path.name}: annotations name {path.stem} alone'
+            )
         names[path.stem] = path.relative_to(folder).as_posix()
     return names
 
@@ -292,7 +298,7 @@ def images_by_stem(folder: Path | None, file: File) -> dict[str, str]:
 def read_dota(file: File, issues: Issues, images: Path | None, reader: ImageReader) -> Lists:
     """Read a folder of DOTA's files, as upright boxes around the four corners of each object."""
     folder = Path(file)
-    files = sorted(folder.glob('*.txt'))
+    files = sorted(folder.rglob('*.txt'))
     if not files:
         raise FileError(f'{folder} has no .txt file of DOTA: check the path')
     names = images_by_stem(images, file)
@@ -320,7 +326,9 @@ def dota_object(line: str, image: str, issues: Issues) -> dict:
         if not label:
             raise ValueError('eight numbers and a class are needed')
     except ValueError as error:
-        return {'class': label} | unusable(f'is {line[:60]!r}, which is not an object of DOTA ({error}): correct it')
+        return {'class': label} | unusable(
+            f'is {line[:60]!r}, which is not an object of DOTA ({error}): correct it'
+        )
     found = {'class': label, 'bbox': box_around([corners]), 'iscrowd': int(difficult != '0')}
     if len(set(corners[::2])) > 2 or len(set(corners[1::2])) > 2:
         issues.add(ROTATED, f'in {image}')
@@ -366,4 +374,3 @@ def count_unlisted(names: dict[str, str], listed: set[str], issues: Issues) -> N
     """Count the images that annotations do not name."""
     for stem in sorted(names.keys() - listed):
         issues.add('images without annotations, which are left out', names[stem])
-
