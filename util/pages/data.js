@@ -14,7 +14,7 @@ function numbers() {
 // A picture with the boxes of its objects, and `unusual` boxes over them.
 function picture({ marks, name, ...image }, caption, unusual = []) {
   const known = marks.map(([box, label]) => ({ box, text: names[label], colour: colours[label] }));
-  const others = unusual.map(box => ({ box, text: 'unusual', colour: UNUSUAL, dashed: true }));
+  const others = unusual.map(box => ({ box, text: 'unusual', colour: UNUSUAL, dashed: true, group: '<g class="unusual">' }));
   return card(image, [...known, ...others], caption);
 }
 
@@ -23,7 +23,7 @@ function kind({ title, number, examples, places, refused }) {
   const boxes = new Map(shown.map(([key]) => [key, shown.filter(([other, box]) => other === key && box)]));
   const cards = join([...boxes], ([key, found]) =>
     picture(pictures[key], `${key.split(' ')[0]}: ${pictures[key].name}`, found.map(([, box]) => box)));
-  const rest = number > shown.length ? `${shown.length} of ${number} are shown.` : '';
+  const rest = !shown.length ? 'There is no image to show.' : number > shown.length ? `${shown.length} of ${number} are shown.` : '';
   return `<div class="${refused ? 'refused' : 'noted'}">
     <h3>${number} ${escaped(title)}</h3>
     <p>${escaped(examples.join(', '))}${number > examples.length ? ', ...' : ''}</p>
