@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 import main
-from datasets import yolo
 from datasets.annotations import AnnotationTable
 from datasets.coco_eval import CocoEvaluator
 from datasets.coco_json import Issues
