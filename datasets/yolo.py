@@ -107,7 +107,9 @@ class DataYaml:
         self.file, self.settings = file, read_yaml(file)
         path = self.settings.get('path') or '.'
         if not isinstance(path, str):
-            raise UserError(f'{file} has path {path!r}: it must name the folder of the dataset, or be missing')
+            raise UserError(
+                f'{file} has path {path!r}: it must name the folder of the dataset, or be missing'
+            )
         self.path, self.folder = path, Path(os.path.abspath(file)).parent
         self.roots = [self.folder / path, Path(path), self.folder]  # below which places are looked for
 
@@ -301,9 +303,7 @@ def read_yolo(
     return objects
 
 
-def parse_line(
-    line: str, names: Collection[int], num_keypoint_values: int
-) -> tuple[int, list[float], str]:
+def parse_line(line: str, names: Collection[int], num_keypoint_values: int) -> tuple[int, list[float], str]:
     """Return the class of a line, the numbers of its box or polygon, and what is read no further, or ''.
 
     Raises:
@@ -359,12 +359,9 @@ def without_dots(path: Path) -> Path:
 
 def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> YoloDetection:
     """Build the 'train' or 'val' part of --dataset_file yolo in --coco_path."""
-    return YoloDetection(*find_files(settings.source(part), settings.coco_path), **coco_options(part, settings, class_map))
-
-
-def has_part(part: str, root: str | os.PathLike[str]) -> bool:
-    """Return whether data.yaml names a place for a part."""
-    return bool(read_yaml(Path(root)).get(part))
+    return YoloDetection(
+        *find_files(settings.source(part), settings.coco_path), **coco_options(part, settings, class_map)
+    )
 
 
 def find_files(part: str, root: str | os.PathLike[str] | None) -> tuple[Path, Path]:

@@ -223,7 +223,9 @@ def test_file_names_may_have_folders(tmp_path: Path) -> None:
 
 GREY = rule_image('grey', 24, 36)[:, :, 0]
 RGB = rule_image('colour', 24, 36)
-PHOTO = np.array(PIL.Image.fromarray(rule_image('photo', 8, 8)).resize((61, 45), PIL.Image.Resampling.BICUBIC))
+PHOTO = np.array(
+    PIL.Image.fromarray(rule_image('photo', 8, 8)).resize((61, 45), PIL.Image.Resampling.BICUBIC)
+)
 
 
 def encoded(image: PIL.Image.Image, kind: str, **options: object) -> bytes:

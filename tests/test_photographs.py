@@ -237,7 +237,6 @@ def test_metrics_are_the_same_to_the_last_digit(way: str, tmp_path: Path) -> Non
             evaluator.update({image_id: {'boxes': boxes, 'labels': labels, 'scores': torch.tensor([0.9, 0.8])}})
         numbers.append(evaluator.summarize().numbers)
     assert all(each == numbers[0] for each in numbers) and 0.3 < numbers[0]['AP'] < 0.9
-    assert numbers[0]['AP'] == pytest.approx(0.0, abs=1) and numbers[0]['AP50'] == pytest.approx(1, abs=0.2)
 
 
 @pytest.mark.parametrize('suffix', ['png', 'jpg', 'webp', 'tif', 'mpo'])
