@@ -205,9 +205,7 @@ def image_folder(root: Path, file: Path, part: str) -> Path | None:
     usual += [found[name] for name, found in (('default', images), ('images', inside)) if name in found]
     folders = [*beside, *usual] or [folder for folder in inside.values() if has_images(folder)]
     name = first_name(file)
-    standing = [
-        folder for folder in (*folders, root) if not leads_out(name) and os.path.isfile(folder / name)
-    ]
+    standing = [folder for folder in (*folders, root) if not leads_out(name) and os.path.isfile(folder / name)]
     choices = standing or folders or ([root] if has_images(root) else [])
     if len(choices) > 1 and not (beside or usual):
         shown = ' or '.join(f'{path.relative_to(root)}/' for path in choices[:3])

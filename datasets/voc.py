@@ -115,9 +115,7 @@ def read_voc(file: Path) -> tuple[dict, list[dict]]:
 
 def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> VocDetection:
     """Build the 'train' or 'val' part of --dataset_file voc in --coco_path."""
-    return VocDetection(
-        *find_files(settings.source(part), settings.coco_path), **coco_options(part, settings, class_map)
-    )
+    return VocDetection(*find_files(settings.source(part), settings.coco_path), **coco_options(part, settings, class_map))
 
 
 def find_files(part: str, root: str | os.PathLike[str] | None) -> tuple[Path, Path]:

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from msgspec import Raw
 from torch import Tensor
@@ -135,12 +136,13 @@ class DataYaml:
     def num_keypoint_values(self) -> int:
         """Return how many numbers behind a box are keypoints: kpt_shape is [points, values of each]."""
         shape = self.settings.get('kpt_shape')
-        is_shape = isinstance(shape, list) and all(isinstance(value, int) for value in shape)
-        return math.prod(shape) if is_shape else 0
+        if not isinstance(shape, list) or not all(isinstance(value, int) for value in shape):
+            return 0
+        return math.prod(shape)
 
     def texts(self, part: str) -> list:
         """Return the places of a part as they are written, [] if it has none."""
-        value = next((self.settings[name] for name in PARTS[part] if self.settings.get(name)), [])
+        value: Any = next((self.settings[name] for name in PARTS[part] if self.settings.get(name)), [])
         return value if isinstance(value, list) else [value]
 
     def places(self, part: str) -> list[Path]:

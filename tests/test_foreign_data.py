@@ -326,7 +326,7 @@ def test_layouts_of_yolo(name: str, copies: dict[str, Path], tmp_path: Path) -> 
     settings = {'path': '.', 'train': 'images/train', 'val': 'images/val', 'names': KINDS}
     (root / 'data.yaml').write_text(json.dumps(settings | change(root)))
     data = build_data('train', arguments('yolo', root))
-    assert data.class_map.names == KINDS
+    assert list(data.class_map.names) == KINDS
     found = objects_by_name(data)
     assert found.keys() == expected.keys()
     for key, boxes in expected.items():
@@ -342,7 +342,7 @@ def objects_by_name(data: YoloDetection) -> dict[str, Tensor]:
 def test_classes_of_yolo_without_names_are_numbers(copies: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(copies['yolo'], tmp_path, symlinks=True, dirs_exist_ok=True)
     (tmp_path / 'data.yaml').write_text('train: images/train\nvalid: images/val\nnc: 6\n')
-    assert build_data('train', arguments('yolo', tmp_path)).class_map.names == list('012345')
+    assert build_data('train', arguments('yolo', tmp_path)).class_map.names == tuple('012345')
     assert len(build_data('val', arguments('yolo', tmp_path))) == 6
     assert yolo.has_part('val', tmp_path)
     (tmp_path / 'data.yaml').write_text('train: images/train\nval:\nnc: 6\n')
@@ -351,7 +351,7 @@ def test_classes_of_yolo_without_names_are_numbers(copies: dict[str, Path], tmp_
 
 # Lines of a label file -> number of objects, and what a run says.
 LINES = {
-    'a polygon among boxes': ('0 0.5 0.5 0.1 0.1\n1 0.1 0.1 0.3 0.1 0.3 0.3', 2, ''),
+    'a polygon among boxes': ('0 0.5 0.5 0.1 0.1\n1 0.1 0.1 0.3 0.1 0.3 0.3', 2, 'made from the segmentation'),
     'scores': (
         '0 0.5 0.5 0.1 0.1 0.9\n1 0.1 0.1 0.3 0.1 0.3 0.3 0.75',
         2,
