@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.coco_eval import encode_masks
 from datasets.evaluation import Evaluation, Evaluator
+from datasets.image_io import turned_sample
 from models.postprocess import postprocess_batch, to_cpu
 from models.training.criterion import weighted_sum
 from util.box_ops import box_cxcywh_to_xyxy
@@ -190,7 +191,7 @@ def evaluate(
 def sample_detections(
     model: nn.Module, postprocessors: dict[str, nn.Module], dataset: Dataset, count: int = 6
 ) -> list[tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]]:
-    """Return the first images of a dataset with their detections and their objects, for a drawing."""
+    """Return the first images of a dataset, upright, with their detections and their objects, for a drawing."""
     model.eval()
     device = next(model.parameters()).device
     rows = []
@@ -204,7 +205,9 @@ def sample_detections(
         boxes = box_cxcywh_to_xyxy(target['boxes']) * torch.tensor([width, height, width, height])
         truth = {'labels': target['labels'], 'boxes': boxes}
         truth |= {'masks': target['masks']} if 'segm' in postprocessors and 'masks' in target else {}
-        rows.append((image, to_cpu(results[0]), truth))
+        turn = dataset.turn_left(index)
+        shown, found = turned_sample(image, to_cpu(results[0]), turn)
+        rows.append((shown, found, turned_sample(image, truth, turn)[1]))
     return rows
 
 

@@ -23,10 +23,20 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from datasets.build import build_evaluator, data_limits, main_column
+from datasets.check_data import check_data
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.evaluation import Evaluation
-from datasets.inventory import check_data, print_inventory
-from datasets.loaders import begin_epoch, build_datasets, build_loader, check_steps, worst_batch
+from datasets.inventory import print_inventory, take_inventories
+from datasets.loaders import (
+    begin_epoch,
+    build_datasets,
+    build_loader,
+    check_steps,
+    count_train_images,
+    handle_unreadable,
+    worst_batch,
+)
+from datasets.readers import settle_reading, use_readers
 from engine import evaluate, sample_detections, train_one_epoch, try_largest_batch
 from models import build_model, check_backbone
 from models.segmentation import freeze_all_but_masks
@@ -44,6 +54,7 @@ from util.config.recorded import adopt, changes_text, data_of
 from util.config.settle import EVERYTHING, Settled, check_processes, settle
 from util.distributed.collectives import (
     all_gather_object,
+    broadcast_object,
     check_agreement,
     choose_device,
     fail_together,
@@ -92,10 +103,12 @@ def look(args: Settled) -> None:
     """Print the size and the cost of a run, for --dry_run; with --check_data, check all data first."""
     if not is_main_process():
         return
-    num_images = None
     if args.check_data:
         datasets = build_datasets(args, None)
+        settle_reading(args, datasets)
         num_images = check_data(datasets, args.num_workers, args.output_dir, **data_limits(args))
+    else:
+        num_images = None if args.eval else count_train_images(args)
     print_dry_run(args, num_images)
 
 
@@ -152,7 +165,13 @@ def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
             class_map = file_map if file_map.num_classes == PANOPTIC_CLASSES else None
         datasets = build_datasets(args, class_map)
         if is_main_process():
-            print_inventory(datasets, **data_limits(args))
+            names = list(datasets.values())[-1].class_map.names
+            print_inventory(take_inventories(datasets), names, **data_limits(args))
+    handle_unreadable(datasets, args.skip_unreadable, args.output_dir)
+    with fail_together():
+        found = settle_reading(args, datasets) if is_main_process() else {}
+    args = args.but(**broadcast_object(found))
+    use_readers(args, datasets.values())
     facts = {f'{split} data': dataset.summary for split, dataset in datasets.items()}
     num_images = checkpoint.get('within_epoch', {}).get('images', 0)
     progress = f'epoch {checkpoint.get("epoch")}, {num_images} images further' if checkpoint else 'none'

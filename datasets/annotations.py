@@ -19,6 +19,7 @@ from datasets.class_map import ClassMap, names_by_id
 from datasets.coco_json import (
     File,
     Issues,
+    Place,
     Read,
     as_id,
     box_problem,
@@ -28,6 +29,7 @@ from datasets.coco_json import (
     encode,
     errors_in,
     numbers_of,
+    places_of,
     read_lists,
     repair,
     shorten,
@@ -53,6 +55,7 @@ class Annotation(msgspec.Struct, gc=False):
     bbox: tuple[float, float, float, float]
     area: float | UnsetType = UNSET
     iscrowd: Literal[0, 1] | None = None
+    ignore: Literal[0, 1] | None = None
     segmentation: Raw = Raw(b'null')
 
 
@@ -66,6 +69,7 @@ COLUMNS = np.dtype(
         ('boxes_xywh', np.float64, 4),
         ('areas', np.float64),
         ('crowd', np.bool_),
+        ('ignored', np.bool_),
         ('segmented', np.bool_),
         ('starts', np.int64),
         ('stops', np.int64),
@@ -150,6 +154,7 @@ def fill_columns(rows: Columns, annotations: list[Annotation]) -> None:
     rows.boxes_xywh = [a.bbox for a in annotations]
     rows.areas = [a.bbox[2] * a.bbox[3] if a.area is UNSET else a.area for a in annotations]
     rows.crowd = [a.iscrowd == 1 for a in annotations]
+    rows.ignored = [a.ignore == 1 for a in annotations]
     texts = (a.segmentation for a in annotations)
     rows.segmented = [len(memoryview(text)) > SHORTEST or bool(decode_entry(text)) for text in texts]
 
@@ -159,6 +164,12 @@ def are_pixels(objects: Columns) -> bool:
     boxes = objects.boxes_xywh
     in_range = (np.abs(boxes) <= LARGEST).all() and (boxes[:, 2:] >= 0).all()
     return bool(in_range and np.isfinite(objects.areas).all())
+
+
+def places_in(objects: Columns) -> Iterator[Place]:
+    """Yield images and boxes of objects."""
+    for each in objects:
+        yield Place(int(each.image_ids), each.boxes_xywh.tolist())
 
 
 def labels_of(objects: Columns, class_map: ClassMap) -> np.ndarray:
@@ -176,7 +187,7 @@ def repaired(
         if problem := box_problem(entry):
             if problems is None:
                 raise UserError(f'{title_of(entry)} {problem}')
-            problems.add(UNUSABLE, f'{title_of(entry)} {problem}')
+            problems.add(UNUSABLE, f'{title_of(entry)} {problem}', places=places_of(entry))
             continue
         image_id, category_id = as_id(entry.get('image_id')), as_id(entry.get('category_id'))
         image_id = numbers.get(image_id) if numbers else image_id
@@ -186,6 +197,7 @@ def repaired(
             tuple(map(float, entry['bbox'])),  # type: ignore[arg-type]  # four
             float(entry['area']) if 'area' in entry else UNSET,
             entry.get('iscrowd'),
+            entry.get('ignore'),
             encode([entry.get('segmentation')])[0],
         )
 
@@ -215,7 +227,7 @@ class AnnotationTable:
         problems: Issues | None = None,
     ) -> None:
         self.file, self.read, self.issues, self.problems = file, read, Issues(), problems
-        lists = read(file)
+        lists = read(file, self.issues)
         with errors_in(file):
             self.categories = [
                 repair('categories', decode_entry(raw), self.issues) for raw in lists['categories']
@@ -226,6 +238,9 @@ class AnnotationTable:
             numbers = self.set_images([self.read_image(raw) for raw in lists['images']])
             self.segmentations, raws = bytearray() if with_masks else None, lists['annotations']
             objects = read_columns(raws, self.issues, self.segmentations, numbers, problems)
+            for found in (self.issues, problems):
+                if numbers and found is not None:
+                    found.renumber(numbers)
             self.set_objects(objects, raws, names)
 
     def read_image(self, raw: Raw) -> tuple:
@@ -281,8 +296,9 @@ class AnnotationTable:
                 raise UserError(f'{title_of(annotation)} {problem}')
             for kind, which in (('image', no_image), ('category', no_category)):
                 if which.any():
+                    places = places_in(objects[which & ~no_image])
                     kind = f'annotations whose {kind} is not listed'
-                    self.problems.add(kind, str(self.file), int(which.sum()))
+                    self.problems.add(kind, str(self.file), int(which.sum()), places)
             objects, rows = objects[~invalid], rows[~invalid]
         self.order = np.argsort(rows, kind='stable')
         self.objects = objects[self.order]
@@ -292,7 +308,9 @@ class AnnotationTable:
         """Raise a `UserError` if one of these objects has neither polygons nor run lengths."""
         without = rows[~self.objects.segmented[rows]]
         if len(without):
-            first = decode_entry(self.read(self.file)['annotations'][int(self.order[without].min())])
+            first = decode_entry(
+                self.read(self.file, Issues())['annotations'][int(self.order[without].min())]
+            )
             raise UserError(
                 f'{self.file}: {title_of(first)} has no segmentation, which masks are made of: add polygons '
                 'or run-length masks, or train without --masks'
@@ -304,15 +322,16 @@ class Inventory:
     """The T objects of N images, as the annotations have them.
 
     boxes_xywh: [T, 4] in pixels. labels: [T]. counts: [N] objects of each image. sizes: [N, 2] height and
-    width, 0 where they are not known. folder, names: where the image files are, and their names. issues: what
-    is unusual and kept, repaired or left out. problems: what cannot be used, if it was counted.
+    width, 0 where they are not known. folder, names: where the image files are, if there are files, and their
+    names. issues: what is unusual and kept, repaired or left out. problems: what cannot be used, if it was
+    counted.
     """
 
     boxes_xywh: np.ndarray
     labels: np.ndarray
     counts: np.ndarray
     sizes: np.ndarray
-    folder: Path
+    folder: Path | None
     names: list[str]
     issues: Issues
     problems: Issues | None = None

@@ -13,17 +13,23 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from datasets.annotations import AnnotationTable, Inventory
+from datasets.annotations import AnnotationTable, Inventory, PackedList
 from datasets.augmentations import build_augmentation
 from datasets.build import DataSettings, image_options
 from datasets.class_map import ClassMap
-from datasets.coco_json import Annotations, File, Issues, Lists, check_files, read_annotations, read_lists
+from datasets.coco_json import Annotations, File, Issues, Lists, read_annotations, read_lists
+from datasets.headers import Survey
 from datasets.image_dataset import ImageDataset, Mix
-from datasets.image_io import read_image, stored_size
+from datasets.image_io import DEFAULT_READER, ImageReader, UnreadableImage
+from datasets.image_names import find_images
 from datasets.inventory import find_unusual_boxes
+from datasets.readers import build_reader
+from datasets.split import Split
 from datasets.targets import AS_DETR, Objects, Reading, check_size, is_trained_on, make_target
 from datasets.transforms import Target, Transform
 from util.errors import FileError, UserError
+
+USUAL_SIZE = (480, 640)  # height and width in place of those of an unreadable image
 
 
 class CocoDetection(ImageDataset):
@@ -38,12 +44,15 @@ class CocoDetection(ImageDataset):
         repeat_threshold: repeat images of rare classes (`repeats_of`); 0 repeats no image.
         allow_outside: take file names that lead out of image_dir.
         problems: where to count what is invalid, which is then left out; None: the first problem is an error.
+        split: the part of the file that this is; None: all of it.
     """
 
-    @classmethod
-    def read_lists(cls, annotation_file: File) -> Lists:
-        """Return the lists of the annotation file in COCO form; other formats override this."""
-        return read_lists(annotation_file)
+    def read_lists(self, annotation_file: File, issues: Issues) -> Lists:
+        """Return the lists of the annotation file in COCO form; other formats override this.
+
+        issues: where to count what is repaired or left out.
+        """
+        return read_lists(annotation_file, issues)
 
     def __init__(
         self,
@@ -58,21 +67,30 @@ class CocoDetection(ImageDataset):
         repeat_threshold: float = 0.0,
         allow_outside: bool = False,
         problems: Issues | None = None,
+        reader: ImageReader = DEFAULT_READER,
+        split: Split | None = None,
     ) -> None:
         super().__init__(transforms, mix, seed)
+        self.use_reader(reader)
         self.image_dir, self.annotation_file = Path(image_dir), Path(annotation_file)
         table = AnnotationTable(
             annotation_file, class_map, return_masks is not False, self.read_lists, problems
         )
-        check_files(table.file_names, image_dir, annotation_file, allow_outside, problems)
+        names = find_images(
+            table.file_names, image_dir, annotation_file, allow_outside, problems, table.issues
+        )
+        if names is not table.file_names:
+            table.file_names = PackedList.of(names)
         self.class_map = class_map or ClassMap.numbered(table.categories, reading.class_ids)
         images = self._large_images(table, reading.min_image_side)
+        if split is not None:
+            images = images[split.contains(table)[images]]
         self.ids: list[int] = table.image_ids[images].tolist()
         self._file_names = table.file_names.chosen(images)
         self._json_sizes = table.sizes[images]
         rows, self._starts = objects_of(table, images, reading)
         self.issues, self.problems = table.issues, problems
-        find_unusual_boxes(self.issues, table, rows)
+        find_unusual_boxes(self.issues, table, images, rows)
         self.most_objects = int(np.diff(self._starts).max(initial=0))
         if return_masks:
             table.check_segmentations(rows)
@@ -94,7 +112,11 @@ class CocoDetection(ImageDataset):
         Raises:
             UserError: there is no such image.
         """
-        sizes = self._known_sizes(table.sizes, table.file_names) if min_side else table.sizes
+        sizes = (
+            self._known_sizes(table.sizes, table.file_names, keep_unreadable=True)
+            if min_side
+            else table.sizes
+        )
         rows = np.flatnonzero(sizes.min(axis=1) >= min_side)
         if not len(rows):
             raise UserError(
@@ -103,12 +125,26 @@ class CocoDetection(ImageDataset):
             )
         return rows
 
-    def _known_sizes(self, sizes: np.ndarray, names: Sequence[str]) -> np.ndarray:
-        """Copy sizes [N, 2]; where one is 0, it is read from the header of the image."""
+    def _known_sizes(self, sizes: np.ndarray, names: Sequence[str], keep_unreadable: bool) -> np.ndarray:
+        """Copy sizes [N, 2]; where one is 0, it is read from the header of the image.
+
+        keep_unreadable: give an image without a readable header a usual size.
+        """
         sizes = sizes.copy()
         for idx in np.flatnonzero((sizes <= 0).any(axis=1)).tolist():
-            sizes[idx] = stored_size(self.image_dir / names[idx])
+            try:
+                sizes[idx] = self.reader.size(self.image_dir / names[idx])
+            except UnreadableImage:
+                if not keep_unreadable:
+                    raise
+                sizes[idx] = USUAL_SIZE
         return sizes
+
+    @cached_property
+    def survey(self) -> Survey:
+        """Return the headers of the images, each once."""
+        paths = [self.image_dir / name for name in self._file_names]
+        return Survey.of(paths, self._json_sizes)
 
     def inventory(self) -> Inventory:
         """Return all objects, before repetition of rare classes."""
@@ -124,30 +160,55 @@ class CocoDetection(ImageDataset):
             self.problems,
         )
 
+    @property
+    def reading_order(self) -> Sequence[int]:
+        """Return an index of each image: rare ones have several."""
+        return np.unique(self._rows, return_index=True)[1].tolist()
+
     @cached_property
     def ground_truth(self) -> Annotations:
-        """Return the annotation file's content; training never reads it."""
+        """Return what the annotation file has of these images; training never reads it."""
         content = read_annotations(self.annotation_file, self.read_lists)
+        names = {self.ids[idx]: self._file_names[row] for idx, row in enumerate(self._rows.tolist())}
+        for key, images in (('id', 'images'), ('image_id', 'annotations')):
+            content[images] = [entry for entry in content[images] if entry.get(key) in names]
+        for image in content['images']:
+            image['file_name'] = names[image['id']]
         for image in content['images'] if self.return_masks else []:
             if not (image.get('height') and image.get('width')):  # masks need them
-                image['height'], image['width'] = stored_size(self.image_dir / image['file_name'])
+                image['height'], image['width'] = self.reader.size(self.image_dir / image['file_name'])
         return content
 
+    def pixels(self, idx: int) -> Tensor:
+        """Return the image as its file has it."""
+        row = int(self._rows[idx])
+        return self.reader.read(self.image_dir / self._file_names[row], self._json_sizes[row])
+
+    def image_name(self, idx: int) -> str:
+        return str(self.image_dir / self._file_names[int(self._rows[idx])])
+
     def untransformed(self, idx: int) -> tuple[Tensor, Target]:
-        """Return the image as it is stored, and its objects."""
+        """Return the image as its file has it, and its objects."""
         row = int(self._rows[idx])
         name = self._file_names[row]
-        image = read_image(self.image_dir / name)
-        check_size(self.image_dir / name, image.shape[1:], self._json_sizes[row], self.annotation_file)
+        file, size = self.image_dir / name, self._json_sizes[row]
+        image = self.pixels(idx)
+        check_size(file, image.shape[1:], size, self.annotation_file, self.reader.exif)
         objects = self._objects[self._starts[row] : self._starts[row + 1]]
         try:
             return image, make_target(objects, self.ids[idx], *image.shape[1:])
         except UserError as error:
             raise UserError(f'{self.annotation_file}: image {self.ids[idx]} ({name}) {error}') from error
 
+    def turn_left(self, idx: int) -> int:
+        """Return the orientation with which `image_io.turned` makes image idx upright, for drawings of it."""
+        row = int(self._rows[idx])
+        return self.reader.turn_left(self.image_dir / self._file_names[row], self._json_sizes[row])
+
     def image_sizes(self) -> np.ndarray:
         """Return height and width of all images, [N, 2]."""
-        return self._known_sizes(self._json_sizes, self._file_names)[self._rows]
+        is_replaced = self.unreadable is not None
+        return self._known_sizes(self._json_sizes, self._file_names, is_replaced)[self._rows]
 
 
 def objects_of(table: AnnotationTable, images: np.ndarray, reading: Reading) -> tuple[np.ndarray, np.ndarray]:
@@ -187,13 +248,16 @@ def repeats_of(labels: np.ndarray, starts: np.ndarray, threshold: float) -> np.n
 
 def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> CocoDetection:
     """Build the 'train' or 'val' part; `find_files` says where its files are looked for."""
-    files = find_files(part, settings.coco_path, settings.images(part), settings.annotations(part))
+    source = settings.source(part)
+    files = find_files(source, settings.coco_path, settings.images(part), settings.annotations(part))
     return CocoDetection(*files, **coco_options(part, settings, class_map))
 
 
 def coco_options(part: str, settings: DataSettings, class_map: ClassMap | None) -> dict[str, Any]:
     """Return the options of a `CocoDetection` that the settings ask for."""
+    share = settings.val_share
     return annotation_options(part, settings, class_map) | {
+        'split': Split(part, share, settings.split_seed) if share else None,
         'problems': Issues() if settings.check_data else None,
         'allow_outside': settings.allow_outside,
         'repeat_threshold': settings.repeat_threshold if part == 'train' else 0.0,
@@ -211,6 +275,7 @@ def annotation_options(part: str, settings: DataSettings, class_map: ClassMap | 
         'class_map': class_map,
         'reading': Reading(settings.class_ids, augmentation.drop_tiny, min_side),
         'return_masks': return_masks,
+        'reader': build_reader(settings),
     }
 
 
@@ -226,6 +291,13 @@ def find_files(
     files = [f'annotations/instances_{name}.json' for name in names]
     annotation_file = find_path(root, annotations, files, f'--{part}_ann')
     return find_path(root, images, folders, f'--{part}_images'), annotation_file
+
+
+def given_root(root: str | os.PathLike[str] | None, dataset_file: str) -> Path:
+    """Return --coco_path, which this --dataset_file needs."""
+    if root is None:
+        raise UserError(f'where is the data? Give --coco_path, the folder of --dataset_file {dataset_file}')
+    return Path(root)
 
 
 def find_path(root: str | None, explicit: str | None, usual: list[str], option: str) -> Path:

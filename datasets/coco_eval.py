@@ -30,6 +30,7 @@ LVIS_NAMES = (*STAT_NAMES[:6], 'APr', 'APc', 'APf', 'AR300', 'ARs300', 'ARm300',
 PRECISIONS = STAT_NAMES[:6]
 ALL_AREAS, MOST_DETECTIONS, IOU_50, IOU_75 = 0, -1, 0, 5  # indices into the evaluators' arrays
 LVIS_DETECTIONS = 300
+IGNORED_AREA = 1e12  # pixels, beyond the largest range; hotcoco does not read `ignore`
 FEDERATED = ('neg_category_ids', 'not_exhaustive_category_ids')  # an image's lists in LVIS
 
 
@@ -148,7 +149,7 @@ class CocoEvaluator(Evaluator):
         """Return the result of each kind."""
         results = {}
         for kind in self.kinds:
-            truth = prepare_ground_truth(self.ground_truth, set(self.detections), kind)
+            truth = prepare_ground_truth(self.ground_truth, set(self.detections), kind, self.limit > 0)
             arrays = compute_metrics(truth, result_rows(self.detections, kind), kind, self.limit)
             results[kind] = summarize_arrays(truth, *arrays, self.limit)
         return results
@@ -190,11 +191,12 @@ def decode_masks(encoded: list[dict]) -> Iterator[Tensor]:
     return (torch.from_numpy(coco_mask.decode(rle)) for rle in encoded)
 
 
-def prepare_ground_truth(ground_truth: dict, image_ids: set[int], kind: str) -> dict:
+def prepare_ground_truth(ground_truth: dict, image_ids: set[int], kind: str, federated: bool = False) -> dict:
     """Copy the annotations of the chosen images, in the form that the evaluators need.
 
     Ids are counted anew from 1, because the evaluators treat an object of id 0 as unmatched. A missing
-    iscrowd counts as 0, a missing area as that of the box.
+    iscrowd counts as 0, a missing area as that of the box. pycocotools ignores objects by iscrowd, and
+    overwrites `ignore` with it. lvis-api (federated) reads `ignore`, and not iscrowd.
     """
     annotations: list[dict] = []
     for annotation in ground_truth['annotations']:
@@ -204,6 +206,9 @@ def prepare_ground_truth(ground_truth: dict, image_ids: set[int], kind: str) -> 
         entry['id'] = len(annotations) + 1
         entry['area'] = object_area(annotation)
         entry['iscrowd'] = int(annotation.get('iscrowd') or 0)
+        if federated:
+            entry['iscrowd'] = 0
+            entry['area'] = IGNORED_AREA if annotation.get('ignore') == 1 else entry['area']
         if kind == 'segm':
             entry['segmentation'] = require_segmentation(annotation)
         annotations.append(entry)
@@ -288,7 +293,8 @@ def summarize_arrays(truth: dict, precision: np.ndarray, recall: np.ndarray, lim
         *(mean_defined(recall[..., ALL_AREAS, most]) for most in range(recall.shape[-1])),
         *(mean_defined(recall[..., area, MOST_DETECTIONS]) for area in (1, 2, 3)),
     ]
-    objects = Counter(a['category_id'] for a in truth['annotations'] if not a['iscrowd'])
+    counted = (a for a in truth['annotations'] if not a['iscrowd'] and a['area'] < IGNORED_AREA)
+    objects = Counter(a['category_id'] for a in counted)
     columns = ('AP', 'AP50', 'AP75', 'AR300' if limit else 'AR100')
     per_class = []
     for idx, category in enumerate(truth['categories']):

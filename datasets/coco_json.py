@@ -10,10 +10,11 @@ import json
 import mmap
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 import msgspec
@@ -27,24 +28,43 @@ Annotations = dict[str, list[dict]]
 File = str | os.PathLike[str]
 # The three lists of a file. An entry is a JSON text: memory never holds all entries as Python objects.
 Lists = dict[str, Sequence[Raw]]
-Read = Callable[[File], Lists]
 LISTS = ('images', 'annotations', 'categories')
-EXAMPLES = 3
+EXAMPLES = 3  # of a kind, in a line
+PLACES = 8  # of a kind, in the page of --check_data
+
+
+class Place(NamedTuple):
+    """Where something unusual is: an image, by its id, its file name, or its part and index; and a box there
+    (x, y, width, height).
+    """
+
+    image: int | str | tuple[str, int]
+    box: Sequence[float] | None = None
 
 
 class Issues:
-    """What is unusual in the data and kept, repaired or left out: the number and the first of each kind."""
+    """What is unusual in the data and kept, repaired or left out: the number and the first of each kind.
+
+    examples: what the lines name. places: what the page of --check_data shows.
+    """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
+        self.places: dict[str, list[Place]] = {}
 
-    def add(self, kind: str, example: str, number: int = 1) -> None:
-        """Count one more of a kind."""
+    def add(self, kind: str, example: str, number: int = 1, places: Iterable[Place] = ()) -> None:
+        """Count more of a kind."""
         self.counts[kind] += number
-        examples = self.examples.setdefault(kind, [])
+        examples, known = self.examples.setdefault(kind, []), self.places.setdefault(kind, [])
         if len(examples) < EXAMPLES:
             examples.append(example)
+        known.extend(islice(places, PLACES - len(known)))
+
+    def renumber(self, numbers: dict) -> None:
+        """Give the places the numbers of image ids that are text or negative."""
+        for places in self.places.values():
+            places[:] = [place._replace(image=numbers.get(place.image, place.image)) for place in places]
 
     def lines(self) -> list[str]:
         """Return a sentence for each kind."""
@@ -52,6 +72,9 @@ class Issues:
             f'{number} {kind} ({", ".join(self.examples[kind])}{", ..." if number > EXAMPLES else ""})'
             for kind, number in sorted(self.counts.items())
         ]
+
+
+Read = Callable[[File, Issues], Lists]  # reads a format; Issues: where to count what it repairs or leaves out
 
 
 @contextmanager
@@ -71,8 +94,10 @@ class CocoFile(msgspec.Struct):
     categories: list[Raw] | None = None
 
 
-def read_lists(file: File) -> Lists:
+def read_lists(file: File, issues: Issues) -> Lists:
     """Return the lists of a file in COCO form.
+
+    issues: not used here; see `Read`.
 
     Raises:
         FileError: the file does not exist, or is a folder.
@@ -141,7 +166,7 @@ def read_annotations(file: File, read: Read = read_lists) -> Annotations:
         FileError: the file does not exist.
         UserError: it is not JSON, or lacks one of the lists.
     """
-    lists = read(file)
+    lists = read(file, Issues())
     with errors_in(file):
         data = {name: [repair(name, decode_entry(raw), Issues()) for raw in lists[name]] for name in LISTS}
     numbers = numbers_of([image['id'] for image in data['images']])
@@ -157,21 +182,22 @@ def repair(name: str, entry: Any, issues: Issues) -> dict:
     """Repair an entry of a list in place: numbers written as text or as 1.0, and missing names and boxes.
 
     Raises:
-        UserError: it is not a JSON object, or has an invalid segmentation or iscrowd.
+        UserError: it is not a JSON object, or has an invalid segmentation, iscrowd or ignore.
     """
     if not isinstance(entry, dict):
         raise UserError(f'"{name}" has {str(entry)[:40]!r}, which is not an object in braces')
     for key in ('image_id', 'category_id') if name == 'annotations' else ('id',):
         if type(entry.get(key)) is not int and (number := as_id(entry.get(key))) is not None:
-            issues.add(f'{key} of {name} not written as integers', repr(entry[key]))
+            issues.add(f'{key} of {name} not written as integers', repr(entry[key]), places=places_of(entry))
             entry[key] = number
     if name == 'images' and not entry.get('file_name') and isinstance(entry.get('coco_url'), str):  # LVIS
         entry['file_name'] = '/'.join(urlparse(entry['coco_url']).path.split('/')[-2:])
     if name == 'annotations':
         if not entry.get('bbox') and entry.get('segmentation'):
             repair_box(entry, issues)
-        if entry.get('iscrowd') is not None:
-            repair_crowd(entry, issues)
+        for key in ('iscrowd', 'ignore'):
+            if entry.get(key) is not None:
+                repair_mark(entry, key, issues)
     return entry
 
 
@@ -183,16 +209,19 @@ def repair_box(annotation: dict, issues: Issues) -> None:
             f'{title_of(annotation)} has no bbox, and its segmentation gives none ({error}): correct one of '
             'them'
         ) from None
-    issues.add('annotations without bbox, which was made from the segmentation', title_of(annotation))
+    kind = 'annotations without bbox, which was made from the segmentation'
+    issues.add(kind, title_of(annotation), places=places_of(annotation))
 
 
-def repair_crowd(annotation: dict, issues: Issues) -> None:
-    crowd = annotation['iscrowd']
-    if type(crowd) is not int:
-        issues.add('iscrowd of annotations not written as integers', repr(crowd))
-        annotation['iscrowd'] = int(crowd) if isinstance(crowd, bool) else as_id(crowd)
-    if annotation['iscrowd'] not in (0, 1):
-        raise UserError(f'{title_of(annotation)} has iscrowd {str(crowd)[:40]!r}: it must be 0 or 1')
+def repair_mark(annotation: dict, key: str, issues: Issues) -> None:
+    """Repair iscrowd or ignore."""
+    mark = annotation[key]
+    if type(mark) is not int:
+        kind = f'{key} of annotations not written as integers'
+        issues.add(kind, repr(mark), places=places_of(annotation))
+        annotation[key] = int(mark) if isinstance(mark, bool) else as_id(mark)
+    if annotation[key] not in (0, 1):
+        raise UserError(f'{title_of(annotation)} has {key} {str(mark)[:40]!r}: it must be 0 or 1')
 
 
 def as_id(value: Any) -> int | str | None:
@@ -217,6 +246,13 @@ def title_of(annotation: dict) -> str:
     if 'source' in annotation:
         return annotation['source']
     return f'annotation {annotation.get("id")} (image {annotation.get("image_id")})'
+
+
+def places_of(entry: dict) -> Iterator[Place]:
+    """Yield the place of an annotation; other entries have none."""
+    image_id = as_id(entry.get('image_id'))
+    if image_id is not None:
+        yield Place(image_id, None if box_problem(entry) else entry['bbox'])
 
 
 def check_categories(categories: dict[int, str], class_map: ClassMap) -> None:
@@ -265,54 +301,23 @@ def box_problem(annotation: dict) -> str | None:
     return None
 
 
+def unusable(problem: str) -> dict:
+    """Return fields of an annotation that is refused, or counted by --check_data."""
+    return {'bbox': None, 'segmentation': None, 'problem': problem}
+
+
 def object_area(annotation: dict) -> float:
     """Return the file's own area (for COCO that of the segment), or that of the box if there is none."""
     _, _, width, height = annotation['bbox']
     return annotation.get('area', width * height)
 
 
+def read_text_lines(file: Path) -> list[str]:
+    if not file.is_file():
+        raise FileError(f'{file} does not exist: check the path')
+    return file.read_text(encoding='utf-8-sig', errors='replace').splitlines()
+
+
 def shorten(ids: Iterable[int], most: int = 10) -> str:
     ids = sorted(ids)
     return ', '.join(map(str, ids[:most])) + (', ...' if len(ids) > most else '')
-
-
-def check_files(
-    names: Collection[str],
-    image_dir: File,
-    file: File,
-    allow_outside: bool = False,
-    problems: Issues | None = None,
-) -> None:
-    """Check that the image files are in the folder, each of whose folders is listed once.
-
-    problems: where to count missing images.
-
-    Raises:
-        FileError: an image is missing, and problems is None.
-        UserError: a name leads out of the folder, and allow_outside is not set.
-    """
-    image_dir = Path(image_dir)
-    if not image_dir.is_dir():
-        raise FileError(f'image folder {image_dir} does not exist: check the path')
-    present: dict[str, set[str]] = {}
-    missing = []
-    for path in names:
-        folder, name = os.path.split(path)
-        if folder not in present:
-            if not allow_outside and (os.path.isabs(folder) or '..' in Path(folder).parts):
-                raise UserError(
-                    f'{file}: file_name {path!r} leads out of the image folder {image_dir}: correct it, or '
-                    'trust the file with --allow_outside'
-                )
-            inside = image_dir / folder
-            present[folder] = set(os.listdir(inside)) if inside.is_dir() else set()
-        if name not in present[folder]:
-            missing.append(path)
-    if problems is not None:
-        for path in missing:
-            problems.add('images that are missing', path)
-    elif missing:
-        raise FileError(
-            f'{len(missing)} of {len(names)} images of {file} are not in {image_dir}, the first is '
-            f'{missing[0]}: fetch them, give the right folder, or remove them from the file'
-        )

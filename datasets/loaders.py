@@ -1,18 +1,33 @@
 """Datasets of a run and their batches. Classes are set once; every rank gets its share of the batches."""
 
+import tempfile
 from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from datasets.build import build_dataset, data_settings
+from datasets import coco, lvis
+from datasets.build import DataSettings, build_dataset, data_settings, locate
 from datasets.class_map import ClassMap
+from datasets.coco_json import Issues, read_lists
 from datasets.copy_paste import MAX_PASTED
 from datasets.image_dataset import ImageDataset, loader_options
 from datasets.samplers import BATCHES, EvalBatches, TrainBatches
+from datasets.shard_index import read_index
 from datasets.shards import ShardedCoco, ShardStream, build_shard_loader
-from util.distributed.collectives import get_rank, get_world_size
-from util.errors import UserError
+from datasets.unreadable import UnreadableImages
+from util.config.rules import is_shards
+from util.distributed.collectives import (
+    broadcast_object,
+    fail_together,
+    get_rank,
+    get_world_size,
+    is_main_process,
+)
+from util.errors import FileError, UserError
 from util.logger import print_main
 
 
@@ -22,23 +37,107 @@ def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Ima
     class_map: classes of the checkpoint in use, None if it has none.
 
     Raises:
-        UserError: --resume or --eval of a checkpoint with other classes.
+        UserError: the data lack a part, or --resume or --eval has a checkpoint with other classes.
     """
     if args.cache_mode:
         print_main(
             '--cache_mode is not needed: the operating system keeps files that were read in free memory'
         )
-    settings = data_settings(args)
-    if args.eval:
-        datasets = {'val': build_dataset('val', settings, class_map)}
-    else:
-        train = build_dataset('train', settings)
-        datasets = {'train': train}
-        if args.eval_every:
-            datasets['val'] = build_dataset('val', settings, train.class_map)
+    settings = locate(data_settings(args), alone=args.eval)
+    if settings.found:
+        print_main(settings.found)
+    datasets: dict[str, ImageDataset] = {}
+    for part in parts_to_read(args, settings):
+        first = datasets['train'].class_map if datasets else None
+        datasets[part] = build_dataset(part, settings, class_map if args.eval else first)
     if (args.resume or args.eval) and class_map is not None:
         check_classes(list(datasets.values())[-1].class_map, class_map, args.resume or args.pretrained)
     return datasets
+
+
+def handle_unreadable(datasets: Mapping[str, ImageDataset], limit: int, output_dir: str | None) -> None:
+    """Let other images take the place of unreadable training images, and look for some. All ranks call it.
+
+    limit: how many training images may be unreadable (--skip_unreadable).
+
+    Raises:
+        UserError: the headers of more training images, or of a validation image, cannot be read.
+    """
+    train = datasets.get('train')
+    if train is not None and limit:
+        temporary = Path(tempfile.gettempdir()) / broadcast_object(f'unreadable.{uuid4().hex}.txt')
+        train.unreadable = UnreadableImages(
+            Path(output_dir) / 'unreadable.txt' if output_dir else temporary, limit
+        )
+    with fail_together():
+        for part, dataset in datasets.items() if is_main_process() else ():
+            list_unreadable(part, dataset)
+
+
+def list_unreadable(part: str, dataset: ImageDataset) -> None:
+    """List images without a readable header, or refuse them if the dataset has no list for them."""
+    found = dataset.survey.unreadable
+    if dataset.unreadable is None:
+        if found:
+            raise FileError(f'{len(found)} {part} images cannot be read, the first is: {found[0][1]}')
+        return
+    dataset.unreadable.begin()
+    dataset.unreadable.add(*((str(path), error) for path, error in found))
+    dataset.unreadable.check()
+    if found:
+        print(
+            f'warning: {len(found)} {part} images cannot be read, and others take their place '
+            f'({dataset.unreadable.file} has the reasons); the first is {found[0][0]}'
+        )
+
+
+def parts_to_read(args: Namespace, settings: DataSettings) -> list[str]:
+    """Return the parts that a run reads. --check_data does without a validation part.
+
+    Raises:
+        UserError: there is no validation part.
+    """
+    parts = ['val'] if args.eval else ['train', 'val'] if args.eval_every else ['train']
+    if 'val' not in parts or settings.parts != {'train'}:
+        return parts
+    text = f'{settings.found or settings.train_ann}: there is no validation part'
+    if args.check_data and not args.eval:
+        print_main(f'{text}; --val_share 0.1 takes it from the training images')
+        return ['train']
+    others = (
+        ''
+        if args.eval
+        else ', take it from the training images with --val_share 0.1, or leave it out with --eval_every 0'
+    )
+    raise UserError(f'{text}: name it with --val_images and --val_ann{others}')
+
+
+def count_train_images(args: Namespace) -> int | None:
+    """Return the number of training images at hand, for --dry_run; None if flags name none.
+
+    Of annotations in COCO form only the list of images is read.
+
+    Raises:
+        UserError: the data are invalid, or not clear.
+    """
+    place = args.train_ann or args.coco_path
+    if place is None or args.dataset_file == 'shapes':
+        return None
+    if not Path(place).exists():
+        name = 'LVIS' if args.dataset_file == 'lvis' else 'COCO'
+        print_main(f'{place} does not exist: the number of images is that of {name}')
+        return None
+    settings = locate(data_settings(args))
+    if is_shards(settings.train_ann):
+        return read_index(settings.train_ann, settings.allow_pipe).images
+    if settings.dataset_file not in ('coco', 'lvis'):
+        return len(build_dataset('train', settings))
+    if settings.dataset_file == 'lvis':
+        file = lvis.find_annotations('train', settings)
+    else:
+        _, file = coco.find_files('train', settings.coco_path, settings.train_images, settings.train_ann)
+    total = len(read_lists(file, Issues())['images'])
+    return total - int(total * settings.val_share + 0.5)
 
 
 def check_classes(class_map: ClassMap, trained: ClassMap, file: str) -> None:

@@ -1,10 +1,12 @@
 """LVIS v1 (arXiv:1908.03195): COCO's images with 1203 classes, whose annotations are federated."""
 
+from pathlib import Path
+
 from datasets.build import DataSettings
 from datasets.class_map import ClassMap
 from datasets.coco import CocoDetection, coco_options, find_path
 from datasets.coco_eval import FEDERATED, LVIS_DETECTIONS
-from datasets.coco_json import File, Lists, decode_entry, errors_in, read_lists
+from datasets.coco_json import File, Issues, Lists, decode_entry, errors_in, read_lists
 from util.errors import UserError
 
 
@@ -17,14 +19,13 @@ class LvisDetection(CocoDetection):
 
     federated = LVIS_DETECTIONS
 
-    @classmethod
-    def read_lists(cls, annotation_file: File) -> Lists:
+    def read_lists(self, annotation_file: File, issues: Issues) -> Lists:
         """Return the lists of the file.
 
         Raises:
             UserError: fields that federated evaluation reads are missing.
         """
-        lists = read_lists(annotation_file)
+        lists = read_lists(annotation_file, issues)
         with errors_in(annotation_file):
             for name, check in (('images', check_image), ('categories', check_category)):
                 for entry in map(decode_entry, lists[name]):
@@ -52,10 +53,15 @@ def check_category(category: dict) -> None:
         )
 
 
-def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> LvisDetection:
-    """Build the 'train' or 'val' part, from `annotations/lvis_v1_{train,val}.json` by default."""
+def find_annotations(part: str, settings: DataSettings) -> Path:
+    """Return the annotation file of 'train' or 'val': `annotations/lvis_v1_{train,val}.json` by default."""
     names = [f'annotations/lvis_v1_{part}.json', f'lvis_v1_{part}.json']
-    annotation_file = find_path(settings.coco_path, settings.annotations(part), names, f'--{part}_ann')
+    return find_path(settings.coco_path, settings.annotations(part), names, f'--{part}_ann')
+
+
+def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> LvisDetection:
+    """Build the 'train' or 'val' part."""
+    annotation_file = find_annotations(part, settings)
     images = settings.images(part) or settings.coco_path
     if images is None:
         raise UserError(f'where are the images? Give --coco_path or --{part}_images')

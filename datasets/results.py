@@ -12,8 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from datasets.class_map import ClassMap
-from datasets.foreign import shown_box
-from datasets.image_io import orientation
 from util.files import GrowingFile, save_atomically
 
 # Of predictions.csv, before the four columns of the box.
@@ -67,15 +65,15 @@ class ResultFiles:
             self.csv.add([csv_line([*(row.get(key, '') for key in COLUMNS), *row['bbox']]) for row in rows])
         self.number += len(rows)
 
-    def add_image(self, rows: list[dict], stem: str, size: tuple[int, int], path: Path) -> None:
-        """Add all detections of an image. stem: name of its label file. size: (height, width) in `path`."""
+    def add_image(self, rows: list[dict], stem: str, size: tuple[int, int]) -> None:
+        """Add all detections of an image. stem: name of its label file. size: (height, width)."""
         self.add(rows)
         if 'yolo' not in self.formats:
             return
-        (height, width), turn, text = size, orientation(path), ''
+        (height, width), text = size, ''
         for row in rows:
             x, y, w, h = row['bbox']
-            box = shown_box(((x + w / 2) / width, (y + h / 2) / height, w / width, h / height), turn)
+            box = (x + w / 2) / width, (y + h / 2) / height, w / width, h / height
             values = ' '.join(f'{value:.6g}' for value in (*box, row['score']))
             text += f'{self.class_map.label_of[row["category_id"]]} {values}\n'
         save_atomically(self.folder / 'labels' / f'{stem}.txt', partial(Path.write_text, data=text))

@@ -40,7 +40,8 @@ class ShardIndex(msgspec.Struct):
     """Content of shards.json: N images in shards.
 
     image_ids: [N]. sizes: [N, 2] height and width in pixels. unsegmented: ids of images with an object
-    (neither crowd nor tiny) that has no segmentation.
+    (neither crowd nor tiny) that has no segmentation. upright, pixel_range: how images are read of which the
+    size and the file do not show it (`ImageReader`); None: as older programs wrote them.
     """
 
     version: Literal[2]
@@ -50,6 +51,8 @@ class ShardIndex(msgspec.Struct):
     image_ids: list[Int64]
     sizes: list[tuple[Int64, Int64]]
     unsegmented: list[Int64]
+    upright: bool | None = None
+    pixel_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         """Refuse contradictions; msgspec turns a ValueError of this method into its own error."""
@@ -60,6 +63,8 @@ class ShardIndex(msgspec.Struct):
             raise ValueError(f'its shards have {total} images, {numbers}')
         if len(set(self.image_ids)) != total:
             raise ValueError('it has an image id twice')
+        if self.pixel_range and not self.pixel_range[0] < self.pixel_range[1]:
+            raise ValueError(f'its pixel_range is {self.pixel_range}')
 
 
 def index_file(place: str | os.PathLike[str]) -> Path:

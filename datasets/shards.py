@@ -11,26 +11,31 @@ shard. It differs from the one that files would give, and depends on the numbers
 stream that begins later has the same one.
 """
 
+import io
 import math
 import random
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import count, groupby
 
 import msgspec
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from datasets.annotations import read_columns
+from datasets.annotations import AnnotationTable, Inventory, read_columns
 from datasets.build import DataSettings
 from datasets.class_map import ClassMap, names_by_id
-from datasets.coco import annotation_options
+from datasets.coco import annotation_options, objects_of
 from datasets.coco_json import Annotations, Issues, check_categories, errors_in, read_annotations
+from datasets.deep_images import WHOLE
+from datasets.headers import Survey
 from datasets.image_dataset import ImageDataset, Mix, loader_options
-from datasets.image_io import decode_file
+from datasets.image_io import DEFAULT_READER, ImageReader
+from datasets.inventory import find_unusual_boxes
 from datasets.samplers import EvalBatches
 from datasets.shard_index import (
     ANNOTATIONS,
@@ -70,6 +75,7 @@ class ShardedCoco(ImageDataset):
     Training reads it through `ShardStream`. Indexing works, but reads a shard up to the image. place: index
     or its folder. return_masks: None reads masks if every object has a segmentation. buffer: images that a
     worker shuffles. allow_pipe: take shards that are commands.
+    problems: where `inventory` counts what is invalid; None: there is no inventory.
     """
 
     def __init__(
@@ -83,11 +89,16 @@ class ShardedCoco(ImageDataset):
         mix: Mix | None = None,
         buffer: int = SHUFFLE_BUFFER,
         allow_pipe: bool = False,
+        problems: Issues | None = None,
+        reader: ImageReader = DEFAULT_READER,
     ) -> None:
         super().__init__(transforms, mix, seed)
+        self.problems = problems
         import_webdataset()
         self.index_file, self.reading, self.buffer = index_file(place), reading, buffer
         index = read_index(place, allow_pipe)
+        self.survey = Survey(upright=index.upright, pixel_range=index.pixel_range)
+        self.use_reader(reader)
         if class_map is not None:
             with errors_in(self.index_file):
                 check_categories(names_by_id(index.categories), class_map)
@@ -108,10 +119,41 @@ class ShardedCoco(ImageDataset):
         self.return_masks = not unsegmented if return_masks is None else return_masks
         self._start = torch.zeros((), dtype=torch.int64).share_memory_()  # as the epoch
 
+    def use_reader(self, reader: ImageReader) -> None:
+        """Read images by this reader; where their sizes do not show how, as the index says.
+
+        An older index says nothing: its images were read as they are stored, and by their upper byte.
+        """
+        pixel_range = reader.pixel_range or self.survey.pixel_range or (0, WHOLE)
+        super().use_reader(replace(reader, upright=bool(self.survey.upright), pixel_range=pixel_range))
+
     @cached_property
     def ground_truth(self) -> Annotations:
         """Return the annotation file beside the index."""
         return read_annotations(self.index_file.with_name(ANNOTATIONS))
+
+    def inventory(self) -> Inventory | None:
+        """Return what the annotation file beside the index has, if `problems` are counted."""
+        file = self.index_file.with_name(ANNOTATIONS)
+        if self.problems is None or not file.is_file():
+            return None
+        table = AnnotationTable(file, self.class_map, problems=self.problems)
+        images = np.flatnonzero(np.isin(table.image_ids, self.ids))
+        if len(images) < len(self.ids):
+            raise UserError(f'{file} lacks images of {self.index_file}: {WRITE_AGAIN}')
+        rows, starts = objects_of(table, images, self.reading)
+        find_unusual_boxes(table.issues, table, images, rows)
+        objects = Objects.of(table.objects[rows], self.class_map, None)
+        return Inventory(
+            objects.boxes_xywh.numpy(),
+            objects.labels.numpy(),
+            np.diff(starts),
+            table.sizes[images],
+            self.index_file.parent,
+            list(table.file_names.chosen(images)),
+            table.issues,
+            self.problems,
+        )
 
     @property
     def position(self) -> tuple[int, int]:
@@ -139,6 +181,39 @@ class ShardedCoco(ImageDataset):
     def untransformed(self, idx: int) -> Sample:
         """Return the image as it is stored, and its objects. This is slow: its shard is read up to it."""
         return self.decoded(next(self.read([int(self._rows[idx])])))
+
+    def pixels(self, idx: int) -> Tensor:
+        """Return the image as its shard has it."""
+        stored = next(self.read([int(self._rows[idx])]))
+        return self.reader.decode(stored.name, stored.image, self._row_sizes[stored.row])
+
+    @property
+    def reading_order(self) -> Sequence[int]:
+        """Return the indices of the images in the order of the shards."""
+        return np.argsort(self._rows).tolist()
+
+    def read_items(self, indices: Sequence[int]) -> Iterator[tuple[int, Sample | Exception]]:
+        """Read each shard once. What follows a damaged place in a shard cannot be used."""
+        shards = np.searchsorted(self.bounds, self._rows[list(indices)], side='right') - 1
+        for shard, group in groupby(zip(shards.tolist(), indices, strict=True), lambda pair: pair[0]):
+            waiting, done = [idx for _, idx in group], 0
+            try:
+                for stored in self._read_shard(shard, self._rows[waiting].tolist()):
+                    item: Sample | Exception
+                    try:
+                        item = self.decoded(stored)
+                    except UserError as error:
+                        item = error
+                    done += 1
+                    yield waiting[done - 1], item
+            except UserError as error:
+                yield from ((idx, error) for idx in waiting[done:] or waiting[-1:])
+
+    def turn_left(self, idx: int) -> int:
+        """Return the orientation with which `image_io.turned` makes image idx upright. This is slow too."""
+        row = int(self._rows[idx])
+        file = io.BytesIO(next(self.read([row])).image)
+        return self.reader.turn_left(file, self._row_sizes[row])
 
     def training_rows(self, total: int) -> np.ndarray:
         """Return [total] rows of the index, shard by shard in the epoch's order; random ones are left out."""
@@ -188,9 +263,10 @@ class ShardedCoco(ImageDataset):
 
     def decoded(self, stored: StoredImage) -> Sample:
         """Decode the image, and read its objects as `CocoDetection` does."""
-        image = decode_file(stored.name, stored.image)
+        image = self.reader.decode(stored.name, stored.image, self._row_sizes[stored.row])
         height, width = image.shape[1:]
-        check_size(stored.name, (height, width), self._row_sizes[stored.row], self.index_file)
+        size = self._row_sizes[stored.row]
+        check_size(stored.name, (height, width), size, self.index_file, self.reader.exif)
         try:
             segmentations = bytearray() if self.return_masks else None
             annotations = msgspec.json.decode(stored.record, type=Record).annotations
@@ -201,12 +277,22 @@ class ShardedCoco(ImageDataset):
         except (ValueError, LookupError, RecursionError) as error:
             raise UserError(f'{stored.name} has bad annotations ({error}): {WRITE_AGAIN}') from error
 
-    def item(self, stored: StoredImage, others: Sequence[StoredImage]) -> Sample:
-        """Return the item that indexing gives, except that --aug lsj takes its second image from `others`."""
+    def item(self, stored: StoredImage, others: Callable[[], list[StoredImage]]) -> Sample:
+        """Return the item that indexing gives.
+
+        others: returns the images from which --aug lsj takes its second one, and that replace an unreadable one.
+        """
+
+        def index_of(stored: StoredImage) -> int:
+            return bisect_left(self.ids, self._row_ids[stored.row])
+
+        def readable(wanted: StoredImage) -> Sample:
+            return self.first_readable(
+                wanted, others, self.decoded, lambda stored: self.image_name(index_of(stored))
+            )
+
         return self.transformed(
-            bisect_left(self.ids, self._row_ids[stored.row]),
-            partial(self.decoded, stored),
-            lambda: self.decoded(random.choice(others)),
+            index_of(stored), partial(readable, stored), lambda: readable(random.choice(others()))
         )
 
 
@@ -291,8 +377,7 @@ class ShardStream(IterableDataset):
                 held[position] = stored
                 if position + 1 >= pool.taken:
                     break
-            others = [held[position] for position in pool.slots] if data.mix is not None else ()
-            yield data.item(held[drawn], others)
+            yield data.item(held[drawn], lambda: [held[position] for position in pool.slots])
             if pool.taken < len(rows):
                 del held[drawn]
 
@@ -302,7 +387,8 @@ def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) 
     place = settings.annotations(part)
     assert place is not None
     options = annotation_options(part, settings, class_map)
-    return ShardedCoco(place, buffer=settings.shard_buffer, allow_pipe=settings.allow_pipe, **options)
+    options |= {'buffer': settings.shard_buffer, 'allow_pipe': settings.allow_pipe}
+    return ShardedCoco(place, problems=Issues() if settings.check_data else None, **options)
 
 
 def build_shard_loader(

@@ -83,28 +83,33 @@ def make_target(objects: Objects, image_id: int, height: int, width: int) -> Tar
     return target
 
 
-def check_size(path: object, size: Sequence[int], annotated: Sequence[int], source: object) -> None:
+def check_size(
+    path: object, size: Sequence[int], annotated: Sequence[int], source: object, exif: str = 'auto'
+) -> None:
     """Compare an image's (height, width) with that of its annotations, where 0 means unknown.
+
+    exif: the flag --exif with which the image was read.
 
     Raises:
         UserError: the two differ.
     """
     (height, width), (expected_height, expected_width) = size, annotated
     if expected_height > 0 and expected_width > 0 and (height, width) != (expected_height, expected_width):
+        is_turned = exif != 'auto' and (height, width) == (expected_width, expected_height)
         raise UserError(
             f'{path} is {width} x {height} (width x height), but {source} says {expected_width} x '
-            f'{expected_height}: the boxes would be wrong; fetch the right image, or store it without EXIF '
-            'rotation'
+            f'{expected_height}: the boxes would be wrong; fetch the right image'
+            f'{f", or give --exif auto instead of {exif}" if is_turned else ""}'
         )
 
 
 def is_trained_on(reading: Reading, objects: Columns) -> np.ndarray:
-    """Leave out crowd regions and, if the reading says so, tiny objects; [A] bool.
+    """Leave out crowd regions, ignored objects and, if the reading says so, tiny objects; [A] bool.
 
     An object is tiny by mmdetection's rule, which looks at its box before that is clamped.
     """
     tiny = (objects.boxes_xywh[:, 2:] < 1).any(axis=1) | (objects.areas <= 0)
-    return ~objects.crowd & ~(tiny & reading.drop_tiny)
+    return ~objects.crowd & ~objects.ignored & ~(tiny & reading.drop_tiny)
 
 
 def rasterize(segmentation: list | dict, height: int, width: int) -> Tensor:

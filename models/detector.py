@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from datasets.augmentations import build_augmentation
 from datasets.class_map import ClassMap
-from datasets.image_io import read_image
+from datasets.readers import READING, build_reader
 from models import build_detector, build_postprocessors
 from models.postprocess import Encode, postprocess_batch, to_cpu
 from models.weights.load import load_checkpoint
@@ -30,7 +30,8 @@ class Detector:
     """A model in evaluation mode, its postprocessors, classes and image preparation.
 
     Args:
-        args: settled flags of the model and of the preparation (img_size, max_size, aug).
+        args: settled flags of the model, of the preparation (img_size, max_size, aug), and of the `reader` of
+            image files (exif, upright, pixel_range).
         half: compute in 16 bits, as training with --amp: fp16 on NVIDIA GPUs, bf16 elsewhere.
     """
 
@@ -48,15 +49,16 @@ class Detector:
         half_precision = 'fp16' if device.type == 'cuda' else 'bf16'
         self.precision = Precision(half_precision if half else 'off', device)
         self.prepare = build_augmentation(args).transforms('val')
+        self.reader = build_reader(args)
 
     def __call__(self, image: Tensor | str | Path, score_threshold: float = 0.3) -> list[dict]:
         """Detect objects in a uint8 image [3, H, W] or an image file.
 
         Returns:
-            Objects by falling score, each with its `name`, `score` and `box` (x0, y0, x1, y1 in pixels), and
-                from a detector with masks its `mask` [H, W] bool.
+            Objects by falling score, each with its `name`, `score` and `box` (x0, y0, x1, y1 in pixels of the
+                image as `reader` reads it), and from a detector with masks its `mask` [H, W] bool.
         """
-        image = image if isinstance(image, Tensor) else read_image(Path(image))
+        image = image if isinstance(image, Tensor) else self.reader.read(image)
         result = self.detect(image)
         objects = []
         for index in result['scores'].argsort(descending=True).tolist():
@@ -112,8 +114,11 @@ def add_detector_args(parser: ArgumentParser, with_device: bool = True) -> None:
 
 
 def load_from_flags(args: Namespace) -> Detector:
-    """Load the detector that a tool's flags name (`add_detector_args`)."""
-    return load_detector(args.model, args.checkpoint, args.device, args.half)
+    """Load the detector that a tool's flags name (`add_detector_args`, and `add_reader_args` if it has them)."""
+    detector = load_detector(args.model, args.checkpoint, args.device, args.half)
+    given = {name: vars(args)[name] for name in READING if vars(args).get(name) is not None}
+    detector.reader = build_reader(Namespace(**vars(detector.args) | given))
+    return detector
 
 
 def load_detector(

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from datasets.annotations import AnnotationTable, PackedList
-from datasets.coco_json import LISTS, decode_entry, read_annotations, read_lists
+from datasets.coco_json import LISTS, Issues, decode_entry, read_annotations, read_lists
 from datasets.targets import Reading, is_trained_on
 from util.errors import UserError
 
@@ -24,7 +24,7 @@ FAST = settings(deadline=None, suppress_health_check=[HealthCheck.function_scope
 
 
 def content(file: Path) -> dict[str, list]:
-    lists = read_lists(file)
+    lists = read_lists(file, Issues())
     return {name: [decode_entry(raw) for raw in lists[name]] for name in LISTS}
 
 

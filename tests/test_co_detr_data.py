@@ -23,6 +23,7 @@ from datasets.copy_paste import TRIES, LargeScaleJitter, jitter, mask_extents, p
 from datasets.loaders import build_loader
 from datasets.samplers import BATCHES, AspectBatches
 from datasets.shapes import ShapesDetection
+from datasets.unreadable import UnreadableImages
 from engine import evaluate, sample_detections
 from models.detector import Detector
 from models.postprocess import TopKPostProcess, frame_size, scale_boxes
@@ -484,6 +485,8 @@ def test_sizes_come_from_the_annotations_or_the_image(tmp_path: Path) -> None:
     (root / 'train/2.png').write_bytes(b'nothing')
     with pytest.raises(ValueError, match=r'2\.png is not a readable image'):
         dataset.image_sizes()
+    dataset.unreadable = UnreadableImages(tmp_path / 'list.txt', 1)  # another image takes its place
+    assert dataset.image_sizes().tolist() == [[40, 50], [480, 640]]
     shapes = ShapesDetection(5, image_size=64)
     assert shapes.image_sizes().tolist() == [list(image.shape[1:]) for image, _ in shapes]
 

@@ -20,7 +20,8 @@ from datasets.augmentations import DETRAugmentation
 from datasets.class_map import COCO_IDS, ClassMap
 from datasets.coco import CocoDetection, find_files
 from datasets.coco_eval import prepare_ground_truth
-from datasets.image_io import read_image
+from datasets.image_io import ImageReader, UnreadableImage
+from datasets.jpeg_end import with_end_marker
 from tests.shared_data import (
     SHARED,
     assert_target_equals,
@@ -223,6 +224,9 @@ def test_file_names_may_have_folders(tmp_path: Path) -> None:
 
 GREY = rule_image('grey', 24, 36)[:, :, 0]
 RGB = rule_image('colour', 24, 36)
+PHOTO = np.array(
+    PIL.Image.fromarray(rule_image('photo', 8, 8)).resize((61, 45), PIL.Image.Resampling.BICUBIC)
+)
 
 
 def encoded(image: PIL.Image.Image, kind: str, **options: object) -> bytes:
@@ -258,7 +262,7 @@ ODD_IMAGES = {
 def test_images_of_every_kind_decode_as_pillow_does(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(ODD_IMAGES[name]())
-    image = read_image(path)
+    image = ImageReader(exif='stored').read(path)
     with PIL.Image.open(path) as opened:
         expected = torch.from_numpy(np.array(opened.convert('RGB'))).permute(2, 0, 1)
     assert image.dtype == torch.uint8
@@ -268,7 +272,7 @@ def test_images_of_every_kind_decode_as_pillow_does(tmp_path: Path, name: str) -
 
 def test_sixteen_bits_become_eight_and_not_white(tmp_path: Path) -> None:
     PIL.Image.fromarray(GREY.astype(np.uint16) * 256 + 77).save(tmp_path / 'deep.png')
-    image = read_image(tmp_path / 'deep.png')
+    image = ImageReader().read(tmp_path / 'deep.png')
     assert np.array_equal(image.numpy(), np.stack([GREY] * 3))
 
 
@@ -278,7 +282,35 @@ def test_broken_images_are_named(tmp_path: Path, name: str) -> None:
     for content in (data[: len(data) // 2], b'', b'no image at all'):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f'{name} is not a readable image'):
-            read_image(tmp_path / name)
+            ImageReader().read(tmp_path / name)
+
+
+JPEGS = {
+    'plain': lambda: encoded(PIL.Image.fromarray(PHOTO), 'JPEG', quality=90),
+    'grey': lambda: encoded(PIL.Image.fromarray(PHOTO).convert('L'), 'JPEG'),
+    'CMYK': lambda: encoded(PIL.Image.fromarray(PHOTO).convert('CMYK'), 'JPEG'),
+    'progressive': lambda: encoded(PIL.Image.fromarray(PHOTO), 'JPEG', progressive=True, quality=95),
+    'restarts': lambda: encoded(PIL.Image.fromarray(PHOTO), 'JPEG', restart_marker_blocks=2),
+    'progressive with restarts': lambda: encoded(
+        PIL.Image.fromarray(PHOTO), 'JPEG', progressive=True, restart_marker_rows=1
+    ),
+}
+
+
+@pytest.mark.parametrize('name', JPEGS)
+def test_jpegs_without_their_end_marker_are_read_and_shorter_ones_refused(name: str) -> None:
+    """Also without half of the marker. Not if zeros are in place of what is cut off, as after a crash."""
+    data = JPEGS[name]()
+    expected = ImageReader().decode(name, data)
+    for cut in (1, 2):
+        assert torch.equal(ImageReader().decode(name, data[:-cut]), expected)
+    scan = data.rindex(b'\xff\xda')
+    cuts = [*range(3, 40), *range(40, len(data) - 2, len(data) // 20), len(data) - scan]
+    for cut in cuts:
+        with pytest.raises(UnreadableImage):
+            ImageReader().decode(name, data[:-cut])
+        for zeros in (2, cut, 4096):
+            assert with_end_marker(data[:-cut] + bytes(zeros)) is None
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_only(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_a_model_is_its_recipe(name: str) -> None:
     settled = settle(with_named_flags(parse(f'--model {name} --pretrained FILE --lr 7e-5')), EVERYTHING)
     for flag in recipe.given - set(VAL_DATA) - {'lr'}:
         assert getattr(settled, flag) == getattr(recipe, flag), flag
-    assert settled.lr == 7e-5 and settled.dataset_file == 'coco' and settled.pretrained == 'FILE'
+    assert settled.lr == 7e-5 and settled.dataset_file == 'auto' and settled.pretrained == 'FILE'
 
 
 def test_a_fine_tuning_by_name_has_scheme_schedule_and_batch(capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +115,7 @@ def test_flags_of_official_programs_are_options() -> None:
 
 
 def test_names_in_the_table_are_those_of_the_code() -> None:
-    assert list(FLAGS['dataset_file'].type) == list(DATASETS) and list(FLAGS['backbone_norm'].type) == list(
+    assert list(FLAGS['dataset_file'].type) == ['auto', *DATASETS] and list(FLAGS['backbone_norm'].type) == list(
         NORM_LAYERS
     )
     assert list(FLAGS['co_aux_heads'].type) == list(AUXILIARY_HEADS)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -17,17 +18,21 @@ import torch
 from torch import Tensor
 
 import main
-from datasets import foreign
+from datasets import shape_scenes, yolo
 from datasets.annotations import AnnotationTable
 from datasets.coco_eval import CocoEvaluator
 from datasets.coco_json import Issues
-from datasets.image_io import orientation, read_image, stored_size
+from datasets.image_io import UnreadableImage, read_header
 from datasets.shapes import ShapesDetection, export_shapes
+from datasets.voc import read_voc_lists
+from datasets.yolo import YoloDetection
 from tests.runs import TINY, load
 from tests.shared_data import build_data
 from tools import convert_dataset
 from util.command_line import run_command
 from util.errors import FileError, UserError
+
+KINDS = sorted(kind.__name__ for kind in shape_scenes.KINDS)
 
 
 def arguments(kind: str, root: Path) -> Namespace:
@@ -204,7 +209,7 @@ def test_polygons_of_yolo_have_boxes_and_masks(copies: dict[str, Path], tmp_path
 def test_boxes_of_yolo_belong_to_the_image_as_it_is_shown(
     tmp_path: Path, orientation: int, suffix: str
 ) -> None:
-    """As a viewer turns it by its EXIF data; the stored pixels are found, and written in the same way."""
+    """As a viewer turns it by its EXIF data."""
     stored = PIL.Image.new('L', (40, 60))
     stored.paste(255, (4, 12, 16, 30))
     exif = PIL.Image.Exif()
@@ -229,8 +234,6 @@ def test_boxes_of_yolo_belong_to_the_image_as_it_is_shown(
     rows, columns = (pixels[0] > 127).nonzero(as_tuple=True)
     edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     same(target['boxes'], torch.stack(edges).float().expand(2, 4))
-    again = foreign.shown_box(foreign.turned_box(shares, orientation), orientation)
-    assert again == pytest.approx(shares)
 
 
 def test_label_files_do_not_depend_on_the_folder_of_the_program(
@@ -263,6 +266,144 @@ def test_folders_as_roboflow_writes_them(copies: dict[str, Path], tmp_path: Path
     assert build_data('train', arguments('yolo', tmp_path)).summary == expected.summary
 
 
+def list_file(root: Path, before: str, images: list[Path] | None = None, name: str = 'list.txt') -> str:
+    """Write a list of images with this text before their names."""
+    images = images or sorted((root / 'images/train').iterdir())
+    (root / name).write_text('\n'.join(f'{before}{image.name}' for image in images))
+    return name
+
+
+def divided(root: Path) -> list[str]:
+    """Move three images and their labels to another folder."""
+    for part, suffix in (('images', 'png'), ('labels', 'txt')):
+        (root / 'more' / part).mkdir(parents=True)
+        for number in range(3):
+            file = root / part / f'train/{number:012d}.{suffix}'
+            if file.is_file():
+                file.rename(root / 'more' / part / file.name)
+    return ['images/train', 'more/images']
+
+
+FOUND = 'image names found by their last parts'
+# Entries of data.yaml, and what a run says. All of them mean the same images and objects.
+LAYOUTS: dict[str, tuple[Callable[[Path], dict], str]] = {
+    'a list file': (lambda root: {'train': list_file(root, 'images/train/')}, ''),
+    'a list file with dots': (lambda root: {'train': list_file(root, './images/train/')}, ''),
+    'a list file beside its images': (
+        lambda root: {'train': list_file(root, '', name='images/train/list.txt') and 'images/train/list.txt'},
+        '',
+    ),
+    'a list file of this machine': (lambda root: {'train': list_file(root, f'{root}/images/train/')}, ''),
+    'a list file of another machine': (
+        lambda root: {'train': list_file(root, '/home/them/set/images/train/')},
+        FOUND,
+    ),
+    'a list file of Windows': (lambda root: {'train': list_file(root, 'C:\\set\\images\\train\\')}, FOUND),
+    'several folders': (lambda root: {'train': divided(root)}, ''),
+    'a folder and a list file': (
+        lambda root: {
+            'train': [divided(root)[0], list_file(root, 'more/images/', [*(root / 'more/images').iterdir()])]
+        },
+        '',
+    ),
+    'images in a folder and in a list': (
+        lambda root: {'train': ['images/train', list_file(root, 'images/train/')]},
+        '8 images that are listed again, which count once',
+    ),
+    'path of another machine': (lambda root: {'path': '/home/them/set'}, ''),
+    'places of another machine': (lambda root: {'train': f'D:\\them\\{root.name}\\images\\train'}, ''),
+    'names by text': (lambda root: {'names': {str(n): name for n, name in enumerate(KINDS)}}, ''),
+    'another nc': (lambda root: {'nc': 3}, 'data.yaml has nc 3 and 6 names'),
+}
+
+
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_layouts_of_yolo(name: str, copies: dict[str, Path], tmp_path: Path) -> None:
+    root = tmp_path / 'set'
+    shutil.copytree(copies['yolo'], root)
+    expected = objects_by_name(build_data('train', arguments('yolo', root)))
+    change, said = LAYOUTS[name]
+    settings = {'path': '.', 'train': 'images/train', 'val': 'images/val', 'names': KINDS}
+    (root / 'data.yaml').write_text(json.dumps(settings | change(root)))
+    data = build_data('train', arguments('yolo', root))
+    assert list(data.class_map.names) == KINDS
+    found = objects_by_name(data)
+    assert found.keys() == expected.keys()
+    for key, boxes in expected.items():
+        assert torch.equal(found[key], boxes)
+    assert said in ' '.join(data.issues.lines()) and bool(said) == bool(data.issues.lines())
+
+
+def objects_by_name(data: YoloDetection) -> dict[str, Tensor]:
+    names = [Path(name).name for name in data.inventory().names]
+    return {name: data.untransformed(idx)[1]['boxes'] for idx, name in enumerate(names)}
+
+
+def test_classes_of_yolo_without_names_are_numbers(copies: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(copies['yolo'], tmp_path, symlinks=True, dirs_exist_ok=True)
+    (tmp_path / 'data.yaml').write_text('train: images/train\nvalid: images/val\nnc: 6\n')
+    assert build_data('train', arguments('yolo', tmp_path)).class_map.names == tuple('012345')
+    assert len(build_data('val', arguments('yolo', tmp_path))) == 6
+    assert yolo.has_part('val', tmp_path)
+    (tmp_path / 'data.yaml').write_text('train: images/train\nval:\nnc: 6\n')
+    assert not yolo.has_part('val', tmp_path)
+
+
+# Lines of a label file -> number of objects, and what a run says.
+LINES = {
+    'a polygon among boxes': ('0 0.5 0.5 0.1 0.1\n1 0.1 0.1 0.3 0.1 0.3 0.3', 2, 'made from the segmentation'),
+    'scores': (
+        '0 0.5 0.5 0.1 0.1 0.9\n1 0.1 0.1 0.3 0.1 0.3 0.3 0.75',
+        2,
+        '2 scores behind boxes and polygons',
+    ),
+    'a line twice': (
+        '0 0.5 0.5 0.1 0.1\n1 0.5 0.5 0.1 0.1\n\n0  0.50 0.5 0.1 0.1',
+        2,
+        '1 lines of label files that repeat another one, which are left out (FILE, line 4)',
+    ),
+    'a class with a point': ('1.0 0.5 0.5 0.1 0.1', 1, ''),
+    'nothing': ('\n', 0, ''),
+    'rounding': ('0 1.005 0.5 0.1 0.1', 1, '1 boxes that leave their image, which are cut off'),
+    'keypoints': (
+        '0 0.5 0.5 0.1 0.1 0.4 0.5 2 0 0 0\n0 0.4 0.5 0.1 0.1',
+        2,
+        '1 keypoints behind boxes, which are not read',
+    ),
+}
+
+
+@pytest.mark.parametrize('name', LINES)
+def test_lines_of_yolo(name: str, tmp_path: Path) -> None:
+    text, number, said = LINES[name]
+    (tmp_path / 'images').mkdir()
+    PIL.Image.new('L', (64, 48)).save(tmp_path / 'images/a.png')
+    (tmp_path / 'images/a.txt').write_text(text)
+    shape = 'kpt_shape: [2, 3]\n' if name == 'keypoints' else ''
+    (tmp_path / 'data.yaml').write_text(f'train: images\nnames: [a, b]\n{shape}')
+    data = build_data('train', arguments('yolo', tmp_path))
+    assert len(data.untransformed(0)[1]['boxes']) == number
+    lines = ' '.join(data.issues.lines()).replace(str(tmp_path / 'images/a.txt'), 'FILE')
+    assert said in lines and bool(said) == bool(lines)
+
+
+def test_images_of_yolo_without_a_readable_header(copies: dict[str, Path], tmp_path: Path) -> None:
+    """A training image stays in the dataset, with an error when it is read, whatever is there then."""
+    shutil.copytree(copies['yolo'], tmp_path, dirs_exist_ok=True)
+    for part in ('train', 'val'):
+        (tmp_path / f'images/{part}/000000000000.png').write_bytes(b'')
+    with pytest.raises(UnreadableImage, match=r'val/000000000000\.png is not a readable image'):
+        build_data('val', arguments('yolo', tmp_path))
+    data = build_data('train', arguments('yolo', tmp_path))
+    assert len(data) == 8 and len(data.untransformed(1)[1]['boxes'])
+    for program in (lambda: data.untransformed(0), lambda: data.ground_truth):
+        with pytest.raises(UnreadableImage, match=r'train/000000000000\.png is not a readable image'):
+            program()
+    shutil.copy(tmp_path / 'images/train/000000000001.png', tmp_path / 'images/train/000000000000.png')
+    with pytest.raises(UnreadableImage, match='was not readable when this program began'):
+        data.untransformed(0)
+
+
 def test_lists_of_voc(copies: dict[str, Path], tmp_path: Path) -> None:
     """A byte-order mark, names with spaces, and whether an image has the class behind its name."""
     shutil.copytree(copies['voc'], tmp_path, symlinks=True, dirs_exist_ok=True)
@@ -274,7 +415,7 @@ def test_lists_of_voc(copies: dict[str, Path], tmp_path: Path) -> None:
     last = tmp_path / f'Annotations/{(tmp_path / "ImageSets/Main/val.txt").read_text().split()[-1]}.xml'
     last.write_text(re.sub('<name>[a-z]+</name>', '<name>cow</name>', last.read_text()))
     problems, counted = Issues(), last.read_text().count('<name>cow')
-    AnnotationTable(file.with_name('val.txt'), read=foreign.VocDetection.read_lists, problems=problems)
+    AnnotationTable(file.with_name('val.txt'), read=lambda path, _: read_voc_lists(path), problems=problems)
     assert problems.counts == {'annotations that cannot be used': counted}
     with pytest.raises(
         ValueError, match=f"{last.name} has the class 'cow', which no image of .*train.txt has"
@@ -286,18 +427,10 @@ def test_broken_exif_data_cost_nothing(tmp_path: Path) -> None:
     """Nor are a PNG's pixels decoded to look for some behind them."""
     for data in (b'Exif\0\0II*\0', b'Exif\0\0' + bytes(range(200))):
         PIL.Image.new('L', (4, 6)).save(tmp_path / 'a.jpg', exif=data)
-        assert orientation(tmp_path / 'a.jpg') == 1
+        assert read_header(tmp_path / 'a.jpg').orientation == 1
     PIL.Image.new('L', (400, 600)).save(tmp_path / 'a.png')
     (tmp_path / 'cut.png').write_bytes((tmp_path / 'a.png').read_bytes()[:60])
-    assert orientation(tmp_path / 'cut.png') == 1
-
-
-def test_pillow_turns_tiff_images_itself(tmp_path: Path) -> None:
-    exif = PIL.Image.Exif()
-    exif[PIL.ExifTags.Base.Orientation] = 6
-    PIL.Image.new('L', (40, 60)).save(tmp_path / 'a.tif', exif=exif)
-    assert orientation(tmp_path / 'a.tif') == 1
-    assert read_image(tmp_path / 'a.tif').shape[1:] == stored_size(tmp_path / 'a.tif') == (40, 60)
+    assert read_header(tmp_path / 'cut.png').orientation == 1
 
 
 @pytest.mark.parametrize('flag', ['val_images', 'train_ann'])
@@ -353,7 +486,32 @@ BAD = {
         'yolo',
         'labels/train/{first}.txt',
         '77 0.5 0.5 0.1 0.1',
-        r'line 1 is .* \(the classes are 0, 1, ',
+        'line 1 has class 77; the classes are 0 to 5: ',
+    ),
+    'half a class': ('yolo', 'labels/train/{first}.txt', '0.5 0.5 0.5 0.1 0.1', 'its class is 0.5'),
+    'pixels': ('yolo', 'labels/train/{first}.txt', '0 1607 797 20 30', 'line 1 has 1607, .* divide pixels'),
+    'a corner far away': ('yolo', 'labels/train/{first}.txt', '0 0 0 0.1 -0.02 0 0.2', 'line 1 has -0.02, '),
+    'a track number': ('yolo', 'labels/train/{first}.txt', '0 0.5 0.5 0.1 0.1 7', '7 at its end is no score'),
+    'a class name twice': ('yolo', 'data.yaml', 'train: images/train\nnames: {0: a, "0": b}', 'class names'),
+    'an unknown file': (
+        'yolo',
+        'data.yaml',
+        'train: data.yaml\nnames: [a]',
+        'neither a folder nor a list file',
+    ),
+    'a place without text': ('yolo', 'data.yaml', 'train: [images/train, 3]\nnames: [a]', 'has train'),
+    'an empty list file': ('yolo', 'data.yaml', 'train: empty.txt\nnames: [a]', 'empty.txt is empty'),
+    'a list of what is missing': (
+        'yolo',
+        'data.yaml',
+        'train: missing.txt\nnames: [a]',
+        '1 of 1 images of .*missing.txt are not in',
+    ),
+    'two places that are one': (
+        'yolo',
+        'data.yaml',
+        'path: /gone\ntrain: train/images\nval: val/images\nnames: [a]',
+        'could be it or another place',
     ),
 }
 
@@ -364,6 +522,8 @@ def test_bad_files_are_named(name: str, copies: dict[str, Path], tmp_path: Path)
     shutil.copytree(copies[kind], tmp_path / kind, symlinks=True)
     first = min((copies['yolo'] / 'images/train').iterdir()).stem
     path = tmp_path / kind / file.format(first=first)
+    path.with_name('empty.txt').write_text('')
+    path.with_name('missing.txt').write_text('gone/1.png')
     if text is None:
         path.unlink()
     else:

@@ -56,6 +56,8 @@ def made(seed: int, num_images: int = 40, num_classes: int = 9) -> tuple[dict, d
                         'category_id': int(category),
                         'bbox': [x, y, w, h],
                         'area': w * h * random.uniform(0.5, 1),
+                        'ignore': int(len(annotations) % 6 == 0),
+                        'iscrowd': int(len(annotations) % 5 == 0),
                         'segmentation': [[x, y, x + w, y, x + w, y + h, x, y + h]],
                     }
                 )
@@ -90,7 +92,9 @@ def iou(a: Tensor, b: Tensor) -> np.ndarray:
 
 
 def independent(data: dict, predictions: dict[int, dict]) -> dict[str, float]:
-    """LVIS's numbers for boxes, from the rules of the paper without a library (arXiv:1908.03195, Sec. 3)."""
+    """LVIS's numbers for boxes, from the rules of the paper without a library (arXiv:1908.03195, Sec. 3), and
+    objects with `ignore` ignored, whatever `iscrowd` is, as lvis-api does.
+    """
     truths = defaultdict(list)
     for a in data['annotations']:
         truths[a['category_id'], a['image_id']].append(a)
@@ -103,7 +107,8 @@ def independent(data: dict, predictions: dict[int, dict]) -> dict[str, float]:
                 objects = truths[category['id'], image['id']]
                 if not objects and category['id'] not in image['neg_category_ids']:
                     continue  # nothing is known of this class here
-                ignored = np.array([not low <= o['area'] <= high for o in objects], dtype=bool)
+                ignored = [o['ignore'] or not low <= o['area'] <= high for o in objects]
+                ignored = np.array(ignored, dtype=bool)
                 total += int((~ignored).sum())
                 p = predictions[image['id']]
                 best = torch.argsort(p['scores'], descending=True, stable=True)[:300]

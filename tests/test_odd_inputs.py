@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import random
 import signal
 import traceback
 import zipfile
@@ -18,13 +19,14 @@ from torch.utils.data import get_worker_info
 
 import main
 from datasets.coco import CocoDetection
+from datasets.unreadable import UnreadableImages
 from models.training import losses
 from models.weights.write import write_safetensors
 from tests.runs import TINY
 from tests.shared_data import rule_image
 from tools import compare_runs, convert_checkpoint, make_shards, predict
 from util.command_line import is_of_user, run_command
-from util.errors import UserError
+from util.errors import FileError, UserError
 
 PROGRAMS = {
     'main': (main.main, main.get_args_parser),
@@ -189,6 +191,10 @@ REFUSED = {
     'image missing': (put('images.0.file_name', 'gone.png'), 'the first is gone.png'),
     'image in a missing folder': (put('images.0.file_name', 'gone/0.png'), 'the first is gone/0.png'),
     'absolute image': (put('images.0.file_name', '/etc/passwd'), 'leads out of the image folder'),
+    'two image names for one file': (
+        put('images.0.file_name', 'C:\\x\\1.png'),
+        "'1.png' and 'C:\\\\x\\\\1.png' both fit 1.png",
+    ),
     'image above': (put('images.0.file_name', '../val/0.png'), 'leads out of the image folder'),
     'category without id': (put('categories.0.id', ...), 'integer id'),
     'category id twice': (put('categories.0.id', 2), 'category id 2 occurs twice'),
@@ -216,6 +222,7 @@ REFUSED = {
     'height of 400 digits': (put('images.0.height', 10**400), 'has height 1000'),
     'height far away': (put('images.0.height', 1e30), 'has height 1e+30'),
     'area of 400 digits': (put('annotations.0.area', 10**400), 'has area 1000'),
+    'ignore in words': (put('annotations.0.ignore', 'yes'), "annotation 1 (image 0) has ignore 'yes'"),
     'area not a number': (put('annotations.0.area', float('nan')), 'has area nan'),
     'only crowds': (lambda d: [a.update(iscrowd=1) for a in d['annotations']], 'no object to learn from'),
     'no object': (put('annotations', []), 'no object to learn from'),
@@ -269,6 +276,10 @@ HANDLED = {
     'a box outside': (put('annotations.0.bbox', [70, 5, 10, 10]), 'wholly outside'),
     'a box over the border': (put('annotations.0.bbox', [50, 5, 40, 10]), 'cut off'),
     'a crowd region': (put('annotations.0.iscrowd', 1), 'crowd regions'),
+    'an object to ignore': (
+        put('annotations.0.ignore', True),
+        '1 objects with ignore 1, which training leaves out',
+    ),
     'an image without objects': (
         lambda d: [a.update(image_id=1) for a in d['annotations']],
         '2 of them without objects',
@@ -280,6 +291,10 @@ HANDLED = {
     'more objects than queries': (
         lambda d: d['annotations'].extend({**d['annotations'][0], 'id': 100 + n} for n in range(20)),
         'more objects than',
+    ),
+    'image names of Windows': (
+        lambda d: [i.update(file_name=f'..\\set\\{i["file_name"]}') for i in d['images']],
+        '3 image names found by their last parts (..\\set\\0.png is 0.png',
     ),
     'no area': (lambda d: [a.pop('area') for a in d['annotations']], '5 objects'),
     'no sizes': (lambda d: [i.pop('height') for i in d['images']], '3 images'),
@@ -348,7 +363,7 @@ def test_val_equal_to_train_is_said(data: Path, capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     assert '3 images are in the training and in the validation part' in printed
     assert '3 images that are twice in train and val' in printed
-    assert (data / 'out/data_train.png').is_file() and (data / 'out/data_val.png').is_file()
+    assert (data / 'out/data.html').is_file()
 
 
 def test_objects_too_small_for_the_image_size_are_said(
@@ -417,14 +432,108 @@ IMAGES = {
 @pytest.mark.parametrize('name', IMAGES)
 def test_images_that_are_none(name: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data / 'train/0.png').write_bytes(IMAGES[name][0])
-    text = complaint('main', flags(data, '--output_dir', str(data / 'out')), capsys)
+    words = '--output_dir', str(data / 'out'), '--skip_unreadable', '0'
+    text = complaint('main', flags(data, *words), capsys)
     assert '0.png' in text and IMAGES[name][1] in text
+
+
+# Files in place of training images (a number damages the file of this image: 0.png, ...), flags, what is said, and
+# how many are listed; None: the run ends with one message.
+UNREADABLE = {
+    'one without a header': ({0: b''}, '', 'warning: 1 train images cannot be read, and others take', 1),
+    'one cut off': ({0: png()[:-99]}, '', '0.png is not a readable image', 1),
+    'one and two workers': ({0: png()[:-99]}, '--num_workers 2', '', 1),
+    'one and --batches size': ({0: png()[:-99]}, '--batches size', 'another image takes its place', 1),
+    'one and --aug lsj': ({0: png()[:-99]}, '--aug lsj', 'another image takes its place', 1),
+    'two': ({0: png()[:-99], 2: b''}, '--skip_unreadable 2', 'another image takes its place', 2),
+    'too many headers': (
+        {0: b'', 2: b''},
+        '--skip_unreadable 1',
+        '2 training images cannot be read, more',
+        None,
+    ),
+    'too many': (
+        {0: png()[:-99], 2: b''},
+        '--skip_unreadable 1',
+        '2 training images cannot be read, more',
+        None,
+    ),
+    'all': ({0: png()[:-99], 1: png()[:-99], 2: b''}, '', 'no other image can be read', None),
+    'of another size': ({0: jpeg((50, 64)), 1: b''}, '', 'is 64 x 50', None),
+}
+
+
+@pytest.mark.parametrize('name', UNREADABLE)
+def test_unreadable_training_images(name: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is named once, in two epochs, and listed."""
+    files, more, said, number = UNREADABLE[name]
+    for image, content in files.items():
+        (data / f'train/{image}.png').write_bytes(content)
+    out = data / 'out'
+    words = flags(data, '--output_dir', str(out), '--epochs', '2', '--eval_every', '0', *more.split())
+    if number is None:
+        text = complaint('main', words, capsys)
+        assert said in text and '\n' not in text
+        assert name == 'of another size' or 'unreadable.txt' in text
+        return
+    main.main(main.get_args_parser().parse_args(words))
+    printed = capsys.readouterr().out
+    assert said in printed and printed.count('0.png is not a readable image') <= 1
+    lines = (out / 'unreadable.txt').read_text().splitlines()
+    names = {line.partition('\t')[0] for line in lines}
+    assert len(lines) == number and names == {str(data / f'train/{image}.png') for image in files}
+    assert all('is not a readable image' in line.partition('\t')[2] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'), [(b'', '1 val images cannot be read'), (png()[:-99], 'val/0.png')]
+)
+def test_unreadable_validation_images_are_refused(
+    content: bytes, message: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data / 'val/0.png').write_bytes(content)
+    assert message in complaint('main', flags(data), capsys)
+
+
+def test_the_image_that_replaces_another_one_depends_on_seed_epoch_and_index(data: Path) -> None:
+    (data / 'train/0.png').write_bytes(png()[:-99])
+    train = CocoDetection(data / 'train', data / 'train.json', seed=3)
+    with pytest.raises(FileError, match=r'0\.png is not a readable image'):
+        train[0]
+    train.unreadable = UnreadableImages(data / 'list.txt', 1)
+    chosen = []
+    for epoch in (*range(9), *range(9)):
+        train.set_epoch(epoch)
+        chosen.append(int(train[0][1]['image_id']))
+    assert chosen[:9] == chosen[9:] and set(chosen) == {1, 2}
+    random.seed(1)  # draws image 0, for --aug lsj
+    assert int(train.random_item()[1]['image_id']) in (1, 2)
+
+
+def test_the_list_of_unreadable_images_is_shared(tmp_path: Path) -> None:
+    """By processes; a new start of the run counts from 0 again."""
+    first, second = (UnreadableImages(tmp_path / 'out/list.txt', 2) for _ in range(2))
+    first.begin()
+    assert first.add(('a  b.png', OSError('a  b.png is\nnone'))) and second.add(
+        ('c.png', OSError('c.png is none'))
+    )
+    assert not second.add(('a  b.png', OSError('a  b.png is gone')))
+    first.check()
+    assert (tmp_path / 'out/list.txt').read_text() == 'a b.png\tis none\nc.png\tis none\n'
+    assert first.add(('d\udcff.png', OSError('d\udcff.png is none')))
+    with pytest.raises(
+        UserError, match=r'^3 training images .* more than --skip_unreadable 2: a b.png, c.png, d'
+    ):
+        second.check()
+    second.begin()
+    assert not second.names() and second.add(('c.png', OSError('c.png is none')))
+    assert len((tmp_path / 'out/list.txt').read_text('utf-8', 'surrogateescape').splitlines()) == 5
 
 
 def test_an_image_that_is_a_folder(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data / 'train/0.png').unlink()
     (data / 'train/0.png').mkdir()
-    assert '0.png' in complaint('main', flags(data), capsys)
+    assert '0.png' in complaint('main', flags(data, '--skip_unreadable', '0'), capsys)
     (data / 'folder.jpg').mkdir()
     assert 'no image there' in complaint(
         'predict', ['--checkpoint', 'x', '--source', str(data / 'folder.jpg')], capsys
@@ -456,7 +565,7 @@ def test_an_image_that_vanishes_and_a_worker_that_is_killed(
 
     with monkeypatch.context() as patch:
         patch.setattr(CocoDetection, 'untransformed', vanishing)
-        text = complaint('main', flags(data, '--num_workers', '1'), capsys)
+        text = complaint('main', flags(data, '--num_workers', '1', '--skip_unreadable', '0'), capsys)
     assert 'train/1.png' in text and '\n' not in text
     PIL.Image.fromarray(rule_image('train1', 48, 64)).save(data / 'train/1.png')
 

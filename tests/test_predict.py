@@ -16,8 +16,9 @@ import pytest
 import torch
 
 import main
-from datasets.foreign import read_yolo
+from datasets.coco_json import Issues
 from datasets.shapes import ShapesDetection
+from datasets.yolo import read_yolo
 from models.detector import Detector, load_detector
 from tests.processes import start
 from tests.runs import TINY, fill_disk, load, run
@@ -77,10 +78,9 @@ def test_all_formats_hold_the_same(trained: Path, tmp_path: Path) -> None:
         with PIL.Image.open(trained / 'images' / name) as image:
             width, height = image.size
         own = [row['bbox'] for row in rows if row['file_name'] == name]
-        text = (tmp_path / 'labels' / name).with_suffix('.txt').read_text()
-        lines = [' '.join(line.split()[:5]) for line in text.splitlines()]
-        (tmp_path / 'read.txt').write_text('\n'.join(lines))
-        found = [each['bbox'] for each in read_yolo(tmp_path / 'read.txt', height, width, range(6))]
+        file, issues = (tmp_path / 'labels' / name).with_suffix('.txt'), Issues()
+        found = [each['bbox'] for each in read_yolo(file, height, width, range(6), issues)]
+        assert issues.counts.total() == TOP  # scores
         torch.testing.assert_close(torch.tensor(found), torch.tensor(own), atol=1e-3, rtol=1e-4)
 
 
@@ -248,7 +248,8 @@ def test_an_unreadable_image_costs_no_other(
         predicted(*words(trained, f'{tmp_path}/*m*', tmp_path / 'out'))
 
 
-def test_labels_belong_to_the_image_as_it_is_shown(trained: Path, tmp_path: Path) -> None:
+def test_labels_belong_to_the_image_as_it_is_read(trained: Path, tmp_path: Path) -> None:
+    """Upright by default."""
     exif = PIL.Image.Exif()
     exif[PIL.ExifTags.Base.Orientation] = 6
     with PIL.Image.open(trained / 'images/2.jpg') as image:
@@ -257,9 +258,9 @@ def test_labels_belong_to_the_image_as_it_is_shown(trained: Path, tmp_path: Path
     predicted(*words(trained, tmp_path / 'a.jpg', tmp_path / 'out', '--formats', 'json', 'yolo'))
     row = json.loads((tmp_path / 'out/predictions.json').read_text())[0]
     x, y, w, h = row['bbox']
-    shown = [float(value) for value in (tmp_path / 'out/labels/a.txt').read_text().split()[1:5]]
-    expected = [1 - (y + h / 2) / height, (x + w / 2) / width, h / height, w / width]
-    assert shown == pytest.approx(expected, abs=1e-4)
+    shares = [float(value) for value in (tmp_path / 'out/labels/a.txt').read_text().split()[1:5]]
+    expected = [(x + w / 2) / height, (y + h / 2) / width, w / height, h / width]  # turned by a quarter
+    assert shares == pytest.approx(expected, abs=1e-4)
 
 
 def test_no_two_images_share_a_result() -> None:

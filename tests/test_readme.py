@@ -256,6 +256,6 @@ def test_the_comparison_asks_for_flags_that_fit(data: str, tmp_path: Path) -> No
         words = (tmp_path / f'out/{name}/seed0/train.log').read_text().split()
         assert words[:2] == ['-u', 'main.py']
         args = settle(main.get_args_parser().parse_args(words[2:]))
-        assert args.dataset_file == ('coco' if data else 'shapes')
+        assert args.dataset_file == ('auto' if data else 'shapes')
         with torch.device('meta'):
             build_model(Namespace(**vars(args) | {'backbone_weights': 'none'}))

@@ -27,6 +27,7 @@ from datasets.copy_paste import LargeScaleJitter
 from datasets.shard_index import read_index
 from datasets.shards import ShardedCoco, ShardStream, ShufflePool, build_shard_loader
 from datasets.targets import Reading
+from datasets.unreadable import UnreadableImages
 from tests.runs import TINY, assert_same
 from tests.shared_data import build_data
 from tools import make_shards
@@ -408,6 +409,26 @@ def test_broken_shards_are_named(write: Write, damage: Callable, message: str) -
     with pytest.raises(ValueError, match=message) as error:
         drawn(small_data(place), 0)
     assert '000000.tar' in str(error.value)
+
+
+@pytest.mark.parametrize('mix', [None, LargeScaleJitter(64)])
+def test_an_unreadable_image_is_replaced_by_one_of_the_buffer(
+    write: Write, tmp_path: Path, mix: LargeScaleJitter | None
+) -> None:
+    """The same one after a start in the middle. Every epoch has it once."""
+    place = write()
+    rewrite(
+        place / '000000.tar',
+        lambda name, data: b'no image' if is_first(name) and 'json' not in name else data,
+    )
+    data = small_data(place, mix=mix)
+    data.unreadable = UnreadableImages(tmp_path / 'list.txt', 1)
+    whole = drawn(data, 0)
+    seen = Counter(chain(*whole))
+    assert seen.total() == 21 and seen[3] == 0 and max(seen.values()) <= 2
+    assert all(drawn(data, 0, start) == whole[start:] for start in (1, 4, 6))
+    assert data.unreadable.names() == ['image 3']
+    assert 'is not a readable image' in (tmp_path / 'list.txt').read_text()
 
 
 def test_an_index_that_contradicts_itself_or_the_folder_is_refused(write: Write, tmp_path: Path) -> None:

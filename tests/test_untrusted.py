@@ -19,7 +19,7 @@ import torch
 
 import main
 from datasets import shard_index
-from datasets.image_io import FORMATS, MAX_PIXELS, orientation, read_image, stored_size
+from datasets.image_io import FORMATS, MAX_PIXELS, ImageReader, read_header
 from datasets.shard_index import read_index, read_samples
 from datasets.shards import ShardedCoco
 from tests.runs import run
@@ -252,7 +252,7 @@ def huge_png() -> bytes:
 def test_images_of_too_many_pixels_are_not_decoded(make: Callable, tmp_path: Path) -> None:
     (tmp_path / 'huge.jpg').write_bytes(make())
     assert (tmp_path / 'huge.jpg').stat().st_size < 1000
-    for read in (read_image, stored_size, orientation):
+    for read in (ImageReader().read, ImageReader().size, read_header):
         with pytest.raises(
             UserError, match=r'huge.jpg is not a readable image .*178,956,970 pixels are decoded; cut it'
         ):
@@ -266,14 +266,14 @@ def test_the_limit_does_not_depend_on_what_others_set(
     monkeypatch.setattr(PIL.Image, 'MAX_IMAGE_PIXELS', None)
     (tmp_path / 'huge.jpg').write_bytes(huge_jpeg())
     with pytest.raises(UserError, match=r'65500 x 65500 pixels\): at most'):
-        read_image(tmp_path / 'huge.jpg')
+        ImageReader().read(tmp_path / 'huge.jpg')
 
 
 def test_formats_that_start_programs_are_no_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_ghostscript(tmp_path / 'gs', monkeypatch)
     (tmp_path / 'image.png').write_bytes(EPS)
     with pytest.raises(UserError, match='not a readable image'):
-        read_image(tmp_path / 'image.png')
+        ImageReader().read(tmp_path / 'image.png')
     assert not (tmp_path / 'ran').exists()
 
 
@@ -282,7 +282,7 @@ def test_the_usual_formats_are_read(tmp_path: Path) -> None:
     for kind in FORMATS:
         options = {'quality': 95} if kind == 'JPEG' else {'lossless': True} if kind == 'WEBP' else {}
         PIL.Image.fromarray(pixels).save(tmp_path / 'image', kind, **options)
-        found = read_image(tmp_path / 'image').permute(1, 2, 0).numpy()
+        found = ImageReader().read(tmp_path / 'image').permute(1, 2, 0).numpy()
         assert found.shape == (8, 12, 3)
         assert kind in ('JPEG', 'GIF') or np.array_equal(found, pixels), kind
 

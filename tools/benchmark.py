@@ -11,7 +11,7 @@ they run in turn.
     python tools/benchmark.py step          a training step of each method in each precision
     python tools/benchmark.py profile       where the time of a training step goes
 
-`op`, `model`, `criterion` and `train` compare this code with another checkout of it by `--against DIR`:
+`data`, `op`, `model`, `criterion` and `train` compare this code with another checkout of it by `--against DIR`:
 
     git worktree add ../before COMMIT && (cd ../before && bash scripts/build_ops.sh)
     python tools/benchmark.py op --against ../before

@@ -23,12 +23,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.image_io import FORMATS
+from datasets.image_io import FORMATS, UnreadableImage, turned_sample
+from datasets.readers import add_reader_args
 from datasets.results import select
 from models.detector import Detector, add_detector_args, load_from_flags
 from tools.visualize_attention import build_panels, build_sheet, compute_attention
@@ -45,6 +45,7 @@ USER = 'detr'
 def get_args_parser() -> argparse.ArgumentParser:
     parser = FlagParser('demo.py', description=__doc__)
     add_detector_args(parser)
+    add_reader_args(parser, 'as the weights were trained; else upright, and by the values of each image')
     flag = parser.add_argument
     flag('--address', default='127.0.0.1', help='interface that the page is served on (default: %(default)s)')
     flag('--port', default=7860, type=int_range(1, 65535), help='port of the page (default: %(default)s)')
@@ -57,20 +58,20 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def answer(
-    detector: Detector, pixels: np.ndarray, score_threshold: float, with_attention: bool, layer: int
+    detector: Detector, file: str, score_threshold: float, with_attention: bool, layer: int
 ) -> tuple[np.ndarray, list[list], Image.Image | None, str]:
-    """Detect in an image.
+    """Detect in an image file.
 
     Args:
-        pixels: [H, W, 3] uint8.
         score_threshold: lowest score shown.
         with_attention: draw attention too.
         layer: decoder layer whose attention is drawn, from 0.
 
     Returns:
         The drawn image, a row for each object (COLUMNS), the attention of three queries, and a line of text.
+            Drawings stand upright; numbers are pixels of the image as the detector reads it.
     """
-    image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    image, turn = detector.reader.read(file), detector.reader.turn_left(file)
     names = detector.class_map.names
     start = time.perf_counter()
     result = detector.detect(image)
@@ -78,8 +79,9 @@ def answer(
     chosen = select(result, score_threshold)
     order = chosen['scores'].argsort(descending=True)
     boxes, labels, scores = (chosen[key][order] for key in ('boxes', 'labels', 'scores'))
-    masks = chosen['masks'][order] if 'masks' in chosen else None
-    drawing = draw_boxes(image, boxes, labels, names, scores, masks)
+    objects = {'boxes': boxes} | ({'masks': chosen['masks'][order]} if 'masks' in chosen else {})
+    shown, objects = turned_sample(image, objects, turn)
+    drawing = draw_boxes(shown, objects['boxes'], labels, names, scores, objects.get('masks'))
     rows = [
         [class_name(names, label), round(score, 3), *(round(edge, 1) for edge in box)]
         for label, score, box in zip(labels.tolist(), scores.tolist(), boxes.tolist(), strict=True)
@@ -88,7 +90,7 @@ def answer(
     if with_attention and rows:
         attention = compute_attention(detector, image, layer)
         options = Namespace(queries=['best'], num=3, layer=layer, head='mean')
-        sheet = build_sheet(build_panels(detector, image, attention, options), attention)
+        sheet = build_sheet(build_panels(detector, image, attention, options, turn), attention)
     height, width = image.shape[-2:]
     text = f'{len(rows)} objects in {width} x {height} pixels, {1000 * seconds:.0f} ms with postprocessing'
     return drawing.permute(1, 2, 0).numpy(), rows, sheet, text
@@ -103,7 +105,7 @@ def build_page(detector: Detector, title: str) -> Any:
         gradio.Markdown(f'## {title}')
         with gradio.Row():
             with gradio.Column():
-                image = gradio.Image(type='numpy', image_mode='RGB', label='image')
+                image = gradio.Image(type='filepath', image_mode=None, label='image')  # as it was sent
                 threshold = gradio.Slider(0, 1, 0.3, label='lowest score')
                 with_attention = gradio.Checkbox(True, label='show attention of the best queries')
                 layer = gradio.Slider(0, layers - 1, layers - 1, step=1, label='decoder layer')
@@ -114,10 +116,13 @@ def build_page(detector: Detector, title: str) -> Any:
                 table = gradio.Dataframe(headers=COLUMNS, label='objects as numbers', interactive=False)
         attention = gradio.Image(label='attention of the three best queries')
 
-        def show(pixels: np.ndarray | None, *settings: Any) -> tuple:
-            if pixels is None:
+        def show(file: str | None, *settings: Any) -> tuple:
+            if file is None:
                 raise gradio.Error('drop an image first')
-            return answer(detector, pixels, *settings)
+            try:
+                return answer(detector, file, *settings)
+            except UnreadableImage as error:
+                raise gradio.Error(str(error)) from error
 
         gradio.on(
             [button.click, image.upload, threshold.release, layer.release, with_attention.input],

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.build import build_dataset, build_evaluator, data_settings
+from datasets.build import build_dataset, build_evaluator, data_settings, locate
 from datasets.image_dataset import ImageDataset
 from datasets.shapes import ShapesDetection
 from models.detector import Detector, add_detector_args, load_detector
@@ -314,10 +314,12 @@ def verify(detector: Detector, program: Program, run: Run, half: bool = False) -
 
 def build_val_data(detector: Detector, args: Namespace) -> ImageDataset:
     """Build the validation data of the command line, prepared as in the detector's run."""
-    kind = 'lvis' if getattr(detector.args, 'dataset_file', '') == 'lvis' else 'coco'
-    paths = {name: getattr(args, name) for name in ('coco_path', 'val_images', 'val_ann', 'allow_outside')}
+    kind = 'lvis' if getattr(detector.args, 'dataset_file', '') == 'lvis' else 'auto'
+    paths = dict.fromkeys(('train_images', 'train_ann', 'val_share', 'split_seed'))
+    paths |= {name: getattr(args, name) for name in ('coco_path', 'val_images', 'val_ann', 'allow_outside')}
     flags = Namespace(**vars(detector.args) | paths | {'dataset_file': kind, 'seed': 0, 'eval': True})
-    return build_dataset('val', data_settings(flags, masks=False), detector.class_map)
+    settings = locate(data_settings(flags, masks=False), alone=True)
+    return build_dataset('val', settings, detector.class_map)
 
 
 @torch.no_grad()

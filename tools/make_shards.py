@@ -25,9 +25,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.annotations import AnnotationTable
+from datasets.build import data_settings, locate
 from datasets.coco import find_files
-from datasets.coco_json import Annotations, check_files, read_annotations
-from datasets.image_io import stored_size
+from datasets.coco_json import Annotations, Issues, read_annotations
+from datasets.headers import Survey
+from datasets.image_io import ImageReader
+from datasets.image_names import find_images
+from datasets.readers import add_reader_args, build_reader, describe_headers, find_reading
 from datasets.shard_index import ANNOTATIONS, INDEX, VERSION, check_shard_url, import_webdataset
 from datasets.targets import Reading, check_size, is_trained_on
 from util.command_line import FlagParser, run_command
@@ -52,6 +56,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('--images', metavar='DIR', help='images, instead of --coco_path')
     parser.add_argument('--ann', metavar='FILE', help='annotations, instead of --coco_path')
+    add_reader_args(parser)
     parser.add_argument(
         '--allow_outside', action='store_true', help='take file names that lead out of the image folder'
     )
@@ -92,7 +97,9 @@ def shard_limit(text: str) -> dict[str, float]:
     return {'maxcount': int(number), 'maxsize': sys.maxsize}
 
 
-def image_records(data: Annotations, folder: Path, file: Path, seed: int | None) -> Iterator[dict]:
+def image_records(
+    data: Annotations, folder: Path, file: Path, seed: int | None, reader: ImageReader
+) -> Iterator[dict]:
     """Yield a record per image, as shards hold it, in order of id, or shuffled.
 
     Raises:
@@ -106,8 +113,9 @@ def image_records(data: Annotations, folder: Path, file: Path, seed: int | None)
         random.Random(seed).shuffle(images)
     for image in images:
         path = folder / image['file_name']
-        height, width = stored_size(path)
-        check_size(path, (height, width), (image.get('height') or 0, image.get('width') or 0), file)
+        annotated = image.get('height') or 0, image.get('width') or 0
+        height, width = reader.size(path, annotated)
+        check_size(path, (height, width), annotated, file, reader.exif)
         record = {'image_id': image['id'], 'file_name': image['file_name'], 'height': height, 'width': width}
         yield record | {'annotations': annotations[image['id']]}
 
@@ -138,6 +146,23 @@ def write_shards(
     return shards, image_ids, sizes
 
 
+def find_part(args: Namespace) -> tuple[Path, Path]:
+    """Return image folder and annotation file of the part.
+
+    Raises:
+        UserError: the data are not found, or not in COCO form.
+    """
+    part = args.image_set
+    files = {f'{part}_images': args.images, f'{part}_ann': args.ann}
+    settings = locate(data_settings(Namespace(coco_path=args.coco_path, **files)))
+    if settings.dataset_file != 'coco':
+        raise UserError(
+            f'{settings.found}: shards are written of data in COCO form; write its annotations with '
+            'tools/convert_dataset.py, and name them with --images and --ann'
+        )
+    return find_files(part, args.coco_path, settings.images(part), settings.annotations(part))
+
+
 def make_shards(args: Namespace) -> str:
     """Write the folder, and return a summary.
 
@@ -150,16 +175,27 @@ def make_shards(args: Namespace) -> str:
     if '{file}' not in args.url:
         raise UserError(f'--url {args.url} needs {{file}} where the name of a shard goes')
     check_shard_url(args.url, '--url', allow_pipe=True)
-    folder, file = find_files(args.image_set, args.coco_path, args.images, args.ann)
-    table = AnnotationTable(file)
-    check_files(table.file_names, folder, file, args.allow_outside)
+    folder, file = find_part(args)
+    table, issues = AnnotationTable(file), Issues()
+    names = find_images(table.file_names, folder, file, args.allow_outside, issues=issues)
+    for line in issues.lines():
+        print(line)
+    names_by_id = dict(zip(table.image_ids.tolist(), names, strict=True))
     needs_segmentation = is_trained_on(Reading(drop_tiny=True), table.objects)
     unsegmented = table.objects.image_ids[needs_segmentation & ~table.objects.segmented]
     data = read_annotations(file)
+    for image in data['images']:
+        image['file_name'] = names_by_id[image['id']]
+    survey = Survey.of([folder / name for name in names], table.sizes)
+    reading = Namespace(**{'upright': None} | vars(args))
+    reading = Namespace(**vars(reading) | find_reading(reading, [survey]))
+    reader = build_reader(reading)
+    for line in describe_headers(survey, reader):
+        print(line)
 
     def write(partial: Path) -> None:
         partial.mkdir()
-        records = image_records(data, folder, file, args.shuffle)
+        records = image_records(data, folder, file, args.shuffle, reader)
         shards, image_ids, sizes = write_shards(records, folder, partial, limit, args.url)
         index = {
             'version': VERSION,
@@ -168,6 +204,8 @@ def make_shards(args: Namespace) -> str:
             'images': len(image_ids),
             'bytes': sum(shard['bytes'] for shard in shards),
             'shards': shards,
+            'upright': reader.exif == 'upright' if reader.exif != 'auto' else reading.upright,
+            'pixel_range': reader.pixel_range,
             'unsegmented': np.unique(unsegmented).tolist(),
             'image_ids': image_ids,
             'sizes': sizes,

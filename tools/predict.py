@@ -7,7 +7,8 @@ Find objects in images with a trained checkpoint, or with published weights.
   python tools/predict.py --checkpoint FILE --source video.mp4               needs PyAV (pip install av)
 
 It draws the objects into every image or frame, and writes `predictions.json` in COCO's result form. The flags
-of the model, the classes and the image size come from the checkpoint, or from the row.
+of the model, the classes and the image size come from the checkpoint, or from the row. Drawings stand upright;
+boxes in files are those of the image as it was read (--exif).
 """
 
 import argparse
@@ -32,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.class_map import ClassMap
 from datasets.coco_eval import decode_masks, encode_masks
-from datasets.image_io import SUFFIXES, check_pixels, naming, read_image
+from datasets.image_io import SUFFIXES, check_pixels, naming, turned, turned_boxes
+from datasets.readers import add_reader_args
 from datasets.results import ResultFiles, coco_results, select
 from models.detector import Detector, add_detector_args, load_from_flags
 from util.command_line import FlagParser, float_range, int_range, run_command
@@ -47,6 +49,7 @@ VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm')
 def get_args_parser() -> argparse.ArgumentParser:
     parser = FlagParser('predict.py', description=__doc__)
     add_detector_args(parser)
+    add_reader_args(parser, 'as the weights were trained; else upright, and by the values of each image')
     flag = parser.add_argument
     flag(
         '--source',
@@ -175,13 +178,19 @@ def class_thresholds(class_map: ClassMap, default: float, exceptions: list[str])
 
 
 def draw_detections(
-    image: Tensor, result: dict, class_map: ClassMap, thresholds: Tensor
+    image: Tensor, result: dict, class_map: ClassMap, thresholds: Tensor, orientation: int = 1
 ) -> tuple[Tensor, int]:
-    """Draw the detections of an image [3, H, W] that reach the thresholds [K]; also return their number."""
+    """Draw the detections of an image [3, H, W] that reach the thresholds [K]; also return their number.
+
+    orientation: how the drawing is turned, see `datasets.image_io.turned`.
+    """
     chosen = select(result, thresholds)
-    masks = decode_masks(chosen['segmentation']) if 'segmentation' in chosen else None
-    drawing = draw_boxes(image, chosen['boxes'], chosen['labels'], class_map.names, chosen['scores'], masks)
-    return drawing, len(chosen['scores'])
+    boxes = turned_boxes(chosen['boxes'], orientation, image.shape[1:])
+    masks = None
+    if 'segmentation' in chosen:
+        masks = (turned(mask[None], orientation) for mask in decode_masks(chosen['segmentation']))
+    image, scores = turned(image, orientation), chosen['scores']
+    return draw_boxes(image, boxes, chosen['labels'], class_map.names, scores, masks), len(scores)
 
 
 def in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -265,7 +274,7 @@ def detect_images(
         pixels = {}
         for name in batch:
             try:
-                pixels[name] = read_image(paths[name])
+                pixels[name] = detector.reader.read(paths[name])
             except (UserError, OSError) as error:
                 if len(names) == 1:
                     raise
@@ -273,10 +282,11 @@ def detect_images(
                 print(f'left out: {error}')
         detections = detector.detect_batch(list(pixels.values()), encode_masks) if pixels else []
         for (name, image), result in zip(pixels.items(), detections, strict=True):
-            drawing, number = draw_detections(image, result, detector.class_map, thresholds)
+            turn = detector.reader.turn_left(paths[name])
+            drawing, number = draw_detections(image, result, detector.class_map, thresholds, turn)
             save_atomically(files.folder / f'{stems[name]}.png', partial(write_png, drawing))
             rows = coco_results(name, ids[name], select(result, args.json_score_thr), detector.class_map)
-            files.add_image(rows, stems[name], image.shape[1:], paths[name])
+            files.add_image(rows, stems[name], image.shape[1:])
             print(f'{paths[name]}: {number} objects of score {args.score_thr} or more')
     if len(left_out) == len(images):
         raise UserError(f'no image could be read, the first because {left_out[0]}')

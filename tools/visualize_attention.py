@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.image_io import SUFFIXES, read_image
+from datasets.image_io import SUFFIXES, turned, turned_boxes
+from datasets.readers import add_reader_args
 from models.deformable_transformer import valid_ratio
 from models.detector import Detector, add_detector_args, load_from_flags
 from models.ops.modules import MSDeformAttn
@@ -204,6 +205,11 @@ def draw_dot(draw: ImageDraw.ImageDraw, centre: list[float], level: int, unit: f
     draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill, 'black', max(1, round(unit / 2)))
 
 
+def turned_drawing(drawing: Image.Image, orientation: int) -> Image.Image:
+    pixels = torch.from_numpy(np.array(drawing)).permute(2, 0, 1)
+    return to_pil(turned(pixels, orientation).permute(1, 2, 0))
+
+
 def build_panel(image: Image.Image, title: str) -> Image.Image:
     """Return an image below its title, as wide as a panel and at most as high."""
     width, height = PANEL
@@ -218,11 +224,13 @@ def build_panel(image: Image.Image, title: str) -> Image.Image:
 
 
 def build_panels(
-    detector: Detector, image: Tensor, attention: Attention, args: Namespace
+    detector: Detector, image: Tensor, attention: Attention, args: Namespace, orientation: int = 1
 ) -> list[list[Image.Image]]:
     """Return the panels of each query, the detection first.
 
-    args: `queries`, `num`, `layer` and `head` of the command line.
+    Args:
+        args: `queries`, `num`, `layer` and `head` of the command line.
+        orientation: how the drawings are turned, see `datasets.image_io.turned`.
     """
     dense, num_queries = attention.points is None, attention.outputs['pred_boxes'].shape[1]
     heads = choose_heads(args.head, attention.weights.shape[0 if dense else 1], dense)
@@ -230,10 +238,11 @@ def build_panels(
     queries = [parse_index('--queries', word, 0, num_queries - 1, 'best alone, or ') for word in words]
     layer, names = args.layer % len(detector.model.transformer.decoder.layers), detector.class_map.names
     canvas, factor = visualize.enlarge(image)
-    canvas, rows = fade(canvas), []
+    canvas, shown, rows = fade(canvas), turned(image, orientation), []
     for query, detection in query_detections(detector, attention, queries, args.num).items():
-        box, label, score = detection['boxes'], detection['labels'], detection['scores']
-        drawing = visualize.draw_boxes(image, box[None], label[None], names, score[None])
+        label, score = detection['labels'], detection['scores']
+        boxes = turned_boxes(detection['boxes'][None], orientation, image.shape[1:])
+        drawing = visualize.draw_boxes(shown, boxes, label[None], names, score[None])
         rows.append([build_panel(to_pil(drawing.permute(1, 2, 0)), f'query {query}')])
         for title, chosen in heads:
             if dense:
@@ -242,7 +251,8 @@ def build_panels(
             else:
                 weights, points = attention.weights[query, chosen], attention.points[query, chosen]
                 drawing = draw_points(canvas, weights, points, attention.reference[query])
-            edges = visualize.clip_box((box * factor).tolist(), drawing.size)
+            drawing = turned_drawing(drawing, orientation)
+            edges = visualize.clip_box((boxes[0] * factor).tolist(), drawing.size)
             visualize.draw_box(ImageDraw.Draw(drawing), edges, visualize.class_colour(int(label)))
             name = f'{visualize.class_name(names, int(label))[:20]} {100 * score:.0f}, layer {layer}'
             rows[-1].append(build_panel(drawing, f'{name}, {title}, peak {weights.max():.2g}'))
@@ -273,9 +283,10 @@ def main(args: Namespace) -> None:
         raise UserError(f'--output {args.output} is the source: choose another')
     if Path(args.output).suffix.lower() not in SUFFIXES:
         raise UserError(f'--output {args.output}: let it end in .png or .jpg')
-    image, detector = read_image(args.source), load_from_flags(args)
+    detector = load_from_flags(args)
+    image, turn = detector.reader.read(args.source), detector.reader.turn_left(args.source)
     attention = compute_attention(detector, image, args.layer)
-    rows = build_panels(detector, image, attention, args)
+    rows = build_panels(detector, image, attention, args, turn)
     save_atomically(args.output, build_sheet(rows, attention).save)
     print(f'{args.output}: {len(rows)} queries')
 
@@ -284,6 +295,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = FlagParser('visualize_attention.py', description=__doc__)
     flag = parser.add_argument
     add_detector_args(parser)
+    add_reader_args(parser, 'as the weights were trained; else upright, and by the values of the image')
     flag('--source', required=True, metavar='IMAGE', help='an image')
     flag('--output', required=True, metavar='FILE', help='image to write, for example attention.png')
     flag('--queries', nargs='+', default=['best'], help='numbers, or best: with the best scores (default)')

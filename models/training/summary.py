@@ -39,7 +39,7 @@ def print_plan(
     precision = 'float32' if args.amp == 'off' else f'{args.amp}, and float32 for boxes, matching and losses'
     rows = {
         'family': chosen_by(args),
-        'data': f'{args.dataset_file}, {sizes}',
+        'data': sizes if args.dataset_file == 'auto' else f'{args.dataset_file}, {sizes}',
         'classes': f'{len(names)}: {", ".join(names[:8])}{", ..." if len(names) > 8 else ""}',
         'model': f'{args.family}, {args.backbone}, {args.num_queries} queries, '
         f'{args.enc_layers}+{args.dec_layers} layers of {args.hidden_dim}',
@@ -128,18 +128,19 @@ def flops_text(model: nn.Module, dataset: ImageData) -> str:
 
 
 def print_dry_run(args: Settled, num_images: int | None) -> None:
-    """Print what a run would need, from the flags alone: parameters, operations, memory, rates and steps.
+    """Print what a run would need: parameters, operations, memory, rates and steps.
 
     num_images: number of training images; None: that of COCO or LVIS.
 
     Raises:
         UserError: the images do not fill a step.
     """
-    contiguous = args.dataset_file == 'coco' and args.class_ids == 'contiguous'
+    contiguous = args.dataset_file in ('auto', 'coco') and args.class_ids == 'contiguous'
     num_classes = {'lvis': 1203}.get(args.dataset_file, 80 if contiguous else args.num_classes)
     args = args.but(num_classes=num_classes, backbone_weights='none')
     known_images = {'shapes': args.shapes_train, 'lvis': LVIS_TRAIN_IMAGES}
-    num_images = num_images or known_images.get(args.dataset_file, COCO_TRAIN_IMAGES)
+    if num_images is None:
+        num_images = known_images.get(args.dataset_file, COCO_TRAIN_IMAGES)
     batch = args.batch_size * args.accum_steps * get_world_size()
     steps = num_images // batch
     with torch.device('meta'):

@@ -49,8 +49,12 @@ def add_flags(
     for name, default in zip(('batch_size', 'height', 'width'), size or (), strict=False):
         flag(f'--{name}', default=default, type=int, help='(default: %(default)s)')
     if against:
-        text = 'compare with another checkout alone, for example a worktree of an older commit'
-        flag('--against', type=checkout, metavar='DIR', help=text)
+        add_against(parser)
+
+
+def add_against(parser: argparse.ArgumentParser) -> None:
+    text = 'compare with another checkout alone, for example a worktree of an older commit'
+    parser.add_argument('--against', type=checkout, metavar='DIR', help=text)
 
 
 def checkout(text: str) -> Path:

@@ -9,7 +9,7 @@ OUT/flags.json come from this table. `declare.py` explains the facts. Rules betw
 import math
 from argparse import Namespace
 
-from util.command_line import float_range, int_range
+from util.command_line import MOST, float_range, int_range
 
 from .declare import (
     ALWAYS,
@@ -109,16 +109,27 @@ USUAL = {
 FLAGS = table(
     Flag('num_classes', int_range(1, 10**6), 91, kind=NETWORK, launch=True, command=False),
     *group(DATA)(
-        Flag('dataset_file', ('coco', 'lvis', 'voc', 'yolo', 'shapes'), 'coco', first=True),
+        Flag(
+            'dataset_file',
+            ('auto', 'coco', 'lvis', 'voc', 'yolo', 'shapes'),
+            'auto',
+            same={'coco': 'auto'},
+            first=True,
+        ),
         Flag('coco_path', TEXT, None, first=True),
         Flag('train_images', TEXT, None),
         Flag('train_ann', TEXT, None),
         Flag('val_images', TEXT, None),
         Flag('val_ann', TEXT, None),
+        Flag('val_share', float_range(0, 1, below=True), 0.0),
+        Flag('split_seed', int_range(0, 2**32 - 1), 0, needs='val_share'),
         Flag('class_ids', ('auto', 'contiguous'), 'auto'),
         Flag('check_data', SWITCH, False, launch=True),
         Flag('allow_outside', SWITCH, False, launch=True),
         Flag('allow_pipe', SWITCH, False, launch=True),
+        Flag('exif', ('auto', 'stored', 'upright'), 'auto'),
+        Flag('upright', YES_NO, None, command=False),
+        Flag('pixel_range', float_range(-MOST), None, nargs=2),
         Flag('repeat_threshold', float_range(0, 1), 0.0),
         Flag('img_size', int_range(16, 10**5), USUAL['img_size']),
         Flag('max_size', int_range(16, 10**5), None),
@@ -137,6 +148,7 @@ FLAGS = table(
     *group(DATA)(
         Flag('num_workers', int_range(0, 10**4), 2, launch=True),
         Flag('batches', ('random', 'aspect', 'size'), 'random'),
+        Flag('skip_unreadable', int_range(0), 20),
         Flag('cache_mode', SWITCH, False, launch=True, hidden=True),
         Flag('shard_buffer', int_range(1), 1000, hidden=True),
     ),

@@ -21,11 +21,19 @@ REMEDY = 'Give this flag, or another checkpoint of its run'
 WHOLE = ('backbone', 'hidden_dim', 'nheads', 'enc_layers', 'dec_layers')  # in every record of a whole run
 CHOOSE_FAMILY = ('conditional', 'deformable')
 VAL_DATA = ('dataset_file', 'coco_path', 'val_images', 'val_ann', 'shapes_val', 'shapes_size')
+SPLIT = ('train_images', 'train_ann', 'val_share', 'split_seed')  # validation data that are a share of others
 DATA_PATHS = {'dataset_file', 'coco_path', 'train_images', 'train_ann', 'val_images', 'val_ann'}
-VIEW = ('img_size', 'max_size', 'aug', 'class_ids', 'batch_size')  # how images and classes reach the model
+TURNS = ('exif', 'upright')  # belong to the images of the data, like DATA_PATHS
+# How images and classes reach the model.
+VIEW = ('img_size', 'max_size', 'aug', 'class_ids', 'batch_size', 'pixel_range')
 # Flags that may not be adopted if one of these has been given another value: it would contradict the value or
 # undo it.
-RIVALS = {'lr_drop_epochs': ('lr_drop', 'lr_schedule'), 'lr_schedule': ('lr_drop_epochs',)}
+RIVALS = {
+    'lr_drop_epochs': ('lr_drop', 'lr_schedule'),
+    'lr_schedule': ('lr_drop_epochs',),
+    'val_share': ('val_images', 'val_ann'),
+    'split_seed': ('val_images', 'val_ann', 'val_share'),
+}
 
 
 class NetworkFlags(dict):
@@ -123,7 +131,7 @@ def training_flags(args: Namespace, given: Set[str], recorded: Mapping) -> dict:
     Raises:
         UserError: a value is invalid.
     """
-    excluded = given | (DATA_PATHS if given & DATA_PATHS else set())
+    excluded = given | (DATA_PATHS.union(TURNS) if given & DATA_PATHS else set())
     for name, rivals in RIVALS.items():
         if any(rival in given and getattr(args, rival) != recorded.get(rival) for rival in rivals):
             excluded |= {name}
@@ -177,7 +185,8 @@ def changes_text(args: Namespace, recorded: Mapping) -> str:
 def data_of(args: Namespace, given: Collection[str], recorded: Mapping) -> dict:
     """Return the flags of a run that its evaluation adopts: sizes, and the data unless others are given."""
     recorded = use_current_names(recorded)
-    names: tuple[str, ...] = (*VAL_DATA, *VIEW)
+    split = SPLIT if 'val_share' not in given else ()
+    names: tuple[str, ...] = (*VAL_DATA, *split, *TURNS, *VIEW)
     dataset, shapes = recorded.get('dataset_file'), {'shapes_val', 'shapes_size'}
     if set(VAL_DATA) - shapes & set(given):
         same = args.dataset_file == dataset if 'dataset_file' in given else dataset == 'lvis'

@@ -1,7 +1,7 @@
 """Rules between several settled flags. Each function yields messages with flags, values and remedy."""
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .declare import DATA, NETWORK, RUN, TRAINING
@@ -95,6 +95,8 @@ def data_problems(a: Namespace) -> Iterator[str]:
     files = a.train_images, a.train_ann, a.val_images, a.val_ann
     if a.train_scales and a.train_scales[0] > a.train_scales[1]:
         yield f'--train_scales {a.train_scales[0]} {a.train_scales[1]}: give the smaller size first'
+    if problem := range_problem(a.pixel_range):
+        yield problem
     if a.aug not in RANDOM_SCALES and (a.train_scales or a.train_max_size):
         yield (
             f'--train_scales and --train_max_size are not for --aug {a.aug}, which scales otherwise: leave '
@@ -109,10 +111,29 @@ def data_problems(a: Namespace) -> Iterator[str]:
             f'--dataset_file {a.dataset_file} is one folder: give --coco_path instead of images and '
             'annotations'
         )
-    if a.dataset_file != 'coco' and (is_shards(a.train_ann) or is_shards(a.val_ann)):
+    if a.dataset_file not in ('auto', 'coco') and (is_shards(a.train_ann) or is_shards(a.val_ann)):
         yield f'tar shards hold data in COCO form: leave --dataset_file {a.dataset_file} out'
     if (is_shards(a.train_ann) and a.train_images) or (is_shards(a.val_ann) and a.val_images):
         yield 'tar shards hold their images: leave --train_images and --val_images out'
+    if a.val_share:
+        yield from split_problems(a)
+
+
+def split_problems(a: Namespace) -> Iterator[str]:
+    if a.dataset_file not in ('auto', 'coco', 'voc', 'yolo'):
+        yield f'--val_share is not for --dataset_file {a.dataset_file}, which has a validation part: leave it out'
+    if a.val_images or a.val_ann:
+        yield '--val_share makes a validation part, and --val_images and --val_ann name one: give one of them'
+    if is_shards(a.train_ann):
+        yield '--val_share divides image files, not tar shards: write shards of two parts, or leave it out'
+
+
+def range_problem(pixel_range: Sequence[float] | None) -> str | None:
+    """Return what is wrong with a --pixel_range of numbers, or None."""
+    if not pixel_range or (len(pixel_range) == 2 and pixel_range[0] < pixel_range[1]):
+        return None
+    values = ' '.join(f'{value:g}' for value in pixel_range)
+    return f'--pixel_range {values}: give the value of black, and a larger one of white'
 
 
 def run_problems(a: Namespace) -> Iterator[str]:

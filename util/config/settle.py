@@ -3,7 +3,7 @@
 from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from util.errors import UserError
 
@@ -82,8 +82,8 @@ class Settled(Namespace):
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f'settled flags are not changed: use but({name}=...)')
 
-    def but(self, **values: Any) -> 'Settled':
-        return Settled(**vars(self) | values)
+    def but(self, **values: Any) -> Self:
+        return type(self)(**vars(self) | values)
 
 
 def settle(args: Namespace, kinds: Collection[str] = MODEL) -> Settled:
