@@ -85,10 +85,16 @@ def describe_headers(survey: Survey, reader: ImageReader) -> list[str]:
     for path, size, header in survey.readable:
         if header.orientation != 1:
             is_turned = reader.turn(header, size) != 1
-            kind = f'images {"turned by" if is_turned else "as they are stored, not turned by"} their EXIF data'
+            kind = (
+                f'images {"turned by" if is_turned else "as they are stored, not turned by"} their EXIF data'
+            )
             if reader.exif == 'auto':
                 shown = header.is_upright_in(size) is not None
-                reason = 'as their annotated sizes ask for' if shown else 'which their sizes neither ask for nor forbid'
+                reason = (
+                    'as their annotated sizes ask for'
+                    if shown
+                    else 'which their sizes neither ask for nor forbid'
+                )
                 kind += f', {reason}'
             issues.add(kind, path.name)
         if header.is_deep and reader.pixel_range:
