@@ -26,8 +26,15 @@ from datasets.build import build_evaluator, data_limits, main_column
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.evaluation import Evaluation
 from datasets.inventory import check_data, print_inventory
-from datasets.loaders import begin_epoch, build_datasets, build_loader, check_steps, worst_batch
-from datasets.readers import settle_reading, use_readers
+from datasets.loaders import (
+    begin_epoch,
+    build_datasets,
+    build_loader,
+    check_steps,
+    settle_reading,
+    use_readers,
+    worst_batch,
+)
 from engine import evaluate, sample_detections, train_one_epoch, try_largest_batch
 from models import build_model, check_backbone
 from models.segmentation import freeze_all_but_masks

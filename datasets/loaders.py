@@ -1,6 +1,8 @@
 """Datasets of a run and their batches. Classes are set once; every rank gets its share of the batches."""
 
 from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -8,9 +10,12 @@ from torch.utils.data import DataLoader, Sampler
 from datasets.build import build_dataset, data_settings
 from datasets.class_map import ClassMap
 from datasets.copy_paste import MAX_PASTED
+from datasets.headers import describe_headers, find_flat, find_reading
 from datasets.image_dataset import ImageDataset, loader_options
+from datasets.readers import build_reader
 from datasets.samplers import BATCHES, EvalBatches, TrainBatches
 from datasets.shards import ShardedCoco, ShardStream, build_shard_loader
+from util.config.settle import Settled
 from util.distributed.collectives import get_rank, get_world_size
 from util.errors import UserError
 from util.logger import print_main
@@ -39,6 +44,27 @@ def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Ima
     if (args.resume or args.eval) and class_map is not None:
         check_classes(list(datasets.values())[-1].class_map, class_map, args.resume or args.pretrained)
     return datasets
+
+
+def settle_reading(args: Settled, datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
+    """Let the datasets of a run read their images as flags and files say, and print what is found.
+
+    Returns the flags of `find_reading`.
+    """
+    found = find_reading(args, [dataset.survey for dataset in datasets.values()])
+    use_readers(args.but(**found), datasets.values())
+    for part, dataset in datasets.items():
+        for line in describe_headers(dataset.survey, dataset.reader):
+            print(f'{part} {line}')
+        for line in find_flat(dataset.survey, dataset.reader):
+            print(f'warning: {part} {line}', flush=True)
+    return found
+
+
+def use_readers(settings: object, datasets: Iterable[ImageDataset]) -> None:
+    """Let datasets read their images as flags say."""
+    for dataset in datasets:
+        dataset.use_reader(build_reader(settings))
 
 
 def check_classes(class_map: ClassMap, trained: ClassMap, file: str) -> None:

@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.annotations import AnnotationTable
 from datasets.coco import find_files
 from datasets.coco_json import Annotations, check_files, read_annotations
-from datasets.headers import Survey
+from datasets.headers import Survey, describe_headers, find_reading
 from datasets.image_io import ImageReader
-from datasets.readers import add_reader_args, build_reader, describe_headers, find_reading
+from datasets.readers import add_reader_args, build_reader
 from datasets.shard_index import ANNOTATIONS, INDEX, VERSION, check_shard_url, import_webdataset
 from datasets.targets import Reading, check_size, is_trained_on
 from util.command_line import FlagParser, run_command
