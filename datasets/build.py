@@ -97,7 +97,9 @@ def locate(settings: DataSettings, alone: bool = False) -> DataSettings:
     parts = {part for part in PARTS if f'{part}_ann' in given}
     flags, found, is_named = {'dataset_file': 'coco' if kind == 'auto' else kind}, '', True
     try:
-        layout = find_layout(Path(settings.coco_path), 'coco' if given else kind) if settings.coco_path else None
+        layout = (
+            find_layout(Path(settings.coco_path), 'coco' if given else kind) if settings.coco_path else None
+        )
     except UserError:
         if kind in ('auto', 'coco') and not given:
             raise

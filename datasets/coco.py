@@ -112,7 +112,11 @@ class CocoDetection(ImageDataset):
         Raises:
             UserError: there is no such image.
         """
-        sizes = self._known_sizes(table.sizes, table.file_names, keep_unreadable=True) if min_side else table.sizes
+        sizes = (
+            self._known_sizes(table.sizes, table.file_names, keep_unreadable=True)
+            if min_side
+            else table.sizes
+        )
         rows = np.flatnonzero(sizes.min(axis=1) >= min_side)
         if not len(rows):
             raise UserError(

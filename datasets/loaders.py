@@ -104,7 +104,11 @@ def parts_to_read(args: Namespace, settings: DataSettings) -> list[str]:
     if args.check_data and not args.eval:
         print_main(f'{text}; --val_share 0.1 takes it from the training images')
         return ['train']
-    others = '' if args.eval else ', take it from the training images with --val_share 0.1, or leave it out with --eval_every 0'
+    others = (
+        ''
+        if args.eval
+        else ', take it from the training images with --val_share 0.1, or leave it out with --eval_every 0'
+    )
     raise UserError(f'{text}: name it with --val_images and --val_ann{others}')
 
 
