@@ -191,9 +191,7 @@ def decode_masks(encoded: list[dict]) -> Iterator[Tensor]:
     return (torch.from_numpy(coco_mask.decode(rle)) for rle in encoded)
 
 
-def prepare_ground_truth(
-    ground_truth: dict, image_ids: set[int], kind: str, federated: bool = False
-) -> dict:
+def prepare_ground_truth(ground_truth: dict, image_ids: set[int], kind: str, federated: bool = False) -> dict:
     """Copy the annotations of the chosen images, in the form that the evaluators need.
 
     Ids are counted anew from 1, because the evaluators treat an object of id 0 as unmatched. A missing

@@ -159,7 +159,7 @@ def orientation_of(image: PIL.Image.Image) -> int:
             turn = exif.get(PIL.ExifTags.Base.Orientation)
         except (OSError, SyntaxError, TypeError, ValueError, KeyError, struct.error):
             return 1
-    return turn if turn in range(1, 9) else 1
+    return int(turn) if turn in range(1, 9) else 1
 
 
 # EXIF's orientation -> how the stored image becomes the shown one: transpose (5 to 8), then mirror these

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from msgspec import Raw
 from torch import Tensor
@@ -107,7 +108,9 @@ class DataYaml:
         self.file, self.settings = file, read_yaml(file)
         path = self.settings.get('path') or '.'
         if not isinstance(path, str):
-            raise UserError(f'{file} has path {path!r}: it must name the folder of the dataset, or be missing')
+            raise UserError(
+                f'{file} has path {path!r}: it must name the folder of the dataset, or be missing'
+            )
         self.path, self.folder = path, Path(os.path.abspath(file)).parent
         self.roots = [self.folder / path, Path(path), self.folder]  # below which places are looked for
 
@@ -133,12 +136,13 @@ class DataYaml:
     def num_keypoint_values(self) -> int:
         """Return how many numbers behind a box are keypoints: kpt_shape is [points, values of each]."""
         shape = self.settings.get('kpt_shape')
-        is_shape = isinstance(shape, list) and all(isinstance(value, int) for value in shape)
-        return math.prod(shape) if is_shape else 0
+        if not isinstance(shape, list) or not all(isinstance(value, int) for value in shape):
+            return 0
+        return math.prod(shape)
 
     def texts(self, part: str) -> list:
         """Return the places of a part as they are written, [] if it has none."""
-        value = next((self.settings[name] for name in PARTS[part] if self.settings.get(name)), [])
+        value: Any = next((self.settings[name] for name in PARTS[part] if self.settings.get(name)), [])
         return value if isinstance(value, list) else [value]
 
     def places(self, part: str) -> list[Path]:
@@ -301,9 +305,7 @@ def read_yolo(
     return objects
 
 
-def parse_line(
-    line: str, names: Collection[int], num_keypoint_values: int
-) -> tuple[int, list[float], str]:
+def parse_line(line: str, names: Collection[int], num_keypoint_values: int) -> tuple[int, list[float], str]:
     """Return the class of a line, the numbers of its box or polygon, and what is read no further, or ''.
 
     Raises:
@@ -359,7 +361,9 @@ def without_dots(path: Path) -> Path:
 
 def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> YoloDetection:
     """Build the 'train' or 'val' part of --dataset_file yolo in --coco_path."""
-    return YoloDetection(*find_files(settings.source(part), settings.coco_path), **coco_options(part, settings, class_map))
+    return YoloDetection(
+        *find_files(settings.source(part), settings.coco_path), **coco_options(part, settings, class_map)
+    )
 
 
 def find_files(part: str, root: str | os.PathLike[str] | None) -> tuple[Path, Path]:

@@ -32,7 +32,6 @@ from tools import convert_dataset
 from util.command_line import run_command
 from util.errors import FileError, UserError
 
-
 KINDS = sorted(kind.__name__ for kind in shape_scenes.KINDS)
 
 
@@ -327,7 +326,7 @@ def test_layouts_of_yolo(name: str, copies: dict[str, Path], tmp_path: Path) -> 
     settings = {'path': '.', 'train': 'images/train', 'val': 'images/val', 'names': KINDS}
     (root / 'data.yaml').write_text(json.dumps(settings | change(root)))
     data = build_data('train', arguments('yolo', root))
-    assert data.class_map.names == KINDS
+    assert list(data.class_map.names) == KINDS
     found = objects_by_name(data)
     assert found.keys() == expected.keys()
     for key, boxes in expected.items():
@@ -343,7 +342,7 @@ def objects_by_name(data: YoloDetection) -> dict[str, Tensor]:
 def test_classes_of_yolo_without_names_are_numbers(copies: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(copies['yolo'], tmp_path, symlinks=True, dirs_exist_ok=True)
     (tmp_path / 'data.yaml').write_text('train: images/train\nvalid: images/val\nnc: 6\n')
-    assert build_data('train', arguments('yolo', tmp_path)).class_map.names == list('012345')
+    assert build_data('train', arguments('yolo', tmp_path)).class_map.names == tuple('012345')
     assert len(build_data('val', arguments('yolo', tmp_path))) == 6
     assert yolo.has_part('val', tmp_path)
     (tmp_path / 'data.yaml').write_text('train: images/train\nval:\nnc: 6\n')
@@ -352,8 +351,12 @@ def test_classes_of_yolo_without_names_are_numbers(copies: dict[str, Path], tmp_
 
 # Lines of a label file -> number of objects, and what a run says.
 LINES = {
-    'a polygon among boxes': ('0 0.5 0.5 0.1 0.1\n1 0.1 0.1 0.3 0.1 0.3 0.3', 2, ''),
-    'scores': ('0 0.5 0.5 0.1 0.1 0.9\n1 0.1 0.1 0.3 0.1 0.3 0.3 0.75', 2, '2 scores behind boxes and polygons'),
+    'a polygon among boxes': ('0 0.5 0.5 0.1 0.1\n1 0.1 0.1 0.3 0.1 0.3 0.3', 2, 'made from the segmentation'),
+    'scores': (
+        '0 0.5 0.5 0.1 0.1 0.9\n1 0.1 0.1 0.3 0.1 0.3 0.3 0.75',
+        2,
+        '2 scores behind boxes and polygons',
+    ),
     'a line twice': (
         '0 0.5 0.5 0.1 0.1\n1 0.5 0.5 0.1 0.1\n\n0  0.50 0.5 0.1 0.1',
         2,
@@ -389,12 +392,12 @@ def test_images_of_yolo_without_a_readable_header(copies: dict[str, Path], tmp_p
     shutil.copytree(copies['yolo'], tmp_path, dirs_exist_ok=True)
     for part in ('train', 'val'):
         (tmp_path / f'images/{part}/000000000000.png').write_bytes(b'')
-    with pytest.raises(UnreadableImage, match='val/000000000000.png is not a readable image'):
+    with pytest.raises(UnreadableImage, match=r'val/000000000000\.png is not a readable image'):
         build_data('val', arguments('yolo', tmp_path))
     data = build_data('train', arguments('yolo', tmp_path))
     assert len(data) == 8 and len(data.untransformed(1)[1]['boxes'])
     for program in (lambda: data.untransformed(0), lambda: data.ground_truth):
-        with pytest.raises(UnreadableImage, match='train/000000000000.png is not a readable image'):
+        with pytest.raises(UnreadableImage, match=r'train/000000000000\.png is not a readable image'):
             program()
     shutil.copy(tmp_path / 'images/train/000000000001.png', tmp_path / 'images/train/000000000000.png')
     with pytest.raises(UnreadableImage, match='was not readable when this program began'):
@@ -490,7 +493,12 @@ BAD = {
     'a corner far away': ('yolo', 'labels/train/{first}.txt', '0 0 0 0.1 -0.02 0 0.2', 'line 1 has -0.02, '),
     'a track number': ('yolo', 'labels/train/{first}.txt', '0 0.5 0.5 0.1 0.1 7', '7 at its end is no score'),
     'a class name twice': ('yolo', 'data.yaml', 'train: images/train\nnames: {0: a, "0": b}', 'class names'),
-    'an unknown file': ('yolo', 'data.yaml', 'train: data.yaml\nnames: [a]', 'neither a folder nor a list file'),
+    'an unknown file': (
+        'yolo',
+        'data.yaml',
+        'train: data.yaml\nnames: [a]',
+        'neither a folder nor a list file',
+    ),
     'a place without text': ('yolo', 'data.yaml', 'train: [images/train, 3]\nnames: [a]', 'has train'),
     'an empty list file': ('yolo', 'data.yaml', 'train: empty.txt\nnames: [a]', 'empty.txt is empty'),
     'a list of what is missing': (

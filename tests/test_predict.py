@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import main
-from datasets.shapes import ShapesDetection
 from datasets.coco_json import Issues
+from datasets.shapes import ShapesDetection
 from datasets.yolo import read_yolo
 from models.detector import Detector, load_detector
 from tests.processes import start

@@ -418,7 +418,8 @@ def test_an_unreadable_image_is_replaced_by_one_of_the_buffer(
     """The same one after a start in the middle. Every epoch has it once."""
     place = write()
     rewrite(
-        place / '000000.tar', lambda name, data: b'no image' if is_first(name) and 'json' not in name else data
+        place / '000000.tar',
+        lambda name, data: b'no image' if is_first(name) and 'json' not in name else data,
     )
     data = small_data(place, mix=mix)
     data.unreadable = UnreadableImages(tmp_path / 'list.txt', 1)
