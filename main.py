@@ -34,9 +34,10 @@ from datasets.loaders import (
     check_steps,
     count_train_images,
     handle_unreadable,
+    settle_reading,
+    use_readers,
     worst_batch,
 )
-from datasets.readers import settle_reading, use_readers
 from engine import evaluate, sample_detections, train_one_epoch, try_largest_batch
 from models import build_model, check_backbone
 from models.segmentation import freeze_all_but_masks

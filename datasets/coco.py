@@ -83,6 +83,7 @@ class CocoDetection(ImageDataset):
             table.file_names = PackedList.of(names)
         self.class_map = class_map or ClassMap.numbered(table.categories, reading.class_ids)
         images = self._large_images(table, reading.min_image_side)
+        self.is_divided = split is not None
         if split is not None:
             images = images[split.contains(table)[images]]
         self.ids: list[int] = table.image_ids[images].tolist()
@@ -167,13 +168,13 @@ class CocoDetection(ImageDataset):
 
     @cached_property
     def ground_truth(self) -> Annotations:
-        """Return what the annotation file has of these images; training never reads it."""
+        """Return the annotation file's content, of its part if it is divided; training never reads it."""
         content = read_annotations(self.annotation_file, self.read_lists)
         names = {self.ids[idx]: self._file_names[row] for idx, row in enumerate(self._rows.tolist())}
-        for key, images in (('id', 'images'), ('image_id', 'annotations')):
-            content[images] = [entry for entry in content[images] if entry.get(key) in names]
+        for key, entries in (('id', 'images'), ('image_id', 'annotations')) if self.is_divided else ():
+            content[entries] = [entry for entry in content[entries] if entry.get(key) in names]
         for image in content['images']:
-            image['file_name'] = names[image['id']]
+            image['file_name'] = names.get(image['id'], image['file_name'])
         for image in content['images'] if self.return_masks else []:
             if not (image.get('height') and image.get('width')):  # masks need them
                 image['height'], image['width'] = self.reader.size(self.image_dir / image['file_name'])

@@ -1,4 +1,7 @@
-"""Headers of the image files of a dataset, read at the start of a run; nothing is decoded."""
+"""
+What the headers of image files show at the start of a run: photographs that EXIF data turn, deep images, files
+that cannot be read.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,11 +11,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from datasets.coco_json import Issues
 from datasets.deep_images import Extremes, Range, deep_values, extremes_of, fitting_range
-from datasets.image_io import Header, UnreadableImage, naming, open_image, read_header
+from datasets.image_io import Header, ImageReader, UnreadableImage, is_flat, naming, open_image, read_header
 
 MOST_FILES = 20_000  # whose headers are read: some seconds
 MOST_DEEP = 64  # that are decoded to find their range
+MOST_LOOKED_AT = 16  # images of a part that are decoded when a run starts
 THREADS = 16
 
 T = TypeVar('T')
@@ -89,3 +94,63 @@ def extremes_or_none(path: Path) -> Extremes | None:
             return extremes_of(deep_values(image))
     except UnreadableImage:
         return None
+
+
+def find_reading(settings: Any, surveys: Sequence[Survey]) -> dict[str, Any]:
+    """Return the flags `upright` and `pixel_range`, as files show them where they are not given.
+
+    upright: most images whose annotated size shows it are meant so; None: no image depends on it.
+    """
+    found = {'upright': settings.upright, 'pixel_range': settings.pixel_range}
+    rows = [row for survey in surveys for row in survey.readable]
+    if settings.exif == 'auto' and settings.upright is None:
+        shown = [header.is_upright_in(size) for _, size, header in rows if header.orientation != 1]
+        shown += [survey.upright for survey in surveys if survey.upright is not None]
+        if shown:
+            found['upright'] = shown.count(True) >= shown.count(False)
+    if settings.pixel_range is None:
+        known = [survey.pixel_range for survey in surveys if survey.pixel_range]
+        deep = [path for path, _, header in rows if header.is_deep]
+        limits = find_range(deep) if deep else next(iter(known), None)
+        found['pixel_range'] = limits and list(limits)
+    return found
+
+
+def describe_headers(survey: Survey, reader: ImageReader) -> list[str]:
+    """Return sentences about the images that EXIF data turn, and about deep ones."""
+    issues = Issues()
+    for path, size, header in survey.readable:
+        if header.orientation != 1:
+            is_turned = reader.turn(header, size) != 1
+            kind = (
+                f'images {"turned by" if is_turned else "as they are stored, not turned by"} their EXIF data'
+            )
+            if reader.exif == 'auto':
+                shown = header.is_upright_in(size) is not None
+                reason = (
+                    'as their annotated sizes ask for'
+                    if shown
+                    else 'which their sizes neither ask for nor forbid'
+                )
+                kind += f', {reason}'
+            issues.add(kind, path.name)
+        if header.is_deep and reader.pixel_range:
+            low, high = reader.pixel_range
+            issues.add(f'images of more than 8 bits: {low:g} is black and {high:g} white in them', path.name)
+    return issues.lines()
+
+
+def find_flat(survey: Survey, reader: ImageReader) -> list[str]:
+    """Return a sentence if images of a sample are nearly of one value."""
+    issues, sample = Issues(), evenly(survey.readable, MOST_LOOKED_AT)
+    for path, size, _ in sample:
+        try:
+            if is_flat(reader.read(path, size)):
+                issues.add(
+                    f'of {len(sample)} images that were looked at are nearly of one value: look at them, and '
+                    'give --pixel_range if they have more than 8 bits',
+                    path.name,
+                )
+        except UnreadableImage:
+            continue  # reported elsewhere
+    return issues.lines()

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 from datasets.image_io import SUFFIXES
@@ -27,6 +28,7 @@ LAYOUTS = (  # format, whose layout it is, pattern of its annotation files
     ('voc', 'Pascal VOC', 'ImageSets/Main/*.txt'),
     ('yolo', 'YOLO', 'data.yaml'),
 )
+VOC_LISTS: dict[str, tuple[str, ...]] = {'train': ('val', 'valid'), 'trainval': ('test',), 'default': ()}
 ANY_JSON, ANY_YAML = ('*.json', 'annotations/*.json', '*/*.json'), ('*.yaml', '*.yml')
 WORDS = {'train': ('train', 'training'), 'val': ('val', 'valid', 'validation'), 'test': ('test', 'testing')}
 FIRST_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
@@ -104,13 +106,9 @@ def build_layout(root: Path, kind: str, paths: list[Path]) -> Layout:
         UserError: there are several files, and it is not clear which is that of a part.
     """
     if kind == 'yolo':
-        from datasets.yolo import has_part
-
-        file = the_one(root, paths)
-        return Layout(file, kind, {part: file for part in PARTS if has_part(part, file)})
+        file, yolo = the_one(root, paths), import_module('datasets.yolo')  # which imports this module
+        return Layout(file, kind, {part: file for part in PARTS if yolo.has_part(part, file)})
     if kind == 'voc':
-        from datasets.voc import find_list
-
         lists = {part: path for part in PARTS if (path := find_list(root, part))}
         return Layout(root, kind, lists, is_named=[path.stem for path in lists.values()] != ['default'])
     if lvis := [path for path in paths if path.name.startswith('lvis_v1_')]:
@@ -120,7 +118,7 @@ def build_layout(root: Path, kind: str, paths: list[Path]) -> Layout:
         by_part.setdefault(part_of(path.relative_to(root).as_posix()), []).append(path)
     named = {part: the_one(root, by_part[part], part) for part in PARTS if part in by_part}
     annotations = named or {'train': the_one(root, by_part.get('', paths))}
-    folders = {part: image_folder(root, file, part) for part, file in annotations.items()}
+    folders = {part: image_folder(root, file, part if named else '') for part, file in annotations.items()}
     images = {part: folder for part, folder in folders.items() if folder is not None}
     return Layout(root, kind, annotations, images, is_named=bool(named))
 
@@ -188,29 +186,53 @@ def the_one(root: Path, paths: list[Path], part: str = '') -> Path:
     return (usual or paths)[0]
 
 
-def image_folder(root: Path, file: Path, part: str) -> Path | None:
-    """Return the folder of the images of an annotation file; None if there is none.
+def find_list(root: Path, part: str) -> Path | None:
+    """Return the list of the images of 'train' or 'val'; None if there is none.
 
-    Folders with the name of the part, or called `images`, come before others. Of several folders it is the first
-    that has the file's first image.
+    As VOC 2007 is used, trainval goes with test. CVAT writes one part, default.
+    """
+    folder = root / 'ImageSets/Main'
+    for training, validation in VOC_LISTS.items():
+        if (file := folder / f'{training}.txt').is_file():
+            files = [file] if part == 'train' else [folder / f'{name}.txt' for name in validation]
+            return next((path for path in files if path.is_file()), None)
+    file = folder / f'{part}.txt'
+    return file if file.is_file() else None
+
+
+def image_folder(root: Path, file: Path, part: str) -> Path | None:
+    """Return the folder of the images of 'train', of 'val', or of all (''); None if there is none.
+
+    Folders with the name of the part, or called `images`, come before others, unless they hold another part. Of
+    several folders it is the first that has the first image of the annotation file.
 
     Raises:
         UserError: it is not clear which of several others it is.
     """
     own = [word for word in re.findall('[a-z]+[0-9]*', file.stem.lower()) if part_of(word) == part]
-    names = [*own, f'{part}2017', part, *WORDS[part]]
+    names = [*own, f'{part}2017', part, *WORDS[part]] if part else []
     beside = [] if file.parent in (root, root / 'annotations') else [file.parent]
     inside, images = folders_of(root), folders_of(root / 'images')
     usual = [found[name] for name in names for found in (inside, images) if name in found]
     usual += [found[name] for name, found in (('default', images), ('images', inside)) if name in found]
-    folders = [*beside, *usual] or [folder for folder in inside.values() if has_images(folder)]
+    known = [*beside, *usual]
+    whole = [folder for folder in known if not part or {*map(part_of, folders_of(folder))} <= {'', part}]
+    unnamed = [] if known else [folder for name, folder in inside.items() if part_of(name) in ('', part)]
+    others = list(filter(has_images, unnamed))
     name = first_name(file)
-    standing = [folder for folder in (*folders, root) if not leads_out(name) and os.path.isfile(folder / name)]
-    choices = standing or folders or ([root] if has_images(root) else [])
-    if len(choices) > 1 and not (beside or usual):
+    standing = [folder for folder in (*(known or others), root) if stands(folder, name)]
+    choices = standing or whole or others or ([root] if has_images(root, below=False) else [])
+    if len(choices) > 1 and not known:
         shown = ' or '.join(f'{path.relative_to(root)}/' for path in choices[:3])
-        raise UserError(f'{root}: are the images of {file.name} in {shown}? Name it with --{part}_images')
+        raise UserError(
+            f'{root}: are the images of {file.name} in {shown}? Name it with --{part or "train"}_images'
+        )
     return choices[0] if choices else None
+
+
+def stands(folder: Path, name: str) -> bool:
+    """Return whether a name leads to a file in a folder."""
+    return not leads_out(name) and os.path.isfile(folder / name)
 
 
 def folders_of(folder: Path) -> dict[str, Path]:
@@ -219,9 +241,10 @@ def folders_of(folder: Path) -> dict[str, Path]:
     return {path.name.lower(): path for path in paths if path.is_dir() and not path.name.startswith('.')}
 
 
-def has_images(folder: Path) -> bool:
-    """Return whether there is an image below a folder."""
-    return any(Path(name).suffix.lower() in SUFFIXES for name in walk(folder))
+def has_images(folder: Path, below: bool = True) -> bool:
+    """Return whether there is an image in a folder, or below it."""
+    names = walk(folder) if below else os.listdir(folder)
+    return any(Path(name).suffix.lower() in SUFFIXES for name in names)
 
 
 def first_name(file: Path) -> str:

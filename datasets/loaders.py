@@ -2,8 +2,9 @@
 
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -14,12 +15,15 @@ from datasets.build import DataSettings, build_dataset, data_settings, locate
 from datasets.class_map import ClassMap
 from datasets.coco_json import Issues, read_lists
 from datasets.copy_paste import MAX_PASTED
+from datasets.headers import describe_headers, find_flat, find_reading
 from datasets.image_dataset import ImageDataset, loader_options
+from datasets.readers import build_reader
 from datasets.samplers import BATCHES, EvalBatches, TrainBatches
 from datasets.shard_index import read_index
 from datasets.shards import ShardedCoco, ShardStream, build_shard_loader
 from datasets.unreadable import UnreadableImages
 from util.config.rules import is_shards
+from util.config.settle import Settled
 from util.distributed.collectives import (
     broadcast_object,
     fail_together,
@@ -138,6 +142,27 @@ def count_train_images(args: Namespace) -> int | None:
         _, file = coco.find_files('train', settings.coco_path, settings.train_images, settings.train_ann)
     total = len(read_lists(file, Issues())['images'])
     return total - int(total * settings.val_share + 0.5)
+
+
+def settle_reading(args: Settled, datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
+    """Let the datasets of a run read their images as flags and files say, and print what is found.
+
+    Returns the flags of `find_reading`.
+    """
+    found = find_reading(args, [dataset.survey for dataset in datasets.values()])
+    use_readers(args.but(**found), datasets.values())
+    for part, dataset in datasets.items():
+        for line in describe_headers(dataset.survey, dataset.reader):
+            print(f'{part} {line}')
+        for line in find_flat(dataset.survey, dataset.reader):
+            print(f'warning: {part} {line}', flush=True)
+    return found
+
+
+def use_readers(settings: object, datasets: Iterable[ImageDataset]) -> None:
+    """Let datasets read their images as flags say."""
+    for dataset in datasets:
+        dataset.use_reader(build_reader(settings))
 
 
 def check_classes(class_map: ClassMap, trained: ClassMap, file: str) -> None:

@@ -13,10 +13,8 @@ from datasets.build import DataSettings
 from datasets.class_map import ClassMap
 from datasets.coco import CocoDetection, coco_options, given_root
 from datasets.coco_json import File, Issues, Lists, box_problem, encode, read_text_lines, unusable
+from datasets.layouts import find_list
 from util.errors import FileError, UserError
-
-# Lists of training images, and for each those of validation images.
-LISTS: dict[str, tuple[str, ...]] = {'train': ('val', 'valid'), 'trainval': ('test',), 'default': ()}
 
 
 class VocDetection(CocoDetection):
@@ -115,7 +113,9 @@ def read_voc(file: Path) -> tuple[dict, list[dict]]:
 
 def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> VocDetection:
     """Build the 'train' or 'val' part of --dataset_file voc in --coco_path."""
-    return VocDetection(*find_files(settings.source(part), settings.coco_path), **coco_options(part, settings, class_map))
+    return VocDetection(
+        *find_files(settings.source(part), settings.coco_path), **coco_options(part, settings, class_map)
+    )
 
 
 def find_files(part: str, root: str | os.PathLike[str] | None) -> tuple[Path, Path]:
@@ -127,17 +127,3 @@ def find_files(part: str, root: str | os.PathLike[str] | None) -> tuple[Path, Pa
     folder = given_root(root, 'voc')
     usual = folder / f'ImageSets/Main/{part}.txt'
     return folder / 'JPEGImages', find_list(folder, part) or usual
-
-
-def find_list(root: Path, part: str) -> Path | None:
-    """Return the list of the images of 'train' or 'val'; None if there is none.
-
-    As VOC 2007 is used, trainval goes with test. CVAT writes one part, default.
-    """
-    folder = root / 'ImageSets/Main'
-    for training, validation in LISTS.items():
-        if (file := folder / f'{training}.txt').is_file():
-            files = [file] if part == 'train' else [folder / f'{name}.txt' for name in validation]
-            return next((path for path in files if path.is_file()), None)
-    file = folder / f'{part}.txt'
-    return file if file.is_file() else None

@@ -3,7 +3,6 @@
 import io
 import json
 import struct
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,15 @@ def tiff(values: np.ndarray, **tags: object) -> bytes:
     return encoded(values, 'TIFF', tiffinfo=info)
 
 
-TAGS = {281: 'most', 280: 'least', 340: 'float_least', 341: 'float_most', 50717: 'white', 50714: 'black', 42113: 'none'}
+TAGS = {
+    281: 'most',
+    280: 'least',
+    340: 'float_least',
+    341: 'float_most',
+    50717: 'white',
+    50714: 'black',
+    42113: 'none',
+}
 TWELVE = (RAMP * 4095).round().astype(np.uint16)
 FULL = (RAMP * 65535).round().astype(np.uint16)
 GREY = (RAMP * 255).round().astype(np.uint8)
@@ -155,7 +162,10 @@ def test_a_run_finds_one_range_and_keeps_it(
     flags = TINY.replace('--dataset_file shapes', '')
     run(tmp_path / 'out', *data, '--epochs', '1', flags=flags)
     said = capsys.readouterr().out
-    assert 'train 4 images of more than 8 bits: 0 is black and 4095 white in them (0.png, 1.png, 2.png, ...)' in said
+    assert (
+        'train 4 images of more than 8 bits: 0 is black and 4095 white in them (0.png, 1.png, 2.png, ...)'
+        in said
+    )
     assert 'nearly of one value' not in said
     assert load(tmp_path / 'out')['args']['pixel_range'] == [0, 4095]
     reader = load_detector(weights=tmp_path / 'out/checkpoint.pth').reader
@@ -177,7 +187,9 @@ def test_images_of_one_value_are_named(
         run(tmp_path / 'out', *data, '--pixel_range', '5', '5', flags=flags)
     words = [*flags.split(), *data, '--check_data', '--pixel_range', '0', '65535']
     main.main(main.get_args_parser().parse_args(words))
-    assert 'warning: train 4 of 4 images that were looked at are nearly of one value' in capsys.readouterr().out
+    assert (
+        'warning: train 4 of 4 images that were looked at are nearly of one value' in capsys.readouterr().out
+    )
 
 
 def test_shards_keep_the_range(data: list[str], tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from util.command_line import run_command
 from util.config.settle import EVERYTHING, settle
 from util.errors import UserError
 
-SMALL = TINY.replace('--dataset_file shapes', '').replace('--shapes_train 12 --shapes_val 4 --shapes_size 64', '')
+SMALL = TINY.replace('--dataset_file shapes', '').replace(
+    '--shapes_train 12 --shapes_val 4 --shapes_size 64', ''
+)
 
 
 def write_part(root: Path, file: str, images: str, number: int, first: int = 0, name: str = '{}.png') -> None:
@@ -49,7 +51,10 @@ def write_voc(root: Path, lists: dict[str, int]) -> None:
         (root / f'ImageSets/Main/{part}.txt').write_text('\n'.join(names))
         for name in names:
             PIL.Image.fromarray(rule_image(name, 48, 64)).save(root / f'JPEGImages/{name}.png')
-            corners = ''.join(f'<{key}>{value}</{key}>' for key, value in zip(('xmin', 'ymin', 'xmax', 'ymax'), (5, 5, 20, 30), strict=True))
+            corners = ''.join(
+                f'<{key}>{value}</{key}>'
+                for key, value in zip(('xmin', 'ymin', 'xmax', 'ymax'), (5, 5, 20, 30), strict=True)
+            )
             label = 'ab'[int(name) % 4 == 0]
             objects = f'<object><name>{label}</name><bndbox>{corners}</bndbox></object>'
             text = f'<annotation><filename>{name}.png</filename>{objects}</annotation>'
@@ -61,7 +66,9 @@ def write_yolo(root: Path, parts: dict[str, int], file: str = 'data.yaml', prefi
         for folder in ('images', 'labels'):
             (root / part / folder).mkdir(parents=True, exist_ok=True)
         for image in range(number):
-            PIL.Image.fromarray(rule_image(f'{part}{image}', 48, 64)).save(root / f'{part}/images/{image}.png')
+            PIL.Image.fromarray(rule_image(f'{part}{image}', 48, 64)).save(
+                root / f'{part}/images/{image}.png'
+            )
             (root / f'{part}/labels/{image}.txt').write_text(f'{int(image % 4 == 0)} 0.5 0.5 0.2 0.4\n')
     keys = {'train': 'train', 'valid': 'val'}
     places = ''.join(f'{keys[part]}: {prefix}{part}/images\n' for part in parts)
@@ -123,7 +130,7 @@ def test_two_parts_are_found(name: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert [len(dataset) for dataset in datasets.values()] == [6, 3]
     assert f': {kind}, train' in capsys.readouterr().out.splitlines()[0]
     assert all(len(dataset[0][1]['labels']) for dataset in datasets.values())
-    with pytest.raises(UserError, match='--val_share 0.5 makes a validation part, but there is one'):
+    with pytest.raises(UserError, match=r'--val_share 0.5 makes a validation part, but there is one'):
         build(tmp_path, '--val_share', '0.5')
 
 
@@ -151,7 +158,9 @@ def test_one_part_is_found(name: str, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_training_part_alone_is_not_evaluated(name: str, tmp_path: Path) -> None:
     TRAINING[name](tmp_path)
     assert [len(dataset) for dataset in build(tmp_path, '--val_share', '0.5').values()] == [3, 3]
-    with pytest.raises(UserError, match='there is no validation part: name it with --val_images and --val_ann$'):
+    with pytest.raises(
+        UserError, match=r'there is no validation part: name it with --val_images and --val_ann$'
+    ):
         build(tmp_path, '--eval', '--pretrained', 'FILE')
     with pytest.raises(UserError, match=r'there is no validation part: .*--val_share 0.1.*--eval_every 0'):
         build(tmp_path)
@@ -210,7 +219,11 @@ def test_flags_choose_among_layouts(tmp_path: Path) -> None:
     write_yolo(tmp_path, {'train': 4, 'valid': 2})
     assert len(build(tmp_path, '--dataset_file', 'yolo')['val']) == 2
     assert len(build(tmp_path, '--dataset_file', 'coco', '--eval_every', '0')['train']) == 6
-    files = [f'--train_ann={tmp_path}/result.json', f'--train_images={tmp_path}', f'--val_ann={tmp_path}/result.json']
+    files = [
+        f'--train_ann={tmp_path}/result.json',
+        f'--train_images={tmp_path}',
+        f'--val_ann={tmp_path}/result.json',
+    ]
     datasets = build(tmp_path / 'gone', *files, f'--val_images={tmp_path}')
     assert [len(dataset) for dataset in datasets.values()] == [6, 6]
 
@@ -219,10 +232,15 @@ def test_files_of_coco_are_not_searched(tmp_path: Path, monkeypatch: pytest.Monk
     """Its other annotations take gigabytes."""
     BOTH['COCO'](tmp_path)
     for name in ('captions_train2017', 'person_keypoints_train2017', 'instances_minival', 'instances_train'):
-        shutil.copyfile(tmp_path / 'annotations/instances_val2017.json', tmp_path / f'annotations/{name}.json')
+        shutil.copyfile(
+            tmp_path / 'annotations/instances_val2017.json', tmp_path / f'annotations/{name}.json'
+        )
     monkeypatch.setattr('datasets.layouts.is_coco', lambda file: pytest.fail(f'{file} is searched'))
     layout = find_layout(tmp_path)
-    assert [file.name for file in layout.annotations.values()] == ['instances_train2017.json', 'instances_val2017.json']
+    assert [file.name for file in layout.annotations.values()] == [
+        'instances_train2017.json',
+        'instances_val2017.json',
+    ]
 
 
 # --val_share ----
@@ -277,7 +295,6 @@ def test_parts_are_complementary_and_in_order(name: str, tmp_path: Path) -> None
 
 REFUSED_SHARES = [
     ('--val_share 0.05', 'leaves the validation part empty'),
-    ('--val_share 0.99', 'leaves the training part empty'),
     ('--val_share 1', 'must be less than 1'),
     ('--val_share -1', 'must be at least 0'),
     ('--split_seed 3', 'needs --val_share'),
@@ -305,7 +322,10 @@ def test_a_checkpoint_keeps_the_parts(tmp_path: Path, capsys: pytest.CaptureFixt
 
     split = f'--coco_path {tmp_path}/data --val_share 0.34 --split_seed 7 --output_dir {out}'
     text = run(*SMALL.split(), *split.split(), '--epochs', '1')
-    assert '8 train, 4 val' in text and '12 image names found by their last parts (C:\\old\\0.png is 0.png' in text
+    assert (
+        '8 train, 4 val' in text
+        and '12 image names found by their last parts (C:\\old\\0.png is 0.png' in text
+    )
     first = json.loads((out / 'log.jsonl').read_text())
     recorded = load(out)['args']
     assert (recorded['dataset_file'], recorded['val_share'], recorded['split_seed']) == ('auto', 0.34, 7)
@@ -338,7 +358,7 @@ def test_images_at_hand_are_counted(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert 'gone does not exist: the number of images is that of COCO' in text and '118,287 images' in text
     assert '118,287 images' in dry()
     with pytest.raises(UserError, match='no data in a usual layout'):
-        dry('--coco_path', str(tmp_path))
+        dry('--coco_path', str(tmp_path / 'VOC/Annotations'))
 
 
 def test_all_is_checked_without_a_validation_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -354,12 +374,28 @@ def test_shards_are_written_of_a_layout(tmp_path: Path) -> None:
     ONE['label-studio, Windows'](tmp_path / 'data')
     words = ['--coco_path', str(tmp_path / 'data'), '--output', str(tmp_path / 'shards')]
     run_command(make_shards.make_shards, make_shards.get_args_parser(), words)
-    flags = main.get_args_parser().parse_args([*SMALL.split(), '--eval_every', '0', '--train_ann', f'{tmp_path}/shards'])
+    flags = main.get_args_parser().parse_args(
+        [*SMALL.split(), '--eval_every', '0', '--train_ann', f'{tmp_path}/shards']
+    )
     shards = build_datasets(settle(flags, EVERYTHING), None)['train']
     files = build(tmp_path / 'data', '--eval_every', '0')['train']
     for idx in range(6):
         assert shards.untransformed(idx)[0].equal(files.untransformed(idx)[0])
     BOTH['VOC'](tmp_path / 'voc')
-    with pytest.raises(SystemExit, match='convert_dataset.py'):
-        run_command(make_shards.make_shards, make_shards.get_args_parser(), ['--coco_path', str(tmp_path / 'voc'), *words[2:-1], f'{tmp_path}/other'])
+    with pytest.raises(SystemExit, match=r'convert_dataset.py'):
+        run_command(
+            make_shards.make_shards,
+            make_shards.get_args_parser(),
+            ['--coco_path', str(tmp_path / 'voc'), *words[2:-1], f'{tmp_path}/other'],
+        )
 
+
+def test_images_of_another_part_are_not_taken(tmp_path: Path) -> None:
+    """Where both parts have the same names, these would be other images."""
+    for places in (('train', 'val'), ('images/train', 'images/val')):
+        root = tmp_path / places[0].replace('/', '_')
+        for part, place in zip(('train', 'val'), places, strict=True):
+            write_part(root, f'annotations/instances_{part}.json', place, 3)
+        shutil.rmtree(root / places[0])
+        with pytest.raises(UserError, match=r'none of .* exists: check --coco_path, or give --train_images'):
+            build(root)

@@ -28,10 +28,10 @@ from datasets.annotations import AnnotationTable
 from datasets.build import data_settings, locate
 from datasets.coco import find_files
 from datasets.coco_json import Annotations, Issues, read_annotations
-from datasets.headers import Survey
+from datasets.headers import Survey, describe_headers, find_reading
 from datasets.image_io import ImageReader
 from datasets.image_names import find_images
-from datasets.readers import add_reader_args, build_reader, describe_headers, find_reading
+from datasets.readers import add_reader_args, build_reader
 from datasets.shard_index import ANNOTATIONS, INDEX, VERSION, check_shard_url, import_webdataset
 from datasets.targets import Reading, check_size, is_trained_on
 from util.command_line import FlagParser, run_command

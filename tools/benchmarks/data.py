@@ -30,9 +30,7 @@ def benchmark_data(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = find_files(args.coco_path) if args.coco_path else write_images(folder, args)
         files = [str(path) for path in paths[: args.num_images]]
-        cases = {
-            name: {'paths': files, 'part': part, 'seed': args.seed} for name, part in IMAGE_SETS.items()
-        }
+        cases = {name: {'paths': files, 'part': part, 'seed': args.seed} for name, part in IMAGE_SETS.items()}
         if args.against:
             common.compare_checkouts(args, cases.items())
             return
