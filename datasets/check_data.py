@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from datasets.annotations import Inventory
 from datasets.coco_json import Issues, Place
 from datasets.data_page import Kind, Part, data_page
+from datasets.headers import describe_headers
 from datasets.image_dataset import ImageDataset
 from datasets.image_io import is_flat
 from datasets.inventory import print_inventory, take_inventories
@@ -151,7 +152,7 @@ def check_data(
     findings = {split: read_all(split, dataset, num_workers) for split, dataset in datasets.items()}
     for split, dataset in datasets.items():
         if split not in inventories:
-            names = [f'image {dataset.ids[each.idx]}' for each in findings[split]]
+            names = [dataset.image_name(each.idx) for each in findings[split]]
             inventories[split] = found_inventory(findings[split], names)
     if not is_known:
         texts = print_inventory(inventories, class_names, **limits)
@@ -167,6 +168,7 @@ def check_data(
         if part.inventory.problems:
             kinds += Kind.of(part.inventory.problems, split, refused=True)
         kinds += Kind.of(part.inventory.issues, split)
+        kinds += Kind.of(describe_headers(part.dataset.survey, part.dataset.reader), split)
         kinds += Kind.of(crowded_images(part, limits['num_queries']), split)
     if folder:
         path = Path(folder) / 'data.html'

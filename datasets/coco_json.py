@@ -34,8 +34,8 @@ PLACES = 8  # of a kind, in the page of --check_data
 
 
 class Place(NamedTuple):
-    """Where something unusual is: an image, by its id, its file name, or its part and index; and a box there
-    (x, y, width, height).
+    """Where something unusual is: an image, by its id, its file name or path, or its part and index; and a box
+    there (x, y, width, height).
     """
 
     image: int | str | tuple[str, int]

@@ -51,9 +51,10 @@ class Part:
 
     @cached_property
     def index_of(self) -> dict[int | str, int]:
-        """Return the index of each name and id."""
+        """Return the index of each id, file name and path."""
         ids = {self.dataset.ids[idx]: idx for idx in self.name_of}
-        return {name: idx for idx, name in self.name_of.items()} | ids
+        paths = {self.dataset.image_name(idx): idx for idx in self.name_of}
+        return paths | {name: idx for idx, name in self.name_of.items()} | ids
 
 
 class Kind(NamedTuple):

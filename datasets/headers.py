@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from datasets.coco_json import Issues
+from datasets.coco_json import Issues, Place
 from datasets.deep_images import Extremes, Range, deep_values, extremes_of, fitting_range
 from datasets.image_io import Header, ImageReader, UnreadableImage, is_flat, naming, open_image, read_header
 
@@ -116,10 +116,11 @@ def find_reading(settings: Any, surveys: Sequence[Survey]) -> dict[str, Any]:
     return found
 
 
-def describe_headers(survey: Survey, reader: ImageReader) -> list[str]:
-    """Return sentences about the images that EXIF data turn, and about deep ones."""
+def describe_headers(survey: Survey, reader: ImageReader) -> Issues:
+    """Return which images EXIF data turn, and which are deep."""
     issues = Issues()
     for path, size, header in survey.readable:
+        places = [Place(str(path))]
         if header.orientation != 1:
             is_turned = reader.turn(header, size) != 1
             kind = (
@@ -133,11 +134,12 @@ def describe_headers(survey: Survey, reader: ImageReader) -> list[str]:
                     else 'which their sizes neither ask for nor forbid'
                 )
                 kind += f', {reason}'
-            issues.add(kind, path.name)
+            issues.add(kind, path.name, places=places)
         if header.is_deep and reader.pixel_range:
             low, high = reader.pixel_range
-            issues.add(f'images of more than 8 bits: {low:g} is black and {high:g} white in them', path.name)
-    return issues.lines()
+            kind = f'images of more than 8 bits: {low:g} is black and {high:g} white in them'
+            issues.add(kind, path.name, places=places)
+    return issues
 
 
 def find_flat(survey: Survey, reader: ImageReader) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from urllib.parse import unquote
 
-from datasets.coco_json import EXAMPLES, File, Issues
+from datasets.coco_json import EXAMPLES, File, Issues, Place
 from util.errors import FileError, UserError
 
 LOCAL_FILE = re.compile(r'local-files/?\?(?:.*&)?d=([^&]*)')  # in label-studio's URL of a local file
@@ -71,7 +71,8 @@ def find_images(
         )
     if issues is not None:
         for name, path in found.items():
-            issues.add('image names found by their last parts', f'{name} is {path}')
+            kind = 'image names found by their last parts'
+            issues.add(kind, f'{name} is {path}', places=[Place(path)])
     return [found.get(name, name) for name in names]
 
 
@@ -120,8 +121,8 @@ def parts_of(name: str) -> list[str]:
 
 
 def same_letters(text: str) -> str:
-    """Return a text without what file systems change: case, and the encoding of letters with accents."""
-    return unicodedata.normalize('NFC', text).casefold().strip()
+    """Return a text without what systems change: case, the encoding of letters with accents, and spaces."""
+    return unicodedata.normalize('NFC', text).casefold().strip().replace(' ', '_')
 
 
 class FilesBelow:

@@ -152,7 +152,7 @@ def settle_reading(args: Settled, datasets: Mapping[str, ImageDataset]) -> dict[
     found = find_reading(args, [dataset.survey for dataset in datasets.values()])
     use_readers(args.but(**found), datasets.values())
     for part, dataset in datasets.items():
-        for line in describe_headers(dataset.survey, dataset.reader):
+        for line in describe_headers(dataset.survey, dataset.reader).lines():
             print(f'{part} {line}')
         for line in find_flat(dataset.survey, dataset.reader):
             print(f'warning: {part} {line}', flush=True)

@@ -23,6 +23,7 @@ from datasets.coco_json import (
     File,
     Issues,
     Lists,
+    Place,
     as_id,
     encode,
     read_text_lines,
@@ -74,7 +75,8 @@ class YoloDetection(CocoDetection):
                 height = width = 0
             name = Path(os.path.relpath(file, self.image_dir)).as_posix()
             images += encode([{'id': number, 'file_name': name, 'height': height, 'width': width}])
-            objects = read_yolo(label, height or 1, width or 1, names, issues, data.num_keypoint_values)
+            sides = height or 1, width or 1
+            objects = read_yolo(label, *sides, names, issues, data.num_keypoint_values, name)
             rows = enumerate(objects, start=len(annotations) + 1)
             annotations += encode({'id': row, 'image_id': number, **each} for row, each in rows)
         categories = encode({'id': number + 1, 'name': name} for number, name in names.items())
@@ -275,6 +277,7 @@ def read_yolo(
     names: Collection[int],
     issues: Issues,
     num_keypoint_values: int = 0,
+    image: str = '',
 ) -> list[dict]:
     """Return category_id and bbox, or segmentation for a polygon, or `problem`, of each line.
 
@@ -283,6 +286,7 @@ def read_yolo(
         names: the valid class numbers.
         issues: where to count what is left out of lines, and lines that are left out.
         num_keypoint_values: numbers of keypoints that may follow a box.
+        image: name of the image, for `issues`.
     """
     objects: list[dict] = []
     seen = set()
@@ -295,13 +299,16 @@ def read_yolo(
         except UserError as error:
             objects.append(unusable(str(error)) | {'source': source})
             continue
+        shape = shape_of(values, height, width)
+        places = [Place(image, shape.get('bbox'))]
         if extra:
-            issues.add(extra, source)
+            issues.add(extra, source, places=places)
         if (label, *values) in seen:
-            issues.add('lines of label files that repeat another one, which are left out', source)
+            kind = 'lines of label files that repeat another one, which are left out'
+            issues.add(kind, source, places=places)
             continue
         seen.add((label, *values))
-        objects.append({'category_id': label + 1, **shape_of(values, height, width), 'source': source})
+        objects.append({'category_id': label + 1, **shape, 'source': source})
     return objects
 
 

@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import pytest
 
@@ -65,6 +66,9 @@ def files(tmp_path: Path) -> Path:
             PIL.Image.fromarray(image).save(tmp_path / f'{split}/{number}.png')
         (tmp_path / f'{split}.json').write_text(json.dumps(content()))
     return tmp_path
+
+
+NO_FILES = {f'{part}_{kind}': None for part in ('train', 'val') for kind in ('images', 'ann')}
 
 
 def datasets_of(root: Path, **flags: object) -> dict[str, ImageDataset]:
@@ -152,9 +156,8 @@ def test_the_rest_of_a_damaged_shard_is_counted(files: Path) -> None:
 
 def test_built_in_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Their numbers come from the images themselves."""
-    flags = {f'{part}_{kind}': None for part in ('train', 'val') for kind in ('images', 'ann')}
-    flags |= {'dataset_file': 'shapes', 'shapes_train': 6, 'shapes_val': 4, 'shapes_size': 64}
-    datasets = datasets_of(tmp_path, **flags)
+    flags = {'dataset_file': 'shapes', 'shapes_train': 6, 'shapes_val': 4, 'shapes_size': 64}
+    datasets = datasets_of(tmp_path, **NO_FILES, **flags)
     assert check_data(datasets, 2, str(tmp_path), **LIMITS | {'num_queries': 1}) == 6
     said = capsys.readouterr().out
     for part, dataset in datasets.items():
@@ -202,6 +205,28 @@ def test_the_page_needs_no_network_and_its_names_do_no_harm(
     assert not re.search(r'https?:|\burl\(|@import|<link|(src|href)="(?!data:)', text)
     assert "default-src 'none'" in text and text.count('<script') == text.count('</script>') == 1
     assert '<img' not in text and '<b>' not in text
+
+
+def test_repairs_of_names_labels_and_photographs_have_their_images(tmp_path: Path) -> None:
+    (tmp_path / 'images').mkdir()
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 6
+    for name in ('a', 'b'):
+        picture = PIL.Image.fromarray(rule_image(name, 48, 64))
+        picture.save(tmp_path / f'images/{name}.jpg', exif=exif)
+    (tmp_path / 'images/a.txt').write_text('0 0.5 0.5 0.25 0.5\n0 0.5 0.5 0.25 0.5\n')
+    (tmp_path / 'list.txt').write_text('C:\\set\\images\\a.jpg\nC:\\set\\images\\b.jpg\n')
+    (tmp_path / 'data.yaml').write_text('train: list.txt\nval: list.txt\nnames: [cat]\n')
+    datasets = datasets_of(tmp_path, dataset_file='yolo', coco_path=str(tmp_path), **NO_FILES)
+    check_data(datasets, 0, str(tmp_path), **LIMITS)
+    data = json.loads(
+        re.search(r'^const data = (.*);$', (tmp_path / 'data.html').read_text(), re.MULTILINE)[1]
+    )
+    kinds = {kind['title']: kind['places'] for kind in data['kinds']}
+    turned = next(places for title, places in kinds.items() if title.startswith('train images turned by'))
+    assert turned == [['train 0', None], ['train 1', None]]
+    repeated = kinds['train lines of label files that repeat another one, which are left out']
+    assert repeated == [['train 0', [18, 16, 12, 32]]] and 'train 0' in data['pictures']
 
 
 @needs_browser

@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.annotations import AnnotationTable
-from datasets.build import build_dataset, data_settings
+from datasets.build import build_dataset, data_settings, locate
 from datasets.class_map import names_by_id
 from datasets.coco import find_files
 from datasets.coco_json import (
@@ -132,8 +132,10 @@ def find_source(args: Namespace) -> tuple[File, Path | None, Read]:
         return dataset.annotation_file, dataset.image_dir, dataset.read_lists
     if kind == 'coco':
         if path.is_dir():
-            folder, file = find_files(args.image_set, args.coco_path, args.images and str(args.images))
-            return file, folder, read_lists
+            settings = locate(data_settings(Namespace(dataset_file=kind, coco_path=args.coco_path)))
+            places = settings.images(args.image_set), settings.annotations(args.image_set)
+            folder, file = find_files(args.image_set, args.coco_path, *places)
+            return file, args.images or folder, read_lists
         return path, args.images, read_lists
     if kind == 'labelme':
         return path, args.images or (path if path.is_dir() else path.parent), read_labelme
@@ -229,13 +231,13 @@ def fit(data: Annotations, to: str) -> tuple[Annotations, Counter[str]]:
         lost['classes have spaces in their names, which other readers may refuse'] += sum(
             ' ' in each['name'] for each in data['categories']
         )
-    if not target.empty:
-        used = [{each[key] for each in annotations} for key in ('image_id', 'category_id')]
-        for name, ids in zip(('images', 'categories'), used, strict=True):
-            count = sum(entry['id'] not in ids for entry in data[name])
-            if name == 'categories' or to == 'oid':
-                lost[f'{name} without objects are left out'] += count
-    return data | {'annotations': annotations}, +lost
+    fitted = data | {'annotations': annotations}
+    for name, key in (('images', 'image_id'), ('categories', 'category_id')):
+        if not target.empty and (name == 'categories' or to == 'oid'):
+            used = {each[key] for each in annotations}
+            fitted[name] = [entry for entry in data[name] if entry['id'] in used]
+            lost[f'{name} without objects are left out'] += len(data[name]) - len(fitted[name])
+    return fitted, +lost
 
 
 def fit_object(annotation: dict, target: Target, size: tuple[int, int], lost: Counter[str]) -> dict | None:

@@ -190,7 +190,7 @@ def make_shards(args: Namespace) -> str:
     reading = Namespace(**{'upright': None} | vars(args))
     reading = Namespace(**vars(reading) | find_reading(reading, [survey]))
     reader = build_reader(reading)
-    for line in describe_headers(survey, reader):
+    for line in describe_headers(survey, reader).lines():
         print(line)
 
     def write(partial: Path) -> None:
