@@ -43,7 +43,7 @@ CASES = [
     for name in ('r50', 'swin_t')
     for path in sorted(SHARED.glob(f'parity/h_deformable_detr/{name}_*.json'))
 ]
-EXHAUSTIVE = ('r50_hybrid_300_1500_k6', 'swin_t_900_1500_topk300')
+EXHAUSTIVE = ('r50_hybrid_300_1500_k6', 'r50_dpp_300', 'swin_t_900_1500_topk300')
 DETREX = SHARED / 'parity/h_deformable_detr/detrex_r50_60_120_k3.json'
 DETREX_FLAGS = """--with_box_refine --two_stage --dim_feedforward 2048 --dropout 0.0 --mixed_selection
     --look_forward_twice --num_queries 60 --hybrid_queries 120 --hybrid_k 3 --hybrid_lambda 0.5 --topk 300"""
