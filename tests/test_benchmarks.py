@@ -196,7 +196,8 @@ def test_every_program_starts_from_any_folder() -> None:
     ]
     code = f"""
 import os, runpy, sys
-import torch, torchvision, torch.distributed.fsdp, torchvision.transforms.v2, scipy.optimize
+import torch, torchvision, torch._dynamo, torch.distributed.fsdp, torchvision.transforms.v2, scipy.optimize
+import hotcoco, matplotlib.backends.backend_agg, matplotlib.figure, pycocotools.mask
 for program in {programs}:
     if os.fork() == 0:
         sys.argv = [program, '--help']

@@ -441,7 +441,7 @@ def test_detrex_files_fit_the_hub_and_predict(tmp_path: Path) -> None:
     ('system', 'case', 'entry'),
     [
         ('detr', 'r50_dc5', 'detr_resnet50_dc5'),
-        ('conditional_detr', 'r50', 'conditional_detr_resnet50'),
+        pytest.param('conditional_detr', 'r50', 'conditional_detr_resnet50', marks=pytest.mark.exhaustive),
         pytest.param(
             'deformable_detr',
             'r50_box_refine',
