@@ -43,10 +43,19 @@ from util.optim import WeightAverage
 from util.precision import Precision
 
 QUICK_FAMILIES = ('detr', 'two stages with tricks', 'all, conditional')
+REPEATED_FAMILIES = ('deformable', 'two stages')  # 'box refinement' has one stage too
 family = pytest.mark.parametrize(
     'flags',
     [
-        pytest.param(flags, id=name, marks=() if name in QUICK_FAMILIES else pytest.mark.slow)
+        pytest.param(
+            flags,
+            id=name,
+            marks=()
+            if name in QUICK_FAMILIES
+            else pytest.mark.exhaustive
+            if name in REPEATED_FAMILIES
+            else pytest.mark.slow,
+        )
         for name, flags in FAMILIES.items()
     ],
 )
@@ -595,8 +604,7 @@ def test_parts_that_are_recomputed(line: str, parts: list[str] | None) -> None:
 def test_flags_say_which_parts_are_recomputed() -> None:
     for places in ([], ['backbone'], ['encoder'], ['decoder', 'encoder']):
         for flags in ({}, {'conditional': True}, {'deformable': True}, {'dino': True}):
-            with torch.device('meta'):
-                model, _, _ = build(flags | {'use_checkpoint': places or False})
+            model, _, _ = build(flags | {'use_checkpoint': places or False})
             for place, each in list_units(model).items():
                 assert {part.recompute for part in each} == {place in places}
 

@@ -315,7 +315,9 @@ def test_schemes_combine_without_auxiliary_losses(base: str, variant: dict) -> N
 
 @pytest.mark.parametrize(
     ('base', 'names'),
-    mixes(('conditional', LEARNED), ('two stages with tricks', EVERYTHING), ('dino', EVERYTHING)),
+    mixes(
+        ('conditional', LEARNED), ('two stages with tricks', EVERYTHING), ('dino', EVERYTHING), alone=False
+    ),
 )
 def test_schemes_leave_inference_alone(
     base: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
