@@ -123,19 +123,15 @@ def case_params(
     """Return cases as parameters, named after their files (and folders); those that are not `quick` are slow.
 
     Args:
-        exhaustive: cases whose flags are those of other cases, in other sizes.
+        exhaustive: cases whose code and kinds of objects are those of other cases.
     """
 
     def mark(name: str) -> tuple:
         marks = pytest.mark.slow, pytest.mark.exhaustive
         return marks if name in exhaustive else marks[: name not in quick]
 
-    return [
-        pytest.param(
-            path, id=f'{path.parent.name}-{path.stem}' if folder else path.stem, marks=mark(path.stem)
-        )
-        for path in paths
-    ]
+    names = {path: f'{path.parent.name}-{path.stem}' if folder else path.stem for path in paths}
+    return [pytest.param(path, id=name, marks=mark(name)) for path, name in names.items()]
 
 
 def optimizer_of(model: nn.Module, args: Namespace) -> torch.optim.Optimizer:

@@ -209,7 +209,7 @@ def test_official_names_of_the_heads() -> None:
 @pytest.mark.slow
 @pytest.mark.draws
 def test_a_run_evaluates_masks_by_their_own_scores(tmp_path: Path) -> None:
-    flags = """--dataset_file shapes --shapes_train 8 --shapes_val 4 --shapes_size 128 --img_size 128
+    flags = """--dataset_file shapes --shapes_train 4 --shapes_val 2 --shapes_size 128 --img_size 128
         --max_size 128 --backbone resnet10 --backbone_weights none --backbone_norm batch --hidden_dim 32
         --nheads 4 --enc_layers 1 --dec_layers 2 --num_queries 10 --dim_feedforward 64 --dino
         --num_feature_levels 5 --batch_size 4 --num_workers 0 --epochs 1 --device cpu"""

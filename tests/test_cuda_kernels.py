@@ -372,24 +372,28 @@ needs_nvcc = pytest.mark.skipif(shutil.which('nvcc') is None, reason='there is n
 OF_32_CHANNELS = 'Li32EEE'  # in the name of a kernel
 
 
+def compile_kernels(architecture: int, folder: Path) -> tuple[str, str]:
+    """The report of the assembler, and the PTX code."""
+    command = ['nvcc', '-std=c++17', '-O3', f'-arch=sm_{architecture}', '-cubin', '-Xptxas', '-v']
+    command += ['-keep', '-keep-dir', folder, '-o', folder / 'cubin', KERNELS]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return report, (folder / f'{KERNELS.stem}.ptx').read_text()
+
+
+@pytest.fixture(scope='module')
+def compiled_90(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return compile_kernels(90, tmp_path_factory.mktemp('sm_90'))
+
+
 @needs_nvcc
 @pytest.mark.parametrize(
     'architecture',
     [pytest.param(80, marks=pytest.mark.exhaustive), 90, pytest.param(100, marks=pytest.mark.exhaustive)],
 )
-def test_no_kernel_of_32_channels_spills_registers(architecture: int, tmp_path: Path) -> None:
-    command = [
-        'nvcc',
-        '-std=c++17',
-        '-O3',
-        f'-arch=sm_{architecture}',
-        '-cubin',
-        '-Xptxas',
-        '-v',
-        '-o',
-        tmp_path / 'cubin',
-    ]
-    report = subprocess.run([*command, KERNELS], check=True, capture_output=True, text=True).stderr
+def test_no_kernel_of_32_channels_spills_registers(
+    architecture: int, tmp_path: Path, compiled_90: tuple[str, str]
+) -> None:
+    report, _ = compiled_90 if architecture == 90 else compile_kernels(architecture, tmp_path)
     kernels = re.findall(
         r"entry function '(\w+)'.*\n.*\n *(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
         r'.*Used (\d+) registers.*?(\d+) bytes smem',
@@ -403,10 +407,8 @@ def test_no_kernel_of_32_channels_spills_registers(architecture: int, tmp_path: 
 
 
 @needs_nvcc
-def test_memory_is_moved_16_bytes_at_a_time(tmp_path: Path) -> None:
-    command = ['nvcc', '-std=c++17', '-arch=sm_90', '-ptx', '-o', tmp_path / 'ptx', KERNELS]
-    subprocess.run(command, check=True)
-    kernels = {text.split('(')[0]: text for text in (tmp_path / 'ptx').read_text().split('.entry ')[1:]}
+def test_memory_is_moved_16_bytes_at_a_time(compiled_90: tuple[str, str]) -> None:
+    kernels = {text.split('(')[0]: text for text in compiled_90[1].split('.entry ')[1:]}
     for name, text in kernels.items():
         assert not re.search(r'\s(ld|st|atom|red)\.(v\d\.|add\.)?[bfsu]\d', text), (
             f'{name}: memory of an unknown kind'

@@ -73,7 +73,7 @@ def assert_equal(ours: dict, theirs: dict, tolerance: float = 1e-6) -> None:
         )
 
 
-def counts_of(name: str, steps: int = 20) -> list[list[int]]:
+def counts_of(name: str, steps: int = 8) -> list[list[int]]:
     """Objects of four images; in every third step the second process has none, and once nobody has."""
     if name in EQUAL_COUNTS:
         return [[3, 3, 3, 3]] * steps

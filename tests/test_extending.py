@@ -107,7 +107,8 @@ def test_every_task_of_a_researcher_is_shown() -> None:
 # folder and a command line; the output of each run goes to the file `log` in its folder.
 RUN_EACH = """
 import os, runpy, shlex, sys
-import torch, torchvision, torch._dynamo, scipy.optimize
+import torch, torchvision, torch._dynamo, torchvision.transforms.v2, scipy.optimize
+import hotcoco, matplotlib.backends.backend_agg, matplotlib.figure, pycocotools.mask
 for line in sys.stdin:
     folder, *words = shlex.split(line)
     child = os.fork()

@@ -259,20 +259,23 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(tmp_path: Path) -> Non
         '--max_restarts',
         '1',
     ]
-    command += ['main.py', *LONG, '--output_dir', str(tmp_path / 'parts'), '--checkpoint_steps', '1']
+    program, log, flags = tmp_path / 'main.py', tmp_path / 'log', ['--checkpoint_steps', '1', '--epochs', '1']
+    program.write_text(
+        f'import sys\nsys.path[0] = {str(ROOT)!r}\nfrom tests.processes import run_main\n'
+        f'run_main({str(log)!r}, sys.argv[1:])\n'
+    )
+    command += [str(program), *LONG, *flags, '--output_dir', str(tmp_path / 'parts')]
     environment = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
-    log = tmp_path / 'log'
-    with log.open('w') as file:
+    with (tmp_path / 'launcher').open('w') as file:
         launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
-        wait_for(log, 'epoch 1/2  3/6')
+        wait_for(log, 'epoch 1/1  3/6')
         children = subprocess.run(
             ['pgrep', '-P', str(launcher.pid)], capture_output=True, text=True, check=True
         ).stdout.split()
         os.kill(int(children[1]), signal.SIGKILL)
         assert launcher.wait(180) == 0, log.read_text()
     assert 'goes on after step' in log.read_text()
-    whole = whole_run(tmp_path, 2, '--checkpoint_steps', '1')
-    same_end(whole, tmp_path / 'parts')
+    same_end(whole_run(tmp_path, 2, *flags), tmp_path / 'parts')
 
 
 @pytest.mark.slow
@@ -329,7 +332,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     """The run goes on, says so each time, and ends with an error; with space again it goes on to the same
     end.
     """
-    out, flags = small_disk / 'out', [*LONG, '--epochs', '3', '--resume', 'auto']
+    out, flags = small_disk / 'out', [*LONG, '--shapes_train', '8', '--epochs', '3', '--resume', 'auto']
     arguments = main.get_args_parser().parse_args([*flags, '--epochs', '1', '--output_dir', str(out)])
     main.main(arguments)
     before = load(out)

@@ -107,7 +107,7 @@ def test_a_copy_has_its_own_norms() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['resnet18', pytest.param('mobilenet_v2', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('name', ['resnet18', pytest.param('mobilenet_v2', marks=pytest.mark.exhaustive)])
 @torch.no_grad()
 def test_exports_and_compiles(name: str) -> None:
     """Buffers are the program's own, and may change behind a compiled network."""

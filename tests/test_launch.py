@@ -216,6 +216,7 @@ def test_wrong_calls_of_run_dist_slurm(tmp_path: Path, words: tuple[str, ...], m
     assert done.stderr.startswith(f'error: {message} (') and done.stderr.count('\n') == 1
 
 
+@pytest.mark.exhaustive  # test_faults.py trains by torchrun; above, each process gets its place and its words
 @pytest.mark.slow
 def test_run_dist_launch_trains(tmp_path: Path) -> None:
     flags = [*TINY.split(), '--batch_size', '2', '--epochs', '1', '--output_dir', tmp_path]

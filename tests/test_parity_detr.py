@@ -29,7 +29,6 @@ from tests.parity import (
 )
 from tests.shared_data import SHARED, needs_shared
 
-STEPPED = ('r50',)  # cases whose optimizer steps are always compared
 FLAGS = {'detr': {}, 'conditional_detr': {'conditional': True}}
 CASES = [
     path
@@ -37,6 +36,10 @@ CASES = [
     for path in sorted((SHARED / 'parity' / system).glob('*.json'))
     if path.stem not in ('components', 'r50_masks')
 ]
+QUICK = ('detr-r50', 'conditional_detr-r50')
+STEPPED = {'detr-r50': 3, 'conditional_detr-r50': 1}  # optimizer steps that are always compared
+# Dilation, and images without objects, are those of DETR's cases; the latter are also in recorded/.
+EXHAUSTIVE = ('conditional_detr-r50_dc5', 'conditional_detr-r50_empty', 'detr-r50_empty')
 
 
 class DenseCase(Case):
@@ -64,7 +67,7 @@ class DenseCase(Case):
         return losses, weighted_sum(losses, criterion.weight_dict)
 
 
-@pytest.fixture(scope='module', params=case_params(CASES, ('r50',), folder=True))
+@pytest.fixture(scope='module', params=case_params(CASES, QUICK, EXHAUSTIVE, folder=True))
 def case(request: pytest.FixtureRequest) -> Iterator[DenseCase]:
     with float64():
         yield DenseCase(request.param, request.param.parent.name)
@@ -117,7 +120,8 @@ def test_assignments_equal_official(case: DenseCase) -> None:
 @pytest.mark.slow
 @needs_shared
 def test_optimizer_steps_equal_official(case: DenseCase, exhaustive: bool) -> None:
-    if not exhaustive and case.path.stem not in STEPPED:
+    most = None if exhaustive else STEPPED.get(f'{case.system}-{case.path.stem}', 0)
+    if most == 0:
         pytest.skip(REASON)
     recorded = case.record.get('optimizer_steps')
     if not recorded:
@@ -129,18 +133,21 @@ def test_optimizer_steps_equal_official(case: DenseCase, exhaustive: bool) -> No
     for index, step in enumerate(recorded['steps']):
         if index:
             _, total = case.train_losses()
+        assert_close(total, step['total'], 'total', rtol=1e-5)
+        if index == most:
+            break
+        if index:
             optimizer.zero_grad()
             total.backward()
-        assert_close(total, step['total'], 'total', rtol=1e-5)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         assert_close(norm, step['grad_norm_before_clip'], 'gradient norm', rtol=1e-5)
         optimizer.step()
-    assert_close(
-        case.train_losses()[1], recorded['total_after_last_step'], 'total after the last step', rtol=1e-5
-    )
-    parameters = dict(model.named_parameters())
-    for name, value in recorded['param_l2_after_last_step'].items():
-        assert_close(parameters[name].norm(), value, name, rtol=1e-5)
+    else:
+        total = case.train_losses()[1]
+        assert_close(total, recorded['total_after_last_step'], 'total after the last step', rtol=1e-5)
+        parameters = dict(model.named_parameters())
+        for name, value in recorded['param_l2_after_last_step'].items():
+            assert_close(parameters[name].norm(), value, name, rtol=1e-5)
     case.fill(model)
 
 

@@ -27,10 +27,16 @@ EVERY = FAMILIES | {
     'pre-norm': {'pre_norm': True},
 }
 QUICK = ('detr', 'conditional', 'two stages', 'co-dino')
+# What is new in each is in another: 'mixed, variant a, one stage', 'co-deformable', 'co-dino', 'all, conditional'.
+REPEATED = ('deformable', 'two stages with tricks', 'dino', 'denoising', 'groups')
 every = pytest.mark.parametrize(
     'flags',
     [
-        pytest.param(flags, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        pytest.param(
+            flags,
+            id=name,
+            marks=() if name in QUICK else pytest.mark.exhaustive if name in REPEATED else pytest.mark.slow,
+        )
         for name, flags in EVERY.items()
     ],
 )

@@ -422,20 +422,20 @@ def test_a_schedule_goes_on_in_the_middle(
         return original(self, optimizer, *rest)
 
     monkeypatch.setattr(engine.Precision, 'step', step)
-    stop = False
-    run(tmp_path / 'whole', *flags.split())
+    stop, given = False, ['--shapes_train', '6', '--batch_size', '2', *flags.split()]
+    run(tmp_path / 'whole', *given)
     whole, stop = list(rates), True
     rates.clear()
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / 'parts', *flags.split(), '--checkpoint_steps', '1')
+        run(tmp_path / 'parts', *given, '--checkpoint_steps', '1')
     stop = False
-    run(tmp_path / 'parts', *flags.split(), '--checkpoint_steps', '1', '--resume', 'auto')
+    run(tmp_path / 'parts', *given, '--checkpoint_steps', '1', '--resume', 'auto')
     ours, theirs = load(tmp_path / 'whole'), load(tmp_path / 'parts')
     for name in ('model', 'optimizer', 'lr_scheduler', 'rng'):
         assert_same(ours[name], theirs[name])
     texts = [(tmp_path / name / 'metrics.csv').read_text() for name in ('whole', 'parts')]
     assert texts[0] == texts[1]
-    steps = 3  # of an epoch: 12 images in batches of 4
+    steps = 3  # of an epoch: 6 images in batches of 2
     warm, cosine = (5, True) if 'cosine' in flags else (2, False)
     for number, rate in enumerate(whole):
         shape = 0.5 * (1 + math.cos(math.pi * number / 9)) if cosine else 0.1 ** min(number // steps, 2)

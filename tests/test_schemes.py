@@ -73,10 +73,11 @@ COMBINATIONS = {
 }
 
 
-def mixes(*quick: tuple[str, tuple[str, ...]]) -> list:
+def mixes(*quick: tuple[str, tuple[str, ...]], alone: bool = True) -> list:
     """Every base with its combinations, as parameters `base` and `names`.
 
-    Those that are not `quick` are slow, and of them only the largest of a base is run by default.
+    Those that are not `quick` are slow, and of them only the largest of a base is run by default, and if `alone` each
+    scheme alone. One head alone is in no other combination.
     """
     return [
         pytest.param(
@@ -86,7 +87,8 @@ def mixes(*quick: tuple[str, tuple[str, ...]]) -> list:
             marks=()
             if (base, names) in quick
             else pytest.mark.slow
-            if len(names) == max(map(len, combined)) or len(names) == 1
+            if len(names) == max(map(len, combined))
+            or (len(names) == 1 and (alone or names == ('one head',)))
             else pytest.mark.exhaustive,
         )
         for base, combined in COMBINATIONS.items()
@@ -313,7 +315,9 @@ def test_schemes_combine_without_auxiliary_losses(base: str, variant: dict) -> N
 
 @pytest.mark.parametrize(
     ('base', 'names'),
-    mixes(('conditional', LEARNED), ('two stages with tricks', EVERYTHING), ('dino', EVERYTHING)),
+    mixes(
+        ('conditional', LEARNED), ('two stages with tricks', EVERYTHING), ('dino', EVERYTHING), alone=False
+    ),
 )
 def test_schemes_leave_inference_alone(
     base: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
@@ -371,7 +375,7 @@ def plain_state(model: nn.Module) -> dict[str, object]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('base', 'names'), mixes())
+@pytest.mark.parametrize(('base', 'names'), mixes(alone=False))
 def test_combinations_train_a_few_steps(base: str, names: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     sizes = {'backbone': 'resnet10', 'backbone_norm': 'batch', 'enc_layers': 1, 'dec_layers': 2}

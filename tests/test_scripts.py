@@ -75,6 +75,30 @@ PARAMETERS = {
     'detr_r50_masks': 42_858_425,
 }
 QUICK = ('r50_h_deformable_detr', 'r50_co_dino_5scale')
+# One of each scheme and one of each backbone; the others combine these.
+BUILT = (
+    *QUICK,
+    'detr_r50',
+    'detr_r50dc5',
+    'detr_r101',
+    'detr_r50_masks',
+    'conddetr_r50',
+    'r50_deformable_detr',
+    'r50_deformable_detr_single_scale',
+    'r50_deformable_detr_plus_iterative_bbox_refinement',
+    'r50_two_stage_deformable_detr',
+    'r50_ms_detr_300',
+    'r50_ms_detr_pp_300',
+    'r50_ms_detr_a_300',
+    'swin_tiny_h_deformable_detr',
+    'swin_small_h_deformable_detr',
+    'swin_large_two_stage_deformable_detr_tricks',
+    'r50_co_deformable_detr_mask',
+    'swin_base_co_deformable_detr',
+    'r50_co_dino_5scale_9encoder_lsj',
+    'r50_co_dino_5scale_lvis',
+    'vit_large_co_dino_5scale_lsj_o365_lvis_instance',
+)
 
 
 def without_schedule(name: str) -> str:
@@ -116,7 +140,13 @@ def num_parameters(network: str) -> int:
 
 
 @pytest.mark.parametrize(
-    'network', [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in PARAMETERS]
+    'network',
+    [
+        pytest.param(
+            x, marks=() if x in QUICK else pytest.mark.slow if x in BUILT else pytest.mark.exhaustive
+        )
+        for x in PARAMETERS
+    ],
 )
 def test_a_recipe_builds_the_official_network(network: str) -> None:
     for name in recipe_names():

@@ -344,7 +344,7 @@ DETECTOR = Case(channels=32, levels=FOUR_LEVELS, points=4, queries=3, heads=8)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('architecture', [80, 90, 100])
+@pytest.mark.parametrize('architecture', [pytest.param(80, marks=pytest.mark.exhaustive), 90, 100])
 def test_kernels_compile_without_a_gpu(
     architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
