@@ -22,22 +22,12 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from datasets.build import build_evaluator, data_limits, main_column
+from datasets.build import build_evaluator, data_limits, data_settings, main_column
 from datasets.check_data import check_data
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.evaluation import Evaluation
-from datasets.inventory import print_inventory, take_inventories
-from datasets.loaders import (
-    begin_epoch,
-    build_datasets,
-    build_loader,
-    check_steps,
-    count_train_images,
-    handle_unreadable,
-    settle_reading,
-    use_readers,
-    worst_batch,
-)
+from datasets.loaders import begin_epoch, build_datasets, build_loader, check_steps, worst_batch
+from datasets.survey import count_train_images, settle_reading, survey_files
 from engine import evaluate, sample_detections, train_one_epoch, try_largest_batch
 from models import build_model, check_backbone
 from models.segmentation import freeze_all_but_masks
@@ -55,7 +45,6 @@ from util.config.recorded import adopt, changes_text, data_of
 from util.config.settle import EVERYTHING, Settled, check_processes, settle
 from util.distributed.collectives import (
     all_gather_object,
-    broadcast_object,
     check_agreement,
     choose_device,
     fail_together,
@@ -107,7 +96,8 @@ def look(args: Settled) -> None:
     if args.check_data:
         datasets = build_datasets(args, None)
         settle_reading(args, datasets)
-        num_images = check_data(datasets, args.num_workers, args.output_dir, **data_limits(args))
+        options = data_limits(args) | {'most_unreadable': data_settings(args).most_unreadable}
+        num_images = check_data(datasets, args.num_workers, args.output_dir, **options)
     else:
         num_images = None if args.eval else count_train_images(args)
     print_dry_run(args, num_images)
@@ -165,14 +155,7 @@ def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
             file_map = extract_class_map(checkpoint, args.resume or args.pretrained)
             class_map = file_map if file_map.num_classes == PANOPTIC_CLASSES else None
         datasets = build_datasets(args, class_map)
-        if is_main_process():
-            names = list(datasets.values())[-1].class_map.names
-            print_inventory(take_inventories(datasets), names, **data_limits(args))
-    handle_unreadable(datasets, args.skip_unreadable, args.output_dir)
-    with fail_together():
-        found = settle_reading(args, datasets) if is_main_process() else {}
-    args = args.but(**broadcast_object(found))
-    use_readers(args, datasets.values())
+    args = args.but(**survey_files(args, datasets))
     facts = {f'{split} data': dataset.summary for split, dataset in datasets.items()}
     num_images = checkpoint.get('within_epoch', {}).get('images', 0)
     progress = f'epoch {checkpoint.get("epoch")}, {num_images} images further' if checkpoint else 'none'

@@ -29,6 +29,7 @@ DATASETS = {
 # Value of --evaluator -> what computes the metrics.
 EVALUATORS: dict[str, type[Evaluator]] = {'coco': CocoEvaluator, 'lvis': LvisEvaluator}
 FILES = ('train_images', 'train_ann', 'val_images', 'val_ann')  # flags that name files
+MOST_UNREADABLE = 20  # training images, by default: more are a sign of a disk that is gone
 MASK_FLAGS = ('masks', 'co_masks', 'co_rcnn_masks')  # a model with one of these learns masks
 
 
@@ -42,6 +43,17 @@ class DataSettings(Settled):
     parts: frozenset[str] | None = None
     val_source = 'val'
     found = ''
+
+    @property
+    def most_unreadable(self) -> int:
+        """Return how many training images may be unreadable."""
+        return MOST_UNREADABLE if self.skip_unreadable is None else self.skip_unreadable
+
+    @property
+    def most_missing(self) -> int:
+        """Return how many files of training images may be missing at the start: in a new run none by default."""
+        is_new = self.skip_unreadable is None and not getattr(self, 'resume', '')
+        return 0 if is_new else self.most_unreadable
 
     def source(self, part: str) -> str:
         """Return the part whose files hold this one: with --val_share, both are in those of training."""

@@ -13,7 +13,7 @@ from datasets.coco_json import Issues, Place
 from datasets.data_page import Kind, Part, data_page
 from datasets.headers import describe_headers
 from datasets.image_dataset import ImageDataset
-from datasets.image_io import is_flat
+from datasets.image_io import UnreadableImage, is_flat
 from datasets.inventory import print_inventory, take_inventories
 from datasets.transforms import Sample
 from util.errors import UserError
@@ -26,12 +26,13 @@ NO_BOXES, NO_LABELS = np.zeros((0, 4), dtype=np.float32), np.zeros(0, dtype=np.i
 class Finding(NamedTuple):
     """What reading image `idx` shows.
 
-    error: why it cannot be used; '' if it can, and then: checksum of its pixels; is_flat: they are nearly of
+    error: why it cannot be used; '' if it can. is_unreadable: its file is damaged or missing. Then: checksum of its pixels; is_flat: they are nearly of
     one value; size: height and width; boxes_xywh: [T, 4] in pixels, and labels [T] of its objects.
     """
 
     idx: int
     error: str = ''
+    is_unreadable: bool = False
     checksum: bytes = b''
     is_flat: bool = False
     size: tuple[int, int] = (0, 0)
@@ -42,14 +43,14 @@ class Finding(NamedTuple):
     def of(cls, idx: int, item: Sample | Exception) -> 'Finding':
         """Look at an item, or at the reason why it cannot be read."""
         if isinstance(item, Exception):
-            return cls(idx, str(item))
+            return cls(idx, str(item), isinstance(item, UnreadableImage))
         image, target = item
         data = image.contiguous().numpy().tobytes()
         checksum = hashlib.sha1(data, usedforsecurity=False).digest()
         boxes = target['boxes'].numpy().copy()
         boxes[:, 2:] -= boxes[:, :2]
         height, width = image.shape[1:]
-        return cls(idx, '', checksum, is_flat(image), (height, width), boxes, target['labels'].numpy())
+        return cls(idx, '', False, checksum, is_flat(image), (height, width), boxes, target['labels'].numpy())
 
 
 class Findings(IterableDataset):
@@ -96,14 +97,24 @@ def found_inventory(found: Sequence[Finding], names: list[str]) -> Inventory:
     )
 
 
-def judge(parts: Mapping[str, Part], findings: Mapping[str, list[Finding]]) -> tuple[Issues, Issues]:
-    """Return what cannot be used, and what is only worth a warning: equal images, and those without contrast."""
+def judge(
+    parts: Mapping[str, Part], findings: Mapping[str, list[Finding]], most_unreadable: int
+) -> tuple[Issues, Issues]:
+    """Return what cannot be used, and what is only worth a warning.
+
+    These are equal images, those without contrast, and as many unreadable ones as a run replaces.
+    """
     problems, warnings = Issues(), Issues()
+    replaced = sum(each.is_unreadable for each in findings.get('train', [])) <= most_unreadable
     seen: dict[bytes, tuple[str, int]] = {}
     for split, found in findings.items():
         part = parts[split]
         for each in found:
             key = split, each.idx
+            if each.is_unreadable and split == 'train' and replaced:
+                kind = 'train images that cannot be read, in whose place a run takes others'
+                warnings.add(kind, each.error, places=[Place(key)])
+                continue
             if each.error:
                 kind = f'{split} images or masks that cannot be read'
                 problems.add(kind, each.error, places=[Place(key)])
@@ -130,13 +141,18 @@ def crowded_images(part: Part, num_queries: int) -> Issues:
 
 
 def check_data(
-    datasets: Mapping[str, ImageDataset], num_workers: int, folder: str | None, **limits: Any
+    datasets: Mapping[str, ImageDataset],
+    num_workers: int,
+    folder: str | None,
+    most_unreadable: int = 0,
+    **limits: Any,
 ) -> int | None:
     """Read and decode all data of a run, and print and show what is unusual (--check_data).
 
     Args:
         datasets: built with `check_data`, so that they count what is invalid.
         folder: where to write the page, data.html; None: nowhere.
+        most_unreadable: number of unreadable training images that a run replaces.
         limits: arguments of `datasets.inventory.find_warnings`.
 
     Returns:
@@ -160,7 +176,7 @@ def check_data(
         split: Part(dataset, inventories[split], np.array([each.size for each in findings[split]]))
         for split, dataset in datasets.items()
     }
-    problems, warnings = judge(parts, findings)
+    problems, warnings = judge(parts, findings, most_unreadable)
     for line in warnings.lines():
         print(f'warning: {line}')
     kinds = [*Kind.of(problems, refused=True), *Kind.of(warnings)]

@@ -45,6 +45,7 @@ class CocoDetection(ImageDataset):
         allow_outside: take file names that lead out of image_dir.
         problems: where to count what is invalid, which is then left out; None: the first problem is an error.
         split: the part of the file that this is; None: all of it.
+        most_missing: so many image files may be missing; reading them is an error.
     """
 
     def read_lists(self, annotation_file: File, issues: Issues) -> Lists:
@@ -69,6 +70,7 @@ class CocoDetection(ImageDataset):
         problems: Issues | None = None,
         reader: ImageReader = DEFAULT_READER,
         split: Split | None = None,
+        most_missing: int = 0,
     ) -> None:
         super().__init__(transforms, mix, seed)
         self.use_reader(reader)
@@ -77,7 +79,7 @@ class CocoDetection(ImageDataset):
             annotation_file, class_map, return_masks is not False, self.read_lists, problems
         )
         names = find_images(
-            table.file_names, image_dir, annotation_file, allow_outside, problems, table.issues
+            table.file_names, image_dir, annotation_file, allow_outside, problems, table.issues, most_missing
         )
         if names is not table.file_names:
             table.file_names = PackedList.of(names)
@@ -261,6 +263,7 @@ def coco_options(part: str, settings: DataSettings, class_map: ClassMap | None) 
         'split': Split(part, share, settings.split_seed) if share else None,
         'problems': Issues() if settings.check_data else None,
         'allow_outside': settings.allow_outside,
+        'most_missing': settings.most_missing if part == 'train' else 0,
         'repeat_threshold': settings.repeat_threshold if part == 'train' else 0.0,
     }
 

@@ -150,7 +150,7 @@ def find_flat(survey: Survey, reader: ImageReader) -> list[str]:
             if is_flat(reader.read(path, size)):
                 issues.add(
                     f'of {len(sample)} images that were looked at are nearly of one value: look at them, and '
-                    'give --pixel_range if they have more than 8 bits',
+                    'give --pixel_range if they are grey and have more than 8 bits',
                     path.name,
                 )
         except UnreadableImage:

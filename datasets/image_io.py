@@ -238,8 +238,10 @@ def naming(path: object) -> Iterator[None]:
     except (OSError, SyntaxError, TypeError, ValueError, LookupError, EOFError, struct.error) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the file system
             raise UnreadableImage(f'{path} cannot be read ({error.strerror})') from error
+        # Pillow's text for an unknown format has a place in memory.
+        reason = 'of no known format' if isinstance(error, PIL.UnidentifiedImageError) else error
         raise UnreadableImage(
-            f'{path} is not a readable image ({error}): fetch it again, or remove it'
+            f'{path} is not a readable image ({reason}): fetch it again, or remove it'
         ) from error
 
 

@@ -28,6 +28,7 @@ def find_images(
     allow_outside: bool = False,
     problems: Issues | None = None,
     issues: Issues | None = None,
+    most_missing: int = 0,
 ) -> Sequence[str]:
     """Return the names of image files, relative to their folder; `names` itself if all stand as they are.
 
@@ -38,9 +39,10 @@ def find_images(
         file: which has the names, for messages.
         allow_outside: take names that lead out of the folder.
         problems: where to count missing images. issues: where to count names that were found otherwise.
+        most_missing: so many images may be missing, if they are not most of all; their names stay.
 
     Raises:
-        FileError: the folder does not exist, or an image is missing and problems is None.
+        FileError: the folder does not exist, or more images are missing and problems is None.
         UserError: a name leads out of the folder, and allow_outside is not set; or problems is None, and a
             name fits several files, or two names fit one.
     """
@@ -54,6 +56,8 @@ def find_images(
     for name in [] if allow_outside else filter(leads_out, others):
         check_inside(name, found.get(name), image_dir, file)
     missing = [name for name in others if name not in found.keys() | doubts.keys()]
+    if len(missing) <= min(most_missing, len(names) // 2):
+        missing = []
     if problems is not None:
         for text in doubts.values():
             problems.add('image names that are not clear', text)

@@ -1,37 +1,21 @@
 """Datasets of a run and their batches. Classes are set once; every rank gets its share of the batches."""
 
-import tempfile
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
-from uuid import uuid4
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from datasets import coco, lvis
 from datasets.build import DataSettings, build_dataset, data_settings, locate
 from datasets.class_map import ClassMap
-from datasets.coco_json import Issues, read_lists
 from datasets.copy_paste import MAX_PASTED
-from datasets.headers import describe_headers, find_flat, find_reading
 from datasets.image_dataset import ImageDataset, loader_options
-from datasets.readers import build_reader
 from datasets.samplers import BATCHES, EvalBatches, TrainBatches
-from datasets.shard_index import read_index
 from datasets.shards import ShardedCoco, ShardStream, build_shard_loader
-from datasets.unreadable import UnreadableImages
-from util.config.rules import is_shards
-from util.config.settle import Settled
 from util.distributed.collectives import (
-    broadcast_object,
-    fail_together,
     get_rank,
     get_world_size,
-    is_main_process,
 )
-from util.errors import FileError, UserError
+from util.errors import UserError
 from util.logger import print_main
 
 
@@ -59,42 +43,6 @@ def build_datasets(args: Namespace, class_map: ClassMap | None) -> dict[str, Ima
     return datasets
 
 
-def handle_unreadable(datasets: Mapping[str, ImageDataset], limit: int, output_dir: str | None) -> None:
-    """Let other images take the place of unreadable training images, and look for some. All ranks call it.
-
-    limit: how many training images may be unreadable (--skip_unreadable).
-
-    Raises:
-        UserError: the headers of more training images, or of a validation image, cannot be read.
-    """
-    train = datasets.get('train')
-    if train is not None and limit:
-        temporary = Path(tempfile.gettempdir()) / broadcast_object(f'unreadable.{uuid4().hex}.txt')
-        train.unreadable = UnreadableImages(
-            Path(output_dir) / 'unreadable.txt' if output_dir else temporary, limit
-        )
-    with fail_together():
-        for part, dataset in datasets.items() if is_main_process() else ():
-            list_unreadable(part, dataset)
-
-
-def list_unreadable(part: str, dataset: ImageDataset) -> None:
-    """List images without a readable header, or refuse them if the dataset has no list for them."""
-    found = dataset.survey.unreadable
-    if dataset.unreadable is None:
-        if found:
-            raise FileError(f'{len(found)} {part} images cannot be read, the first is: {found[0][1]}')
-        return
-    dataset.unreadable.begin()
-    dataset.unreadable.add(*((str(path), error) for path, error in found))
-    dataset.unreadable.check()
-    if found:
-        print(
-            f'warning: {len(found)} {part} images cannot be read, and others take their place '
-            f'({dataset.unreadable.file} has the reasons); the first is {found[0][0]}'
-        )
-
-
 def parts_to_read(args: Namespace, settings: DataSettings) -> list[str]:
     """Return the parts that a run reads. --check_data does without a validation part.
 
@@ -114,55 +62,6 @@ def parts_to_read(args: Namespace, settings: DataSettings) -> list[str]:
         else ', take it from the training images with --val_share 0.1, or leave it out with --eval_every 0'
     )
     raise UserError(f'{text}: name it with --val_images and --val_ann{others}')
-
-
-def count_train_images(args: Namespace) -> int | None:
-    """Return the number of training images at hand, for --dry_run; None if flags name none.
-
-    Of annotations in COCO form only the list of images is read.
-
-    Raises:
-        UserError: the data are invalid, or not clear.
-    """
-    place = args.train_ann or args.coco_path
-    if place is None or args.dataset_file == 'shapes':
-        return None
-    if not Path(place).exists():
-        name = 'LVIS' if args.dataset_file == 'lvis' else 'COCO'
-        print_main(f'{place} does not exist: the number of images is that of {name}')
-        return None
-    settings = locate(data_settings(args))
-    if is_shards(settings.train_ann):
-        return read_index(settings.train_ann, settings.allow_pipe).images
-    if settings.dataset_file not in ('coco', 'lvis'):
-        return len(build_dataset('train', settings))
-    if settings.dataset_file == 'lvis':
-        file = lvis.find_annotations('train', settings)
-    else:
-        _, file = coco.find_files('train', settings.coco_path, settings.train_images, settings.train_ann)
-    total = len(read_lists(file, Issues())['images'])
-    return total - int(total * settings.val_share + 0.5)
-
-
-def settle_reading(args: Settled, datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
-    """Let the datasets of a run read their images as flags and files say, and print what is found.
-
-    Returns the flags of `find_reading`.
-    """
-    found = find_reading(args, [dataset.survey for dataset in datasets.values()])
-    use_readers(args.but(**found), datasets.values())
-    for part, dataset in datasets.items():
-        for line in describe_headers(dataset.survey, dataset.reader).lines():
-            print(f'{part} {line}')
-        for line in find_flat(dataset.survey, dataset.reader):
-            print(f'warning: {part} {line}', flush=True)
-    return found
-
-
-def use_readers(settings: object, datasets: Iterable[ImageDataset]) -> None:
-    """Let datasets read their images as flags say."""
-    for dataset in datasets:
-        dataset.use_reader(build_reader(settings))
 
 
 def check_classes(class_map: ClassMap, trained: ClassMap, file: str) -> None:

@@ -115,9 +115,9 @@ def test_flags_of_official_programs_are_options() -> None:
 
 
 def test_names_in_the_table_are_those_of_the_code() -> None:
-    assert list(FLAGS['dataset_file'].type) == ['auto', *DATASETS] and list(FLAGS['backbone_norm'].type) == list(
-        NORM_LAYERS
-    )
+    assert list(FLAGS['dataset_file'].type) == ['auto', *DATASETS] and list(
+        FLAGS['backbone_norm'].type
+    ) == list(NORM_LAYERS)
     assert list(FLAGS['co_aux_heads'].type) == list(AUXILIARY_HEADS)
     assert list(BOX_TERMS) == list(BOX_LOSSES)
     assert set(read_texts()) <= set(FLAGS), 'every text is that of a flag'

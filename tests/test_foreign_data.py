@@ -351,7 +351,11 @@ def test_classes_of_yolo_without_names_are_numbers(copies: dict[str, Path], tmp_
 
 # Lines of a label file -> number of objects, and what a run says.
 LINES = {
-    'a polygon among boxes': ('0 0.5 0.5 0.1 0.1\n1 0.1 0.1 0.3 0.1 0.3 0.3', 2, 'made from the segmentation'),
+    'a polygon among boxes': (
+        '0 0.5 0.5 0.1 0.1\n1 0.1 0.1 0.3 0.1 0.3 0.3',
+        2,
+        'made from the segmentation',
+    ),
     'scores': (
         '0 0.5 0.5 0.1 0.1 0.9\n1 0.1 0.1 0.3 0.1 0.3 0.3 0.75',
         2,

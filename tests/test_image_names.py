@@ -20,14 +20,30 @@ def folder(tmp_path: Path, files: str) -> Path:
 # Files below the folder, names in the annotations, and the files that they mean, all separated by '|'.
 FOUND = {
     'separators of Windows': ('p1.jpg|90.jpg', r'images\p1.jpg|images\1/90.jpg', 'p1.jpg|90.jpg'),
-    'the longest tail': ('1/a.jpg|2/a.jpg|a.jpg', r'set\1\a.jpg|set\2\a.jpg|set\a.jpg', '1/a.jpg|2/a.jpg|a.jpg'),
+    'the longest tail': (
+        '1/a.jpg|2/a.jpg|a.jpg',
+        r'set\1\a.jpg|set\2\a.jpg|set\a.jpg',
+        '1/a.jpg|2/a.jpg|a.jpg',
+    ),
     'above the folder': ('12.jpg|13.jpg', r'..\label\12.jpg|../label/13.jpg', '12.jpg|13.jpg'),
     'a drive': ('a/p.jpg', r'C:\Users\me\a\p.jpg', 'a/p.jpg'),
     'another machine': ('p1.jpg|p2.jpg', '/home/me/x/p1.jpg|/home/me/y/p2.jpg', 'p1.jpg|p2.jpg'),
     'a folder that was flattened': ('1.jpg|2.jpg', 'a/1.jpg|b/2.jpg', '1.jpg|2.jpg'),
-    'deeper than named': ('images/default/1.jpg|images/default/2.jpg', '1.jpg|2.jpg', 'images/default/1.jpg|images/default/2.jpg'),
-    'local files of label-studio': ('p1.jpg|s/p2.jpg', '/data/local-files/?d=set/p1.jpg|/data/local-files/?d=set%2Fs%5Cp2.jpg', 'p1.jpg|s/p2.jpg'),
-    'uploads of label-studio': ('p1.jpg|942a1b2d-p2.jpg', 'upload/1/942a1b2c-p1.jpg|/data/upload/1/942a1b2d-p2.jpg', 'p1.jpg|942a1b2d-p2.jpg'),
+    'deeper than named': (
+        'images/default/1.jpg|images/default/2.jpg',
+        '1.jpg|2.jpg',
+        'images/default/1.jpg|images/default/2.jpg',
+    ),
+    'local files of label-studio': (
+        'p1.jpg|s/p2.jpg',
+        '/data/local-files/?d=set/p1.jpg|/data/local-files/?d=set%2Fs%5Cp2.jpg',
+        'p1.jpg|s/p2.jpg',
+    ),
+    'uploads of label-studio': (
+        'p1.jpg|942a1b2d-p2.jpg',
+        'upload/1/942a1b2c-p1.jpg|/data/upload/1/942a1b2d-p2.jpg',
+        'p1.jpg|942a1b2d-p2.jpg',
+    ),
     'uploads with spaces': ('my photo.jpg', 'images/942a1b2c-my_photo.jpg', 'my photo.jpg'),
     'URLs': ('a/1.jpg|2.jpg', 's3://bucket/a/1.jpg|https://host/x/2.jpg?X-Amz-Date=1&d_=3', 'a/1.jpg|2.jpg'),
     'a URL of a file': ('1.jpg', 'file:///C:/set/1.jpg', '1.jpg'),
@@ -38,7 +54,7 @@ FOUND = {
     'points in the way': ('a/1.jpg', r'a/./b/../1.jpg|.\a\1.jpg', 'a/1.jpg|a/1.jpg'),
     'the same image twice': ('1.jpg', r'x\1.jpg|x/1.jpg', '1.jpg|1.jpg'),
     'hidden copies': ('1.jpg|.cache/x/1.jpg|._1.jpg', 'x/1.jpg', '1.jpg'),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize('case', FOUND)
@@ -55,14 +71,18 @@ REFUSED = {
     'two names': ('1.jpg', r'x\1.jpg|y\1.jpg', r"'x\\\\1.jpg' and 'y\\\\1.jpg' both fit 1.jpg"),
     'two uploads': ('1.jpg', 'aaaa1111-1.jpg|bbbb2222-1.jpg', 'both fit 1.jpg'),
     'a name that stands': ('1.jpg', r'1.jpg|C:\1.jpg|C:\x\1.jpg', "'1.jpg' and .* both fit 1.jpg"),
-    'missing': ('1.jpg', r'x\2.jpg|x\1.jpg', r'1 of 2 images of a.json are not in .*set, the first is x\\2.jpg'),
+    'missing': (
+        '1.jpg',
+        r'x\2.jpg|x\1.jpg',
+        r'1 of 2 images of a.json are not in .*set, the first is x\\2.jpg',
+    ),
     'missing among others': ('a/1.jpg|a/2.jpg', 'a/1.jpg|b/2.jpg', '1 of 2 images .* the first is b/2.jpg'),
     'outside': ('1.jpg', '/gone/2.jpg', "file_name '/gone/2.jpg' leads out of the image folder"),
     'another file outside': ('1.jpg', '../1.jpg', r"file_name '../1.jpg' leads out of the image folder"),
     'nothing': ('1.jpg', 'x/..|/', 'leads out'),
     'very long': ('1.jpg', 'data:image/png;base64,' + 'ab/' * 200 + 'x' * 300, '1 of 1 images'),
     'a date': ('01.jpg', '2024-02.jpg', '1 of 1 images'),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize('case', REFUSED)

@@ -84,20 +84,37 @@ def one(*place: str, **more: str) -> Callable[[Path], None]:
 
 
 BOTH = {
-    'COCO': both(('annotations/instances_train2017.json', 'train2017'), ('annotations/instances_val2017.json', 'val2017')),
-    'COCO without a year': both(('annotations/instances_train.json', 'images/train'), ('annotations/instances_val.json', 'images/val')),
-    'COCO of 2014': both(('annotations/instances_train2014.json', 'train2014'), ('annotations/instances_val2014.json', 'val2014')),
-    'one folder of images': both(('annotations/instances_train.json', 'images'), ('annotations/instances_val.json', 'images')),
-    'CVAT, two parts': both(('annotations/instances_Train.json', 'images/Train'), ('annotations/instances_Validation.json', 'images/Validation')),
+    'COCO': both(
+        ('annotations/instances_train2017.json', 'train2017'),
+        ('annotations/instances_val2017.json', 'val2017'),
+    ),
+    'COCO without a year': both(
+        ('annotations/instances_train.json', 'images/train'), ('annotations/instances_val.json', 'images/val')
+    ),
+    'COCO of 2014': both(
+        ('annotations/instances_train2014.json', 'train2014'),
+        ('annotations/instances_val2014.json', 'val2014'),
+    ),
+    'one folder of images': both(
+        ('annotations/instances_train.json', 'images'), ('annotations/instances_val.json', 'images')
+    ),
+    'CVAT, two parts': both(
+        ('annotations/instances_Train.json', 'images/Train'),
+        ('annotations/instances_Validation.json', 'images/Validation'),
+    ),
     'Roboflow': both(('train/_annotations.coco.json', 'train'), ('valid/_annotations.coco.json', 'valid')),
     'files of the parts': both(('train.json', 'train'), ('val.json', 'val')),
-    'files in annotations': both(('annotations/train_set.json', 'pictures'), ('annotations/val_set.json', 'pictures')),
-    'folders of the parts': both(('train/labels.json', 'train/data'), ('validation/labels.json', 'validation/data')),
+    'files in annotations': both(
+        ('annotations/train_set.json', 'pictures'), ('annotations/val_set.json', 'pictures')
+    ),
+    'folders of the parts': both(
+        ('train/labels.json', 'train/data'), ('validation/labels.json', 'validation/data')
+    ),
     'VOC': lambda root: write_voc(root, {'train': 6, 'val': 3}),
     'VOC 2007': lambda root: write_voc(root, {'trainval': 6, 'test': 3}),
     'YOLO': lambda root: write_yolo(root, {'train': 6, 'valid': 3}, prefix='../'),
     'YOLO, another name': lambda root: write_yolo(root, {'train': 6, 'valid': 3}, 'my.yaml'),
-}  # fmt: skip
+}
 ONE = {
     'CVAT': one('annotations/instances_default.json', 'images/default'),
     'CVAT, all in images': one('annotations/instances_default.json', 'images'),
@@ -185,16 +202,22 @@ UNCLEAR = {
         r'holds 2 annotation files of the part train \(train_a.json, train_b.json\)',
     ),
     'two folders': (
-        lambda root: (write_part(root, 'my.json', 'a', 3, name='x/{}.png'), write_part(root / 'b', '../a.txt', '.', 2)),
+        lambda root: (
+            write_part(root, 'my.json', 'a', 3, name='x/{}.png'),
+            write_part(root / 'b', '../a.txt', '.', 2),
+        ),
         r'are the images of my.json in a/ or b/\? Name it with --train_images',
     ),
-    'nothing': (lambda root: None, r'holds no data in a usual layout: there is none of annotations/instances_'),
+    'nothing': (
+        lambda root: None,
+        r'holds no data in a usual layout: there is none of annotations/instances_',
+    ),
     'other JSON': (
         lambda root: (root / 'p.json').write_text('{"version": "5.0", "shapes": []}'),
         'no JSON file in COCO form',
     ),
     'LVIS': (
-        lambda root: (write_part(root, 'annotations/lvis_v1_train.json', 'train2017', 1)),
+        lambda root: write_part(root, 'annotations/lvis_v1_train.json', 'train2017', 1),
         'holds LVIS .*: add --dataset_file lvis',
     ),
     'no folder': (shutil.rmtree, 'does not exist: check --coco_path'),
@@ -203,7 +226,7 @@ UNCLEAR = {
         lambda root: (BOTH['COCO'](root), shutil.rmtree(root / 'train2017')),
         'check --coco_path, or give --train_images',
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize('name', UNCLEAR)
@@ -338,6 +361,9 @@ def test_a_checkpoint_keeps_the_parts(tmp_path: Path, capsys: pytest.CaptureFixt
     assert json.loads((out / 'eval.json').read_text())['test_coco_eval_bbox'] == last['test_coco_eval_bbox']
     assert first['test_coco_eval_bbox'] != [] and len(last['test_coco_eval_bbox']) == 12
     text = run('--eval', '--resume', f'{out}/checkpoint.pth', '--coco_path', str(tmp_path / 'data'))
+    assert '4 val' in text and 'a share of 0.34 is for validation' in text
+    shutil.copytree(tmp_path / 'data', tmp_path / 'other')
+    text = run('--eval', '--resume', f'{out}/checkpoint.pth', '--coco_path', str(tmp_path / 'other'))
     assert '12 val' in text and 'all of it is evaluated' in text
     explicit = f'--val_images {tmp_path}/data/x --val_ann {tmp_path}/data/my.json'
     assert '12 val' in run('--eval', '--resume', f'{out}/checkpoint.pth', *explicit.split())

@@ -20,9 +20,10 @@ from datasets.class_map import ClassMap
 from datasets.coco_eval import CocoEvaluator
 from datasets.image_dataset import ImageDataset
 from datasets.image_io import ImageReader, read_header, turned, turned_boxes
-from datasets.loaders import build_datasets, settle_reading
+from datasets.loaders import build_datasets
 from datasets.readers import build_reader
 from datasets.results import ResultFiles
+from datasets.survey import settle_reading
 from engine import sample_detections
 from models.detector import load_detector
 from tests.runs import TINY, load, run

@@ -148,7 +148,7 @@ FLAGS = table(
     *group(DATA)(
         Flag('num_workers', int_range(0, 10**4), 2, launch=True),
         Flag('batches', ('random', 'aspect', 'size'), 'random'),
-        Flag('skip_unreadable', int_range(0), 20),
+        Flag('skip_unreadable', int_range(0), None),
         Flag('cache_mode', SWITCH, False, launch=True, hidden=True),
         Flag('shard_buffer', int_range(1), 1000, hidden=True),
     ),

@@ -6,6 +6,7 @@ predicts other boxes. Only the flags in its file show the difference.
 """
 
 import json
+import os
 from argparse import Namespace
 from collections.abc import Collection, Mapping, Set
 from typing import Any
@@ -185,6 +186,9 @@ def changes_text(args: Namespace, recorded: Mapping) -> str:
 def data_of(args: Namespace, given: Collection[str], recorded: Mapping) -> dict:
     """Return the flags of a run that its evaluation adopts: sizes, and the data unless others are given."""
     recorded = use_current_names(recorded)
+    paths = DATA_PATHS.intersection(given)
+    if all(is_same_path(getattr(args, name), recorded.get(name)) for name in paths):
+        given = set(given) - paths
     split = SPLIT if 'val_share' not in given else ()
     names: tuple[str, ...] = (*VAL_DATA, *split, *TURNS, *VIEW)
     dataset, shapes = recorded.get('dataset_file'), {'shapes_val', 'shapes_size'}
@@ -192,6 +196,10 @@ def data_of(args: Namespace, given: Collection[str], recorded: Mapping) -> dict:
         same = args.dataset_file == dataset if 'dataset_file' in given else dataset == 'lvis'
         names = (*VIEW, *(('dataset_file', *shapes) if same and not is_shards(args.val_ann) else ()))
     return {name: recorded[name] for name in names if name not in given and name in recorded}
+
+
+def is_same_path(path: str, recorded: str | None) -> bool:
+    return recorded is not None and os.path.realpath(path) == os.path.realpath(recorded)
 
 
 def as_json(args: Settled) -> str:
