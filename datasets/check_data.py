@@ -192,7 +192,8 @@ def check_data(
         save_atomically(path, lambda partial: partial.write_text(page, encoding='utf-8'))
         print(f'{path}: samples as they are stored and as the run sees them, numbers, and what is unusual')
     counted = [part.inventory.problems for part in parts.values()]
-    refused = [line for issues in (*counted, problems) if issues for line in issues.lines()]
+    lines = [line for issues in (*counted, problems) if issues for line in issues.lines()]
+    refused = list(dict.fromkeys(lines))  # a file that holds both parts counts for both
     if refused:
         raise UserError('\n  '.join(['a run would stop at these data:', *refused]))
     print('all images, boxes and masks can be read')
