@@ -23,9 +23,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from datasets.build import build_evaluator, data_limits, main_column
+from datasets.check_data import check_data
 from datasets.class_map import PANOPTIC_CLASSES, ClassMap
 from datasets.evaluation import Evaluation
-from datasets.inventory import check_data, print_inventory
+from datasets.inventory import print_inventory, take_inventories
 from datasets.loaders import (
     begin_epoch,
     build_datasets,
@@ -165,7 +166,8 @@ def read_data(args: Namespace) -> tuple[Settled, dict, dict[str, Dataset]]:
             class_map = file_map if file_map.num_classes == PANOPTIC_CLASSES else None
         datasets = build_datasets(args, class_map)
         if is_main_process():
-            print_inventory(datasets, **data_limits(args))
+            names = list(datasets.values())[-1].class_map.names
+            print_inventory(take_inventories(datasets), names, **data_limits(args))
     handle_unreadable(datasets, args.skip_unreadable, args.output_dir)
     with fail_together():
         found = settle_reading(args, datasets) if is_main_process() else {}

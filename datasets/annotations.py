@@ -19,6 +19,7 @@ from datasets.class_map import ClassMap, names_by_id
 from datasets.coco_json import (
     File,
     Issues,
+    Place,
     Read,
     as_id,
     box_problem,
@@ -28,6 +29,7 @@ from datasets.coco_json import (
     encode,
     errors_in,
     numbers_of,
+    places_of,
     read_lists,
     repair,
     shorten,
@@ -164,6 +166,12 @@ def are_pixels(objects: Columns) -> bool:
     return bool(in_range and np.isfinite(objects.areas).all())
 
 
+def places_in(objects: Columns) -> Iterator[Place]:
+    """Yield images and boxes of objects."""
+    for each in objects:
+        yield Place(int(each.image_ids), each.boxes_xywh.tolist())
+
+
 def labels_of(objects: Columns, class_map: ClassMap) -> np.ndarray:
     """Return class indices [A] int64."""
     ids, inverse = np.unique(objects.category_ids, return_inverse=True)
@@ -179,7 +187,7 @@ def repaired(
         if problem := box_problem(entry):
             if problems is None:
                 raise UserError(f'{title_of(entry)} {problem}')
-            problems.add(UNUSABLE, f'{title_of(entry)} {problem}')
+            problems.add(UNUSABLE, f'{title_of(entry)} {problem}', places=places_of(entry))
             continue
         image_id, category_id = as_id(entry.get('image_id')), as_id(entry.get('category_id'))
         image_id = numbers.get(image_id) if numbers else image_id
@@ -230,6 +238,9 @@ class AnnotationTable:
             numbers = self.set_images([self.read_image(raw) for raw in lists['images']])
             self.segmentations, raws = bytearray() if with_masks else None, lists['annotations']
             objects = read_columns(raws, self.issues, self.segmentations, numbers, problems)
+            for found in (self.issues, problems):
+                if numbers and found is not None:
+                    found.renumber(numbers)
             self.set_objects(objects, raws, names)
 
     def read_image(self, raw: Raw) -> tuple:
@@ -285,8 +296,9 @@ class AnnotationTable:
                 raise UserError(f'{title_of(annotation)} {problem}')
             for kind, which in (('image', no_image), ('category', no_category)):
                 if which.any():
+                    places = places_in(objects[which & ~no_image])
                     kind = f'annotations whose {kind} is not listed'
-                    self.problems.add(kind, str(self.file), int(which.sum()))
+                    self.problems.add(kind, str(self.file), int(which.sum()), places)
             objects, rows = objects[~invalid], rows[~invalid]
         self.order = np.argsort(rows, kind='stable')
         self.objects = objects[self.order]
@@ -310,15 +322,16 @@ class Inventory:
     """The T objects of N images, as the annotations have them.
 
     boxes_xywh: [T, 4] in pixels. labels: [T]. counts: [N] objects of each image. sizes: [N, 2] height and
-    width, 0 where they are not known. folder, names: where the image files are, and their names. issues: what
-    is unusual and kept, repaired or left out. problems: what cannot be used, if it was counted.
+    width, 0 where they are not known. folder, names: where the image files are, if there are files, and their
+    names. issues: what is unusual and kept, repaired or left out. problems: what cannot be used, if it was
+    counted.
     """
 
     boxes_xywh: np.ndarray
     labels: np.ndarray
     counts: np.ndarray
     sizes: np.ndarray
-    folder: Path
+    folder: Path | None
     names: list[str]
     issues: Issues
     problems: Issues | None = None

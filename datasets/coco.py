@@ -161,6 +161,11 @@ class CocoDetection(ImageDataset):
             self.problems,
         )
 
+    @property
+    def reading_order(self) -> Sequence[int]:
+        """Return an index of each image: rare ones have several."""
+        return np.unique(self._rows, return_index=True)[1].tolist()
+
     @cached_property
     def ground_truth(self) -> Annotations:
         """Return the annotation file's content, of its part if it is divided; training never reads it."""
@@ -175,6 +180,11 @@ class CocoDetection(ImageDataset):
                 image['height'], image['width'] = self.reader.size(self.image_dir / image['file_name'])
         return content
 
+    def pixels(self, idx: int) -> Tensor:
+        """Return the image as its file has it."""
+        row = int(self._rows[idx])
+        return self.reader.read(self.image_dir / self._file_names[row], self._json_sizes[row])
+
     def image_name(self, idx: int) -> str:
         return str(self.image_dir / self._file_names[int(self._rows[idx])])
 
@@ -183,7 +193,7 @@ class CocoDetection(ImageDataset):
         row = int(self._rows[idx])
         name = self._file_names[row]
         file, size = self.image_dir / name, self._json_sizes[row]
-        image = self.reader.read(file, size)
+        image = self.pixels(idx)
         check_size(file, image.shape[1:], size, self.annotation_file, self.reader.exif)
         objects = self._objects[self._starts[row] : self._starts[row + 1]]
         try:

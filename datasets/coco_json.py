@@ -12,8 +12,9 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 import msgspec
@@ -28,22 +29,42 @@ File = str | os.PathLike[str]
 # The three lists of a file. An entry is a JSON text: memory never holds all entries as Python objects.
 Lists = dict[str, Sequence[Raw]]
 LISTS = ('images', 'annotations', 'categories')
-EXAMPLES = 3
+EXAMPLES = 3  # of a kind, in a line
+PLACES = 8  # of a kind, in the page of --check_data
+
+
+class Place(NamedTuple):
+    """Where something unusual is: an image, by its id, its file name, or its part and index; and a box there
+    (x, y, width, height).
+    """
+
+    image: int | str | tuple[str, int]
+    box: Sequence[float] | None = None
 
 
 class Issues:
-    """What is unusual in the data and kept, repaired or left out: the number and the first of each kind."""
+    """What is unusual in the data and kept, repaired or left out: the number and the first of each kind.
+
+    examples: what the lines name. places: what the page of --check_data shows.
+    """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
+        self.places: dict[str, list[Place]] = {}
 
-    def add(self, kind: str, example: str, number: int = 1) -> None:
-        """Count one more of a kind."""
+    def add(self, kind: str, example: str, number: int = 1, places: Iterable[Place] = ()) -> None:
+        """Count more of a kind."""
         self.counts[kind] += number
-        examples = self.examples.setdefault(kind, [])
+        examples, known = self.examples.setdefault(kind, []), self.places.setdefault(kind, [])
         if len(examples) < EXAMPLES:
             examples.append(example)
+        known.extend(islice(places, PLACES - len(known)))
+
+    def renumber(self, numbers: dict) -> None:
+        """Give the places the numbers of image ids that are text or negative."""
+        for places in self.places.values():
+            places[:] = [place._replace(image=numbers.get(place.image, place.image)) for place in places]
 
     def lines(self) -> list[str]:
         """Return a sentence for each kind."""
@@ -167,7 +188,7 @@ def repair(name: str, entry: Any, issues: Issues) -> dict:
         raise UserError(f'"{name}" has {str(entry)[:40]!r}, which is not an object in braces')
     for key in ('image_id', 'category_id') if name == 'annotations' else ('id',):
         if type(entry.get(key)) is not int and (number := as_id(entry.get(key))) is not None:
-            issues.add(f'{key} of {name} not written as integers', repr(entry[key]))
+            issues.add(f'{key} of {name} not written as integers', repr(entry[key]), places=places_of(entry))
             entry[key] = number
     if name == 'images' and not entry.get('file_name') and isinstance(entry.get('coco_url'), str):  # LVIS
         entry['file_name'] = '/'.join(urlparse(entry['coco_url']).path.split('/')[-2:])
@@ -188,14 +209,16 @@ def repair_box(annotation: dict, issues: Issues) -> None:
             f'{title_of(annotation)} has no bbox, and its segmentation gives none ({error}): correct one of '
             'them'
         ) from None
-    issues.add('annotations without bbox, which was made from the segmentation', title_of(annotation))
+    kind = 'annotations without bbox, which was made from the segmentation'
+    issues.add(kind, title_of(annotation), places=places_of(annotation))
 
 
 def repair_mark(annotation: dict, key: str, issues: Issues) -> None:
     """Repair iscrowd or ignore."""
     mark = annotation[key]
     if type(mark) is not int:
-        issues.add(f'{key} of annotations not written as integers', repr(mark))
+        kind = f'{key} of annotations not written as integers'
+        issues.add(kind, repr(mark), places=places_of(annotation))
         annotation[key] = int(mark) if isinstance(mark, bool) else as_id(mark)
     if annotation[key] not in (0, 1):
         raise UserError(f'{title_of(annotation)} has {key} {str(mark)[:40]!r}: it must be 0 or 1')
@@ -223,6 +246,13 @@ def title_of(annotation: dict) -> str:
     if 'source' in annotation:
         return annotation['source']
     return f'annotation {annotation.get("id")} (image {annotation.get("image_id")})'
+
+
+def places_of(entry: dict) -> Iterator[Place]:
+    """Yield the place of an annotation; other entries have none."""
+    image_id = as_id(entry.get('image_id'))
+    if image_id is not None:
+        yield Place(image_id, None if box_problem(entry) else entry['bbox'])
 
 
 def check_categories(categories: dict[int, str], class_map: ClassMap) -> None:

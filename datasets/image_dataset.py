@@ -3,12 +3,13 @@
 import random
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.annotations import Inventory
@@ -65,6 +66,26 @@ class ImageDataset(Dataset[Sample], ABC):
         """Return image idx as it is stored, uint8 [3, H, W], and its target (the fields of
         `datasets.coco.CocoDetection`).
         """
+
+    def pixels(self, idx: int) -> Tensor:
+        """Return image idx as it is stored, without its objects; it is shown where these are invalid."""
+        return self.untransformed(idx)[0]
+
+    @property
+    def reading_order(self) -> Sequence[int]:
+        """Return the indices of all images, each image once, in the order in which they are read fastest."""
+        return range(len(self))
+
+    def read_items(self, indices: Sequence[int]) -> Iterator[tuple[int, Sample | Exception]]:
+        """Yield index and untransformed item of some images, or why it cannot be used.
+
+        indices: a part of `reading_order`, in its order.
+        """
+        for idx in indices:
+            try:
+                yield idx, self.untransformed(idx)
+            except (UserError, OSError) as error:
+                yield idx, error
 
     @property
     def summary(self) -> str:

@@ -120,8 +120,8 @@ def parts_of(name: str) -> list[str]:
 
 
 def same_letters(text: str) -> str:
-    """Return a text without what file systems change: case, and the encoding of letters with accents."""
-    return unicodedata.normalize('NFC', text).casefold().strip()
+    """Return a text without what systems change: case, the encoding of letters with accents, and spaces."""
+    return unicodedata.normalize('NFC', text).casefold().strip().replace(' ', '_')
 
 
 class FilesBelow:

@@ -1,40 +1,46 @@
-"""What a dataset holds and what is unusual in it: some lines at the start of every run, and --check_data."""
+"""What a dataset holds and what is unusual in it: some lines at the start of every run."""
 
-import hashlib
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
-from datasets.annotations import AnnotationTable, Inventory
+from datasets.annotations import AnnotationTable, Inventory, places_in
 from datasets.coco_json import EXAMPLES, Issues
 from datasets.image_dataset import ImageDataset
-from util.box_ops import box_cxcywh_to_xyxy
 from util.errors import UserError
 
 CLASSES_SHOWN = 8
 MANY = 0.5  # share of the objects that is worth a warning
 
 
-def print_inventory(datasets: Mapping[str, ImageDataset], **limits: Any) -> None:
-    """Print what the data hold, and warnings; arguments and errors are those of `find_warnings`."""
-    for split, dataset in datasets.items():
-        for line in describe_part(split, dataset):
+def take_inventories(datasets: Mapping[str, ImageDataset]) -> dict[str, Inventory]:
+    """Return the inventories of the parts that have one."""
+    inventories = {split: dataset.inventory() for split, dataset in datasets.items()}
+    return {split: inventory for split, inventory in inventories.items() if inventory is not None}
+
+
+def print_inventory(
+    inventories: Mapping[str, Inventory], names: Sequence[str | None], **limits: Any
+) -> list[str]:
+    """Print what the parts hold, and warnings, which are also returned.
+
+    Args:
+        names: of the class indices.
+        limits: arguments of `find_warnings`, whose errors are raised.
+    """
+    for split, inventory in inventories.items():
+        for line in describe_part(split, inventory, names):
             print(line)
-    for line in find_warnings(datasets, **limits):
+    warnings = find_warnings(inventories, names, **limits)
+    for line in warnings:
         print(f'warning: {line}', flush=True)
+    return warnings
 
 
-def describe_part(split: str, dataset: ImageDataset) -> list[str]:
+def describe_part(split: str, inventory: Inventory, names: Sequence[str | None]) -> list[str]:
     """Return lines about one part: images, objects, classes, unusual things."""
-    inventory = dataset.inventory()
-    if inventory is None:
-        return []
     counts, total = inventory.counts, len(inventory.labels)
-    names = dataset.class_map.names
     numbers = np.bincount(inventory.labels, minlength=len(names))
     classes = sorted((label for label, name in enumerate(names) if name), key=lambda label: -numbers[label])
     shown = [f'{names[label]} {numbers[label]:,}' for label in classes[:CLASSES_SHOWN]]
@@ -50,11 +56,17 @@ def describe_part(split: str, dataset: ImageDataset) -> list[str]:
 
 
 def find_warnings(
-    datasets: Mapping[str, ImageDataset], num_queries: int, stride: int, img_size: int, max_size: int
+    inventories: Mapping[str, Inventory],
+    names: Sequence[str | None],
+    num_queries: int,
+    stride: int,
+    img_size: int,
+    max_size: int,
 ) -> list[str]:
     """Return sentences about what is likely to spoil a run.
 
     Args:
+        names: of the class indices.
         num_queries: the most objects that the model finds in an image.
         stride: of the finest feature map that the detector reads, in pixels.
         img_size: short side of an image at evaluation, in pixels.
@@ -63,12 +75,12 @@ def find_warnings(
     Raises:
         UserError: the training part has no object.
     """
-    parts = {split: dataset.inventory() for split, dataset in datasets.items()}
-    train, val, texts = parts.get('train'), parts.get('val'), []
+    train, val, texts = inventories.get('train'), inventories.get('val'), []
     if train is not None:
         if not len(train.labels):
+            folder = f' ({train.folder})' if train.folder else ''
             raise UserError(
-                f'the training data ({train.folder}) have no object to learn from: check the annotation file '
+                f'the training data{folder} have no object to learn from: check the annotation file '
                 '(crowd regions and objects with ignore 1 are not trained on)'
             )
         if crowded := int((train.counts > num_queries).sum()):
@@ -76,7 +88,6 @@ def find_warnings(
                 f'{crowded:,} training images have more objects than --num_queries {num_queries} (at most '
                 f'{train.counts.max():,}): the rest cannot be found'
             )
-        names = datasets['train'].class_map.names
         numbers = np.bincount(train.labels, minlength=len(names))
         if absent := [str(name) for name, number in zip(names, numbers, strict=True) if name and not number]:
             more = ', ...' if len(absent) > 3 else ''
@@ -87,7 +98,7 @@ def find_warnings(
                 f'{small:.0%} of the training objects are narrower or lower than the finest stride of '
                 f'{stride} pixels at --img_size {img_size}: a larger one finds more of them'
             )
-    if train is not None and val is not None and train.folder.resolve() == val.folder.resolve():
+    if train and val and train.folder and val.folder and train.folder.resolve() == val.folder.resolve():
         shared = set(train.names).intersection(val.names)
         if shared:
             texts.append(
@@ -110,127 +121,31 @@ def small_share(inventory: Inventory, stride: int, img_size: int, max_size: int)
     return float(small.sum() / max(np.repeat(known, inventory.counts).sum(), 1))
 
 
-class Checksums(Dataset):
-    """The checksum of each image of a dataset, or why it cannot be used."""
-
-    def __init__(self, dataset: ImageDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, idx: int) -> tuple[str, str]:
-        try:
-            image, _ = self.dataset.untransformed(idx)
-        except (UserError, OSError) as error:
-            return '', str(error)
-        return hashlib.sha1(image.contiguous().numpy().tobytes(), usedforsecurity=False).hexdigest(), ''
-
-
-def examine(datasets: Mapping[str, ImageDataset], num_workers: int) -> tuple[Issues, Issues]:
-    """Decode every image and mask.
-
-    Returns:
-        What cannot be used, and images that are the same.
-    """
-    from tqdm import tqdm
-
-    problems, duplicates = Issues(), Issues()
-    seen: dict[str, tuple[str, int]] = {}
-    for split, dataset in datasets.items():
-        loader = DataLoader(Checksums(dataset), batch_size=None, num_workers=num_workers)
-        for idx, (checksum, error) in enumerate(tqdm(loader, desc=f'{split} images', disable=None)):
-            if error:
-                problems.add(f'{split} images or masks that cannot be read', error)
-            elif seen.get(checksum, (split, dataset.ids[idx])) != (split, dataset.ids[idx]):
-                other, image_id = seen[checksum]
-                where = f'in {split}' if other == split else f'in {other} and {split}'
-                duplicates.add(f'images that are twice {where}', f'image {image_id} and {dataset.ids[idx]}')
-            else:
-                seen[checksum] = split, dataset.ids[idx]
-    return problems, duplicates
-
-
-def sample_rows(dataset: ImageDataset, count: int = 12) -> list[tuple]:
-    """Return images and objects from the whole dataset, as `util.visualize.data_sheet` takes them.
-
-    A row holds an image as it is stored, and as training sees it.
-    """
-    rows = []
-    for idx in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int).tolist():
-        stored, target = dataset.untransformed(idx)
-        image, transformed = dataset[idx]
-        height, width = transformed['size'].tolist()
-        boxes = box_cxcywh_to_xyxy(transformed['boxes']) * torch.tensor([width, height, width, height])
-        rows.append((stored, target, image, transformed | {'boxes': boxes}))
-    return rows
-
-
-def check_data(
-    datasets: Mapping[str, ImageDataset], num_workers: int, folder: str | None, **limits: Any
-) -> int | None:
-    """Read and decode all data of a run, print what is unusual, and draw some images (--check_data).
-
-    Args:
-        datasets: built with `check_data`, so that they count what is invalid.
-        folder: where to draw images, data_SPLIT.png each; None: draw nothing.
-        limits: arguments of `find_warnings`.
-
-    Returns:
-        The number of training images; None: there is no training part.
-
-    Raises:
-        UserError: something would stop a run. All problems are counted, and the first of each kind are named.
-    """
-    from util.visualize import data_sheet
-
-    print_inventory(datasets, **limits)
-    problems, duplicates = examine(datasets, num_workers)
-    inventories = [dataset.inventory() for dataset in datasets.values()]
-    texts = [
-        line for each in inventories if each is not None and each.problems for line in each.problems.lines()
-    ]
-    texts += problems.lines()
-    for line in duplicates.lines():
-        print(f'warning: {line}')
-    if texts:
-        raise UserError('\n  '.join(['a run would stop at these data:', *texts]))
-    if folder:
-        for split, dataset in datasets.items():
-            path = Path(folder) / f'data_{split}.png'
-            path.parent.mkdir(parents=True, exist_ok=True)
-            data_sheet(path, sample_rows(dataset), dataset.class_map.names)
-            print(f'{path}: images as they are stored, and as the {split} part of a run sees them')
-    print('all images, boxes and masks can be read')
-    return len(datasets['train']) if 'train' in datasets else None
-
-
 def find_unusual_boxes(issues: Issues, table: AnnotationTable, used: np.ndarray, rows: np.ndarray) -> None:
     """Count objects that training leaves out or changes.
 
     used, rows: rows of the images of a dataset, and of its objects, in the table.
     """
     objects = table.objects[rows]
-    all_images = np.searchsorted(table.image_ids, table.objects.image_ids)
-    is_used = np.isin(all_images, used)
-    crowd = all_images[is_used & table.objects.crowd]
-    ignored = all_images[is_used & table.objects.ignored & ~table.objects.crowd]
+    is_used = np.isin(table.objects.image_ids, table.image_ids[used])
+    crowd, ignored = table.objects.crowd & is_used, table.objects.ignored & is_used
     images = np.searchsorted(table.image_ids, objects.image_ids)
     height, width = table.sizes[images].T
     x, y, w, h = objects.boxes_xywh.T
     known, sized = (height > 0) & (width > 0), (w > 0) & (h > 0)
     outside = known & sized & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
     over = known & sized & ~outside & ((x < -1) | (y < -1) | (x + w > width + 1) | (y + h > height + 1))
-    for kind, rows_of_images in (
-        ('crowd regions, which training leaves out', crowd),
+    for kind, found in (
+        ('crowd regions, which training leaves out', table.objects[crowd]),
         (
             'objects with ignore 1, which training leaves out, and evaluation treats as the official code',
-            ignored,
+            table.objects[ignored & ~crowd],
         ),
-        ('boxes of no size, which training leaves out', images[~sized]),
-        ('boxes wholly outside their image, which training leaves out', images[outside]),
-        ('boxes that leave their image, which are cut off at its border', images[over]),
+        ('boxes of no size, which training leaves out', objects[~sized]),
+        ('boxes wholly outside their image, which training leaves out', objects[outside]),
+        ('boxes that leave their image, which are cut off at its border', objects[over]),
     ):
-        if len(rows_of_images):
-            names = [f'in {table.file_names[row]}' for row in rows_of_images[:EXAMPLES].tolist()]
-            issues.add(kind, ', '.join(names), len(rows_of_images))
+        if len(found):
+            first = np.searchsorted(table.image_ids, found.image_ids[:EXAMPLES])
+            names = ', '.join(f'in {table.file_names[row]}' for row in first.tolist())
+            issues.add(kind, names, len(found), places_in(found))

@@ -70,7 +70,7 @@ class Layout:
 
 
 def find_layout(root: Path, dataset_file: str = 'auto') -> Layout:
-    """Return what a folder holds. dataset_file: the format to look for; auto: any of FORMATS.
+    """Return what a folder holds, or the one folder in it. dataset_file: the format; auto: any of FORMATS.
 
     Raises:
         FileError: the folder does not exist, or holds none of the layouts.
@@ -92,6 +92,9 @@ def find_layout(root: Path, dataset_file: str = 'auto') -> Layout:
             raise UserError(f'{root} holds data in two layouts, {names}: {choose}{NAME_FILES}')
         if found:
             return build_layout(root, *found[0])
+    inside = [folder for folder in folders_of(root).values() if folder.name != '__MACOSX']
+    if len(inside) == 1:  # that of an archive
+        return find_layout(inside[0], dataset_file)
     patterns = ', '.join(f'{pattern} ({title})' for kind, title, pattern in LAYOUTS if kind in kinds)
     raise FileError(
         f'{root} holds no data in a usual layout: there is none of {patterns}, and no JSON file in COCO form in '

@@ -23,17 +23,19 @@ from itertools import count, groupby
 import msgspec
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from datasets.annotations import read_columns
+from datasets.annotations import AnnotationTable, Inventory, read_columns
 from datasets.build import DataSettings
 from datasets.class_map import ClassMap, names_by_id
-from datasets.coco import annotation_options
+from datasets.coco import annotation_options, objects_of
 from datasets.coco_json import Annotations, Issues, check_categories, errors_in, read_annotations
 from datasets.deep_images import WHOLE
 from datasets.headers import Survey
 from datasets.image_dataset import ImageDataset, Mix, loader_options
 from datasets.image_io import DEFAULT_READER, ImageReader
+from datasets.inventory import find_unusual_boxes
 from datasets.samplers import EvalBatches
 from datasets.shard_index import (
     ANNOTATIONS,
@@ -73,6 +75,7 @@ class ShardedCoco(ImageDataset):
     Training reads it through `ShardStream`. Indexing works, but reads a shard up to the image. place: index
     or its folder. return_masks: None reads masks if every object has a segmentation. buffer: images that a
     worker shuffles. allow_pipe: take shards that are commands.
+    problems: where `inventory` counts what is invalid; None: there is no inventory.
     """
 
     def __init__(
@@ -86,9 +89,11 @@ class ShardedCoco(ImageDataset):
         mix: Mix | None = None,
         buffer: int = SHUFFLE_BUFFER,
         allow_pipe: bool = False,
+        problems: Issues | None = None,
         reader: ImageReader = DEFAULT_READER,
     ) -> None:
         super().__init__(transforms, mix, seed)
+        self.problems = problems
         import_webdataset()
         self.index_file, self.reading, self.buffer = index_file(place), reading, buffer
         index = read_index(place, allow_pipe)
@@ -127,6 +132,29 @@ class ShardedCoco(ImageDataset):
         """Return the annotation file beside the index."""
         return read_annotations(self.index_file.with_name(ANNOTATIONS))
 
+    def inventory(self) -> Inventory | None:
+        """Return what the annotation file beside the index has, if `problems` are counted."""
+        file = self.index_file.with_name(ANNOTATIONS)
+        if self.problems is None or not file.is_file():
+            return None
+        table = AnnotationTable(file, self.class_map, problems=self.problems)
+        images = np.flatnonzero(np.isin(table.image_ids, self.ids))
+        if len(images) < len(self.ids):
+            raise UserError(f'{file} lacks images of {self.index_file}: {WRITE_AGAIN}')
+        rows, starts = objects_of(table, images, self.reading)
+        find_unusual_boxes(table.issues, table, images, rows)
+        objects = Objects.of(table.objects[rows], self.class_map, None)
+        return Inventory(
+            objects.boxes_xywh.numpy(),
+            objects.labels.numpy(),
+            np.diff(starts),
+            table.sizes[images],
+            self.index_file.parent,
+            list(table.file_names.chosen(images)),
+            table.issues,
+            self.problems,
+        )
+
     @property
     def position(self) -> tuple[int, int]:
         """Return the epoch, and the batch with which the stream begins."""
@@ -153,6 +181,33 @@ class ShardedCoco(ImageDataset):
     def untransformed(self, idx: int) -> Sample:
         """Return the image as it is stored, and its objects. This is slow: its shard is read up to it."""
         return self.decoded(next(self.read([int(self._rows[idx])])))
+
+    def pixels(self, idx: int) -> Tensor:
+        """Return the image as its shard has it."""
+        stored = next(self.read([int(self._rows[idx])]))
+        return self.reader.decode(stored.name, stored.image, self._row_sizes[stored.row])
+
+    @property
+    def reading_order(self) -> Sequence[int]:
+        """Return the indices of the images in the order of the shards."""
+        return np.argsort(self._rows).tolist()
+
+    def read_items(self, indices: Sequence[int]) -> Iterator[tuple[int, Sample | Exception]]:
+        """Read each shard once. What follows a damaged place in a shard cannot be used."""
+        shards = np.searchsorted(self.bounds, self._rows[list(indices)], side='right') - 1
+        for shard, group in groupby(zip(shards.tolist(), indices, strict=True), lambda pair: pair[0]):
+            waiting, done = [idx for _, idx in group], 0
+            try:
+                for stored in self._read_shard(shard, self._rows[waiting].tolist()):
+                    item: Sample | Exception
+                    try:
+                        item = self.decoded(stored)
+                    except UserError as error:
+                        item = error
+                    done += 1
+                    yield waiting[done - 1], item
+            except UserError as error:
+                yield from ((idx, error) for idx in waiting[done:] or waiting[-1:])
 
     def turn_left(self, idx: int) -> int:
         """Return the orientation with which `image_io.turned` makes image idx upright. This is slow too."""
@@ -332,7 +387,8 @@ def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) 
     place = settings.annotations(part)
     assert place is not None
     options = annotation_options(part, settings, class_map)
-    return ShardedCoco(place, buffer=settings.shard_buffer, allow_pipe=settings.allow_pipe, **options)
+    options |= {'buffer': settings.shard_buffer, 'allow_pipe': settings.allow_pipe}
+    return ShardedCoco(place, problems=Issues() if settings.check_data else None, **options)
 
 
 def build_shard_loader(

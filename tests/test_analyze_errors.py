@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +13,11 @@ from PIL import Image
 from datasets.class_map import ClassMap
 from datasets.results import coco_results
 from tests.shared_data import SHARED, needs_shared
+from tests.web import clicked, needs_browser
 from tools import analyze_errors as tool
 from util.command_line import run_command
 from util.errors import FileError
 
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 CAT, DOG, CROWD = 3, 7, {'iscrowd': 1}
 CATEGORIES = [{'id': DOG, 'name': 'dog'}, {'id': CAT, 'name': 'cat'}]
 # One image with two cats, a dog and a crowd of cats, and one with a large dog. Areas are the file's own.
@@ -388,22 +386,10 @@ document.title = JSON.stringify(shown);
 </script>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason='needs chromium, which shows the page and clicks in it')
+@needs_browser
 def test_a_browser_shows_the_page_and_its_clicks_work(tmp_path: Path) -> None:
     run([*write(tmp_path), '--score_thr=0'])
-    page = tmp_path / 'clicked.html'
-    page.write_text((tmp_path / 'out/report.html').read_text() + CLICKS)
-    command = [
-        CHROMIUM,
-        '--headless',
-        '--no-sandbox',
-        '--disable-gpu',
-        f'--user-data-dir={tmp_path / "profile"}',
-    ]
-    done = subprocess.run(
-        [*command, '--dump-dom', page.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
-    shown = json.loads(re.search(r'<title>(.*?)</title>', done.stdout, re.DOTALL)[1])
+    shown = clicked(tmp_path / 'out/report.html', CLICKS)
     assert shown['head'] == (
         '2 images, 4 objects. At IoU 0.5 and from score 0 on: 2 found, 5 false positives, 2 missed. '
         'The file has no detection in 1 of the images.'

@@ -76,7 +76,7 @@ def page(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     pytest.importorskip('gradio')
     monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path))
     monkeypatch.setenv('GRADIO_ANALYTICS_ENABLED', 'False')
-    monkeypatch.setattr(demo, 'DELETION', (1, 1))
+    monkeypatch.setattr(demo, 'DELETION', (1, 5))
     monkeypatch.setattr(PIL.Image, 'ID', [*PIL.Image.ID])
     page = demo.build_page(load_detector(weights=checkpoint), 'title')
     with socket.socket() as free:

@@ -28,6 +28,7 @@ FOUND = {
     'deeper than named': ('images/default/1.jpg|images/default/2.jpg', '1.jpg|2.jpg', 'images/default/1.jpg|images/default/2.jpg'),
     'local files of label-studio': ('p1.jpg|s/p2.jpg', '/data/local-files/?d=set/p1.jpg|/data/local-files/?d=set%2Fs%5Cp2.jpg', 'p1.jpg|s/p2.jpg'),
     'uploads of label-studio': ('p1.jpg|942a1b2d-p2.jpg', 'upload/1/942a1b2c-p1.jpg|/data/upload/1/942a1b2d-p2.jpg', 'p1.jpg|942a1b2d-p2.jpg'),
+    'uploads with spaces': ('my photo.jpg', 'images/942a1b2c-my_photo.jpg', 'my photo.jpg'),
     'URLs': ('a/1.jpg|2.jpg', 's3://bucket/a/1.jpg|https://host/x/2.jpg?X-Amz-Date=1&d_=3', 'a/1.jpg|2.jpg'),
     'a URL of a file': ('1.jpg', 'file:///C:/set/1.jpg', '1.jpg'),
     'percent': ('my photo.jpg|100%25.jpg', 'x/my%20photo.jpg|x/100%25.jpg', 'my photo.jpg|100%25.jpg'),

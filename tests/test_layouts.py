@@ -107,6 +107,7 @@ ONE = {
     'one file, one folder': one('my.json', 'pictures'),
     'one file, names with a folder': one('my.json', 'pictures/set', name='pictures/set/{}.png'),
     'one file beside its images': one('_annotations.coco.json', '.'),
+    'a folder of an archive': one('My set.v1/images/labels.json', 'My set.v1/images'),
     'VOC of CVAT': lambda root: write_voc(root, {'default': 6}),
 }
 TRAINING = {

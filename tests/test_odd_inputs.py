@@ -363,7 +363,7 @@ def test_val_equal_to_train_is_said(data: Path, capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     assert '3 images are in the training and in the validation part' in printed
     assert '3 images that are twice in train and val' in printed
-    assert (data / 'out/data_train.png').is_file() and (data / 'out/data_val.png').is_file()
+    assert (data / 'out/data.html').is_file()
 
 
 def test_objects_too_small_for_the_image_size_are_said(

@@ -9,11 +9,8 @@ in the order of its official code, and count from --score_thr on. Left out: mask
 that are annotated in part, and TIDE's loss of AP by kind.
 """
 
-import base64
-import io
 import itertools
 import json
-import re
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -24,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.ops import box_convert, box_iou
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -48,14 +44,14 @@ from datasets.segmentations import is_finite
 from util.command_line import FlagParser, float_range, run_command
 from util.errors import UserError
 from util.files import save_atomically
+from util.page import build_page, thumbnail
 
 KINDS = ('wrong class', 'wrong place', 'wrong class and place', 'duplicate', 'background', 'missed', 'found')
 CLASS, PLACE, BOTH, DUPLICATE, BACKGROUND, MISSED, FOUND, IGNORED = range(8)
 SIZE_BOUNDS = (32**2, 96**2)  # smallest areas of medium and of large objects
 NEAR = 0.1  # a detection with a smaller IoU with every object is background
 DEFAULT_SCORE = 0.3  # threshold if no detection is right
-WORST, THUMBNAIL, PLOT_POINTS = 24, 480, 150
-PAGES = Path(__file__).parent / 'pages'
+WORST, PLOT_POINTS = 24, 150
 
 
 @dataclass(frozen=True)
@@ -288,7 +284,7 @@ def worst_images(detections: Boxes, objects: Boxes, truth: Truth) -> list[dict]:
 
 
 def analyze(detections: Boxes, truth: Truth, min_iou: float, threshold: float | None = None) -> dict:
-    """Return the numbers of a report as plain values; `pages/errors.js` shows them.
+    """Return the numbers of a report as plain values; `util/pages/errors.js` shows them.
 
     threshold: lowest score of a detection that counts; None: that of the best F1 of all classes together.
     """
@@ -323,19 +319,10 @@ def analyze(detections: Boxes, truth: Truth, min_iou: float, threshold: float | 
 
 
 def page(report: dict, folder: str | Path, title: str) -> str:
-    """Return the page of a report from the files in PAGES; images are read from a folder."""
-    images = []
-    for entry in report['worst']:
-        image = Image.fromarray(ImageReader().read(Path(folder, entry['name'])).permute(1, 2, 0).numpy())
-        size, stream = image.size, io.BytesIO()
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        image.save(stream, 'JPEG', quality=85)
-        images.append({**entry, 'size': size, 'jpeg': base64.b64encode(stream.getvalue()).decode()})
-    data = json.dumps({**report, 'worst': images, 'title': title})
-    html, style, script = ((PAGES / f'errors.{kind}').read_text() for kind in ('html', 'css', 'js'))
-    data = data.replace('<', '\\u003c')  # so that no name ends the script
-    parts = {'DATA': data, 'STYLE': style, 'SCRIPT': script}
-    return re.sub('|'.join(parts), lambda match: parts[match[0]], html)
+    """Return the page of a report; images are read from a folder."""
+    reader = ImageReader()
+    images = [entry | thumbnail(reader.read(Path(folder, entry['name']))) for entry in report['worst']]
+    return build_page('errors', {**report, 'worst': images, 'title': title})
 
 
 def get_args_parser() -> FlagParser:

@@ -174,28 +174,6 @@ def contact_sheet(
     save_panels(path, panels)
 
 
-def data_sheet(
-    path: str | os.PathLike,
-    rows: list[tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor]]],
-    names: Names,
-) -> None:
-    """Draw images and objects as they are stored and, right of it, after augmentation, two images per line.
-
-    rows: (image [3, H, W] uint8, target {'labels', 'boxes'}), stored and augmented; boxes xyxy in pixels of
-    the image. `masks` are drawn if present.
-    """
-    panels = []
-    for stored, stored_target, augmented, augmented_target in rows:
-        for title, image, target in (
-            ('stored', stored, stored_target),
-            ('after augmentation', augmented, augmented_target),
-        ):
-            height, width = image.shape[-2:]
-            text = f'{title}: {width} x {height}, {len(target["boxes"])} objects'
-            panels.append((text, draw_objects(image, target, names)))
-    save_panels(path, panels)
-
-
 def draw_objects(image: Tensor, objects: dict[str, Tensor], names: Names) -> Tensor:
     """Call `draw_boxes` with `boxes`, `labels` and, if present, `scores` and `masks`."""
     return draw_boxes(

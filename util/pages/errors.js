@@ -15,19 +15,9 @@ const MEANINGS = [
   'object without a detection of its class',
 ];
 
-const escaped = text => String(text).replace(/[&<>"]/g, sign => `&#${sign.charCodeAt()};`);
-const percent = share => share < 0 ? '-' : (100 * share).toFixed(1);
-const join = (items, text) => items.map(text).join('');
-const sum = numbers => numbers.reduce((one, other) => one + other, 0);
 const withSums = rows => [...rows, rows[0].map((_, column) => sum(rows.map(row => row[column])))];
 const [objects, missed, wrong] = [data.objects, data.missed, data.false].map(withSums);
 const errors = [...wrong[K], sum(missed[K])];
-
-function table(titles, rows, style = '') {
-  return `<div class="wide"><table class="${style}">
-    <thead><tr>${join(titles, title => `<th>${title}</th>`)}</tr></thead>
-    <tbody>${join(rows, row => `<tr>${join(row, cell => `<td>${escaped(cell)}</td>`)}</tr>`)}</tbody></table></div>`;
-}
 
 function chip(kind, tag = 'button') {
   return `<${tag} data-kind="${kind}"><i style="background:${COLOURS[kind]}"></i>${kinds[kind]}</${tag}>`;
@@ -63,7 +53,7 @@ function classTable() {
 function kindTables() {
   const most = Math.max(...errors, 1);
   const bars = join(errors, (number, kind) => `<tr><td>${chip(kind)}</td><td>${number}</td>
-    <td style="width:200px"><span class="bar" style="background:${COLOURS[kind]};width:${100 * number / most}%"></span></td>
+    <td style="width:200px">${bar(number / most, COLOURS[kind])}</td>
     <td>${MEANINGS[kind]}</td></tr>`);
   const sizes = SIZES.map((size, at) => {
     const [number, lost] = [objects[K][at], missed[K][at]];
@@ -114,28 +104,22 @@ function curves() {
     <div class="row">${plot(2, 1, ['recall', 'precision'])}${plot(0, 3, ['score', 'F1'])}</div>`;
 }
 
-// An image with its marks: [box, kind, text], the box as x, y, width, height in its pixels.
-function card({ size: [width, height], jpeg, name, errors, marks }) {
-  const size = Math.max(width, height) / 20;  // of letters
-  const mark = ([[x, y, wide, high], kind, text]) => `<g data-mark="${kind}" class="${kinds[kind]}">
-    <title>${escaped(text)}: ${kinds[kind]}</title>
-    <rect x="${x}" y="${y}" width="${wide}" height="${high}" stroke="${COLOURS[kind]}"
-      stroke-dasharray="${kind === MISSED ? '5 4' : ''}"/>
-    <text x="${Math.max(x, 0)}" y="${Math.max(y - size / 4, size)}" fill="${COLOURS[kind]}">${escaped(text)}</text></g>`;
-  return `<figure class="card" data-errors="${errors}">
-    <svg viewBox="0 0 ${width} ${height}" style="--size:${size}px">
-    <image width="${width}" height="${height}" href="data:image/jpeg;base64,${jpeg}"/>${join(marks, mark)}</svg>
-    <figcaption>errors: ${sum(errors)} in ${escaped(name)}</figcaption></figure>`;
+// An image with its marks: [box, kind, text].
+function errorCard(image) {
+  const marks = image.marks.map(([box, kind, text]) => ({
+    box, text, title: `${text}: ${kinds[kind]}`, colour: COLOURS[kind], dashed: kind === MISSED,
+    group: `<g data-mark="${kind}" class="${kinds[kind]}">`,
+  }));
+  return card(image, marks, `errors: ${sum(image.errors)} in ${image.name}`, `data-errors="${image.errors}"`);
 }
 
 function worstImages() {
   return `<h2>Worst images</h2>
     <div id="chips">${join([...errors.keys()], kind => chip(kind))} ${chip(FOUND, 'span')}. <span id="number"></span>
     A click enlarges.</div>
-    <div class="row">${join(data.worst, card)}</div>`;
+    <div class="row">${join(data.worst, errorCard)}</div>`;
 }
 
-const every = (selector, run) => document.querySelectorAll(selector).forEach(run);
 const setText = (id, text) => { document.getElementById(id).textContent = text; };
 let chosen;  // kind whose images are shown; undefined: all
 
@@ -163,25 +147,13 @@ function select(row) {
   setText('note', `best F1 ${f1} from score ${score} on, with precision ${precision} and recall ${recall}`);
 }
 
-// Sort the rows of a table, the last one left aside, by the column of a title; the second click turns the order.
-function sort(title) {
-  const body = title.closest('table').tBodies[0], rows = [...body.rows], last = rows.pop();
-  const column = title.cellIndex, down = title.className !== 'down';
-  const cell = row => row.cells[column].textContent, number = row => +cell(row).replace(/^-$/, -1);
-  rows.sort((one, other) => column ? number(other) - number(one) : cell(one).localeCompare(cell(other)));
-  body.append(...(down ? rows : rows.reverse()), last);
-  for (const one of title.parentNode.cells) one.className = one !== title ? '' : down ? 'down' : 'up';
-}
-
-document.body.innerHTML = summary() + classTable() + kindTables() + confusionMatrix() + curves() + worstImages();
-every('.sort th', one => { one.onclick = () => sort(one); });
+show('Errors', summary() + classTable() + kindTables() + confusionMatrix() + curves() + worstImages());
 every('button', one => {
   one.onclick = () => {
     filter(one.dataset.kind);
     if (one.closest('.bars')) document.getElementById('chips').scrollIntoView();
   };
 });
-every('.card', one => { one.onclick = () => one.classList.toggle('big'); });
 every('select', one => {
   one.onchange = () => select(one.value);
   one.value = K;
