@@ -14,12 +14,13 @@ SEQUENTIAL, PROGRESSIVE, SCAN = (0xC0, 0xC1), 0xC2, 0xDA
 SEGMENT = re.compile(rb'\xff+([\xc0-\xcf\xda-\xfe])(..)', re.DOTALL)  # code, and length with these two bytes
 BEHIND_SCAN = re.compile(rb'\xff+[^\x00\xff\xd0-\xd7]')  # any marker but those that divide a scan
 NUM_FILLERS = 8
+NEEDED = 4  # last bytes without which pixels are missing; the very last one may be of no effect
 
 
 def with_end_marker(data: bytes) -> bytes | None:
     """Return a JPEG file with the end marker of which it lacks one byte or both.
 
-    Pixels are missing if other bytes in place of the missing ones change the image. The last byte must be
+    Pixels are missing if other bytes in place of the missing ones change the image. The last bytes must be
     needed too, and two zeros are at no end, so that what a disk has behind a part of a file does not pass for
     pixels.
 
@@ -30,7 +31,7 @@ def with_end_marker(data: bytes) -> bytes | None:
     start = last_scan(body)
     if start is None or body.endswith(b'\x00\x00'):
         return None
-    shorter = body[:-2] if body.endswith(b'\xff\x00') else body[:-1]
+    shorter = body[:-NEEDED].rstrip(b'\xff')
     return body + END if has_all_pixels(body, start) and not has_all_pixels(shorter, start) else None
 
 

@@ -168,7 +168,7 @@ class DataYaml:
         train/images: then it is the longest tail that exists below the folder of the file.
         """
         candidates = [without_dots(root / text.strip()) for root in self.roots]
-        found = next((path for path in candidates if path.exists()), None) or self.tail(text)
+        found = next(filter(os.path.exists, candidates), None) or self.tail(text)
         if found is None:
             raise FileError(
                 f'{self.file}: the {part} images {text!r} are in none of {", ".join(map(str, dict.fromkeys(candidates)))}, '
@@ -188,7 +188,7 @@ class DataYaml:
         """Return the longest tail of a place that exists below the folder of the file."""
         parts = [*parts_of(self.path), *parts_of(text)]
         paths = (self.folder.joinpath(*parts[start:]) for start in range(len(parts)))
-        return next((path for path in paths if path.exists()), None)
+        return next(filter(os.path.exists, paths), None)
 
     def image_folders(self, part: str) -> list[Path]:
         """Return the folders of a part's images, each once."""
@@ -361,7 +361,9 @@ def shape_of(values: list[float], height: int, width: int) -> dict:
 def without_dots(path: Path) -> Path:
     """Return the absolute path of a file, without '..'."""
     plain = Path(os.path.abspath(path))
-    if '..' not in path.parts or not path.exists() or (plain.exists() and plain.samefile(path)):
+    if '..' not in path.parts or not os.path.exists(path):
+        return plain
+    if plain.exists() and plain.samefile(path):
         return plain
     return path.resolve()  # it leaves the target of a link
 

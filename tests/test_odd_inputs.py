@@ -320,6 +320,16 @@ def test_annotations_that_are_kept_repaired_or_left_out(
     assert len(json.loads((data / 'out/log.jsonl').read_text())['test_coco_eval_bbox']) == 12
 
 
+@pytest.mark.parametrize(('mark', 'number'), [(1, 4), (True, 4), ('1', 4), (0, 5), (None, 5)])
+def test_objects_to_ignore_are_not_trained_on(mark: object, number: int, data: Path) -> None:
+    odd = content()
+    odd['annotations'][0]['ignore'] = mark
+    (data / 'train.json').write_text(json.dumps(odd))
+    train = CocoDetection(data / 'train', data / 'train.json')
+    assert len(train.inventory().labels) == number
+    assert len(train.ground_truth['annotations']) == 5
+
+
 MASKS = {
     'run lengths of another size': {'size': [48, 60], 'counts': [48 * 60]},
     'too few run lengths': {'size': [48, 64], 'counts': [5, 5]},
