@@ -20,6 +20,7 @@ from util.errors import UserError
 from util.files import save_atomically
 
 Item = TypeVar('Item')
+REPLACED = 'train images that cannot be read, in whose place a run takes others'
 NO_BOXES, NO_LABELS = np.zeros((0, 4), dtype=np.float32), np.zeros(0, dtype=np.int64)
 
 
@@ -102,7 +103,7 @@ def judge(
 ) -> tuple[Issues, Issues]:
     """Return what cannot be used, and what is only worth a warning.
 
-    These are equal images, those without contrast, and as many unreadable ones as a run replaces.
+    These are equal images, and those without contrast.
     """
     problems, warnings = Issues(), Issues()
     replaced = sum(each.is_unreadable for each in findings.get('train', [])) <= most_unreadable
@@ -111,12 +112,9 @@ def judge(
         part = parts[split]
         for each in found:
             key = split, each.idx
-            if each.is_unreadable and split == 'train' and replaced:
-                kind = 'train images that cannot be read, in whose place a run takes others'
-                warnings.add(kind, each.error, places=[Place(key)])
-                continue
             if each.error:
-                kind = f'{split} images or masks that cannot be read'
+                is_replaced = each.is_unreadable and split == 'train' and replaced
+                kind = REPLACED if is_replaced else f'{split} images or masks that cannot be read'
                 problems.add(kind, each.error, places=[Place(key)])
                 continue
             if each.is_flat:
@@ -191,10 +189,12 @@ def check_data(
         page = data_page(parts, kinds, texts)
         save_atomically(path, lambda partial: partial.write_text(page, encoding='utf-8'))
         print(f'{path}: samples as they are stored and as the run sees them, numbers, and what is unusual')
-    counted = [part.inventory.problems for part in parts.values()]
-    lines = [line for issues in (*counted, problems) if issues for line in issues.lines()]
+    counted = [issues for part in parts.values() if (issues := part.inventory.problems)] + [problems]
+    lines = [line for issues in counted for line in issues.lines()]
     refused = list(dict.fromkeys(lines))  # a file that holds both parts counts for both
     if refused:
-        raise UserError('\n  '.join(['a run would stop at these data:', *refused]))
+        stops = any(issues.counts.keys() - {REPLACED} for issues in counted)
+        title = 'a run would stop at these data:' if stops else 'a run would leave out some of these data:'
+        raise UserError('\n  '.join([title, *refused]))
     print('all images, boxes and masks can be read')
     return len(datasets['train']) if 'train' in datasets else None

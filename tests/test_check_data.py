@@ -141,7 +141,8 @@ def test_what_cannot_be_read_is_counted(files: Path, kind: str) -> None:
     ):
         check_data(datasets, 0, str(files / 'out'), **LIMITS)
     assert (files / 'out/data.html').is_file()
-    assert check_data(datasets, 0, None, most_unreadable=1, **LIMITS) == 6
+    with pytest.raises(UserError, match=r'leave out some.*\n  1 train images that cannot be read, in whose'):
+        check_data(datasets, 0, None, most_unreadable=1, **LIMITS)
 
 
 def test_the_rest_of_a_damaged_shard_is_counted(files: Path) -> None:
