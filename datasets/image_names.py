@@ -10,7 +10,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -54,7 +54,7 @@ def find_images(
         return names
     found, doubts = find_tails(others, FilesBelow(image_dir), set(names).difference(others))
     for name in [] if allow_outside else filter(leads_out, others):
-        check_inside(name, found.get(name), image_dir, file)
+        check_inside(name, found, image_dir, file)
     missing = [name for name in others if name not in found.keys() | doubts.keys()]
     if len(missing) <= min(most_missing, len(names) // 2):
         missing = []
@@ -99,10 +99,18 @@ def leads_out(name: str) -> bool:
     return os.path.isabs(name) or '..' in Path(name).parts
 
 
-def check_inside(name: str, found: str | None, image_dir: Path, file: File) -> None:
-    """Refuse a name that leads to a file outside of the folder, or to none inside."""
+def check_inside(name: str, found: Mapping[str, str], image_dir: Path, file: File) -> None:
+    """Refuse a name that leads to a file outside of the folder.
+
+    If others were found inside, one that leads to no file at all is only missing.
+    """
     outside = image_dir / name
-    if found is None or (os.path.isfile(outside) and not outside.samefile(image_dir / found)):
+    is_file = os.path.isfile(outside)
+    if name in found:
+        leads = is_file and not outside.samefile(image_dir / found[name])
+    else:
+        leads = is_file or not found
+    if leads:
         raise UserError(
             f'{file}: file_name {name!r} leads out of the image folder {image_dir}: correct it, or '
             'trust the file with --allow_outside'

@@ -521,3 +521,23 @@ def test_names_that_formats_cannot_hold(coco: Path) -> None:
         with pytest.raises(SystemExit, match=message):
             run(f'--dataset_file coco --coco_path {coco}/changed.json --to yolo --output {coco}/sub/sub/out')
         assert not list(coco.glob('**/sub/out')) and not list(coco.glob('a.txt'))
+
+
+def test_class_names_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also those that YAML takes for something else; formats that cannot hold a name refuse it."""
+    names = ['no', 'null', '01', 'a: b', '~', 'tab\there', 'größe "x"']
+    image = {'id': 1, 'file_name': 'a.jpg', 'height': HEIGHT, 'width': WIDTH}
+    box = {'id': 1, 'image_id': 1, 'category_id': 3, 'bbox': [1, 2, 8, 8], 'area': 64, 'iscrowd': 0}
+    categories = [{'id': number, 'name': name} for number, name in enumerate(names, start=1)]
+    content = {'images': [image], 'annotations': [box], 'categories': categories}
+    write(tmp_path, {'a.json': json.dumps(content)})
+    pictures(tmp_path, 'a.jpg', 'out/images/train/a.jpg')
+    (tmp_path / 'out').rename(tmp_path / 'images')
+    run(f'--dataset_file coco --coco_path {tmp_path}/a.json --to yolo --output {tmp_path}/out')
+    (tmp_path / 'images/images').rename(tmp_path / 'out/images')
+    run(f'--dataset_file yolo --coco_path {tmp_path}/out --output {tmp_path}/b.json')
+    back = json.loads((tmp_path / 'b.json').read_text())
+    assert [each['name'] for each in back['categories']] == names
+    with pytest.raises(SystemExit, match=r"--to voc: the class 'tab\\there' would have another name"):
+        run(f'--dataset_file coco --coco_path {tmp_path}/a.json --to voc --output {tmp_path}/voc')
+    assert not (tmp_path / 'voc').exists()

@@ -327,7 +327,9 @@ def test_a_checkpoint_keeps_how_images_were_read(tmp_path: Path) -> None:
         other = data_of(Namespace(**recorded | {'dataset_file': 'coco'}), ('coco_path',), recorded)
         assert 'upright' not in other and 'pixel_range' in other
         assert 'upright' in training_flags(Namespace(**recorded), set(), recorded)
-        assert 'upright' not in training_flags(Namespace(**recorded), {'train_ann'}, recorded)
+        assert 'upright' in training_flags(Namespace(**recorded), {'train_ann'}, recorded)
+        other = Namespace(**recorded | {'train_ann': 'other.json'})
+        assert 'upright' not in training_flags(other, {'train_ann'}, recorded)
     assert readers == {'shown': ImageReader(), 'stored': ImageReader(upright=False)}
     assert build_reader(Namespace()) == ImageReader()
 

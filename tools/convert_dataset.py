@@ -273,7 +273,16 @@ def fit_object(annotation: dict, target: Target, size: tuple[int, int], lost: Co
 
 
 def write_parts(parts: dict[str, Annotations], to: str, is_divided: bool, output: Path) -> None:
-    """Write parts into one file, or into a folder."""
+    """Write parts into one file, or into a folder.
+
+    Raises:
+        UserError: the format cannot hold the name of a class.
+    """
+    categories = sorted(next(iter(parts.values()))['categories'], key=lambda category: category['id'])
+    names = [category['name'] for category in categories]
+    for name in names if to not in ('coco', 'yolo') else ():
+        if not name.isprintable() or not name.strip() or name != name.strip():
+            raise UserError(f'--to {to}: the class {name!r} would have another name there: rename it')
     if is_divided or not TARGETS[to].suffix:
         output.mkdir()
     if to == 'voc':
@@ -289,10 +298,11 @@ def write_parts(parts: dict[str, Annotations], to: str, is_divided: bool, output
             (output / f'ImageSets/Main/{part}.txt').write_text('\n'.join([*stems, '']), encoding='utf-8')
         elif to == 'yolo':
             write_texts(data, to, output / 'labels' / part)
-            text = (output / 'labels' / part / 'data.yaml').read_text(encoding='utf-8')
-            os.remove(output / 'labels' / part / 'data.yaml')
-            places = ''.join(f'{name}: images/{name}\n' for name in parts)
-            (output / 'data.yaml').write_text(text + places, encoding='utf-8')
+            os.remove(output / 'labels' / part / 'data.yaml')  # which has names without quotes, such as no
+            lines = [f'{name}: images/{name}\n' for name in parts]
+            lines += [f'nc: {len(names)}\n', 'names:\n']
+            lines += [f'  {row}: {json.dumps(name, ensure_ascii=False)}\n' for row, name in enumerate(names)]
+            (output / 'data.yaml').write_text(''.join(lines), encoding='utf-8')
         elif to == 'dota':
             write_texts(data, to, output / part if is_divided else output)
         else:

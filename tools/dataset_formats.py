@@ -36,6 +36,7 @@ from util.errors import FileError, UserError
 
 ROUND = np.linspace(0, 2 * math.pi, 64, endpoint=False)  # corners of the polygon of an ellipse
 ROTATED = 'rotated boxes, kept as the upright boxes around them'
+ROUNDING = 0.01  # by which a share of the image may be below 0 or above 1
 CROWD = 'kept as crowd regions, which training leaves out'
 
 
@@ -358,6 +359,11 @@ def read_oid(
     for row, each in enumerate(data['annotations'], start=2):
         height, width = sizes[each['image_id']]
         x, y, w, h = each['bbox']  # shares of the sides
+        if not -ROUNDING <= min(x, y) <= max(x + w, y + h) <= 1 + ROUNDING:
+            raise UserError(
+                f'{file}, line {row} has a box that is not in shares of the image, from 0 to 1: divide pixels by '
+                'its width and height'
+            )
         each |= {'bbox': [x * width, y * height, w * width, h * height], 'source': f'{file}, line {row}'}
         each['iscrowd'] = int(each.pop('is_group_of', False))
         each['area'] = each['bbox'][2] * each['bbox'][3]

@@ -132,7 +132,10 @@ def training_flags(args: Namespace, given: Set[str], recorded: Mapping) -> dict:
     Raises:
         UserError: a value is invalid.
     """
-    excluded = given | (DATA_PATHS.union(TURNS) if given & DATA_PATHS else set())
+    others = [
+        name for name in given & DATA_PATHS if not is_same_path(getattr(args, name), recorded.get(name))
+    ]
+    excluded = given | (DATA_PATHS.union(TURNS) if others else set())
     for name, rivals in RIVALS.items():
         if any(rival in given and getattr(args, rival) != recorded.get(rival) for rival in rivals):
             excluded |= {name}
@@ -174,7 +177,9 @@ def changes_text(args: Namespace, recorded: Mapping) -> str:
     """Describe the settled flags of a resumed run that differ from the recorded ones; '' if all are equal."""
     recorded = use_current_names(recorded)
     names = [
-        name for name, flag in FLAGS.items() if not flag.launch and flag.kind != RUN and name in recorded
+        name
+        for name, flag in FLAGS.items()
+        if flag.command and not flag.launch and flag.kind != RUN and name in recorded
     ]
     return ', '.join(
         f'--{name} {recorded[name]} -> {getattr(args, name)}'
