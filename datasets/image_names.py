@@ -53,7 +53,7 @@ def find_images(
     found, doubts = find_tails(others, FilesBelow(image_dir), set(names).difference(others))
     for name in [] if allow_outside else filter(leads_out, others):
         check_inside(name, found.get(name), image_dir, file)
-    missing = [name for name in others if name not in found.keys() | doubts.keys()]
+    missing = [name for name in others if name not in found and name not in doubts]
     if problems is not None:
         for text in doubts.values():
             problems.add('image names that are not clear', text)
