@@ -55,7 +55,7 @@ def find_images(
     found, doubts = find_tails(others, FilesBelow(image_dir), set(names).difference(others))
     for name in [] if allow_outside else filter(leads_out, others):
         check_inside(name, found, image_dir, file)
-    missing = [name for name in others if name not in found.keys() | doubts.keys()]
+    missing = [name for name in others if name not in found and name not in doubts]
     if len(missing) <= min(most_missing, len(names) // 2):
         missing = []
     if problems is not None:

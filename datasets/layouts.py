@@ -240,8 +240,11 @@ def stands(folder: Path, name: str) -> bool:
 
 def folders_of(folder: Path) -> dict[str, Path]:
     """Return the folders in a folder by their names in small letters."""
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {path.name.lower(): path for path in paths if path.is_dir() and not path.name.startswith('.')}
+    if not folder.is_dir():
+        return {}
+    with os.scandir(folder) as entries:  # which knows what is a folder: there may be 100,000 images
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith('.'))
+    return {name.lower(): folder / name for name in names}
 
 
 def has_images(folder: Path, below: bool = True) -> bool:
