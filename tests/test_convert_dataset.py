@@ -267,6 +267,11 @@ BAD: dict[str, tuple[str, dict[str, str], str]] = {
     ),
     'words in a row': ('oid', {'a.csv': f'{OID}a,x,left,1,0,1,0\n'}, r'line 2: invalid XMin: left'),
     'nan in a row': ('oid', {'a.csv': f'{OID}a,x,0,1,0,1,0\na,x,nan,1,0,1,0\n'}, r'a\.csv, line 3 has bbox'),
+    'pixels in a row': (
+        'oid',
+        {'a.csv': f'{OID}a,x,0,40,0,30,0\n'},
+        'line 2 has a box that is not in shares',
+    ),
     'a reversed row': ('oid', {'a.csv': f'{OID}a,x,1,0,0,1,0\n'}, r'a\.csv, line 2 has bbox'),
     'no image of Open Images': (
         'oid',

@@ -359,7 +359,7 @@ def read_oid(
     for row, each in enumerate(data['annotations'], start=2):
         height, width = sizes[each['image_id']]
         x, y, w, h = each['bbox']  # shares of the sides
-        if not -ROUNDING <= min(x, y) <= max(x + w, y + h) <= 1 + ROUNDING:
+        if min(x, y) < -ROUNDING or max(x + w, y + h) > 1 + ROUNDING:
             raise UserError(
                 f'{file}, line {row} has a box that is not in shares of the image, from 0 to 1: divide pixels by '
                 'its width and height'
