@@ -26,7 +26,7 @@ FAMILIES = {
     'detr': PLAIN,
     'two stages': f'{STAGES} --num_feature_levels 3',
     'deformable': f'{PLAIN} --deformable --num_feature_levels 3',
-    'hybrid': f'{STAGES} --mixed_selection --hybrid_k 2 --hybrid_queries 20 --num_feature_levels 2',
+    'hybrid': f'{STAGES} --mixed_selection --hybrid_k 2 --hybrid_queries 20 --num_feature_levels 2 --dec_layers 1',
     'dino': f'{PLAIN} --dino --num_feature_levels 1 --dec_layers 1',
     'mixed': f'{STAGES} --use_ms_detr --num_feature_levels 3',
     'swin': f'{TRANSFORMER.replace("resnet10", "swin_tiny")} {TWO_STAGE} --num_feature_levels 3',
