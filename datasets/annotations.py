@@ -183,7 +183,13 @@ def repaired(
 ) -> Iterator[Annotation]:
     """Yield annotations one by one; arguments and errors are those of `read_columns`."""
     for raw in raws:
-        entry = repair('annotations', decode_entry(raw), issues)
+        try:
+            entry = repair('annotations', decode_entry(raw), issues)
+        except UserError as error:
+            if problems is None:
+                raise
+            problems.add(UNUSABLE, str(error))
+            continue
         if problem := box_problem(entry):
             if problems is None:
                 raise UserError(f'{title_of(entry)} {problem}')

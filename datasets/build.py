@@ -104,7 +104,8 @@ def locate(settings: DataSettings, alone: bool = False) -> DataSettings:
     """
     kind, share = settings.dataset_file, settings.val_share
     if kind not in ('auto', *FORMATS):
-        return settings.but(parts=frozenset(PARTS))
+        has_part = getattr(import_module(DATASETS[kind]), 'has_part', lambda part, settings: True)
+        return settings.but(parts=frozenset(part for part in PARTS if has_part(part, settings)))
     given = {name: value for name in FILES if (value := getattr(settings, name))}
     parts = {part for part in PARTS if f'{part}_ann' in given}
     flags, found, is_named = {'dataset_file': 'coco' if kind == 'auto' else kind}, '', True

@@ -203,7 +203,7 @@ def turned_sample(
 def is_flat(pixels: Tensor) -> bool:
     """Return whether nearly all pixels of an image [3, H, W] have nearly the same value."""
     sample = pixels[:, :: max(1, pixels.shape[1] // 128), :: max(1, pixels.shape[2] // 128)].flatten(1)
-    shares = torch.tensor([RARE, 1 - RARE])
+    shares = torch.tensor([RARE, 1 - RARE], dtype=torch.float32)
     low, high = sample.float().quantile(shares, dim=1)
     return bool((high - low < FLAT).all())
 

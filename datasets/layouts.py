@@ -120,7 +120,11 @@ def build_layout(root: Path, kind: str, paths: list[Path]) -> Layout:
     for path in paths:
         by_part.setdefault(part_of(path.relative_to(root).as_posix()), []).append(path)
     named = {part: the_one(root, by_part[part], part) for part in PARTS if part in by_part}
-    annotations = named or {'train': the_one(root, by_part.get('', paths))}
+    if not named and '' not in by_part:
+        raise UserError(
+            f'{root} holds a part called test alone ({paths[0].relative_to(root)}), which is not used: {NAME_FILES}'
+        )
+    annotations = named or {'train': the_one(root, by_part[''])}
     folders = {part: image_folder(root, file, part if named else '') for part, file in annotations.items()}
     images = {part: folder for part, folder in folders.items() if folder is not None}
     return Layout(root, kind, annotations, images, is_named=bool(named))

@@ -9,6 +9,7 @@ from datasets.build import DataSettings, build_dataset, data_settings, locate
 from datasets.class_map import ClassMap
 from datasets.copy_paste import MAX_PASTED
 from datasets.image_dataset import ImageDataset, loader_options
+from datasets.layouts import FORMATS
 from datasets.samplers import BATCHES, EvalBatches, TrainBatches
 from datasets.shards import ShardedCoco, ShardStream, build_shard_loader
 from util.distributed.collectives import (
@@ -52,14 +53,16 @@ def parts_to_read(args: Namespace, settings: DataSettings) -> list[str]:
     parts = ['val'] if args.eval else ['train', 'val'] if args.eval_every else ['train']
     if 'val' not in parts or settings.parts != {'train'}:
         return parts
-    text = f'{settings.found or settings.train_ann}: there is no validation part'
+    text = f'{settings.found or settings.train_ann or settings.coco_path}: there is no validation part'
     if args.check_data and not args.eval:
-        print_main(f'{text}; --val_share 0.1 takes it from the training images')
+        print_main(f'{text}; a run needs one, or --val_share 0.1, or --eval_every 0')
         return ['train']
+    if settings.dataset_file not in FORMATS:
+        return parts  # building the part names the files that are missing
     others = (
         ''
         if args.eval
-        else ', take it from the training images with --val_share 0.1, or leave it out with --eval_every 0'
+        else (', take it from the training images with --val_share 0.1, or leave it out with --eval_every 0')
     )
     raise UserError(f'{text}: name it with --val_images and --val_ann{others}')
 

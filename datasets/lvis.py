@@ -55,8 +55,17 @@ def check_category(category: dict) -> None:
 
 def find_annotations(part: str, settings: DataSettings) -> Path:
     """Return the annotation file of 'train' or 'val': `annotations/lvis_v1_{train,val}.json` by default."""
-    names = [f'annotations/lvis_v1_{part}.json', f'lvis_v1_{part}.json']
-    return find_path(settings.coco_path, settings.annotations(part), names, f'--{part}_ann')
+    return find_path(settings.coco_path, settings.annotations(part), usual_files(part), f'--{part}_ann')
+
+
+def has_part(part: str, settings: DataSettings) -> bool:
+    """Return whether flags name the annotation file of a part, or it lies in --coco_path."""
+    root = Path(settings.coco_path or '')
+    return bool(settings.annotations(part)) or any((root / name).exists() for name in usual_files(part))
+
+
+def usual_files(part: str) -> list[str]:
+    return [f'annotations/lvis_v1_{part}.json', f'lvis_v1_{part}.json']
 
 
 def build(part: str, settings: DataSettings, class_map: ClassMap | None = None) -> LvisDetection:

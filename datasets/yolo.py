@@ -74,6 +74,8 @@ class YoloDetection(CocoDetection):
                     raise
                 height = width = 0
             name = Path(os.path.relpath(file, self.image_dir)).as_posix()
+            if not label.is_file():
+                issues.add('images without a label file, taken as images without objects', name)
             images += encode([{'id': number, 'file_name': name, 'height': height, 'width': width}])
             sides = height or 1, width or 1
             objects = read_yolo(label, *sides, names, issues, data.num_keypoint_values, name)

@@ -439,7 +439,7 @@ def test_official_command_lines_of_ms_detr_build_the_official_model(name: str) -
     record = json.loads((SHARED / f'parity/ms_detr/{name}.json').read_text())
     args = parse(record['command_line'] + (' --ms_variant a' if '_a_' in name else ''))
     differing = {key for key, value in record['arguments'].items() if vars(args).get(key, value) != value}
-    assert differing <= {'device', 'output_dir', 'num_workers', 'coco_path', 'dist_url'}
+    assert differing <= {'device', 'output_dir', 'num_workers', 'coco_path', 'dataset_file', 'dist_url'}
     model, criterion, _ = build_model(args)
     check_coefficients(criterion, record['weight_dict'])
     assert sum(p.numel() for p in model.parameters()) == record['num_params_total']

@@ -39,11 +39,11 @@ from datasets.coco_json import (
     read_annotations,
     read_lists,
 )
+from datasets.exchange import read_cvat, read_dota, read_labelme, read_oid
 from datasets.image_io import ImageReader
 from datasets.image_names import find_images
 from datasets.segmentations import polygons_of
 from datasets.split import choose_images, classes_of
-from tools.dataset_formats import read_cvat, read_dota, read_labelme, read_oid
 from util.command_line import FlagParser, float_range, int_range, run_command
 from util.errors import UserError
 from util.files import save_atomically

@@ -78,8 +78,9 @@ def mask_object(mask: np.ndarray, left: int, top: int, height: int, width: int) 
     return {'segmentation': segmentation, 'bbox': coco_mask.toBbox(runs).tolist(), 'area': float(mask.sum())}
 
 
-def ellipse_object(x: float, y: float, across: float, down: float, degrees: float = 0.0) -> dict[str, Any]:
-    """Return the polygon of an ellipse of two radii, turned around its centre."""
+def ellipse_object(numbers: Sequence[float], degrees: float = 0.0) -> dict[str, Any]:
+    """Return the polygon of an ellipse, turned around its centre. numbers: x and y of it, and two radii."""
+    x, y, across, down = numbers
     return polygon_object(turned(across * np.cos(ROUND), down * np.sin(ROUND), x, y, degrees))
 
 
@@ -104,7 +105,8 @@ def read_cvat(file: File, issues: Issues) -> Lists:
     if root.tag != 'annotations' or root.find('track') is not None or root.find('image') is None:
         raise UserError(f'{path} has no images: export the task as "CVAT for images 1.1"')
     listed = [each.findtext('name') or '' for each in root.iterfind('.//labels/label')]
-    images, objects = [], []
+    images: list[dict] = []
+    objects: list[dict] = []
     for number, element in enumerate(root.iter('image'), start=1):
         with errors_in(path):
             images.append(cvat_image(element))
@@ -165,7 +167,7 @@ def cvat_region(shape: ElementTree.Element, image: dict) -> dict:
     if shape.tag == 'polygon':
         return polygon_object([float(word) for word in re.split('[;,]', shape.get('points') or '')])
     if shape.tag == 'ellipse':
-        return ellipse_object(*numbers('cx', 'cy', 'rx', 'ry'), rotation)
+        return ellipse_object(numbers('cx', 'cy', 'rx', 'ry'), rotation)
     if shape.tag == 'mask':
         left, top, width, height = (int(number) for number in numbers('left', 'top', 'width', 'height'))
         runs = [int(word) for word in (shape.get('rle') or '').split(',')]
@@ -173,12 +175,12 @@ def cvat_region(shape: ElementTree.Element, image: dict) -> dict:
             raise ValueError(f'run lengths of {sum(runs)} pixels')
         pixels = np.repeat(np.arange(len(runs)) % 2, runs).reshape(height, width)
         return mask_object(pixels, left, top, image['height'], image['width'])
-    left, top, right, bottom = numbers('xtl', 'ytl', 'xbr', 'ybr')
-    box = [left, top, right - left, bottom - top]
+    x0, y0, x1, y1 = numbers('xtl', 'ytl', 'xbr', 'ybr')
+    box = [x0, y0, x1 - x0, y1 - y0]
     if not rotation:
         return {'bbox': box}
     across, down = np.array([-1, 1, 1, -1]) * box[2] / 2, np.array([-1, -1, 1, 1]) * box[3] / 2
-    corners = turned(across, down, (left + right) / 2, (top + bottom) / 2, rotation)
+    corners = turned(across, down, (x0 + x1) / 2, (y0 + y1) / 2, rotation)
     return {'bbox': box_around([corners]), 'rotated': True}
 
 
@@ -191,7 +193,8 @@ def read_labelme(file: File, issues: Issues) -> Lists:
     files = sorted(folder.rglob('*.json')) if Path(file).is_dir() else [Path(file)]
     if not files:
         raise FileError(f'{folder} has no .json file of LabelMe: check the path')
-    images, objects = [], []
+    images: list[dict] = []
+    objects: list[dict] = []
     for number, path in enumerate(files, start=1):
         content = read_labelme_file(path)
         name = str(content['imagePath']).replace('\\', '/')
@@ -259,7 +262,7 @@ def circle_object(points: np.ndarray, shape: dict, image: dict) -> dict:
     """Points are the centre and one on the circle."""
     centre, edge = points
     radius = float(np.linalg.norm(edge - centre))
-    return ellipse_object(*centre.tolist(), radius, radius)
+    return ellipse_object([*centre.tolist(), radius, radius])
 
 
 def painted_object(points: np.ndarray, shape: dict, image: dict) -> dict:
@@ -346,7 +349,9 @@ def read_oid(
 
     names = images_by_stem(images, file)
     try:
-        data = hotcoco.COCO.from_oid(str(file), class_descriptions=class_names and str(class_names)).dataset
+        data = hotcoco.COCO.from_oid(
+            str(file), class_descriptions=str(class_names) if class_names else None
+        ).dataset
     except (OSError, ValueError) as error:
         raise UserError(f'{file} has no boxes of Open Images ({error}): check the files') from error
     sizes: dict[int, tuple[int, int]] = {}
