@@ -535,3 +535,11 @@ def test_bad_files_are_named(name: str, copies: dict[str, Path], tmp_path: Path)
     with pytest.raises(UserError, match=message) as error:
         build_data('train', arguments(kind, tmp_path / kind))
     assert str(tmp_path) in str(error.value)
+
+
+def test_images_without_a_label_file_are_counted(copies: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(copies['yolo'], tmp_path, symlinks=True, dirs_exist_ok=True)
+    for label in sorted((tmp_path / 'labels/train').iterdir())[:2]:
+        label.unlink()
+    dataset = build_data('train', arguments('yolo', tmp_path))
+    assert dataset.issues.counts['images without a label file, taken as images without objects'] == 2

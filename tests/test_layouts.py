@@ -426,3 +426,12 @@ def test_images_of_another_part_are_not_taken(tmp_path: Path) -> None:
         shutil.rmtree(root / places[0])
         with pytest.raises(UserError, match=r'none of .* exists: check --coco_path, or give --train_images'):
             build(root)
+
+
+def test_a_part_called_test_is_not_trained_on(tmp_path: Path) -> None:
+    (tmp_path / 'test').mkdir()
+    (tmp_path / 'test/_annotations.coco.json').write_text(
+        '{"images": [], "annotations": [], "categories": []}'
+    )
+    with pytest.raises(UserError, match=r'holds a part called test alone \(test/_annotations.coco.json\)'):
+        find_layout(tmp_path)

@@ -394,12 +394,13 @@ def test_check_data_counts_all_that_is_bad(data: Path, capsys: pytest.CaptureFix
     bad['annotations'][1]['bbox'] = None
     bad['annotations'][1]['segmentation'] = None
     bad['annotations'][2]['category_id'] = 8
+    bad['annotations'][3]['iscrowd'] = 2
     bad['images'].append({'id': 9, 'file_name': 'gone.png'})
     (data / 'train.json').write_text(json.dumps(bad))
     (data / 'train/1.png').write_bytes(b'no image')
     text = complaint('main', flags(data, '--check_data'), capsys)
     for part in (
-        '2 annotations that cannot be used',
+        '3 annotations that cannot be used',
         '1 annotations whose category',
         '1 images that are missing',
         'cannot be read',
