@@ -55,7 +55,8 @@ def parts_to_read(args: Namespace, settings: DataSettings) -> list[str]:
         return parts
     text = f'{settings.found or settings.train_ann or settings.coco_path}: there is no validation part'
     if args.check_data and not args.eval:
-        print_main(f'{text}; a run needs one, or --val_share 0.1, or --eval_every 0')
+        share = '--val_share 0.1, or ' if settings.dataset_file in FORMATS else ''
+        print_main(f'{text}; a run needs one, or {share}--eval_every 0')
         return ['train']
     if settings.dataset_file not in FORMATS:
         return parts  # building the part names the files that are missing
